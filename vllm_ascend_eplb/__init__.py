@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An expert-parallel load balancer for serving Mixture-of-Experts models with vLLM.
+
+Importing the package imports NumPy only: neither torch nor vllm. The planner's process relies on that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .placement import Placement, PlacementError
+from .plan import Plan, PlanError
+
+if TYPE_CHECKING:
+    from .policy import dispatch_shares as dispatch_shares
+    from .policy import plan as plan
+
+__version__ = "0.1.0"
+__all__ = ["Placement", "PlacementError", "Plan", "PlanError", "dispatch_shares", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("plan", "dispatch_shares"):
+        from . import policy
+
+        return getattr(policy, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
