@@ -55,7 +55,9 @@ class Plan:
             raise PlanError(f"moves have shape {moves.shape}; expected [M, 4]")
         shape = (start.num_layers, start.num_slots)
         if self.physical_to_logical.shape != shape:
-            raise PlanError(f"the plan is for a placement of shape {self.physical_to_logical.shape}; in force is {shape}")
+            raise PlanError(
+                f"the plan is for a placement of shape {self.physical_to_logical.shape}; in force is {shape}"
+            )
         for name, column, limit in (
             ("layer", LAYER, start.num_layers),
             ("slot", SLOT, start.num_slots),
@@ -94,9 +96,7 @@ class Plan:
             raise PlanError(f"the moves do not lead to the plan's placement: layer {layer}, slot {slot} differs")
 
     @classmethod
-    def between(
-        cls, start: Placement, target: npt.NDArray[np.integer], load: npt.ArrayLike, policy: str = ""
-    ) -> Plan:
+    def between(cls, start: Placement, target: npt.NDArray[np.integer], load: npt.ArrayLike, policy: str = "") -> Plan:
         """The plan that changes every slot in which ``target`` [L, P] differs, one group per layer."""
         after = Placement(target, start.num_experts, start.num_ranks)
         layers, slots = np.nonzero(start.physical_to_logical != after.physical_to_logical)

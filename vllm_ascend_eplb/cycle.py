@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cycle of the balancer as one value and one pure function.
+
+A cycle runs through these phases; between cycles the balancer only collects::
+
+    COLLECT -> SNAPSHOT -> REDUCE -> PLAN -> BROADCAST -> MOVE -> COLLECT
+                   any failure, nothing in flight -> COLLECT (later than usual)
+                   a failure with a round in flight -> DRAIN -> COLLECT
+                   too many failures in a row, or a poisoned transfer group -> OFF
+
+Every rank holds a ``CycleState`` and calls ``advance`` once per step with the facts that all ranks have agreed on. The
+function looks at nothing else, so the states of all ranks are equal at every step. What a rank knows alone (its
+snapshot is ready, its staging is filled, its planner died) enters only through the ``Facts`` it posts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import TypeAlias
+
+from .control import Agreed
+
+
+class Phase(IntEnum):
+    """Where in the cycle all ranks are."""
+
+    OFF = 0  # for good; serving goes on with the placement in force
+    COLLECT = 1  # load is being counted; nothing is posted
+    SNAPSHOT = 2  # every rank copies its counts to the host
+    REDUCE = 3  # the counts of all ranks are being summed on EP rank 0
+    PLAN = 4  # the planner of EP rank 0 is at work
+    BROADCAST = 5  # the plan travels to all ranks; each checks it and cuts it into rounds
+    MOVE = 6  # rounds are prepared, sent and committed
+    DRAIN = 7  # after a failure: the rounds in flight arrive, then the cycle is dropped
+
+
+class Failure(IntEnum):
+    """Why a cycle was dropped, or balancing switched off. The largest value that any rank reports is agreed."""
+
+    NONE = 0
+    SNAPSHOT = 1
+    REDUCE = 2
+    PLANNER_LATE = 3
+    PLANNER_FAILED = 4
+    PLANNER_DIED = 5
+    PLAN_LOST = 6
+    PLAN_INVALID = 7
+    ROUNDS_DIFFER = 8
+    PREPARE = 9
+    CHECKSUM = 10
+    TRANSFER = 11
+
+    @property
+    def text(self) -> str:
+        """The failure in words, for the log."""
+        return _FAILURE_TEXT[self]
+
+
+_FAILURE_TEXT = {
+    Failure.NONE: "no failure",
+    Failure.SNAPSHOT: "the load could not be copied to the host",
+    Failure.REDUCE: "the load could not be summed over the ranks",
+    Failure.PLANNER_LATE: "the planner did not answer within the steps it had",
+    Failure.PLANNER_FAILED: "the planner answered with an error",
+    Failure.PLANNER_DIED: "the planner process died",
+    Failure.PLAN_LOST: "the plan did not arrive intact on every rank",
+    Failure.PLAN_INVALID: "the plan is not valid for the placement in force",
+    Failure.ROUNDS_DIFFER: "ranks cut the same plan into different rounds",
+    Failure.PREPARE: "a rank could not prepare a round",
+    Failure.CHECKSUM: "expert weights arrived damaged again and again",
+    Failure.TRANSFER: "a transfer failed or did not end",
+}
+
+
+class Do(IntEnum):
+    """What a rank has to do at a step; ``Action.round`` says with which round where one is meant."""
+
+    SNAPSHOT = 1  # begin to copy the counts to the host
+    REDUCE = 2  # post the sum of the counts
+    REQUEST_PLAN = 3  # EP rank 0 hands the load to the planner
+    BROADCAST = 4  # post the broadcast of the agreed plan
+    PREPARE = 5  # everything of a round that can throw
+    ISSUE = 6  # send and receive: nothing but the call
+    COMMIT = 7  # staging to slots, maps in place
+    FINISH = 8  # the cycle is complete (also when there was nothing to move)
+    DROP = 9  # forget the rest of the cycle
+    SWITCH_OFF = 10  # for good
+
+
+@dataclass(frozen=True)
+class Action:
+    do: Do
+    round: int = -1
+    failure: Failure = Failure.NONE
+
+
+Actions: TypeAlias = tuple[Action, ...]
+
+
+class AgreementError(RuntimeError):
+    """Ranks that must be equal are not. Going on could give wrong answers, so the rank stops."""
+
+
+@dataclass(frozen=True)
+class CycleSettings:
+    """The settings that steer the clock; equal on all ranks (checked at start-up).
+
+    Attributes:
+        collect_steps: steps of collecting before a cycle begins.
+        execution_steps: earliest steps from the snapshot to the first round.
+        first_collect_steps: the same as ``collect_steps``, for the first cycle.
+        max_failures: cycles dropped in a row after which balancing is switched off.
+        buffers: staging buffers, that is rounds that may be between *prepared* and *committed* at a time (1 or 2).
+        max_resends: how often one round may be sent again after a checksum did not match.
+    """
+
+    collect_steps: int
+    execution_steps: int
+    first_collect_steps: int
+    max_failures: int = 5
+    buffers: int = 1
+    max_resends: int = 2
+
+    @property
+    def plan_age_limit(self) -> int:
+        """Steps from the snapshot after which a plan that has not arrived is dropped."""
+        return self.collect_steps + self.execution_steps
+
+
+@dataclass(frozen=True)
+class CycleState:
+    """The agreed state of the balancer; equal on all ranks at every step.
+
+    Attributes:
+        phase: where in the cycle we are.
+        epoch: number of phase changes so far. Facts posted in an older epoch are stale.
+        step: steps so far.
+        cycle: number of the cycle under way, or of the last one.
+        due: step at which the next cycle begins (phase COLLECT).
+        entered: step at which the phase was entered.
+        snapshot_at: step of the snapshot of this cycle.
+        plan_length, plan_digest: of the agreed plan, in bytes and as a hash.
+        rounds: rounds of the agreed plan.
+        prepared, issued, committed: rounds so far; committed <= issued <= prepared <= rounds.
+        resends: how often the oldest round in flight was sent again.
+        failures: cycles dropped in a row.
+        failure: why the last cycle was dropped or is being drained.
+    """
+
+    phase: Phase = Phase.COLLECT
+    epoch: int = 0
+    step: int = 0
+    cycle: int = 0
+    due: int = 0
+    entered: int = 0
+    snapshot_at: int = 0
+    plan_length: int = 0
+    plan_digest: int = 0
+    rounds: int = 0
+    prepared: int = 0
+    issued: int = 0
+    committed: int = 0
+    resends: int = 0
+    failures: int = 0
+    failure: Failure = Failure.NONE
+
+    @classmethod
+    def start(cls, settings: CycleSettings) -> CycleState:
+        return cls(due=settings.first_collect_steps)
+
+    @property
+    def active(self) -> bool:
+        """Whether facts are posted at this step."""
+        return self.phase not in (Phase.OFF, Phase.COLLECT)
+
+    @property
+    def in_flight(self) -> int:
+        """Rounds that were issued and not yet committed."""
+        return self.issued - self.committed
+
+
+def advance(state: CycleState, agreed: Agreed | None, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    """One step of the balancer.
+
+    Args:
+        state: the state after the last step.
+        agreed: the facts posted ``lag`` steps ago, minimum and maximum over all ranks; None where none were posted.
+        settings: equal on all ranks.
+
+    Returns:
+        The state of this step, and what every rank has to do now, in order.
+
+    Raises:
+        AgreementError: ranks disagree about the step, the phase or the placement.
+    """
+    state = replace(state, step=state.step + 1)
+    if state.phase is Phase.OFF:
+        return state, ()
+    if agreed is not None:
+        _check_lock_step(agreed)
+        if agreed.max.poisoned:
+            return _switch_off(state, Failure.TRANSFER)
+        if agreed.max.epoch != state.epoch:
+            agreed = None  # posted before the last change of phase: says nothing about this one
+    if state.phase is Phase.COLLECT:
+        return _begin(state) if state.step >= state.due else (state, ())
+    if agreed is None:
+        return _waiting(state, settings)
+    if agreed.max.failure and state.phase is not Phase.DRAIN:
+        return _fail(state, Failure(agreed.max.failure), settings)
+    return _ON_FACTS[state.phase](state, agreed, settings)
+
+
+def _check_lock_step(agreed: Agreed) -> None:
+    for name in ("step", "epoch", "placement"):
+        low, high = getattr(agreed.min, name), getattr(agreed.max, name)
+        if low != high:
+            raise AgreementError(
+                f"expert-parallel ranks disagree about the {name}: {low:#x} against {high:#x}; "
+                "this rank stops, because a server with different placements on its ranks gives wrong answers"
+            )
+
+
+def _enter(state: CycleState, phase: Phase) -> CycleState:
+    return replace(state, phase=phase, epoch=state.epoch + 1, entered=state.step)
+
+
+def _begin(state: CycleState) -> tuple[CycleState, Actions]:
+    fresh = replace(
+        _enter(state, Phase.SNAPSHOT),
+        cycle=state.cycle + 1,
+        snapshot_at=state.step,
+        plan_length=0,
+        plan_digest=0,
+        rounds=0,
+        prepared=0,
+        issued=0,
+        committed=0,
+        resends=0,
+        failure=Failure.NONE,
+    )
+    return fresh, (Action(Do.SNAPSHOT),)
+
+
+def _waiting(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    """Deadlines, counted in steps and so agreed by themselves. Rounds have none: what was issued must arrive."""
+    late = state.step - state.snapshot_at > settings.plan_age_limit
+    if late and state.phase in (Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST):
+        return _fail(state, _LATE[state.phase], settings)
+    return state, ()
+
+
+_LATE = {
+    Phase.SNAPSHOT: Failure.SNAPSHOT,
+    Phase.REDUCE: Failure.REDUCE,
+    Phase.PLAN: Failure.PLANNER_LATE,
+    Phase.BROADCAST: Failure.PLAN_LOST,
+}
+
+
+def _snapshot(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    if not agreed.min.ready:
+        return _waiting(state, settings)
+    return _enter(state, Phase.REDUCE), (Action(Do.REDUCE),)
+
+
+def _reduce(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    if not agreed.min.ready:
+        return _waiting(state, settings)
+    return _enter(state, Phase.PLAN), (Action(Do.REQUEST_PLAN),)
+
+
+def _plan(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    if agreed.max.plan_number != state.cycle:
+        return _waiting(state, settings)
+    if agreed.max.plan_length == 0:
+        return _finish(state, settings)  # nothing worth moving
+    if state.step - state.snapshot_at < settings.execution_steps:
+        return state, ()
+    known = replace(state, plan_length=agreed.max.plan_length, plan_digest=agreed.max.plan_digest)
+    return _enter(known, Phase.BROADCAST), (Action(Do.BROADCAST),)
+
+
+def _broadcast(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    if not agreed.min.ready:
+        return _waiting(state, settings)
+    if agreed.min.rounds != agreed.max.rounds:
+        return _fail(state, Failure.ROUNDS_DIFFER, settings)
+    if agreed.max.rounds == 0:
+        return _finish(state, settings)
+    moving = replace(_enter(state, Phase.MOVE), rounds=agreed.max.rounds, prepared=1)
+    return moving, (Action(Do.PREPARE, 0),)
+
+
+def _move(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    actions: Actions = ()
+    if agreed.min.rounds_intact > state.committed:
+        actions += (Action(Do.COMMIT, state.committed),)
+        state = replace(state, committed=state.committed + 1, resends=0)
+    elif agreed.min.rounds_done > state.committed:
+        return _send_again(state, agreed, settings)
+    if state.committed == state.rounds:
+        state, done = _finish(state, settings)
+        return state, actions + done
+    if agreed.min.rounds_ready > state.issued:
+        actions += (Action(Do.ISSUE, state.issued),)
+        state = replace(state, issued=state.issued + 1)
+    if state.prepared < state.rounds and state.prepared - state.committed < settings.buffers:
+        actions += (Action(Do.PREPARE, state.prepared),)
+        state = replace(state, prepared=state.prepared + 1)
+    return state, actions
+
+
+def _send_again(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    """The oldest round in flight arrived everywhere, but damaged somewhere: back to before it was prepared."""
+    if agreed.min.rounds_done < state.issued:
+        return state, ()  # a later round is still in flight; staging must not be reused before it arrived
+    if state.resends >= settings.max_resends:
+        return _switch_off(state, Failure.CHECKSUM)
+    oldest = state.committed
+    again = replace(_enter(state, Phase.MOVE), issued=oldest, prepared=oldest + 1, resends=state.resends + 1)
+    return again, (Action(Do.PREPARE, oldest),)
+
+
+def _drain(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    if agreed.min.rounds_done < state.issued:
+        return state, ()
+    return _drop(state, settings)
+
+
+def _fail(state: CycleState, failure: Failure, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    state = replace(state, failure=failure)
+    if state.in_flight:
+        return _enter(state, Phase.DRAIN), ()
+    return _drop(state, settings)
+
+
+def _drop(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    failures = state.failures + 1
+    state = replace(state, failures=failures)
+    if failures >= settings.max_failures:
+        return _switch_off(state, state.failure)
+    due = state.step + settings.collect_steps * min(2**failures, 16)
+    return replace(_enter(state, Phase.COLLECT), due=due), (Action(Do.DROP, failure=state.failure),)
+
+
+def _finish(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    due = state.step + settings.collect_steps
+    return replace(_enter(state, Phase.COLLECT), due=due, failures=0), (Action(Do.FINISH),)
+
+
+def _switch_off(state: CycleState, failure: Failure) -> tuple[CycleState, Actions]:
+    return replace(_enter(state, Phase.OFF), failure=failure), (Action(Do.SWITCH_OFF, failure=failure),)
+
+
+_ON_FACTS = {
+    Phase.SNAPSHOT: _snapshot,
+    Phase.REDUCE: _reduce,
+    Phase.PLAN: _plan,
+    Phase.BROADCAST: _broadcast,
+    Phase.MOVE: _move,
+    Phase.DRAIN: _drain,
+}
