@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings: defaults, each refusal with its message, and random dictionaries."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_ascend_eplb.config import EplbConfig, EplbConfigError, settings_table
+
+
+def parse(**eplb_config: object) -> EplbConfig:
+    return EplbConfig.from_additional_config({"eplb_config": eplb_config})
+
+
+def refusal(additional_config: object) -> str:
+    with pytest.raises(EplbConfigError) as caught:
+        EplbConfig.from_additional_config(additional_config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"eplb_config": {}}, {"of_another_plugin": 1}, object()])
+def test_nothing_given_is_off(nothing: object) -> None:
+    config = EplbConfig.from_additional_config(nothing)
+    assert config == EplbConfig()
+    assert not config.active
+
+
+def test_defaults_of_vllm_ascend() -> None:
+    config = parse()
+    assert config.dynamic_eplb is False
+    assert (config.expert_map_path, config.expert_map_record_path) == (None, None)
+    assert (config.expert_heat_collection_interval, config.algorithm_execution_interval) == (600, 50)
+    assert (config.num_redundant_experts, config.eplb_policy_type) == (0, 2)
+    assert config.eplb_heat_collection_stage == "all"
+
+
+@pytest.mark.parametrize("key", ["dynamic_eplb", "expert_map_path", "expert_map_record_path"])
+def test_active(key: str) -> None:
+    assert parse(**{key: True if key == "dynamic_eplb" else "map.json"}).active
+    assert not parse(mode="observe", num_redundant_experts=4).active
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "incremental"),
+        ({"eplb_policy_type": 0}, "random"),
+        ({"eplb_policy_type": 1}, "default"),
+        ({"eplb_policy_type": 3}, "incremental"),
+        ({"eplb_policy_type": 1, "policy": "random"}, "random"),
+    ],
+)
+def test_policy_name(settings: dict[str, object], name: str) -> None:
+    assert parse(**settings).policy_name == name
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parse().dynamic_eplb = True  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("dynamic_eplb", "true", "is a string; allowed: true | false (write true without quotes)"),
+        ("dynamic_eplb", 1, "is an integer; allowed: true | false"),
+        ("expert_heat_collection_interval", 0, "is out of range; allowed: integer 1..10000000; leave it out for"),
+        ("expert_heat_collection_interval", 600.0, "allowed: integer 1..10000000 (write 600 without a decimal point)"),
+        ("expert_heat_collection_interval", "600", "(write 600 without quotes)"),
+        ("algorithm_execution_interval", -3, "= -3 is out of range"),
+        ("algorithm_execution_interval", None, "= null is null; allowed: integer"),
+        ("num_redundant_experts", True, "is a boolean; allowed: integer"),
+        ("eplb_policy_type", 4, "allowed: integer 0..3"),
+        ("eplb_policy_type", "swift", "is a string; allowed: integer 0..3"),
+        ("eplb_heat_collection_stage", "prefil", "(did you mean prefill?)"),
+        ("policy", "flashlb", "allowed: incremental | default | random | null"),
+        ("mode", "Observe", "(did you mean observe?)"),
+        ("target_par", 0.99, "= 0.99 is out of range; allowed: number 1.0..10.0"),
+        ("target_par", float("nan"), "= nan is out of range"),
+        ("target_par", float("inf"), "= inf is out of range"),
+        ("target_par", 10**400, "is out of range"),
+        ("min_gain", -0.1, "number 0.0..1.0"),
+        ("transfer_buffer_experts", 0, "integer 1..4096 | null"),
+        ("transfer_budget_mb_per_step", "5", "(write 5 without quotes)"),
+        ("transport", "tcp", "auto | gloo | nccl | hccl | pull"),
+        ("control_lag", 9, "integer 1..8"),
+        ("max_failures", 0, "integer 1.."),
+        ("dispatch_table_entries", 128, "integer 16..64"),
+        ("expert_map_path", "", "is no path"),
+        ("expert_map_path", 3, "is an integer; allowed: a path | null"),
+    ],
+)
+def test_bad_value(key: str, value: object, expected: str) -> None:
+    message = refusal({"eplb_config": {key: value}})
+    assert message.startswith(f"eplb_config.{key} = ")
+    assert expected in message
+    assert "leave it out for the default" in message
+
+
+@pytest.mark.parametrize(
+    ("additional_config", "expected"),
+    [
+        ({"eplb_config": {"expert_heat_interval": 5}}, "did you mean expert_heat_collection_interval?"),
+        ({"eplb_config": {"dynamic-eplb": True}}, "did you mean dynamic_eplb?"),
+        ({"eplb_config": {"zzzz": 5}}, "has no setting 'zzzz'; known are dynamic_eplb, "),
+        ({"eplb_config": {7: 5}}, "has no setting 7; known are "),
+        ({"eplb_config": {"init_redundancy_expert": 5}}, "old name; write num_redundant_experts instead"),
+        ({"num_iterations_eplb_update": 400}, '{"eplb_config": {"expert_heat_collection_interval": 400}}'),
+        ({"num_wait_worker_iterations": 30}, '{"eplb_config": {"algorithm_execution_interval": 30}}'),
+        ({"init_redundancy_expert": 16}, '{"eplb_config": {"num_redundant_experts": 16}}'),
+        ({"dynamic_eplb": True}, '{"eplb_config": {"dynamic_eplb": true}}'),
+        ({"eplb_config": None}, "must be a dictionary"),
+        ({"eplb_config": '{"dynamic_eplb": true}'}, "is a string; it must be a dictionary"),
+        ({"eplb_config": [True]}, "is a list; it must be a dictionary"),
+    ],
+)
+def test_bad_key_or_shape(additional_config: object, expected: str) -> None:
+    assert expected in refusal(additional_config)
+
+
+def serve(config: EplbConfig, **changes: object) -> None:
+    arguments = {"num_experts": 64, "ep_size": 4, "expert_parallel": True, "vllm_eplb": False} | changes
+    config.check_serving(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("redundant", [0, 4, 192])
+def test_serving_accepts(redundant: int) -> None:
+    serve(parse(dynamic_eplb=True, num_redundant_experts=redundant))
+
+
+@pytest.mark.parametrize(
+    ("redundant", "changes", "expected"),
+    [
+        (0, {"num_experts": None}, "a model without experts"),
+        (0, {"num_experts": 0}, "a model without experts"),
+        (0, {"expert_parallel": False}, "add --enable-expert-parallel"),
+        (0, {"ep_size": 1}, "the expert-parallel size is 1; balancing needs 2 or more ranks"),
+        (0, {"vllm_eplb": True}, "leave out --enable-eplb, or eplb_config"),
+        (3, {}, "64 experts + 3 cannot be shared evenly by 4 ranks; nearest that works: 0 or 4"),
+        (0, {"num_experts": 63}, "nearest that works: 1"),
+        (196, {}, "= 196 is more than 192"),
+        (196, {}, "allowed are 0..192 in steps of 4"),
+        (400, {"num_experts": 63}, "allowed are 1..189 in steps of 4"),
+    ],
+)
+def test_serving_refuses(redundant: int, changes: dict[str, object], expected: str) -> None:
+    with pytest.raises(EplbConfigError) as caught:
+        serve(parse(dynamic_eplb=True, num_redundant_experts=redundant), **changes)
+    assert expected in str(caught.value)
+    serve(parse(num_redundant_experts=redundant), **changes)  # off: nothing is checked
+
+
+@given(st.integers(1, 300), st.integers(2, 64), st.integers(0, 2000))
+def test_suggested_redundancy_works(experts: int, ranks: int, redundant: int) -> None:
+    try:
+        serve(parse(dynamic_eplb=True, num_redundant_experts=redundant), num_experts=experts, ep_size=ranks)
+    except EplbConfigError as error:
+        message = str(error)
+        _, nearest, works = message.partition("works: ")
+        counts = works.split(" or ") if nearest else [message.split("..")[1].split()[0]]
+        for count in map(int, counts):
+            serve(parse(dynamic_eplb=True, num_redundant_experts=count), num_experts=experts, ep_size=ranks)
+    else:
+        assert (experts + redundant) % ranks == 0
+        assert redundant <= experts * (ranks - 1)
+
+
+def map_refusal(key: str, path: object) -> str:
+    with pytest.raises(EplbConfigError) as caught:
+        serve(parse(**{key: str(path)}))
+    assert f"eplb_config.{key} = " in str(caught.value)
+    return str(caught.value)
+
+
+def test_expert_map_path(tmp_path: object) -> None:
+    folder = str(tmp_path)
+    map_file = os.path.join(folder, "map.json")
+    assert "cannot be read (No such file or directory)" in map_refusal("expert_map_path", map_file)
+    assert "is not a regular file" in map_refusal("expert_map_path", folder)
+    assert "cannot be read (embedded null byte)" in map_refusal("expert_map_path", "a\0b")
+    open(map_file, "w").close()
+    assert "has 0 bytes" in map_refusal("expert_map_path", map_file)
+    with open(map_file, "w") as file:
+        json.dump({}, file)
+    assert "not yet supported" in map_refusal("expert_map_path", map_file)
+    if os.geteuid() != 0:
+        os.chmod(map_file, 0)
+        assert "may not be read" in map_refusal("expert_map_path", map_file)
+
+
+def test_expert_map_record_path(tmp_path: object) -> None:
+    folder, key = str(tmp_path), "expert_map_record_path"
+    assert "is not a regular file" in map_refusal(key, folder)
+    assert "does not exist; create it first" in map_refusal(key, os.path.join(folder, "a", "map.json"))
+    assert "cannot be used (embedded null byte)" in map_refusal(key, os.path.join(folder, "a\0b"))
+    assert "not yet supported" in map_refusal(key, os.path.join(folder, "map.json"))
+    if os.geteuid() != 0:
+        os.chmod(folder, 0o500)
+        assert "may not be written" in map_refusal(key, os.path.join(folder, "map.json"))
+
+
+def test_settings_table_names_every_setting() -> None:
+    rows = settings_table().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == list(EplbConfig.model_fields)
+    assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+KEYS = st.sampled_from([*EplbConfig.model_fields, "init_redundancy_expert", "", "\n", 3, None, (1, 2)]) | st.text()
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(0, 70)
+    | st.floats()
+    | st.floats(0, 10)
+    | st.text(st.characters())  # lone surrogates included
+    | st.sampled_from(["true", "600", "all", "prefill", "observe", "gloo", "fast", "default", "a\nb", "x" * 5000])
+    | st.sampled_from([-(10**400), b"bytes", object(), 1j, {1}, range(3)])
+    | st.builds(Unprintable)
+    | st.builds(lambda: 10**5000),  # Python refuses to print it
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def test_unprintable_values() -> None:
+    assert "num_redundant_experts = <int> is out of range" in refusal(
+        {"eplb_config": {"num_redundant_experts": 10**5000}}
+    )
+    assert "mode = <Unprintable" in refusal({"eplb_config": {"mode": Unprintable()}})
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.dictionaries(KEYS, VALUES, max_size=4), st.dictionaries(KEYS, VALUES, max_size=2))
+def test_random_dictionaries(eplb_config: dict[object, object], around: dict[object, object]) -> None:
+    """A dictionary gives settings that say what it said, or one line that explains; nothing else."""
+    message = None
+    try:
+        config = EplbConfig.from_additional_config({**around, "eplb_config": eplb_config})
+        config.check_serving(num_experts=64, ep_size=4, expert_parallel=True)
+    except EplbConfigError as error:
+        message = str(error)
+    if message is not None:
+        assert message.isprintable()
+        assert len(message) < 1500
+        return
+    for key, value in eplb_config.items():
+        read = getattr(config, str(key))
+        assert read == value
+        assert isinstance(read, bool) == isinstance(value, bool)

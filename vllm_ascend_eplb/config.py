@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration: what stands in ``additional_config["eplb_config"]``, parsed once into a typed, checked object.
+
+The keys that vllm-ascend knows keep its names and defaults; the others are this package's own, in the same dictionary.
+A value is never coerced: ``"true"`` is no boolean and ``600.0`` is no integer, because a setting that is silently read
+as something else is found out in production.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import reprlib
+import stat
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import annotated_types
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+MAX_MAP_BYTES = 256 << 20
+"""Largest expert map file that is read; a map of 100 layers with 1,024 slots has less than 1 MiB."""
+
+_MOVED_INTO_EPLB_CONFIG = {
+    "dynamic_eplb": "dynamic_eplb",
+    "expert_map_path": "expert_map_path",
+    "expert_map_record_path": "expert_map_record_path",
+    "eplb_policy_type": "eplb_policy_type",
+    "num_redundant_experts": "num_redundant_experts",
+    "num_iterations_eplb_update": "expert_heat_collection_interval",
+    "num_wait_worker_iterations": "algorithm_execution_interval",
+    "init_redundancy_expert": "num_redundant_experts",
+}
+"""Settings that once stood at the top level of additional_config, and where they stand now."""
+
+_RENAMED = {old: new for old, new in _MOVED_INTO_EPLB_CONFIG.items() if old != new}
+
+PolicyName = Literal["incremental", "default", "random"]
+_POLICY_OF_TYPE: tuple[PolicyName, ...] = ("random", "default", "incremental", "incremental")
+
+
+class EplbConfigError(ValueError):
+    """A setting that cannot work. The message is one line: key, value, what is allowed, way out."""
+
+
+class EplbConfig(BaseModel):
+    """The balancer's settings. Build it with :meth:`from_additional_config`; it never changes afterwards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    # --- vllm-ascend's keys, with its defaults -----------------------------------------------------------------------
+    dynamic_eplb: bool = Field(default=False, description="turns the balancer on")
+    expert_map_path: str | None = Field(
+        default=None, min_length=1, description="expert map file (JSON) that gives the placement to start from"
+    )
+    expert_map_record_path: str | None = Field(
+        default=None, min_length=1, description="file that the placement in force is written to as an expert map"
+    )
+    expert_heat_collection_interval: int = Field(
+        default=600, ge=1, le=10_000_000, description="how long load is collected before each plan, in steps"
+    )
+    algorithm_execution_interval: int = Field(
+        default=50,
+        ge=1,
+        le=10_000_000,
+        description="earliest start of the transfers after the load was gathered, in steps; a later plan starts later",
+    )
+    num_redundant_experts: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="slots per layer beyond one for each expert, over all ranks; experts + redundant experts must be "
+        "divisible by the expert-parallel size R, and at most experts * (R - 1)",
+    )
+    eplb_policy_type: int = Field(
+        default=2,
+        ge=0,
+        le=3,
+        description="policy by vllm-ascend's number: 0 random, 1 default, 2 and 3 incremental; `policy` goes first",
+    )
+    eplb_heat_collection_stage: Literal["all", "prefill", "decode"] = Field(
+        default="all", description="which steps' tokens are counted"
+    )
+
+    # --- this package's own ------------------------------------------------------------------------------------------
+    policy: PolicyName | None = Field(
+        default=None,
+        description="policy by name: incremental (few moves from the placement in force), default (DeepSeek's, from "
+        "scratch), random (for tests); null takes it from `eplb_policy_type`",
+    )
+    mode: Literal["balance", "observe"] = Field(
+        default="balance", description="observe counts and plans, reports what balancing would bring and moves nothing"
+    )
+    target_par: float = Field(
+        default=1.02,
+        ge=1.0,
+        le=10.0,
+        description="peak-to-average ratio of rank load at which a layer is good enough; a ratio, 1.0 is perfect",
+    )
+    planner_effort: Literal["fast", "thorough"] = Field(
+        default="thorough", description="how long the planner searches for a plan with fewer moves"
+    )
+    max_moves_per_cycle: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000_000,
+        description="most experts moved in one cycle, over all layers; null for no limit",
+    )
+    min_gain: float = Field(
+        default=0.01,
+        ge=0.0,
+        le=1.0,
+        description="least predicted gain of a plan, as a fraction of the mean PAR over layers (0.01: from 1.20 to "
+        "1.188); a plan below it is not carried out",
+    )
+    transfer_buffer_experts: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="staging buffer of each rank, in experts of one layer; null lets the size of an expert decide",
+    )
+    transfer_budget_mb_per_step: float | None = Field(
+        default=None,
+        ge=0.001,
+        le=1_000_000.0,
+        description="most data that a rank receives per step, in MB (10^6 bytes), but at least one group of moves per "
+        "round; null for no limit",
+    )
+    transport: Literal["auto", "gloo", "nccl", "hccl", "pull"] = Field(
+        default="auto",
+        description="how weights travel: hccl, nccl (device to device), gloo (through pinned host memory), pull "
+        "(one-sided copies within a node); auto takes the safest one the device has",
+    )
+    control_lag: int = Field(
+        default=1, ge=1, le=8, description="steps between posting a rank's status and reading the agreed one"
+    )
+    max_failures: int = Field(
+        default=5, ge=1, le=1_000_000, description="failed cycles in a row after which balancing is switched off"
+    )
+    weighted_dispatch: bool = Field(
+        default=False, description="splits an expert's tokens over its replicas by planned shares instead of evenly"
+    )
+    dispatch_table_entries: int = Field(
+        default=32, ge=16, le=64, description="entries per expert of the dispatch table: the resolution of the shares"
+    )
+    allow_unchecked_vllm: bool = Field(
+        default=False, description="balances also on a vLLM version that this package was not checked against"
+    )
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> EplbConfig:
+        """Reads the settings out of vLLM's ``additional_config``.
+
+        Args:
+            additional_config: vLLM's dictionary; None, an object of a platform's own class or a dictionary without
+                ``eplb_config`` mean all defaults, that is: off.
+
+        Raises:
+            EplbConfigError: a key or value that is not allowed; of several, the first.
+        """
+        if not isinstance(additional_config, Mapping):
+            return cls()
+        for old, new in _MOVED_INTO_EPLB_CONFIG.items():
+            if old in additional_config:
+                raise EplbConfigError(
+                    f"additional_config.{old} is an old name; write it as "
+                    f'{{"eplb_config": {{"{new}": {_show(additional_config[old])}}}}}'
+                )
+        if "eplb_config" not in additional_config:
+            return cls()
+        settings = additional_config["eplb_config"]
+        if not isinstance(settings, Mapping):
+            raise EplbConfigError(
+                f"additional_config.eplb_config = {_show(settings)} is {_kind(settings)}; it must be a dictionary such "
+                f'as {{"dynamic_eplb": true}}, or left out'
+            )
+        for key in settings:
+            if key not in cls.model_fields:
+                raise EplbConfigError(_unknown_key(key, tuple(cls.model_fields)))
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            key = str(error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0])
+            raise EplbConfigError(_bad_value(key, settings[key], cls.model_fields[key])) from None
+
+    @property
+    def active(self) -> bool:
+        """Whether the package does anything at all."""
+        return self.dynamic_eplb or self.expert_map_path is not None or self.expert_map_record_path is not None
+
+    @property
+    def policy_name(self) -> PolicyName:
+        """The policy to use: ``policy``, or the one that ``eplb_policy_type`` stands for."""
+        return self.policy if self.policy is not None else _POLICY_OF_TYPE[self.eplb_policy_type]
+
+    def check_serving(
+        self, *, num_experts: int | None, ep_size: int, expert_parallel: bool, vllm_eplb: bool = False
+    ) -> None:
+        """Checks the settings against the model and the server they are meant for. Does nothing unless ``active``.
+
+        Args:
+            num_experts: logical experts in each MoE layer, E; None or 0 for a model without MoE layers.
+            ep_size: ranks of the expert-parallel group, R.
+            expert_parallel: whether vLLM's ``--enable-expert-parallel`` is given.
+            vllm_eplb: whether vLLM's own ``--enable-eplb`` is given.
+
+        Raises:
+            EplbConfigError: what cannot work, and the way out.
+        """
+        if not self.active:
+            return
+        if vllm_eplb:
+            raise EplbConfigError(
+                "--enable-eplb turns on vLLM's own balancer, and eplb_config turns on this one; only one may run: "
+                "leave out --enable-eplb, or eplb_config"
+            )
+        if not num_experts:
+            raise EplbConfigError(
+                "eplb_config is given for a model without experts (no MoE layers found in its configuration); leave "
+                "eplb_config out, or serve a Mixture-of-Experts model"
+            )
+        if not expert_parallel:
+            raise EplbConfigError(
+                "eplb_config needs expert parallelism, which is off; add --enable-expert-parallel, or leave "
+                "eplb_config out"
+            )
+        if ep_size < 2:
+            raise EplbConfigError(
+                f"the expert-parallel size is {ep_size}; balancing needs 2 or more ranks: raise "
+                f"--tensor-parallel-size or --data-parallel-size, or leave eplb_config out"
+            )
+        self._check_redundancy(num_experts, ep_size)
+        if self.expert_map_path is not None:
+            _check_map_file(self.expert_map_path)
+            raise EplbConfigError(_not_yet("expert_map_path", self.expert_map_path))
+        if self.expert_map_record_path is not None:
+            _check_record_path(self.expert_map_record_path)
+            raise EplbConfigError(_not_yet("expert_map_record_path", self.expert_map_record_path))
+
+    def _check_redundancy(self, num_experts: int, ep_size: int) -> None:
+        redundant, most = self.num_redundant_experts, num_experts * (ep_size - 1)
+        if redundant > most:
+            raise EplbConfigError(
+                f"eplb_config.num_redundant_experts = {redundant} is more than {most}, which puts each of "
+                f"{num_experts} experts on each of {ep_size} ranks; allowed are {most % ep_size}..{most} "
+                f"in steps of {ep_size}"
+            )
+        excess = (num_experts + redundant) % ep_size
+        if excess:
+            lower, upper = redundant - excess, redundant - excess + ep_size
+            works = f"{lower} or {upper}" if lower >= 0 else f"{upper}"
+            raise EplbConfigError(
+                f"eplb_config.num_redundant_experts = {redundant}: {num_experts} experts + {redundant} cannot be "
+                f"shared evenly by {ep_size} ranks; nearest that works: {works}"
+            )
+
+
+def settings_table() -> str:
+    """All settings as a Markdown table: key, default, allowed, meaning."""
+    rows = ["| setting | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in EplbConfig.model_fields.items():
+        allowed = _allowed(field).replace("|", "\\|")
+        rows.append(f"| `{name}` | {_json(field.default)} | {allowed} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+def _check_map_file(path: str) -> None:
+    where = f"eplb_config.expert_map_path = {_show(path)}"
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise EplbConfigError(f"{where} cannot be read ({_reason(error)}); give the path of a map file") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise EplbConfigError(f"{where} is not a regular file; give the path of a map file")
+    if not 0 < status.st_size <= MAX_MAP_BYTES:
+        raise EplbConfigError(
+            f"{where} has {status.st_size} bytes; a map file has 1..{MAX_MAP_BYTES}: check that it is the right file"
+        )
+    if not os.access(path, os.R_OK):
+        raise EplbConfigError(f"{where} may not be read by this user; change its permissions (chmod +r)")
+
+
+def _check_record_path(path: str) -> None:
+    where = f"eplb_config.expert_map_record_path = {_show(path)}"
+    try:
+        exists = stat.S_IFMT(os.stat(path).st_mode)
+    except FileNotFoundError:
+        exists = 0
+    except (OSError, ValueError) as error:
+        raise EplbConfigError(f"{where} cannot be used ({_reason(error)}); give the path of a file to write") from None
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise EplbConfigError(f"{where}: the folder {_show(folder)} does not exist; create it first")
+    if exists not in (0, stat.S_IFREG):
+        raise EplbConfigError(f"{where} is not a regular file; give the path of a file to write")
+    if not os.access(folder, os.W_OK | os.X_OK) or (exists and not os.access(path, os.W_OK)):
+        raise EplbConfigError(f"{where} may not be written by this user; choose another folder")
+
+
+def _not_yet(key: str, value: str) -> str:
+    return f"eplb_config.{key} = {_show(value)} is not yet supported in this version; leave it out"
+
+
+def _unknown_key(key: object, known: tuple[str, ...]) -> str:
+    name = key if isinstance(key, str) else ""
+    if name in _RENAMED:
+        return f"eplb_config.{name} is an old name; write {_RENAMED[name]} instead"
+    near = difflib.get_close_matches(name[:200].lower().replace("-", "_"), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    return f"eplb_config has no setting {_show(key)}; {hint}"
+
+
+def _bad_value(key: str, value: object, field: FieldInfo) -> str:
+    default = _json(field.default)
+    base, hint = _base_type(field), ""
+    right_type = type(value) is base or (base is float and type(value) is int)
+    if not right_type:
+        wrong = _kind(value)
+    elif base is str:
+        wrong = "not one of the choices" if _choices(field) else "no path"
+    else:
+        wrong = "out of range"
+    if isinstance(value, str):
+        hint = _hint_for_text(value, field)
+    elif isinstance(value, float) and base is int and math.isfinite(value) and value == int(value):
+        hint = f" (write {int(value)} without a decimal point)"
+    return (
+        f"eplb_config.{key} = {_show(value)} is {wrong}; allowed: {_allowed(field)}{hint}; "
+        f"leave it out for the default, {default}"
+    )
+
+
+def _hint_for_text(value: str, field: FieldInfo) -> str:
+    base = _base_type(field)
+    if base is bool and value.lower() in ("true", "false"):
+        return f" (write {value.lower()} without quotes)"
+    if base in (int, float) and value.replace(".", "", 1).isascii() and value.replace(".", "", 1).isdigit():
+        return f" (write {_clip(value)} without quotes)"
+    choices = _choices(field)
+    near = difflib.get_close_matches(value[:200].lower(), choices, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _alternatives(field: FieldInfo) -> tuple[Any, ...]:
+    """The members of a field's type, without None."""
+    annotation = field.annotation
+    if typing.get_origin(annotation) is Literal:
+        return (annotation,)
+    return tuple(a for a in typing.get_args(annotation) if a is not type(None)) or (annotation,)
+
+
+def _choices(field: FieldInfo) -> tuple[str, ...]:
+    only = _alternatives(field)[0]
+    return tuple(typing.get_args(only)) if typing.get_origin(only) is Literal else ()
+
+
+def _base_type(field: FieldInfo) -> Any:
+    return str if _choices(field) else _alternatives(field)[0]
+
+
+def _allowed(field: FieldInfo) -> str:
+    """What a field accepts, in words, from the very constraints that check it."""
+    low = next((m.ge for m in field.metadata if isinstance(m, annotated_types.Ge)), None)
+    high = next((m.le for m in field.metadata if isinstance(m, annotated_types.Le)), None)
+    base, choices = _base_type(field), _choices(field)
+    if choices:
+        text = " | ".join(choices)
+    elif base is bool:
+        text = "true | false"
+    elif base is int:
+        text = f"integer {low}..{high}"
+    elif base is float:
+        text = f"number {low}..{high}"
+    else:
+        text = "a path"
+    return f"{text} | null" if type(None) in typing.get_args(field.annotation) else text
+
+
+def _json(value: object) -> str:
+    """A default or constant as it is written in JSON."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_KINDS: tuple[tuple[type, str], ...] = (
+    (bool, "a boolean"),
+    (int, "an integer"),
+    (float, "a number with a decimal point"),
+    (str, "a string"),
+    (Mapping, "a dictionary"),
+    (list, "a list"),
+)
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    return next((name for kind, name in _KINDS if isinstance(value, kind)), f"of type {type(value).__name__}")
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 80
+
+
+def _show(value: object) -> str:
+    """A value as JSON would show it, on one line and of bounded length."""
+    if value is None or isinstance(value, bool):
+        return _json(value)
+    try:
+        text = _repr.repr(value)
+    except Exception:  # an integer too long to print, an object whose __repr__ fails
+        text = f"<{type(value).__name__}>"
+    return _clip(" ".join(text.split()))
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
