@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EplbProcess: the planner in a child process of EP rank 0, fed through two queues.
+
+The step thread touches no queue, because a child that is stopped or killed in the middle of a message leaves queues on
+which every call can block for ever. A daemon thread of the parent owns the child and both queues; the step thread
+leaves a request in a variable and picks up the newest answer from another. Every start of a child makes new queues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .plan import Plan
+
+POLL_SECONDS = 0.05
+"""How often the parent's thread looks for a new request, a dead child or an answer."""
+
+RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
+"""Pauses before the child is started for the first, second, ... time in vain; the last one stays."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the planner is asked. Plain values and arrays only: it is pickled to the child.
+
+    Attributes:
+        number: of the cycle; the answer carries it back.
+        load: int64 [T, L, E], tokens per window, layer and logical expert.
+        physical_to_logical: int32 [L, P], the placement in force.
+        num_experts, num_ranks, num_nodes, num_groups: shape of model and machine.
+        policy: name of the policy.
+        limits: keyword arguments for the policy.
+    """
+
+    number: int
+    load: npt.NDArray[np.int64]
+    physical_to_logical: npt.NDArray[np.int32]
+    num_experts: int
+    num_ranks: int
+    num_nodes: int = 1
+    num_groups: int = 1
+    policy: str = "incremental"
+    limits: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlanAnswer:
+    """What the planner answers: a plan, or the error that kept it from making one."""
+
+    number: int
+    plan: Plan | None = None
+    error: str = ""
+    died: bool = False
+
+
+def serve(requests: Any, answers: Any, policy: Callable[[PlanRequest], Plan]) -> None:
+    """The child's loop: one answer for each request, for ever. An exception of the policy is an answer, too."""
+    while True:
+        request = requests.get()
+        began = time.perf_counter()
+        try:
+            plan = policy(request)
+            seconds = time.perf_counter() - began
+            answer = PlanAnswer(
+                request.number,
+                Plan(
+                    plan.physical_to_logical, plan.moves, plan.par_before, plan.par_after, plan.policy, seconds=seconds
+                ),
+            )
+        except Exception as error:
+            answer = PlanAnswer(request.number, error=f"{type(error).__name__}: {error}")
+        answers.put(answer)
+
+
+def plan_request(request: PlanRequest) -> Plan:
+    """Answers a request with this package's planner."""
+    from .policy import plan
+
+    return plan(
+        request.load,
+        request.physical_to_logical,
+        request.num_ranks,
+        num_nodes=request.num_nodes,
+        num_groups=request.num_groups,
+        policy=request.policy,
+        **request.limits,
+    )
+
+
+def _child(requests: Any, answers: Any, policy: Callable[[PlanRequest], Plan], parent: int) -> None:
+    # Planning must neither outlive the server nor compete with it, nor take part in its Ctrl-C.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with(parent)
+    with contextlib.suppress(OSError):
+        os.nice(10)
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the parent may be bound to the cores it computes on
+    serve(requests, answers, policy)
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when its parent ends, even if the parent was killed and this process is stopped."""
+    if sys.platform == "linux":
+        set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(0)
+
+    def watch() -> None:
+        process = multiprocessing.parent_process()
+        if process is not None:
+            process.join()
+        os._exit(0)
+
+    threading.Thread(target=watch, name="eplb-parent-watch", daemon=True).start()
+
+
+@contextlib.contextmanager
+def _startable() -> Iterator[None]:
+    """Lets a daemonic process have a child, and keeps the child from importing the parent's ``__main__``.
+
+    vLLM's workers are daemonic, and a spawned child imports the parent's main module: torch and vllm with it.
+    """
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    daemon = config.get("daemon")
+    main = sys.modules["__main__"]
+    hidden = {name: main.__dict__.pop(name) for name in ("__file__",) if name in main.__dict__}
+    spec = getattr(main, "__spec__", None)
+    config["daemon"] = False
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        config["daemon"] = daemon
+        main.__spec__ = spec
+        main.__dict__.update(hidden)
+
+
+class _Child:
+    """One life of the planner's process, with queues of its own and a thread that reads its answers."""
+
+    def __init__(self, policy: Callable[[PlanRequest], Plan], on_answer: Callable[[], None]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.answers: list[PlanAnswer] = []
+        self._on_answer = on_answer
+        self._requests = context.Queue()
+        self._answers = context.Queue()
+        self._process = context.Process(
+            target=_child,
+            args=(self._requests, self._answers, policy, os.getpid()),
+            name="eplb-planner",
+            daemon=True,
+        )
+        with _startable():
+            self._process.start()
+        self.pid = self._process.pid
+        # With the child's ends closed here, its death is the end of the file for whoever reads or writes.
+        self._answers._writer.close()  # type: ignore[attr-defined]
+        self._requests._reader.close()  # type: ignore[attr-defined]
+        self._requests._ignore_epipe = True  # type: ignore[attr-defined]
+        threading.Thread(target=self._read, name="eplb-planner-answers", daemon=True).start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                answer = self._answers.get()
+            except (EOFError, OSError, ValueError):  # the child is gone, or the queue was closed under us
+                break
+            except Exception:  # bytes that are no message: what follows them cannot be read either
+                self._process.kill()
+                break
+            if isinstance(answer, PlanAnswer):
+                self.answers.append(answer)
+            self._on_answer()
+        self._on_answer()
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while the child runs."""
+        return self._process.exitcode
+
+    def ask(self, request: PlanRequest) -> None:
+        self._requests.put(request)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join(5.0)
+        self._requests.cancel_join_thread()
+        self._requests.close()
+
+
+class EplbProcess:
+    """The planner of EP rank 0, as its step thread sees it: calls that never block.
+
+    Args:
+        policy: answers a request in the child; must be importable by name.
+        timeout: seconds after which an unanswered request counts as failed and the child is replaced.
+    """
+
+    def __init__(self, policy: Callable[[PlanRequest], Plan] = plan_request, *, timeout: float = 120.0) -> None:
+        self._policy = policy
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._request: PlanRequest | None = None
+        self._answer: PlanAnswer | None = None
+        self._stopping = False
+        self._child: _Child | None = None
+        self._starts_in_vain = 0
+        self.starts = 0
+        self._thread = threading.Thread(target=self._run, name="eplb-planner", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: PlanRequest) -> None:
+        """Asks for a plan. A request that has not been answered yet is given up."""
+        with self._lock:
+            self._request = request
+            self._answer = None
+        self._wake.set()
+
+    def answer(self, number: int) -> PlanAnswer | None:
+        """The answer to the request with this number, or None as long as there is none."""
+        with self._lock:
+            answer = self._answer
+        return answer if answer is not None and answer.number == number else None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child, None while there is none."""
+        child = self._child
+        return child.pid if child is not None else None
+
+    def close(self, wait: float = 5.0) -> None:
+        """Ends the child and the thread; safe to call twice."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(wait)
+
+    def _run(self) -> None:
+        self._start_child()
+        while not self._stopping:
+            self._wake.wait()
+            self._wake.clear()
+            with self._lock:
+                request, self._request = self._request, None
+            if request is None or self._stopping:
+                continue
+            answer = self._ask(request)
+            with self._lock:
+                if self._request is None:  # a newer request makes this answer worthless
+                    self._answer = answer
+            if self._child is None:
+                self._start_child()
+        self._end_child()
+
+    def _ask(self, request: PlanRequest) -> PlanAnswer | None:
+        """Has the child answer; replaces it when it died, hangs, or is busy with what nobody waits for any more."""
+        if self._child is not None and self._child.exit_code is not None:
+            self._end_child()
+        if self._child is None:
+            self._start_child()
+        child = self._child
+        if child is None:
+            return PlanAnswer(request.number, error="the planner process cannot be started", died=True)
+        child.ask(request)
+        deadline = time.monotonic() + self._timeout
+        while not self._stopping:
+            self._wake.wait(POLL_SECONDS)
+            self._wake.clear()
+            died = child.exit_code is not None  # looked at before the answers: the last one may be there
+            for answer in child.answers:
+                if answer.number == request.number:
+                    child.answers.clear()
+                    self._starts_in_vain = 0
+                    return answer
+            with self._lock:
+                overtaken = self._request is not None
+            if overtaken:  # the child works on, or hangs in, a plan that is too old
+                self._wake.set()
+                self._end_child()
+                return None
+            if died:
+                self._end_child()
+                return PlanAnswer(
+                    request.number, error=f"the planner process died (exit code {child.exit_code})", died=True
+                )
+            if time.monotonic() > deadline:
+                self._end_child()
+                return PlanAnswer(request.number, error=f"the planner did not answer within {self._timeout:g} s")
+        return None
+
+    def _end_child(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+
+    def _start_child(self) -> None:
+        pause = RESTART_SECONDS[min(self._starts_in_vain, len(RESTART_SECONDS) - 1)]
+        not_before = time.monotonic() + pause
+        while time.monotonic() < not_before and not self._stopping:
+            time.sleep(POLL_SECONDS)
+        if self._stopping:
+            return
+        self.starts += 1
+        self._starts_in_vain += 1
+        with contextlib.suppress(OSError):  # no memory or processes left; tried again with the next request
+            self._child = _Child(self._policy, self._wake.set)
