@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module _planner. The Python face checks what users pass; the checks here keep the process alive whatever
+// comes in, and each raises ValueError.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "default_policy.h"
+#include "incremental.h"
+#include "random_numbers.h"
+#include "random_policy.h"
+#include "thread_pool.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Int32Array = py::array_t<int32_t, py::array::c_style>;
+using Int64Array = py::array_t<int64_t, py::array::c_style>;
+using DoubleArray = py::array_t<double, py::array::c_style>;
+
+void require(bool condition, const char* message) {
+    if (!condition) throw py::value_error(message);
+}
+
+template <typename Array>
+void require_matrix(const Array& array, const char* name) {
+    if (array.ndim() != 2) throw py::value_error(std::string(name) + " must have two dimensions");
+}
+
+void require_finite(const DoubleArray& load) {
+    const double* data = load.data();
+    for (py::ssize_t i = 0; i < load.size(); ++i)
+        require(std::isfinite(data[i]) && data[i] >= 0.0, "load must be finite and not negative");
+}
+
+void require_slots(const Int32Array& slots, int num_experts, int num_ranks) {
+    require(num_experts > 0 && num_ranks > 0, "need at least one expert and one rank");
+    require(slots.shape(1) > 0 && slots.shape(1) % num_ranks == 0, "slots must be shared evenly by the ranks");
+    std::vector<char> seen(num_experts);
+    for (py::ssize_t layer = 0; layer < slots.shape(0); ++layer) {
+        std::fill(seen.begin(), seen.end(), 0);
+        int missing = num_experts;
+        for (py::ssize_t p = 0; p < slots.shape(1); ++p) {
+            const int32_t e = *slots.data(layer, p);
+            require(e >= -1 && e < num_experts, "a slot holds an expert that does not exist");
+            if (e >= 0 && !seen[e]) {
+                seen[e] = 1;
+                --missing;
+            }
+        }
+        require(missing == 0, "an expert has no copy");
+    }
+}
+
+// weight [X, n] float64, order [X, n] int64: items by falling weight -> position [X, n] of each item when packs are
+// laid out one after the other.
+Int32Array pack_balanced(const DoubleArray& weight, const Int64Array& order, int packs) {
+    require_matrix(weight, "weight");
+    require_matrix(order, "order");
+    const auto rows = weight.shape(0), n = weight.shape(1);
+    require(order.shape(0) == rows && order.shape(1) == n, "order and weight differ in shape");
+    require(packs > 0 && n > 0 && n % packs == 0, "items cannot be shared evenly by the packs");
+    for (py::ssize_t i = 0; i < order.size(); ++i)
+        require(order.data()[i] >= 0 && order.data()[i] < n, "order names an item that does not exist");
+    Int32Array result({rows, n});
+    const auto* w = weight.data();
+    const auto* o = order.data();
+    auto* out = result.mutable_data();
+    {
+        py::gil_scoped_release release;
+        std::vector<int32_t> pack(n, 0), position(n, 0);
+        for (py::ssize_t row = 0; row < rows; ++row) {
+            eplb::pack_balanced(w + row * n, o + row * n, static_cast<int>(n), packs, pack.data(), position.data());
+            for (py::ssize_t i = 0; i < n; ++i)
+                out[row * n + i] = pack[i] * static_cast<int32_t>(n / packs) + position[i];
+        }
+    }
+    return result;
+}
+
+// weight [X, n] float64 -> (item [X, copies] of each copy, count [X, n])
+py::tuple replicate(const DoubleArray& weight, int copies) {
+    require_matrix(weight, "weight");
+    const auto rows = weight.shape(0), n = weight.shape(1);
+    require(n > 0 && copies >= n && copies <= (1 << 24), "fewer copies than items");
+    require_finite(weight);
+    Int32Array item({rows, static_cast<py::ssize_t>(copies)}), count({rows, n});
+    const auto* w = weight.data();
+    auto* items = item.mutable_data();
+    auto* counts = count.mutable_data();
+    {
+        py::gil_scoped_release release;
+        for (py::ssize_t row = 0; row < rows; ++row)
+            eplb::replicate(w + row * n, static_cast<int>(n), copies, items + row * copies, counts + row * n);
+    }
+    return py::make_tuple(item, count);
+}
+
+Int32Array preserve_slots(const Int32Array& slots, const Int32Array& old, int num_ranks) {
+    require_matrix(slots, "slots");
+    require_matrix(old, "old");
+    require(slots.shape(0) == old.shape(0) && slots.shape(1) == old.shape(1), "placements differ in shape");
+    require(num_ranks > 0 && slots.shape(1) % num_ranks == 0, "slots must be shared evenly by the ranks");
+    const auto rows = slots.shape(0), n = slots.shape(1);
+    Int32Array result({rows, n});
+    std::copy_n(slots.data(), slots.size(), result.mutable_data());
+    for (py::ssize_t row = 0; row < rows; ++row)
+        eplb::preserve_slots(result.mutable_data() + row * n, old.data() + row * n, static_cast<int>(n), num_ranks);
+    return result;
+}
+
+Int32Array draw_placement(uint64_t seed, int num_layers, int num_experts, int num_slots, int num_ranks) {
+    require(num_layers > 0 && num_experts > 0 && num_ranks > 0, "need at least one layer, expert and rank");
+    require(num_slots >= num_experts && num_slots % num_ranks == 0, "slots must hold all experts, evenly by rank");
+    Int32Array result({num_layers, num_slots});
+    eplb::Random seeds(seed);
+    for (int layer = 0; layer < num_layers; ++layer)
+        eplb::draw_placement(seeds.next(), num_experts, num_slots, num_ranks, result.mutable_data(layer, 0));
+    return result;
+}
+
+// -> (slots [L, P] after all moves, moves [M, 4])
+py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, int num_ranks, double target,
+                           int max_per_rank, int threads) {
+    require_matrix(load, "load");
+    require_matrix(slots, "slots");
+    require(load.shape(0) == slots.shape(0), "load and slots differ in the number of layers");
+    require_finite(load);
+    const auto layers = slots.shape(0), num_slots = slots.shape(1), num_experts = load.shape(1);
+    require_slots(slots, static_cast<int>(num_experts), num_ranks);
+    eplb::Goal goal;
+    goal.target = target;
+    goal.max_per_rank = max_per_rank;
+    std::vector<eplb::LayerPlan> plans(layers);
+    {
+        py::gil_scoped_release release;
+        eplb::for_each_item(static_cast<int>(layers), threads, [&](int layer) {
+            plans[layer] = eplb::plan_layer(load.data(layer, 0), slots.data(layer, 0), static_cast<int>(num_experts),
+                                            static_cast<int>(num_slots), num_ranks, goal);
+        });
+    }
+    py::ssize_t total = 0;
+    for (const auto& plan : plans) total += static_cast<py::ssize_t>(plan.moves.size());
+    Int32Array after({layers, num_slots}), moves({total, py::ssize_t{4}});
+    int32_t* row = moves.mutable_data();
+    int32_t groups = 0;
+    for (py::ssize_t layer = 0; layer < layers; ++layer) {
+        std::copy(plans[layer].slots.begin(), plans[layer].slots.end(), after.mutable_data(layer, 0));
+        int32_t last = -1;
+        for (const auto& move : plans[layer].moves) {
+            *row++ = static_cast<int32_t>(layer);
+            *row++ = move.slot;
+            *row++ = move.expert;
+            *row++ = groups + move.group;
+            last = move.group;
+        }
+        groups += last + 1;
+    }
+    return py::make_tuple(after, moves);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_planner, module) {
+    module.doc() = "C++ core of vllm_ascend_eplb.policy";
+    module.def("pack_balanced", &pack_balanced, py::arg("weight"), py::arg("order"), py::arg("packs"));
+    module.def("replicate", &replicate, py::arg("weight"), py::arg("copies"));
+    module.def("preserve_slots", &preserve_slots, py::arg("slots"), py::arg("old"), py::arg("num_ranks"));
+    module.def("draw_placement", &draw_placement, py::arg("seed"), py::arg("num_layers"), py::arg("num_experts"),
+               py::arg("num_slots"), py::arg("num_ranks"));
+    module.def("plan_incremental", &plan_incremental, py::arg("load"), py::arg("slots"), py::arg("num_ranks"),
+               py::arg("target"), py::arg("max_per_rank"), py::arg("threads"));
+}

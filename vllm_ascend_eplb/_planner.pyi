@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import numpy.typing as npt
+
+_Int32 = npt.NDArray[np.int32]
+_Float = npt.NDArray[np.float64]
+
+def pack_balanced(weight: _Float, order: npt.NDArray[np.int64], packs: int) -> _Int32: ...
+def replicate(weight: _Float, copies: int) -> tuple[_Int32, _Int32]: ...
+def preserve_slots(slots: _Int32, old: _Int32, num_ranks: int) -> _Int32: ...
+def draw_placement(seed: int, num_layers: int, num_experts: int, num_slots: int, num_ranks: int) -> _Int32: ...
+def plan_incremental(
+    load: npt.NDArray[np.float64] | npt.NDArray[np.int64],
+    slots: _Int32,
+    num_ranks: int,
+    target: float,
+    max_per_rank: int,
+    threads: int,
+) -> tuple[_Int32, _Int32]: ...
