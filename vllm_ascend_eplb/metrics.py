@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics: the statistics of the balancer as gauges ``vllm_eplb_*`` on the server's ``/metrics``.
+
+vLLM finds ``EplbStatLogger`` through the entry point group ``vllm.stat_logger_plugins``, in the API server only. Where
+balancing is off it makes no metric. Otherwise a daemon thread looks at the statistics file once a second: requests and
+scrapes never wait for it, and the last cycle shows also when traffic has ended. All values are gauges, also the
+totals, because with several API servers each of them shows the same file (``multiprocess_mode="mostrecent"``).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
+
+from .config import EplbConfig
+from .stats import EplbStats, Par, PhaseName, StatsError, read_stats, stats_path
+
+if TYPE_CHECKING:
+    EplbStatLogger: type
+
+__all__ = ["EplbGauges", "EplbStatLogger", "read_stats"]
+
+logger = logging.getLogger("vllm.eplb.metrics")  # only loggers under vllm have handlers in a server
+
+
+class EplbGauges:
+    """The gauges. Names are unique per registry, so make one object per registry.
+
+    Args:
+        registry: where to register them.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"vllm_eplb_{name}", text, labels, registry=registry, multiprocess_mode="mostrecent")
+
+        par = "Peak-to-average ratio of rank load over MoE layers (1 is perfect), "
+        self._par = {
+            "par_before": gauge("par_before", par + "before the last cycle that moved experts.", "layers"),
+            "par_predicted": gauge("par_predicted", par + "that the plan of that cycle promised.", "layers"),
+            "par_realised": gauge("par_realised", par + "measured in the window after that cycle.", "layers"),
+            "par_window": gauge("par_window", par + "in the last collection window.", "layers"),
+            "par_window_start_placement": gauge(
+                "par_window_start_placement",
+                par + "in the last collection window, had the placement the server started with been in force.",
+                "layers",
+            ),
+        }
+        self._cycles = gauge("cycles", "Balancing cycles so far, by result.", "result")
+        self._phase = gauge("phase", "1 for the phase that the balancer is in, 0 for the others.", "phase")
+        self._info = gauge("info", "Always 1; version and settings in force.", "version", "policy", "mode")
+        self._numbers = {
+            "step": gauge("steps", "Forward passes counted so far."),
+            "experts_moved": gauge("experts_moved", "Experts moved so far."),
+            "experts_moved_last": gauge("experts_moved_last_cycle", "Experts moved in the last cycle that moved any."),
+            "planner_seconds": gauge("planner_seconds", "Wall time of the last plan."),
+            "control_wait_seconds": gauge(
+                "control_wait_seconds", "Time that steps waited for the ranks' agreement so far."
+            ),
+            "control_wait_last_cycle_seconds": gauge(
+                "control_wait_last_cycle_seconds", "Time that steps of the last cycle waited for agreement."
+            ),
+            "control_wait_longest_seconds": gauge(
+                "control_wait_longest_seconds", "Longest wait of one step for agreement."
+            ),
+            "transfer_wait_seconds": gauge("transfer_wait_seconds", "Time that steps waited for transfers so far."),
+            "commit_seconds": gauge("commit_seconds", "Time that steps spent on commits so far."),
+            "commit_longest_seconds": gauge("commit_longest_seconds", "Longest commit in one step."),
+            "longest_step_seconds": gauge("longest_step_seconds", "Longest time that balancing added to one step."),
+            "updated_at": gauge("updated_timestamp_seconds", "When the statistics were written, seconds since 1970."),
+        }
+
+    def show(self, stats: EplbStats) -> None:
+        """Sets all gauges."""
+        window = stats.window
+        pars: dict[str, Par | None] = {
+            "par_before": stats.par_before,
+            "par_predicted": stats.par_predicted,
+            "par_realised": stats.par_realised,
+            "par_window": window.par if window else None,
+            "par_window_start_placement": window.par_start if window else None,
+        }
+        for name, par in pars.items():
+            if par is not None:
+                self._par[name].labels(layers="mean").set(par.mean)
+                self._par[name].labels(layers="worst").set(par.worst)
+        for result in ("done", "skipped", "failed"):
+            self._cycles.labels(result=result).set(getattr(stats, f"cycles_{result}"))
+        for phase in get_args(PhaseName):
+            self._phase.labels(phase=phase).set(phase == stats.phase)
+        self._info.labels(version=stats.version, policy=stats.policy, mode=stats.mode).set(1)
+        for name, number in self._numbers.items():
+            number.set(getattr(stats, name))
+
+
+class StatsWatcher:
+    """Shows a statistics file on gauges whenever it changes. Nothing that happens to the file stops it.
+
+    Args:
+        path: of the file.
+        gauges: where to show it.
+        interval: seconds between two looks.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], gauges: EplbGauges, interval: float = 1.0) -> None:
+        self.path = Path(path)
+        self._gauges = gauges
+        self._interval = interval
+        self._seen: tuple[int, int] | None = None
+        self._complained = False
+        self._closing = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="eplb-metrics", daemon=True).start()
+
+    def close(self) -> None:
+        self._closing.set()
+
+    def look(self) -> bool:
+        """Shows the file if it changed since the last look; tells whether it did. Never raises."""
+        try:
+            status = os.stat(self.path)
+            version = (status.st_mtime_ns, status.st_ino)
+            if version == self._seen:
+                return False
+            self._seen = version
+            stats = read_stats(self.path)
+            if stats is None:
+                return False
+            self._gauges.show(stats)
+            return True
+        except FileNotFoundError:
+            return False  # nothing written yet
+        except Exception as error:
+            if not self._complained:
+                kind = "" if isinstance(error, (StatsError, OSError)) else f"{type(error).__name__}: "
+                logger.warning("EPLB metrics are not updated: %s%s", kind, error)
+                self._complained = True
+            return False
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._interval):
+            self.look()
+
+
+_watcher: StatsWatcher | None = None
+
+
+def _watch(vllm_config: Any) -> None:
+    """Starts the watcher of this process, once, if balancing is on. Never raises: metrics must not stop a server."""
+    global _watcher
+    try:
+        path = stats_path()
+        if path is None or not EplbConfig.from_additional_config(vllm_config.additional_config).active:
+            return
+        if _watcher is None:
+            _watcher = StatsWatcher(path, EplbGauges())
+            _watcher.start()
+        _watcher.path = path
+    except Exception as error:
+        logger.warning("EPLB metrics are not available: %s", error)
+
+
+def _make_stat_logger() -> type:
+    from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+    class EplbStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
+        """vLLM's side of it: one object per API server, for all engines. What vLLM reports is not needed here."""
+
+        def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
+            _watch(vllm_config)
+
+        def record(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return EplbStatLogger
+
+
+def __getattr__(name: str) -> Any:
+    # vLLM asks for the class, and has imported itself by then; tools that read metrics' source need not import it
+    if name != "EplbStatLogger":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = made = _make_stat_logger()
+    return made
