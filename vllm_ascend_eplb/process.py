@@ -156,6 +156,7 @@ class _Child:
     def __init__(self, policy: Callable[[PlanRequest], Plan], on_answer: Callable[[], None]) -> None:
         context = multiprocessing.get_context("spawn")
         self.answers: list[PlanAnswer] = []
+        self.gone = False
         self._on_answer = on_answer
         self._requests = context.Queue()
         self._answers = context.Queue()
@@ -186,21 +187,19 @@ class _Child:
             if isinstance(answer, PlanAnswer):
                 self.answers.append(answer)
             self._on_answer()
+        self.gone = True  # known before the exit code is
         self._on_answer()
-
-    @property
-    def exit_code(self) -> int | None:
-        """None while the child runs."""
-        return self._process.exitcode
 
     def ask(self, request: PlanRequest) -> None:
         self._requests.put(request)
 
-    def kill(self) -> None:
+    def kill(self) -> int | None:
+        """Ends the child and returns its exit code."""
         self._process.kill()
         self._process.join(5.0)
         self._requests.cancel_join_thread()
         self._requests.close()
+        return self._process.exitcode
 
 
 class EplbProcess:
@@ -257,19 +256,20 @@ class EplbProcess:
             self._wake.clear()
             with self._lock:
                 request, self._request = self._request, None
-            if request is None or self._stopping:
-                continue
-            answer = self._ask(request)
-            with self._lock:
-                if self._request is None:  # a newer request makes this answer worthless
-                    self._answer = answer
+            if request is not None and not self._stopping:
+                answer = self._ask(request)
+                with self._lock:
+                    if self._request is None:  # a newer request makes this answer worthless
+                        self._answer = answer
+            elif self._child is not None and self._child.gone:
+                self._end_child()
             if self._child is None:
                 self._start_child()
         self._end_child()
 
     def _ask(self, request: PlanRequest) -> PlanAnswer | None:
         """Has the child answer; replaces it when it died, hangs, or is busy with what nobody waits for any more."""
-        if self._child is not None and self._child.exit_code is not None:
+        if self._child is not None and self._child.gone:
             self._end_child()
         if self._child is None:
             self._start_child()
@@ -281,7 +281,7 @@ class EplbProcess:
         while not self._stopping:
             self._wake.wait(POLL_SECONDS)
             self._wake.clear()
-            died = child.exit_code is not None  # looked at before the answers: the last one may be there
+            died = child.gone  # looked at before the answers: the last one may be there
             for answer in child.answers:
                 if answer.number == request.number:
                     child.answers.clear()
@@ -294,19 +294,16 @@ class EplbProcess:
                 self._end_child()
                 return None
             if died:
-                self._end_child()
-                return PlanAnswer(
-                    request.number, error=f"the planner process died (exit code {child.exit_code})", died=True
-                )
+                code = self._end_child()
+                return PlanAnswer(request.number, error=f"the planner process died (exit code {code})", died=True)
             if time.monotonic() > deadline:
                 self._end_child()
                 return PlanAnswer(request.number, error=f"the planner did not answer within {self._timeout:g} s")
         return None
 
-    def _end_child(self) -> None:
+    def _end_child(self) -> int | None:
         child, self._child = self._child, None
-        if child is not None:
-            child.kill()
+        return child.kill() if child is not None else None
 
     def _start_child(self) -> None:
         pause = RESTART_SECONDS[min(self._starts_in_vain, len(RESTART_SECONDS) - 1)]
