@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gauges: what they show, and that nothing which happens to the statistics file harms the server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from vllm_ascend_eplb import metrics
+from vllm_ascend_eplb.metrics import EplbGauges, StatsWatcher
+from vllm_ascend_eplb.stats import STATS_VARIABLE, EplbStats, StatsFile, StatsKeeper
+
+
+def sample_stats() -> EplbStats:
+    keeper = StatsKeeper("1.0", "default", "balance")
+    keeper.step = 40
+    keeper.window_ended([[30.0, 10.0]], [[40.0, 0.0]])
+    keeper.planned([1.0], 0.5)
+    keeper.cycle_ended("done", moved=6)
+    keeper.window_ended([[22.0, 18.0]], [[40.0, 0.0]])
+    keeper.cycle_ended("skipped")
+    keeper.phase = "move"
+    keeper.committed(0.25)
+    return keeper.stats()
+
+
+def shown(registry: CollectorRegistry) -> dict[str, float]:
+    lines = generate_latest(registry).decode().splitlines()
+    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
+
+
+def test_gauges() -> None:
+    registry = CollectorRegistry()
+    EplbGauges(registry).show(sample_stats())
+    values = shown(registry)
+    expected = {
+        'vllm_eplb_par_before{layers="mean"}': 1.5,
+        'vllm_eplb_par_predicted{layers="worst"}': 1.0,
+        'vllm_eplb_par_realised{layers="mean"}': 1.1,
+        'vllm_eplb_par_window{layers="mean"}': 1.1,
+        'vllm_eplb_par_window_start_placement{layers="mean"}': 2.0,
+        'vllm_eplb_cycles{result="done"}': 1.0,
+        'vllm_eplb_cycles{result="skipped"}': 1.0,
+        'vllm_eplb_cycles{result="failed"}': 0.0,
+        'vllm_eplb_phase{phase="move"}': 1.0,
+        'vllm_eplb_phase{phase="collect"}': 0.0,
+        'vllm_eplb_info{mode="balance",policy="default",version="1.0"}': 1.0,
+        "vllm_eplb_experts_moved": 6.0,
+        "vllm_eplb_planner_seconds": 0.5,
+        "vllm_eplb_commit_longest_seconds": 0.25,
+        "vllm_eplb_steps": 40.0,
+    }
+    assert {name: values.get(name) for name in expected} == expected
+    assert all(name.startswith("vllm_eplb_") for name in values)
+    assert len(values) < 50  # few time series, however large the model
+
+
+def test_watcher_follows_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    registry = CollectorRegistry()
+    path = tmp_path / "stats.json"
+    watcher = StatsWatcher(path, EplbGauges(registry))
+    assert not watcher.look()
+    StatsFile(path).write(EplbStats(step=1))
+    assert watcher.look()
+    assert not watcher.look()  # unchanged
+    half = sample_stats().to_json()[:200]
+    path.write_text(half)
+    assert not watcher.look()
+    assert shown(registry)["vllm_eplb_steps"] == 1.0  # the last good values stay
+    assert any("not updated" in record.message for record in caplog.records)
+    StatsFile(path).write(sample_stats())
+    assert watcher.look()
+    assert shown(registry)["vllm_eplb_steps"] == 40.0
+    path.unlink()
+    assert not watcher.look()
+
+
+def test_watcher_survives_broken_gauges(tmp_path: Path) -> None:
+    def fail(_: EplbStats) -> None:
+        raise RuntimeError("out of space")
+
+    StatsFile(tmp_path / "stats.json").write(EplbStats())
+    assert not StatsWatcher(tmp_path / "stats.json", SimpleNamespace(show=fail)).look()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "additional_config"),
+    [
+        (None, {"eplb_config": {"dynamic_eplb": True}}),
+        ("stats.json", {}),
+        ("stats.json", {"eplb_config": {"dynamic_eplb": False}}),
+        ("stats.json", {"eplb_config": {"no_such_key": 1}}),
+        ("stats.json", object()),
+    ],
+)
+def test_off_means_no_metric(
+    path: str | None, additional_config: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(STATS_VARIABLE, raising=False)
+    if path:
+        monkeypatch.setenv(STATS_VARIABLE, str(tmp_path / path))
+    made: list[object] = []
+    monkeypatch.setattr(metrics, "EplbGauges", lambda: made.append(1))
+    metrics._watch(SimpleNamespace(additional_config=additional_config))
+    assert made == []
+
+
+def test_two_engines_share_one_watcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = CollectorRegistry()
+    made: list[EplbGauges] = []
+
+    def make() -> EplbGauges:
+        made.append(EplbGauges(registry))
+        return made[-1]
+
+    monkeypatch.setattr(metrics, "EplbGauges", make)
+    monkeypatch.setattr(metrics, "_watcher", None)
+    monkeypatch.setenv(STATS_VARIABLE, str(tmp_path / "stats.json"))
+    config = SimpleNamespace(additional_config={"eplb_config": {"dynamic_eplb": True}})
+    metrics._watch(config)
+    metrics._watch(config)
+    assert len(made) == 1
+    assert metrics._watcher is not None
+    metrics._watcher.close()
+
+
+def test_several_api_servers_show_the_newest(tmp_path: Path) -> None:
+    """Two processes with PROMETHEUS_MULTIPROC_DIR: one value per gauge, the last one set, and not a sum."""
+    code = (
+        "import sys\n"
+        "from vllm_ascend_eplb.metrics import EplbGauges\n"
+        "from vllm_ascend_eplb.stats import EplbStats\n"
+        "EplbGauges().show(EplbStats(step=int(sys.argv[1])))\n"
+    )
+    read = (
+        "from prometheus_client import CollectorRegistry, generate_latest, multiprocess\n"
+        "registry = CollectorRegistry()\n"
+        "multiprocess.MultiProcessCollector(registry)\n"
+        "print(generate_latest(registry).decode())\n"
+    )
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for step in ("70", "30"):
+        subprocess.run([sys.executable, "-c", code, step], env=environment, check=True)
+    result = subprocess.run([sys.executable, "-c", read], env=environment, check=True, capture_output=True, text=True)
+    assert "\nvllm_eplb_steps 30.0\n" in result.stdout
+
+
+def test_importing_imports_no_vllm() -> None:
+    code = "import sys, vllm_ascend_eplb.metrics\nassert not {'vllm', 'torch'} & set(sys.modules), 'imports too much'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_stat_logger_speaks_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class from the entry point against vLLM's base class (its abstract methods, without importing vLLM)."""
+
+    class AggregateStatLoggerBase(ABC):
+        @abstractmethod
+        def __init__(self, vllm_config: object, engine_indexes: list[int]) -> None: ...
+
+        @abstractmethod
+        def record(self, *args: object, **kwargs: object) -> None: ...
+
+        @abstractmethod
+        def log_engine_initialized(self) -> None: ...
+
+    loggers = ModuleType("vllm.v1.metrics.loggers")
+    loggers.AggregateStatLoggerBase = AggregateStatLoggerBase  # type: ignore[attr-defined]
+    for name in ("vllm", "vllm.v1", "vllm.v1.metrics"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "vllm.v1.metrics.loggers", loggers)
+    monkeypatch.delitem(vars(metrics), "EplbStatLogger", raising=False)
+    made = metrics.EplbStatLogger
+    assert isinstance(made, type)
+    assert issubclass(made, AggregateStatLoggerBase)
+    assert metrics.EplbStatLogger is made
+    logger = made(vllm_config=SimpleNamespace(additional_config={}), engine_indexes=[0])
+    logger.log_engine_initialized()
+    logger.record(None, None, mm_cache_stats=None, engine_idx=0)
+    monkeypatch.delitem(vars(metrics), "EplbStatLogger")
