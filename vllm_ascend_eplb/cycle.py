@@ -111,7 +111,8 @@ class CycleSettings:
         execution_steps: earliest steps from the snapshot to the first round.
         first_collect_steps: the same as ``collect_steps``, for the first cycle.
         max_failures: cycles dropped in a row after which balancing is switched off.
-        buffers: staging buffers, that is rounds that may be between *prepared* and *committed* at a time (1 or 2).
+        buffers: staging buffers, that is rounds that may be in flight at a time (1 or 2). One more is prepared ahead, so
+            that it can be issued at the step at which a buffer becomes free.
         max_resends: how often one round may be sent again after a checksum did not match.
     """
 
@@ -303,10 +304,10 @@ def _move(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[C
     if state.committed == state.rounds:
         state, done = _finish(state, settings)
         return state, actions + done
-    if agreed.min.rounds_ready > state.issued:
+    if agreed.min.rounds_ready > state.issued and state.in_flight < settings.buffers:
         actions += (Action(Do.ISSUE, state.issued),)
         state = replace(state, issued=state.issued + 1)
-    if state.prepared < state.rounds and state.prepared - state.committed < settings.buffers:
+    if state.prepared < state.rounds and state.prepared - state.committed <= settings.buffers:
         actions += (Action(Do.PREPARE, state.prepared),)
         state = replace(state, prepared=state.prepared + 1)
     return state, actions
