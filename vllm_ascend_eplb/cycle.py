@@ -111,8 +111,8 @@ class CycleSettings:
         execution_steps: earliest steps from the snapshot to the first round.
         first_collect_steps: the same as ``collect_steps``, for the first cycle.
         max_failures: cycles dropped in a row after which balancing is switched off.
-        buffers: staging buffers, that is rounds that may be in flight at a time (1 or 2). One more is prepared ahead, so
-            that it can be issued at the step at which a buffer becomes free.
+        buffers: staging buffers, that is rounds that may be in flight at a time (1 or 2). One more is prepared ahead,
+            so that it can be issued at the step at which a buffer becomes free.
         max_resends: how often one round may be sent again after a checksum did not match.
     """
 

@@ -17,13 +17,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .placement import Placement
 from .plan import Plan
+from .rounds import rounds_to_array, schedule_rounds
+from .topology import Topology
 
 POLL_SECONDS = 0.05
 """How often the parent's thread looks for a new request, a dead child or an answer."""
@@ -40,7 +43,10 @@ class PlanRequest:
         number: of the cycle; the answer carries it back.
         load: int64 [T, L, E], tokens per window, layer and logical expert.
         physical_to_logical: int32 [L, P], the placement in force.
-        num_experts, num_ranks, num_nodes, num_groups: shape of model and machine.
+        num_experts: logical experts per layer.
+        node_of_rank: the node of each rank.
+        num_groups: groups of experts, as the model routes them; 1 where it does not.
+        buffer_experts: staging places of a rank per round.
         policy: name of the policy.
         limits: keyword arguments for the policy.
     """
@@ -49,19 +55,32 @@ class PlanRequest:
     load: npt.NDArray[np.int64]
     physical_to_logical: npt.NDArray[np.int32]
     num_experts: int
-    num_ranks: int
-    num_nodes: int = 1
+    node_of_rank: tuple[int, ...]
     num_groups: int = 1
+    buffer_experts: int = 1
     policy: str = "incremental"
     limits: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.physical_to_logical, self.num_experts, len(self.node_of_rank))
 
 
 @dataclass(frozen=True)
 class PlanAnswer:
-    """What the planner answers: a plan, or the error that kept it from making one."""
+    """What the planner answers: a plan cut into rounds, or the error that kept it from making one.
+
+    Attributes:
+        number: of the request.
+        plan: None where there is an error.
+        rounds: int32 [N, 7], the plan's moves as ``rounds.rounds_to_array`` packs them.
+        error: what went wrong, in words.
+        died: whether the process went away rather than answer.
+    """
 
     number: int
     plan: Plan | None = None
+    rounds: npt.NDArray[np.int32] | None = None
     error: str = ""
     died: bool = False
 
@@ -72,14 +91,12 @@ def serve(requests: Any, answers: Any, policy: Callable[[PlanRequest], Plan]) ->
         request = requests.get()
         began = time.perf_counter()
         try:
-            plan = policy(request)
-            seconds = time.perf_counter() - began
-            answer = PlanAnswer(
-                request.number,
-                Plan(
-                    plan.physical_to_logical, plan.moves, plan.par_before, plan.par_after, plan.policy, seconds=seconds
-                ),
+            made = policy(request)
+            rounds = schedule_rounds(
+                request.placement, made.moves, Topology(request.node_of_rank), request.buffer_experts
             )
+            seconds = time.perf_counter() - began
+            answer = PlanAnswer(request.number, replace(made, seconds=seconds), rounds_to_array(rounds))
         except Exception as error:
             answer = PlanAnswer(request.number, error=f"{type(error).__name__}: {error}")
         answers.put(answer)
@@ -89,13 +106,14 @@ def plan_request(request: PlanRequest) -> Plan:
     """Answers a request with this package's planner."""
     from .policy import plan
 
+    topology = Topology(request.node_of_rank)
     return plan(
         request.load,
         request.physical_to_logical,
-        request.num_ranks,
-        num_nodes=request.num_nodes,
+        topology.num_ranks,
+        num_nodes=topology.num_nodes,
         num_groups=request.num_groups,
-        policy=request.policy,
+        policy=request.policy,  # type: ignore[arg-type]  # checked there
         **request.limits,
     )
 

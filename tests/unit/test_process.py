@@ -30,14 +30,13 @@ def reverse(request: PlanRequest) -> Plan:
     if order == 4:
         assert "torch" not in sys.modules
         assert "vllm" not in sys.modules
-    start = Placement(request.physical_to_logical, request.num_experts, request.num_ranks)
-    return Plan.between(start, request.physical_to_logical[:, ::-1], request.load.sum(axis=0), "reverse")
+    return Plan.between(request.placement, request.physical_to_logical[:, ::-1], request.load.sum(axis=0), "reverse")
 
 
 def request(number: int, order: int = 0) -> PlanRequest:
     load = np.ones((1, 2, 8), dtype=np.int64)
     load[0, 0, 0] = order
-    return PlanRequest(number, load, PLACEMENT.physical_to_logical, 8, 2)
+    return PlanRequest(number, load, PLACEMENT.physical_to_logical, 8, (0, 0))
 
 
 def wait_for_answer(process: EplbProcess, number: int, seconds: float = 60) -> PlanAnswer:
@@ -129,7 +128,7 @@ def test_a_stopped_child_neither_blocks_nor_survives(process):
     wait_for_answer(process, 1)
     stopped = process.pid
     os.kill(stopped, signal.SIGSTOP)
-    big = PlanRequest(2, np.ones((64, 2, 8000), dtype=np.int64), PLACEMENT.physical_to_logical, 8, 2)
+    big = PlanRequest(2, np.ones((64, 2, 8000), dtype=np.int64), PLACEMENT.physical_to_logical, 8, (0, 0))
     began = time.monotonic()
     process.submit(big)  # larger than a pipe: nobody reads it
     assert time.monotonic() - began < 1
