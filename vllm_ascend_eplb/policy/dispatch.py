@@ -44,7 +44,7 @@ def dispatch_tables(
     """
     slots = np.asarray(physical_to_logical)
     weight = np.asarray(shares, dtype=np.float64)
-    num_layers, num_slots = slots.shape
+    num_layers = len(slots)
     table = np.zeros((num_layers, num_experts, entries), dtype=np.int64)
     for layer in range(num_layers):
         for expert in range(num_experts):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,6 @@ from . import default
 POLICIES = ("random", "default", "incremental", "incremental")
 """The policy that stands for each of vllm-ascend's ``eplb_policy_type`` 0..3."""
 
-Policy = Literal["incremental", "default", "random"]
-Effort = Literal["fast", "thorough"]
 
 LARGEST_LOAD = 1e30
 """Largest load of an expert: float32, in which the default policy works as vLLM does, sums 512 of them safely."""
@@ -50,10 +48,10 @@ def plan(
     num_ranks: int,
     num_nodes: int = 1,
     num_groups: int = 1,
-    policy: Policy = "incremental",
+    policy: str = "incremental",
     *,
     target_par: float = 1.02,
-    effort: Effort = "fast",
+    effort: str = "fast",
     time_budget: float = 0.3,
     rounds: int | None = None,
     max_moves: int | None = None,

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+// Wider vectors where the machine has them, chosen when the library is loaded. No fused multiply-add: AVX2 alone does
+// not bring it and -ffp-contract=off forbids it elsewhere.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define EPLB_KERNEL __attribute__((target_clones("avx2", "default")))
+#else
+#define EPLB_KERNEL
+#endif
+
+namespace eplb {
+
+EPLB_KERNEL
+void score_swaps(int n, Potential potential, float share, float excess_r, const float* __restrict slot_share,
+                 const float* __restrict slot_excess, const float* __restrict price, float* __restrict score) {
+    const float above_r = std::max(excess_r, 0.0F), twice = 2.0F * potential.square;
+    for (int p = 0; p < n; ++p) {
+        const float change = share - slot_share[p];
+        const float here = excess_r - change, there = slot_excess[p] + change;
+        const float before = above_r + std::max(slot_excess[p], 0.0F);
+        const float after = std::max(here, 0.0F) + std::max(there, 0.0F);
+        // The difference of the squares, a^2 + b^2 - (a - c)^2 - (b + c)^2 = 2c (a - c - b).
+        score[p] = (before - after + twice * change * (here - slot_excess[p])) * price[p];
+    }
+}
+
+EPLB_KERNEL
+void score_receipts(int n, Potential potential, float base, float load, const float* __restrict added,
+                    const float* __restrict gain, const float* __restrict price, float* __restrict score) {
+    for (int i = 0; i < n; ++i) score[i] = (base + gain[i] - potential(load + added[i])) * price[i];
+}
+
+EPLB_KERNEL
+void score_placements(int n, Potential potential, const float* __restrict base, const float* __restrict load,
+                      float added, float gain, const float* __restrict price, float* __restrict score) {
+    for (int i = 0; i < n; ++i) score[i] = (base[i] + gain - potential(load[i] + added)) * price[i];
+}
+
+namespace {
+
+// Floats above zero are ordered as their bit patterns are; integers let the compiler vectorise the maximum.
+inline int32_t bits(float value) {
+    int32_t result;
+    std::memcpy(&result, &value, sizeof result);
+    return result;
+}
+
+}  // namespace
+
+EPLB_KERNEL
+int best_above(int n, const float* score, float* least) {
+    const int32_t bar = bits(*least);
+    int32_t best = bar;
+    for (int i = 0; i < n; ++i) best = std::max(best, bits(score[i]));
+    if (best == bar) return -1;
+    int i = 0;
+    while (bits(score[i]) != best) ++i;
+    *least = score[i];
+    return i;
+}
+
+}  // namespace eplb

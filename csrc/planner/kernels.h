@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// The inner loops of the search. Each result depends on its own element only, in float32 with one rounding per
+// operation, so any vector width gives the same numbers.
+#pragma once
+
+namespace eplb {
+
+// What a rank's load (in units of the mean) costs the search: the part above the limit, and a small square that
+// prefers even ranks.
+struct Potential {
+    float limit = 1.0F;
+    float square = 0.1F;
+
+    float operator()(float load) const {
+        const float above = load - limit;
+        const float off = load - 1.0F;
+        return (above > 0.0F ? above : 0.0F) + square * off * off;
+    }
+};
+
+// What a candidate's gain is multiplied with: one over the receipts that it costs; nearly free ones count as kFree.
+constexpr float kFree = 6.0F;
+
+// What rank r gains together with the rank of each slot p by giving it an expert of replica load `share` for slot p's
+// expert, times price[p]. Excess: a rank's load minus the limit.
+void score_swaps(int n, Potential potential, float share, float excess_r, const float* slot_share,
+                 const float* slot_excess, const float* price, float* score);
+
+// score[i] = (base + gain[i] - potential(load + added[i])) * price[i]
+void score_receipts(int n, Potential potential, float base, float load, const float* added, const float* gain,
+                    const float* price, float* score);
+
+// score[i] = (base[i] + gain - potential(load[i] + added)) * price[i]
+void score_placements(int n, Potential potential, const float* base, const float* load, float added, float gain,
+                      const float* price, float* score);
+
+// The index of the first largest score above `least`, or -1; *least becomes that score.
+int best_above(int n, const float* score, float* least);
+
+}  // namespace eplb

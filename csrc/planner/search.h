@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// One layer's placement while the search changes it: who holds what, how many copies, the load of every rank.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+namespace eplb {
+
+struct Shape {
+    int experts;  // E
+    int slots;    // P
+    int ranks;    // R
+    int per_rank() const { return slots / ranks; }
+};
+
+class Search {
+  public:
+    explicit Search(Shape shape);
+
+    // Starts from `slots` [P] (-1: empty) under `load` [E]. Returns false where there is no load and nothing to do.
+    bool begin(const double* load, const int32_t* slots);
+
+    // Sets the load at which a rank is light enough, in units of the mean, and the weight of the square.
+    void aim(double limit, double square);
+
+    // Takes moves, best gain per receipt first, until no rank is above the limit (returns true) or none helps.
+    bool descend(int most_steps);
+
+    double peak() const;  // load of the busiest rank in units of the mean
+    int cost() const { return cost_; }
+    const std::vector<int32_t>& slots() const { return expert_; }  // E stands for empty
+    const std::vector<int32_t>& start() const { return start_; }
+
+    int steps = 0;
+
+  private:
+    struct Candidate {
+        float score = 1e-7F;
+        int slot = -1;   // takes `expert`
+        int other = -1;  // for a swap: the slot that takes the expert of `slot`
+        int expert = -1;
+    };
+
+    bool improve(int rank);
+    void refresh();
+    void offer_receipts(int rank, Candidate& best);
+    void offer_placements(int rank, Candidate& best);
+    void offer_swaps(int rank, Candidate& best);
+
+    void place(int slot, int expert);
+    void recount(int expert, int copies);
+    void count_shares(int expert);
+    void shift(int rank, int32_t change);
+    void set_away(int slot, bool away);
+    void set_spare(int slot, bool spare);
+
+    bool is_home(int rank, int expert) const { return home_[at(rank, expert)] != 0; }
+    uint16_t* holders_of(int expert) { return &place_[static_cast<size_t>(expert) * stride_]; }
+    size_t at(int rank, int expert) const { return static_cast<size_t>(rank) * (shape_.experts + 1) + expert; }
+    int32_t share_of(int expert, int copies) const { return weight_[expert] / copies; }
+
+    Shape shape_;
+    Potential potential_;
+    int32_t limit_ = 0;
+    int cost_ = 0;
+
+    // Loads are integers in 1/2^20 of a rank's mean, so that sums are exact in any order.
+    std::vector<int32_t> expert_, start_;          // [P]
+    std::vector<int32_t> weight_, count_, share_;  // [E + 1], the last stands for "empty"
+    std::vector<int32_t> rank_load_;               // [R]
+    std::vector<uint8_t> home_;                    // [R, E + 1]
+    std::vector<uint16_t> place_;                  // [E, stride]: the slots that hold an expert, count_ of them
+    size_t stride_ = 0;                            // most copies that an expert can have
+    std::vector<uint16_t> rank_of_;                // [P]
+    std::vector<int32_t> home_slots_first_;        // [E + 1] into home_rank_
+    std::vector<uint16_t> home_rank_;              // ranks that hold an expert at the start
+
+    // Derived from the above where ranks have changed since the last refresh(); what the kernels read.
+    std::vector<int32_t> dirty_ranks_;
+    std::vector<uint8_t> is_dirty_;  // [R]
+    std::vector<uint32_t> seen_;     // [E + 1], equal to round_ where recomputed
+    uint32_t round_ = 0;
+    std::vector<float> slot_share_, slot_load_, slot_phi_,
+        slot_excess_;                                  // [P]: the replica's load, its rank's and its potential
+    std::vector<float> home_price_, away_price_;       // [P]: price of receiving the slot's expert in exchange for
+                                                       // one that is at home, or that is not
+    std::vector<uint64_t> spare_;                      // [P] bits: the slot's expert has other copies, or none is there
+    std::vector<uint8_t> away_;                        // [P]: the expert was not on this rank at the start
+    std::vector<float> up_, up_change_, down_change_;  // [E + 1]: replica load with one copy more; changes of it
+    std::vector<float> add_gain_, drop_gain_;          // [E + 1]: effect on all holders of one copy more or less
+    std::vector<int32_t> spare_slot_, spare_first_;    // compact list of spare slots; [R + 1] first of each rank
+    std::vector<float> spare_base_, spare_load_, spare_price_;  // by entry of that list
+    std::vector<float> price_, expert_price_, score_;           // scratch
+    std::vector<std::pair<int, float>> saved_;                  // scratch
+    std::vector<int32_t> rows_;                                 // scratch
+};
+
+}  // namespace eplb
