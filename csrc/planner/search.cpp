@@ -63,7 +63,9 @@ bool Search::begin(const double* load, const int32_t* slots) {
         ++count_[expert_[p]];
         home_[at(rank_of_[p], expert_[p])] = 1;
     }
-    stride_ = static_cast<size_t>(std::max(R, *std::max_element(count_.begin(), count_.end() - 1)));
+    // Copies found twice on a rank, one on every other rank, and one more in the middle of a swap.
+    const int most = *std::max_element(count_.begin(), count_.end() - 1);
+    stride_ = static_cast<size_t>(R + most + 1);
     place_.resize(stride_ * E);
     std::vector<int32_t> listed(E, 0);
     for (int p = 0; p < P; ++p)
