@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The OpenAI server of vLLM as a child process: start, readiness, orderly end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+from vllm_ascend_eplb.stats import STATS_VARIABLE, EplbStats, StatsError, read_stats
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODEL = REPOSITORY / "examples" / "tiny_moe"
+MAX_TOKENS_PER_REQUEST = 512
+"""Context length that the demo serves; its prompts have at most 230 tokens."""
+
+
+class ServerError(RuntimeError):
+    """The server did not do what it should; the message says what, and ends with the last lines of its log."""
+
+
+def cpu_environment(ranks: int) -> dict[str, str]:
+    """The environment in which vLLM serves on CPUs: one core for each rank, shared where there are fewer cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    environment = {key: value for key, value in os.environ.items() if key != "VLLM_PLUGINS"}
+    return environment | {
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(cores[rank % len(cores)]) for rank in range(ranks)),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+class Server:
+    """vLLM's OpenAI server with the balancer on.
+
+    Args:
+        ranks: tensor-parallel and expert-parallel size.
+        eplb_config: the balancer's settings.
+        folder: an empty folder for its log and statistics.
+        max_num_seqs: requests that are served at a time.
+    """
+
+    def __init__(self, ranks: int, eplb_config: dict[str, object], folder: Path, max_num_seqs: int) -> None:
+        self.log_path = folder / "server.log"
+        self._stats_path = folder / "stats.json"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.command = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(MODEL), "--served-model-name", "tiny-moe", "--dtype", "float32"),
+            *("--host", "127.0.0.1", "--port", str(port), "--uvicorn-log-level", "warning"),
+            *("--tensor-parallel-size", str(ranks), "--enable-expert-parallel", "--enforce-eager"),
+            *("--max-model-len", str(MAX_TOKENS_PER_REQUEST), "--max-num-seqs", str(max_num_seqs)),
+            "--no-enable-prefix-caching",  # prompts repeat; each time they shall be computed
+            *("--additional-config", json.dumps({"eplb_config": eplb_config})),
+        ]
+        self._environment = cpu_environment(ranks) | {STATS_VARIABLE: str(self._stats_path)}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with open(self.log_path, "wb") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                cwd=REPOSITORY,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C at the terminal is for the demo, which then ends the server in order
+            )
+
+    def wait_until_ready(self, timeout: float) -> Iterator[float]:
+        """Yields the seconds waited, twice a second, and returns when the server answers.
+
+        Raises:
+            ServerError: it ended, or did not answer in time.
+        """
+        begin = time.monotonic()
+        while True:
+            self.check_alive()
+            try:
+                if httpx.get(f"{self.url}/health", timeout=2.0).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            waited = time.monotonic() - begin
+            if waited > timeout:
+                raise ServerError(f"the server was not ready after {timeout:.0f} s{self._last_lines()}")
+            yield waited
+            time.sleep(0.5)
+
+    def check_alive(self) -> None:
+        """Raises:
+        ServerError: the server has ended.
+        """
+        if self._process is None or self._process.poll() is not None:
+            status = "was not started" if self._process is None else f"ended with status {self._process.returncode}"
+            raise ServerError(f"the server {status}{self._last_lines()}")
+
+    def stats(self) -> EplbStats | None:
+        """What the balancer last reported; None before its first report."""
+        try:
+            return read_stats(self._stats_path)
+        except StatsError as error:
+            raise ServerError(str(error)) from error
+
+    def metrics(self) -> dict[str, float]:
+        """The balancer's lines of the server's /metrics."""
+        text = httpx.get(f"{self.url}/metrics", timeout=10.0).text
+        lines = (line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("vllm_eplb_"))
+        return {name: float(value) for name, value in lines}
+
+    def processes(self) -> list[int]:
+        """Ids of all living processes that descend from the server: those that inherited its environment."""
+        mark = f"{STATS_VARIABLE}={self._stats_path}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    if mark in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
+                except OSError:
+                    continue  # it has just ended, or belongs to somebody else
+        return found
+
+    def stop(self, timeout: float = 30.0) -> list[int]:
+        """Interrupts the server, as Ctrl-C does, and waits until all its processes are gone.
+
+        Returns:
+            Processes that were still there after ``timeout`` seconds; they have been killed.
+        """
+        if self._process is None:
+            return []
+        deadline = time.monotonic() + timeout
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None and not self.processes():
+                return []
+            time.sleep(0.2)
+        left = self.processes()
+        for process in left:
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self._process.wait()
+        return left
+
+    def _last_lines(self, count: int = 30) -> str:
+        if not self.log_path.exists():
+            return ""
+        lines = self.log_path.read_text(errors="replace").splitlines()[-count:]
+        return "\n".join([f"; its log ({self.log_path}) ends with:", *lines])

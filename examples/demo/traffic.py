@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams of greedy completions whose domain can be switched at any time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import httpx
+
+
+@dataclass
+class Tally:
+    """Answers of one domain so far, compared with the reference token by token."""
+
+    requests: int = 0
+    tokens_compared: int = 0
+    tokens_equal: int = 0
+    first_difference: str = ""
+
+    def compare(self, prompt: int, answer: list[int], expected: list[int]) -> None:
+        self.requests += 1
+        self.tokens_compared += max(len(answer), len(expected))
+        equal = sum(a == b for a, b in zip(answer, expected, strict=False))
+        self.tokens_equal += equal
+        if answer != expected and not self.first_difference:
+            self.first_difference = f"prompt {prompt}: expected {expected}, got {answer}"
+
+
+@dataclass
+class Traffic:
+    """Keeps ``streams`` requests under way until it is stopped.
+
+    Args:
+        url: of the server.
+        prompts: texts of each domain.
+        expected: greedy token ids of each prompt of each domain.
+        max_new_tokens: length of each answer.
+        streams: requests under way at a time.
+    """
+
+    url: str
+    prompts: dict[str, list[str]]
+    expected: dict[str, list[list[int]]]
+    max_new_tokens: int
+    streams: int
+    domain: str = ""
+    text: str = ""  # the answer that is being written in the first stream
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    tokens: Counter[str] = field(default_factory=Counter)
+    _order: Iterator[int] = field(default_factory=itertools.count, init=False)
+    _stopping: bool = field(default=False, init=False)
+
+    def switch(self, domain: str) -> None:
+        """From now on new requests are of this domain."""
+        self.domain = domain
+        self.tallies.setdefault(domain, Tally())
+        self._order = itertools.count()
+
+    def stop(self) -> None:
+        """Requests under way are finished, new ones are not begun."""
+        self._stopping = True
+
+    async def run(self) -> None:
+        """Returns when stopped and all answers are there.
+
+        Raises:
+            httpx.HTTPError: the server does not answer, or with an error.
+        """
+        timeout = httpx.Timeout(120.0)
+        limits = httpx.Limits(max_connections=self.streams + 1)
+        async with httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits) as client:
+            await asyncio.gather(*(self._stream(client, shown=number == 0) for number in range(self.streams)))
+
+    async def _stream(self, client: httpx.AsyncClient, shown: bool) -> None:
+        while not self._stopping:
+            domain = self.domain
+            prompt = next(self._order) % len(self.prompts[domain])
+            request = {
+                "model": "tiny-moe",
+                "prompt": self.prompts[domain][prompt],
+                "max_tokens": self.max_new_tokens,
+                "temperature": 0.0,
+                "ignore_eos": True,
+                "return_token_ids": True,
+            }
+            answer = await (self._answer_live(client, request) if shown else self._answer(client, request))
+            self.tokens[domain] += len(answer)
+            self.tallies[domain].compare(prompt, answer, self.expected[domain][prompt])
+
+    async def _answer(self, client: httpx.AsyncClient, request: dict[str, object]) -> list[int]:
+        response = await client.post("/v1/completions", json=request)
+        response.raise_for_status()
+        answer: list[int] = response.json()["choices"][0]["token_ids"]
+        return answer
+
+    async def _answer_live(self, client: httpx.AsyncClient, request: dict[str, object]) -> list[int]:
+        answer: list[int] = []
+        self.text = ""
+        async with client.stream("POST", "/v1/completions", json=request | {"stream": True}) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    choice = json.loads(line[len("data: ") :])["choices"][0]
+                    answer += choice["token_ids"] or []
+                    self.text += choice["text"]
+        return answer
