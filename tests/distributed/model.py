@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert weights that tell which expert they are, and a small driver of whole cycles."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_ascend_eplb.control import ControlChannel, Facts, FlightRecorder
+from vllm_ascend_eplb.cycle import CycleSettings, CycleState, Do, Failure, Phase, advance
+from vllm_ascend_eplb.placement import Placement
+from vllm_ascend_eplb.plan import Plan
+from vllm_ascend_eplb.rounds import check_rounds, rounds_from_array, rounds_to_array, schedule_rounds
+from vllm_ascend_eplb.topology import Topology
+from vllm_ascend_eplb.transfer import D2DExpertWeightLoader
+
+
+def random_placement(rng: np.random.Generator, layers: int, experts: int, ranks: int, slots: int) -> Placement:
+    """Every expert at least once, the other slots drawn at random, all slots shuffled."""
+    spare = ranks * slots - experts
+    rows = [rng.permutation(np.r_[np.arange(experts), rng.integers(0, experts, spare)]) for _ in range(layers)]
+    return Placement(np.array(rows), experts, ranks)
+
+
+def expert_tensors(layer: int, expert: int) -> list[torch.Tensor]:
+    """The tensors of one expert: weights, int8 ones, their scales, and in odd layers a bias; shapes differ by layer."""
+    rng = np.random.default_rng(1000 * layer + expert)
+    tensors = [
+        torch.from_numpy(rng.standard_normal((4 + layer % 3, 512)).astype(np.float32)),
+        torch.from_numpy(rng.integers(-128, 128, (6, 5)).astype(np.int8)),
+        torch.from_numpy(rng.standard_normal((3,)).astype(np.float32)).to(torch.bfloat16),
+    ]
+    if layer % 2:
+        tensors.append(torch.from_numpy(rng.standard_normal((1,))))
+    return tensors
+
+
+class Slots:
+    """This rank's slots: per layer and kind one tensor [S, ...], as vLLM lays weights out."""
+
+    def __init__(self, placement: Placement, rank: int) -> None:
+        self.rank, self.size = rank, placement.slots_per_rank
+        self.stacked: list[list[torch.Tensor]] = []
+        for layer in range(placement.num_layers):
+            mine = placement.physical_to_logical[layer, rank * self.size : (rank + 1) * self.size]
+            experts = [expert_tensors(layer, int(expert)) for expert in mine]
+            self.stacked.append([torch.stack(kind) for kind in zip(*experts, strict=True)])
+
+    def views(self) -> list[list[list[torch.Tensor]]]:
+        return [[[kind[slot] for kind in layer] for slot in range(self.size)] for layer in self.stacked]
+
+    def wrong(self, placement: Placement) -> str:
+        """Which slot does not hold bit for bit what ``placement`` says; empty when all do."""
+        for layer, kinds in enumerate(self.stacked):
+            for slot in range(self.size):
+                expert = int(placement.physical_to_logical[layer, self.rank * self.size + slot])
+                for number, (kind, tensor) in enumerate(zip(kinds, expert_tensors(layer, expert), strict=True)):
+                    if not torch.equal(kind[slot].view(torch.uint8), tensor.view(torch.uint8)):
+                        return f"rank {self.rank}: layer {layer}, slot {slot}, tensor {number} is not expert {expert}'s"
+        return ""
+
+
+@dataclass
+class Trouble:
+    """What goes wrong on purpose, and how often (probabilities per occasion)."""
+
+    step_delay: float = 0.0  # seconds a step may take longer on one rank than on another
+    message_delay: float = 0.0  # seconds a batch may be held back in the mover thread
+    planner_steps: int = 3  # steps until rank 0 has a plan, at most
+    prepare_fails: float = 0.0
+    damage: float = 0.0  # staging is damaged after arrival
+    leave_slots: bool = False  # switch maps without moving weights: the negative control
+
+
+@dataclass
+class Outcome:
+    """What one rank saw.
+
+    Attributes:
+        history: digest of the placement in force after every step.
+        commits, cycles, drops: counts.
+        wrong: the first slot that held wrong weights; empty if none did.
+    """
+
+    history: list[int] = field(default_factory=list)
+    commits: int = 0
+    cycles: int = 0
+    drops: int = 0
+    phase: int = Phase.COLLECT
+    failure: int = 0
+    wrong: str = ""
+    longest_read: float = 0.0
+
+
+class Driver:
+    """Runs cycles as the real driver does: facts, agreement, transition, actions; plans are random placements."""
+
+    def __init__(
+        self,
+        ranks: Any,
+        shape: tuple[int, int, int],
+        trouble: Trouble,
+        seed: int,
+        lag: int,
+        buffers: int,
+        **loader: Any,
+    ) -> None:
+        layers, experts, slots = shape
+        self.ranks, self.trouble, self.lag = ranks, trouble, lag
+        self.random = random.Random(f"{seed}-{ranks.rank}")  # this rank's own luck
+        self.rng = np.random.default_rng(seed)  # the planner's
+        self.shape = shape
+        self.topology = Topology(tuple(rank // 2 for rank in range(ranks.num_ranks)))
+        self.placement = random_placement(np.random.default_rng(seed + 1), layers, experts, ranks.num_ranks, slots)
+        self.slots = Slots(self.placement, ranks.rank)
+        self.loader = D2DExpertWeightLoader(
+            self.slots.views(), ranks.transfer, ranks.rank, 2, buffers=buffers, topology=self.topology, **loader
+        )
+        assert self.loader.learn_checksums(self.placement) == 0
+        self.loader.warm_up()
+        self._spoil()
+        self.channel = ControlChannel(ranks.control, ranks.rank, ranks.num_ranks, lag)
+        self.settings = CycleSettings(
+            collect_steps=12 + 8 * lag,
+            execution_steps=2,
+            first_collect_steps=2,
+            max_failures=1000,
+            buffers=buffers,
+            max_resends=50,
+        )
+        self.state = CycleState.start(self.settings)
+        self.flight = FlightRecorder()
+        self.outcome = Outcome()
+        self._clear()
+
+    def _spoil(self) -> None:
+        """Holds batches back, and damages staging, at random."""
+        arrive, trouble = self.loader._arrive, self.trouble
+
+        def late(flight: Any) -> None:
+            if trouble.message_delay:
+                time.sleep(self.random.random() * trouble.message_delay)
+            if flight.staged and self.random.random() < trouble.damage:
+                flight.staged[0][0][:1] += 1
+            arrive(flight)
+
+        self.loader._arrive = late  # type: ignore[method-assign]
+
+    def _clear(self) -> None:
+        self.failure = Failure.NONE
+        self.rounds: list[Any] = []
+        self.prepared = 0
+        self.bulk: Any = None
+        self.message = b""
+        self.plan_due = 0
+
+    def run(self, steps: int) -> Outcome:
+        for _ in range(steps):
+            if self.trouble.step_delay:
+                time.sleep(self.random.random() * self.trouble.step_delay)
+            self.step()
+        self.outcome.phase, self.outcome.failure = int(self.state.phase), int(self.state.failure)
+        self.outcome.longest_read = self.channel.waiting.longest
+        return self.outcome
+
+    def step(self) -> None:
+        self.loader.tick()
+        facts = agreed = None
+        if self.state.active:
+            facts = self.facts()
+            self.channel.post(facts)
+            agreed = self.channel.read()
+        self.state, actions = advance(self.state, agreed, self.settings)
+        self.flight.record(self.state.phase, facts, agreed)
+        for action in actions:
+            self.perform(action)
+        self.outcome.history.append(self.placement.digest)
+
+    def facts(self) -> Facts:
+        phase, ready = self.state.phase, True
+        if phase in (Phase.REDUCE, Phase.BROADCAST):
+            ready = self.bulk is not None and self.bulk.done()
+            if ready and phase is Phase.BROADCAST and not self.rounds:
+                array = np.frombuffer(self.bulk.result(), dtype=np.int32).reshape(-1, 7)
+                self.rounds = rounds_from_array(array, self.placement.slots_per_rank)
+                check_rounds(self.placement, self.rounds, self.loader.buffer_experts)
+        has_plan = self.ranks.rank == 0 and phase is Phase.PLAN and self.state.step >= self.plan_due
+        ready_rounds = self.prepared
+        while ready_rounds and not self.loader.ready(ready_rounds - 1):
+            ready_rounds -= 1
+        return Facts(
+            step=self.state.step,
+            epoch=self.state.epoch,
+            placement=self.placement.digest,
+            ready=int(ready),
+            failure=self.failure,
+            poisoned=int(self.loader.poisoned),
+            plan_number=self.state.cycle if has_plan else 0,
+            plan_length=len(self.message) if has_plan else 0,
+            plan_digest=1 if has_plan else 0,
+            rounds=len(self.rounds),
+            rounds_ready=max(ready_rounds, self.state.committed),
+            rounds_done=self.loader.rounds_done,
+            rounds_intact=self.loader.rounds_intact,
+        )
+
+    def perform(self, action: Any) -> None:
+        if action.do is Do.SNAPSHOT:
+            self._clear()
+        elif action.do is Do.REDUCE:
+            self.bulk = self.channel.reduce_load(np.full((2, 3), self.ranks.rank + 1, dtype=np.int64))
+        elif action.do is Do.REQUEST_PLAN:
+            total = self.bulk.result()
+            if self.ranks.rank == 0:
+                assert (total == self.ranks.num_ranks * (self.ranks.num_ranks + 1) // 2).all()
+                self.make_plan()
+        elif action.do is Do.BROADCAST:
+            self.bulk = self.channel.broadcast(self.message or None, self.state.plan_length)
+        elif action.do is Do.PREPARE:
+            if self.random.random() < self.trouble.prepare_fails:
+                self.failure = Failure.PREPARE
+                return
+            self.loader.prepare(self.rounds[action.round])
+            self.prepared = action.round + 1
+        elif action.do is Do.ISSUE:
+            self.loader.issue(action.round)
+        elif action.do is Do.COMMIT:
+            self.commit(action.round)
+        elif action.do in (Do.FINISH, Do.DROP):
+            self.outcome.cycles += action.do is Do.FINISH
+            self.outcome.drops += action.do is Do.DROP
+            self.loader.forget()
+            self._clear()
+        elif action.do is Do.SWITCH_OFF:
+            self.loader.forget()
+
+    def make_plan(self) -> None:
+        layers, experts, slots = self.shape
+        target = random_placement(self.rng, layers, experts, self.ranks.num_ranks, slots).physical_to_logical.copy()
+        stay = self.rng.random(layers) < 0.3
+        target[stay] = self.placement.physical_to_logical[stay]
+        plan = Plan.between(self.placement, target, np.ones((layers, experts)))
+        rounds = schedule_rounds(self.placement, plan.moves, self.topology, self.loader.buffer_experts)
+        self.message = rounds_to_array(rounds).tobytes()
+        self.plan_due = self.state.step + self.random.randint(0, self.trouble.planner_steps)
+
+    def commit(self, number: int) -> None:
+        if self.trouble.leave_slots:
+            for staged in self.loader._flights[number].staged:
+                for tensor in staged:
+                    tensor.zero_()
+        self.loader.commit(number)
+        self.placement = self.placement.with_moves(self.rounds[number].moves)
+        self.outcome.commits += 1
+        self.outcome.wrong = self.outcome.wrong or self.slots.wrong(self.placement)

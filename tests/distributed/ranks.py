@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a function on several ranks, one process each, over Gloo.
+
+The processes are forked from a server that has torch imported already, so eight ranks start in about a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed", "vllm_ascend_eplb.transfer", "vllm_ascend_eplb.control", "vllm_ascend_eplb.cycle"]
+)
+
+
+@dataclass
+class Ranks:
+    """What a rank's function gets first."""
+
+    rank: int
+    num_ranks: int
+    control: Any
+    transfer: Any
+
+
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """``function(Ranks, *args)`` on every rank; its results in rank order.
+
+    Raises:
+        RuntimeError: a rank raised, died or did not end in time; all are ended then.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(num_ranks):
+            ours, theirs = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_main, args=(theirs, rank, num_ranks, str(Path(folder, "store")), function, args), daemon=True
+            )
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            return _collect(pipes, time.monotonic() + timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[Any], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        left = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(left, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RuntimeError(f"ranks {sorted(set(range(len(pipes))) - set(results))} did not end in time")
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                good, value = pipe.recv()
+            except EOFError:
+                raise RuntimeError(f"rank {rank} died") from None
+            if not good:
+                raise RuntimeError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _main(
+    pipe: Any, rank: int, num_ranks: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
+        everyone = list(range(num_ranks))
+        ranks = Ranks(
+            rank, num_ranks, dist.new_group(everyone, backend="gloo"), dist.new_group(everyone, backend="gloo")
+        )
+        value = function(ranks, *args)
+        dist.barrier()  # no rank closes its sockets while another still works
+        pipe.send((True, value))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))

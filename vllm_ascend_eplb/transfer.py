@@ -1,0 +1,670 @@
+# SPDX-License-Identifier: Apache-2.0
+"""D2DExpertWeightLoader: the weights of a round, from the slots of one rank into those of another.
+
+Weights arrive in staging buffers, never in live slots. A round passes through the loader in steps that all ranks take
+together::
+
+    prepare(round)   everything that can throw: checks, views, lists of operations; from any thread
+    ready(number)    whether this rank has no objection to issuing it
+    issue(number)    starts the transfer; nothing but the call, at the same step and point on all ranks
+    tick()           once per step, before rounds are issued: the next part of a transfer that keeps a budget per step
+    rounds_done      rounds that arrived and were sent; never blocks
+    rounds_intact    those of which every expert has the checksum it had at start-up
+    commit(number)   staging to slots on the compute stream; enqueues prepared copies, allocates nothing
+    forget()         the plan is finished or dropped
+
+A transfer that fails, or does not end within ``deadline`` seconds, poisons the loader: it is never used again.
+
+Rounds are issued and committed in order, numbered 0, 1, ... within a plan. With two staging buffers, round k+1 may be
+in flight while round k is being agreed; ``Round.after`` says when it must wait instead, and ``ready`` heeds it.
+
+One mover thread per rank does what would block: it waits for sockets and events, checks the sums, and sets flags that
+``rounds_done`` reads. Only it touches the side stream, except that a communicator is entered in ``issue``.
+
+Order on a device: the side stream waits for the event of the last commit before it reads slots or writes staging; the
+compute stream waits for the event of the transfer before it commits.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from .checksum import ChecksumTable, Summer
+from .placement import Placement
+from .rounds import EXPERT, LAYER, SLOT, SOURCE, Round
+from .topology import Topology
+from .transport import (
+    Batch,
+    GlooTransport,
+    LocalCopies,
+    Piece,
+    StagedGlooTransport,
+    Streams,
+    TransferError,
+    Transport,
+)
+
+logger = logging.getLogger(__name__)
+
+TRANSPORTS = ("auto", "gloo", "pull", "nccl", "hccl")
+ALIGNMENT = 256
+"""Bytes at whose multiples the tensors of an expert begin in staging."""
+CHUNK = 4096
+"""Under a budget, transfers are cut at multiples of so many bytes."""
+MOST_PARTS = 64
+"""Steps over which a budget may spread one round, at most."""
+WARM_UP_BYTES = 64
+
+Weights = Sequence[Sequence[Sequence[torch.Tensor]]]
+
+
+def default_buffer_experts(num_layers: int, slots_per_rank: int, lag: int = 1, buffers: int = 2) -> int:
+    """Experts per staging buffer: at least 2, and enough for a cycle that moves a tenth of all slots to end within 60
+    steps, at ``lag + 2`` steps per ``buffers`` rounds."""
+    receives = num_layers * slots_per_rank / 10
+    return max(2, int(np.ceil(receives * (lag + 2) / (60 * buffers))))
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A round on its way through the loader."""
+
+    round: Round
+    buffer: int
+    places: list[tuple[int, int, int]]
+    """(layer, local slot, expert) per staging place in use."""
+    staged: list[tuple[torch.Tensor, ...]]
+    """Flat uint8 views of the staging places, per tensor of the expert."""
+    parts: list[list[Batch]] = field(default_factory=list)
+    nbytes: int = 0
+    issued: int = 0
+    issued_at: float = 0.0
+    seconds: float = 0.0
+    arrived: bool = False
+    intact: bool = False
+
+
+class D2DExpertWeightLoader:
+    """Moves expert weights between the ranks of a group, through staging buffers.
+
+    Args:
+        weights: per MoE layer, per local slot, the tensors of the expert in it, in the same order everywhere: weights,
+            scales, biases, of any dtype. Views into the engine's own tensors; their addresses never change. Slots of a
+            layer have equal shapes; layers may differ.
+        group: process group of all ranks with a CPU (Gloo) backend, for start-up and for transport gloo. While serving
+            nothing else may send on it, nor may anything quick use it. None for a single rank.
+        rank: this rank in the group.
+        buffer_experts: experts per staging buffer; None for ``default_buffer_experts``.
+        transport: "auto" (pull within a host where the devices can, else gloo; hccl on an NPU), "gloo", "pull",
+            "nccl" or "hccl".
+        buffers: 1 or 2 staging buffers, that is rounds in flight.
+        topology: the node of each rank; all on one node by default. Transport pull is tried within a node only.
+        device_group: process group with a device backend, used by nothing else, for nccl and hccl.
+        budget_bytes: what a rank may send, and receive, per step; 0 for no limit.
+        cooperative_kernels: whether the engine launches kernels that need all cores of a GPU at once.
+        deadline: seconds after which a transfer counts as failed; the group's own timeout is far above.
+
+    Raises:
+        TransferError: weights cannot be sliced per expert (not contiguous, unequal shapes, overlapping slots), an
+            argument is out of range, or the transport cannot work here. The message says what to do.
+
+    All ranks construct it together.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        group: Any,
+        rank: int,
+        buffer_experts: int | None = None,
+        transport: str = "auto",
+        *,
+        buffers: int = 2,
+        topology: Topology | None = None,
+        device_group: Any = None,
+        budget_bytes: int = 0,
+        cooperative_kernels: bool = False,
+        deadline: float = 300.0,
+    ) -> None:
+        if buffer_experts is not None and buffer_experts < 1:
+            raise TransferError(f"a staging buffer of {buffer_experts} experts holds nothing; give at least 1")
+        if buffers not in (1, 2):
+            raise TransferError(f"{buffers} staging buffers; allowed are 1 and 2")
+        if 0 < budget_bytes < CHUNK or budget_bytes < 0:
+            raise TransferError(
+                f"a budget of {budget_bytes} bytes per step; allowed are 0 (no limit) or {CHUNK} and more"
+            )
+        self.rank, self.num_buffers, self.budget_bytes, self.deadline = rank, buffers, budget_bytes, deadline
+        self.num_ranks = 1 if group is None else int(group.size())
+        self._group = group
+        self.topology = topology or Topology.even(self.num_ranks)
+        if self.topology.num_ranks != self.num_ranks:
+            raise TransferError(f"the topology has {self.topology.num_ranks} ranks, the group {self.num_ranks}")
+        self._slots, self.device = _flat_views(weights)
+        self.num_layers, self.slots_per_rank = len(self._slots), len(self._slots[0])
+        if buffer_experts is None:
+            buffer_experts = default_buffer_experts(self.num_layers, self.slots_per_rank, buffers=buffers)
+        self.buffer_experts: int = buffer_experts
+        self._streams = Streams(self.device)
+        self._expert_bytes = [sum(tensor.numel() for tensor in layer[0]) for layer in self._slots]
+        self._offsets = [_aligned_offsets(layer[0]) for layer in self._slots]
+        row_bytes = max(offsets[-1] for offsets in self._offsets)
+        self._staging = torch.empty((buffers, buffer_experts, row_bytes), dtype=torch.uint8, device=self.device)
+        most_tensors = max(len(layer[0]) for layer in self._slots)
+        self._summer = Summer(self._streams, buffer_experts, most_tensors)
+        self.checksums: ChecksumTable | None = None
+        self._transports = self._choose(transport, device_group, cooperative_kernels, row_bytes)
+        self._one_sided = any(each.one_sided for each in self._transports)
+
+        self._serial = 0
+        self._flights: dict[int, _Flight] = {}
+        self._in_buffer: list[_Flight | None] = [None] * buffers
+        self._queued: deque[tuple[_Flight, int]] = deque()
+        self._part_issued = False
+        self._commits = 0  # in all
+        self._plan_base = 0  # before the plan at hand
+        self._commit_events = [self._streams.event() for _ in range(4)]
+        self._arrival_events = [self._streams.event() for _ in range(buffers)]
+        self._error: Exception | None = None
+        self.bytes_received = 0
+        self.seconds_in_flight = 0.0
+        self._jobs: queue.SimpleQueue[tuple[_Flight, int] | None] = queue.SimpleQueue()
+        self._mover = threading.Thread(target=self._move, name="eplb-mover", daemon=True)
+        self._mover.start()
+
+    # ---- start-up
+
+    @property
+    def transport(self) -> str:
+        """The transports in use, for example "pull" or "pull+gloo"."""
+        return "+".join(each.name for each in self._transports) or "local"
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of device memory that staging takes."""
+        return self._staging.numel()
+
+    def describe(self) -> str:
+        """One line about the memory taken, for the log."""
+        pinned = sum(each.pinned_bytes for each in self._transports if isinstance(each, StagedGlooTransport))
+        return (
+            f"expert transfers by {self.transport}: staging of {self.num_buffers} x {self.buffer_experts} experts of "
+            f"{self._staging.shape[2] / 2**20:.1f} MiB takes {self.buffer_bytes / 2**20:.1f} MiB on {self.device}"
+            + (f" and {pinned / 2**20:.1f} MiB of pinned host memory" if pinned else "")
+            + (f"; at most {self.budget_bytes / 2**20:.1f} MiB per rank and step" if self.budget_bytes else "")
+        )
+
+    def _choose(self, wanted: str, device_group: Any, cooperative_kernels: bool, row_bytes: int) -> list[Transport]:
+        kind = self.device.type
+        allowed = {"cpu": ("auto", "gloo"), "cuda": ("auto", "gloo", "pull", "nccl")}.get(
+            kind, ("auto", "gloo", "hccl")
+        )
+        if wanted not in allowed:
+            raise TransferError(f"transport {wanted!r} does not work on {kind}; allowed are {', '.join(allowed)}")
+        if self.num_ranks == 1:
+            return []
+        if kind == "cpu":
+            return [GlooTransport(self._group)]
+        if wanted in ("nccl", "hccl") or (wanted == "auto" and kind != "cuda" and device_group is not None):
+            from .transport_collective import CollectiveTransport
+
+            return [CollectiveTransport(device_group, self._streams, cooperative_kernels=cooperative_kernels)]
+        chosen: list[Transport] = []
+        pairs = [(a, b) for a in range(self.num_ranks) for b in range(self.num_ranks) if a != b]
+        if kind == "cuda" and wanted in ("auto", "pull"):
+            from .transport_pull import PullTransport
+
+            near = [self.topology.same_node(self.rank, peer) for peer in range(self.num_ranks)]
+            pull = PullTransport(self._slots, self.rank, self.num_ranks, near, self._exchange, self._streams)
+            apart = [pair for pair in pairs if not pull.reaches(*pair)]
+            if wanted == "pull" and apart:
+                why = pull.failures.get(apart[0][0], "they are on different nodes, or a peer failed")
+                raise TransferError(
+                    f"transport pull: rank {apart[0][1]} cannot read the memory of rank {apart[0][0]} ({why}); "
+                    "choose transport auto or gloo"
+                )
+            if len(apart) < len(pairs):
+                chosen.append(pull)
+            if not apart:
+                return chosen
+        chosen.append(StagedGlooTransport(self._group, self._streams, row_bytes, self.buffer_experts))
+        return chosen
+
+    def _exchange(self, data: bytes) -> list[bytes]:
+        return exchange_bytes(self._group, self.num_ranks, data)
+
+    def learn_checksums(self, placement: Placement) -> int:
+        """Sums all experts and exchanges the sums; blocks. At start-up, and after an engine reloaded its weights.
+
+        Args:
+            placement: the placement in force; says which slots hold the same expert.
+
+        Returns:
+            Experts that cannot be verified because their copies differ.
+        """
+        mine = np.zeros((self.num_layers, self.slots_per_rank), dtype=np.int64)
+        flat = [(layer, slot) for layer in range(self.num_layers) for slot in range(self.slots_per_rank)]
+        for first in range(0, len(flat), self.buffer_experts):
+            group = flat[first : first + self.buffer_experts]
+            for place, (layer, slot) in enumerate(group):
+                self._summer.add(place, self._slots[layer][slot])
+            self._summer.fetch()
+            if self._streams.module is not None:
+                self._streams.current().synchronize()
+            for place, (layer, slot) in enumerate(group):
+                mine[layer, slot] = self._summer.value(place)
+        table = ChecksumTable(self.num_layers, placement.num_experts)
+        differing = table.learn(mine, placement, self._exchange)
+        self.checksums = table
+        if differing:
+            logger.warning("copies of %d experts differ between slots: their transfers are not verified", differing)
+        return differing
+
+    def warm_up(self) -> None:
+        """One small transfer with every peer over every transport, one checksum and one copy; blocks. All ranks call
+        it together, in the engine's profile run, so that what libraries allocate is counted there."""
+        length = min(WARM_UP_BYTES, self._slots[0][0][0].numel())
+        scratch = torch.zeros((self.num_ranks, length), dtype=torch.uint8, device=self.device)
+        probe, source = self._slots[0][0][0][:length], (0, 0, ((0, 0, length),))
+        peers = [peer for peer in range(self.num_ranks) if peer != self.rank]
+        for transport in self._transports:
+            self._serial += 1
+            sends = [Piece(peer, 0, (probe,), source) for peer in peers if transport.reaches(self.rank, peer)]
+            receives = [
+                Piece(peer, 0, (scratch[peer],), source) for peer in peers if transport.reaches(peer, self.rank)
+            ]
+            batch = transport.batch(sends, receives)
+            batch.issue(self._serial)
+            with self._streams.on_side():
+                batch.run()
+        with self._streams.on_side():
+            self._summer.add(0, self._views(0, 0, 0))
+            self._summer.fetch()
+        if self._streams.module is not None:
+            self._streams.side.synchronize()
+        self._exchange(b"warm")
+
+    # ---- while serving, in the step thread
+
+    def prepare(self, round: Round) -> None:
+        """Builds all that the transfer of a round needs. Preparing a round that has arrived but is not committed
+        prepares sending it again. The only method that another thread than the step's may call.
+
+        Raises:
+            TransferError: the round does not fit this loader, or the loader is poisoned. Nothing was touched.
+        """
+        if self.poisoned:
+            raise TransferError("a transfer failed before; its process group is not used again")
+        old = self._flights.get(round.number)
+        if old is not None and old.issued and not old.arrived:
+            raise TransferError(f"round {round.number} is still in flight")
+        self._flights[round.number] = self._plan_flight(round)
+
+    def ready(self, number: int) -> bool:
+        """Whether round ``number`` is prepared and the commits that it builds on have taken place. Where peers read
+        this rank's slots by themselves, those commits must have been executed on the device, too. Never blocks."""
+        flight = self._flights.get(number)
+        if flight is None:
+            return False
+        needed = self._plan_base + flight.round.after + 1
+        return self._commits >= needed and (not self._one_sided or self._executed(needed))
+
+    def issue(self, number: int) -> None:
+        """Starts a prepared round; on all ranks at the same step and point. Under a budget its first part goes out at
+        this step if no other has, and ``tick`` sends the rest. Never raises: a failure poisons the loader."""
+        try:
+            flight = self._flights[number]
+            taken = self._in_buffer[flight.buffer]
+            if taken is not None and taken.round.number != number:
+                raise TransferError(f"round {number} needs the staging buffer of a round that is not committed yet")
+            self._in_buffer[flight.buffer] = flight
+            flight.issued_at = time.monotonic()
+            self._queued += [(flight, part) for part in range(len(flight.parts))]
+            if not self.budget_bytes or not self._part_issued:
+                self._issue_part()
+        except Exception as error:
+            self._failed(error)
+
+    def tick(self) -> None:
+        """Once per step, at the point where rounds are issued: sends the next part of a transfer under a budget. Never
+        raises."""
+        self._part_issued = False
+        try:
+            if self._queued:
+                self._issue_part()
+        except Exception as error:
+            self._failed(error)
+
+    def _issue_part(self) -> None:
+        if self.poisoned:
+            return
+        flight, part = self._queued.popleft()
+        self._part_issued = True
+        if self._commits and self._streams.module is not None:
+            self._streams.side.wait_event(self._commit_events[self._commits % len(self._commit_events)])
+        flight.issued = part + 1
+        self._serial += 1
+        for batch in flight.parts[part]:
+            batch.issue(self._serial)
+        self._jobs.put((flight, part))
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds of the plan at hand that arrived here and were sent from here, without a gap. Never blocks."""
+        return self._count(False)
+
+    @property
+    def rounds_intact(self) -> int:
+        """Rounds of the plan at hand that are done, and all experts have the right checksum. Never blocks."""
+        return self._count(True)
+
+    def _count(self, intact: bool) -> int:
+        number = self._commits - self._plan_base
+        while (flight := self._flights.get(number)) is not None and flight.arrived and (flight.intact or not intact):
+            number += 1
+        return number
+
+    @property
+    def in_flight(self) -> int:
+        """Rounds that were issued and have not arrived."""
+        return sum(flight is not None and not flight.arrived for flight in self._in_buffer)
+
+    @property
+    def error(self) -> Exception | None:
+        """What made a transfer fail; None if nothing did."""
+        return self._error
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether a transfer failed, or did not end in time. Then none is issued any more."""
+        if self._error is None:
+            for flight in self._in_buffer:
+                if flight is not None and not flight.arrived and time.monotonic() - flight.issued_at > self.deadline:
+                    self._failed(
+                        TransferError(f"round {flight.round.number} did not arrive within {self.deadline:g} seconds")
+                    )
+        return self._error is not None
+
+    def poison(self, reason: str) -> None:
+        """Gives the transfer group up. What is in flight stays there; staging stays allocated."""
+        self._failed(TransferError(reason))
+
+    def _failed(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+            logger.error("rank %d: expert transfers by %s failed: %s", self.rank, self.transport, error)
+
+    def commit(self, number: int) -> None:
+        """Staging to slots, on the compute stream (the current one); enqueues copies and returns. On a CPU it copies.
+
+        Raises:
+            TransferError: the round has not arrived, or it is not the oldest.
+            Exception: a copy failed. This rank must not answer any more: its slots are half switched.
+        """
+        flight = self._flights[number]
+        if not flight.arrived or number != self._commits - self._plan_base:
+            raise TransferError(
+                f"round {number} cannot be committed: {self.rounds_done} arrived, of {self._flights.keys()}"
+            )
+        compute = self._streams.current()
+        if compute is not None:
+            compute.wait_event(self._arrival_events[flight.buffer])
+        for (layer, slot, _), staged in zip(flight.places, flight.staged, strict=True):
+            for target, source in zip(self._slots[layer][slot], staged, strict=True):
+                target.copy_(source, non_blocking=True)
+        self._commits += 1
+        if compute is not None:
+            self._commit_events[self._commits % len(self._commit_events)].record(compute)
+        self._in_buffer[flight.buffer] = None
+        del self._flights[number]
+
+    def forget(self) -> None:
+        """The plan is finished or dropped: what is not committed is forgotten. A round in flight poisons the loader,
+        because its bytes may arrive at any time; drain it first."""
+        if self.in_flight:
+            self.poison("a round was dropped while it was in flight")
+            return
+        self._flights.clear()
+        self._queued.clear()
+        self._in_buffer = [None] * self.num_buffers
+        self._plan_base = self._commits
+
+    def close(self) -> None:
+        """Ends the mover thread once it has nothing to do; does not wait for it."""
+        self._jobs.put(None)
+
+    # ---- parts of prepare
+
+    def _plan_flight(self, round: Round) -> _Flight:
+        if round.slots_per_rank != self.slots_per_rank:
+            raise TransferError(
+                f"the round is for {round.slots_per_rank} slots per rank, here are {self.slots_per_rank}"
+            )
+        first = self.rank * self.slots_per_rank
+        buffer = round.number % self.num_buffers
+        flight = _Flight(round, buffer, [], [])
+        rows = [tuple(row) for row in round.moves.tolist()]
+        place_of: dict[int, int] = {}
+        for index, row in enumerate(rows):
+            if row[SLOT] // self.slots_per_rank == self.rank:
+                place_of[index] = len(flight.places)
+                flight.places.append((row[LAYER], row[SLOT] - first, row[EXPERT]))
+        if len(flight.places) > self.buffer_experts:
+            raise TransferError(
+                f"round {round.number} brings {len(flight.places)} experts, staging holds {self.buffer_experts}"
+            )
+        flight.staged = [self._views(layer, buffer, place) for place, (layer, _, _) in enumerate(flight.places)]
+        sizes = [self._expert_bytes[row[LAYER]] for row in rows]
+        ends = [(row[SOURCE] // self.slots_per_rank, row[SLOT] // self.slots_per_rank) for row in rows]
+        parts = cut_parts(sizes, ends, self.num_ranks, self.budget_bytes)
+        if len(parts) > MOST_PARTS:
+            raise TransferError(
+                f"round {round.number} would take {len(parts)} steps under the budget of {self.budget_bytes} bytes per "
+                f"step; at most {MOST_PARTS} are allowed: raise the budget"
+            )
+        for part in parts:
+            sends: dict[Transport, list[Piece]] = {each: [] for each in self._transports}
+            receives: dict[Transport, list[Piece]] = {each: [] for each in self._transports}
+            local: list[tuple[torch.Tensor, torch.Tensor]] = []
+            count: dict[tuple[int, int], int] = {}
+            for index, start, end in part:
+                row, (sender, receiver) = rows[index], ends[index]
+                ranges = self._ranges(row[LAYER], start, end)
+                at = count.get((sender, receiver), 0)
+                count[sender, receiver] = at + len(ranges)
+                if self.rank not in (sender, receiver):
+                    continue
+                source_slot = row[SOURCE] - sender * self.slots_per_rank
+                if sender == receiver:
+                    slot, staged = self._slots[row[LAYER]][source_slot], flight.staged[place_of[index]]
+                    local += [(staged[i][a:b], slot[i][a:b]) for i, a, b in ranges]
+                    continue
+                transport = next(each for each in self._transports if each.reaches(sender, receiver))
+                source = (row[LAYER], source_slot, ranges)
+                if self.rank == sender:
+                    slot = self._slots[row[LAYER]][source_slot]
+                    views = tuple(slot[i][a:b] for i, a, b in ranges)
+                    sends[transport].append(Piece(receiver, at, views, source))
+                else:
+                    staged = flight.staged[place_of[index]]
+                    views = tuple(staged[i][a:b] for i, a, b in ranges)
+                    receives[transport].append(Piece(sender, at, views, source))
+                    flight.nbytes += end - start
+            batches: list[Batch] = [LocalCopies(local)] if local else []
+            batches += [
+                each.batch(sends[each], receives[each]) for each in self._transports if sends[each] or receives[each]
+            ]
+            flight.parts.append(batches)
+        return flight
+
+    def _views(self, layer: int, buffer: int, place: int) -> tuple[torch.Tensor, ...]:
+        """Flat uint8 views of one staging place, shaped for the tensors of ``layer``."""
+        row, offsets = self._staging[buffer, place], self._offsets[layer]
+        return tuple(row[at : at + tensor.numel()] for at, tensor in zip(offsets, self._slots[layer][0], strict=False))
+
+    def _ranges(self, layer: int, start: int, end: int) -> tuple[tuple[int, int, int], ...]:
+        """Bytes start..end of an expert as (tensor, first byte, end byte)."""
+        ranges, at = [], 0
+        for number, tensor in enumerate(self._slots[layer][0]):
+            a, b = max(start - at, 0), min(end - at, tensor.numel())
+            if a < b:
+                ranges.append((number, a, b))
+            at += tensor.numel()
+        return tuple(ranges)
+
+    def _executed(self, commits: int) -> bool:
+        """Whether the first ``commits`` commits have been executed on the device."""
+        if not commits or self._streams.module is None:
+            return True
+        kept = len(self._commit_events)
+        oldest = max(commits, self._commits - kept + 1)  # its own event was reused: a later commit stands for it
+        return bool(self._commit_events[oldest % kept].query())
+
+    # ---- in the mover thread
+
+    def _move(self) -> None:
+        self._streams.enter_thread()
+        while (job := self._jobs.get()) is not None:
+            flight, part = job
+            if self._error is not None:
+                continue
+            try:
+                with torch.no_grad(), self._streams.on_side():
+                    for batch in flight.parts[part]:
+                        batch.run()
+                    if part == len(flight.parts) - 1:
+                        self._arrive(flight)
+            except Exception as error:  # whatever it is, the group cannot be trusted any more
+                self._failed(error)
+
+    def _arrive(self, flight: _Flight) -> None:
+        if self.checksums is not None:
+            for place, staged in enumerate(flight.staged):
+                self._summer.add(place, staged)
+            self._summer.fetch()
+        event = self._arrival_events[flight.buffer]
+        if event is not None:
+            event.record(self._streams.side)
+            event.synchronize()
+        flight.intact = self.checksums is None or all(
+            self.checksums.matches(layer, expert, self._summer.value(place))
+            for place, (layer, _, expert) in enumerate(flight.places)
+        )
+        flight.seconds = time.monotonic() - flight.issued_at
+        self.bytes_received += flight.nbytes
+        self.seconds_in_flight += flight.seconds
+        flight.arrived = True  # last: the step thread reads it
+
+
+def cut_parts(
+    sizes: Sequence[int], ends: Sequence[tuple[int, int]], num_ranks: int, budget_bytes: int
+) -> list[list[tuple[int, int, int]]]:
+    """Cuts the moves of a round into parts, one per step, in none of which a rank sends, or receives, more than the
+    budget. Equal on all ranks, so that both sides of a message cut it alike.
+
+    Args:
+        sizes: bytes of each move's expert.
+        ends: sender and receiver of each move; equal where the copy is local and costs nothing.
+        num_ranks: ranks in the group.
+        budget_bytes: 0 for one part with everything.
+
+    Returns:
+        Per part its (move, first byte, end byte) in order; at least one part.
+    """
+    if not budget_bytes:
+        return [[(move, 0, size) for move, size in enumerate(sizes)]]
+    budget = budget_bytes // CHUNK * CHUNK
+    parts: list[list[tuple[int, int, int]]] = [[]]
+    sent: list[list[int]] = [[0] * num_ranks]
+    received: list[list[int]] = [[0] * num_ranks]
+    for move, (size, (sender, receiver)) in enumerate(zip(sizes, ends, strict=True)):
+        if sender == receiver:
+            parts[0].append((move, 0, size))
+            continue
+        at, part = 0, 0
+        while at < size:
+            if part == len(parts):
+                parts.append([])
+                sent.append([0] * num_ranks)
+                received.append([0] * num_ranks)
+            room = budget - max(sent[part][sender], received[part][receiver])
+            take = min(size - at, room if at + room >= size else room // CHUNK * CHUNK)
+            if take > 0:
+                parts[part].append((move, at, at + take))
+                sent[part][sender] += take
+                received[part][receiver] += take
+                at += take
+            part += 1
+    return parts
+
+
+def exchange_bytes(group: Any, num_ranks: int, data: bytes) -> list[bytes]:
+    """All ranks' ``data``, in rank order, over a CPU group; blocks. For start-up only."""
+    if group is None or num_ranks == 1:
+        return [data]
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(num_ranks)]
+    group.allgather([sizes], [torch.tensor([len(data)], dtype=torch.int64)]).wait()
+    longest = max(1, *(int(size) for size in sizes))
+    mine = torch.zeros(longest, dtype=torch.uint8)
+    mine[: len(data)] = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+    everything = [torch.zeros(longest, dtype=torch.uint8) for _ in range(num_ranks)]
+    group.allgather([everything], [mine]).wait()
+    return [part[: int(size)].numpy().tobytes() for part, size in zip(everything, sizes, strict=True)]
+
+
+def _flat_views(weights: Weights) -> tuple[list[list[tuple[torch.Tensor, ...]]], torch.device]:
+    """Every tensor as flat uint8; refuses what cannot be moved expert by expert."""
+    if not weights or not weights[0] or not weights[0][0]:
+        raise TransferError("there are no expert weights to move")
+    device, slots = weights[0][0][0].device, len(weights[0])
+    result: list[list[tuple[torch.Tensor, ...]]] = []
+    for number, layer in enumerate(weights):
+        if len(layer) != slots:
+            raise TransferError(f"layer {number} has {len(layer)} slots on this rank, layer 0 has {slots}")
+        shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in layer[0]]
+        taken: list[tuple[int, int, int]] = []
+        for slot, tensors in enumerate(layer):
+            where = f"layer {number}, slot {slot}"
+            if [(tuple(tensor.shape), tensor.dtype) for tensor in tensors] != shapes:
+                raise TransferError(f"{where}: its tensors differ in shape or dtype from those of slot 0 of the layer")
+            for index, tensor in enumerate(tensors):
+                if tensor.device != device:
+                    raise TransferError(f"{where}: tensor {index} is on {tensor.device}, others on {device}")
+                if not tensor.is_contiguous():
+                    raise TransferError(
+                        f"{where}: tensor {index} of shape {tuple(tensor.shape)}, strides {tensor.stride()} is not "
+                        "contiguous; a layout that cannot be sliced per expert cannot be moved: use a quantisation or "
+                        "kernel that keeps each expert's weights together, or switch dynamic EPLB off"
+                    )
+                if tensor.numel():
+                    taken.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, slot))
+        taken.sort()
+        for (_, end, one), (start, _, other) in pairwise(taken):
+            if start < end and one != other:
+                raise TransferError(
+                    f"layer {number}: slots {one} and {other} share memory; weights that are packed over experts "
+                    "cannot be moved: switch dynamic EPLB off for this model"
+                )
+        result.append(
+            [tuple(tensor.detach().view(-1).view(torch.uint8) for tensor in its if tensor.numel()) for its in layer]
+        )
+    return result, device
+
+
+def _aligned_offsets(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """First byte of each tensor in staging, then the size of the whole."""
+    offsets = [0]
+    for tensor in tensors:
+        offsets.append(offsets[-1] + -(-tensor.numel() // ALIGNMENT) * ALIGNMENT)
+    return offsets
