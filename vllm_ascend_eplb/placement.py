@@ -61,7 +61,7 @@ class Placement:
         array = np.asarray(physical_to_logical)
         if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu":
             raise PlacementError(
-                f"a placement is a non-empty integer array [layers, slots]; got shape {array.shape}, dtype {array.dtype}"
+                f"a placement is a non-empty integer array [layers, slots]; got {array.dtype} of shape {array.shape}"
             )
         if num_experts < 1 or num_ranks < 1:
             raise PlacementError(f"need at least 1 expert and 1 rank; got {num_experts} experts, {num_ranks} ranks")

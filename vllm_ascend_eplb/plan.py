@@ -71,7 +71,9 @@ class Plan:
             raise PlanError("moves are not ordered by group")
         slots = start.physical_to_logical.copy()
         copies = start.replica_count.copy()
-        group_ends = np.flatnonzero(np.diff(moves[:, GROUP], append=moves[-1, GROUP] + 1)) if len(moves) else []
+        group_ends: list[int] | npt.NDArray[np.intp] = (
+            np.flatnonzero(np.diff(moves[:, GROUP], append=moves[-1, GROUP] + 1)) if len(moves) else []
+        )
         first = 0
         for last in group_ends:
             group = moves[first : last + 1]

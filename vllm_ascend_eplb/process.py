@@ -113,7 +113,7 @@ def plan_request(request: PlanRequest) -> Plan:
         topology.num_ranks,
         num_nodes=topology.num_nodes,
         num_groups=request.num_groups,
-        policy=request.policy,  # type: ignore[arg-type]  # checked there
+        policy=request.policy,
         **request.limits,
     )
 

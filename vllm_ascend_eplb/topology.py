@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,13 @@ class Topology:
     def ranks_of(self, node: int) -> tuple[int, ...]:
         """The ranks on ``node``, in order."""
         return tuple(rank for rank, its in enumerate(self.node_of_rank) if its == node)
+
+
+def host_identity() -> str:
+    """A text that is equal for the processes of one host and differs between hosts, or between containers that have
+    names of their own."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()}/{boot}"

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The balancer inside a vLLM worker: vLLM's MixtureOfExperts protocol on one side, EplbUpdator on the other.
+
+``VllmEplbState`` stands where vLLM's own ``EplbState`` would. The runner's calls become the two verbs of the updator::
+
+    execute_model, _dummy_run ── say what kind of forward begins
+    _determine_batch_execution_and_padding returned ──> forward_before   (behind vLLM's own data-parallel collective)
+    eplb_step ──> forward_end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..config import EplbConfig
+from ..control import require_equal
+from ..load import LoadRecorder
+from ..maps import DispatchMaps
+from ..placement import Placement
+from ..process import EplbProcess
+from ..stats import StatsFile, stats_path
+from ..topology import Topology, host_identity
+from ..transfer import exchange_bytes
+from ..updator import EplbUpdator, Stage
+from . import vllm_cpu
+from .base import EplbAdaptor
+from .vllm_seams import missing_seams
+
+logger = logging.getLogger("vllm.eplb")
+
+MAX_MAP_WIDTH = 1024
+"""Most replicas that the routers' maps hold of one expert, as in vLLM."""
+
+
+class SeamError(RuntimeError):
+    """This vLLM lacks a place that the balancer takes hold of."""
+
+
+def take_over() -> None:
+    """Puts our state and, on a CPU, our kernels in place of vLLM's, in this worker's process.
+
+    Raises:
+        SeamError: vLLM lacks a place for them; names all that are missing.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+
+    missing = missing_seams(current_platform.device_type)
+    if missing:
+        raise SeamError(
+            f"vLLM {vllm.__version__} lacks what the balancer needs; leave eplb_config out, or use a version that it "
+            f"was checked against: {'; '.join(missing)}"
+        )
+    importlib.import_module("vllm.v1.worker.gpu_model_runner").EplbState = VllmEplbState  # type: ignore[attr-defined]
+    if current_platform.is_cpu():
+        from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+        from vllm.model_executor.layers.fused_moe.router import base_router
+
+        vllm_cpu.replace_experts(cpu_moe.CPUUnquantizedExperts)
+        vllm_cpu.replace_router_mapping(base_router)
+
+
+def ensure_state(runner: Any, vllm_config: Any) -> None:
+    """Builds the state of a runner that builds none of its own (the CPU's)."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
+
+    if runner.eplb_state is not None:
+        return
+    model = get_mixture_of_experts_model(runner.get_model())
+    if model is None:
+        raise SeamError(
+            f"{type(runner.get_model()).__name__} has experts but does not implement vLLM's MixtureOfExperts protocol, "
+            "which balancing needs; leave eplb_config out"
+        )
+    with set_current_vllm_config(vllm_config):
+        state = VllmEplbState(vllm_config.parallel_config, runner.device)
+        state.add_model(model, runner.model_config)
+    runner.eplb_state, runner._moe_model = state, model
+
+
+def hook_runner(runner: Any) -> None:
+    """Calls ``forward_before`` at the one right point of real and dummy forwards of a V1 runner.
+
+    The point is directly behind ``_determine_batch_execution_and_padding``, which holds vLLM's data-parallel
+    collective: so the communicators are entered in the same order on ranks with and without requests.
+    """
+    forward: list[tuple[bool, Stage]] = []  # the forward that has begun and has not reached the point yet
+    determine, execute, dummy = (
+        runner._determine_batch_execution_and_padding,
+        runner.execute_model,
+        runner._dummy_run,
+    )
+
+    @contextlib.contextmanager
+    def begun(serving: bool, stage: Stage) -> Iterator[None]:
+        forward[:] = [(serving, stage)]
+        try:
+            yield
+        finally:
+            forward.clear()
+
+    @functools.wraps(determine)
+    def determine_then_step(*args: Any, **kwargs: Any) -> Any:
+        result = determine(*args, **kwargs)
+        if forward and runner.eplb_state is not None:
+            serving, stage = forward.pop()
+            runner.eplb_state.forward_before(serving=serving, stage=stage)
+        return result
+
+    @functools.wraps(execute)
+    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        with begun(True, _stage_of(scheduler_output, runner.uniform_decode_query_len)):
+            return execute(scheduler_output, *args, **kwargs)
+
+    @functools.wraps(dummy)
+    def dummy_run(*args: Any, skip_eplb: bool = False, is_profile: bool = False, **kwargs: Any) -> Any:
+        if runner.eplb_state is not None:
+            runner.eplb_state.count_nothing()
+        if skip_eplb or is_profile:  # profiling, warm-up and capturing are no steps
+            return dummy(*args, skip_eplb=skip_eplb, is_profile=is_profile, **kwargs)
+        with begun(False, "decode"):
+            return dummy(*args, skip_eplb=skip_eplb, is_profile=is_profile, **kwargs)
+
+    runner._determine_batch_execution_and_padding = determine_then_step
+    runner.execute_model = execute_model
+    runner._dummy_run = dummy_run
+
+
+def _stage_of(scheduler_output: Any, decode_tokens: int) -> Stage:
+    """A batch in which no request has more tokens than a decode step gives it only decodes."""
+    most = max(scheduler_output.num_scheduled_tokens.values(), default=0)
+    return "prefill" if most > decode_tokens else "decode"
+
+
+class VllmAdaptor(EplbAdaptor):
+    """A vLLM model with the MixtureOfExperts protocol.
+
+    Tokens are in the *replicated* regime: all ranks of a tensor-parallel group route the same tokens, so their maps are
+    the same and only the first of them counts.
+    """
+
+    def __init__(self, model: Any, name: str, device: torch.device, config: EplbConfig) -> None:
+        from vllm.distributed.parallel_state import get_ep_group, get_eplb_group, get_tensor_model_parallel_rank
+
+        group = get_eplb_group()
+        self.name = name
+        self.rank = get_ep_group().rank_in_group
+        self.device = device
+        self.control_group = group.cpu_group
+        on_host = device.type == "cpu"
+        self.transfer_group = group.device_group if on_host else get_ep_group().cpu_group
+        self.device_group = None if on_host else group.device_group
+        num_ranks = get_ep_group().world_size
+        hosts = exchange_bytes(group.cpu_group, num_ranks, host_identity().encode())
+        self.topology = Topology(tuple(hosts.index(host) for host in hosts))
+        self.num_groups = max(1, model.num_expert_groups or 1)
+        self.placement = Placement.initial(
+            model.num_moe_layers, model.num_logical_experts, num_ranks, model.num_redundant_experts
+        )
+        self.recorder = LoadRecorder(
+            self.placement.num_layers,
+            self.placement.num_experts,
+            self.placement.num_slots,
+            device,
+            contributes=get_tensor_model_parallel_rank() == 0,
+            phases=("all",) if config.eplb_heat_collection_stage == "all" else (config.eplb_heat_collection_stage,),
+            dtype=torch.int64 if device.type == "cpu" else torch.int32,  # vLLM's own kernel counts in int32
+        )
+        self._maps = DispatchMaps(self.placement, device, width=min(MAX_MAP_WIDTH, model.num_redundant_experts + 1))
+        model.set_eplb_state(self.recorder.counts, self._maps.logical_to_physical, self._maps.replica_count)
+        self._weights = model.expert_weights
+
+    def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
+        slots = range(self.placement.slots_per_rank)
+        return [[[tensor.data[slot] for tensor in layer] for slot in slots] for layer in self._weights]
+
+    def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
+        self._maps.prepare(placement, layers)
+
+    def commit_maps(self) -> None:
+        self._maps.commit()
+
+    def forget_prepared_maps(self) -> None:
+        self._maps.forget_prepared()
+
+
+class VllmEplbState:
+    """What a vLLM runner takes for its ``EplbState``.
+
+    Attributes:
+        should_record_tensor: bool [1], read by every router.
+        num_unpadded_tokens: int32, the batch's tokens without padding; one per micro-batch.
+        updator: the balancer; None before a model was added.
+    """
+
+    is_async = False
+
+    def __init__(self, parallel_config: Any, device: torch.device) -> None:
+        self.parallel_config = parallel_config
+        self.device = device
+        self.model_states: dict[str, Any] = {}
+        self.should_record_tensor: torch.Tensor | None = None
+        self.num_unpadded_tokens = [torch.zeros((), dtype=torch.int32, device=device)]
+        self.updator: EplbUpdator | None = None
+        self._began = False
+
+    def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
+        """Takes a model in, once its weights are loaded; all ranks together.
+
+        Raises:
+            StartError: the ranks were started differently; names rank and field.
+            SeamError: a second model (a drafter with experts) came.
+        """
+        from vllm.config import get_current_vllm_config
+        from vllm.distributed.eplb.eplb_state import EplbLayerState
+
+        if self.updator is not None:
+            raise SeamError(
+                f"{model_name or model_config.model} is a second model with experts (a drafter); balancing two models "
+                "is not supported in this version: leave eplb_config or the drafter out"
+            )
+        config = EplbConfig.from_additional_config(get_current_vllm_config().additional_config)
+        adaptor = VllmAdaptor(model, model_name or model_config.model, self.device, config)
+        self.should_record_tensor = adaptor.recorder.recording
+        for layer in model.moe_layers:
+            layer_state = getattr(layer, "eplb_state", None)
+            if isinstance(layer_state, EplbLayerState):
+                layer_state.should_record_tensor = self.should_record_tensor
+                layer_state.num_unpadded_tokens_tensors = self.num_unpadded_tokens
+        placement = adaptor.placement
+        require_equal(
+            adaptor.control_group,
+            placement.num_ranks,
+            {
+                "package version": __version__,
+                **{f"eplb_config.{key}": value for key, value in config.model_dump().items()},
+                "layers, experts, slots": (placement.num_layers, placement.num_experts, placement.num_slots),
+                "initial placement": f"{placement.digest:016x}",
+            },
+        )
+        planner = EplbProcess() if adaptor.rank == 0 else None
+        path = stats_path()
+        stats_file = StatsFile(path) if adaptor.rank == 0 and path is not None else None
+        self.updator = EplbUpdator(adaptor, config, planner, stats_file)
+
+    def begin(self) -> None:
+        """Warm-up is over on this rank: what comes now are steps. The engine calls it on all ranks before it serves."""
+        self._began = True
+
+    def forward_before(self, *, serving: bool, stage: Stage) -> None:
+        """One step of the balancer, on every rank, before each real or dummy forward."""
+        if self.updator is None or not self._began:
+            return
+        if not serving:
+            self.num_unpadded_tokens[0].fill_(0)
+        # The runner works in inference mode; tensors made here live longer than that.
+        with torch.inference_mode(False), torch.no_grad():
+            self.updator.forward_before(serving=serving, stage=stage)
+
+    def count_nothing(self) -> None:
+        """What follows serves nobody."""
+        self.num_unpadded_tokens[0].fill_(0)
+        if self.updator is not None:
+            self.updator.pause_recording()
+
+    def prepare_forward(
+        self, model_config: Any, num_unpadded_tokens: int, ubatch_slices: list[Any] | None = None
+    ) -> None:
+        """How many tokens of the coming batch are no padding; called by the runner for real batches."""
+        self.num_unpadded_tokens[0].fill_(num_unpadded_tokens)
+
+    def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
+        """A forward is over."""
+        if self.updator is not None and self._began and not is_profile:
+            self.updator.forward_end()
+
+    def start_async_loop(self) -> None:
+        """vLLM's own state starts a thread here; ours has what it needs."""
+
+    def close(self) -> None:
+        if self.updator is not None:
+            self.updator.close()

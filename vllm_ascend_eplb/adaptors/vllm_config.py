@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns the balancer on in a vLLM configuration, in the front-end process, before any worker starts."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from typing import Any
+
+from ..config import EplbConfig, EplbConfigError
+from ..stats import provide_stats_path
+from .vllm_seams import CHECKED_VERSIONS, is_checked
+from .vllm_worker import worker_class_name
+
+logger = logging.getLogger("vllm.eplb")
+
+
+def hook(engine_args: type) -> None:
+    """Wraps ``EngineArgs.create_engine_config``; idempotent."""
+    original = engine_args.create_engine_config  # type: ignore[attr-defined]
+    if getattr(original, "_eplb", False):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = EplbConfig.from_additional_config(self.additional_config)
+        if not config.active:
+            return original(self, *args, **kwargs)
+        if self.enable_eplb:
+            config.check_serving(num_experts=None, ep_size=1, expert_parallel=True, vllm_eplb=True)
+        vllm_config = original(self, *args, **kwargs)
+        _balance(vllm_config, config)
+        return vllm_config
+
+    create_engine_config._eplb = True  # type: ignore[attr-defined]
+    engine_args.create_engine_config = create_engine_config  # type: ignore[attr-defined]
+
+
+def _balance(vllm_config: Any, config: EplbConfig) -> None:
+    """Checks the settings against model and server, and changes the configuration so that the workers balance.
+
+    Raises:
+        EplbConfigError: what cannot work, and the way out.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    config.check_serving(
+        num_experts=vllm_config.model_config.get_num_experts(),
+        ep_size=_expert_parallel_size(parallel),
+        expert_parallel=parallel.enable_expert_parallel,
+    )
+    _refuse_what_is_not_supported(vllm_config)
+    if not is_checked(vllm.__version__) and not config.allow_unchecked_vllm:
+        logger.warning(
+            "EPLB stays off: it was checked against vLLM %s, and this is %s; to balance all the same, set "
+            '"allow_unchecked_vllm": true in eplb_config',
+            ", ".join(CHECKED_VERSIONS),
+            vllm.__version__,
+        )
+        return
+    # The models build redundant slots and routers with a placement only where vLLM's own switch is on. Its validation
+    # has run by now, so on a CPU, where it would refuse, the switch can be set all the same.
+    parallel.eplb_config = copy.copy(parallel.eplb_config)  # EngineArgs holds the same object
+    parallel.eplb_config.num_redundant_experts = config.num_redundant_experts
+    parallel.eplb_config.use_async = False
+    parallel.eplb_config.communicator = parallel.eplb_config.communicator or "torch_gloo"
+    parallel.enable_eplb = True
+    parallel.worker_cls = worker_class_name(parallel.worker_cls)
+    provide_stats_path()
+    logger.info(
+        "EPLB is on: %s policy, a cycle every %d steps, %d redundant experts, on %s",
+        config.policy_name,
+        config.expert_heat_collection_interval,
+        config.num_redundant_experts,
+        current_platform.device_type,
+    )
+
+
+def _expert_parallel_size(parallel: Any) -> int:
+    return int(
+        parallel.tensor_parallel_size
+        * parallel.data_parallel_size
+        * getattr(parallel, "prefill_context_parallel_size", 1)
+    )
+
+
+def _refuse_what_is_not_supported(vllm_config: Any) -> None:
+    """Ways to run a model for which this version has no proof that balancing is right."""
+    parallel = vllm_config.parallel_config
+    for name, value, allowed, way_out in (
+        ("--data-parallel-size", parallel.data_parallel_size, 1, "use --tensor-parallel-size"),
+        ("--pipeline-parallel-size", parallel.pipeline_parallel_size, 1, "use --tensor-parallel-size"),
+        ("--prefill-context-parallel-size", getattr(parallel, "prefill_context_parallel_size", 1), 1, "leave it out"),
+        ("--enable-elastic-ep", getattr(parallel, "enable_elastic_ep", False), False, "leave it out"),
+        ("--enable-dbo", getattr(parallel, "enable_dbo", False), False, "leave it out"),
+        ("--enable-lora", vllm_config.lora_config is not None, False, "leave it out"),
+    ):
+        if value != allowed:
+            raise EplbConfigError(
+                f"eplb_config together with {name} {value} is not supported in this version (allowed: {allowed}); "
+                f"{way_out}, or leave eplb_config out"
+            )

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert parallelism on vLLM's CPU backend, made right.
+
+vLLM's CPU kernel for experts ignores the expert map: it takes every id for a local one. Here a rank takes the (token,
+expert) pairs of its own slots only, computes each as a batch of its own with one expert per row, and adds the results
+up per token in float32. The other ranks' pairs are theirs; the all-reduce after the layer sums the ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+@torch.library.custom_op("vllm_ascend_eplb::cpu_local_experts", mutates_args=("output",))
+def cpu_local_experts(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor,
+    activation: str,
+    isa: str,
+    apply_router_weight_on_input: bool,
+) -> None:
+    """What this rank's slots contribute to ``output``, in place.
+
+    Args:
+        output: [N, H], overwritten.
+        hidden_states: [N, H].
+        w1, w2: this rank's weights, in the layout of vLLM's kernel.
+        w1_bias, w2_bias: or None.
+        topk_weights: [N, K].
+        topk_ids: [N, K] physical experts; negative ones are nobody's.
+        expert_map: [P] local slot of each physical expert, -1 on another rank.
+        activation, isa, apply_router_weight_on_input: as vLLM's kernel takes them.
+    """
+    from vllm._custom_ops import cpu_fused_moe
+
+    ids = topk_ids.long()
+    local = torch.where(ids >= 0, expert_map[ids.clamp(min=0)].long(), -1)
+    rows, nth = torch.nonzero(local >= 0, as_tuple=True)
+    if not rows.numel():
+        output.zero_()
+        return
+    pairs = hidden_states[rows]
+    results = torch.empty_like(pairs)
+    cpu_fused_moe(
+        results,
+        pairs,
+        w1,
+        w2,
+        w1_bias,
+        w2_bias,
+        topk_weights[rows, nth].unsqueeze(1).contiguous(),
+        local[rows, nth].to(torch.int32).unsqueeze(1).contiguous(),
+        activation,
+        isa,
+        apply_router_weight_on_input,
+    )
+    total = torch.zeros(output.shape, dtype=torch.float32)
+    total.index_add_(0, rows, results.float())
+    output.copy_(total)
+
+
+@cpu_local_experts.register_fake
+def _(output: torch.Tensor, *args: Any) -> None:
+    return None
+
+
+def replace_experts(experts: Any) -> None:
+    """Lets the class ``CPUUnquantizedExperts`` heed the expert map; idempotent."""
+    original = experts.apply
+    if getattr(original, "_eplb", False):
+        return
+
+    def apply(
+        self: Any,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: Any,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        if expert_map is None:
+            original(
+                self,
+                output,
+                hidden_states,
+                w1,
+                w2,
+                topk_weights,
+                topk_ids,
+                activation,
+                global_num_experts,
+                expert_map,
+                a1q_scale,
+                a2_scale,
+                workspace13,
+                workspace2,
+                expert_tokens_meta,
+                apply_router_weight_on_input,
+            )
+            return
+        if self._use_zentorch:
+            raise RuntimeError("expert parallelism on a CPU is not supported with zentorch; uninstall zentorch")
+        cpu_local_experts(
+            output,
+            hidden_states,
+            w1,
+            w2,
+            self.w1_bias,
+            self.w2_bias,
+            topk_weights,
+            topk_ids,
+            expert_map,
+            activation.value,
+            self.isa,
+            apply_router_weight_on_input,
+        )
+
+    apply._eplb = True  # type: ignore[attr-defined]
+    experts.apply = apply
+
+
+def replace_router_mapping(base_router: Any) -> None:
+    """Puts our mapping in place of vLLM's, which on a CPU maps nothing and counts nothing; idempotent."""
+    from .. import ops
+
+    def eplb_map_to_physical_and_record(
+        topk_ids: torch.Tensor,
+        expert_load_view: torch.Tensor,
+        logical_to_physical_map: torch.Tensor,
+        logical_replica_count: torch.Tensor,
+        record_enabled: torch.Tensor,
+        num_unpadded_tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return ops.map_and_record(
+            topk_ids,
+            logical_to_physical_map,
+            logical_replica_count,
+            expert_load_view,
+            record_enabled,
+            num_unpadded_tokens,
+        )
+
+    base_router.eplb_map_to_physical_and_record = eplb_map_to_physical_and_record

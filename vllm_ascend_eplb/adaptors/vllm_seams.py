@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every place in vLLM that the adaptor takes hold of, in one table, with what it needs there.
+
+``missing_seams`` looks for all of them at start-up, so that a vLLM that was changed is found out before it serves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+CHECKED_VERSIONS = ("0.32",)
+"""Releases whose sources were read and on which the end-to-end tests ran."""
+
+
+def is_checked(version: str) -> bool:
+    """Whether a vLLM version is one of ``CHECKED_VERSIONS`` (any patch release, any local build of it)."""
+    match = re.match(r"(\d+\.\d+)\.", version + ".")
+    return match is not None and match.group(1) in CHECKED_VERSIONS
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One place in vLLM.
+
+    Attributes:
+        module: its module.
+        name: dotted name in it.
+        use: what the adaptor does there.
+        platforms: device types that need it; empty for all.
+    """
+
+    module: str
+    name: str
+    use: str
+    platforms: tuple[str, ...] = ()
+
+    def find(self) -> Any:
+        """The object there.
+
+        Raises:
+            ImportError, AttributeError: vLLM has no such place.
+        """
+        found: Any = importlib.import_module(self.module)
+        for part in self.name.split("."):
+            found = getattr(found, part)
+        return found
+
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_ROUTER = "vllm.model_executor.layers.fused_moe.router.base_router"
+
+SEAMS = (
+    Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config", "settings are read and checked"),
+    Seam("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_worker", "resolves worker_cls, which is ours"),
+    Seam("vllm.v1.worker.gpu_worker", "Worker.init_device", "the runner exists afterwards"),
+    Seam("vllm.v1.worker.gpu_worker", "Worker.load_model", "the weights are loaded afterwards"),
+    Seam("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", "steps are counted from here on"),
+    Seam("vllm.v1.worker.gpu_worker", "Worker.shutdown", "the planner ends here"),
+    Seam(_RUNNER, "EplbState", "our state takes its place"),
+    Seam(_RUNNER, "GPUModelRunner.execute_model", "a real forward begins"),
+    Seam(_RUNNER, "GPUModelRunner._dummy_run", "a dummy forward begins"),
+    Seam(_RUNNER, "GPUModelRunner._determine_batch_execution_and_padding", "the point of forward_before"),
+    Seam(_RUNNER, "GPUModelRunner.eplb_step", "the point of forward_end"),
+    Seam("vllm.v1.worker.cpu_worker", "CPUWorker", "builds no EPLB state: ours does", ("cpu",)),
+    Seam("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", "builds no EPLB state: ours does", ("cpu",)),
+    Seam("vllm.distributed.eplb.eplb_state", "EplbLayerState", "what a router reads"),
+    Seam("vllm.distributed.parallel_state", "get_eplb_group", "the groups for control and weights"),
+    Seam("vllm.distributed.parallel_state", "get_ep_group", "rank and size"),
+    Seam("vllm.model_executor.models.interfaces", "get_mixture_of_experts_model", "the MoE part of a model"),
+    Seam("vllm.model_executor.models.interfaces", "MixtureOfExperts.set_eplb_state", "hands maps and counters over"),
+    Seam(_ROUTER, "eplb_map_to_physical_and_record", "identity on a CPU: replaced by map_and_record", ("cpu",)),
+    Seam(
+        "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
+        "CPUUnquantizedExperts.apply",
+        "computes all experts as if they were local: replaced by one that computes the local ones",
+        ("cpu",),
+    ),
+    Seam("vllm.model_executor.layers.fused_moe.experts.cpu_moe", "cpu_fused_moe", "computes the local ones", ("cpu",)),
+)
+
+
+def missing_seams(platform: str) -> list[str]:
+    """The seams that this vLLM lacks, as lines that name the place and its use."""
+    missing = []
+    for seam in SEAMS:
+        if seam.platforms and platform not in seam.platforms:
+            continue
+        try:
+            seam.find()
+        except (ImportError, AttributeError) as error:
+            missing.append(f"{seam.module}.{seam.name} ({seam.use}): {error}")
+    return missing

@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EplbUpdator: drives the balancer from the two calls that an engine makes around every forward.
+
+``forward_before`` runs one step of the cycle: post what this rank knows, read what all agreed on, advance the state,
+do what it says. It waits for nothing but the agreed facts. Everything that takes time runs elsewhere: planning in the
+planner's process, checks and preparations in a thread, transfers on their own stream or threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from . import __version__
+from .adaptors.base import EplbAdaptor
+from .config import EplbConfig
+from .control import Bulk, ControlChannel, ControlError, Facts, FlightRecorder
+from .cycle import Action, AgreementError, CycleSettings, CycleState, Do, Failure, Phase, advance
+from .placement import Placement
+from .process import EplbProcess, PlanAnswer, PlanRequest
+from .rounds import LAYER, Round, check_rounds, rounds_from_array
+from .stats import StatsFile, StatsKeeper
+from .transfer import D2DExpertWeightLoader, default_buffer_experts
+
+logger = logging.getLogger("vllm.eplb")  # only loggers below "vllm" are seen in a server's log
+
+Stage = Literal["prefill", "decode"]
+
+PUBLISH_STEPS = 64
+"""How often the statistics are published, besides at every change of phase."""
+
+
+@dataclass
+class _Cycle:
+    """What this rank holds of the cycle under way. Dropped as a whole when the cycle ends."""
+
+    failure: Failure = Failure.NONE
+    reduction: Bulk[npt.NDArray[np.int64] | None] | None = None
+    answer: PlanAnswer | None = None
+    message: bytes = b""
+    broadcast: Bulk[bytes] | None = None
+    unpacking: Future[tuple[list[Round], list[Placement]]] | None = None
+    rounds: list[Round] = field(default_factory=list)
+    placements: list[Placement] = field(default_factory=list)
+    preparing: list[Future[None]] = field(default_factory=list)
+    result: Literal["done", "skipped"] = "done"
+    reason: str = ""
+
+
+class EplbUpdator:
+    """The balancer of one model on one rank.
+
+    Args:
+        adaptor: the model.
+        config: the settings, equal on all ranks.
+        planner: EP rank 0's planner process; None elsewhere.
+        stats_file: where EP rank 0 publishes its statistics; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        adaptor: EplbAdaptor,
+        config: EplbConfig,
+        planner: EplbProcess | None = None,
+        stats_file: StatsFile | None = None,
+    ) -> None:
+        self._adaptor = adaptor
+        self._config = config
+        self._rank = adaptor.rank
+        self._recorder = adaptor.recorder
+        self._control = ControlChannel(
+            adaptor.control_group, adaptor.rank, adaptor.topology.num_ranks, lag=config.control_lag
+        )
+        placement = adaptor.placement
+        self._loader = D2DExpertWeightLoader(
+            adaptor.expert_tensors(),
+            adaptor.transfer_group,
+            adaptor.rank,
+            config.transfer_buffer_experts
+            or default_buffer_experts(placement.num_layers, placement.slots_per_rank, config.control_lag),
+            config.transport,
+            topology=adaptor.topology,
+            device_group=adaptor.device_group,
+            budget_bytes=int((config.transfer_budget_mb_per_step or 0) * 1e6),
+        )
+        self._loader.warm_up()
+        self._loader.learn_checksums(placement)
+        self._settings = CycleSettings(
+            collect_steps=config.expert_heat_collection_interval,
+            execution_steps=config.algorithm_execution_interval,
+            # The first cycle comes early: a cold placement is the worst one.
+            first_collect_steps=max(1, config.expert_heat_collection_interval // 4),
+            max_failures=config.max_failures,
+            buffers=self._loader.num_buffers,
+        )
+        self._state = CycleState.start(self._settings)
+        self._start = self._placement = adaptor.placement
+        self._cycle = _Cycle()
+        self._planner = planner
+        self._stats = StatsKeeper(__version__, config.policy_name, config.mode)
+        self._stats_file = stats_file
+        self._threshold = config.min_gain
+        self._promised: tuple[float, float] | None = None  # mean PAR before and after, of the last plan carried out
+        self._flight = FlightRecorder()
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eplb-prepare")
+
+    @property
+    def state(self) -> CycleState:
+        """The agreed state; equal on all ranks."""
+        return self._state
+
+    @property
+    def placement(self) -> Placement:
+        """The placement in force on this rank."""
+        return self._placement
+
+    @property
+    def stats(self) -> StatsKeeper:
+        return self._stats
+
+    def forward_before(self, *, serving: bool = True, stage: Stage = "decode") -> None:
+        """One step; called on every rank before each forward of real or dummy batches, at the same point everywhere.
+
+        Args:
+            serving: whether the forward serves requests. A dummy batch is a step, but its tokens are not counted.
+            stage: whether the batch prefills or only decodes; it matters where only one of them is counted.
+
+        Raises:
+            AgreementError, ControlError: the ranks do not agree any more, so this one must not go on serving.
+        """
+        began = time.perf_counter()
+        posted = agreed = None
+        if self._state.active:
+            posted = self._facts()
+            self._control.post(posted)
+            waited = self._control.waiting.total
+            agreed = self._control.read()
+            self._stats.waited_for_control(self._control.waiting.total - waited)
+        before = self._state.phase
+        try:
+            self._state, actions = advance(self._state, agreed, self._settings)
+        except AgreementError:
+            self._dump_flight("the ranks disagree")
+            raise
+        self._flight.record(self._state.phase, posted, agreed)
+        self._loader.tick()
+        for action in actions:
+            self._perform(action)
+        record = serving and self._state.phase is not Phase.OFF
+        self._recorder.begin_step(self._placement, record=record, phase=stage)
+        self._stats.step = self._state.step
+        self._stats.phase = self._state.phase.name.lower()  # type: ignore[assignment]
+        self._stats.step_took(time.perf_counter() - began)
+        if self._state.phase is not before:
+            self._publish()
+
+    def forward_end(self) -> None:
+        """After a forward. Decides nothing, because not every engine gets here."""
+        if self._state.step % PUBLISH_STEPS == 0:
+            self._publish()
+
+    def pause_recording(self) -> None:
+        """What is computed until the next step serves nobody (warm-up, profiling, capturing)."""
+        self._recorder.set_recording(False)
+
+    def close(self) -> None:
+        """Ends the planner and the threads. Serving may go on; nothing is balanced any more."""
+        if self._planner is not None:
+            self._planner.close()
+        self._background.shutdown(wait=False, cancel_futures=True)
+        self._loader.close()
+        if self._stats_file is not None:
+            self._stats_file.close()
+
+    # --- what this rank knows -----------------------------------------------------------------------------------------
+
+    def _facts(self) -> Facts:
+        state, cycle = self._state, self._cycle
+        ready = rounds_ready = 0
+        if cycle.failure is Failure.NONE:
+            try:
+                ready = int(self._ready())
+                rounds_ready = self._rounds_ready()
+            except Exception as error:
+                self._fail(_FAILS_AS.get(state.phase, Failure.PREPARE), error)
+        has_plan = state.phase is Phase.PLAN and cycle.answer is not None
+        return Facts(
+            step=state.step,
+            epoch=state.epoch,
+            placement=self._placement.digest,
+            ready=ready,
+            failure=cycle.failure,
+            poisoned=int(self._loader.poisoned),
+            plan_number=state.cycle if has_plan else 0,
+            plan_length=len(cycle.message) if has_plan else 0,
+            plan_digest=_digest(cycle.message) if has_plan and cycle.message else 0,
+            rounds=len(cycle.rounds),
+            rounds_ready=rounds_ready,
+            rounds_done=self._loader.rounds_done,
+            rounds_intact=self._loader.rounds_intact,
+        )
+
+    def _ready(self) -> bool:
+        cycle, phase = self._cycle, self._state.phase
+        if phase is Phase.SNAPSHOT:
+            return self._recorder.snapshot_ready() and not self._control.bulk_busy
+        if phase is Phase.REDUCE:
+            return cycle.reduction is not None and cycle.reduction.done()
+        if phase is Phase.PLAN:
+            self._look_for_answer()
+        if phase is Phase.BROADCAST:
+            if cycle.unpacking is None and cycle.broadcast is not None and cycle.broadcast.done():
+                message = cycle.broadcast.result()
+                cycle.unpacking = self._background.submit(self._unpack, message, self._placement)
+            if cycle.unpacking is not None and cycle.unpacking.done():
+                cycle.rounds, cycle.placements = cycle.unpacking.result()
+                return True
+        return False
+
+    def _rounds_ready(self) -> int:
+        """Rounds prepared, as far as they may be issued now."""
+        for number, future in enumerate(self._cycle.preparing):
+            if not future.done():
+                return number
+            future.result()
+            if number >= self._state.issued and not self._loader.ready(number):
+                return number
+        return len(self._cycle.preparing)
+
+    def _fail(self, failure: Failure, error: Exception) -> None:
+        self._cycle.failure = failure
+        self._cycle.reason = f"{failure.text}: {type(error).__name__}: {error}"
+        logger.warning("EPLB rank %d: %s", self._rank, self._cycle.reason)
+
+    # --- what the state says is to be done ----------------------------------------------------------------------------
+
+    def _perform(self, action: Action) -> None:
+        perform = getattr(self, f"_do_{action.do.name.lower()}")
+        if action.do in _MAY_FAIL:
+            try:
+                perform(action)
+            except ControlError:
+                raise
+            except Exception as error:
+                self._fail(_MAY_FAIL[action.do], error)
+        else:
+            perform(action)
+
+    def _do_snapshot(self, _: Action) -> None:
+        self._cycle = _Cycle()
+        self._recorder.snapshot(self._placement)
+
+    def _do_reduce(self, _: Action) -> None:
+        self._cycle.reduction = self._control.reduce_load(self._recorder.take())
+
+    def _do_request_plan(self, _: Action) -> None:
+        reduction = self._cycle.reduction
+        load = reduction.result() if reduction is not None else None
+        if self._planner is None or load is None:
+            return
+        self._window_ended(load.sum(axis=0))
+        config = self._config
+        self._planner.submit(
+            PlanRequest(
+                number=self._state.cycle,
+                load=load,
+                physical_to_logical=self._placement.physical_to_logical,
+                num_experts=self._placement.num_experts,
+                node_of_rank=self._adaptor.topology.node_of_rank,
+                num_groups=self._adaptor.num_groups,
+                buffer_experts=self._loader.buffer_experts,
+                policy=config.policy_name,
+                limits=_limits(config),
+            )
+        )
+
+    def _window_ended(self, load: npt.NDArray[np.int64]) -> None:
+        """Takes stock of the window, and of what the last plan promised for it."""
+        par = self._placement.par(load)
+        self._stats.window_ended(self._placement.rank_load(load), self._start.rank_load(load))
+        if self._promised is not None:
+            before, promised = self._promised
+            self._promised = None
+            paid = before - float(par.mean()) > 0.25 * (before - promised)
+            least, most = self._config.min_gain, max(0.2, self._config.min_gain)
+            self._threshold = max(least, self._threshold / 2) if paid else min(most, max(0.005, self._threshold * 2))
+            logger.info(
+                "EPLB: PAR %.3f in the window after cycle %d; the plan promised %.3f from %.3f%s",
+                par.mean(),
+                self._state.cycle - 1,
+                promised,
+                before,
+                "" if paid else f"; it did not pay, so a plan must now gain {self._threshold:.1%}",
+            )
+
+    def _look_for_answer(self) -> None:
+        """On EP rank 0: takes the planner's answer, weighs it and packs it."""
+        if self._planner is None or self._cycle.answer is not None:
+            return
+        answer = self._planner.answer(self._state.cycle)
+        if answer is None:
+            return
+        if answer.plan is None or answer.rounds is None:
+            failure = Failure.PLANNER_DIED if answer.died else Failure.PLANNER_FAILED
+            self._fail(failure, RuntimeError(answer.error))
+            return
+        plan = answer.plan
+        self._stats.planned(plan.par_after, plan.seconds)
+        before, after = float(plan.par_before.mean()), float(plan.par_after.mean())
+        if self._config.mode == "observe":
+            self._skip(f"observing only: {plan.num_moves} moves would bring PAR from {before:.3f} to {after:.3f}")
+        elif not plan.num_moves:
+            self._skip(f"nothing to move at PAR {before:.3f}")
+        elif before - after < self._threshold * before:
+            self._skip(f"PAR {before:.3f} to {after:.3f} gains less than {self._threshold:.1%}")
+        else:
+            self._cycle.message = _pack(self._state.cycle, plan.physical_to_logical, answer.rounds)
+        self._cycle.answer = answer
+
+    def _skip(self, reason: str) -> None:
+        self._cycle.result, self._cycle.reason = "skipped", reason
+
+    def _do_broadcast(self, _: Action) -> None:
+        message = self._cycle.message if self._rank == 0 else None
+        self._cycle.broadcast = self._control.broadcast(message, self._state.plan_length)
+
+    def _unpack(self, message: bytes, start: Placement) -> tuple[list[Round], list[Placement]]:
+        """In the background: the rounds of the plan, checked against the placement in force, and what they lead to."""
+        if _digest(message) != self._state.plan_digest:
+            raise ValueError("the plan's hash differs from the agreed one")
+        rounds, target = _unpack(message, self._state.cycle, start)
+        check_rounds(start, rounds, self._loader.buffer_experts, target)
+        placements = []
+        for each in rounds:
+            start = start.with_moves(each.moves)
+            placements.append(start)
+        return rounds, placements
+
+    def _do_prepare(self, action: Action) -> None:
+        cycle, number = self._cycle, action.round
+        if number < len(cycle.preparing):  # it is sent again
+            del cycle.preparing[number:]
+            self._background.submit(self._adaptor.forget_prepared_maps)
+        each, after = cycle.rounds[number], cycle.placements[number]
+        self._loader.prepare(each)
+        layers = np.unique(each.moves[:, LAYER]).tolist()
+        cycle.preparing.append(self._background.submit(self._adaptor.prepare_maps, after, layers))
+
+    def _do_issue(self, action: Action) -> None:
+        self._loader.issue(action.round)
+
+    def _do_commit(self, action: Action) -> None:
+        # A throw in here is not caught: a half-switched placement must not answer.
+        began = time.perf_counter()
+        after = self._cycle.placements[action.round]
+        self._recorder.flush(self._placement)
+        self._loader.commit(action.round)
+        self._adaptor.commit_maps()
+        self._placement = after
+        self._stats.committed(time.perf_counter() - began)
+        self._stats.placement_digest = after.digest
+
+    def _do_finish(self, _: Action) -> None:
+        cycle, state = self._cycle, self._state
+        moved = sum(len(each.moves) for each in cycle.rounds)
+        if self._rank == 0:
+            self._stats.cycle_ended(cycle.result, moved=moved, reason=cycle.reason)
+            plan = cycle.answer.plan if cycle.answer is not None else None
+            if cycle.result == "skipped":
+                logger.info("EPLB cycle %d at step %d: %s", state.cycle, state.step, cycle.reason)
+            elif plan is not None:
+                self._promised = float(plan.par_before.mean()), float(plan.par_after.mean())
+                logger.info(
+                    "EPLB cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
+                    "%d steps after its load was taken; planned in %.1f ms",
+                    state.cycle,
+                    plan.par_before.mean(),
+                    plan.par_after.mean(),
+                    plan.par_before.max(),
+                    plan.par_after.max(),
+                    moved,
+                    len(cycle.rounds),
+                    state.step - state.snapshot_at,
+                    1e3 * plan.seconds,
+                )
+        self._forget_cycle()
+
+    def _do_drop(self, action: Action) -> None:
+        reason = self._cycle.reason or action.failure.text
+        if self._rank == 0:
+            self._stats.cycle_ended("failed", moved=self._moved_so_far(), reason=reason)
+            logger.warning(
+                "EPLB cycle %d dropped on all ranks (%s), %d in a row; serving goes on, next try in %d steps",
+                self._state.cycle,
+                reason,
+                self._state.failures,
+                self._state.due - self._state.step,
+            )
+        self._forget_cycle()
+
+    def _do_switch_off(self, action: Action) -> None:
+        reason = self._cycle.reason or action.failure.text
+        self._stats.switched_off(reason)
+        if self._rank == 0:
+            self._stats.cycle_ended("failed", moved=self._moved_so_far(), reason=reason)
+            logger.error("EPLB is off from step %d on, serving goes on: %s", self._state.step, reason)
+        self._dump_flight(reason)
+        self._forget_cycle()
+        if self._planner is not None:
+            self._planner.close(wait=0)
+
+    def _moved_so_far(self) -> int:
+        return sum(len(each.moves) for each in self._cycle.rounds[: self._state.committed])
+
+    def _forget_cycle(self) -> None:
+        """Nothing is in flight; what was prepared is dropped."""
+        for future in self._cycle.preparing:
+            future.cancel()
+        self._background.submit(self._adaptor.forget_prepared_maps)
+        self._loader.forget()
+        self._cycle = _Cycle()
+
+    def _publish(self) -> None:
+        if self._stats_file is not None and self._rank == 0:
+            self._stats_file.publish(self._stats.stats())
+
+    def _dump_flight(self, reason: str) -> None:
+        try:
+            folder = tempfile.mkdtemp(prefix="vllm-eplb-flight-")
+            path = os.path.join(folder, f"rank{self._rank}.json")
+            self._flight.dump(path, rank=self._rank, reason=reason, settings=str(self._settings))
+            logger.error("EPLB rank %d: the last steps are in %s", self._rank, path)
+        except OSError:
+            pass  # a full disk must not hide the reason itself
+
+
+_FAILS_AS = {
+    Phase.SNAPSHOT: Failure.SNAPSHOT,
+    Phase.REDUCE: Failure.REDUCE,
+    Phase.PLAN: Failure.PLANNER_FAILED,
+    Phase.BROADCAST: Failure.PLAN_INVALID,
+    Phase.MOVE: Failure.PREPARE,
+}
+"""What an exception in the background of a phase is to the other ranks."""
+
+_MAY_FAIL: dict[Do, Failure] = {
+    Do.SNAPSHOT: Failure.SNAPSHOT,
+    Do.REDUCE: Failure.REDUCE,
+    Do.REQUEST_PLAN: Failure.PLANNER_FAILED,
+    Do.PREPARE: Failure.PREPARE,
+}
+"""Actions that nothing depends on yet: an exception drops the cycle."""
+
+
+def _limits(config: EplbConfig) -> dict[str, object]:
+    """The settings that the policy takes."""
+    if config.policy_name != "incremental":
+        return {}
+    return {
+        "target_par": config.target_par,
+        "effort": config.planner_effort,
+        "max_moves": config.max_moves_per_cycle,
+    }
+
+
+def _digest(message: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") >> 2 or 1
+
+
+def _pack(number: int, target: npt.NDArray[np.int32], rounds: npt.NDArray[np.int32]) -> bytes:
+    """A plan as it travels: its number, the placement it leads to (int32 [L, P]) and its rounds (int32 [N, 7])."""
+    head = np.array([number, len(rounds)], dtype="<i8").tobytes()
+    return head + target.astype("<i4").tobytes() + rounds.astype("<i4").tobytes()
+
+
+def _unpack(message: bytes, number: int, start: Placement) -> tuple[list[Round], Placement]:
+    head, target_bytes = 16, 4 * start.num_layers * start.num_slots
+    if len(message) < head + target_bytes:
+        raise ValueError(f"a plan of {len(message)} bytes; at least {head + target_bytes} are needed")
+    its_number, num_rows = np.frombuffer(message, dtype="<i8", count=2).tolist()
+    if its_number != number:
+        raise ValueError(f"the plan of cycle {its_number} arrived in cycle {number}")
+    if len(message) != head + target_bytes + 28 * num_rows:
+        raise ValueError(f"a plan of {len(message)} bytes names {num_rows} moves")
+    slots = np.frombuffer(message, dtype="<i4", count=target_bytes // 4, offset=head)
+    target = Placement(slots.reshape(start.num_layers, start.num_slots), start.num_experts, start.num_ranks)
+    rows = np.frombuffer(message, dtype="<i4", offset=head + target_bytes).reshape(num_rows, 7).astype(np.int32)
+    return rounds_from_array(rows, start.slots_per_rank), target
