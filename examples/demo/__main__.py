@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
         view.say("starting the server: " + " ".join(server.command[1:]))
         server.start()
         try:
-            for waited in server.wait_until_ready(timeout=300.0):
+            for waited in server.wait_until_ready(timeout=600.0):
                 view.waiting(f"starting vLLM with {arguments.ranks} ranks ... {waited:.0f} s")
             clock.lap("start-up")
             view.say("the server is ready")
