@@ -52,6 +52,8 @@ _definitions.define(  # type: ignore[no-untyped-call]
     "int first_slot=0) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_map_and_record = torch.ops.vllm_ascend_eplb.map_and_record.default
+_record_expert_tokens = torch.ops.vllm_ascend_eplb.record_expert_tokens.default
 
 
 def map_and_record(
@@ -85,9 +87,7 @@ def map_and_record(
     Raises:
         RuntimeError: a tensor has another dtype, shape or device than described.
     """
-    out: torch.Tensor = torch.ops.vllm_ascend_eplb.map_and_record(
-        topk_ids, dispatch_table, replica_count, counts, record, num_unpadded
-    )
+    out: torch.Tensor = _map_and_record(topk_ids, dispatch_table, replica_count, counts, record, num_unpadded)
     return out
 
 
@@ -114,7 +114,7 @@ def record_expert_tokens(
         RuntimeError: a tensor has another dtype, shape or device than described, or the slots are outside of
             ``counts``.
     """
-    torch.ops.vllm_ascend_eplb.record_expert_tokens(expert_tokens, counts, record, prefix_sums, first_slot)
+    _record_expert_tokens(expert_tokens, counts, record, prefix_sums, first_slot)
 
 
 def entries_of(tokens: torch.Tensor, experts: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ def _map_and_record_aten(
     known = (ids >= 0) & (ids < num_experts)
     experts = ids * known
     rows = torch.arange(num_tokens, device=ids.device, dtype=torch.int64).unsqueeze(1)
-    valid = replica_count.to(torch.int64).clamp(max=width)[experts]
+    valid = replica_count.to(torch.int64).clamp(0, width)[experts]
     slots = dispatch_table.reshape(-1)[experts * width + entries_of(rows, experts, valid)]
     counted = known & (slots >= 0) & (slots < counts.shape[0]) & record.reshape(1)
     if num_unpadded is not None:

@@ -50,6 +50,9 @@ inline void check_map_and_record(const at::Tensor& topk_ids, const at::Tensor& d
                     dispatch_table.stride(1) == 1 && dispatch_table.size(1) >= 1 && dispatch_table.size(1) <= kMaxWidth,
                 "dispatch_table has dtype ", dispatch_table.scalar_type(), " and shape ", dispatch_table.sizes(),
                 "; it is int64 [experts, width] with contiguous rows and a width of 1..", kMaxWidth);
+    TORCH_CHECK(dispatch_table.size(0) * dispatch_table.stride(0) <= std::numeric_limits<uint32_t>::max(),
+                "dispatch_table spans ", dispatch_table.size(0) * dispatch_table.stride(0),
+                " elements; at most 2^32 - 1 are allowed: make it narrower");
     TORCH_CHECK(is_int(replica_count) && replica_count.dim() == 1 && replica_count.is_contiguous() &&
                     replica_count.size(0) == dispatch_table.size(0),
                 "replica_count has dtype ", replica_count.scalar_type(), " and shape ", replica_count.sizes(),

@@ -19,48 +19,141 @@ extern "C" __attribute__((used, visibility("default"))) const char eplb_ops_buil
 namespace eplb {
 namespace {
 
-constexpr int64_t kEntriesPerThread = 16384;  // fewer are done sooner than another thread is woken
+// One version per instruction set, chosen when the library is loaded; elsewhere the baseline's vectors serve.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+#define EPLB_PER_INSTRUCTION_SET __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define EPLB_PER_INSTRUCTION_SET
+#endif
+
+constexpr int64_t kEntriesPerThread = 8192;  // fewer are done sooner than another thread is woken
+constexpr int64_t kTile = 256;               // entries mapped at a time: their buffers stay in the first-level cache
 
 int64_t scalar(const at::Tensor& t, int64_t i) {
     return t.scalar_type() == at::kInt ? t.const_data_ptr<int32_t>()[i] : t.const_data_ptr<int64_t>()[i];
 }
 
-template <typename Id, typename Replicas>
+// The work on a tile is split in loops that vectorise (these three) and table look-ups, which are quicker one by one
+// than by gather instructions.
+
+// Copies ids to 32 bits; returns whether all are experts.
+EPLB_PER_INSTRUCTION_SET
+bool narrow(const int64_t* ids, int64_t n, uint64_t num_experts, uint32_t* experts) {
+    uint32_t bad = 0;
+    for (int64_t j = 0; j < n; ++j) {
+        experts[j] = static_cast<uint32_t>(ids[j]);
+        bad |= static_cast<uint32_t>(static_cast<uint64_t>(ids[j]) >= num_experts);
+    }
+    return bad == 0;
+}
+
+EPLB_PER_INSTRUCTION_SET
+bool narrow(const int32_t* ids, int64_t n, uint64_t num_experts, uint32_t* experts) {
+    uint32_t bad = 0;
+    const uint32_t limit = static_cast<uint32_t>(num_experts);
+    for (int64_t j = 0; j < n; ++j) {
+        experts[j] = static_cast<uint32_t>(ids[j]);
+        bad |= static_cast<uint32_t>(static_cast<uint32_t>(ids[j]) >= limit);
+    }
+    return bad == 0;
+}
+
+// Element of the dispatch table for each entry of a tile. `valid`: valid entries of each one's row; null: `width` each.
+EPLB_PER_INSTRUCTION_SET
+void index_tile(const uint32_t* experts, const uint32_t* rows, const uint32_t* valid, int64_t n, uint32_t first_row,
+                uint32_t width, uint32_t row_stride, uint32_t* index) {
+    if (valid == nullptr) {
+        for (int64_t j = 0; j < n; ++j) {
+            index[j] = experts[j] * row_stride + entry_of(first_row + rows[j], experts[j], width);
+        }
+    } else {
+        for (int64_t j = 0; j < n; ++j) {
+            index[j] = experts[j] * row_stride + entry_of(first_row + rows[j], experts[j], valid[j]);
+        }
+    }
+}
+
+// Memory that calls on one thread share.
+struct Scratch {
+    std::vector<uint32_t> bins;   // [parts, slots], tokens of this call
+    std::vector<uint32_t> valid;  // [experts]
+};
+
+template <typename Id>
 struct Batch {
     const Id* ids;
     Id* out;
     int64_t top_k;
     const int64_t* table;
-    int64_t row_stride;
+    uint32_t row_stride;
     uint32_t width;
     uint64_t num_experts;
-    const Replicas* replicas;
+    const uint32_t* valid;  // [experts], valid entries of each row
+    bool uniform;           // all of them equal `width`
     uint64_t num_slots;
 
-    // Maps the rows first..end-1; with `kCount` adds each mapped entry to its bin of `bins` [num_slots].
+    // Maps the tokens first..end-1; with `kCount` adds each mapped entry to its bin of `bins` [num_slots].
     template <bool kCount>
     void map(int64_t first, int64_t end, uint32_t* bins) const {
-        int64_t i = first * top_k;
-        for (int64_t token = first; token < end; ++token) {
-            for (const int64_t stop = i + top_k; i < stop; ++i) {
-                const uint64_t expert = static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
-                if (C10_UNLIKELY(expert >= num_experts)) {
-                    out[i] = ids[i];
-                    continue;
-                }
-                uint32_t valid = static_cast<uint32_t>(replicas[expert]);
-                valid = valid > width ? width : valid;
-                const uint32_t entry = entry_of(static_cast<uint32_t>(token), static_cast<uint32_t>(expert), valid);
-                const int64_t slot = table[static_cast<int64_t>(expert) * row_stride + entry];
-                out[i] = static_cast<Id>(slot);
-                if constexpr (kCount) {
-                    if (C10_LIKELY(static_cast<uint64_t>(slot) < num_slots)) ++bins[slot];
+        if (first >= end) return;
+        const int64_t tokens_per_tile = std::clamp<int64_t>(kTile / top_k, 1, end - first);
+        uint32_t rows[kTile] = {};  // of each entry of a tile, from the tile's first token
+        for (int64_t row = 0, j = 0; row < tokens_per_tile; ++row) {
+            for (const int64_t stop = std::min(j + top_k, kTile); j < stop; ++j) rows[j] = static_cast<uint32_t>(row);
+        }
+        for (int64_t token = first; token < end; token += tokens_per_tile) {
+            const int64_t stop = std::min(token + tokens_per_tile, end) * top_k;
+            for (int64_t i = token * top_k; i < stop; i += kTile) {
+                map_tile<kCount>(i, std::min(kTile, stop - i), static_cast<uint32_t>(token), rows, bins);
+            }
+        }
+    }
+
+    template <bool kCount>
+    void map_tile(int64_t at, int64_t n, uint32_t first_row, const uint32_t* rows, uint32_t* bins) const {
+        const Id* const from = ids + at;
+        uint32_t experts[kTile];
+        uint32_t index[kTile];
+        const bool known = narrow(from, n, num_experts, experts);
+        if (!known) {
+            for (int64_t j = 0; j < n; ++j) experts[j] = is_expert(from[j]) ? experts[j] : 0;
+        }
+        if (uniform) {
+            index_tile(experts, rows, nullptr, n, first_row, width, row_stride, index);
+        } else {
+            uint32_t valid_of[kTile];
+            for (int64_t j = 0; j < n; ++j) valid_of[j] = valid[experts[j]];
+            index_tile(experts, rows, valid_of, n, first_row, width, row_stride, index);
+        }
+        if (known) {
+            look_up<kCount>(index, n, out + at, bins);
+        } else {
+            for (int64_t j = 0; j < n; ++j) {
+                if (is_expert(from[j])) {
+                    look_up<kCount>(index + j, 1, out + at + j, bins);
+                } else {
+                    out[at + j] = from[j];
                 }
             }
         }
     }
 
-    // Maps the rows first..end-1 and counts those of them within real_first..real_end-1.
+    template <bool kCount>
+    void look_up(const uint32_t* __restrict index, int64_t n, Id* __restrict to, uint32_t* __restrict bins) const {
+        const int64_t* const __restrict entries = table;
+        const uint64_t slots = num_slots;
+        for (int64_t j = 0; j < n; ++j) {
+            const int64_t slot = entries[index[j]];
+            to[j] = static_cast<Id>(slot);
+            if constexpr (kCount) {
+                if (C10_LIKELY(static_cast<uint64_t>(slot) < slots)) ++bins[slot];
+            }
+        }
+    }
+
+    bool is_expert(Id id) const { return static_cast<uint64_t>(static_cast<int64_t>(id)) < num_experts; }
+
+    // Maps the tokens first..end-1 and counts those of them within real_first..real_end-1.
     void map_part(int64_t first, int64_t end, int64_t real_first, int64_t real_end, uint32_t* bins) const {
         const int64_t from = std::clamp(real_first, first, end);
         const int64_t to = std::clamp(real_end, from, end);
@@ -70,22 +163,50 @@ struct Batch {
     }
 };
 
+template <typename Replicas>
+bool narrow_valid(const Replicas* replicas, int64_t num_experts, int64_t width, uint32_t* valid) {
+    uint32_t differs = 0;
+    for (int64_t e = 0; e < num_experts; ++e) {
+        valid[e] = static_cast<uint32_t>(std::clamp<int64_t>(replicas[e], 0, width));
+        differs |= valid[e] ^ static_cast<uint32_t>(width);
+    }
+    return differs == 0;
+}
+
 template <typename Count>
 void add_bins(const uint32_t* bins, int64_t num_slots, Count* counts) {
     for (int64_t slot = 0; slot < num_slots; ++slot) counts[slot] += static_cast<Count>(bins[slot]);
 }
 
-template <typename Id, typename Replicas>
-void run(const Batch<Id, Replicas>& batch, int64_t num_tokens, int64_t real_first, int64_t real_end,
-         at::Tensor& counts) {
-    const int64_t entries = num_tokens * batch.top_k;
-    const int64_t parts = std::clamp<int64_t>(entries / kEntriesPerThread, 1, at::get_num_threads());
-    const bool counting = real_first < real_end;
+template <typename Id>
+at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::Tensor& replicas, at::Tensor& counts,
+                     int64_t real_first, int64_t real_end) {
+    static thread_local Scratch scratch;
+    at::Tensor out = at::empty(ids.sizes(), ids.options());
+    const int64_t num_tokens = ids.size(0);
     const int64_t num_slots = counts.size(0);
+    const int64_t width = table.size(1);
+    scratch.valid.resize(static_cast<size_t>(table.size(0)));
+    const bool uniform =
+        replicas.scalar_type() == at::kInt
+            ? narrow_valid(replicas.const_data_ptr<int32_t>(), table.size(0), width, scratch.valid.data())
+            : narrow_valid(replicas.const_data_ptr<int64_t>(), table.size(0), width, scratch.valid.data());
+    const Batch<Id> batch{ids.const_data_ptr<Id>(),
+                          out.mutable_data_ptr<Id>(),
+                          ids.size(1),
+                          table.const_data_ptr<int64_t>(),
+                          static_cast<uint32_t>(table.stride(0)),
+                          static_cast<uint32_t>(width),
+                          static_cast<uint64_t>(table.size(0)),
+                          scratch.valid.data(),
+                          uniform,
+                          static_cast<uint64_t>(num_slots)};
+    const int64_t parts = std::clamp<int64_t>(ids.numel() / kEntriesPerThread, 1, at::get_num_threads());
+    const bool counting = real_first < real_end;
     const int64_t stride = (num_slots + 15) / 16 * 16;  // whole cache lines per part
-    static thread_local std::vector<uint32_t> kept;
-    if (counting) kept.assign(static_cast<size_t>(parts * stride), 0);
-    uint32_t* const bins = kept.data();
+    if (counting) scratch.bins.assign(static_cast<size_t>(parts * stride), 0);
+    uint32_t* const bins = scratch.bins.data();
+    if (ids.numel() == 0) return out;
     if (parts == 1) {
         batch.map_part(0, num_tokens, real_first, real_end, bins);
     } else {
@@ -96,30 +217,13 @@ void run(const Batch<Id, Replicas>& batch, int64_t num_tokens, int64_t real_firs
             }
         });
     }
-    if (!counting) return;
-    for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t part = 0; counting && part < parts; ++part) {
         if (counts.scalar_type() == at::kInt) {
             add_bins(bins + part * stride, num_slots, counts.mutable_data_ptr<int32_t>());
         } else {
             add_bins(bins + part * stride, num_slots, counts.mutable_data_ptr<int64_t>());
         }
     }
-}
-
-template <typename Id, typename Replicas>
-at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::Tensor& replicas, at::Tensor& counts,
-                     int64_t real_first, int64_t real_end) {
-    at::Tensor out = at::empty(ids.sizes(), ids.options());
-    const Batch<Id, Replicas> batch{ids.const_data_ptr<Id>(),
-                                    out.mutable_data_ptr<Id>(),
-                                    ids.size(1),
-                                    table.const_data_ptr<int64_t>(),
-                                    table.stride(0),
-                                    static_cast<uint32_t>(table.size(1)),
-                                    static_cast<uint64_t>(table.size(0)),
-                                    replicas.const_data_ptr<Replicas>(),
-                                    static_cast<uint64_t>(counts.size(0))};
-    run(batch, ids.size(0), real_first, real_end, counts);
     return out;
 }
 
@@ -135,13 +239,9 @@ at::Tensor map_and_record(const at::Tensor& topk_ids, const at::Tensor& dispatch
     }
     if (!*record.const_data_ptr<bool>()) real_end = real_first;
     const at::Tensor ids = topk_ids.contiguous();
-    const bool wide_ids = ids.scalar_type() == at::kLong;
-    if (replica_count.scalar_type() == at::kLong) {
-        return wide_ids ? map_typed<int64_t, int64_t>(ids, dispatch_table, replica_count, counts, real_first, real_end)
-                        : map_typed<int32_t, int64_t>(ids, dispatch_table, replica_count, counts, real_first, real_end);
-    }
-    return wide_ids ? map_typed<int64_t, int32_t>(ids, dispatch_table, replica_count, counts, real_first, real_end)
-                    : map_typed<int32_t, int32_t>(ids, dispatch_table, replica_count, counts, real_first, real_end);
+    return ids.scalar_type() == at::kLong
+               ? map_typed<int64_t>(ids, dispatch_table, replica_count, counts, real_first, real_end)
+               : map_typed<int32_t>(ids, dispatch_table, replica_count, counts, real_first, real_end);
 }
 
 template <typename Tokens, typename Count>
