@@ -3,7 +3,7 @@
 
 The worker keeps a :class:`StatsKeeper` and publishes its :class:`EplbStats`; a background thread replaces the file, so
 that serving never waits for a disk. The API server (``/metrics``), tools and the demo read it. Its path stands in the
-environment variable ``VLLM_ASCEND_EPLB_STATS``, set in the front-end process and inherited by the workers; a user may
+environment variable ``EPLB_STATS_FILE``, set in the front-end process and inherited by the workers; a user may
 set it beforehand to choose the place.
 """
 
@@ -28,8 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .placement import peak_to_average
 
-STATS_VARIABLE = "VLLM_ASCEND_EPLB_STATS"
-"""Name of the environment variable that holds the path of the statistics file."""
+STATS_VARIABLE = "EPLB_STATS_FILE"
+"""Name of the environment variable that holds the path of the statistics file. vLLM warns of names that begin with VLLM."""
 
 MAX_STATS_BYTES = 4 << 20
 KEPT_CYCLES = 64

@@ -159,6 +159,8 @@ def main() -> int:
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the server is stopped
     console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 120  # a log has no width of its own; the summary's table needs 100
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="eplb-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
     status = 2

@@ -136,12 +136,30 @@ class Server:
                     continue  # it has just ended, or belongs to somebody else
         return found
 
+    def shared_memory(self) -> set[Path]:
+        """Files in /dev/shm that processes of the server have mapped."""
+        found = set()
+        for process in self.processes():
+            try:
+                maps = Path(f"/proc/{process}/maps").read_text().splitlines()
+            except OSError:
+                continue
+            found |= {Path(line.split(None, 5)[5]) for line in maps if "/dev/shm/" in line}
+        return found
+
     def stop(self, timeout: float = 30.0) -> list[int]:
         """Interrupts the server, as Ctrl-C does, and waits until all its processes are gone.
 
         Returns:
             Processes that were still there after ``timeout`` seconds; they have been killed.
         """
+        shared_memory = self.shared_memory()
+        left = self._end_processes(timeout)
+        for path in shared_memory:
+            path.unlink(missing_ok=True)  # vLLM's communicator for CPUs leaves its files behind
+        return left
+
+    def _end_processes(self, timeout: float) -> list[int]:
         if self._process is None:
             return []
         deadline = time.monotonic() + timeout

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -138,9 +139,10 @@ class Summary:
         }
 
     def show(self, console: Console) -> None:
-        table = Table(title="PAR of rank load: mean of layers (worst layer)", title_justify="left")
-        for column in ("traffic", "before", "after", "had nothing moved", "moves", "steps", "requests", "tokens equal"):
-            table.add_column(column, justify="left" if column == "traffic" else "right")
+        console.print("\nPAR of rank load, mean of layers (worst layer); unmoved: had nothing ever been moved")
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+        for column in ("traffic", "before", "after", "unmoved", "moves", "steps", "requests", "tokens equal"):
+            table.add_column(column, justify="left" if column == "traffic" else "right", no_wrap=True)
         for result in self.domains:
             table.add_row(
                 result.domain,
@@ -150,7 +152,7 @@ class Summary:
                 str(result.moves),
                 str(result.steps),
                 str(result.requests),
-                f"{result.tokens_equal} of {result.tokens_compared}",
+                f"{result.tokens_equal}/{result.tokens_compared}",
             )
         console.print(table)
         stats = self.stats
