@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .placement import peak_to_average
 
 STATS_VARIABLE = "EPLB_STATS_FILE"
-"""Name of the environment variable that holds the path of the statistics file. vLLM warns of names that begin with VLLM."""
+"""Environment variable that holds the path of the statistics file; vLLM warns of unknown names that begin with VLLM."""
 
 MAX_STATS_BYTES = 4 << 20
 KEPT_CYCLES = 64
