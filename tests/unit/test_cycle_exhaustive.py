@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Breadth-first search over everything that can happen to 2 or 3 ranks in the cycle.
+
+A world is the state of every rank's transition function, what every rank knows alone (its environment), and the facts
+still on their way. From each world, at each step, every rank may or may not have got further with what it is doing,
+and a few faults may happen. The search visits every world that can be reached and checks, at every step:
+
+- all ranks are in the same state and do the same things;
+- a round is issued only when every rank has prepared it and has a free buffer, and committed only when it arrived
+  undamaged on every rank;
+- nothing is dropped, prepared again or finished while a round is in flight on any rank;
+- one bulk operation at a time;
+- from every world the cycle can come to its end.
+
+Steps, epochs and cycle numbers only grow, so worlds are compared after moving them back to fixed numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+from itertools import product
+
+import pytest
+
+from vllm_ascend_eplb.control import Agreed, Facts
+from vllm_ascend_eplb.cycle import Actions, CycleSettings, CycleState, Do, Failure, Phase, advance
+
+STEP, EPOCH, CYCLE = 1000, 100, 10
+
+See = Callable[[Agreed | None, tuple[tuple[Facts, ...], ...], int], Agreed | None]
+"""From the agreed facts, those still on their way and the rank to what the rank acts on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Env:
+    """What one rank knows alone."""
+
+    ready: int = 0
+    bulk: int = 0  # a bulk operation is under way
+    plan: int = 0  # EP rank 0: rounds of its plan; -1 for a plan that moves nothing, 0 for none yet
+    rounds: int = 0
+    failure: int = 0
+    poisoned: int = 0
+    asked: int = 0  # rounds to prepare
+    prepared: int = 0
+    issued: int = 0
+    done: int = 0
+    damaged: int = -1  # the oldest round that arrived damaged
+    committed: int = 0
+    placement: int = 0
+
+    def facts(self, state: CycleState) -> Facts:
+        planned = state.phase is Phase.PLAN and self.plan
+        return Facts(
+            step=state.step,
+            epoch=state.epoch,
+            placement=self.placement,
+            ready=self.ready,
+            failure=self.failure,
+            poisoned=self.poisoned,
+            plan_number=state.cycle if planned else 0,
+            plan_length=max(0, self.plan) if planned else 0,
+            rounds=self.rounds,
+            rounds_ready=self.prepared,
+            rounds_done=self.done,
+            rounds_intact=self.done if self.damaged < 0 else min(self.done, self.damaged),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    states: tuple[CycleState, ...]
+    envs: tuple[Env, ...]
+    posted: tuple[tuple[Facts, ...], ...]
+    faults: int
+
+
+@dataclass(frozen=True)
+class Case:
+    ranks: int
+    lag: int
+    settings: CycleSettings
+    rounds: tuple[int, ...]  # plans that the planner may make
+    faults: int
+
+
+class ViolationError(AssertionError):
+    """Something that must never happen was reached."""
+
+
+def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> Iterator[tuple[Env, int]]:
+    """What may have happened on a rank by the time it posts: (environment, faults used)."""
+    yield env, 0
+    if env.bulk:
+        yield replace(env, bulk=0), 0
+    if state.phase in (Phase.COLLECT, Phase.OFF):
+        return
+    fault = faults > 0 and not env.failure
+    if state.phase in (Phase.SNAPSHOT, Phase.REDUCE, Phase.BROADCAST) and not env.ready and not env.failure:
+        if state.phase is Phase.BROADCAST:
+            yield replace(env, ready=1, bulk=0, rounds=state.plan_length), 0
+        elif state.phase is Phase.REDUCE:
+            yield replace(env, ready=1, bulk=0), 0
+        elif not env.bulk:
+            yield replace(env, ready=1), 0
+        if fault:
+            its = {Phase.SNAPSHOT: Failure.SNAPSHOT, Phase.REDUCE: Failure.REDUCE}.get(
+                state.phase, Failure.PLAN_INVALID
+            )
+            yield replace(env, failure=int(its)), 1
+    if state.phase is Phase.PLAN and rank == 0 and not env.plan and not env.failure:
+        for rounds in (-1, *case.rounds):
+            yield replace(env, plan=rounds), 0
+        if fault:
+            yield replace(env, failure=int(Failure.PLANNER_DIED)), 1
+    if state.phase in (Phase.MOVE, Phase.DRAIN):
+        if env.prepared < env.asked and not env.failure:
+            yield replace(env, prepared=env.asked), 0
+            if fault:
+                yield replace(env, failure=int(Failure.PREPARE)), 1
+        if env.done < env.issued and not env.poisoned:
+            for done in range(env.done + 1, env.issued + 1):
+                yield replace(env, done=done), 0
+            if faults and env.damaged < 0:
+                yield replace(env, done=env.done + 1, damaged=env.done), 1
+            if faults:
+                yield replace(env, poisoned=1), 1
+
+
+def perform(actions: Actions, envs: list[Env], state: CycleState, case: Case) -> None:
+    """Every rank does what its state says; what must hold then is checked over all ranks."""
+
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise ViolationError(f"{what}: {actions} in {state.phase.name} with {envs}")
+
+    for action in actions:
+        number = action.round
+        in_flight = any(env.done < env.issued for env in envs)
+        if action.do is Do.SNAPSHOT:
+            envs[:] = [Env(bulk=env.bulk, poisoned=env.poisoned, placement=env.placement) for env in envs]
+        elif action.do in (Do.REDUCE, Do.BROADCAST):
+            require(not any(env.bulk for env in envs), "two bulk operations at a time")
+            if action.do is Do.REDUCE:
+                require(all(env.ready for env in envs), "reduced before all had a snapshot")
+            envs[:] = [replace(env, ready=0, bulk=1) for env in envs]
+        elif action.do is Do.REQUEST_PLAN:
+            require(not envs[0].bulk, "planned before the load was there")
+            envs[:] = [replace(env, ready=0) for env in envs]
+        elif action.do is Do.PREPARE:
+            require(number <= envs[0].asked, "a round is skipped")
+            require(all(env.rounds > number for env in envs), "prepared before all knew the rounds")
+            if number < envs[0].asked:
+                require(not in_flight, "prepared again while in flight")
+            envs[:] = [
+                replace(
+                    env,
+                    asked=number + 1,
+                    prepared=min(env.prepared, number),
+                    issued=min(env.issued, number),
+                    done=min(env.done, number),
+                    damaged=env.damaged if 0 <= env.damaged < number else -1,
+                )
+                for env in envs
+            ]
+        elif action.do is Do.ISSUE:
+            require(all(env.prepared > number == env.issued for env in envs), "issued before all were ready")
+            require(number - envs[0].committed < case.settings.buffers, "issued into a buffer that is in use")
+            envs[:] = [replace(env, issued=number + 1) for env in envs]
+        elif action.do is Do.COMMIT:
+            require(all(env.done > number == env.committed for env in envs), "committed before all had it")
+            require(all(env.damaged != number for env in envs), "damaged weights committed")
+            envs[:] = [replace(env, committed=number + 1, placement=env.placement + 1) for env in envs]
+        elif action.do in (Do.FINISH, Do.DROP):
+            require(not in_flight, "dropped while in flight")
+            if action.do is Do.FINISH:
+                require(all(env.committed == state.rounds for env in envs), "finished too early")
+            envs[:] = [Env(bulk=env.bulk, poisoned=env.poisoned, placement=env.placement) for env in envs]
+
+
+def step(world: World, case: Case, see: See) -> Iterator[World]:
+    """All worlds that may come next."""
+    active = world.states[0].active
+    options = [
+        list(events(env, state, rank, case, world.faults))
+        for rank, (env, state) in enumerate(zip(world.envs, world.states, strict=True))
+    ]
+    for choice in product(*options):
+        used = sum(cost for _, cost in choice)
+        if used > world.faults:
+            continue
+        envs = [env for env, _ in choice]
+        posted, agreed = world.posted, None
+        if active:
+            facts = tuple(env.facts(state) for env, state in zip(envs, world.states, strict=True))
+            posted = (*posted, facts)
+            if len(posted) > case.lag:
+                agreed = bounds(posted[0])
+                posted = posted[1:]
+        results = [advance(state, see(agreed, posted, rank), case.settings) for rank, state in enumerate(world.states)]
+        states, actions = zip(*results, strict=True)
+        if any(state != states[0] for state in states) or any(its != actions[0] for its in actions):
+            raise ViolationError(f"ranks part: {[state.phase.name for state in states]}, {actions}, {envs}")
+        perform(actions[0], envs, states[0], case)
+        if len({env.placement for env in envs}) != 1:
+            raise ViolationError(f"ranks hold different placements: {envs}")
+        yield normal(World(states, tuple(envs), posted if states[0].active else (), world.faults - used), case)
+
+
+def as_agreed(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank: int) -> Agreed | None:
+    del posted, rank
+    return agreed
+
+
+@cache
+def bounds(facts: tuple[Facts, ...]) -> Agreed:
+    columns = list(zip(*(astuple(each) for each in facts), strict=True))
+    return Agreed(Facts(*map(min, columns)), Facts(*map(max, columns)))
+
+
+def normal(world: World, case: Case) -> World:
+    """The same world at fixed step, epoch, cycle and placement numbers."""
+    state = world.states[0]
+    age = min(state.step - state.snapshot_at, case.settings.plan_age_limit + 1)
+    fixed = replace(
+        state,
+        step=STEP,
+        epoch=EPOCH,
+        cycle=CYCLE,
+        entered=STEP,
+        snapshot_at=STEP - age if state.active else STEP,
+        due=STEP + 1 if state.phase is Phase.COLLECT else STEP,
+        plan_length=state.plan_length if state.phase is Phase.BROADCAST else 0,
+    )
+    posted = tuple(
+        tuple(
+            replace(
+                facts,
+                step=STEP,
+                epoch=EPOCH if facts.epoch == state.epoch else EPOCH - 1,
+                plan_number=CYCLE if facts.plan_number == state.cycle else 0,
+                placement=0,
+            )
+            for facts in line
+        )
+        for line in world.posted
+    )
+    envs = tuple(replace(env, placement=0) for env in world.envs)
+    return World((fixed,) * case.ranks, envs, posted, world.faults)
+
+
+def explore(case: Case, see: See = as_agreed, limit: int = 2_000_000) -> dict[World, list[World]]:
+    """All worlds that can be reached, and those that may follow each."""
+    start = CycleState(step=STEP, epoch=EPOCH, cycle=CYCLE, due=STEP + 1, entered=STEP, snapshot_at=STEP)
+    first = World((start,) * case.ranks, (Env(),) * case.ranks, (), case.faults)
+    follow: dict[World, list[World]] = {}
+    front = [first]
+    while front:
+        front_next = []
+        for world in front:
+            if world in follow:
+                continue
+            follow[world] = list(set(step(world, case, see)))
+            front_next += [its for its in follow[world] if its not in follow]
+        front = front_next
+        assert len(follow) < limit, "the search does not end; its worlds are not compared as they should be"
+    return follow
+
+
+def assert_all_end(follow: dict[World, list[World]]) -> None:
+    """From every world there is a way to the end of the cycle."""
+    before: dict[World, list[World]] = {world: [] for world in follow}
+    for world, its in follow.items():
+        for after in its:
+            before[after].append(world)
+    good = {world for world in follow if world.states[0].phase in (Phase.COLLECT, Phase.OFF)}
+    front = list(good)
+    while front:
+        front = [world for after in front for world in before[after] if world not in good and not good.add(world)]
+    stuck = [world for world in follow if world not in good]
+    assert not stuck, f"{len(stuck)} worlds have no way out, for example {stuck[0]}"
+
+
+def settings(lag: int, buffers: int = 2, **others: int) -> CycleSettings:
+    values = {"max_failures": 2, "max_resends": 1, **others}
+    return CycleSettings(
+        collect_steps=4 * (lag + 1) + 1, execution_steps=2, first_collect_steps=1, buffers=buffers, **values
+    )
+
+
+CASES = [
+    pytest.param(Case(2, 1, settings(1), (1, 3), 1), id="2 ranks, 2 buffers, 1 fault"),
+    pytest.param(Case(2, 2, settings(2, 1), (2,), 1), id="2 ranks, lag 2, 1 buffer, 1 fault"),
+    pytest.param(Case(3, 1, settings(1), (2,), 0), id="3 ranks"),
+]
+LONG = [
+    pytest.param(Case(2, 1, settings(1), (1, 4), 2), id="2 ranks, 2 faults"),
+    pytest.param(Case(2, 2, settings(2), (3,), 2), id="2 ranks, lag 2, 2 faults"),
+    pytest.param(Case(3, 1, settings(1), (2,), 1), id="3 ranks, 1 fault"),
+]
+
+
+def search(case: Case) -> None:
+    follow = explore(case)
+    phases = {world.states[0].phase for world in follow}
+    expected = set(Phase) if case.faults else set(Phase) - {Phase.OFF, Phase.DRAIN}
+    assert expected <= phases | {Phase.OFF}, "the search missed a phase; it proves nothing about it"
+    assert_all_end(follow)
+    print(f"{len(follow)} worlds, {sum(map(len, follow.values()))} steps between them")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_that_can_happen_parts_the_ranks(case: Case) -> None:
+    search(case)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("case", LONG)
+def test_nothing_that_can_happen_parts_the_ranks_long(case: Case) -> None:
+    search(case)
+
+
+def test_the_search_finds_ranks_that_trust_their_own_facts() -> None:
+    def own(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank: int) -> Agreed | None:
+        del agreed
+        return Agreed(posted[-1][rank], posted[-1][rank]) if posted else None
+
+    with pytest.raises(ViolationError, match="ranks part"):
+        explore(Case(2, 1, settings(1), (1,), 0), own)
+
+
+@pytest.mark.parametrize(
+    ("field", "found"),
+    [
+        ("ready", "reduced before all had a snapshot"),
+        ("rounds_ready", "issued before all were ready"),
+        ("rounds_intact", "committed before all had it|damaged weights committed"),
+        ("rounds_done", "while in flight"),
+    ],
+)
+def test_the_search_finds_ranks_that_are_content_with_the_fastest(field: str, found: str) -> None:
+    def fastest(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank: int) -> Agreed | None:
+        del posted, rank
+        return agreed and Agreed(replace(agreed.min, **{field: getattr(agreed.max, field)}), agreed.max)
+
+    with pytest.raises(ViolationError, match=found):
+        explore(Case(2, 1, settings(1), (2,), 1), fastest)
