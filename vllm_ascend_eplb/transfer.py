@@ -41,8 +41,8 @@ import numpy as np
 import torch
 
 from .checksum import ChecksumTable, Summer
-from .placement import Placement
-from .rounds import EXPERT, LAYER, SLOT, SOURCE, Round
+from .placement import Int32Array, Placement
+from .rounds import LAYER, SLOT, SOURCE, Round
 from .topology import Topology
 from .transport import (
     Batch,
@@ -90,7 +90,9 @@ class _Flight:
     nbytes: int = 0
     issued: int = 0
     issued_at: float = 0.0
-    seconds: float = 0.0
+    began: list[Any] = field(default_factory=list)
+    ended: list[Any] = field(default_factory=list)
+    """Events on the side stream around each part."""
     arrived: bool = False
     intact: bool = False
 
@@ -179,6 +181,9 @@ class D2DExpertWeightLoader:
         self._error: Exception | None = None
         self.bytes_received = 0
         self.seconds_in_flight = 0.0
+        """From issue to the moment at which the mover thread knew of the arrival, over all rounds."""
+        self.seconds_on_device = 0.0
+        """Between the first and the last copy of a part on the side stream, over all parts; 0 on a CPU."""
         self._jobs: queue.SimpleQueue[tuple[_Flight, int] | None] = queue.SimpleQueue()
         self._mover = threading.Thread(target=self._move, name="eplb-mover", daemon=True)
         self._mover.start()
@@ -354,6 +359,7 @@ class D2DExpertWeightLoader:
         if self._commits and self._streams.module is not None:
             self._streams.side.wait_event(self._commit_events[self._commits % len(self._commit_events)])
         flight.issued = part + 1
+        flight.began[part] = self._streams.mark()
         self._serial += 1
         for batch in flight.parts[part]:
             batch.issue(self._serial)
@@ -451,62 +457,73 @@ class D2DExpertWeightLoader:
             raise TransferError(
                 f"the round is for {round.slots_per_rank} slots per rank, here are {self.slots_per_rank}"
             )
-        first = self.rank * self.slots_per_rank
+        moves, size = round.moves, self.slots_per_rank
+        senders, receivers = moves[:, SOURCE] // size, moves[:, SLOT] // size
+        mine = np.flatnonzero(receivers == self.rank)
+        if len(mine) > self.buffer_experts:
+            raise TransferError(f"round {round.number} brings {len(mine)} experts, staging holds {self.buffer_experts}")
         buffer = round.number % self.num_buffers
-        flight = _Flight(round, buffer, [], [])
-        rows = [tuple(row) for row in round.moves.tolist()]
-        place_of: dict[int, int] = {}
-        for index, row in enumerate(rows):
-            if row[SLOT] // self.slots_per_rank == self.rank:
-                place_of[index] = len(flight.places)
-                flight.places.append((row[LAYER], row[SLOT] - first, row[EXPERT]))
-        if len(flight.places) > self.buffer_experts:
-            raise TransferError(
-                f"round {round.number} brings {len(flight.places)} experts, staging holds {self.buffer_experts}"
-            )
-        flight.staged = [self._views(layer, buffer, place) for place, (layer, _, _) in enumerate(flight.places)]
-        sizes = [self._expert_bytes[row[LAYER]] for row in rows]
-        ends = [(row[SOURCE] // self.slots_per_rank, row[SLOT] // self.slots_per_rank) for row in rows]
+        places = [(layer, slot - self.rank * size, expert) for layer, slot, expert in moves[mine, :SOURCE].tolist()]
+        staged = [self._views(layer, buffer, place) for place, (layer, _, _) in enumerate(places)]
+        flight = _Flight(round, buffer, places, staged)
+        staged_of = dict(zip(mine.tolist(), staged, strict=True))
+        for part in self._parts(moves[:, LAYER], senders, receivers):
+            flight.parts.append(self._part(flight, part, moves, senders, receivers, staged_of))
+        flight.began, flight.ended = [None] * len(flight.parts), [None] * len(flight.parts)
+        return flight
+
+    def _parts(
+        self, layers: Int32Array, senders: Int32Array, receivers: Int32Array
+    ) -> list[list[tuple[int, int, int]]]:
+        """The (move, first byte, end byte) that concern this rank, per part."""
+        if not self.budget_bytes:
+            concern = np.flatnonzero((senders == self.rank) | (receivers == self.rank))
+            return [[(move, 0, self._expert_bytes[layers[move]]) for move in concern.tolist()]]
+        sizes = [self._expert_bytes[layer] for layer in layers.tolist()]
+        ends = list(zip(senders.tolist(), receivers.tolist(), strict=True))
         parts = cut_parts(sizes, ends, self.num_ranks, self.budget_bytes)
         if len(parts) > MOST_PARTS:
             raise TransferError(
-                f"round {round.number} would take {len(parts)} steps under the budget of {self.budget_bytes} bytes per "
-                f"step; at most {MOST_PARTS} are allowed: raise the budget"
+                f"a round would take {len(parts)} steps under the budget of {self.budget_bytes} bytes per step; "
+                f"allowed are {MOST_PARTS}: raise the budget"
             )
-        for part in parts:
-            sends: dict[Transport, list[Piece]] = {each: [] for each in self._transports}
-            receives: dict[Transport, list[Piece]] = {each: [] for each in self._transports}
-            local: list[tuple[torch.Tensor, torch.Tensor]] = []
-            count: dict[tuple[int, int], int] = {}
-            for index, start, end in part:
-                row, (sender, receiver) = rows[index], ends[index]
-                ranges = self._ranges(row[LAYER], start, end)
-                at = count.get((sender, receiver), 0)
-                count[sender, receiver] = at + len(ranges)
-                if self.rank not in (sender, receiver):
-                    continue
-                source_slot = row[SOURCE] - sender * self.slots_per_rank
-                if sender == receiver:
-                    slot, staged = self._slots[row[LAYER]][source_slot], flight.staged[place_of[index]]
-                    local += [(staged[i][a:b], slot[i][a:b]) for i, a, b in ranges]
-                    continue
-                transport = next(each for each in self._transports if each.reaches(sender, receiver))
-                source = (row[LAYER], source_slot, ranges)
-                if self.rank == sender:
-                    slot = self._slots[row[LAYER]][source_slot]
-                    views = tuple(slot[i][a:b] for i, a, b in ranges)
-                    sends[transport].append(Piece(receiver, at, views, source))
-                else:
-                    staged = flight.staged[place_of[index]]
-                    views = tuple(staged[i][a:b] for i, a, b in ranges)
-                    receives[transport].append(Piece(sender, at, views, source))
-                    flight.nbytes += end - start
-            batches: list[Batch] = [LocalCopies(local)] if local else []
-            batches += [
-                each.batch(sends[each], receives[each]) for each in self._transports if sends[each] or receives[each]
-            ]
-            flight.parts.append(batches)
-        return flight
+        return [[piece for piece in part if self.rank in ends[piece[0]]] for part in parts]
+
+    def _part(
+        self,
+        flight: _Flight,
+        part: list[tuple[int, int, int]],
+        moves: Int32Array,
+        senders: Int32Array,
+        receivers: Int32Array,
+        staged_of: dict[int, tuple[torch.Tensor, ...]],
+    ) -> list[Batch]:
+        sends: dict[Transport, list[Piece]] = {each: [] for each in self._transports}
+        receives: dict[Transport, list[Piece]] = {each: [] for each in self._transports}
+        local: list[tuple[torch.Tensor, torch.Tensor]] = []
+        count: dict[tuple[int, int], int] = {}
+        for move, start, end in part:
+            sender, receiver, layer = int(senders[move]), int(receivers[move]), int(moves[move, LAYER])
+            slot = int(moves[move, SOURCE]) - sender * self.slots_per_rank
+            ranges = self._ranges(layer, start, end)
+            if sender == receiver:
+                source, staged = self._slots[layer][slot], staged_of[move]
+                local += [(staged[i][a:b], source[i][a:b]) for i, a, b in ranges]
+                continue
+            at = count.get((sender, receiver), 0)
+            count[sender, receiver] = at + len(ranges)
+            transport = next(each for each in self._transports if each.reaches(sender, receiver))
+            tensors = self._slots[layer][slot] if sender == self.rank else staged_of[move]
+            views = tuple(tensors[i][a:b] for i, a, b in ranges)
+            if sender == self.rank:
+                sends[transport].append(Piece(receiver, at, views, (layer, slot, ranges)))
+            else:
+                receives[transport].append(Piece(sender, at, views, (layer, slot, ranges)))
+                flight.nbytes += end - start
+        batches: list[Batch] = [LocalCopies(local)] if local else []
+        return batches + [
+            each.batch(sends[each], receives[each]) for each in self._transports if sends[each] or receives[each]
+        ]
 
     def _views(self, layer: int, buffer: int, place: int) -> tuple[torch.Tensor, ...]:
         """Flat uint8 views of one staging place, shaped for the tensors of ``layer``."""
@@ -543,6 +560,7 @@ class D2DExpertWeightLoader:
                 with torch.no_grad(), self._streams.on_side():
                     for batch in flight.parts[part]:
                         batch.run()
+                    flight.ended[part] = self._streams.mark()
                     if part == len(flight.parts) - 1:
                         self._arrive(flight)
             except Exception as error:  # whatever it is, the group cannot be trusted any more
@@ -557,13 +575,14 @@ class D2DExpertWeightLoader:
         if event is not None:
             event.record(self._streams.side)
             event.synchronize()
+            for began, ended in zip(flight.began, flight.ended, strict=True):
+                self.seconds_on_device += began.elapsed_time(ended) / 1e3
         flight.intact = self.checksums is None or all(
             self.checksums.matches(layer, expert, self._summer.value(place))
             for place, (layer, _, expert) in enumerate(flight.places)
         )
-        flight.seconds = time.monotonic() - flight.issued_at
         self.bytes_received += flight.nbytes
-        self.seconds_in_flight += flight.seconds
+        self.seconds_in_flight += time.monotonic() - flight.issued_at
         flight.arrived = True  # last: the step thread reads it
 
 

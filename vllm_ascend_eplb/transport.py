@@ -103,6 +103,14 @@ class Streams:
         """An event whose host wait sleeps instead of spinning; None on a CPU."""
         return None if self.module is None else self.module.Event(blocking=True)
 
+    def mark(self) -> Any:
+        """A point in time on the side stream, as an event; None on a CPU."""
+        if self.module is None:
+            return None
+        event = self.module.Event(enable_timing=True)
+        event.record(self.side)
+        return event
+
     def current(self) -> Any:
         return None if self.module is None else self.module.current_stream(self.device)
 
