@@ -216,7 +216,7 @@ class StatsKeeper:
         self._cycles: deque[CycleRecord] = deque(maxlen=KEPT_CYCLES)
 
     def switched_off(self, reason: str) -> None:
-        self.phase, self._off_reason = "off", reason[:300]
+        self.phase, self._off_reason = "off", _one_line(reason)
 
     def window_ended(self, rank_load: npt.ArrayLike, rank_load_start: npt.ArrayLike) -> None:
         """A window is over and its load is known.
@@ -253,7 +253,7 @@ class StatsKeeper:
             step=min(window.step, self.step) if window else self.step,
             end_step=self.step,
             result=result,
-            reason=reason[:300],
+            reason=_one_line(reason),
             par=window.par if window else None,
             par_start=window.par_start if window else None,
             par_predicted=self._predicted,
@@ -314,6 +314,10 @@ class StatsKeeper:
             window=self._window,
             cycles=tuple(self._cycles),
         )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
 
 
 def _relative(load: npt.NDArray[np.float64]) -> LoadTable:

@@ -72,6 +72,8 @@ async def serve_domains(server: Server, traffic: Traffic, windows: int, view: Vi
                 if time.monotonic() - begin > 60.0 * windows:
                     raise ServerError(f"{domain}: no {windows} windows within {60 * windows} s")
                 stats = server.stats() or stats
+                if stats.cycles_failed >= 3 and not stats.cycles_done:
+                    raise ServerError(f"balancing does not work: {stats.cycles[-1].reason}")
                 view.update(domain, stats, traffic.text)
             # the next domain begins at once, while the last answers of this one are still being written
             records = [record for record in stats.cycles if record.cycle > first_cycle]

@@ -79,7 +79,8 @@ class Traffic:
     async def _stream(self, client: httpx.AsyncClient, shown: bool) -> None:
         while not self._stopping:
             domain = self.domain
-            prompt = next(self._order) % len(self.prompts[domain])
+            turn, place = divmod(next(self._order), len(self.prompts[domain]))
+            prompt = (place + turn) % len(self.prompts[domain])  # all in turn, and not the same one in each stream
             request = {
                 "model": "tiny-moe",
                 "prompt": self.prompts[domain][prompt],

@@ -55,7 +55,7 @@ class View:
                 self.say(describe_cycle(record))
         if self._live is not None:
             self._live.update(_panel(domain, stats, text), refresh=True)
-        elif text.strip() and time.monotonic() - self._last_sample > 10.0:
+        elif text.strip() and time.monotonic() - self._last_sample > 20.0:
             self._last_sample = time.monotonic()
             self.say(f"text: {_one_line(text, 90)}")
 
