@@ -10,10 +10,17 @@ def replicate(weight: _Float, copies: int) -> tuple[_Int32, _Int32]: ...
 def preserve_slots(slots: _Int32, old: _Int32, num_ranks: int) -> _Int32: ...
 def draw_placement(seed: int, num_layers: int, num_experts: int, num_slots: int, num_ranks: int) -> _Int32: ...
 def plan_incremental(
-    load: npt.NDArray[np.float64] | npt.NDArray[np.int64],
+    load: _Float,
     slots: _Int32,
     num_ranks: int,
+    *,
     target: float,
-    max_per_rank: int,
+    thorough: bool,
+    rounds: int,
+    seconds: float,
+    seed: int,
     threads: int,
-) -> tuple[_Int32, _Int32]: ...
+    max_moves: int,
+    max_moves_per_rank: int,
+    least_gain: float,
+) -> tuple[_Int32, _Int32, _Float, _Float]: ...

@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -12,7 +13,6 @@
 #include "incremental.h"
 #include "random_numbers.h"
 #include "random_policy.h"
-#include "thread_pool.h"
 
 namespace py = pybind11;
 
@@ -123,44 +123,64 @@ Int32Array draw_placement(uint64_t seed, int num_layers, int num_experts, int nu
     return result;
 }
 
-// -> (slots [L, P] after all moves, moves [M, 4])
+// PAR of each layer; the busiest rank's load over the mean, loads split evenly over replicas.
+py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slots, int num_slots, int num_ranks) {
+    const auto layers = load.shape(0), num_experts = load.shape(1);
+    py::array_t<double> result(layers);
+    std::vector<int32_t> count(num_experts);
+    for (py::ssize_t layer = 0; layer < layers; ++layer) {
+        const int32_t* row = slots + layer * num_slots;
+        const double* w = load.data(layer, 0);
+        std::fill(count.begin(), count.end(), 0);
+        for (int p = 0; p < num_slots; ++p)
+            if (row[p] >= 0) ++count[row[p]];
+        double most = 0.0, total = 0.0;
+        for (int p = 0, r = 0; r < num_ranks; ++r) {
+            double sum = 0.0;
+            for (; p < (r + 1) * (num_slots / num_ranks); ++p)
+                if (row[p] >= 0) sum += w[row[p]] / count[row[p]];
+            most = std::max(most, sum);
+            total += sum;
+        }
+        result.mutable_at(layer) = total > 0.0 ? most / (total / num_ranks) : 1.0;
+    }
+    return result;
+}
+
+// -> (slots [L, P] after all moves, moves [M, 4], PAR before [L], PAR after [L])
 py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, int num_ranks, double target,
-                           int max_per_rank, int threads) {
+                           bool thorough, int rounds, double seconds, uint64_t seed, int threads, int64_t max_moves,
+                           int64_t max_moves_per_rank, double least_gain) {
     require_matrix(load, "load");
     require_matrix(slots, "slots");
     require(load.shape(0) == slots.shape(0), "load and slots differ in the number of layers");
+    require(num_ranks > 0 && num_ranks <= 1024, "ranks must be 1..1024");
+    require(slots.shape(1) <= 65535, "slots per layer must be at most 65535");
     require_finite(load);
     const auto layers = slots.shape(0), num_slots = slots.shape(1), num_experts = load.shape(1);
     require_slots(slots, static_cast<int>(num_experts), num_ranks);
     eplb::Goal goal;
     goal.target = target;
-    goal.max_per_rank = max_per_rank;
-    std::vector<eplb::LayerPlan> plans(layers);
+    goal.thorough = thorough;
+    goal.rounds = rounds;
+    goal.seconds = seconds;
+    goal.seed = seed;
+    goal.threads = threads;
+    goal.max_moves = max_moves;
+    goal.max_moves_per_rank = max_moves_per_rank;
+    goal.least_gain = least_gain;
+    eplb::LayeredPlan plan;
     {
         py::gil_scoped_release release;
-        eplb::for_each_item(static_cast<int>(layers), threads, [&](int layer) {
-            plans[layer] = eplb::plan_layer(load.data(layer, 0), slots.data(layer, 0), static_cast<int>(num_experts),
-                                            static_cast<int>(num_slots), num_ranks, goal);
-        });
+        plan = eplb::plan_incremental(load.data(), slots.data(), static_cast<int>(layers),
+                                      {static_cast<int>(num_experts), static_cast<int>(num_slots), num_ranks}, goal);
     }
-    py::ssize_t total = 0;
-    for (const auto& plan : plans) total += static_cast<py::ssize_t>(plan.moves.size());
-    Int32Array after({layers, num_slots}), moves({total, py::ssize_t{4}});
-    int32_t* row = moves.mutable_data();
-    int32_t groups = 0;
-    for (py::ssize_t layer = 0; layer < layers; ++layer) {
-        std::copy(plans[layer].slots.begin(), plans[layer].slots.end(), after.mutable_data(layer, 0));
-        int32_t last = -1;
-        for (const auto& move : plans[layer].moves) {
-            *row++ = static_cast<int32_t>(layer);
-            *row++ = move.slot;
-            *row++ = move.expert;
-            *row++ = groups + move.group;
-            last = move.group;
-        }
-        groups += last + 1;
-    }
-    return py::make_tuple(after, moves);
+    Int32Array after({layers, num_slots}), moves({static_cast<py::ssize_t>(plan.moves.size() / 4), py::ssize_t{4}});
+    std::copy(plan.slots.begin(), plan.slots.end(), after.mutable_data());
+    std::copy(plan.moves.begin(), plan.moves.end(), moves.mutable_data());
+    const int P = static_cast<int>(num_slots);
+    return py::make_tuple(after, moves, peak_to_average(load, slots.data(), P, num_ranks),
+                          peak_to_average(load, after.data(), P, num_ranks));
 }
 
 }  // namespace
@@ -173,5 +193,7 @@ PYBIND11_MODULE(_planner, module) {
     module.def("draw_placement", &draw_placement, py::arg("seed"), py::arg("num_layers"), py::arg("num_experts"),
                py::arg("num_slots"), py::arg("num_ranks"));
     module.def("plan_incremental", &plan_incremental, py::arg("load"), py::arg("slots"), py::arg("num_ranks"),
-               py::arg("target"), py::arg("max_per_rank"), py::arg("threads"));
+               py::kw_only(), py::arg("target"), py::arg("thorough"), py::arg("rounds"), py::arg("seconds"),
+               py::arg("seed"), py::arg("threads"), py::arg("max_moves"), py::arg("max_moves_per_rank"),
+               py::arg("least_gain"));
 }

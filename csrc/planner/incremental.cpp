@@ -2,83 +2,204 @@
 #include "incremental.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <chrono>
+#include <memory>
+#include <numeric>
 
-#include "search.h"
+#include "order.h"
+#include "random_numbers.h"
+#include "thread_pool.h"
 
 namespace eplb {
 
-LayerPlan plan_layer(const double* load, const int32_t* slots, int num_experts, int num_slots, int num_ranks,
-                     const Goal& goal) {
-    Search search({num_experts, num_slots, num_ranks});
-    static const double square = getenv("SQ") ? atof(getenv("SQ")) : 0.1;
-    search.aim(goal.target, square);
-    if (search.begin(load, slots)) search.descend(8 * num_slots + 64);
-    LayerPlan plan;
-    const int E = num_experts, S = num_slots / num_ranks;
-    const std::vector<int32_t>&expert = search.slots(), &start = search.start();
-    // Experts that stay on a rank keep their slots; the received ones take the slots of the dropped ones.
-    plan.slots.assign(slots, slots + num_slots);
-    std::vector<int32_t> received, dropped;
-    struct Change {
-        int slot, out, in;
-    };
-    std::vector<Change> changes;
-    for (int first = 0; first < num_slots; first += S) {
-        std::vector<int32_t> left(expert.begin() + first, expert.begin() + first + S);
-        dropped.clear();
-        for (int p = first; p < first + S; ++p) {
-            const auto found = std::find(left.begin(), left.end(), start[p]);
-            if (found != left.end())
-                left.erase(found);
-            else
-                dropped.push_back(p);
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Weights of the potential's square, tried in this order until one leads to the target.
+constexpr double kSquares[] = {0.1, 0.5, 0.03, 2.0};
+
+// An expert whose replicas leave less than this part of the other slots' mean load to them is split before the descent.
+constexpr double kRoomBeside = 0.45;
+
+constexpr int kRoundsPerTurn = 8;
+
+class LayerPlanner {
+  public:
+    LayerPlanner(const double* load, const int32_t* slots, Shape shape, const Goal& goal, uint64_t seed)
+        : load_(load), slots_(slots), goal_(goal), search_(shape), random_(seed) {}
+
+    void descend() {
+        const Shape& shape = search_.shape();
+        const double room = kRoomBeside * (shape.slots - shape.ranks) / shape.slots;
+        double best_peak = 0.0;
+        int best_cost = 0;
+        for (const double square : kSquares) {
+            search_.aim(goal_.target, square);
+            has_load_ = search_.begin(load_, slots_);
+            if (best_.empty()) {
+                best_ = search_.slots();
+                best_peak = search_.peak();
+            }
+            if (!has_load_ || search_.reached()) return;
+            search_.split_heavy(1.0 - room);
+            reached_ = search_.descend();
+            const double peak = search_.peak();
+            if (reached_ || peak < best_peak || (peak == best_peak && search_.cost() < best_cost)) {
+                best_peak = peak;
+                best_cost = search_.cost();
+                best_ = search_.slots();
+            }
+            if (reached_) return;
         }
-        size_t i = 0;
-        for (const int e : left)
-            if (e < E) changes.push_back({dropped[i], start[dropped[i]], e}), ++i;
+        search_.adopt(best_);
     }
-    // Order: whatever leaves a copy of the dropped expert may go at once; the rest waits for, or goes together with,
-    // the change that brings a copy elsewhere.
-    std::vector<int32_t> copies(E + 1, 0);
-    for (int p = 0; p < num_slots; ++p) ++copies[start[p]];
-    std::vector<char> done(changes.size(), 0);
-    int group = 0;
-    size_t left = changes.size();
-    const auto apply = [&](size_t i) {
-        done[i] = 1;
-        --left;
-        --copies[changes[i].out];
-        ++copies[changes[i].in];
-        plan.slots[changes[i].slot] = changes[i].in;
-        plan.moves.push_back({changes[i].slot, changes[i].in, group});
+
+    void improve(int rounds) {
+        if (!has_load_ || best_ == search_.start()) return;
+        for (int i = 0; i < rounds; ++i) {
+            if (!reached_ && (search_.lower_peak(random_) || i % 2 == 0)) {
+                reached_ = search_.reached();
+                continue;
+            }
+            if (!reached_) search_.aim(search_.peak() + 1e-6, kSquares[0]);
+            search_.reconsider(random_);
+            if (!reached_) search_.aim(goal_.target, kSquares[0]);
+        }
+        best_ = search_.slots();
+    }
+
+    OrderedMoves order() {
+        if (!has_load_ || best_ == search_.start()) return {};
+        search_.begin(load_, slots_);
+        return order_moves(search_, best_);
+    }
+
+    double start_peak() {
+        search_.begin(load_, slots_);
+        return search_.peak();
+    }
+
+  private:
+    const double* load_;
+    const int32_t* slots_;
+    const Goal& goal_;
+    Search search_;
+    Random random_;
+    std::vector<int32_t> best_;
+    bool has_load_ = false;
+    bool reached_ = false;
+};
+
+// Consecutive groups of one layer that pay best when taken together.
+struct Segment {
+    int layer;
+    int first, last;  // groups
+    double moves;
+    double gain;  // tokens taken off the busiest rank
+    double slope() const { return gain / moves; }
+};
+
+// The upper hull of gain over moves: segments with falling slope.
+void append_segments(const OrderedMoves& ordered, int layer, double start_peak, double mean_load,
+                     std::vector<Segment>& segments) {
+    const size_t base = segments.size();
+    double peak = start_peak;
+    int begin = 0;
+    for (int g = 0; g < static_cast<int>(ordered.groups.size()); ++g) {
+        const Group& group = ordered.groups[g];
+        segments.push_back({layer, g, g + 1, static_cast<double>(group.end - begin), (peak - group.peak) * mean_load});
+        peak = group.peak;
+        begin = group.end;
+        while (segments.size() > base + 1 && segments.end()[-2].slope() <= segments.back().slope()) {
+            Segment& into = segments.end()[-2];
+            into.last = segments.back().last;
+            into.moves += segments.back().moves;
+            into.gain += segments.back().gain;
+            segments.pop_back();
+        }
+    }
+}
+
+}  // namespace
+
+LayeredPlan plan_incremental(const double* load, const int32_t* slots, int num_layers, Shape shape, const Goal& goal) {
+    const auto begin = Clock::now();
+    std::vector<std::unique_ptr<LayerPlanner>> layers(num_layers);
+    std::vector<OrderedMoves> ordered(num_layers);
+    std::vector<double> start_peak(num_layers, 0.0);
+    Random seeds(goal.seed);
+    std::vector<uint64_t> layer_seed(num_layers);
+    for (uint64_t& seed : layer_seed) seed = seeds.next();
+    const auto begin_layer = [&](int l) {
+        layers[l] =
+            std::make_unique<LayerPlanner>(load + static_cast<size_t>(l) * shape.experts,
+                                           slots + static_cast<size_t>(l) * shape.slots, shape, goal, layer_seed[l]);
+        layers[l]->descend();
     };
-    while (left > 0) {
-        bool progress = false;
-        for (size_t i = 0; i < changes.size(); ++i) {
-            if (done[i] || (changes[i].out < E && copies[changes[i].out] < 2)) continue;
-            apply(i);
-            ++group;
-            progress = true;
+    const auto finish_layer = [&](int l) {
+        ordered[l] = layers[l]->order();
+        if (!ordered[l].moves.empty()) start_peak[l] = layers[l]->start_peak();
+        layers[l].reset();
+    };
+    if (!goal.thorough) {
+        for_each_item(num_layers, goal.threads, [&](int l) {
+            begin_layer(l);
+            finish_layer(l);
+        });
+    } else {
+        for_each_item(num_layers, goal.threads, begin_layer);
+        if (goal.rounds > 0) {
+            for_each_item(num_layers, goal.threads, [&](int l) { layers[l]->improve(goal.rounds); });
+        } else {
+            const auto end =
+                begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(goal.seconds));
+            while (Clock::now() < end)
+                for_each_item(num_layers, goal.threads, [&](int l) {
+                    if (Clock::now() < end) layers[l]->improve(kRoundsPerTurn);
+                });
         }
-        if (progress) continue;
-        // Follow the last copy of each dropped expert to where it is received until the chain closes.
-        size_t i = 0;
-        while (done[i]) ++i;
-        std::vector<size_t> chain;
-        std::vector<char> seen(changes.size(), 0);
-        while (!seen[i]) {
-            seen[i] = 1;
-            chain.push_back(i);
-            for (size_t j = 0; j < changes.size(); ++j)
-                if (!done[j] && changes[j].in == changes[i].out) {
-                    i = j;
-                    break;
-                }
+        for_each_item(num_layers, goal.threads, finish_layer);
+    }
+
+    std::vector<Segment> segments;
+    for (int l = 0; l < num_layers; ++l) {
+        const double* row = load + static_cast<size_t>(l) * shape.experts;
+        const double mean = std::accumulate(row, row + shape.experts, 0.0) / shape.ranks;
+        append_segments(ordered[l], l, start_peak[l], mean, segments);
+    }
+    std::stable_sort(segments.begin(), segments.end(),
+                     [](const Segment& a, const Segment& b) { return a.slope() > b.slope(); });
+
+    LayeredPlan plan;
+    plan.slots.assign(slots, slots + static_cast<size_t>(num_layers) * shape.slots);
+    std::vector<char> closed(num_layers, 0);
+    std::vector<int64_t> received(shape.ranks, 0);
+    int64_t total = 0;
+    int32_t group_number = 0;
+    for (const Segment& segment : segments) {
+        const OrderedMoves& from = ordered[segment.layer];
+        if (segment.slope() < goal.least_gain) closed[segment.layer] = 1;
+        for (int g = segment.first; g < segment.last && !closed[segment.layer]; ++g) {
+            const int first = g == 0 ? 0 : from.groups[g - 1].end, last = from.groups[g].end;
+            bool fits = goal.max_moves < 0 || total + last - first <= goal.max_moves;
+            for (int i = first; i < last; ++i) {
+                const int64_t n = ++received[from.moves[i].slot / shape.per_rank()];
+                if (goal.max_moves_per_rank >= 0 && n > goal.max_moves_per_rank) fits = false;
+            }
+            if (!fits) {
+                for (int i = first; i < last; ++i) --received[from.moves[i].slot / shape.per_rank()];
+                closed[segment.layer] = 1;
+                break;
+            }
+            for (int i = first; i < last; ++i) {
+                const Move& move = from.moves[i];
+                plan.slots[static_cast<size_t>(segment.layer) * shape.slots + move.slot] = move.expert;
+                plan.moves.insert(plan.moves.end(), {segment.layer, move.slot, move.expert, group_number});
+            }
+            total += last - first;
+            ++group_number;
         }
-        chain.erase(chain.begin(), std::find(chain.begin(), chain.end(), i));
-        for (const size_t j : chain) apply(j);
-        ++group;
     }
     return plan;
 }

@@ -1,30 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-// The "incremental" policy: from the placement in force to a balanced one with few moves, layer by layer.
+// The "incremental" policy: from the placement in force to a balanced one with few moves.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "search.h"
+
 namespace eplb {
 
-struct Move {
-    int32_t slot;
-    int32_t expert;
-    int32_t group;
-};
-
 struct Goal {
-    double target = 1.02;  // PAR at which a layer is left alone
-    int max_per_rank = 0;  // most experts that a rank receives in a layer; 0: no limit
+    double target = 1.02;   // PAR at which a layer is left alone
+    bool thorough = false;  // go on improving after the first descent
+    int rounds = 0;         // rounds per layer; 0: until the time is up
+    double seconds = 0.0;   // for all layers together
+    uint64_t seed = 0;
+    int threads = 1;
+    int64_t max_moves = -1;           // over all layers; negative: no limit
+    int64_t max_moves_per_rank = -1;  // the same by receiving rank
+    double least_gain = 0.0;  // tokens that a move must take off the busiest ranks, on average of what it belongs to
 };
 
-struct LayerPlan {
-    std::vector<int32_t> slots;  // [P] after all moves
-    std::vector<Move> moves;     // in order; groups count from 0
+struct LayeredPlan {
+    std::vector<int32_t> slots;  // [L, P] after all moves
+    std::vector<int32_t> moves;  // [M, 4]: layer, slot, expert, group
 };
 
-// load [num_experts]: finite, not negative. slots [num_slots]: the placement in force, -1 where empty.
-LayerPlan plan_layer(const double* load, const int32_t* slots, int num_experts, int num_slots, int num_ranks,
-                     const Goal& goal);
+// load [L, E]: finite, not negative. slots [L, P]: the placement in force, valid, -1 where empty.
+LayeredPlan plan_incremental(const double* load, const int32_t* slots, int num_layers, Shape shape, const Goal& goal);
 
 }  // namespace eplb

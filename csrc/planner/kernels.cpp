@@ -54,11 +54,21 @@ inline int32_t bits(float value) {
 
 EPLB_KERNEL
 int best_above(int n, const float* score, float* least) {
+    constexpr int kBlock = 64;
     const int32_t bar = bits(*least);
     int32_t best = bar;
-    for (int i = 0; i < n; ++i) best = std::max(best, bits(score[i]));
+    int block = 0;
+    for (int first = 0; first < n; first += kBlock) {
+        const int last = std::min(first + kBlock, n);
+        int32_t top = bar;
+        for (int i = first; i < last; ++i) top = std::max(top, bits(score[i]));
+        if (top > best) {
+            best = top;
+            block = first;
+        }
+    }
     if (best == bar) return -1;
-    int i = 0;
+    int i = block;
     while (bits(score[i]) != best) ++i;
     *least = score[i];
     return i;

@@ -3,6 +3,8 @@
 // operation, so any vector width gives the same numbers.
 #pragma once
 
+#include <algorithm>
+
 namespace eplb {
 
 // What a rank's load (in units of the mean) costs the search: the part above the limit, and a small square that
@@ -12,9 +14,8 @@ struct Potential {
     float square = 0.1F;
 
     float operator()(float load) const {
-        const float above = load - limit;
         const float off = load - 1.0F;
-        return (above > 0.0F ? above : 0.0F) + square * off * off;
+        return std::max(load - limit, 0.0F) + square * off * off;
     }
 };
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace eplb {
 
@@ -32,8 +33,10 @@ Search::Search(Shape shape) : shape_(shape) {
     expert_.resize(P);
     weight_.resize(E);
     count_.resize(E);
+    least_.resize(E);
     share_.resize(E);
     rank_load_.resize(R);
+    tally_.assign(R, 0);
     rank_of_.resize(P);
     for (size_t p = 0; p < P; ++p) rank_of_[p] = static_cast<uint16_t>(p / shape.per_rank());
     home_.resize(R * E);
@@ -48,6 +51,7 @@ Search::Search(Shape shape) : shape_(shape) {
     away_.resize(P);
     spare_slot_.resize(P);
     spare_first_.resize(R + 1);
+    returned_price_.resize(shape.per_rank());
     score_.resize(std::max(P * shape.per_rank(), E));
 }
 
@@ -58,6 +62,7 @@ bool Search::begin(const double* load, const int32_t* slots) {
     for (int p = 0; p < P; ++p) expert_[p] = slots[p] < 0 ? E : slots[p];
     start_ = expert_;
     std::fill(count_.begin(), count_.end(), 0);
+    std::fill(least_.begin(), least_.end(), 1);
     std::fill(home_.begin(), home_.end(), 0);
     for (int p = 0; p < P; ++p) {
         ++count_[expert_[p]];
@@ -78,7 +83,8 @@ bool Search::begin(const double* load, const int32_t* slots) {
     }
     home_slots_first_[E] = first;
     cost_ = 0;
-    steps = 0;
+    most_cost_ = std::numeric_limits<int>::max();
+    trail_.clear();
     if (!(total > 0.0)) return false;
     const double scale = static_cast<double>(R) * kUnit / total;
     for (int e = 0; e < E; ++e) {
@@ -109,12 +115,14 @@ double Search::peak() const {
     return static_cast<double>(*std::max_element(rank_load_.begin(), rank_load_.end())) / kUnit;
 }
 
-bool Search::descend(int most_steps) {
+bool Search::reached() const { return *std::max_element(rank_load_.begin(), rank_load_.end()) <= limit_; }
+
+bool Search::descend() {
+    const int most_steps = 4 * shape_.slots + 64;  // far more than any descent takes; moves that go in circles end here
     for (int step = 0; step < most_steps; ++step) {
         const int r = static_cast<int>(std::max_element(rank_load_.begin(), rank_load_.end()) - rank_load_.begin());
         if (rank_load_[r] <= limit_) return true;
-        if (!improve(r)) return false;
-        ++steps;
+        if (cost_ > most_cost_ || !improve(r)) return false;
     }
     return false;
 }
@@ -123,31 +131,38 @@ bool Search::descend(int most_steps) {
 // or less of each expert that such a rank holds.
 void Search::refresh() {
     const int E = shape_.experts, S = shape_.per_rank();
+    const Potential potential = potential_;
+    const int32_t *expert = expert_.data(), *count = count_.data();
+    float *slot_load = slot_load_.data(), *slot_phi = slot_phi_.data();
     for (const int r : dirty_ranks_) {
         is_dirty_[r] = 0;
-        const float load = units(rank_load_[r]), phi = potential_(load);
+        const float load = units(rank_load_[r]), phi = potential(load), excess = load - potential.limit;
         for (int p = r * S; p < (r + 1) * S; ++p) {
-            slot_load_[p] = load;
-            slot_phi_[p] = phi;
-            slot_excess_[p] = load - potential_.limit;
+            slot_load[p] = load;
+            slot_phi[p] = phi;
+            slot_excess_[p] = excess;
         }
     }
-    ++round_;
+    const uint32_t round = ++round_;
+    uint32_t* seen = seen_.data();
     for (const int r : dirty_ranks_) {
+        const float load = slot_load[r * S], phi = slot_phi[r * S];
         for (int p = r * S; p < (r + 1) * S; ++p) {
-            const int e = expert_[p];
-            if (seen_[e] == round_ || e == E) continue;
-            seen_[e] = round_;
+            const int e = expert[p];
+            const float up = up_change_[e];
+            if (count[e] == 1) {
+                add_gain_[e] = phi - potential(load + up);
+                continue;
+            }
+            if (seen[e] == round || e == E) continue;
+            seen[e] = round;
+            const float down = down_change_[e];
             const uint16_t* holders = holders_of(e);
             float add = 0.0F, drop = 0.0F;
-            if (count_[e] == 1) {
-                add = slot_phi_[p] - potential_(slot_load_[p] + up_change_[e]);
-            } else {
-                for (int i = 0; i < count_[e]; ++i) {
-                    const float load = slot_load_[holders[i]], phi = slot_phi_[holders[i]];
-                    add += phi - potential_(load + up_change_[e]);
-                    drop += phi - potential_(load + down_change_[e]);
-                }
+            for (int i = 0; i < count[e]; ++i) {
+                const float its_load = slot_load[holders[i]], its_phi = slot_phi[holders[i]];
+                add += its_phi - potential(its_load + up);
+                drop += its_phi - potential(its_load + down);
             }
             add_gain_[e] = add;
             drop_gain_[e] = drop;
@@ -156,16 +171,17 @@ void Search::refresh() {
     dirty_ranks_.clear();
 
     int n = 0, next_rank = 0;
-    for (size_t word = 0; word < spare_.size(); ++word) {
+    const int words = static_cast<int>(spare_.size());
+    for (int word = 0; word < words; ++word) {
         for (uint64_t bits = spare_[word]; bits; bits &= bits - 1) {
-            const int p = static_cast<int>(word * 64) + lowest_bit(bits);
-            const int e = expert_[p], r = rank_of_[p];
+            const int p = word * 64 + lowest_bit(bits);
+            const int e = expert[p], r = rank_of_[p];
             while (next_rank <= r) spare_first_[next_rank++] = n;
-            // The slot's own rank is among drop_gain_'s holders; what it gains is added by the kernels.
-            const float base = e == E ? slot_phi_[p] : drop_gain_[e] + potential_(slot_load_[p] + down_change_[e]);
+            // The slot's own rank is among drop_gain_'s holders; what it gains is added by the kernels. An empty slot
+            // has nothing to lose: its drop_gain_ and down_change_ are zero.
             spare_slot_[n] = p;
-            spare_base_[n] = base;
-            spare_load_[n] = slot_load_[p] - slot_share_[p];
+            spare_base_[n] = drop_gain_[e] + potential(slot_load[p] + down_change_[e]);
+            spare_load_[n] = slot_load[p] - slot_share_[p];
             spare_price_[n] = away_[p] ? kFree : 1.0F;
             ++n;
         }
@@ -250,33 +266,196 @@ void Search::offer_swaps(int r, Candidate& best) {
                 }
                 std::fill(price_.begin() + r * S, price_.begin() + (r + 1) * S, 0.0F);
             }
+            float* row = score_.data() + rows_.size() * P;
+            rows_.push_back(s);
+            const auto score = [&](int first, int n, const float* price) {
+                score_swaps(n, potential_, slot_share_[s], excess_r, &slot_share_[first], &slot_excess_[first], price,
+                            row + first);
+            };
+            score(0, P, price_.data());
             // Ranks that had e at the start take it back for less; ranks that hold it cannot take it.
-            saved_.clear();
             for (int i = home_slots_first_[e]; i < home_slots_first_[e + 1]; ++i) {
-                const int q = home_rank_[i];
-                if (q == r) continue;
-                for (int p = q * S; p < (q + 1) * S; ++p) {
-                    saved_.push_back({p, price_[p]});
-                    if (price_[p] > 0.0F) price_[p] = price_of(!is_home(r, expert_[p]) - pass - away_[p]);
+                const int first = home_rank_[i] * S;
+                for (int k = 0; k < S; ++k) {
+                    const int p = first + k;
+                    returned_price_[k] = price_[p] > 0.0F ? price_of(!is_home(r, expert_[p]) - pass - away_[p]) : 0.0F;
                 }
+                score(first, S, returned_price_.data());
             }
             const uint16_t* holders = holders_of(e);
             for (int i = 0; i < count_[e]; ++i) {
-                const int q = rank_of_[holders[i]];
-                if (q == r) continue;
-                for (int p = q * S; p < (q + 1) * S; ++p) {
-                    saved_.push_back({p, price_[p]});
-                    price_[p] = 0.0F;
-                }
+                const int first = rank_of_[holders[i]] * S;
+                std::fill(row + first, row + first + S, 0.0F);
             }
-            score_swaps(P, potential_, slot_share_[s], excess_r, slot_share_.data(), slot_excess_.data(), price_.data(),
-                        score_.data() + static_cast<size_t>(rows_.size()) * P);
-            rows_.push_back(s);
-            for (size_t i = saved_.size(); i-- > 0;) price_[saved_[i].first] = saved_[i].second;
         }
     }
     const int i = best_above(P * static_cast<int>(rows_.size()), score_.data(), &best.score);
     if (i >= 0) best.slot = i % P, best.other = rows_[i / P], best.expert = expert_[rows_[i / P]];
+}
+
+// Gives rank r the experts that it held at the start. Experts that lose their last copy thereby are noted in lost_.
+void Search::restore(int r) {
+    const int E = shape_.experts, S = shape_.per_rank();
+    int next = r * S;
+    for (int p = r * S; p < (r + 1) * S; ++p) {
+        if (expert_[p] < E && !away_[p]) continue;
+        const auto absent = [&](int e) {
+            return std::find(expert_.begin() + r * S, expert_.begin() + (r + 1) * S, e) ==
+                   expert_.begin() + (r + 1) * S;
+        };
+        while (next < (r + 1) * S && (start_[next] == E || !absent(start_[next]))) ++next;
+        if (next == (r + 1) * S) return;  // nothing else to take back
+        const int dropped = expert_[p];
+        place(p, start_[next]);
+        if (dropped < E && count_[dropped] < least_[dropped]) lost_.push_back(dropped);
+    }
+}
+
+// Gives an expert one more copy, in the slot that can best spare its own. Returns false if there is none.
+bool Search::replicate(int expert) {
+    refresh();
+    const int n = spare_first_[shape_.ranks];
+    const float add = count_[expert] > 0 ? add_gain_[expert] : 0.0F;
+    float best = -std::numeric_limits<float>::max();
+    int slot = -1;
+    for (int i = 0; i < n; ++i) {
+        const int p = spare_slot_[i], r = rank_of_[p];
+        const uint16_t* holders = holders_of(expert);
+        const bool held = std::any_of(holders, holders + count_[expert], [&](int h) { return rank_of_[h] == r; });
+        if (held) continue;
+        const float gain = spare_base_[i] + add - potential_(spare_load_[i] + up_[expert]);
+        const float price = is_home(r, expert) ? 0.0F : 0.05F;
+        if (gain - price > best) {
+            best = gain - price;
+            slot = p;
+        }
+    }
+    if (slot < 0) return false;
+    place(slot, expert);
+    return true;
+}
+
+// An expert whose replicas weigh so much that few others fit beside it holds a descent up: no single copy more helps
+// its ranks without hurting the receiver as much, and dropping one looks cheap. Gives such experts as many copies as
+// they need, and keeps the descent from dropping below.
+void Search::split_heavy(double share) {
+    const int E = shape_.experts;
+    const auto most = static_cast<int32_t>(std::llrint(share * kUnit));
+    int wanted = 0;
+    for (int e = 0; e < E; ++e) wanted += std::min((weight_[e] + most - 1) / most, shape_.ranks);
+    if (wanted > shape_.slots) return;
+    for (int e = 0; e < E; ++e) {
+        least_[e] = std::max(1, std::min((weight_[e] + most - 1) / most, shape_.ranks));
+        if (least_[e] == 1) continue;
+        for (int i = 0; i < count_[e]; ++i) set_spare(holders_of(e)[i], count_[e] > least_[e]);
+    }
+    for (int e = 0; e < E; ++e)
+        while (count_[e] < least_[e] && replicate(e)) {
+        }
+}
+
+void Search::undo() {
+    while (!trail_.empty()) {
+        const auto [slot, expert] = trail_.back();
+        trail_.pop_back();
+        place(slot, expert);
+        trail_.pop_back();
+    }
+}
+
+// Adds up to `wanted` ranks that have received something to chosen_.
+void Search::choose_ranks(Random& random, int wanted) {
+    const int R = shape_.ranks, S = shape_.per_rank();
+    for (int tries = 8 * wanted; tries > 0 && static_cast<int>(chosen_.size()) < wanted; --tries) {
+        const int r = static_cast<int>(random.below(static_cast<uint32_t>(R)));
+        if (std::find(chosen_.begin(), chosen_.end(), r) != chosen_.end()) continue;
+        const auto first = away_.begin() + r * S;
+        if (std::find(first, first + S, 1) != first + S) chosen_.push_back(r);
+    }
+}
+
+bool Search::restore_chosen() {
+    trail_.clear();
+    lost_.clear();
+    for (const int r : chosen_) restore(r);
+    for (const int e : lost_)
+        if (count_[e] < least_[e] && !replicate(e)) return false;
+    return true;
+}
+
+bool Search::reconsider(Random& random) {
+    chosen_.clear();
+    choose_ranks(random, 2 + static_cast<int>(random.below(3)));
+    if (chosen_.empty()) return false;
+    const int before = cost_;
+    most_cost_ = before;
+    const bool kept = restore_chosen() && descend() && cost_ <= before;
+    most_cost_ = std::numeric_limits<int>::max();
+    if (!kept) undo();
+    return kept;
+}
+
+bool Search::lower_peak(Random& random) {
+    const auto busiest = std::max_element(rank_load_.begin(), rank_load_.end());
+    const int32_t before = *busiest;
+    chosen_.assign(1, static_cast<int32_t>(busiest - rank_load_.begin()));
+    choose_ranks(random, 2 + static_cast<int>(random.below(3)));
+    const bool sound = restore_chosen();
+    if (sound) descend();
+    const bool kept = sound && *std::max_element(rank_load_.begin(), rank_load_.end()) < before;
+    if (!kept) undo();
+    return kept;
+}
+
+void Search::adopt(const std::vector<int32_t>& slots) {
+    for (int p = 0; p < shape_.slots; ++p)
+        if (expert_[p] != slots[p]) place(p, slots[p]);
+    trail_.clear();
+}
+
+// Notes how the loads of an expert's holders, but `besides`, change when it has another number of copies.
+void Search::tally(int expert, int copies, int besides) {
+    if (expert == shape_.experts || copies == 0) return;
+    const int32_t change = share_of(expert, copies) - share_[expert];
+    const uint16_t* holders = holders_of(expert);
+    for (int i = 0; i < count_[expert]; ++i) {
+        if (holders[i] == besides) continue;
+        const int r = rank_of_[holders[i]];
+        if (tally_[r] == 0) tallied_.push_back(r);
+        tally_[r] += change;
+    }
+}
+
+// The outcome of the noted changes, which are forgotten.
+Search::Outcome Search::settle() {
+    float gain = 0.0F;
+    int32_t peak = 0;
+    for (const int r : tallied_) {
+        if (tally_[r] == 0) continue;
+        const int32_t after = rank_load_[r] + tally_[r];
+        gain += potential_(units(rank_load_[r])) - potential_(units(after));
+        if (tally_[r] > 0) peak = std::max(peak, after);
+        tally_[r] = 0;
+    }
+    tallied_.clear();
+    return {gain, static_cast<double>(peak) / kUnit};
+}
+
+Search::Outcome Search::try_receipt(int slot, int expert) {
+    const int r = rank_of_[slot], old = expert_[slot];
+    tally(old, count_[old] - 1, slot);
+    tally(expert, count_[expert] + 1, -1);
+    tallied_.push_back(r);
+    tally_[r] += share_of(expert, count_[expert] + 1) - share_[old];
+    return settle();
+}
+
+Search::Outcome Search::try_swap(int slot, int other) {
+    const int32_t change = share_[expert_[slot]] - share_[expert_[other]];
+    tallied_.assign({rank_of_[slot], rank_of_[other]});
+    tally_[rank_of_[slot]] -= change;
+    tally_[rank_of_[other]] += change;
+    return settle();
 }
 
 bool Search::improve(int r) {
@@ -323,6 +502,7 @@ void Search::count_shares(int expert) {
 
 void Search::place(int slot, int expert) {
     const int E = shape_.experts, r = rank_of_[slot], old = expert_[slot];
+    trail_.push_back({slot, old});
     if (old < E) {
         uint16_t* holders = holders_of(old);
         const int left = count_[old] - 1;
@@ -332,6 +512,13 @@ void Search::place(int slot, int expert) {
         cost_ -= away_[slot];
     }
     expert_[slot] = expert;
+    if (expert == E) {
+        slot_share_[slot] = 0.0F;
+        set_away(slot, false);
+        set_spare(slot, true);
+        shift(r, 0);
+        return;
+    }
     shift(r, share_[expert]);
     holders_of(expert)[count_[expert]] = static_cast<uint16_t>(slot);
     recount(expert, count_[expert] + 1);
@@ -348,7 +535,7 @@ void Search::recount(int expert, int copies) {
     for (int i = 0; i < copies; ++i) {
         shift(rank_of_[holders[i]], share_[expert] - before);
         slot_share_[holders[i]] = units(share_[expert]);
-        set_spare(holders[i], copies > 1);
+        set_spare(holders[i], copies > least_[expert]);
     }
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "random_numbers.h"
 
 namespace eplb {
 
@@ -28,15 +29,40 @@ class Search {
     // Sets the load at which a rank is light enough, in units of the mean, and the weight of the square.
     void aim(double limit, double square);
 
-    // Takes moves, best gain per receipt first, until no rank is above the limit (returns true) or none helps.
-    bool descend(int most_steps);
+    // Gives experts whose replicas each carry more than `share` of a rank's mean more copies.
+    void split_heavy(double share);
 
-    double peak() const;  // load of the busiest rank in units of the mean
-    int cost() const { return cost_; }
+    // Takes moves, best gain per receipt first, until no rank is above the limit (returns true) or none helps.
+    bool descend();
+
+    // Large-neighbourhood search (Shaw, 1998), one step: takes a few ranks back to their start, descends again, and
+    // keeps the result if it reaches the limit with no more receipts than before. Returns whether it was kept.
+    bool reconsider(Random& random);
+
+    // The same round the busiest rank, kept if the busiest rank has less to do afterwards, whatever it costs.
+    bool lower_peak(Random& random);
+
+    // Takes the placement `slots` [P] (E: empty), known to be valid, as the present one.
+    void adopt(const std::vector<int32_t>& slots);
+
+    // What follows if `slot` takes `expert`, or if two slots exchange theirs.
+    struct Outcome {
+        float gain;   // of potential
+        double peak;  // highest load of a rank that gets more to do, in units of the mean
+    };
+    Outcome try_receipt(int slot, int expert);
+    Outcome try_swap(int slot, int other);
+
+    // Puts `expert` into `slot`, whatever it held.
+    void place(int slot, int expert);
+
+    double peak() const;                // load of the busiest rank in units of the mean
+    bool reached() const;               // no rank is above the limit
+    int cost() const { return cost_; }  // receipts: experts on ranks that did not hold them at the start
+    int count(int expert) const { return count_[expert]; }
+    const Shape& shape() const { return shape_; }
     const std::vector<int32_t>& slots() const { return expert_; }  // E stands for empty
     const std::vector<int32_t>& start() const { return start_; }
-
-    int steps = 0;
 
   private:
     struct Candidate {
@@ -46,13 +72,20 @@ class Search {
         int expert = -1;
     };
 
+    void restore(int rank);
+    bool replicate(int expert);
+    void undo();
+    void choose_ranks(Random& random, int wanted);
+    bool restore_chosen();
+    void tally(int expert, int copies, int besides);
+    Outcome settle();
+
     bool improve(int rank);
     void refresh();
     void offer_receipts(int rank, Candidate& best);
     void offer_placements(int rank, Candidate& best);
     void offer_swaps(int rank, Candidate& best);
 
-    void place(int slot, int expert);
     void recount(int expert, int copies);
     void count_shares(int expert);
     void shift(int rank, int32_t change);
@@ -68,17 +101,21 @@ class Search {
     Potential potential_;
     int32_t limit_ = 0;
     int cost_ = 0;
+    int most_cost_ = 0;                               // descend() gives up beyond
+    std::vector<std::pair<int32_t, int32_t>> trail_;  // slots changed since the last kept state, and what they held
+    std::vector<int32_t> chosen_, lost_;
+    std::vector<int32_t> tally_, tallied_;  // scratch: change of each rank's load, and the ranks that change
 
     // Loads are integers in 1/2^20 of a rank's mean, so that sums are exact in any order.
-    std::vector<int32_t> expert_, start_;          // [P]
-    std::vector<int32_t> weight_, count_, share_;  // [E + 1], the last stands for "empty"
-    std::vector<int32_t> rank_load_;               // [R]
-    std::vector<uint8_t> home_;                    // [R, E + 1]
-    std::vector<uint16_t> place_;                  // [E, stride]: the slots that hold an expert, count_ of them
-    size_t stride_ = 0;                            // most copies that an expert can have
-    std::vector<uint16_t> rank_of_;                // [P]
-    std::vector<int32_t> home_slots_first_;        // [E + 1] into home_rank_
-    std::vector<uint16_t> home_rank_;              // ranks that hold an expert at the start
+    std::vector<int32_t> expert_, start_;                  // [P]
+    std::vector<int32_t> weight_, count_, least_, share_;  // [E + 1], the last stands for "empty"
+    std::vector<int32_t> rank_load_;                       // [R]
+    std::vector<uint8_t> home_;                            // [R, E + 1]
+    std::vector<uint16_t> place_;                          // [E, stride]: the slots that hold an expert, count_ of them
+    size_t stride_ = 0;                                    // most copies that an expert can have
+    std::vector<uint16_t> rank_of_;                        // [P]
+    std::vector<int32_t> home_slots_first_;                // [E + 1] into home_rank_
+    std::vector<uint16_t> home_rank_;                      // ranks that hold an expert at the start
 
     // Derived from the above where ranks have changed since the last refresh(); what the kernels read.
     std::vector<int32_t> dirty_ranks_;
@@ -94,10 +131,9 @@ class Search {
     std::vector<float> up_, up_change_, down_change_;  // [E + 1]: replica load with one copy more; changes of it
     std::vector<float> add_gain_, drop_gain_;          // [E + 1]: effect on all holders of one copy more or less
     std::vector<int32_t> spare_slot_, spare_first_;    // compact list of spare slots; [R + 1] first of each rank
-    std::vector<float> spare_base_, spare_load_, spare_price_;  // by entry of that list
-    std::vector<float> price_, expert_price_, score_;           // scratch
-    std::vector<std::pair<int, float>> saved_;                  // scratch
-    std::vector<int32_t> rows_;                                 // scratch
+    std::vector<float> spare_base_, spare_load_, spare_price_;          // by entry of that list
+    std::vector<float> price_, returned_price_, expert_price_, score_;  // scratch
+    std::vector<int32_t> rows_;                                         // scratch
 };
 
 }  // namespace eplb

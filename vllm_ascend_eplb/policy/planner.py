@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import _planner
-from ..placement import FloatArray, Placement, PlacementError
+from ..placement import Placement, PlacementError
 from ..plan import Plan
 from . import default
 
@@ -90,33 +91,35 @@ def plan(
     series = _checked_load(load)
     placement = _checked_placement(physical_to_logical, series.shape[1:], num_ranks)
     _check_topology(placement, num_nodes, num_groups)
-    total: FloatArray = series.sum(axis=0)
+    total = series.sum(axis=0)
+    slots = placement.physical_to_logical
+    if policy == "incremental":
+        after, moves, par_before, par_after = _planner.plan_incremental(
+            total.astype(np.float64),
+            slots,
+            num_ranks,
+            target=target_par,
+            thorough=effort == "thorough",
+            rounds=rounds or 0,
+            seconds=time_budget,
+            seed=seed % 2**64,
+            threads=threads,
+            max_moves=-1 if max_moves is None else max_moves,
+            max_moves_per_rank=-1 if max_moves_per_rank is None else max_moves_per_rank,
+            least_gain=0.0,
+        )
+        return Plan(after, moves, par_before, par_after, policy, time.perf_counter() - began)
     if policy == "random":
         target = _planner.draw_placement(
             seed % 2**64, placement.num_layers, placement.num_experts, placement.num_slots, num_ranks
         )
     elif policy == "default":
         target = default.rebalance(
-            total.astype(np.float32),
-            placement.num_slots,
-            num_groups,
-            num_nodes,
-            num_ranks,
-            placement.physical_to_logical,
+            total.astype(np.float32), placement.num_slots, num_groups, num_nodes, num_ranks, slots
         )
-    elif policy == "incremental":
-        slots, moves = _planner.plan_incremental(
-            total, placement.physical_to_logical, num_ranks, target=target_par, max_per_rank=0, threads=threads
-        )
-        after = Placement(slots, placement.num_experts, num_ranks)
-        seconds = time.perf_counter() - began
-        return Plan(after.physical_to_logical, moves, placement.par(total), after.par(total), policy, seconds)
     else:
         raise PlanInputError(f"policy is {policy!r}; allowed are 'incremental', 'default' and 'random'")
-    made = Plan.between(placement, target, total, policy)
-    return Plan(
-        made.physical_to_logical, made.moves, made.par_before, made.par_after, policy, time.perf_counter() - began
-    )
+    return replace(Plan.between(placement, target, total, policy), seconds=time.perf_counter() - began)
 
 
 def _checked_load(load: npt.ArrayLike) -> npt.NDArray[Any]:
