@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The HCCL API.
-#include "hccl/hccl.h"
-
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
 
 #include "communicator.h"
+#include "hccl/hccl.h"
 
 using namespace emulated;
 using namespace emulated::hccl;
@@ -57,10 +56,11 @@ std::vector<char> gather_all(Operation& op, const void* mine, uint64_t bytes) {
 }
 
 // Sums (or ...) in rank order, so that all ranks get the same bits.
-void reduce_blocks(void* to, const std::vector<char>& all, uint64_t stride, uint64_t offset, uint64_t count, uint32_t ranks,
-                   HcclDataType type, HcclReduceOp reduction) {
+void reduce_blocks(void* to, const std::vector<char>& all, uint64_t stride, uint64_t offset, uint64_t count,
+                   uint32_t ranks, HcclDataType type, HcclReduceOp reduction) {
     const uint64_t bytes = count * size_of(type);
-    std::vector<char> sum(all.begin() + static_cast<int64_t>(offset), all.begin() + static_cast<int64_t>(offset + bytes));
+    std::vector<char> sum(all.begin() + static_cast<int64_t>(offset),
+                          all.begin() + static_cast<int64_t>(offset + bytes));
     for (uint32_t rank = 1; rank < ranks; ++rank) {
         reduce(sum.data(), all.data() + stride * rank + offset, count, type, reduction);
     }
@@ -124,7 +124,8 @@ HcclResult init(uint32_t ranks, const HcclRootInfo* root, uint32_t rank, const H
         if (rank >= ranks) throw Error(100000, "rank " + std::to_string(rank) + " of " + std::to_string(ranks));
         const std::string id(root->internal, strnlen(root->internal, 64));
         const std::string name = config && config->hcclCommName[0] ? config->hcclCommName : id;
-        *comm = add_communicator(std::make_shared<Communicator>(id, name, rank, ranks, seconds_from("HCCL_EXEC_TIMEOUT", 1836),
+        *comm = add_communicator(std::make_shared<Communicator>(id, name, rank, ranks,
+                                                                seconds_from("HCCL_EXEC_TIMEOUT", 1836),
                                                                 in_seconds(seconds_from("HCCL_CONNECT_TIMEOUT", 120))));
     }));
 }
@@ -142,19 +143,21 @@ EMULATED_EXPORT HcclResult HcclGetRootInfo(HcclRootInfo* root) {
     std::memcpy(root->internal, id.data(), id.size());
     return HCCL_SUCCESS;
 }
-EMULATED_EXPORT HcclResult HcclCommInitRootInfo(uint32_t ranks, const HcclRootInfo* root, uint32_t rank, HcclComm* comm) {
+EMULATED_EXPORT HcclResult HcclCommInitRootInfo(uint32_t ranks, const HcclRootInfo* root, uint32_t rank,
+                                                HcclComm* comm) {
     return init(ranks, root, rank, nullptr, comm);
 }
 EMULATED_EXPORT HcclResult HcclCommInitRootInfoConfig(uint32_t ranks, const HcclRootInfo* root, uint32_t rank,
                                                       const HcclCommConfig* config, HcclComm* comm) {
     return init(ranks, root, rank, config, comm);
 }
-EMULATED_EXPORT HcclResult HcclCreateSubCommConfig(HcclComm* parent, uint32_t ranks, uint32_t*, uint64_t id, uint32_t rank,
-                                                   HcclCommConfig* config, HcclComm* comm) {
+EMULATED_EXPORT HcclResult HcclCreateSubCommConfig(HcclComm* parent, uint32_t ranks, uint32_t*, uint64_t id,
+                                                   uint32_t rank, HcclCommConfig* config, HcclComm* comm) {
     return status(guarded([&] {
         const std::string key = communicator_of(*parent)->name + "/" + std::to_string(id);
         const std::string name = config && config->hcclCommName[0] ? config->hcclCommName : key;
-        *comm = add_communicator(std::make_shared<Communicator>(key, name, rank, ranks, seconds_from("HCCL_EXEC_TIMEOUT", 1836),
+        *comm = add_communicator(std::make_shared<Communicator>(key, name, rank, ranks,
+                                                                seconds_from("HCCL_EXEC_TIMEOUT", 1836),
                                                                 in_seconds(seconds_from("HCCL_CONNECT_TIMEOUT", 120))));
     }));
 }
@@ -228,8 +231,8 @@ EMULATED_EXPORT HcclResult HcclReduce(void* in, void* out, uint64_t count, HcclD
                 });
     }));
 }
-EMULATED_EXPORT HcclResult HcclReduceScatter(void* in, void* out, uint64_t count, HcclDataType type, HcclReduceOp reduction,
-                                             HcclComm handle, aclrtStream stream) {
+EMULATED_EXPORT HcclResult HcclReduceScatter(void* in, void* out, uint64_t count, HcclDataType type,
+                                             HcclReduceOp reduction, HcclComm handle, aclrtStream stream) {
     return status(guarded([&] {
         auto comm = communicator_of(handle);
         const uint64_t bytes = count * size_of(type);
@@ -240,9 +243,9 @@ EMULATED_EXPORT HcclResult HcclReduceScatter(void* in, void* out, uint64_t count
                 });
     }));
 }
-EMULATED_EXPORT HcclResult HcclReduceScatterV(void* in, const void* counts, const void* offsets, void* out, uint64_t count,
-                                              HcclDataType type, HcclReduceOp reduction, HcclComm handle,
-                                              aclrtStream stream) {
+EMULATED_EXPORT HcclResult HcclReduceScatterV(void* in, const void* counts, const void* offsets, void* out,
+                                              uint64_t count, HcclDataType type, HcclReduceOp reduction,
+                                              HcclComm handle, aclrtStream stream) {
     return status(guarded([&] {
         auto comm = communicator_of(handle);
         const uint64_t item = size_of(type);
@@ -335,7 +338,8 @@ EMULATED_EXPORT HcclResult HcclAlltoAllV(const void* in, const void* send_counts
         void* target = const_cast<void*>(out);
         enqueue(comm, stream, header_of(HCCL_CMD_ALLTOALLV, send_type), everybody(*comm), accesses, [=](Operation& op) {
             const Part& mine = parts[op.rank()];
-            std::memmove(at(target, mine.receive_at), at(in, mine.send_at), std::min(mine.send_bytes, mine.receive_bytes));
+            std::memmove(at(target, mine.receive_at), at(in, mine.send_at),
+                         std::min(mine.send_bytes, mine.receive_bytes));
             for (uint32_t peer = 0; peer < op.size(); ++peer) {
                 if (peer == op.rank()) continue;
                 op.send(peer, at(in, parts[peer].send_at), parts[peer].send_bytes);
@@ -381,7 +385,8 @@ EMULATED_EXPORT HcclResult HcclRecv(void* data, uint64_t count, HcclDataType typ
                                     aclrtStream stream) {
     return status(single(comm, {false, data, count * size_of(type), type, peer}, HCCL_CMD_RECEIVE, stream));
 }
-EMULATED_EXPORT HcclResult HcclBatchSendRecv(HcclSendRecvItem* list, uint32_t count, HcclComm comm, aclrtStream stream) {
+EMULATED_EXPORT HcclResult HcclBatchSendRecv(HcclSendRecvItem* list, uint32_t count, HcclComm comm,
+                                             aclrtStream stream) {
     return status(guarded([&] {
         std::vector<Item> items;
         for (uint32_t i = 0; i < count; ++i) {

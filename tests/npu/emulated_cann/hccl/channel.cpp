@@ -54,11 +54,24 @@ bool transfer_all(int fd, void* data, size_t bytes, bool send, Deadline deadline
 void nonblocking(int fd) { fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK); }
 
 const char* kind_name(const Header& header) {
-    static const char* names[] = {"?",          "HcclBroadcast",     "HcclAllReduce",     "HcclReduce",
-                                  "HcclSend",   "HcclRecv",          "HcclAllGather",     "HcclReduceScatter",
-                                  "HcclAlltoAllV", "HcclAlltoAllVC", "HcclAlltoAll",      "HcclGather",
-                                  "HcclScatter", "HcclBatchSendRecv", "HcclBatchPut",     "HcclBatchGet",
-                                  "HcclAllGatherV", "HcclReduceScatterV"};
+    static const char* names[] = {"?",
+                                  "HcclBroadcast",
+                                  "HcclAllReduce",
+                                  "HcclReduce",
+                                  "HcclSend",
+                                  "HcclRecv",
+                                  "HcclAllGather",
+                                  "HcclReduceScatter",
+                                  "HcclAlltoAllV",
+                                  "HcclAlltoAllVC",
+                                  "HcclAlltoAll",
+                                  "HcclGather",
+                                  "HcclScatter",
+                                  "HcclBatchSendRecv",
+                                  "HcclBatchPut",
+                                  "HcclBatchGet",
+                                  "HcclAllGatherV",
+                                  "HcclReduceScatterV"};
     return header.kind < sizeof(names) / sizeof(names[0]) ? names[header.kind] : "HcclBarrier";
 }
 
@@ -67,14 +80,16 @@ std::string describe(const Header& header) {
     if (header.point_to_point) {
         text << "a send or receive of " << header.bytes << " bytes of data type " << header.type;
     } else {
-        text << kind_name(header) << " (collective " << header.number << " of the communicator, data type " << header.type
-             << ", reduction " << header.reduce << ", root " << header.root << ", " << header.bytes << " bytes)";
+        text << kind_name(header) << " (collective " << header.number << " of the communicator, data type "
+             << header.type << ", reduction " << header.reduce << ", root " << header.root << ", " << header.bytes
+             << " bytes)";
     }
     return text.str();
 }
 
 bool same(const Header& a, const Header& b) {
-    if (a.magic != b.magic || a.point_to_point != b.point_to_point || a.type != b.type || a.bytes != b.bytes) return false;
+    if (a.magic != b.magic || a.point_to_point != b.point_to_point || a.type != b.type || a.bytes != b.bytes)
+        return false;
     if (a.point_to_point) return true;
     return a.kind == b.kind && a.number == b.number && a.reduce == b.reduce && a.root == b.root;
 }
@@ -175,7 +190,7 @@ void Mesh::exchange(std::vector<Transfer>& transfers, const std::string& what, D
         queues[transfer.send ? out[transfer.peer] : in[transfer.peer]].push_back(&transfer);
     }
     auto gone = [&](const Transfer& transfer) {
-        return Error(kFailure, what + ": rank " + std::to_string(transfer.peer) +
+        return Error(kFailure, "rank " + std::to_string(transfer.peer) +
                                    " has gone (its process ended, or its communicator failed or was destroyed)");
     };
     // Moves bytes of the current stage; true when the stage is complete.
@@ -223,7 +238,8 @@ void Mesh::exchange(std::vector<Transfer>& transfers, const std::string& what, D
                     if (!move(transfer, fd, transfer.data, transfer.header.bytes, transfer.send)) return;
                     transfer.stage = Transfer::kDone;
                     return;
-                case Transfer::kDone: return;
+                case Transfer::kDone:
+                    return;
             }
         }
     };
@@ -251,7 +267,7 @@ void Mesh::exchange(std::vector<Transfer>& transfers, const std::string& what, D
             for (auto& [fd, queue] : queues) {
                 peers += " " + std::to_string(queue.front()->peer);
             }
-            throw Error(kFailure, what + ": timeout after " + std::to_string(limit_s) +
+            throw Error(kFailure, "timeout after " + std::to_string(limit_s) +
                                       " s (HCCL_EXEC_TIMEOUT) while waiting for rank" + peers);
         }
         poll(waits.data(), waits.size(), static_cast<int>(std::min<long long>(left.count(), 1000)));

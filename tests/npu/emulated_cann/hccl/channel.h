@@ -23,8 +23,8 @@ struct Header {
     uint32_t reduce = 0;
     uint32_t root = 0;
     uint32_t point_to_point = 0;
-    uint64_t bytes = 0;   // of this transfer
-    uint64_t order = 0;   // of this operation among all operations that sender and receiver share
+    uint64_t bytes = 0;  // of this transfer
+    uint64_t order = 0;  // of this operation among all operations that sender and receiver share
 };
 
 struct Transfer {
@@ -32,7 +32,7 @@ struct Transfer {
     bool send;
     Header header;
     void* data;
-    uint64_t filled = 0;   // bytes of the current stage that are done
+    uint64_t filled = 0;  // bytes of the current stage that are done
     enum { kHeader, kClear, kData, kDone } stage = kHeader;
     Header theirs;
     uint8_t clear = 0;

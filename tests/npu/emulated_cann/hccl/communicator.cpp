@@ -43,11 +43,20 @@ void reduce_as(void* to, const void* from, uint64_t count, HcclReduceOp op) {
     for (uint64_t i = 0; i < count; ++i) {
         Wide x = static_cast<Wide>(a[i]), y = static_cast<Wide>(b[i]);
         switch (op) {
-            case HCCL_REDUCE_SUM: x = static_cast<Wide>(x + y); break;
-            case HCCL_REDUCE_PROD: x = static_cast<Wide>(x * y); break;
-            case HCCL_REDUCE_MAX: x = std::max(x, y); break;
-            case HCCL_REDUCE_MIN: x = std::min(x, y); break;
-            default: throw Error(200001, "not emulated: reduction " + std::to_string(op));
+            case HCCL_REDUCE_SUM:
+                x = static_cast<Wide>(x + y);
+                break;
+            case HCCL_REDUCE_PROD:
+                x = static_cast<Wide>(x * y);
+                break;
+            case HCCL_REDUCE_MAX:
+                x = std::max(x, y);
+                break;
+            case HCCL_REDUCE_MIN:
+                x = std::min(x, y);
+                break;
+            default:
+                throw Error(200001, "not emulated: reduction " + std::to_string(op));
         }
         if constexpr (std::is_same_v<T, BFloat16>) {
             a[i] = x;
@@ -66,35 +75,52 @@ size_t size_of(HcclDataType type) {
         case HCCL_DATA_TYPE_HIF8:
         case HCCL_DATA_TYPE_FP8E4M3:
         case HCCL_DATA_TYPE_FP8E5M2:
-        case HCCL_DATA_TYPE_FP8E8M0: return 1;
+        case HCCL_DATA_TYPE_FP8E8M0:
+            return 1;
         case HCCL_DATA_TYPE_INT16:
         case HCCL_DATA_TYPE_UINT16:
         case HCCL_DATA_TYPE_FP16:
-        case HCCL_DATA_TYPE_BFP16: return 2;
+        case HCCL_DATA_TYPE_BFP16:
+            return 2;
         case HCCL_DATA_TYPE_INT32:
         case HCCL_DATA_TYPE_UINT32:
-        case HCCL_DATA_TYPE_FP32: return 4;
+        case HCCL_DATA_TYPE_FP32:
+            return 4;
         case HCCL_DATA_TYPE_INT64:
         case HCCL_DATA_TYPE_UINT64:
-        case HCCL_DATA_TYPE_FP64: return 8;
-        case HCCL_DATA_TYPE_INT128: return 16;
-        default: throw Error(200001, "not emulated: HCCL data type " + std::to_string(type));
+        case HCCL_DATA_TYPE_FP64:
+            return 8;
+        case HCCL_DATA_TYPE_INT128:
+            return 16;
+        default:
+            throw Error(200001, "not emulated: HCCL data type " + std::to_string(type));
     }
 }
 
 void reduce(void* to, const void* from, uint64_t count, HcclDataType type, HcclReduceOp op) {
     switch (type) {
-        case HCCL_DATA_TYPE_INT8: return reduce_as<int8_t, int8_t>(to, from, count, op);
-        case HCCL_DATA_TYPE_UINT8: return reduce_as<uint8_t, uint8_t>(to, from, count, op);
-        case HCCL_DATA_TYPE_INT16: return reduce_as<int16_t, int16_t>(to, from, count, op);
-        case HCCL_DATA_TYPE_INT32: return reduce_as<int32_t, int32_t>(to, from, count, op);
-        case HCCL_DATA_TYPE_INT64: return reduce_as<int64_t, int64_t>(to, from, count, op);
-        case HCCL_DATA_TYPE_UINT64: return reduce_as<uint64_t, uint64_t>(to, from, count, op);
-        case HCCL_DATA_TYPE_FP16: return reduce_as<_Float16, float>(to, from, count, op);
-        case HCCL_DATA_TYPE_BFP16: return reduce_as<BFloat16, float>(to, from, count, op);
-        case HCCL_DATA_TYPE_FP32: return reduce_as<float, float>(to, from, count, op);
-        case HCCL_DATA_TYPE_FP64: return reduce_as<double, double>(to, from, count, op);
-        default: throw Error(200001, "not emulated: reduction of HCCL data type " + std::to_string(type));
+        case HCCL_DATA_TYPE_INT8:
+            return reduce_as<int8_t, int8_t>(to, from, count, op);
+        case HCCL_DATA_TYPE_UINT8:
+            return reduce_as<uint8_t, uint8_t>(to, from, count, op);
+        case HCCL_DATA_TYPE_INT16:
+            return reduce_as<int16_t, int16_t>(to, from, count, op);
+        case HCCL_DATA_TYPE_INT32:
+            return reduce_as<int32_t, int32_t>(to, from, count, op);
+        case HCCL_DATA_TYPE_INT64:
+            return reduce_as<int64_t, int64_t>(to, from, count, op);
+        case HCCL_DATA_TYPE_UINT64:
+            return reduce_as<uint64_t, uint64_t>(to, from, count, op);
+        case HCCL_DATA_TYPE_FP16:
+            return reduce_as<_Float16, float>(to, from, count, op);
+        case HCCL_DATA_TYPE_BFP16:
+            return reduce_as<BFloat16, float>(to, from, count, op);
+        case HCCL_DATA_TYPE_FP32:
+            return reduce_as<float, float>(to, from, count, op);
+        case HCCL_DATA_TYPE_FP64:
+            return reduce_as<double, double>(to, from, count, op);
+        default:
+            throw Error(200001, "not emulated: reduction of HCCL data type " + std::to_string(type));
     }
 }
 
@@ -104,8 +130,8 @@ Communicator::Communicator(const std::string& id, std::string name, uint32_t ran
 
 Operation::Operation(Communicator& comm, Header header, std::vector<uint64_t> orders, std::string what)
     : comm_(comm), header_(header), orders_(std::move(orders)), what_(std::move(what)) {
-    deadline_ = std::chrono::steady_clock::now() +
-                std::chrono::milliseconds(static_cast<int64_t>(comm.timeout_s * 1000));
+    deadline_ =
+        std::chrono::steady_clock::now() + std::chrono::milliseconds(static_cast<int64_t>(comm.timeout_s * 1000));
 }
 
 void Operation::add(uint32_t peer, bool send, void* data, uint64_t bytes, int type) {
@@ -130,17 +156,24 @@ void enqueue(const std::shared_ptr<Communicator>& comm, void* stream, Header hea
              std::vector<Access> accesses, std::function<void(Operation&)> body) {
     for (uint32_t peer : peers) {
         if (peer >= comm->size()) {
-            throw Error(100000, "rank " + std::to_string(peer) + " of a communicator of " + std::to_string(comm->size()));
+            throw Error(100000,
+                        "rank " + std::to_string(peer) + " of a communicator of " + std::to_string(comm->size()));
         }
     }
-    static const std::map<uint32_t, const char*> names = {
-        {HCCL_CMD_BROADCAST, "HcclBroadcast"},          {HCCL_CMD_ALLREDUCE, "HcclAllReduce"},
-        {HCCL_CMD_REDUCE, "HcclReduce"},                {HCCL_CMD_SEND, "HcclSend"},
-        {HCCL_CMD_RECEIVE, "HcclRecv"},                 {HCCL_CMD_ALLGATHER, "HcclAllGather"},
-        {HCCL_CMD_REDUCE_SCATTER, "HcclReduceScatter"}, {HCCL_CMD_ALLTOALLV, "HcclAlltoAllV"},
-        {HCCL_CMD_ALLTOALL, "HcclAlltoAll"},            {HCCL_CMD_SCATTER, "HcclScatter"},
-        {HCCL_CMD_BATCH_SEND_RECV, "HcclBatchSendRecv"}, {HCCL_CMD_ALLGATHER_V, "HcclAllGatherV"},
-        {HCCL_CMD_REDUCE_SCATTER_V, "HcclReduceScatterV"}, {HCCL_CMD_BARRIER, "HcclBarrier"}};
+    static const std::map<uint32_t, const char*> names = {{HCCL_CMD_BROADCAST, "HcclBroadcast"},
+                                                          {HCCL_CMD_ALLREDUCE, "HcclAllReduce"},
+                                                          {HCCL_CMD_REDUCE, "HcclReduce"},
+                                                          {HCCL_CMD_SEND, "HcclSend"},
+                                                          {HCCL_CMD_RECEIVE, "HcclRecv"},
+                                                          {HCCL_CMD_ALLGATHER, "HcclAllGather"},
+                                                          {HCCL_CMD_REDUCE_SCATTER, "HcclReduceScatter"},
+                                                          {HCCL_CMD_ALLTOALLV, "HcclAlltoAllV"},
+                                                          {HCCL_CMD_ALLTOALL, "HcclAlltoAll"},
+                                                          {HCCL_CMD_SCATTER, "HcclScatter"},
+                                                          {HCCL_CMD_BATCH_SEND_RECV, "HcclBatchSendRecv"},
+                                                          {HCCL_CMD_ALLGATHER_V, "HcclAllGatherV"},
+                                                          {HCCL_CMD_REDUCE_SCATTER_V, "HcclReduceScatterV"},
+                                                          {HCCL_CMD_BARRIER, "HcclBarrier"}};
     auto known = names.find(header.kind);
     const std::string what = std::string(known == names.end() ? "collective" : known->second) + " on " + comm->name;
     Task task;

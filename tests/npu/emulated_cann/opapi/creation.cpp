@@ -10,10 +10,10 @@ ACLNN(aclnnInplaceFillScalar, [](Out self, Num value) { self.tensor.fill_(value)
 ACLNN(aclnnInplaceFillTensor, [](Out self, In value) { self.tensor.fill_(value.reshape({})); });
 ACLNN(aclnnInplaceFillDiagonal, [](Out self, Num value, bool wrap) { self.tensor.fill_diagonal_(value, wrap); });
 ACLNN(aclnnEye, [](int64_t rows, int64_t columns, Out out) { out = at::eye(rows, columns); });
-ACLNN(aclnnArange, [](Num start, Num end, Num step, Out out) {
-    out = at::arange(start, end, step, out.tensor.options());
-});
-ACLNN(aclnnRange, [](Num start, Num end, Num step, Out out) { out = at::range(start, end, step, out.tensor.options()); });
+ACLNN(aclnnArange,
+      [](Num start, Num end, Num step, Out out) { out = at::arange(start, end, step, out.tensor.options()); });
+ACLNN(aclnnRange,
+      [](Num start, Num end, Num step, Out out) { out = at::range(start, end, step, out.tensor.options()); });
 ACLNN(aclnnLinspace, [](Num start, Num end, int64_t steps, Out out) { out = at::linspace(start, end, steps); });
 
 ACLNN(aclnnCat, [](Ins tensors, int64_t dim, Out out) {
@@ -32,12 +32,10 @@ ACLNN(aclnnRepeat, [](In self, Ints repeats, Out out) { out = self.repeat(repeat
 ACLNN(aclnnRepeatInterleave, [](In self, In repeats, int64_t, Out out) { out = at::repeat_interleave(self, repeats); });
 ACLNN(aclnnRepeatInterleaveInt,
       [](In self, int64_t repeats, int64_t, Out out) { out = at::repeat_interleave(self, repeats); });
-ACLNN(aclnnRepeatInterleaveWithDim, [](In self, In repeats, int64_t dim, int64_t, Out out) {
-    out = at::repeat_interleave(self, repeats, dim);
-});
-ACLNN(aclnnRepeatInterleaveIntWithDim, [](In self, int64_t repeats, int64_t dim, int64_t, Out out) {
-    out = at::repeat_interleave(self, repeats, dim);
-});
+ACLNN(aclnnRepeatInterleaveWithDim,
+      [](In self, In repeats, int64_t dim, int64_t, Out out) { out = at::repeat_interleave(self, repeats, dim); });
+ACLNN(aclnnRepeatInterleaveIntWithDim,
+      [](In self, int64_t repeats, int64_t dim, int64_t, Out out) { out = at::repeat_interleave(self, repeats, dim); });
 ACLNN(aclnnRepeatInterleaveTensor, [](In repeats, int64_t, Out out) { out = at::repeat_interleave(repeats); });
 ACLNN(aclnnFlip, [](In self, Ints dims, Out out) { out = at::flip(self, dims); });
 ACLNN(aclnnRoll, [](In self, Ints shifts, Ints dims, Out out) { out = at::roll(self, shifts, dims); });
@@ -54,7 +52,8 @@ ACLNN(aclnnOneHot, [](In self, int depth, In on, In off, int64_t, Out out) {
 
 // Random numbers: a CPU generator seeded by (seed, offset), so runs repeat; not the numbers of a real NPU.
 static at::Generator generator(int64_t seed, int64_t offset) {
-    return at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(seed) * 1000003 + static_cast<uint64_t>(offset));
+    return at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(seed) * 1000003 +
+                                                    static_cast<uint64_t>(offset));
 }
 ACLNN(aclnnInplaceRandom, [](Out self, int64_t from, int64_t to, int64_t seed, int64_t offset) {
     self.tensor.random_(from, to, generator(seed, offset));

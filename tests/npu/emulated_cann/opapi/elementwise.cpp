@@ -10,7 +10,7 @@ ACLNN(aclnnForeachCopy, [](Ins src, Outs dst) {
     for (size_t i = 0; i < src.size(); ++i) dst[i] = src[i];
 });
 
-#define UNARY(NAME, function) \
+#define UNARY(NAME, function)                                           \
     ACLNN(aclnn##NAME, [](In self, Out out) { out = function(self); }); \
     ACLNN(aclnnInplace##NAME, [](Out self) { self = function(self.tensor); })
 
@@ -61,10 +61,10 @@ ACLNN(aclnnInplaceSubs, [](Out self, Num other, Num alpha) { self = at::sub(self
 ACLNN(aclnnRsub, [](In self, In other, Num alpha, Out out) { out = at::rsub(self, other, alpha); });
 ACLNN(aclnnRsubs, [](In self, Num other, Num alpha, Out out) { out = at::rsub(self, other, alpha); });
 
-#define BINARY(NAME, function)                                                      \
+#define BINARY(NAME, function)                                                           \
     ACLNN(aclnn##NAME, [](In self, In other, Out out) { out = function(self, other); }); \
     ACLNN(aclnnInplace##NAME, [](Out self, In other) { self = function(self.tensor, other); })
-#define BINARY_SCALAR(NAME, function)                                                \
+#define BINARY_SCALAR(NAME, function)                                                     \
     ACLNN(aclnn##NAME, [](In self, Num other, Out out) { out = function(self, other); }); \
     ACLNN(aclnnInplace##NAME, [](Out self, Num other) { self = function(self.tensor, other); })
 
@@ -117,7 +117,9 @@ ACLNN(aclnnInplaceDivMods, [](Out self, Num other, int mode) { self = at::div(se
 static std::optional<at::Scalar> maybe(const Num& value) {
     return value.given() ? std::optional<at::Scalar>(value) : std::nullopt;
 }
-static std::optional<Tensor> maybe(const In& value) { return value.given() ? std::optional<Tensor>(value) : std::nullopt; }
+static std::optional<Tensor> maybe(const In& value) {
+    return value.given() ? std::optional<Tensor>(value) : std::nullopt;
+}
 ACLNN(aclnnClamp, [](In self, Num low, Num high, Out out) { out = at::clamp(self, maybe(low), maybe(high)); });
 ACLNN(aclnnClampTensor, [](In self, In low, In high, Out out) { out = at::clamp(self, maybe(low), maybe(high)); });
 ACLNN(aclnnClampMin, [](In self, Num low, Out out) { out = at::clamp_min(self, low); });
@@ -128,7 +130,8 @@ ACLNN(aclnnInplaceClampMax, [](Out self, Num high) { self = at::clamp_max(self.t
 ACLNN(aclnnInplaceClampMinTensor, [](Out self, In low) { self = at::clamp_min(self.tensor, low); });
 ACLNN(aclnnInplaceClampMaxTensor, [](Out self, In high) { self = at::clamp_max(self.tensor, high); });
 
-ACLNN(aclnnSWhere, [](In condition, In self, In other, Out out) { out = at::where(condition.to(at::kBool), self, other); });
+ACLNN(aclnnSWhere,
+      [](In condition, In self, In other, Out out) { out = at::where(condition.to(at::kBool), self, other); });
 ACLNN(aclnnLerp, [](In self, In end, In weight, Out out) { out = at::lerp(self, end, weight); });
 ACLNN(aclnnLerps, [](In self, In end, Num weight, Out out) { out = at::lerp(self, end, weight); });
 ACLNN(aclnnAddcmul, [](In self, In a, In b, Num value, Out out) { out = at::addcmul(self, a, b, value); });

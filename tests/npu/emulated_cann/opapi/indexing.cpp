@@ -13,8 +13,9 @@ c10::List<std::optional<Tensor>> indices_of(const Ins& tensors) {
     for (const Tensor& tensor : tensors) {
         // torch_npu passes "every element" as an empty tensor with a dimension of size 0 or as none at all.
         const bool all = !tensor.defined() || (tensor.numel() == 0 && tensor.dim() == 1 && tensors.size() > 1);
-        indices.push_back(all ? std::nullopt
-                              : std::optional<Tensor>(tensor.scalar_type() == at::kInt ? tensor.to(at::kLong) : tensor));
+        indices.push_back(
+            all ? std::nullopt
+                : std::optional<Tensor>(tensor.scalar_type() == at::kInt ? tensor.to(at::kLong) : tensor));
     }
     return indices;
 }
@@ -42,9 +43,8 @@ ACLNN(aclnnIndexAdd, [](In self, int64_t dim, In index, In source, Num alpha, Ou
 ACLNN(aclnnIndexCopy, [](In self, int64_t dim, In index, In source, Out out) {
     out = at::index_copy(self, dim, long_index(index), source);
 });
-ACLNN(aclnnInplaceIndexCopy, [](Out self, int64_t dim, In index, In source) {
-    self.tensor.index_copy_(dim, long_index(index), source);
-});
+ACLNN(aclnnInplaceIndexCopy,
+      [](Out self, int64_t dim, In index, In source) { self.tensor.index_copy_(dim, long_index(index), source); });
 // The index of index_fill is an array here, the value a scalar or a tensor.
 ACLNN(aclnnInplaceIndexFill, [](Out self, int64_t dim, Ints index, Num value) {
     self.tensor.index_fill_(dim, at::tensor(static_cast<const std::vector<int64_t>&>(index)), value);
@@ -78,14 +78,12 @@ ACLNN(aclnnNonzeroV2, [](In self, Out out) { out.resize(at::nonzero(self).t().co
 ACLNN(aclnnNonzero, [](In self, Out out) { out.resize(at::nonzero(self)); });
 ACLNN(aclnnMaskedSelect, [](In self, In mask, Out out) { out.resize(at::masked_select(self, mask)); });
 ACLNN(aclnnInplaceMaskedFillScalar, [](Out self, In mask, Num value) { self.tensor.masked_fill_(mask, value); });
-ACLNN(aclnnInplaceMaskedFillTensor, [](Out self, In mask, In value) {
-    self.tensor.masked_fill_(mask, value.reshape({}));
-});
+ACLNN(aclnnInplaceMaskedFillTensor,
+      [](Out self, In mask, In value) { self.tensor.masked_fill_(mask, value.reshape({})); });
 ACLNN(aclnnInplaceMaskedScatter, [](Out self, In mask, In source) { self.tensor.masked_scatter_(mask, source); });
 ACLNN(aclnnEmbedding, [](In weight, In indices, Out out) { out = at::embedding(weight, long_index(indices)); });
-ACLNN(aclnnIsInTensorScalar, [](In elements, Num test, bool, bool invert, Out out) {
-    out = at::isin(elements, test, false, invert);
-});
+ACLNN(aclnnIsInTensorScalar,
+      [](In elements, Num test, bool, bool invert, Out out) { out = at::isin(elements, test, false, invert); });
 static void search(const In& sorted, const Tensor& self, bool as_int32, bool right, const In& sorter, Out& out) {
     out = at::searchsorted(sorted, self, as_int32, right, std::nullopt,
                            sorter.given() ? std::optional<Tensor>(sorter) : std::nullopt);

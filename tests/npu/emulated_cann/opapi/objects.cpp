@@ -8,22 +8,38 @@ namespace emulated {
 
 at::ScalarType scalar_type(aclDataType type) {
     switch (type) {
-        case ACL_FLOAT: return at::kFloat;
-        case ACL_FLOAT16: return at::kHalf;
-        case ACL_BF16: return at::kBFloat16;
-        case ACL_DOUBLE: return at::kDouble;
-        case ACL_INT8: return at::kChar;
-        case ACL_UINT8: return at::kByte;
-        case ACL_INT16: return at::kShort;
-        case ACL_UINT16: return at::kUInt16;
-        case ACL_INT32: return at::kInt;
-        case ACL_UINT32: return at::kUInt32;
-        case ACL_INT64: return at::kLong;
-        case ACL_UINT64: return at::kUInt64;
-        case ACL_BOOL: return at::kBool;
-        case ACL_COMPLEX64: return at::kComplexFloat;
-        case ACL_COMPLEX128: return at::kComplexDouble;
-        default: throw Error(200001, "not emulated: data type " + std::to_string(type));
+        case ACL_FLOAT:
+            return at::kFloat;
+        case ACL_FLOAT16:
+            return at::kHalf;
+        case ACL_BF16:
+            return at::kBFloat16;
+        case ACL_DOUBLE:
+            return at::kDouble;
+        case ACL_INT8:
+            return at::kChar;
+        case ACL_UINT8:
+            return at::kByte;
+        case ACL_INT16:
+            return at::kShort;
+        case ACL_UINT16:
+            return at::kUInt16;
+        case ACL_INT32:
+            return at::kInt;
+        case ACL_UINT32:
+            return at::kUInt32;
+        case ACL_INT64:
+            return at::kLong;
+        case ACL_UINT64:
+            return at::kUInt64;
+        case ACL_BOOL:
+            return at::kBool;
+        case ACL_COMPLEX64:
+            return at::kComplexFloat;
+        case ACL_COMPLEX128:
+            return at::kComplexDouble;
+        default:
+            throw Error(200001, "not emulated: data type " + std::to_string(type));
     }
 }
 
@@ -110,8 +126,9 @@ using emulated::scalar_type;
 
 extern "C" {
 
-EMULATED_EXPORT aclTensor* aclCreateTensor(const int64_t* sizes, uint64_t dims, aclDataType type, const int64_t* strides,
-                                           int64_t offset, aclFormat format, const int64_t*, uint64_t, void* data) {
+EMULATED_EXPORT aclTensor* aclCreateTensor(const int64_t* sizes, uint64_t dims, aclDataType type,
+                                           const int64_t* strides, int64_t offset, aclFormat format, const int64_t*,
+                                           uint64_t, void* data) {
     auto* made = new aclTensor;
     made->sizes.assign(sizes, sizes + dims);
     if (strides) {
@@ -129,15 +146,33 @@ EMULATED_EXPORT aclTensor* aclCreateTensor(const int64_t* sizes, uint64_t dims, 
 EMULATED_EXPORT aclScalar* aclCreateScalar(void* value, aclDataType type) {
     auto* made = new aclScalar;
     switch (type) {
-        case ACL_FLOAT: made->value = *static_cast<float*>(value); break;
-        case ACL_DOUBLE: made->value = *static_cast<double*>(value); break;
-        case ACL_INT32: made->value = *static_cast<int32_t*>(value); break;
-        case ACL_INT64: made->value = *static_cast<int64_t*>(value); break;
-        case ACL_BOOL: made->value = *static_cast<bool*>(value); break;
-        case ACL_FLOAT16: made->value = static_cast<float>(*static_cast<at::Half*>(value)); break;
-        case ACL_BF16: made->value = static_cast<float>(*static_cast<at::BFloat16*>(value)); break;
-        case ACL_COMPLEX128: made->value = *static_cast<c10::complex<double>*>(value); break;
-        default: made->value = *static_cast<int64_t*>(value); break;
+        case ACL_FLOAT:
+            made->value = *static_cast<float*>(value);
+            break;
+        case ACL_DOUBLE:
+            made->value = *static_cast<double*>(value);
+            break;
+        case ACL_INT32:
+            made->value = *static_cast<int32_t*>(value);
+            break;
+        case ACL_INT64:
+            made->value = *static_cast<int64_t*>(value);
+            break;
+        case ACL_BOOL:
+            made->value = *static_cast<bool*>(value);
+            break;
+        case ACL_FLOAT16:
+            made->value = static_cast<float>(*static_cast<at::Half*>(value));
+            break;
+        case ACL_BF16:
+            made->value = static_cast<float>(*static_cast<at::BFloat16*>(value));
+            break;
+        case ACL_COMPLEX128:
+            made->value = *static_cast<c10::complex<double>*>(value);
+            break;
+        default:
+            made->value = *static_cast<int64_t*>(value);
+            break;
     }
     return made;
 }

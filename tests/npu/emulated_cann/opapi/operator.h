@@ -285,9 +285,7 @@ struct Operator<Body, void (Body::*)(P...) const> {
             // Braces keep the order of the arguments.
             std::tuple<typename Parameter<P>::Kept...> kept{Parameter<P>::keep(values, name, position++, *made)...};
             made->task.run = [kept = std::move(kept)] {
-                run_body([&] {
-                    std::apply([](const auto&... each) { (*body)(Parameter<P>::make(each)...); }, kept);
-                });
+                run_body([&] { std::apply([](const auto&... each) { (*body)(Parameter<P>::make(each)...); }, kept); });
             };
             prepare(std::move(made), workspace, executor);
         });
@@ -300,17 +298,17 @@ struct Operator<Body, void (Body::*)(P...) const> {
 }  // namespace emulated
 
 // The exported symbols are indirect functions: their resolvers pick the template instances above.
-#define ACLNN(NAME, ...)                                                                                       \
-    static const auto NAME##_body = __VA_ARGS__;                                                               \
-    using NAME##_operator = emulated::Operator<std::remove_const_t<decltype(NAME##_body)>,                     \
-                                               decltype(&decltype(NAME##_body)::operator())>;                  \
-    static const bool NAME##_known = (NAME##_operator::name = #NAME, NAME##_operator::body = &NAME##_body, true); \
-    extern "C" {                                                                                               \
-    static void* NAME##_find_prepare() { return reinterpret_cast<void*>(&NAME##_operator::get_workspace_size); } \
-    static void* NAME##_find_execute() { return reinterpret_cast<void*>(&NAME##_operator::execute); }          \
-    EMULATED_EXPORT void NAME##GetWorkspaceSize() __attribute__((ifunc(#NAME "_find_prepare")));               \
-    EMULATED_EXPORT void NAME() __attribute__((ifunc(#NAME "_find_execute")));                                 \
-    }                                                                                                          \
+#define ACLNN(NAME, ...)                                                                                              \
+    static const auto NAME##_body = __VA_ARGS__;                                                                      \
+    using NAME##_operator =                                                                                           \
+        emulated::Operator<std::remove_const_t<decltype(NAME##_body)>, decltype(&decltype(NAME##_body)::operator())>; \
+    static const bool NAME##_known = (NAME##_operator::name = #NAME, NAME##_operator::body = &NAME##_body, true);     \
+    extern "C" {                                                                                                      \
+    static void* NAME##_find_prepare() { return reinterpret_cast<void*>(&NAME##_operator::get_workspace_size); }      \
+    static void* NAME##_find_execute() { return reinterpret_cast<void*>(&NAME##_operator::execute); }                 \
+    EMULATED_EXPORT void NAME##GetWorkspaceSize() __attribute__((ifunc(#NAME "_find_prepare")));                      \
+    EMULATED_EXPORT void NAME() __attribute__((ifunc(#NAME "_find_execute")));                                        \
+    }                                                                                                                 \
     static_assert(true)
 
 using emulated::Bools;

@@ -40,7 +40,8 @@ ACLNN(aclnnAny, [](In self, Ints dims, bool keep, Out out) {
     auto value = self.to(at::kBool);
     out = dims.empty() ? at::any(value).reshape(out.tensor.sizes()) : at::any(value, at::IntArrayRef(dims), keep);
 });
-ACLNN(aclnnCumsum, [](In self, int64_t dim, aclDataType type, Out out) { out = at::cumsum(self, dim, scalar_type(type)); });
+ACLNN(aclnnCumsum,
+      [](In self, int64_t dim, aclDataType type, Out out) { out = at::cumsum(self, dim, scalar_type(type)); });
 ACLNN(aclnnSort, [](In self, bool stable, int64_t dim, bool descending, Out values, Out indices) {
     auto [v, i] = at::sort(self, stable, dim, descending);
     values = v;
@@ -52,19 +53,19 @@ ACLNN(aclnnTopk, [](In self, int64_t k, int64_t dim, bool largest, bool sorted, 
     values = v;
     indices = i;
 });
-ACLNN(aclnnVar, [](In self, Ints dims, int64_t correction, bool keep, Out out) {
+ACLNN(aclnnVarCorrection, [](In self, Ints dims, int64_t correction, bool keep, Out out) {
     out = at::var(self, at::OptionalIntArrayRef(dims), correction, keep);
 });
 ACLNN(aclnnStd, [](In self, Ints dims, int64_t correction, bool keep, Out out) {
     out = at::std(self, at::OptionalIntArrayRef(dims), correction, keep);
 });
 ACLNN(aclnnLinalgVectorNorm, [](In self, Num order, Ints dims, bool keep, aclDataType, Out out) {
-    out = at::linalg_vector_norm(self, order, dims.empty() ? at::OptionalIntArrayRef() : at::OptionalIntArrayRef(dims), keep);
+    out = at::linalg_vector_norm(self, order, dims.empty() ? at::OptionalIntArrayRef() : at::OptionalIntArrayRef(dims),
+                                 keep);
 });
 ACLNN(aclnnLogSumExp, [](In self, Ints dims, bool keep, Out out) { out = at::logsumexp(self, dims, keep); });
-ACLNN(aclnnHistc, [](In self, int64_t bins, Num low, Num high, Out out) {
-    out = at::histc(self.to(at::kFloat), bins, low, high);
-});
+ACLNN(aclnnHistc,
+      [](In self, int64_t bins, Num low, Num high, Out out) { out = at::histc(self.to(at::kFloat), bins, low, high); });
 ACLNN(aclnnBincount, [](In self, In weights, int64_t minlength, Out out) {
     out = at::bincount(self.to(at::kLong), weights.given() ? std::optional<at::Tensor>(weights) : std::nullopt,
                        std::max(minlength, out.tensor.numel()));

@@ -170,9 +170,7 @@ Stream* stream_of(void* handle) {
     return stream;
 }
 
-Clock& clock_of(Stream* stream) {
-    return stream->capture ? stream->capture->clocks[stream] : stream->clock;
-}
+Clock& clock_of(Stream* stream) { return stream->capture ? stream->capture->clocks[stream] : stream->clock; }
 
 void push(Stream* stream, std::string name, std::function<void()> run) {
     if (!stream->started) {
@@ -194,7 +192,8 @@ void host_access(const std::vector<Access>& accesses, const std::string& what) {
 void submit_locked(Stream* stream, Task task, const std::string& site) {
     Device& state = device();
     check_broken();
-    const std::string what = task.name + " on stream " + std::to_string(stream->actor) + (site.empty() ? "" : " at ") + site;
+    const std::string what =
+        task.name + " on stream " + std::to_string(stream->actor) + (site.empty() ? "" : " at ") + site;
     if (stream->updating) {
         stream->update.push_back(std::move(task));
         return;
@@ -255,7 +254,8 @@ EMULATED_EXPORT int emulatedHostAccess(const void* data, size_t bytes, int write
     return emulated::guarded([&] {
         const std::string site = emulated::python_site();
         std::lock_guard<std::mutex> lock(emulated::device().mutex);
-        emulated::host_access({write ? emulated::writes(data, bytes) : emulated::reads(data, bytes)}, "host at " + site);
+        emulated::host_access({write ? emulated::writes(data, bytes) : emulated::reads(data, bytes)},
+                              "host at " + site);
     });
 }
 }

@@ -59,21 +59,21 @@ struct Stream {
     std::thread thread;
     bool started = false, stopping = false;
     Clock clock;
-    std::shared_ptr<Graph> capture;         // non-null while the stream captures
-    size_t group_begin = 0;                 // of the open task group
+    std::shared_ptr<Graph> capture;  // non-null while the stream captures
+    size_t group_begin = 0;          // of the open task group
     bool group_open = false;
-    TaskGroup* updating = nullptr;          // non-null between TaskUpdateBegin and TaskUpdateEnd
+    TaskGroup* updating = nullptr;  // non-null between TaskUpdateBegin and TaskUpdateEnd
     std::vector<Task> update;
     std::mt19937_64 random;
 };
 
 struct EventBody {
-    uint64_t recorded = 0, completed = 0;   // generations: of the last record enqueued, of the last one reached
-    std::map<uint64_t, int64_t> done_ns;    // completion time of the last few generations
-    Clock clock;                            // of the last record
-    bool flag = false;                      // events with ACL_EVENT_EXTERNAL: set by a record, cleared by a reset
+    uint64_t recorded = 0, completed = 0;  // generations: of the last record enqueued, of the last one reached
+    std::map<uint64_t, int64_t> done_ns;   // completion time of the last few generations
+    Clock clock;                           // of the last record
+    bool flag = false;                     // events with ACL_EVENT_EXTERNAL: set by a record, cleared by a reset
     Clock flag_clock;
-    std::weak_ptr<Graph> capture;           // the graph whose stream recorded it last, while that captures
+    std::weak_ptr<Graph> capture;  // the graph whose stream recorded it last, while that captures
     Clock capture_clock;
 };
 
@@ -84,16 +84,16 @@ struct Event {
 
 struct Device {
     std::mutex mutex;
-    std::condition_variable progress;       // a task finished or an event completed
-    std::map<uintptr_t, Block> blocks;      // live allocations, by address
-    std::vector<size_t> used;               // bytes per device
+    std::condition_variable progress;   // a task finished or an event completed
+    std::map<uintptr_t, Block> blocks;  // live allocations, by address
+    std::vector<size_t> used;           // bytes per device
     std::map<int, std::unique_ptr<Stream>> default_streams;
     std::set<Stream*> streams;
     Actor next_actor = 1;
     uint32_t next_graph = 1;
-    Clock host;                             // all host threads are one actor: what one has waited for, all may know
+    Clock host;  // all host threads are one actor: what one has waited for, all may know
     Shadow shadow;
-    std::optional<Error> broken;            // the sticky device error
+    std::optional<Error> broken;  // the sticky device error
     std::vector<std::string> reports;
 };
 

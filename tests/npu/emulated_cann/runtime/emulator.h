@@ -43,15 +43,15 @@ int guarded(Body&& body) {
 enum class Check { kOff, kReport, kError };
 
 struct Settings {
-    int devices;             // EMULATED_NPU_DEVICES, default 8
-    size_t memory;           // EMULATED_NPU_MEMORY_MB, bytes per device, default 4096 MB
-    std::string soc;         // EMULATED_NPU_SOC, default Ascend910B3
-    unsigned delay_us;       // EMULATED_NPU_DELAY_US, longest random delay before a task, default 0
-    uint64_t seed;           // EMULATED_NPU_SEED
-    Check race;              // EMULATED_NPU_RACE = off | report | error, default report
-    Check comm_order;        // EMULATED_NPU_COMM_ORDER = off | report | error, default report
-    std::string report;      // EMULATED_NPU_REPORT, a file that reports are appended to
-    bool poison;             // EMULATED_NPU_POISON, fill fresh memory with 0xFF (NaN), default 1
+    int devices;         // EMULATED_NPU_DEVICES, default 8
+    size_t memory;       // EMULATED_NPU_MEMORY_MB, bytes per device, default 4096 MB
+    std::string soc;     // EMULATED_NPU_SOC, default Ascend910B3
+    unsigned delay_us;   // EMULATED_NPU_DELAY_US, longest random delay before a task, default 0
+    uint64_t seed;       // EMULATED_NPU_SEED
+    Check race;          // EMULATED_NPU_RACE = off | report | error, default report
+    Check comm_order;    // EMULATED_NPU_COMM_ORDER = off | report | error, default report
+    std::string report;  // EMULATED_NPU_REPORT, a file that reports are appended to
+    bool poison;         // EMULATED_NPU_POISON, fill fresh memory with 0xFF (NaN), default 1
 };
 EMULATED_EXPORT const Settings& settings();
 

@@ -21,7 +21,8 @@ std::shared_ptr<Graph> graph_of(aclmdlRI handle) {
 
 Stream* capturing(aclrtStream handle, const char* call) {
     Stream* stream = stream_of(handle);
-    if (!stream->capture) throw Error(ACL_ERROR_RT_STREAM_NOT_CAPTURED, std::string(call) + ": the stream does not capture");
+    if (!stream->capture)
+        throw Error(ACL_ERROR_RT_STREAM_NOT_CAPTURED, std::string(call) + ": the stream does not capture");
     return stream;
 }
 
@@ -163,9 +164,9 @@ EMULATED_EXPORT aclError aclmdlRICaptureTaskUpdateEnd(aclrtStream handle) {
         std::vector<Task> update = std::move(stream->update);
         stream->update.clear();
         if (update.size() != group.end - group.begin) {
-            throw Error(ACL_ERROR_RT_MODEL_UPDATE_FAILED,
-                        "the update has " + std::to_string(update.size()) + " tasks, the task group " +
-                            std::to_string(group.end - group.begin));
+            throw Error(ACL_ERROR_RT_MODEL_UPDATE_FAILED, "the update has " + std::to_string(update.size()) +
+                                                              " tasks, the task group " +
+                                                              std::to_string(group.end - group.begin));
         }
         std::vector<std::shared_ptr<std::function<void()>>> runs;
         for (size_t i = 0; i < update.size(); ++i) {

@@ -34,7 +34,8 @@ void charge(size_t bytes) {
 void* allocate(size_t bytes, int on_device) {
     void* address = nullptr;
     const size_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
-    if (posix_memalign(&address, kAlign, rounded)) throw Error(ACL_ERROR_RT_MEMORY_ALLOCATION, "the host is out of memory");
+    if (posix_memalign(&address, kAlign, rounded))
+        throw Error(ACL_ERROR_RT_MEMORY_ALLOCATION, "the host is out of memory");
     if (on_device >= 0 && settings().poison && rounded <= kPoisonLimit) std::memset(address, 0xFF, rounded);
     device().blocks[reinterpret_cast<uintptr_t>(address)] = {reinterpret_cast<uintptr_t>(address), rounded, on_device};
     return address;
@@ -123,10 +124,14 @@ std::vector<Access> copy_accesses(void* to, const void* from, size_t bytes) {
 
 const char* copy_name(aclrtMemcpyKind kind) {
     switch (kind) {
-        case ACL_MEMCPY_HOST_TO_DEVICE: return "copy host to device";
-        case ACL_MEMCPY_DEVICE_TO_HOST: return "copy device to host";
-        case ACL_MEMCPY_DEVICE_TO_DEVICE: return "copy device to device";
-        default: return "copy";
+        case ACL_MEMCPY_HOST_TO_DEVICE:
+            return "copy host to device";
+        case ACL_MEMCPY_DEVICE_TO_HOST:
+            return "copy device to host";
+        case ACL_MEMCPY_DEVICE_TO_DEVICE:
+            return "copy device to device";
+        default:
+            return "copy";
     }
 }
 
@@ -163,7 +168,7 @@ EMULATED_EXPORT aclError aclrtPointerGetAttributes(const void* address, aclrtPtr
     const Block* block = find_block(address, 1);
     std::memset(attributes, 0, sizeof(*attributes));
     attributes->location.id = block && block->device >= 0 ? block->device : 0;
-    attributes->location.type = !block                ? ACL_MEM_LOCATION_TYPE_UNREGISTERED
+    attributes->location.type = !block               ? ACL_MEM_LOCATION_TYPE_UNREGISTERED
                                 : block->device >= 0 ? ACL_MEM_LOCATION_TYPE_DEVICE
                                                      : ACL_MEM_LOCATION_TYPE_HOST;
     return 0;

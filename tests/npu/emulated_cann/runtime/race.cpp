@@ -28,13 +28,12 @@ void Shadow::split(uintptr_t at) {
 
 std::vector<std::string> Shadow::access(Actor actor, const Clock& clock, const std::vector<Access>& accesses,
                                         const std::string& what) {
-    std::vector<std::string> reports;
+    std::vector<std::string> reports;  // one per task is enough
     const uint64_t tick = clock.at(actor);
     for (const Access& access : accesses) {
         if (access.begin >= access.end) continue;
         split(access.begin);
         split(access.end);
-        bool told = false;  // one report per access is enough
         uintptr_t at = access.begin;
         auto range = ranges_.lower_bound(at);
         while (at < access.end) {
@@ -43,17 +42,16 @@ std::vector<std::string> Shadow::access(Actor actor, const Clock& clock, const s
                 range = ranges_.emplace_hint(range, at, Range{gap_end, {}, {}});
             }
             Range& now = range->second;
-            auto ordered = [&](const Epoch& before) { return before.actor < 0 || clock.at(before.actor) >= before.tick; };
-            if (!told && !ordered(now.write)) {
+            auto ordered = [&](const Epoch& before) {
+                return before.actor < 0 || clock.at(before.actor) >= before.tick;
+            };
+            if (reports.empty() && !ordered(now.write)) {
                 reports.push_back(conflict(now.write, true, what, access.write, range->first, now.end));
-                told = true;
             }
             if (access.write) {
                 for (const Epoch& before : now.reads) {
-                    if (told) break;
-                    if (!ordered(before)) {
+                    if (reports.empty() && !ordered(before)) {
                         reports.push_back(conflict(before, false, what, true, range->first, now.end));
-                        told = true;
                     }
                 }
                 now.reads.clear();

@@ -41,7 +41,8 @@ struct Epoch {
 /// Last write and the reads since, per memory range.
 class Shadow {
   public:
-    /// Checks `accesses` of an actor whose clock is `clock` and remembers them. Returns a report per conflicting range.
+    /// Checks `accesses` of an actor whose clock is `clock` and remembers them. Returns at most one
+    /// report.
     std::vector<std::string> access(Actor actor, const Clock& clock, const std::vector<Access>& accesses,
                                     const std::string& what);
     /// Conflicts of a free of [begin, end) at `clock`; forgets the range.

@@ -94,7 +94,8 @@ void wait(Stream* stream, Event* event) {
     std::shared_ptr<Graph> captured = body->capture.lock();
     if (captured && captured->capturing) {
         if (stream->capture && stream->capture != captured) {
-            throw Error(ACL_ERROR_RT_CAPTURE_DEPENDENCY, "a stream that captures one graph waits for an event of another");
+            throw Error(ACL_ERROR_RT_CAPTURE_DEPENDENCY,
+                        "a stream that captures one graph waits for an event of another");
         }
         stream->capture = captured;  // a fork: from here on this stream belongs to the capture
         captured->clocks[stream].join(body->capture_clock);
@@ -103,7 +104,8 @@ void wait(Stream* stream, Event* event) {
     }
     if (stream->capture) {
         if (!body->recorded) return;
-        throw Error(ACL_ERROR_RT_CAPTURE_DEPENDENCY, "a stream that captures waits for an event recorded outside the capture");
+        throw Error(ACL_ERROR_RT_CAPTURE_DEPENDENCY,
+                    "a stream that captures waits for an event recorded outside the capture");
     }
     const uint64_t generation = body->recorded;
     if (!generation) return;
@@ -133,7 +135,8 @@ void synchronize_stream(void* handle, int timeout_ms) {
     Stream* stream = stream_of(handle);
     refuse_capture(stream, "aclrtSynchronizeStream");
     if (!wait_stream(lock, stream, timeout_ms)) {
-        throw Error(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, "the stream did not drain in " + std::to_string(timeout_ms) + " ms");
+        throw Error(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
+                    "the stream did not drain in " + std::to_string(timeout_ms) + " ms");
     }
     check_broken();
 }
@@ -145,7 +148,8 @@ void synchronize_device(int timeout_ms) {
         if (!device().streams.count(stream) || stream->device != current_device()) continue;
         refuse_capture(stream, "aclrtSynchronizeDevice");
         if (!wait_stream(lock, stream, timeout_ms)) {
-            throw Error(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, "a stream did not drain in " + std::to_string(timeout_ms) + " ms");
+            throw Error(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
+                        "a stream did not drain in " + std::to_string(timeout_ms) + " ms");
         }
     }
     check_broken();
@@ -178,6 +182,11 @@ int make_event(aclrtEvent* event, uint32_t flags) {
     return 0;
 }
 
+std::map<void*, Clock>& value_clocks() {
+    static auto* clocks = new std::map<void*, Clock>;
+    return *clocks;
+}
+
 bool completed(const Event* event) { return event->body->completed >= event->body->recorded; }
 
 }  // namespace
@@ -185,7 +194,9 @@ bool completed(const Event* event) { return event->body->completed >= event->bod
 extern "C" {
 
 EMULATED_EXPORT aclError aclrtCreateStream(aclrtStream* stream) { return make_stream(stream); }
-EMULATED_EXPORT aclError aclrtCreateStreamWithConfig(aclrtStream* stream, uint32_t, uint32_t) { return make_stream(stream); }
+EMULATED_EXPORT aclError aclrtCreateStreamWithConfig(aclrtStream* stream, uint32_t, uint32_t) {
+    return make_stream(stream);
+}
 EMULATED_EXPORT aclError aclrtDestroyStream(aclrtStream stream) { return destroy_stream(stream); }
 EMULATED_EXPORT aclError aclrtDestroyStreamForce(aclrtStream stream) { return destroy_stream(stream); }
 EMULATED_EXPORT aclError aclrtSynchronizeStream(aclrtStream stream) {
@@ -219,8 +230,12 @@ EMULATED_EXPORT aclError aclrtStreamGetId(aclrtStream handle, int32_t* id) {
 }
 
 EMULATED_EXPORT aclError aclrtCreateEvent(aclrtEvent* event) { return make_event(event, 0); }
-EMULATED_EXPORT aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t flags) { return make_event(event, flags); }
-EMULATED_EXPORT aclError aclrtCreateEventExWithFlag(aclrtEvent* event, uint32_t flags) { return make_event(event, flags); }
+EMULATED_EXPORT aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t flags) {
+    return make_event(event, flags);
+}
+EMULATED_EXPORT aclError aclrtCreateEventExWithFlag(aclrtEvent* event, uint32_t flags) {
+    return make_event(event, flags);
+}
 EMULATED_EXPORT aclError aclrtDestroyEvent(aclrtEvent event) {
     delete static_cast<Event*>(event);  // pending tasks hold the body
     return 0;
@@ -283,6 +298,37 @@ EMULATED_EXPORT aclError aclrtEventGetTimestamp(aclrtEvent handle, uint64_t* mic
         std::lock_guard<std::mutex> lock(device().mutex);
         const EventBody& body = *event_of(handle)->body;
         *microseconds = body.done_ns.empty() ? 0 : static_cast<uint64_t>(body.done_ns.rbegin()->second / 1000);
+    });
+}
+
+// A word of device memory as a flag between streams; torch_npu's external events are made of it. The order that it
+// makes is known to the race detector outside of captures.
+EMULATED_EXPORT aclError aclrtValueWrite(void* address, uint64_t value, uint32_t, aclrtStream handle) {
+    return guarded([&] {
+        std::lock_guard<std::mutex> lock(device().mutex);
+        Stream* stream = stream_of(handle);
+        push_or_capture(stream, "write value", [=] {
+            std::lock_guard<std::mutex> inner(device().mutex);
+            *static_cast<uint64_t*>(address) = value;
+            device().progress.notify_all();
+        });
+        if (!stream->capture) value_clocks()[address].join(stream->clock);
+    });
+}
+EMULATED_EXPORT aclError aclrtValueWait(void* address, uint64_t value, uint32_t flag, aclrtStream handle) {
+    return guarded([&] {
+        if (flag != ACL_STREAM_WAIT_VALUE_EQ && flag != ACL_STREAM_WAIT_VALUE_GEQ) {
+            throw Error(ACL_ERROR_API_NOT_SUPPORT, "not emulated: aclrtValueWait with flag " + std::to_string(flag));
+        }
+        std::lock_guard<std::mutex> lock(device().mutex);
+        Stream* stream = stream_of(handle);
+        push_or_capture(stream, "wait for value", [=] {
+            wait_on_device([&] {
+                const uint64_t now = *static_cast<uint64_t*>(address);
+                return flag == ACL_STREAM_WAIT_VALUE_EQ ? now == value : now >= value;
+            });
+        });
+        if (!stream->capture) stream->clock.join(value_clocks()[address]);
     });
 }
 

@@ -57,9 +57,9 @@ EMULATED_EXPORT aclError aclrtGetDeviceCount(uint32_t* count) {
 }
 EMULATED_EXPORT aclError aclrtSetDevice(int32_t id) {
     if (id < 0 || id >= settings().devices) {
-        return fail(ACL_ERROR_RT_INVALID_DEVICEID,
-                    "device " + std::to_string(id) + "; allowed are 0.." + std::to_string(settings().devices - 1) +
-                        " (EMULATED_NPU_DEVICES sets the number)");
+        return fail(ACL_ERROR_RT_INVALID_DEVICEID, "device " + std::to_string(id) + "; allowed are 0.." +
+                                                       std::to_string(settings().devices - 1) +
+                                                       " (EMULATED_NPU_DEVICES sets the number)");
     }
     set_current_device(id);
     return 0;
@@ -107,10 +107,17 @@ EMULATED_EXPORT aclError aclrtGetDeviceUtilizationRate(int32_t, aclrtUtilization
 }
 EMULATED_EXPORT aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo what, int64_t* value) {
     switch (what) {
-        case ACL_DEVICE_INFO_AI_CORE_NUM: *value = kCubeCores; break;
-        case ACL_DEVICE_INFO_VECTOR_CORE_NUM: *value = kVectorCores; break;
-        case ACL_DEVICE_INFO_L2_SIZE: *value = int64_t{192} << 20; break;
-        default: return fail(ACL_ERROR_INVALID_PARAM, "unknown device capability");
+        case ACL_DEVICE_INFO_AI_CORE_NUM:
+            *value = kCubeCores;
+            break;
+        case ACL_DEVICE_INFO_VECTOR_CORE_NUM:
+            *value = kVectorCores;
+            break;
+        case ACL_DEVICE_INFO_L2_SIZE:
+            *value = int64_t{192} << 20;
+            break;
+        default:
+            return fail(ACL_ERROR_INVALID_PARAM, "unknown device capability");
     }
     return 0;
 }
@@ -147,7 +154,8 @@ EMULATED_EXPORT aclError aclrtPeekAtLastError(aclrtLastErrLevel) {
 }
 EMULATED_EXPORT aclError aclrtGetLastError(aclrtLastErrLevel level) { return aclrtPeekAtLastError(level); }
 
-// Accepted and without effect: the emulator has no saturation modes, core limits, timeouts of its own or overflow flags.
+// Accepted and without effect: the emulator has no saturation modes, core limits, timeouts of its own or overflow
+// flags.
 EMULATED_EXPORT aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode) { return 0; }
 EMULATED_EXPORT aclError aclrtSetStreamFailureMode(aclrtStream, uint64_t) { return 0; }
 EMULATED_EXPORT aclError aclrtSetStreamOverflowSwitch(aclrtStream, uint32_t) { return 0; }

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs functions of the programs beside this file in child processes, one per NPU.
+
+The children run with the Python of .venv-npu on the emulated CANN libraries of build/emulated_cann (both made by
+scripts/setup_npu_env.sh), or, with NPU_TEST_REAL=1, with this Python on real NPUs. pytest itself needs neither.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = ROOT / ".venv-npu" / "bin" / "python"
+LIBRARIES = ROOT / "build" / "emulated_cann" / "lib"
+REAL = os.environ.get("NPU_TEST_REAL") == "1"
+
+
+def missing() -> str:
+    """Why the tests cannot run, or an empty string."""
+    if REAL:
+        return ""
+    if not PYTHON.exists() or not (LIBRARIES / "libopapi.so").exists():
+        return "no emulated NPU: run scripts/setup_npu_env.sh (makes .venv-npu and build/emulated_cann)"
+    return ""
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """The environment of a child; ``settings`` win."""
+    values = dict(os.environ)
+    values.update(
+        TASK_QUEUE_ENABLE="0",  # errors and call sites at the line that causes them
+        OMP_NUM_THREADS="1",
+        HCCL_EXEC_TIMEOUT="120",
+        HCCL_CONNECT_TIMEOUT="120",
+        TORCH_NPU_WARNING_DISABLE="1",
+        PYTHONPATH=os.pathsep.join([str(ROOT), values.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        PYTHONFAULTHANDLER="1",
+    )
+    if not REAL:
+        values.pop("ASCEND_HOME_PATH", None)
+        values.update(
+            LD_LIBRARY_PATH=os.pathsep.join([str(LIBRARIES), values.get("LD_LIBRARY_PATH", "")]).rstrip(os.pathsep),
+            ASCEND_GLOBAL_LOG_LEVEL="2",  # lets the emulator name operators that it lacks
+            EMULATED_NPU_DEVICES="8",
+            EMULATED_NPU_MEMORY_MB="1024",
+            EMULATED_NPU_RACE="error",
+            EMULATED_NPU_COMM_ORDER="error",
+        )
+    values.update(settings)
+    return values
+
+
+@dataclass
+class Outcome:
+    """What the children answered, by rank."""
+
+    results: list[Any]
+    codes: list[int]
+    outputs: list[str]
+    reports: list[list[str]] = field(default_factory=list)
+    """Races and order violations by rank."""
+
+    def text(self) -> str:
+        return "\n".join(
+            f"--- rank {rank}, exit code {code}\n{output[-6000:]}"
+            for rank, (code, output) in enumerate(zip(self.codes, self.outputs, strict=True))
+        )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(
+    program: str,
+    function: str,
+    ranks: int = 1,
+    timeout: float = 240,
+    check: bool = True,
+    args: Any = None,
+    **settings: str,
+) -> Outcome:
+    """Calls ``function(*args)`` of ``tests.npu.programs.PROGRAM`` on every rank.
+
+    Args:
+        program, function: what to call. The function's result must be JSON.
+        ranks: processes; rank r uses device r and has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
+        timeout: seconds until the children are killed.
+        check: raise AssertionError with all output unless every child ends well and nothing was reported.
+        args: list of JSON arguments, the same on all ranks.
+        settings: environment variables.
+    """
+    port = str(free_port())
+    with tempfile.TemporaryDirectory(prefix="npus-") as folder:
+        children = []
+        for rank in range(ranks):
+            answer = Path(folder) / f"answer-{rank}.json"
+            values = environment(
+                **{
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                    "EMULATED_NPU_SEED": settings.get("EMULATED_NPU_SEED", str(rank + 1)),
+                    "EMULATED_NPU_REPORT": f"{folder}/report-{rank}.txt",
+                    **settings,
+                }
+            )
+            output = open(Path(folder) / f"output-{rank}.txt", "w+")  # noqa: SIM115 (closed below)
+            command = [sys.executable if REAL else str(PYTHON), "-m", "tests.npu.child", program, function]
+            command += [str(answer), json.dumps(args or [])]
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=values, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            children.append((process, output, answer))
+        outcome = Outcome([], [], [])
+        try:
+            for process, _, _ in children:
+                try:
+                    process.wait(timeout)
+                except subprocess.TimeoutExpired:
+                    timeout = 1
+        finally:
+            for process, _, _ in children:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        for rank, (process, output, answer) in enumerate(children):
+            outcome.codes.append(process.wait())
+            output.seek(0)
+            outcome.outputs.append(output.read())
+            output.close()
+            outcome.results.append(json.loads(answer.read_text()) if answer.exists() else None)
+            report = Path(folder) / f"report-{rank}.txt"
+            outcome.reports.append(report.read_text().splitlines() if report.exists() else [])
+    if check:
+        assert all(code == 0 for code in outcome.codes), outcome.text()
+        assert not any(outcome.reports), outcome.reports
+    return outcome

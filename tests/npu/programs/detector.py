@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The emulator's race detector, as a program sees it."""
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+
+_library = ctypes.CDLL("libascendcl.so")
+_library.emulatedReport.restype = ctypes.c_char_p
+_library.emulatedHostAccess.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def reports() -> list[str]:
+    """Races and order violations that this process has seen so far."""
+    return [_library.emulatedReport(i).decode() for i in range(_library.emulatedReportCount())]
+
+
+def host_access(tensor: torch.Tensor, write: bool) -> None:
+    """Tells the detector that the CPU reads or writes a pinned tensor now; it cannot see that by itself."""
+    if _library.emulatedHostAccess(tensor.data_ptr(), tensor.numel() * tensor.element_size(), int(write)):
+        raise RuntimeError(reports()[-1])
+
+
+def new_reports(program: Callable[[], object]) -> list[str]:
+    """Reports of one program that starts and ends on an idle device."""
+    torch.npu.synchronize()
+    before = len(reports())
+    program()
+    torch.npu.synchronize()
+    return reports()[before:]

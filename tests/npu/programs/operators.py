@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every emulated operator against the CPU's result."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def _cases() -> dict[str, Callable[[Callable], torch.Tensor]]:
+    """Name to a function of ``t``, which moves a CPU tensor to the device under test."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 8, generator=g)
+    y = torch.randn(6, 8, generator=g)
+    i = torch.randint(0, 6, (4, 8), generator=g)
+    n = torch.randint(1, 9, (6, 8), generator=g)
+    m = torch.randint(1, 9, (6, 8), generator=g)
+    b = x > 0
+    e = torch.randint(0, 16, (40,), generator=g)
+    unary = [
+        "abs",
+        "neg",
+        "exp",
+        "expm1",
+        "sin",
+        "cos",
+        "tan",
+        "tanh",
+        "erf",
+        "sigmoid",
+        "relu",
+        "floor",
+        "ceil",
+        "round",
+        "trunc",
+        "sign",
+        "frac",
+    ]
+    cases: dict[str, Callable] = {name: lambda t, f=name: getattr(torch, f)(t(x)) for name in unary}
+    cases |= {
+        f"{name} of positive": lambda t, f=name: getattr(torch, f)(t(x).abs() + 0.1)
+        for name in ["log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal"]
+    }
+    binary = [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "floor_divide",
+        "remainder",
+        "fmod",
+        "eq",
+        "ne",
+        "gt",
+        "ge",
+        "lt",
+        "le",
+        "maximum",
+        "minimum",
+        "pow",
+    ]
+    cases |= {name: lambda t, f=name: getattr(torch, f)(t(x).abs() + 1, t(y).abs() + 1) for name in binary}
+    cases |= {f"{name} integers": lambda t, f=name: getattr(torch, f)(t(n), t(m)) for name in binary if name != "div"}
+    cases |= {
+        f"{name} scalar": lambda t, f=name: getattr(torch, f)(t(n), 3)
+        for name in binary
+        if name not in ("maximum", "minimum")
+    }
+    cases |= {
+        "logical": lambda t: t(b).logical_and(t(n > 4)).logical_or(t(n > 7)).logical_not(),
+        "bitwise": lambda t: ((t(n) & t(m)) | 8) ^ t(m),
+        "bitwise bool": lambda t: (t(b) & t(n > 4)) | ~t(b),
+        "div trunc": lambda t: torch.div(t(n), t(m), rounding_mode="trunc"),
+        "div floor scalar": lambda t: t(n) // 3,
+        "rsub": lambda t: 1 - t(x),
+        "clamp": lambda t: t(x).clamp(-0.5, 0.5),
+        "clamp min": lambda t: t(x).clamp(min=0.1),
+        "clamp max": lambda t: t(x).clamp(max=0.1),
+        "where": lambda t: torch.where(t(b), t(x), t(y)),
+        "addcmul": lambda t: torch.addcmul(t(x), t(y), t(y), value=0.5),
+        "lerp": lambda t: torch.lerp(t(x), t(y), 0.25),
+        "isfinite": lambda t: torch.isfinite(t(x) / t(torch.zeros(6, 8))),
+        "isnan": lambda t: torch.isnan(t(x).log()),
+        "silu": lambda t: torch.nn.functional.silu(t(x)),
+        "gelu": lambda t: torch.nn.functional.gelu(t(x)),
+        "softplus": lambda t: torch.nn.functional.softplus(t(x)),
+        "in place": lambda t: t(x).clone().add_(1).mul_(2).sub_(t(y)).div_(3).neg_().exp_(),
+        "cast": lambda t: t(x).to(torch.int32).to(torch.float16).to(torch.float32),
+        "bfloat16": lambda t: (t(x).bfloat16() * 2).float(),
+        "strided copy": lambda t: t(x)[:, ::2].t().contiguous(),
+        "strided write": lambda t: t(x).clone().t()[1:5].fill_(7) + 0 * t(x).t()[1:5],
+        "masked": lambda t: t(x).masked_fill(t(b), -1.0),
+        "masked select": lambda t: t(x)[t(b)],
+        "nonzero": lambda t: t(b).nonzero(),
+        "zeros ones full": lambda t: (
+            t(x) * 0 + torch.ones_like(t(x)) + torch.full_like(t(x), 2.0) + torch.zeros_like(t(x))
+        ),
+        "eye": lambda t: torch.eye(4, device=t(x).device),
+        "arange": lambda t: torch.arange(3, 40, 4, device=t(x).device),
+        "linspace": lambda t: torch.linspace(0, 1, 7, device=t(x).device),
+        "cat": lambda t: torch.cat([t(x), t(y)], dim=1),
+        "stack": lambda t: torch.stack([t(x), t(y)], dim=1),
+        "split": lambda t: torch.cat([p * k for k, p in enumerate(t(x).split([1, 2, 3]))]),
+        "repeat": lambda t: t(x).repeat(2, 3),
+        "repeat interleave": lambda t: t(x).repeat_interleave(2, dim=0),
+        "repeat interleave tensor": lambda t: torch.repeat_interleave(t(torch.arange(6)), t(torch.arange(6))),
+        "flip roll": lambda t: t(x).flip(0).roll(2, 1),
+        "tril triu": lambda t: t(x).tril() + t(x).triu(1) * 2,
+        "pad": lambda t: torch.nn.functional.pad(t(x), (1, 2, 0, 1), value=3.0),
+        "permute": lambda t: t(x).view(2, 3, 8).permute(2, 0, 1).contiguous(),
+        "one hot": lambda t: torch.nn.functional.one_hot(t(i[0]), 6),
+        "sum": lambda t: t(x).sum(),
+        "sum dim": lambda t: t(x).sum(dim=1, keepdim=True),
+        "sum integers": lambda t: t(n).sum(0),
+        "mean": lambda t: t(x).mean(dim=0) + t(x).mean(),
+        "prod": lambda t: t(x).prod(),
+        "max min": lambda t: t(x).max() - t(x).min(),
+        "max dim": lambda t: t(x).max(dim=1)[0] + t(x).max(dim=1)[1] + t(x).min(dim=1)[1],
+        "amax amin": lambda t: t(x).amax(1) - t(x).amin(1),
+        "argmax argmin": lambda t: t(x).argmax(1) * 10 + t(x).argmin(1),
+        "all any": lambda t: t(b).all(dim=1) ^ t(b).any(dim=1) ^ t(b).any(),
+        "cumsum": lambda t: t(n).cumsum(0),
+        "sort": lambda t: t(x).sort(dim=1, descending=True)[0] + t(x).sort(dim=1)[1],
+        "argsort stable": lambda t: torch.argsort(t(n), dim=1, stable=True),
+        "topk": lambda t: t(x).topk(3, dim=1)[0] + t(x).topk(3, dim=1)[1],
+        "var std": lambda t: t(x).var(1) + t(x).std(0).mean(),
+        "norm": lambda t: torch.linalg.vector_norm(t(x), dim=1),
+        "logsumexp": lambda t: t(x).logsumexp(1),
+        "bincount": lambda t: torch.bincount(t(e), minlength=16),
+        "histc": lambda t: torch.histc(t(e).float(), bins=16, min=0, max=16),
+        "unique": lambda t: torch.unique(t(e)),
+        "gather": lambda t: t(x).gather(0, t(i)),
+        "scatter": lambda t: t(x).clone().scatter_(0, t(i[:1]), t(y[:1])),
+        "scatter value": lambda t: t(x).clone().scatter_(0, t(i[:1]), 5.0),
+        "scatter add": lambda t: t(n).clone().scatter_add_(0, t(i), t(m[:4])),
+        "index": lambda t: t(x)[t(i[0])],
+        "index two": lambda t: t(x)[t(i[0]), t(i[1])],
+        "index second": lambda t: t(x)[:, t(i[0])],
+        "index put": lambda t: t(x).clone().index_put_((t(torch.tensor([0, 2])),), t(y[:2])),
+        "index put accumulate": lambda t: t(n).clone().index_put_((t(i[0]),), t(m[0, 0]), accumulate=True),
+        "index select": lambda t: t(x).index_select(0, t(i[0])),
+        "index add": lambda t: t(x).clone().index_add_(0, t(i[0]), t(torch.ones(8, 8))),
+        "index copy": lambda t: t(x).clone().index_copy_(0, t(torch.tensor([1, 3])), t(y[:2])),
+        "embedding": lambda t: torch.nn.functional.embedding(t(i), t(x)),
+        "searchsorted": lambda t: torch.searchsorted(t(torch.arange(0.0, 8.0)), t(x)),
+        "equal": lambda t: torch.tensor(torch.equal(t(x), t(x)) and not torch.equal(t(x), t(y))),
+        "isclose": lambda t: torch.isclose(t(x), t(x) + 1e-9),
+        "mm": lambda t: t(x) @ t(y).t(),
+        "bmm": lambda t: torch.bmm(t(x).view(2, 3, 8), t(y).view(2, 8, 3)),
+        "matmul": lambda t: torch.matmul(t(x).view(2, 3, 8), t(y).t()),
+        "addmm": lambda t: torch.addmm(t(torch.ones(6)), t(x), t(y).t()),
+        "linear": lambda t: torch.nn.functional.linear(t(x), t(y), t(torch.ones(6))),
+        "softmax": lambda t: torch.softmax(t(x), dim=-1) + torch.log_softmax(t(x), dim=0),
+        "layer norm": lambda t: torch.nn.functional.layer_norm(t(x), (8,), t(y[0]), t(y[1])),
+        "item": lambda t: torch.tensor(t(x)[2, 3].item()),
+        "view dtype": lambda t: t(x).view(torch.uint8).sum(1),
+    }
+    return cases
+
+
+def against_cpu() -> dict[str, str]:
+    """Name to error, for the cases that differ from the CPU."""
+    wrong = {}
+    for name, case in _cases().items():
+        expected = case(lambda tensor: tensor.clone())
+        try:
+            torch.testing.assert_close(case(lambda tensor: tensor.npu()).cpu(), expected, rtol=1e-6, atol=1e-6)
+        except Exception as error:
+            wrong[name] = str(error)[:600]
+    return wrong
+
+
+def count() -> int:
+    return len(_cases())
+
+
+def not_emulated() -> str:
+    try:
+        torch.linalg.svd(torch.eye(3).npu())
+        torch.npu.synchronize()
+    except Exception as error:
+        return str(error)
+    return "it worked"
