@@ -43,13 +43,13 @@ def expert_tensors(layer: int, expert: int) -> list[torch.Tensor]:
 class Slots:
     """This rank's slots: per layer and kind one tensor [S, ...], as vLLM lays weights out."""
 
-    def __init__(self, placement: Placement, rank: int) -> None:
+    def __init__(self, placement: Placement, rank: int, device: str = "cpu") -> None:
         self.rank, self.size = rank, placement.slots_per_rank
         self.stacked: list[list[torch.Tensor]] = []
         for layer in range(placement.num_layers):
             mine = placement.physical_to_logical[layer, rank * self.size : (rank + 1) * self.size]
             experts = [expert_tensors(layer, int(expert)) for expert in mine]
-            self.stacked.append([torch.stack(kind) for kind in zip(*experts, strict=True)])
+            self.stacked.append([torch.stack(kind).to(device) for kind in zip(*experts, strict=True)])
 
     def views(self) -> list[list[list[torch.Tensor]]]:
         return [[[kind[slot] for kind in layer] for slot in range(self.size)] for layer in self.stacked]
@@ -60,7 +60,7 @@ class Slots:
             for slot in range(self.size):
                 expert = int(placement.physical_to_logical[layer, self.rank * self.size + slot])
                 for number, (kind, tensor) in enumerate(zip(kinds, expert_tensors(layer, expert), strict=True)):
-                    if not torch.equal(kind[slot].view(torch.uint8), tensor.view(torch.uint8)):
+                    if not torch.equal(kind[slot].cpu().view(torch.uint8), tensor.view(torch.uint8)):
                         return f"rank {self.rank}: layer {layer}, slot {slot}, tensor {number} is not expert {expert}'s"
         return ""
 
@@ -117,7 +117,7 @@ class Driver:
         self.shape = shape
         self.topology = Topology(tuple(rank // 2 for rank in range(ranks.num_ranks)))
         self.placement = random_placement(np.random.default_rng(seed + 1), layers, experts, ranks.num_ranks, slots)
-        self.slots = Slots(self.placement, ranks.rank)
+        self.slots = Slots(self.placement, ranks.rank, device)
         self.loader = D2DExpertWeightLoader(
             self.slots.views(), ranks.transfer, ranks.rank, 2, buffers=buffers, topology=self.topology, **loader
         )

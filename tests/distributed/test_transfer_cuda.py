@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same cycles with weights on GPUs, over every transport; two ranks share a GPU where there is one only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from .model import Driver, Outcome, Trouble, expert_tensors
+from .ranks import Ranks, run_ranks
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def make_driver(ranks: Ranks, transport: str, options: dict[str, Any]) -> Driver:
+    device = f"cuda:{ranks.rank % torch.cuda.device_count()}"
+    torch.cuda.set_device(device)
+    group = None
+    if transport == "nccl":
+        from vllm_ascend_eplb.transport_collective import bounded_nccl_options
+
+        group = dist.new_group(backend="nccl", pg_options=bounded_nccl_options())
+    trouble = Trouble(step_delay=0.002, message_delay=0.004, planner_steps=4, damage=0.02)
+    values = {"seed": 3, "lag": 1, "buffers": 2, **options}
+    return Driver(ranks, (4, 10, 8), trouble, device=device, transport=transport, device_group=group, **values)
+
+
+def drive(ranks: Ranks, transport: str, options: dict[str, Any]) -> tuple[str, Outcome]:
+    driver = make_driver(ranks, transport, options)
+    return driver.loader.transport, driver.run(300)
+
+
+@pytest.mark.parametrize(
+    ("transport", "options"),
+    [
+        ("auto", {}),
+        ("pull", {"budget_bytes": 8192}),
+        ("gloo", {}),
+        ("gloo", {"budget_bytes": 8192, "buffers": 1}),
+        ("nccl", {}),
+        ("nccl", {"budget_bytes": 8192, "lag": 2}),
+    ],
+)
+def test_every_commit_brings_the_right_weights_on_gpus(transport: str, options: dict[str, Any]) -> None:
+    if transport == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("NCCL needs a GPU per rank")
+    results = run_ranks(2, drive, transport, options)
+    outcomes = [outcome for _, outcome in results]
+    if transport != "auto":
+        assert results[0][0] == transport
+    for outcome in outcomes:
+        assert outcome.wrong == ""
+        assert outcome.history == outcomes[0].history
+    assert outcomes[0].commits >= 10
+
+
+def drive_graph(ranks: Ranks) -> tuple[int, str]:
+    driver = make_driver(ranks, "auto", {})
+    sums = [torch.zeros(driver.slots.size, device="cuda") for _ in driver.slots.stacked]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for out, layer in zip(sums, driver.slots.stacked, strict=True):
+            out.copy_(layer[0].flatten(1).double().sum(1))
+    for _ in range(200):
+        driver.step()
+        graph.replay()
+        for layer, out in enumerate(sums):
+            first = ranks.rank * driver.slots.size
+            held = driver.placement.physical_to_logical[layer, first : first + driver.slots.size]
+            want = torch.tensor([expert_tensors(layer, int(expert))[0].double().sum() for expert in held]).float()
+            if not torch.allclose(out.cpu(), want, rtol=1e-4, atol=1e-3):
+                return driver.outcome.commits, f"step {driver.state.step}, layer {layer}"
+    return driver.outcome.commits, ""
+
+
+def test_a_captured_graph_sees_every_commit() -> None:
+    for commits, wrong in run_ranks(2, drive_graph):
+        assert wrong == ""
+        assert commits >= 5
+
+
+def refuse(ranks: Ranks) -> list[str]:
+    from vllm_ascend_eplb.transfer import TransferError
+    from vllm_ascend_eplb.transport import Streams
+    from vllm_ascend_eplb.transport_collective import CollectiveTransport, bounded_nccl_options
+
+    device = torch.device("cuda", ranks.rank)
+    torch.cuda.set_device(device)
+    said = []
+    unbounded = dist.new_group(backend="nccl")
+    bounded = dist.new_group(backend="nccl", pg_options=bounded_nccl_options())
+    for group, cooperative in ((unbounded, False), (bounded, True), (None, False)):
+        try:
+            CollectiveTransport(group, Streams(device), cooperative_kernels=cooperative)
+            said.append("")
+        except TransferError as error:
+            said.append(str(error))
+    CollectiveTransport(bounded, Streams(device))
+    return said
+
+
+def test_nccl_is_refused_where_it_could_deadlock() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("NCCL needs a GPU per rank")
+    unbounded, cooperative, none = run_ranks(2, refuse)[0]
+    assert "NCCL_MAX_CTAS" in unbounded
+    assert "DeepEP" in cooperative
+    assert "process group of its own" in none
