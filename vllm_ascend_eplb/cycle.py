@@ -111,9 +111,10 @@ class CycleSettings:
         execution_steps: earliest steps from the snapshot to the first round.
         first_collect_steps: the same as ``collect_steps``, for the first cycle.
         max_failures: cycles dropped in a row after which balancing is switched off.
-        buffers: staging buffers, that is rounds that may be in flight at a time (1 or 2). One more is prepared ahead,
-            so that it can be issued at the step at which a buffer becomes free.
+        buffers: staging buffers, that is rounds that may be in flight at a time (1 or 2). More are prepared ahead,
+            so that one can be issued at every step at which a buffer is free, whatever the lag.
         max_resends: how often one round may be sent again after a checksum did not match.
+        least_plan_age: steps that a plan always has, however short the interval: over so few, load does not drift.
     """
 
     collect_steps: int
@@ -122,11 +123,12 @@ class CycleSettings:
     max_failures: int = 5
     buffers: int = 1
     max_resends: int = 2
+    least_plan_age: int = 0
 
     @property
     def plan_age_limit(self) -> int:
         """Steps from the snapshot after which a plan that has not arrived is dropped."""
-        return self.collect_steps + self.execution_steps
+        return max(self.collect_steps, self.least_plan_age) + self.execution_steps
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,7 @@ def _move(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[C
     if agreed.min.rounds_ready > state.issued and state.in_flight < settings.buffers:
         actions += (Action(Do.ISSUE, state.issued),)
         state = replace(state, issued=state.issued + 1)
-    if state.prepared < state.rounds and state.prepared - state.committed <= settings.buffers:
+    if state.prepared < state.rounds and state.prepared - state.committed < 2 * settings.buffers + 2:
         actions += (Action(Do.PREPARE, state.prepared),)
         state = replace(state, prepared=state.prepared + 1)
     return state, actions

@@ -35,6 +35,9 @@ logger = logging.getLogger("vllm.eplb")  # only loggers below "vllm" are seen in
 
 Stage = Literal["prefill", "decode"]
 
+LEAST_PLAN_AGE = 200
+"""Steps that the planner has at least, in tests and trials with very short intervals, too."""
+
 PUBLISH_STEPS = 64
 """How often the statistics are published, besides at every change of phase."""
 
@@ -101,6 +104,7 @@ class EplbUpdator:
             first_collect_steps=max(1, config.expert_heat_collection_interval // 4),
             max_failures=config.max_failures,
             buffers=self._loader.num_buffers,
+            least_plan_age=LEAST_PLAN_AGE,
         )
         self._state = CycleState.start(self._settings)
         self._start = self._placement = adaptor.placement

@@ -29,12 +29,33 @@ def hook(engine_args: type) -> None:
             return original(self, *args, **kwargs)
         if self.enable_eplb:
             config.check_serving(num_experts=None, ep_size=1, expert_parallel=True, vllm_eplb=True)
-        vllm_config = original(self, *args, **kwargs)
+        try:
+            vllm_config = original(self, *args, **kwargs)
+        except Exception:
+            _explain(self, config)
+            raise
         _balance(vllm_config, config)
         return vllm_config
 
     create_engine_config._eplb = True  # type: ignore[attr-defined]
     engine_args.create_engine_config = create_engine_config  # type: ignore[attr-defined]
+
+
+def _explain(engine_args: Any, config: EplbConfig) -> None:
+    """Where vLLM refuses a configuration for a reason of ours as well, ours says the way out.
+
+    Raises:
+        EplbConfigError: there is such a reason.
+    """
+    try:
+        num_experts = engine_args.create_model_config().get_num_experts()
+    except Exception:  # vLLM's own error says what is wrong with the model
+        return
+    config.check_serving(
+        num_experts=num_experts,
+        ep_size=_expert_parallel_size(engine_args),
+        expert_parallel=engine_args.enable_expert_parallel,
+    )
 
 
 def _balance(vllm_config: Any, config: EplbConfig) -> None:

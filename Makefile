@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target does its own set-up: .venv in this checkout, made by scripts/setup_env.sh and reused by all of them.
+RANKS ?= 4
+PYTHON_FILES := vllm_ascend_eplb tests benchmarks examples setup.py
+CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+RUN := .venv/bin/python
+
+.PHONY: help setup demo test unit-test e2e-test lint format bench soak clean
+
+help:  ## what there is
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup:  ## makes .venv and builds the C++ parts
+	@scripts/setup_env.sh
+
+demo: setup  ## serves a real model on RANKS ranks (default 4, 2 for small machines) and shows it balancing itself
+	@$(RUN) -m examples.demo --ranks $(RANKS)
+
+test: setup  ## all tests, the ones with real vLLM engines included
+	@$(RUN) -m pytest -m "not soak"
+
+unit-test: setup  ## the quick ones
+	@$(RUN) -m pytest tests/unit
+
+e2e-test: setup  ## the ones with real vLLM engines
+	@$(RUN) -m pytest tests/e2e
+
+lint: setup  ## ruff, mypy (strict) and clang-format
+	@.venv/bin/ruff check $(PYTHON_FILES)
+	@.venv/bin/ruff format --check $(PYTHON_FILES)
+	@.venv/bin/mypy
+	@.venv/bin/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: setup  ## formats everything
+	@.venv/bin/ruff check --fix $(PYTHON_FILES)
+	@.venv/bin/ruff format $(PYTHON_FILES)
+	@.venv/bin/clang-format -i $(CPP_FILES)
+
+bench: setup  ## the benchmarks, quick; their results as JSON in build/bench
+	@mkdir -p build/bench
+	@$(RUN) -m benchmarks.planner --quick --json build/bench/planner.json
+	@$(RUN) -m benchmarks.record_op --quick --json build/bench/record_op.json
+	@$(RUN) -m benchmarks.stall --quick --json build/bench/stall.json
+
+soak: setup  ## the tests that take long
+	@$(RUN) -m pytest -m soak
+
+clean:  ## removes what was built, .venv included
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.json
+	rm -f vllm_ascend_eplb/*.so

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real vLLM engines, offline: the same tokens whatever moves, counts that are the router's own, and what must fail."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from .conftest import BUSY, prompts
+
+TOKENS = 48
+TURNS = 2
+"""Turns of the prompts, where many cycles are to take place."""
+
+
+def equal_tokens(ours: list[list[int]], theirs: list[list[int]]) -> tuple[int, int]:
+    assert [len(tokens) for tokens in ours] == [len(tokens) for tokens in theirs]
+    pairs = [(a, b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)]
+    return sum(a == b for a, b in pairs), len(pairs)
+
+
+@pytest.fixture(scope="module")
+def probed(runs):
+    """EP over two ranks, redundant experts, a random placement every few steps; every router and kernel watched."""
+    run = runs("probed", ranks=2, eplb=BUSY, probe=True, prompts=prompts(6) * TURNS, max_tokens=TOKENS)
+    assert run.code == 0, run.log[-6000:]
+    return run
+
+
+def test_tokens_equal_those_of_one_process_whatever_moved(probed, reference):
+    assert [rank["failures"] for rank in probed.result["ranks"]] == [0, 0]
+    stats = json.loads(probed.result["ranks"][0]["stats"])
+    assert stats["cycles_done"] >= 10
+    assert stats["experts_moved"] > 10 * 6 * 64 / 2
+    assert equal_tokens(probed.result["tokens"], reference * TURNS) == (24 * TOKENS * TURNS, 24 * TOKENS * TURNS)
+
+
+def test_all_ranks_hold_one_placement_at_one_step(probed):
+    first, *others = probed.result["ranks"]
+    for other in others:
+        assert {key: other[key] for key in ("digest", "step", "cycle", "phase")} == {
+            key: first[key] for key in ("digest", "step", "cycle", "phase")
+        }
+
+
+def test_the_recorded_load_is_the_routers_own_choice(probed):
+    first, second = probed.result["ranks"]
+    loads, windows = np.array(first["loads"]), np.array(first["windows"])
+    assert len(loads) >= 10
+    np.testing.assert_array_equal(loads, windows[: len(loads)])
+    assert loads.sum() > 0
+    assert len(set(loads.sum(axis=2).ravel().tolist())) > 1  # windows differ, so equality is no accident
+    np.testing.assert_array_equal(loads.sum(axis=2), loads.sum(axis=2)[:, :1].repeat(6, axis=1))  # tokens x top-4
+    assert second["loads"] == []  # one planner
+    np.testing.assert_array_equal(np.array(second["windows"]), windows)  # the ranks route the same tokens
+
+
+def test_every_pair_is_computed_by_exactly_one_rank_with_its_experts_weights(probed):
+    first, second = (rank["masks"] for rank in probed.result["ranks"])
+    assert len(first) == len(second) > 1000
+    for mine, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(np.array(mine) + np.array(other), 1)
+    assert [rank["wrong_experts"] for rank in probed.result["ranks"]] == [0, 0]
+
+
+def test_compiled_model_gives_the_same_tokens(runs, reference):
+    run = runs("compiled", ranks=2, eplb=BUSY, compile=True, prompts=prompts(6) * TURNS, max_tokens=TOKENS)
+    assert run.code == 0, run.log[-6000:]
+    stats = json.loads(run.result["ranks"][0]["stats"])
+    assert stats["cycles_done"] >= 10
+    assert stats["window"]["tokens"] > 0
+    assert equal_tokens(run.result["tokens"], reference * TURNS) == (24 * TOKENS * TURNS, 24 * TOKENS * TURNS)
+
+
+def test_maps_switched_without_weights_are_noticed(runs, reference):
+    """Negative control: the comparison above can fail."""
+    still = {**BUSY, "expert_heat_collection_interval": 1_000_000}
+    run = runs("corrupt", ranks=2, eplb=still, corrupt=True, prompts=prompts(6), max_tokens=TOKENS)
+    assert run.code == 0, run.log[-6000:]
+    equal, total = equal_tokens(run.result["tokens"], reference)
+    assert equal < total * 0.7
+
+
+DIFFERENT_SETTINGS = """
+import os
+from vllm_ascend_eplb.post_import import after_import
+
+def change(module):
+    parse = module.EplbConfig.from_additional_config.__func__
+    def other(cls, additional_config):
+        config = parse(cls, additional_config)
+        import torch.distributed as dist
+        on_rank_one = dist.is_initialized() and dist.get_rank() == 1
+        return config.model_copy(update={"algorithm_execution_interval": 7}) if on_rank_one else config
+    module.EplbConfig.from_additional_config = classmethod(other)
+
+after_import("vllm_ascend_eplb.config", change)
+"""
+
+
+def test_ranks_with_different_settings_do_not_start(runs, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(DIFFERENT_SETTINGS)
+    run = runs(
+        "different",
+        ranks=2,
+        eplb=BUSY,
+        prompts=prompts(1),
+        max_tokens=4,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert run.code != 0
+    assert (
+        "expert-parallel rank 1 differs from rank 0 in eplb_config.algorithm_execution_interval: 7 against 2" in run.log
+    )

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real OpenAI server: the same answers while experts move, metrics and log, the planner killed, an orderly end."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import re
+import signal
+from pathlib import Path
+
+import httpx
+import pytest
+
+from examples.demo.server import Server
+
+from .conftest import BUSY, START_SECONDS, prompts, wait_until
+
+TOKENS = 48
+
+
+def complete(server: Server, texts: list[str], tokens: int = TOKENS) -> list[list[int]]:
+    """Greedy answers to all texts, asked at the same time."""
+
+    def ask(text: str) -> list[int]:
+        request = {"model": "tiny-moe", "prompt": text, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        response = httpx.post(f"{server.url}/v1/completions", json={**request, "return_token_ids": True}, timeout=300)
+        response.raise_for_status()
+        return response.json()["choices"][0]["token_ids"]
+
+    with concurrent.futures.ThreadPoolExecutor(len(texts)) as pool:
+        return list(pool.map(ask, texts))
+
+
+def start(server: Server) -> Server:
+    server.start()
+    for _ in server.wait_until_ready(START_SECONDS):
+        pass
+    return server
+
+
+def leftovers(folder: Path) -> set[str]:
+    """Temporary folders of the package; vLLM's own files are not our business."""
+    return {entry.name for entry in Path("/tmp").glob("vllm-eplb*")}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = start(
+        Server(2, {**BUSY, "policy": "incremental", "target_par": 1.0}, tmp_path_factory.mktemp("server"), 16)
+    )
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return [text for batch in prompts(6) for text in batch]
+
+
+def done_cycles(server: Server) -> int:
+    stats = server.stats()
+    return stats.cycles_done if stats else 0
+
+
+def test_answers_are_those_of_one_process_while_experts_move(server, texts, reference):
+    before = done_cycles(server)
+    for _ in range(3):
+        assert complete(server, texts) == reference
+    assert done_cycles(server) >= before + 10
+    assert server.stats().cycles_failed == 0
+
+
+def test_metrics_show_what_happened(server, texts):
+    complete(server, texts)
+    stats = server.stats()
+    # the page follows the statistics within a second or two
+    wait_until(lambda: server.metrics().get("vllm_eplb_cycles", 0) is not None and server.metrics(), 10, "metrics")
+    metrics = server.metrics()
+    names = {re.sub(r"\{.*", "", name) for name in metrics}
+    for word in ("par", "moved", "cycles", "planner", "control_wait", "transfer", "commit", "phase"):
+        assert any(word in name for name in names), f"no metric about {word} in {sorted(names)}"
+    assert all(value == value for value in metrics.values())
+    assert stats.cycles_done > 0
+    assert len(metrics) < 60  # low cardinality
+
+
+def test_every_cycle_has_one_line_in_the_log(server):
+    log = server.log_path.read_text(errors="replace")
+    lines = [line for line in log.splitlines() if re.search(r"EPLB cycle \d+: PAR \d", line)]
+    numbers = [int(re.search(r"EPLB cycle (\d+)", line).group(1)) for line in lines]
+    assert len(numbers) >= 10
+    assert len(set(numbers)) == len(numbers)
+    assert "experts moved in" in lines[0]
+    assert log.count("EPLB is on: ") == 1
+
+
+def test_a_killed_planner_costs_no_request(server, texts, reference):
+    for _ in range(2):
+        planners = [pid for pid in server.processes() if "eplb-planner" in thread_names(pid)]
+        assert len(planners) <= 1
+        for pid in planners:
+            os.kill(pid, signal.SIGKILL)
+        assert complete(server, texts) == reference
+    done = done_cycles(server)
+    wait_until(lambda: complete(server, texts[:8]) and done_cycles(server) > done, 120, "a cycle after the kill")
+    assert server.stats().phase != "off"
+
+
+def thread_names(pid: int) -> str:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return command if "spawn_main" not in command else command + parent_mark(pid)
+    except OSError:
+        return ""
+
+
+def parent_mark(pid: int) -> str:
+    """The planner is the spawned child of a worker."""
+    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    title = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
+    return " eplb-planner" if "Worker" in title else ""
+
+
+def test_the_server_ends_in_order_and_starts_again(server, texts, reference, tmp_path):
+    before = leftovers(tmp_path)
+    assert server.stop() == []
+    assert server.processes() == []
+    again = start(Server(2, {**BUSY}, tmp_path, 16))
+    try:
+        assert complete(again, texts) == reference
+    finally:
+        assert again.stop() == []
+    log = again.log_path.read_text(errors="replace")
+    assert "Traceback" not in log
+    assert leftovers(tmp_path) <= before
+
+
+def test_a_bad_setting_ends_the_server_before_any_worker_starts(tmp_path):
+    server = Server(2, {"dynamic_eplb": True, "num_redundant_experts": 3}, tmp_path, 16)
+    server.start()
+    process = server._process
+    assert process.wait(START_SECONDS) != 0
+    log = server.log_path.read_text(errors="replace")
+    assert "eplb_config.num_redundant_experts = 3: 64 experts + 3 cannot be shared evenly by 2 ranks" in log
+    assert "EngineCore" not in log
+    assert server.processes() == []

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said, in the front-end process and before any worker starts, of settings that cannot work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from .offline import MODEL, environment
+
+CASES = {
+    "unknown key": ({"dynamic_eplb": True, "num_redundnt_experts": 2}, {}, "num_redundnt_experts"),
+    "nearest key": ({"dynamic_eplb": True, "num_redundnt_experts": 2}, {}, "did you mean num_redundant_experts?"),
+    "text for a boolean": ({"dynamic_eplb": "true"}, {}, "dynamic_eplb"),
+    "interval": ({"dynamic_eplb": True, "expert_heat_collection_interval": 0}, {}, "expert_heat_collection_interval"),
+    "not divisible": ({"dynamic_eplb": True, "num_redundant_experts": 3}, {}, "nearest that works: 2 or 4"),
+    "too redundant": ({"dynamic_eplb": True, "num_redundant_experts": 66}, {}, "is more than 64"),
+    "no expert parallelism": ({"dynamic_eplb": True}, {"enable_expert_parallel": False}, "--enable-expert-parallel"),
+    "one rank": ({"dynamic_eplb": True}, {"tensor_parallel_size": 1}, "needs 2 or more ranks"),
+    "vLLM's own": ({"dynamic_eplb": True}, {"enable_eplb": True}, "--enable-eplb turns on vLLM's own balancer"),
+    "not a MoE model": ({"dynamic_eplb": True}, {"dense": True}, "without experts"),
+    "map path": ({"expert_map_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
+    "record path": ({"expert_map_record_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
+    "data parallel": ({"dynamic_eplb": True}, {"data_parallel_size": 2}, "--data-parallel-size 2 is not supported"),
+}
+
+CODE = """
+import json, sys
+from vllm.engine.arg_utils import EngineArgs
+
+answers = {}
+for name, (settings, arguments) in json.loads(sys.stdin.read()).items():
+    given = dict(model=sys.argv[1], tensor_parallel_size=2, enable_expert_parallel=True, dtype="float32")
+    if arguments.pop("dense", False):
+        given.update(model=sys.argv[2])
+    given.update(arguments)
+    if settings is not None:
+        given.update(additional_config={"eplb_config": settings})
+    before = sys.modules.copy()
+    try:
+        config = EngineArgs(**given).create_engine_config()
+    except Exception as error:
+        answers[name] = {"error": type(error).__name__, "message": str(error)}
+    else:
+        parallel = config.parallel_config
+        answers[name] = {
+            "enable_eplb": parallel.enable_eplb,
+            "worker_cls": parallel.worker_cls,
+            "redundant": parallel.eplb_config.num_redundant_experts,
+        }
+print("ANSWERS" + json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    dense = tmp_path_factory.mktemp("dense")
+    config = json.loads((MODEL / "config.json").read_text())
+    config = {key: value for key, value in config.items() if "expert" not in key and "moe" not in key}
+    config.update(architectures=["Qwen3ForCausalLM"], model_type="qwen3")
+    (dense / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (dense / name).write_bytes((MODEL / name).read_bytes())
+    asked = {name: (settings, arguments) for name, (settings, arguments, _) in CASES.items()}
+    asked["off"] = ({}, {})
+    asked["absent"] = (None, {})
+    asked["on"] = ({"dynamic_eplb": True, "num_redundant_experts": 4}, {})
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(MODEL), str(dense)],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        env=environment(2),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS"))
+    return json.loads(line.removeprefix("ANSWERS"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_setting_that_cannot_work_is_refused_with_its_message(answers, name):
+    answer = answers[name]
+    assert answer.get("error") == "EplbConfigError", answer
+    assert CASES[name][2] in answer["message"]
+    assert "\n" not in answer["message"]
+
+
+@pytest.mark.parametrize("name", ["off", "absent"])
+def test_without_the_flag_vllm_is_configured_as_ever(answers, name):
+    assert answers[name] == {"enable_eplb": False, "worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker", "redundant": 0}
+
+
+def test_the_flag_turns_it_on(answers):
+    assert answers["on"]["enable_eplb"] is True
+    assert answers["on"]["redundant"] == 4
+    assert answers["on"]["worker_cls"].startswith("vllm_ascend_eplb.")
+
+
+UNCHECKED = """
+import sys, vllm
+from vllm.engine.arg_utils import EngineArgs
+vllm.__version__ = "0.99.1"
+for allow in (False, True):
+    settings = {"dynamic_eplb": True, "allow_unchecked_vllm": allow}
+    config = EngineArgs(model=sys.argv[1], tensor_parallel_size=2, enable_expert_parallel=True,
+                        additional_config={"eplb_config": settings}).create_engine_config()
+    print("ENABLED", config.parallel_config.enable_eplb)
+"""
+
+
+def test_an_unchecked_vllm_is_left_alone_with_one_warning():
+    done = subprocess.run(
+        [sys.executable, "-c", UNCHECKED, str(MODEL)], capture_output=True, text=True, env=environment(2), timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("ENABLED False") == 1
+    assert done.stdout.count("ENABLED True") == 1
+    assert (done.stdout + done.stderr).count("EPLB stays off: it was checked against vLLM") == 1
+
+
+SEAMS = """
+from vllm_ascend_eplb.adaptors import vllm_seams
+print("MISSING", vllm_seams.missing_seams("cpu"))
+import vllm.distributed.eplb.eplb_state as eplb_state
+del eplb_state.EplbLayerState
+print("PLANTED", vllm_seams.missing_seams("cpu"))
+"""
+
+
+def test_a_missing_seam_is_named():
+    done = subprocess.run(
+        [sys.executable, "-c", SEAMS], capture_output=True, text=True, env=environment(2), timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "MISSING []" in done.stdout
+    planted = next(line for line in done.stdout.splitlines() if line.startswith("PLANTED"))
+    assert "vllm.distributed.eplb.eplb_state.EplbLayerState (what a router reads)" in planted
