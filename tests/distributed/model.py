@@ -91,6 +91,7 @@ class Outcome:
     commits: int = 0
     cycles: int = 0
     drops: int = 0
+    resends: int = 0
     phase: int = Phase.COLLECT
     failure: int = 0
     wrong: str = ""
@@ -108,6 +109,7 @@ class Driver:
         seed: int,
         lag: int,
         buffers: int,
+        device: str = "cpu",
         **loader: Any,
     ) -> None:
         layers, experts, slots = shape
@@ -159,8 +161,9 @@ class Driver:
         self.message = b""
         self.plan_due = 0
 
-    def run(self, steps: int) -> Outcome:
-        for _ in range(steps):
+    def run(self, cycles: int, most_steps: int = 20_000) -> Outcome:
+        """Steps until so many cycles are complete: the same number on all ranks, however long they take."""
+        while self.outcome.cycles < cycles and self.state.step < most_steps and self.state.phase is not Phase.OFF:
             if self.trouble.step_delay:
                 time.sleep(self.random.random() * self.trouble.step_delay)
             self.step()
@@ -175,7 +178,9 @@ class Driver:
             facts = self.facts()
             self.channel.post(facts)
             agreed = self.channel.read()
+        resends = self.state.resends
         self.state, actions = advance(self.state, agreed, self.settings)
+        self.outcome.resends += self.state.resends > resends
         self.flight.record(self.state.phase, facts, agreed)
         for action in actions:
             self.perform(action)

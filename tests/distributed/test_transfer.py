@@ -13,9 +13,9 @@ from .ranks import Ranks, run_ranks
 pytestmark = pytest.mark.distributed
 
 
-def drive(ranks: Ranks, steps: int, shape: tuple[int, int, int], trouble: Trouble, options: dict[str, Any]) -> Outcome:
+def drive(ranks: Ranks, cycles: int, shape: tuple[int, int, int], trouble: Trouble, options: dict[str, Any]) -> Outcome:
     driver = Driver(ranks, shape, trouble, **{"seed": 0, "lag": 1, "buffers": 2, **options})
-    return driver.run(steps)
+    return driver.run(cycles)
 
 
 def check(outcomes: list[Outcome]) -> None:
@@ -37,21 +37,21 @@ def test_every_commit_brings_the_right_weights_everywhere_at_the_same_step(
     num_ranks: int, shape: tuple[int, int, int], options: dict[str, Any]
 ) -> None:
     trouble = Trouble(step_delay=0.004, message_delay=0.01, planner_steps=4)
-    outcomes = run_ranks(num_ranks, drive, 400, shape, trouble, options)
+    outcomes = run_ranks(num_ranks, drive, 3, shape, trouble, options)
     check(outcomes)
-    assert outcomes[0].commits >= 10
-    assert outcomes[0].cycles >= 1
+    assert outcomes[0].cycles == 3
+    assert outcomes[0].commits >= 6
 
 
 def test_faults_before_issue_and_damaged_experts_change_nothing_but_the_time() -> None:
     trouble = Trouble(message_delay=0.003, prepare_fails=0.02, damage=0.1)
-    outcomes = run_ranks(3, drive, 500, (3, 9, 4), trouble, {"seed": 5})
+    outcomes = run_ranks(3, drive, 6, (3, 9, 4), trouble, {"seed": 5})
     check(outcomes)
-    assert outcomes[0].drops >= 1
-    assert outcomes[0].commits >= 10
+    assert outcomes[0].cycles == 6
+    assert outcomes[0].drops + outcomes[0].resends >= 1
 
 
 def test_the_comparison_notices_weights_that_did_not_move() -> None:
-    outcomes = run_ranks(2, drive, 60, (2, 5, 3), Trouble(leave_slots=True), {})
+    outcomes = run_ranks(2, drive, 1, (2, 5, 3), Trouble(leave_slots=True), {})
     assert outcomes[0].commits >= 1
     assert any(outcome.wrong for outcome in outcomes)
