@@ -5,10 +5,7 @@
 namespace eplb {
 namespace {
 
-#ifndef EPLB_THREADS
-#define EPLB_THREADS 256
-#endif
-constexpr uint32_t kThreads = EPLB_THREADS;
+constexpr uint32_t kSlotThreads = 256;
 constexpr uint32_t kMaxSharedSlots = 12 * 1024 - 64;  // what fits in the 48 KiB that need no opt-in
 
 __device__ __forceinline__ int64_t load(const Ints& numbers, int64_t i) {
@@ -23,7 +20,7 @@ __device__ __forceinline__ void add(int32_t* to, uint32_t amount) { atomicAdd(to
 
 // One pass over the entries: `kPerThread` per thread, all loads of a kind issued before the first is used. With
 // `kShared` a block counts in shared memory and adds its sums to `counts` at the end; else every entry does.
-template <typename Id, typename Count, bool kShared, int kPerThread>
+template <typename Id, typename Count, bool kShared, int kThreads, int kPerThread>
 __global__ void __launch_bounds__(kThreads) map_and_record_kernel(const MapArguments a) {
     extern __shared__ uint32_t bins[];
     const Id* const __restrict__ ids = static_cast<const Id*>(a.ids.data);
@@ -90,52 +87,31 @@ __global__ void __launch_bounds__(kThreads) map_and_record_kernel(const MapArgum
     }
 }
 
-template <typename Id, typename Count, bool kShared, int kPerThread>
+template <typename Id, typename Count, bool kShared, int kThreads, int kPerThread>
 cudaError_t launch(const MapArguments& a, cudaStream_t stream) {
     const uint32_t per_block = kThreads * kPerThread;
     const uint32_t blocks = (a.num_entries + per_block - 1) / per_block;
     const size_t shared = kShared ? a.counts.num_slots * sizeof(uint32_t) : 0;
-    map_and_record_kernel<Id, Count, kShared, kPerThread><<<blocks, kThreads, shared, stream>>>(a);
+    map_and_record_kernel<Id, Count, kShared, kThreads, kPerThread><<<blocks, kThreads, shared, stream>>>(a);
     return cudaGetLastError();
 }
 
+// Few entries add to `counts` quicker than blocks can zero and sum bins; more are spread over all multiprocessors, and
+// from there on each thread takes more. The limits are the crossings measured on an H100 with 288 slots.
 template <typename Id, typename Count>
 cudaError_t choose(const MapArguments& a, cudaStream_t stream) {
-#ifdef EPLB_TUNE
-    extern int eplb_tune_shared, eplb_tune_per_thread;
-    if (eplb_tune_shared) {
-        switch (eplb_tune_per_thread) {
-            case 1:
-                return launch<Id, Count, true, 1>(a, stream);
-            case 2:
-                return launch<Id, Count, true, 2>(a, stream);
-            case 4:
-                return launch<Id, Count, true, 4>(a, stream);
-            case 8:
-                return launch<Id, Count, true, 8>(a, stream);
-            default:
-                return launch<Id, Count, true, 16>(a, stream);
-        }
-    }
-    switch (eplb_tune_per_thread) {
-        case 1:
-            return launch<Id, Count, false, 1>(a, stream);
-        case 2:
-            return launch<Id, Count, false, 2>(a, stream);
-        default:
-            return launch<Id, Count, false, 4>(a, stream);
-    }
-#else
-    if (a.counts.num_slots > kMaxSharedSlots || a.num_entries <= 2048) return launch<Id, Count, false, 1>(a, stream);
-    if (a.num_entries <= 64 * 1024) return launch<Id, Count, true, 4>(a, stream);
-    return launch<Id, Count, true, 8>(a, stream);
-#endif
+    if (a.num_entries <= 1024 || a.counts.num_slots > kMaxSharedSlots)
+        return launch<Id, Count, false, 128, 1>(a, stream);
+    if (a.num_entries <= 32 * 1024) return launch<Id, Count, true, 512, 1>(a, stream);
+    if (a.num_entries <= 128 * 1024) return launch<Id, Count, true, 512, 2>(a, stream);
+    if (a.num_entries <= 512 * 1024) return launch<Id, Count, true, 512, 4>(a, stream);
+    return launch<Id, Count, true, 512, 8>(a, stream);
 }
 
 template <typename Count>
 __global__ void record_expert_tokens_kernel(Ints tokens, uint32_t num_slots, bool prefix_sums, Count* counts,
                                             const bool* record) {
-    const uint32_t slot = blockIdx.x * kThreads + threadIdx.x;
+    const uint32_t slot = blockIdx.x * kSlotThreads + threadIdx.x;
     if (slot >= num_slots || !*record) return;
     const int64_t before = prefix_sums && slot > 0 ? load(tokens, slot - 1) : 0;
     add(counts + slot, static_cast<uint32_t>(load(tokens, slot) - before));
@@ -152,12 +128,12 @@ cudaError_t map_and_record(const MapArguments& a, cudaStream_t stream) {
 cudaError_t record_expert_tokens(Ints tokens, uint32_t num_slots, bool prefix_sums, Counts counts, uint32_t first_slot,
                                  const bool* record, cudaStream_t stream) {
     if (num_slots == 0) return cudaSuccess;
-    const uint32_t blocks = (num_slots + kThreads - 1) / kThreads;
+    const uint32_t blocks = (num_slots + kSlotThreads - 1) / kSlotThreads;
     if (counts.wide) {
-        record_expert_tokens_kernel<<<blocks, kThreads, 0, stream>>>(
+        record_expert_tokens_kernel<<<blocks, kSlotThreads, 0, stream>>>(
             tokens, num_slots, prefix_sums, static_cast<int64_t*>(counts.data) + first_slot, record);
     } else {
-        record_expert_tokens_kernel<<<blocks, kThreads, 0, stream>>>(
+        record_expert_tokens_kernel<<<blocks, kSlotThreads, 0, stream>>>(
             tokens, num_slots, prefix_sums, static_cast<int32_t*>(counts.data) + first_slot, record);
     }
     return cudaGetLastError();

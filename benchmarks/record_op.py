@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What it costs to map and count a layer's routed tokens: ``python -m benchmarks.record_op --json PATH``.
+
+On the CPU the op is compared, in one run and in turns, with the same work in torch operators; on a CUDA GPU with a
+Triton kernel that does the same, both captured in a CUDA graph. Every candidate's result is first checked against plain
+NumPy on fresh inputs; the exit status is 1 if one differs. PATH may be a pipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_ascend_eplb import ops
+
+TOP_K, NUM_EXPERTS, NUM_SLOTS, WIDTH = 8, 256, 288, 16
+INPUT_SETS = 8
+"""Batches that calls take in turn, so that no predictor learns one of them by heart."""
+
+Call = Callable[[int], torch.Tensor | None]
+"""Runs a candidate on one of the input sets; returns the physical ids where it makes them."""
+
+
+@dataclass
+class Inputs:
+    """A layer's tables and the batches that are routed through it."""
+
+    ids: list[torch.Tensor]
+    table: torch.Tensor
+    replicas: torch.Tensor
+    counts: torch.Tensor
+    record: torch.Tensor
+    num_unpadded: torch.Tensor
+
+
+def make_inputs(num_tokens: int, device: str, dtype: torch.dtype, table: str, skew: float, seed: int) -> Inputs:
+    """Fresh inputs. ``table``: "replicas" (1 to 3 entries per expert, then -1) or "weighted" (all used); ``skew``:
+    exponent of the experts' popularity, 0 for even."""
+    rng = np.random.default_rng(seed)
+    popularity = np.log(np.arange(1, NUM_EXPERTS + 1.0) ** -skew)
+    noise = rng.gumbel(size=(INPUT_SETS, num_tokens, NUM_EXPERTS))
+    ids = np.argpartition(-(noise + popularity), TOP_K, axis=-1)[..., :TOP_K]
+    entries = rng.integers(0, NUM_SLOTS, (NUM_EXPERTS, WIDTH))
+    replicas = rng.integers(1, 4, NUM_EXPERTS) if table == "replicas" else np.full(NUM_EXPERTS, WIDTH)
+    entries[np.arange(WIDTH) >= replicas[:, None]] = -1
+    return Inputs(
+        [torch.tensor(batch, dtype=dtype, device=device) for batch in ids],
+        torch.tensor(entries, device=device),
+        torch.tensor(replicas, device=device),
+        torch.zeros(NUM_SLOTS, dtype=torch.int64, device=device),
+        torch.ones(1, dtype=torch.bool, device=device),
+        torch.tensor([num_tokens], dtype=torch.int32, device=device),
+    )
+
+
+def expected(inputs: Inputs, which: int) -> tuple[np.ndarray, np.ndarray]:
+    """Physical ids and counts of one input set, in NumPy."""
+    ids = inputs.ids[which].cpu().numpy().astype(np.int64)
+    rows = np.arange(len(ids))[:, None]
+    fraction = (rows * 2654435769 + ids * 1779033703) % 2**32 >> 16
+    entries = fraction * inputs.replicas.cpu().numpy()[ids] >> 16
+    out = inputs.table.cpu().numpy()[ids, entries]
+    real = out[: int(inputs.num_unpadded)]
+    return out, np.bincount(real.ravel(), minlength=NUM_SLOTS)
+
+
+class Checks:
+    """Counts the comparisons and remembers which failed."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.failed: list[str] = []
+
+    def same(self, name: str, got: torch.Tensor, want: np.ndarray) -> None:
+        self.made += 1
+        if not np.array_equal(got.cpu().numpy(), want):
+            self.failed.append(name)
+            print(f"WRONG: {name}", file=sys.stderr)
+
+    def candidate(self, name: str, make: Callable[[Inputs], Call], inputs: Inputs, counts: bool = True) -> None:
+        """Runs a candidate on the input sets, half of the tokens being padding in the last one."""
+        call = make(inputs)
+        for which in (0, 1, INPUT_SETS - 1):
+            inputs.counts.zero_()
+            out = call(which)
+            ids, sums = expected(inputs, which)
+            if out is not None:
+                self.same(f"{name}: physical ids", out, ids)
+            self.same(f"{name}: counts", inputs.counts, sums if counts else np.zeros_like(sums))
+        inputs.counts.zero_()
+
+
+def op(inputs: Inputs) -> Call:
+    arguments = inputs.table, inputs.replicas, inputs.counts, inputs.record, inputs.num_unpadded
+    return lambda i: ops.map_and_record(inputs.ids[i], *arguments)
+
+
+def op_switched_off(inputs: Inputs) -> Call:
+    off = torch.zeros_like(inputs.record)
+    arguments = inputs.table, inputs.replicas, inputs.counts, off, inputs.num_unpadded
+    return lambda i: ops.map_and_record(inputs.ids[i], *arguments)
+
+
+def op_by_aten(inputs: Inputs) -> Call:
+    arguments = inputs.table, inputs.replicas, inputs.counts, inputs.record, inputs.num_unpadded
+    return lambda i: ops._map_and_record_aten(inputs.ids[i], *arguments)
+
+
+def choose_index_bincount(inputs: Inputs) -> Call:
+    """The same work as a torch user would write it: choose an entry, index the table, bincount, add."""
+    positions = torch.arange(len(inputs.ids[0])).unsqueeze(1) * ops.TOKEN_STEP
+
+    def call(i: int) -> torch.Tensor:
+        ids = inputs.ids[i]
+        fraction = ((positions + ids * ops.EXPERT_STEP) & 0xFFFFFFFF) >> 16
+        out = inputs.table[ids, (fraction * inputs.replicas[ids]) >> 16]
+        inputs.counts.add_(torch.bincount(out.view(-1), minlength=NUM_SLOTS))
+        return out
+
+    return call
+
+
+def index_bincount(inputs: Inputs) -> Call:
+    """Less work: every expert's first replica. One index, one bincount."""
+    first = inputs.table[:, 0].contiguous()
+
+    def call(i: int) -> None:
+        inputs.counts.add_(torch.bincount(first[inputs.ids[i]].view(-1), minlength=NUM_SLOTS))
+
+    return call
+
+
+def identity_bincount(inputs: Inputs) -> Call:
+    """Less still: no mapping at all, bincount of the logical ids."""
+
+    def call(i: int) -> None:
+        inputs.counts.add_(torch.bincount(inputs.ids[i].view(-1), minlength=NUM_SLOTS))
+
+    return call
+
+
+def bincount_alone(inputs: Inputs) -> Call:
+    """Nothing but the bincount, its result dropped."""
+
+    def call(i: int) -> None:
+        torch.bincount(inputs.ids[i].view(-1), minlength=NUM_SLOTS)
+
+    return call
+
+
+CPU_CANDIDATES: dict[str, Callable[[Inputs], Call]] = {
+    "op": op,
+    "op, not recording": op_switched_off,
+    "op by ATen": op_by_aten,
+    "choose + index + bincount": choose_index_bincount,
+    "index + bincount": index_bincount,
+    "identity + bincount": identity_bincount,
+    "bincount alone": bincount_alone,
+}
+
+
+def time_in_turns(calls: dict[str, Call], rounds: int, turn: float = 0.008) -> dict[str, list[float]]:
+    """Microseconds per call of each candidate in each round; the candidates take turns of ``turn`` seconds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for i in range(INPUT_SETS):
+            call(i)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            made, spent = 0, 0.0
+            while spent < turn:
+                start = time.perf_counter()
+                for i in range(INPUT_SETS):
+                    call(i)
+                spent += time.perf_counter() - start
+                made += INPUT_SETS
+            times[name].append(spent / made * 1e6)
+    return times
+
+
+def measure_cpu(checks: Checks, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Times on the CPU, and the ratios that matter: other over op, medians over rounds."""
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    all_threads = torch.get_num_threads()
+    for threads in sorted({1, all_threads}):
+        torch.set_num_threads(threads)
+        for num_tokens in (512, 8192):
+            for table in ("weighted", "replicas"):
+                case = f"cpu, {threads} threads, N={num_tokens}, {table}"
+                inputs = make_inputs(num_tokens, "cpu", torch.int64, table, 0.8, seed=num_tokens + threads)
+                for name in ("op", "op by ATen", "choose + index + bincount"):
+                    checks.candidate(f"{case}, {name}", CPU_CANDIDATES[name], inputs)
+                checks.candidate(f"{case}, off", op_switched_off, inputs, counts=False)
+                times = time_in_turns({name: make(inputs) for name, make in CPU_CANDIDATES.items()}, rounds)
+                row = {"device": "cpu", "threads": threads, "N": num_tokens, "table": table}
+                for name, spent in times.items():
+                    spent_on = {"us_median": statistics.median(spent), "us_min": min(spent)}
+                    rows.append({**row, "candidate": name, **spent_on})
+                for name in ("choose + index + bincount", "index + bincount", "identity + bincount", "bincount alone"):
+                    of_rounds = [other / own for other, own in zip(times[name], times["op"], strict=True)]
+                    ratios[f"{case}: {name} / op"] = statistics.median(of_rounds)
+    torch.set_num_threads(all_threads)
+    return rows, ratios
+
+
+def measure_compiled(checks: Checks, device: str, rounds: int) -> list[dict[str, Any]]:
+    """Microseconds per layer of eight layers' ops, called one by one and as one compiled function."""
+    inputs = make_inputs(512, device, torch.int64, "weighted", 0.8, seed=5)
+    counts = torch.zeros((INPUT_SETS, NUM_SLOTS), dtype=torch.int64, device=device)
+
+    def layers(ids: list[torch.Tensor]) -> list[torch.Tensor]:
+        arguments = inputs.table, inputs.replicas
+        return [
+            ops.map_and_record(batch, *arguments, row, inputs.record, inputs.num_unpadded)
+            for batch, row in zip(ids, counts, strict=True)
+        ]
+
+    compiled = torch.compile(layers, fullgraph=True)
+    for which, out in enumerate(compiled(inputs.ids)):
+        ids, sums = expected(inputs, which)
+        checks.same(f"{device}, compiled: physical ids", out, ids)
+        checks.same(f"{device}, compiled: counts", counts[which], sums)
+    times: dict[str, list[float]] = {"op, eager, 8 layers": [], "op, compiled, 8 layers": []}
+    for _ in range(rounds):
+        for name, function in zip(times, (layers, compiled), strict=True):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(100):
+                function(inputs.ids)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) / 100 / INPUT_SETS * 1e6)
+    return [
+        {"device": device, "N": 512, "table": "weighted", "candidate": name, "us_median": statistics.median(spent)}
+        | {"us_min": min(spent)}
+        for name, spent in times.items()
+    ]
+
+
+def triton_peer(block: int) -> Callable[[Inputs], Call]:
+    """One Triton kernel of the same function, one entry per lane, adding to ``counts`` by relaxed atomics."""
+    from benchmarks.record_op_triton import launch
+
+    def make(inputs: Inputs) -> Call:
+        arguments = inputs.table, inputs.replicas, inputs.counts, inputs.record, inputs.num_unpadded
+        return lambda i: launch(inputs.ids[i], *arguments, block)
+
+    return make
+
+
+def time_captured(calls: dict[str, Call], per_graph: int, rounds: int) -> dict[str, list[float]]:
+    """Microseconds per call on the device: graphs of ``per_graph`` calls each, replayed in turns."""
+    graphs, kept = {}, []
+    for name, call in calls.items():
+        for i in range(INPUT_SETS):
+            call(i)
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            kept.append([call(i % INPUT_SETS) for i in range(per_graph)])
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for graph in graphs.values():
+        for _ in range(3):
+            graph.replay()
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * 1e3 / per_graph)
+    return times
+
+
+def measure_cuda(checks: Checks, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Times on the GPU, and op over the quickest Triton block size."""
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    candidates: dict[str, Callable[[Inputs], Call]] = {
+        "op": op,
+        "op, not recording": op_switched_off,
+        "op by ATen": op_by_aten,
+        **{f"Triton, block {block}": triton_peer(block) for block in (128, 256, 512, 1024)},
+    }
+    for num_tokens in (1, 64, 512, 2048, 8192, 32768):
+        for table, skew in (("weighted", 0.0), ("replicas", 0.8), ("weighted", 1.5)):
+            for dtype in (torch.int32, torch.int64):
+                case = f"N={num_tokens}, {table}, skew {skew}, {str(dtype).removeprefix('torch.')}"
+                inputs = make_inputs(num_tokens, "cuda", dtype, table, skew, seed=num_tokens)
+                for name, make in candidates.items():
+                    checks.candidate(f"cuda, {case}, {name}", make, inputs, counts=name != "op, not recording")
+                if ops.kernel_for("cuda") == "aten":
+                    continue
+                calls = {name: make(inputs) for name, make in candidates.items()}
+                times = {n: statistics.median(t) for n, t in time_captured(calls, 64, rounds).items()}
+                row = {"device": "cuda", "N": num_tokens, "table": table, "skew": skew, "dtype": str(dtype)}
+                rows += [{**row, "candidate": name, "us_median": spent} for name, spent in times.items()]
+                best = min(spent for name, spent in times.items() if name.startswith("Triton"))
+                ratios[f"cuda, {case}: op / best Triton"] = times["op"] / best
+    return rows, ratios
+
+
+def print_rows(rows: list[dict[str, Any]], ratios: dict[str, float]) -> None:
+    keys = ["device", "threads", "N", "table", "skew", "dtype"]
+    cases: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        cases.setdefault(tuple(row.get(key) for key in keys), {})[row["candidate"]] = row["us_median"]
+    for case, times in cases.items():
+        print("\n" + ", ".join(f"{k} {v}" for k, v in zip(keys, case, strict=True) if v is not None) + "  (us)")
+        for name, spent in times.items():
+            print(f"  {name:28s} {spent:10.2f}")
+    print()
+    for name, ratio in ratios.items():
+        print(f"{name:70s} {ratio:6.2f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", metavar="PATH", help="also write everything as JSON")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, nothing compiled; under 50 s on two cores")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="measure on this one alone; default: all there are")
+    arguments = parser.parse_args()
+    rounds = 15 if arguments.quick else 60
+    checks = Checks()
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    has_cuda = torch.cuda.is_available() and arguments.device != "cpu"
+    if arguments.device != "cuda":
+        rows, ratios = measure_cpu(checks, rounds)
+        if not arguments.quick:
+            rows += measure_compiled(checks, "cpu", rounds)
+    if has_cuda:
+        cuda_rows, cuda_ratios = measure_cuda(checks, rounds)
+        rows += cuda_rows
+        ratios |= cuda_ratios
+        if not arguments.quick:
+            rows += measure_compiled(checks, "cuda", rounds)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    if has_cuda:
+        machine += f", {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    kernels = {device: ops.kernel_for(device) for device in ("cpu", *(["cuda"] if has_cuda else []))}
+    print(f"{machine}\nkernels: {kernels}; K={TOP_K}, {NUM_EXPERTS} experts, {NUM_SLOTS} slots, width {WIDTH}")
+    print_rows(rows, ratios)
+    print(f"{checks.made} comparisons with NumPy, {len(checks.failed)} wrong")
+    if arguments.json:
+        report = {"benchmark": "record_op", "machine": machine, "kernels": kernels, "quick": arguments.quick}
+        report |= {"results": rows, "ratios": ratios, "comparisons": checks.made, "wrong": checks.failed}
+        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if checks.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
