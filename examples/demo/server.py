@@ -71,6 +71,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        self._stats_path.unlink(missing_ok=True)  # of an earlier run in the same folder
         with open(self.log_path, "wb") as log:
             self._process = subprocess.Popen(
                 self.command,
@@ -124,13 +125,20 @@ class Server:
         return {name: float(value) for name, value in lines}
 
     def processes(self) -> list[int]:
-        """Ids of all living processes that descend from the server: those that inherited its environment."""
+        """Ids of all living processes that descend from the server: those of its session, and those that left the
+        session but have its environment (a process may overwrite its environment with its title)."""
+        if self._process is None:
+            return []
         mark = f"{STATS_VARIABLE}={self._stats_path}".encode()
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                    state, session = fields[0], int(fields[3])
+                    if state != "Z" and (
+                        session == self._process.pid or mark in (entry / "environ").read_bytes().split(b"\0")
+                    ):
                         found.append(int(entry.name))
                 except OSError:
                     continue  # it has just ended, or belongs to somebody else
