@@ -283,7 +283,7 @@ class EplbUpdator:
                 num_groups=self._adaptor.num_groups,
                 buffer_experts=self._loader.buffer_experts,
                 policy=config.policy_name,
-                limits=_limits(config),
+                limits=_limits(config, self._state.cycle),
             )
         )
 
@@ -324,7 +324,7 @@ class EplbUpdator:
             self._skip(f"observing only: {plan.num_moves} moves would bring PAR from {before:.3f} to {after:.3f}")
         elif not plan.num_moves:
             self._skip(f"nothing to move at PAR {before:.3f}")
-        elif before - after < self._threshold * before:
+        elif before - after < self._threshold * before and self._config.policy_name != "random":
             self._skip(f"PAR {before:.3f} to {after:.3f} gains less than {self._threshold:.1%}")
         else:
             self._cycle.message = _pack(self._state.cycle, plan.physical_to_logical, answer.rounds)
@@ -465,8 +465,10 @@ _MAY_FAIL: dict[Do, Failure] = {
 """Actions that nothing depends on yet: an exception drops the cycle."""
 
 
-def _limits(config: EplbConfig) -> dict[str, object]:
+def _limits(config: EplbConfig, cycle: int) -> dict[str, object]:
     """The settings that the policy takes."""
+    if config.policy_name == "random":
+        return {"seed": cycle}
     if config.policy_name != "incremental":
         return {}
     return {
