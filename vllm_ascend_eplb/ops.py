@@ -285,11 +285,6 @@ def _load_library(path: Path) -> str | None:
     return None
 
 
-_why_not = _load_library(_LIBRARY)
-if _why_not is not None:
-    logger.warning("EPLB records expert load by ATen operators, which is slower: %s", _why_not)
-
-
 def kernel_for(device: torch.device | str) -> str:
     """Which kernel the ops run on a device: ``"cpu"`` or ``"cuda"`` from the library, or ``"aten"``."""
     kind = torch.device(device).type
@@ -299,3 +294,10 @@ def kernel_for(device: torch.device | str) -> str:
     ):
         return kind
     return "aten"
+
+
+_why_not = _load_library(_LIBRARY)
+if _why_not is not None:
+    logger.warning("EPLB records expert load by ATen operators, which is slower: %s", _why_not)
+elif torch.version.cuda is not None and kernel_for("cuda") == "aten":
+    logger.warning("EPLB was built without nvcc: on CUDA it records expert load by ATen operators, which is slower")
