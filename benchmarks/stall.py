@@ -51,7 +51,7 @@ from vllm_ascend_eplb.maps import DispatchMaps
 from vllm_ascend_eplb.process import PlanAnswer, PlanRequest
 from vllm_ascend_eplb.rounds import Round, rounds_to_array, schedule_rounds
 from vllm_ascend_eplb.topology import Topology
-from vllm_ascend_eplb.transfer import D2DExpertWeightLoader, TransferError
+from vllm_ascend_eplb.transfer import D2DExpertWeightLoader
 from vllm_ascend_eplb.updator import EplbUpdator
 
 
@@ -87,7 +87,7 @@ def sizes(device: str, ranks: int, quick: bool) -> Size:
     experts = ranks * (slots - 2)
     if device == "cuda":
         return Size(58, experts, slots, 7168, 1024, 64, 8, *((100, 3) if quick else (200, 7)))
-    return Size(4, experts, slots, 128, 64, 32, 4, *((60, 3) if quick else (150, 7)))
+    return Size(4, experts, slots, 128, 64, 32, 4, *((40, 3) if quick else (150, 7)))
 
 
 class Model(EplbAdaptor):
@@ -248,11 +248,12 @@ def spread(placement: Placement) -> Placement:
     return Placement(out, placement.num_experts, ranks)
 
 
-def shuffled(placement: Placement, rng: np.random.Generator) -> Placement:
-    """A placement that differs in about a tenth of all slots, in every layer: swaps between ranks."""
+def shuffled(placement: Placement, rng: np.random.Generator, layers: int | None = None) -> Placement:
+    """A placement that differs in about a tenth of all slots of every layer, or of the first ``layers``: swaps between
+    ranks."""
     slots, size, ranks = placement.physical_to_logical.copy(), placement.slots_per_rank, placement.num_ranks
     swaps = max(1, round(slots.shape[1] / 20))
-    for row in slots:
+    for row in slots[:layers]:
         for _ in range(swaps):
             a, b = rng.choice(ranks, 2, replace=False)
             i, j = a * size + rng.integers(size), b * size + rng.integers(size)
@@ -418,6 +419,9 @@ class Bench:
         self.model = Model(self.size, rank, ranks, self.device, self.groups)
         self.loop = Loop(self.model, self.barrier)
         self.other = shuffled(self.model.placement, np.random.default_rng(7))
+        self.few = shuffled(self.model.placement, np.random.default_rng(7), layers=max(1, self.size.layers // 16))
+        self.patience = 20.0 if args.quick else 60.0
+        """Seconds for one part of the benchmark; what takes longer is a failed check."""
 
     def machine(self) -> str:
         if self.device.type == "cuda":
@@ -460,17 +464,14 @@ class Bench:
         }
         self.report["plain"] = self.plain_rates()
         self.quiet()
-        for transport in self.args.transports:
-            try:
-                self.cycles(transport)
-            except TransferError as error:
-                self.say(f"{transport}: {error}")
-                self.report.setdefault("refused", {})[transport] = str(error)
-        if self.args.budget_mb and "auto" in self.args.transports:
-            self.cycles("auto", budget_mb=self.args.budget_mb)
+        self.cycles(self.args.transports[0], self.other)
+        self.stop_the_world()
+        if self.args.budget_mb:
+            self.cycles(self.args.transports[0], self.few, budget_mb=self.args.budget_mb)
         if self.device.type == "cuda":
             self.beside_cooperative_kernels()
-        self.stop_the_world()
+        for transport in self.args.transports[1:]:
+            self.cycles(transport, self.few if transport == "gloo" else self.other)
         self.loop.run(3)
         self.check("the forward gives the same result after all cycles", self.same(reference))
         self.check("slots hold what the maps say", self.model.wrong_slots(self.model.placement) == 0)
@@ -512,7 +513,7 @@ class Bench:
                 times.append(marks[1] - marks[0])
         return {"send_recv_gb_per_s": count * size / statistics.median(times[1:]) / 1e9}
 
-    def updator(self, transport: str, interval: int, budget_mb: float | None = None) -> EplbUpdator:
+    def updator(self, transport: str, interval: int, other: Placement, budget_mb: float | None = None) -> EplbUpdator:
         updator = EplbUpdator(self.model, settings(transport, interval, self.args.buffer, budget_mb))
         if self.rank == 0:
             planner = FixedPlanner(
@@ -523,7 +524,7 @@ class Bench:
 
     def quiet(self) -> None:
         """none, off and idle, in turns."""
-        updator = self.updator(self.args.transports[0], 10_000_000)
+        updator = self.updator(self.args.transports[0], 10_000_000, self.other)
         self.say(updator._loader.describe())
         self.report["staging"] = updator._loader.describe()
         for _ in range(self.size.segments):
@@ -532,77 +533,82 @@ class Bench:
             self.column("off").add(self.loop.run(self.size.segment)[0])
             times, _ = self.loop.run(self.size.segment, before=updator.forward_before, after=updator.forward_end)
             self.column("idle").add(times)
+            self.say(" | ".join(f"{name} {self.column(name).summary['median_ms']:.3f}" for name in self.columns))
         updator.pause_recording()
         updator.close()
 
-    def cycles(self, transport: str, budget_mb: float | None = None) -> None:
-        """Cycles one after the other; the steps of the pauses between them count as idle and are left out."""
-        updator = self.updator(transport, 4, budget_mb)
+    def cycles(self, transport: str, other: Placement, budget_mb: float | None = None) -> None:
+        """Cycles there and back again; the steps of the pauses between them are left out."""
+        updator = self.updator(transport, 4, other, budget_mb)
         loader = updator._loader
         name = f"cycle, {loader.transport}" + (f", {budget_mb:g} MB per step" if budget_mb else "")
         self.say(f"{name}: {loader.describe()}")
-        phases: list[tuple[Phase, int, int]] = []
+        phases: list[Phase] = []
+        hidden: list[str] = []
 
         def before() -> None:
-            updator.forward_before()
-            phases.append((updator.state.phase, updator.state.committed, loader.bytes_received))
+            try:
+                with no_hidden_synchronisation(self.device):
+                    updator.forward_before()
+            except RuntimeError as error:
+                hidden.append(str(error))
+                raise
+            phases.append(updator.state.phase)
 
-        def guarded() -> None:
-            with no_hidden_synchronisation(self.device):
-                before()
+        def at_rest() -> bool:
+            return updator.state.phase in (Phase.COLLECT, Phase.OFF) and updator.placement == self.model.placement
 
-        least = self.size.segment * max(1, self.size.segments // 2)
-        # the first cycle is a warm-up
-        while updator.state.cycle < 2 or updator.state.phase is not Phase.COLLECT:
-            self.loop.run(10, before=before, after=updator.forward_end)
-        self.check(f"weights after a cycle by {loader.transport}", self.model.wrong_slots(updator.placement) == 0)
+        self.until(lambda: updator.state.cycle >= 3 and at_rest(), 10, updator.forward_before, updator.forward_end)
         self.loop.run(2)
         memory = device_allocations(self.device)
-        phases.clear()
         first = (loader.bytes_received, loader.seconds_in_flight, loader.seconds_on_device, updator.state.cycle)
-        times: list[float] = []
-        hidden = ""
-        try:
-            while (
-                len(times) < least
-                or updator.placement != self.model.placement
-                or updator.state.phase is not Phase.COLLECT
-            ):
-                times += self.loop.run(10, before=guarded, after=updator.forward_end)[0]
-                if len(times) > 20 * least or updator.state.phase is Phase.OFF:
-                    break
-        except RuntimeError as error:
-            hidden = str(error)
-        self.check(f"no hidden synchronisation by {loader.transport} {hidden[:200]}", not hidden)
-        self.check(f"{loader.transport} completes its cycles", updator.state.phase is Phase.COLLECT)
-        self.check(f"no device memory is allocated by {loader.transport}", device_allocations(self.device) == memory)
-        busy = [ms for ms, (phase, _, _) in zip(times, phases, strict=False) if phase not in (Phase.COLLECT, Phase.OFF)]
-        self.column(name).add(busy)
-        moved = loader.bytes_received - first[0]
-        cycles = updator.state.cycle - first[3]
-        moving = [row for row in phases if row[0] is Phase.MOVE]
-        facts = {
+        wanted = 2 if self.args.quick else 10
+        times = self.until(
+            lambda: updator.state.cycle >= first[3] + wanted and at_rest(), 20, before, updator.forward_end
+        )
+        self.check(f"{name}: completes its cycles", at_rest() and updator.state.phase is Phase.COLLECT)
+        self.check(f"{name}: no hidden synchronisation", not hidden)
+        self.check(f"{name}: no device memory is allocated", device_allocations(self.device) == memory)
+        self.check(f"{name}: slots hold what the maps say", self.model.wrong_slots(updator.placement) == 0)
+        quiet = (Phase.COLLECT, Phase.OFF)
+        self.column(name).add([ms for ms, phase in zip(times, phases, strict=True) if phase not in quiet])
+        moved, cycles = loader.bytes_received - first[0], max(1, updator.state.cycle - first[3])
+        waiting = updator._control.waiting
+        self.report.setdefault("cycles", {})[name] = {
             "transport": loader.transport,
             "cycles": cycles,
-            "rounds_per_cycle": rounds_of(self.model, self.other, loader.buffer_experts),
-            "steps_per_cycle": len(busy) / max(1, cycles),
-            "move_steps_per_cycle": len(moving) / max(1, cycles),
-            "gb_per_cycle_and_rank": moved / 1e9 / max(1, cycles),
+            "rounds_per_cycle": rounds_of(self.model, other, loader.buffer_experts),
+            "move_steps_per_cycle": sum(phase is Phase.MOVE for phase in phases) / cycles,
+            "gb_per_cycle_and_rank": moved / 1e9 / cycles,
             "gb_per_s_in_flight": rate(moved, loader.seconds_in_flight - first[1]),
             "gb_per_s_on_device": rate(moved, loader.seconds_on_device - first[2]),
-            "control_wait_us_mean": 1e6 * updator._control.waiting.total / max(1, updator._control.waiting.reads),
-            "control_wait_us_longest": 1e6 * updator._control.waiting.longest,
+            "control_wait_us_mean": 1e6 * waiting.total / max(1, waiting.reads),
+            "control_wait_us_longest": 1e6 * waiting.longest,
         }
-        self.report.setdefault("cycles", {})[name] = facts
-        self.check(f"weights after all cycles by {loader.transport}", self.model.wrong_slots(updator.placement) == 0)
+        self.say(f"{self.column(name).summary} {self.report['cycles'][name]}")
         updator.pause_recording()
         updator.close()
         self.barrier()
 
+    def until(
+        self,
+        done: Callable[[], bool],
+        steps: int,
+        before: Callable[[], None],
+        after: Callable[[], None],
+        extra: Callable[[], None] | None = None,
+    ) -> list[float]:
+        """Runs ``steps`` steps again and again until ``done`` on all ranks, or patience ends."""
+        times: list[float] = []
+        began = time.monotonic()
+        while not done() and self.everywhere(time.monotonic() - began) < self.patience:
+            times += self.loop.run(steps, before=before, after=after, extra=extra)[0]
+        return times
+
     def beside_cooperative_kernels(self) -> None:
         """A kernel that needs every core at once in every step, hosts skewed by several steps: nothing may hang."""
         kernel = cooperative_kernel(self.device)
-        updator = self.updator("auto", 4)
+        updator = self.updator(self.args.transports[0], 4, self.other)
         skew = np.random.default_rng(self.rank)
 
         def before() -> None:
@@ -610,19 +616,17 @@ class Bench:
                 time.sleep(0.1)
             updator.forward_before()
 
-        done = 0
-        while (
-            updator.state.cycle < 4
-            or updator.state.phase is not Phase.COLLECT
-            or updator.placement != self.model.placement
-        ):
-            done += len(self.loop.run(20, before=before, after=updator.forward_end, extra=kernel)[0])
-            if done > 4000:
-                break
-        good = updator.state.phase is Phase.COLLECT and self.model.wrong_slots(updator.placement) == 0
+        def done() -> bool:
+            return updator.state.cycle >= 5 and updator.state.phase is Phase.COLLECT
+
+        self.until(
+            lambda: done() and updator.placement == self.model.placement, 20, before, updator.forward_end, kernel
+        )
+        good = done() and self.model.wrong_slots(updator.placement) == 0
         self.check("cycles beside kernels that need all cores, with skewed hosts", good)
         updator.pause_recording()
         updator.close()
+        self.barrier()
 
     def stop_the_world(self) -> None:
         """The same rounds by the same loader, all ranks waiting, as a single step."""
@@ -636,7 +640,7 @@ class Bench:
             device_group=self.model.device_group,
         )
         placements = [self.model.placement, self.other, self.model.placement]
-        for turn in range(2 * (2 if self.args.quick else 5)):
+        for turn in range(2 * (1 if self.args.quick else 5)):
             a, b = placements[turn % 2], placements[turn % 2 + 1]
             _, rounds = rounds_between(a, b, self.model.topology, loader.buffer_experts)
 
@@ -659,6 +663,7 @@ class Bench:
             once = iter([stop])
             times, _ = self.loop.run(3, before=lambda once=once: next(once, lambda: None)())
             self.column("stop the world").add([times[0]])
+        self.say(f"{self.column('stop the world').summary}")
         loader.close()
 
     def compare(self) -> None:
