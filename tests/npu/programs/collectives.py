@@ -249,4 +249,4 @@ def missing_wait() -> list[str]:
         torch.npu.synchronize()
 
     sound = new_reports(lambda: run(True))
-    return sound + ["--"] + new_reports(lambda: run(False))
+    return [*sound, "--", *new_reports(lambda: run(False))]

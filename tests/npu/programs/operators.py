@@ -16,48 +16,13 @@ def _cases() -> dict[str, Callable[[Callable], torch.Tensor]]:
     m = torch.randint(1, 9, (6, 8), generator=g)
     b = x > 0
     e = torch.randint(0, 16, (40,), generator=g)
-    unary = [
-        "abs",
-        "neg",
-        "exp",
-        "expm1",
-        "sin",
-        "cos",
-        "tan",
-        "tanh",
-        "erf",
-        "sigmoid",
-        "relu",
-        "floor",
-        "ceil",
-        "round",
-        "trunc",
-        "sign",
-        "frac",
-    ]
+    unary = "abs neg exp expm1 sin cos tan tanh erf sigmoid relu floor ceil round trunc sign frac".split()  # noqa: SIM905
     cases: dict[str, Callable] = {name: lambda t, f=name: getattr(torch, f)(t(x)) for name in unary}
     cases |= {
         f"{name} of positive": lambda t, f=name: getattr(torch, f)(t(x).abs() + 0.1)
-        for name in ["log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal"]
+        for name in ("log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal")
     }
-    binary = [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "floor_divide",
-        "remainder",
-        "fmod",
-        "eq",
-        "ne",
-        "gt",
-        "ge",
-        "lt",
-        "le",
-        "maximum",
-        "minimum",
-        "pow",
-    ]
+    binary = "add sub mul div floor_divide remainder fmod eq ne gt ge lt le maximum minimum pow".split()  # noqa: SIM905
     cases |= {name: lambda t, f=name: getattr(torch, f)(t(x).abs() + 1, t(y).abs() + 1) for name in binary}
     cases |= {f"{name} integers": lambda t, f=name: getattr(torch, f)(t(n), t(m)) for name in binary if name != "div"}
     cases |= {

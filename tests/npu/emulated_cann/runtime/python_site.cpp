@@ -65,7 +65,10 @@ std::string python_site() {
         // Frames inside torch say little about who forgot to wait; the first frame is always shown.
         bool inner = file && (std::strstr(file, "/torch/") || std::strstr(file, "/torch_npu/"));
         if (file && (!inner || depth == 0)) {
-            site << (shown ? " < " : "") << file << ":" << python.line(frame);
+            void* function = python.attribute(code, "co_name");
+            const char* in = function ? python.utf8(function) : nullptr;
+            site << (shown ? " < " : "") << file << ":" << python.line(frame) << " in " << (in ? in : "?");
+            if (function) python.decref(function);
             ++shown;
         }
         if (name) python.decref(name);

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The balancer's core on NPUs, with random delays and the race detector on."""
+
+from typing import Any
+
+import pytest
+
+from . import npus
+
+DELAYS = {"EMULATED_NPU_RACE": "report", "EMULATED_NPU_DELAY_US": "500"}
+# At start-up, before anything is served, the loader's warm-up uses buffers on its side stream that were made on the
+# compute stream. Values there are of no use to anybody.
+START_UP = ("in warm_up",)
+TROUBLE = {"step_delay": 0.002, "message_delay": 0.004, "planner_steps": 4, "damage": 0.02}
+
+
+def test_recording_counts_as_on_a_cpu() -> None:
+    assert npus.run("core", "recorder").results == [""]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "transport", "options"),
+    [
+        (2, "hccl", {}),
+        (4, "hccl", {"budget_bytes": 8192, "lag": 2}),
+        (2, "gloo", {"buffers": 1}),
+    ],
+)
+def test_every_commit_brings_the_right_weights(ranks: int, transport: str, options: dict[str, Any]) -> None:
+    outcome = npus.run("core", "cycles", ranks=ranks, args=[transport, options, 3, TROUBLE], allow=START_UP, **DELAYS)
+    for result in outcome.results:
+        assert result["wrong"] == ""
+        assert result["cycles"] == 3
+        assert result["history"] == outcome.results[0]["history"]
+    assert outcome.results[0]["commits"] >= 10
+
+
+def test_the_comparison_notices_weights_that_did_not_move() -> None:
+    outcome = npus.run("core", "cycles", ranks=2, args=["hccl", {}, 1, {"leave_slots": True}], allow=START_UP, **DELAYS)
+    assert any(result["wrong"] for result in outcome.results)
+
+
+def test_a_captured_graph_sees_every_commit() -> None:
+    for result in npus.run("core", "captured_graph", ranks=2, args=[3], allow=START_UP, **DELAYS).results:
+        assert result["wrong"] == ""
+        assert result["commits"] >= 5
+
+
+@pytest.mark.parametrize(("ranks", "capture"), [(2, False), (2, True), (4, False)])
+def test_whole_cycles_change_no_output(ranks: int, capture: bool) -> None:
+    outcome = npus.run("core", "updator", ranks=ranks, args=["npu", capture, 3, False], allow=START_UP, **DELAYS)
+    for result in outcome.results:
+        assert result["wrong"] == 0
+        assert result["placements"] >= 4
+        assert result["digest"] == outcome.results[0]["digest"]
+        assert result["phase"] != "OFF"
+
+
+def test_the_same_program_on_a_cpu() -> None:
+    """The reference run of the above: same model, same updator, weights in host memory, Gloo."""
+    for result in npus.run("core", "updator", ranks=2, args=["cpu", False, 3, False]).results:
+        assert result["wrong"] == 0
+        assert result["placements"] >= 4
+
+
+def test_the_outputs_notice_maps_without_weights() -> None:
+    outcome = npus.run("core", "updator", ranks=2, args=["npu", False, 3, True], allow=START_UP, **DELAYS)
+    assert all(result["wrong"] > 0 for result in outcome.results)
