@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .placement import Placement, PlacementError
-from .plan import Plan, PlanError
+from .plans import Plan, PlanError
 
 if TYPE_CHECKING:
     from .policy import dispatch_shares as dispatch_shares

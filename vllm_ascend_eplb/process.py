@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .placement import Placement
-from .plan import Plan
+from .plans import Plan
 from .rounds import rounds_to_array, schedule_rounds
 from .topology import Topology
 

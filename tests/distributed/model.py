@@ -14,7 +14,7 @@ import torch
 from vllm_ascend_eplb.control import ControlChannel, Facts, FlightRecorder
 from vllm_ascend_eplb.cycle import CycleSettings, CycleState, Do, Failure, Phase, advance
 from vllm_ascend_eplb.placement import Placement
-from vllm_ascend_eplb.plan import Plan
+from vllm_ascend_eplb.plans import Plan
 from vllm_ascend_eplb.rounds import check_rounds, rounds_from_array, rounds_to_array, schedule_rounds
 from vllm_ascend_eplb.topology import Topology
 from vllm_ascend_eplb.transfer import D2DExpertWeightLoader

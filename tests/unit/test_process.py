@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vllm_ascend_eplb.placement import Placement
-from vllm_ascend_eplb.plan import Plan
+from vllm_ascend_eplb.plans import Plan
 from vllm_ascend_eplb.process import EplbProcess, PlanAnswer, PlanRequest
 
 PLACEMENT = Placement.initial(num_layers=2, num_experts=8, num_ranks=2, num_redundant=2)

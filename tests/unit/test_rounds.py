@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ascend_eplb.placement import EMPTY, Placement
-from vllm_ascend_eplb.plan import Plan
+from vllm_ascend_eplb.plans import Plan
 from vllm_ascend_eplb.rounds import (
     Round,
     RoundError,

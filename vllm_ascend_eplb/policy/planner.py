@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from .. import _planner
 from ..placement import Placement, PlacementError
-from ..plan import Plan
+from ..plans import Plan
 from . import default
+from .forecast import forecast
 
 POLICIES = ("random", "default", "incremental", "incremental")
 """The policy that stands for each of vllm-ascend's ``eplb_policy_type`` 0..3."""
@@ -91,12 +92,15 @@ def plan(
     series = _checked_load(load)
     placement = _checked_placement(physical_to_logical, series.shape[1:], num_ranks)
     _check_topology(placement, num_nodes, num_groups)
-    total = series.sum(axis=0)
     slots = placement.physical_to_logical
     if policy == "incremental":
+        expected, variance = series[0].astype(np.float64), np.zeros((0, 0))
+        if len(series) > 1:
+            expected, variance = forecast(series.astype(np.float64))
         after, moves, par_before, par_after = _planner.plan_incremental(
-            total.astype(np.float64),
+            expected,
             slots,
+            variance,
             num_ranks,
             target=target_par,
             thorough=effort == "thorough",
@@ -109,6 +113,7 @@ def plan(
             least_gain=0.0,
         )
         return Plan(after, moves, par_before, par_after, policy, time.perf_counter() - began)
+    total = series.sum(axis=0)
     if policy == "random":
         target = _planner.draw_placement(
             seed % 2**64, placement.num_layers, placement.num_experts, placement.num_slots, num_ranks

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DispatchMaps: what the routers read follows the placements, in place."""
+
+import numpy as np
+import pytest
+
+from vllm_ascend_eplb.maps import DispatchMaps, MapError
+from vllm_ascend_eplb.placement import Placement
+
+
+def random_placement(seed: int) -> Placement:
+    random = np.random.default_rng(seed)
+    rows = [random.permutation(np.r_[np.arange(8), random.integers(0, 8, 4)]) for _ in range(3)]
+    return Placement(np.array(rows), 8, 4)
+
+
+def shown(maps: DispatchMaps, placement: Placement) -> bool:
+    table = placement.logical_to_physical(maps.width)
+    return np.array_equal(maps.logical_to_physical.numpy(), table) and np.array_equal(
+        maps.replica_count.numpy(), placement.replica_count
+    )
+
+
+def test_commits_follow_in_order_and_addresses_stay():
+    maps = DispatchMaps(random_placement(0), "cpu", width=5)
+    assert shown(maps, random_placement(0))
+    addresses = maps.logical_to_physical.data_ptr(), maps.replica_count.data_ptr()
+    for seed in (1, 2):
+        maps.prepare(random_placement(seed), [0, 1, 2])
+    for seed in (1, 2):
+        assert not shown(maps, random_placement(seed))
+        maps.commit()
+        assert shown(maps, random_placement(seed))
+    assert addresses == (maps.logical_to_physical.data_ptr(), maps.replica_count.data_ptr())
+
+
+def test_only_the_named_layers_change():
+    before, after = random_placement(0), random_placement(1)
+    maps = DispatchMaps(before, "cpu", width=5)
+    maps.prepare(after, [1])
+    maps.commit()
+    rows = before.physical_to_logical.copy()
+    rows[1] = after.physical_to_logical[1]
+    assert shown(maps, Placement(rows, 8, 4))
+
+
+def test_what_is_forgotten_is_not_committed():
+    maps = DispatchMaps(random_placement(0), "cpu", width=5)
+    maps.prepare(random_placement(1), [0, 1, 2])
+    maps.forget_prepared()
+    maps.prepare(random_placement(2), [0, 1, 2])
+    maps.commit()
+    assert shown(maps, random_placement(2))
+
+
+def test_too_many_replicas_are_refused():
+    many = Placement([[0, 1, 0, 0, 0, 0]], 2, 2)
+    with pytest.raises(MapError, match="5 replicas; the maps hold 3"):
+        DispatchMaps(many, "cpu", width=3)
+    maps = DispatchMaps(Placement([[0, 1, 0, 1, 0, 1]], 2, 2), "cpu", width=3)
+    with pytest.raises(MapError, match="5 replicas; the maps hold 3"):
+        maps.prepare(many, [0])
