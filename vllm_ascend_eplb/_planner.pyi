@@ -12,6 +12,7 @@ def draw_placement(seed: int, num_layers: int, num_experts: int, num_slots: int,
 def plan_incremental(
     load: _Float,
     slots: _Int32,
+    variance: _Float,
     num_ranks: int,
     *,
     target: float,

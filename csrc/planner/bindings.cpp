@@ -148,15 +148,20 @@ py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slot
 }
 
 // -> (slots [L, P] after all moves, moves [M, 4], PAR before [L], PAR after [L])
-py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, int num_ranks, double target,
-                           bool thorough, int rounds, double seconds, uint64_t seed, int threads, int64_t max_moves,
-                           int64_t max_moves_per_rank, double least_gain) {
+py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, const DoubleArray& variance, int num_ranks,
+                           double target, bool thorough, int rounds, double seconds, uint64_t seed, int threads,
+                           int64_t max_moves, int64_t max_moves_per_rank, double least_gain) {
     require_matrix(load, "load");
     require_matrix(slots, "slots");
     require(load.shape(0) == slots.shape(0), "load and slots differ in the number of layers");
     require(num_ranks > 0 && num_ranks <= 1024, "ranks must be 1..1024");
     require(slots.shape(1) <= 65535, "slots per layer must be at most 65535");
     require_finite(load);
+    const bool has_variance = variance.size() > 0;
+    require(!has_variance ||
+                (variance.ndim() == 2 && variance.shape(0) == load.shape(0) && variance.shape(1) == load.shape(1)),
+            "variance and load differ in shape");
+    require_finite(variance);
     const auto layers = slots.shape(0), num_slots = slots.shape(1), num_experts = load.shape(1);
     require_slots(slots, static_cast<int>(num_experts), num_ranks);
     eplb::Goal goal;
@@ -172,7 +177,8 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, int
     eplb::LayeredPlan plan;
     {
         py::gil_scoped_release release;
-        plan = eplb::plan_incremental(load.data(), slots.data(), static_cast<int>(layers),
+        plan = eplb::plan_incremental(load.data(), has_variance ? variance.data() : nullptr, slots.data(),
+                                      static_cast<int>(layers),
                                       {static_cast<int>(num_experts), static_cast<int>(num_slots), num_ranks}, goal);
     }
     Int32Array after({layers, num_slots}), moves({static_cast<py::ssize_t>(plan.moves.size() / 4), py::ssize_t{4}});
@@ -192,8 +198,8 @@ PYBIND11_MODULE(_planner, module) {
     module.def("preserve_slots", &preserve_slots, py::arg("slots"), py::arg("old"), py::arg("num_ranks"));
     module.def("draw_placement", &draw_placement, py::arg("seed"), py::arg("num_layers"), py::arg("num_experts"),
                py::arg("num_slots"), py::arg("num_ranks"));
-    module.def("plan_incremental", &plan_incremental, py::arg("load"), py::arg("slots"), py::arg("num_ranks"),
-               py::kw_only(), py::arg("target"), py::arg("thorough"), py::arg("rounds"), py::arg("seconds"),
-               py::arg("seed"), py::arg("threads"), py::arg("max_moves"), py::arg("max_moves_per_rank"),
-               py::arg("least_gain"));
+    module.def("plan_incremental", &plan_incremental, py::arg("load"), py::arg("slots"), py::arg("variance"),
+               py::arg("num_ranks"), py::kw_only(), py::arg("target"), py::arg("thorough"), py::arg("rounds"),
+               py::arg("seconds"), py::arg("seed"), py::arg("threads"), py::arg("max_moves"),
+               py::arg("max_moves_per_rank"), py::arg("least_gain"));
 }

@@ -22,12 +22,16 @@ constexpr double kSquares[] = {0.1, 0.5, 0.03, 2.0};
 // An expert whose replicas leave less than this part of the other slots' mean load to them is split before the descent.
 constexpr double kRoomBeside = 0.45;
 
+// Under drift the heaviest replicas decide how well a plan ages: none may exceed the least possible by more.
+constexpr double kNearLeast = 1.05;
+
 constexpr int kRoundsPerTurn = 8;
 
 class LayerPlanner {
   public:
-    LayerPlanner(const double* load, const int32_t* slots, Shape shape, const Goal& goal, uint64_t seed)
-        : load_(load), slots_(slots), goal_(goal), search_(shape), random_(seed) {}
+    LayerPlanner(const double* load, const double* variance, const int32_t* slots, Shape shape, const Goal& goal,
+                 uint64_t seed)
+        : load_(load), variance_(variance), slots_(slots), goal_(goal), search_(shape), random_(seed) {}
 
     void descend() {
         const Shape& shape = search_.shape();
@@ -36,13 +40,15 @@ class LayerPlanner {
         int best_cost = 0;
         for (const double square : kSquares) {
             search_.aim(goal_.target, square);
-            has_load_ = search_.begin(load_, slots_);
+            has_load_ = search_.begin(load_, slots_, variance_);
             if (best_.empty()) {
                 best_ = search_.slots();
                 best_peak = search_.peak();
             }
             if (!has_load_ || search_.reached()) return;
-            search_.split_heavy(1.0 - room);
+            double share = 1.0 - room;
+            if (variance_ != nullptr) share = std::min(share, kNearLeast * search_.smallest_largest_share());
+            search_.split_heavy(share);
             reached_ = search_.descend();
             const double peak = search_.peak();
             if (reached_ || peak < best_peak || (peak == best_peak && search_.cost() < best_cost)) {
@@ -71,17 +77,18 @@ class LayerPlanner {
 
     OrderedMoves order() {
         if (!has_load_ || best_ == search_.start()) return {};
-        search_.begin(load_, slots_);
+        search_.begin(load_, slots_, variance_);
         return order_moves(search_, best_);
     }
 
     double start_peak() {
-        search_.begin(load_, slots_);
+        search_.begin(load_, slots_, variance_);
         return search_.peak();
     }
 
   private:
     const double* load_;
+    const double* variance_;
     const int32_t* slots_;
     const Goal& goal_;
     Search search_;
@@ -123,7 +130,8 @@ void append_segments(const OrderedMoves& ordered, int layer, double start_peak, 
 
 }  // namespace
 
-LayeredPlan plan_incremental(const double* load, const int32_t* slots, int num_layers, Shape shape, const Goal& goal) {
+LayeredPlan plan_incremental(const double* load, const double* variance, const int32_t* slots, int num_layers,
+                             Shape shape, const Goal& goal) {
     const auto begin = Clock::now();
     std::vector<std::unique_ptr<LayerPlanner>> layers(num_layers);
     std::vector<OrderedMoves> ordered(num_layers);
@@ -132,9 +140,10 @@ LayeredPlan plan_incremental(const double* load, const int32_t* slots, int num_l
     std::vector<uint64_t> layer_seed(num_layers);
     for (uint64_t& seed : layer_seed) seed = seeds.next();
     const auto begin_layer = [&](int l) {
-        layers[l] =
-            std::make_unique<LayerPlanner>(load + static_cast<size_t>(l) * shape.experts,
-                                           slots + static_cast<size_t>(l) * shape.slots, shape, goal, layer_seed[l]);
+        const size_t row = static_cast<size_t>(l) * shape.experts;
+        layers[l] = std::make_unique<LayerPlanner>(load + row, variance == nullptr ? nullptr : variance + row,
+                                                   slots + static_cast<size_t>(l) * shape.slots, shape, goal,
+                                                   layer_seed[l]);
         layers[l]->descend();
     };
     const auto finish_layer = [&](int l) {

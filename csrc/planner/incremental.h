@@ -26,7 +26,10 @@ struct LayeredPlan {
     std::vector<int32_t> moves;  // [M, 4]: layer, slot, expert, group
 };
 
-// load [L, E]: finite, not negative. slots [L, P]: the placement in force, valid, -1 where empty.
-LayeredPlan plan_incremental(const double* load, const int32_t* slots, int num_layers, Shape shape, const Goal& goal);
+// load [L, E]: finite, not negative. variance [L, E]: of each expert's load from window to window, or null: then the
+// plan makes fewest moves, otherwise it is made to age well. slots [L, P]: the placement in force, valid, -1 where
+// empty.
+LayeredPlan plan_incremental(const double* load, const double* variance, const int32_t* slots, int num_layers,
+                             Shape shape, const Goal& goal);
 
 }  // namespace eplb

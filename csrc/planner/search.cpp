@@ -46,7 +46,9 @@ Search::Search(Shape shape) : shape_(shape) {
     for (auto* v : {&slot_share_, &slot_load_, &slot_phi_, &slot_excess_, &home_price_, &away_price_, &price_})
         v->resize(P);
     for (auto* v : {&spare_base_, &spare_load_, &spare_price_}) v->resize(P);
-    for (auto* v : {&up_, &up_change_, &down_change_, &add_gain_, &drop_gain_, &expert_price_}) v->resize(E);
+    for (auto* v :
+         {&up_, &up_change_, &down_change_, &add_gain_, &drop_gain_, &add_bonus_, &drop_bonus_, &expert_price_})
+        v->resize(E);
     spare_.resize((P + 63) / 64);
     away_.resize(P);
     spare_slot_.resize(P);
@@ -55,7 +57,7 @@ Search::Search(Shape shape) : shape_(shape) {
     score_.resize(std::max(P * shape.per_rank(), E));
 }
 
-bool Search::begin(const double* load, const int32_t* slots) {
+bool Search::begin(const double* load, const int32_t* slots, const double* variance) {
     const int P = shape_.slots, E = shape_.experts, R = shape_.ranks;
     double total = 0.0;
     for (int e = 0; e < E; ++e) total += load[e];
@@ -87,6 +89,11 @@ bool Search::begin(const double* load, const int32_t* slots) {
     trail_.clear();
     if (!(total > 0.0)) return false;
     const double scale = static_cast<double>(R) * kUnit / total;
+    variance_.clear();
+    if (variance != nullptr) {
+        for (int e = 0; e < E; ++e) variance_.push_back(static_cast<float>(variance[e] * (R / total) * (R / total)));
+        variance_.push_back(0.0F);
+    }
     for (int e = 0; e < E; ++e) {
         weight_[e] = static_cast<int32_t>(std::llrint(load[e] * scale));
         count_shares(e);
@@ -151,14 +158,14 @@ void Search::refresh() {
             const int e = expert[p];
             const float up = up_change_[e];
             if (count[e] == 1) {
-                add_gain_[e] = phi - potential(load + up);
+                add_gain_[e] = phi - potential(load + up) + add_bonus_[e];
                 continue;
             }
             if (seen[e] == round || e == E) continue;
             seen[e] = round;
             const float down = down_change_[e];
             const uint16_t* holders = holders_of(e);
-            float add = 0.0F, drop = 0.0F;
+            float add = add_bonus_[e], drop = -drop_bonus_[e];
             for (int i = 0; i < count[e]; ++i) {
                 const float its_load = slot_load[holders[i]], its_phi = slot_phi[holders[i]];
                 add += its_phi - potential(its_load + up);
@@ -335,17 +342,32 @@ bool Search::replicate(int expert) {
     return true;
 }
 
-// An expert whose replicas weigh so much that few others fit beside it holds a descent up: no single copy more helps
-// its ranks without hurting the receiver as much, and dropping one looks cheap. Gives such experts as many copies as
-// they need, and keeps the descent from dropping below.
+int Search::copies_needed(int expert, int32_t most) const {
+    return std::max(1, std::min((weight_[expert] - 1) / most + 1, shape_.ranks));
+}
+
+double Search::smallest_largest_share() const {
+    int32_t low = 1, high = *std::max_element(weight_.begin(), weight_.end());
+    while (low < high) {
+        const int32_t middle = low + (high - low) / 2;
+        int64_t wanted = 0;
+        for (int e = 0; e < shape_.experts; ++e) wanted += copies_needed(e, middle);
+        if (wanted <= shape_.slots)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return static_cast<double>(low) / kUnit;
+}
+
 void Search::split_heavy(double share) {
     const int E = shape_.experts;
-    const auto most = static_cast<int32_t>(std::llrint(share * kUnit));
-    int wanted = 0;
-    for (int e = 0; e < E; ++e) wanted += std::min((weight_[e] + most - 1) / most, shape_.ranks);
+    const int32_t most = std::max(1, static_cast<int32_t>(std::llrint(share * kUnit)));
+    int64_t wanted = 0;
+    for (int e = 0; e < E; ++e) wanted += copies_needed(e, most);
     if (wanted > shape_.slots) return;
     for (int e = 0; e < E; ++e) {
-        least_[e] = std::max(1, std::min((weight_[e] + most - 1) / most, shape_.ranks));
+        least_[e] = copies_needed(e, most);
         if (least_[e] == 1) continue;
         for (int i = 0; i < count_[e]; ++i) set_spare(holders_of(e)[i], count_[e] > least_[e]);
     }
@@ -498,6 +520,11 @@ void Search::count_shares(int expert) {
     up_[expert] = units(share_of(expert, copies + 1));
     up_change_[expert] = up_[expert] - share;
     down_change_[expert] = copies > 1 ? units(share_of(expert, copies - 1)) - share : 0.0F;
+    if (!variance_.empty()) {
+        const float charge = potential_.square * variance_[expert];
+        add_bonus_[expert] = copies ? charge / static_cast<float>(copies * (copies + 1)) : 0.0F;
+        drop_bonus_[expert] = copies > 1 ? charge / static_cast<float>(copies * (copies - 1)) : 0.0F;
+    }
 }
 
 void Search::place(int slot, int expert) {

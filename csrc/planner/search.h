@@ -24,13 +24,21 @@ class Search {
     explicit Search(Shape shape);
 
     // Starts from `slots` [P] (-1: empty) under `load` [E]. Returns false where there is no load and nothing to do.
-    bool begin(const double* load, const int32_t* slots);
+    // With `variance` [E] (of each expert's load, tokens squared; may be null) the square of the potential is the one
+    // that is to be expected: a rank's variance is the sum of its replicas', each variance / copies^2.
+    bool begin(const double* load, const int32_t* slots, const double* variance);
 
     // Sets the load at which a rank is light enough, in units of the mean, and the weight of the square.
     void aim(double limit, double square);
 
-    // Gives experts whose replicas each carry more than `share` of a rank's mean more copies.
+    // Gives experts more copies until none of their replicas carries more than `share` of a rank's mean, and keeps the
+    // descent from dropping below. An expert whose replicas leave little room beside them holds a descent up: no
+    // single copy more helps its ranks without hurting the receiver as much, and dropping one looks cheap. Does nothing
+    // where the slots do not suffice.
     void split_heavy(double share);
+
+    // The load of the heaviest replica, in units of a rank's mean, when copies are given out to make that least.
+    double smallest_largest_share() const;
 
     // Takes moves, best gain per receipt first, until no rank is above the limit (returns true) or none helps.
     bool descend();
@@ -74,6 +82,7 @@ class Search {
 
     void restore(int rank);
     bool replicate(int expert);
+    int copies_needed(int expert, int32_t most) const;
     void undo();
     void choose_ranks(Random& random, int wanted);
     bool restore_chosen();
@@ -128,9 +137,11 @@ class Search {
                                                        // one that is at home, or that is not
     std::vector<uint64_t> spare_;                      // [P] bits: the slot's expert has other copies, or none is there
     std::vector<uint8_t> away_;                        // [P]: the expert was not on this rank at the start
+    std::vector<float> variance_;                      // [E + 1] in units of a rank's mean, squared; or none
     std::vector<float> up_, up_change_, down_change_;  // [E + 1]: replica load with one copy more; changes of it
-    std::vector<float> add_gain_, drop_gain_;          // [E + 1]: effect on all holders of one copy more or less
-    std::vector<int32_t> spare_slot_, spare_first_;    // compact list of spare slots; [R + 1] first of each rank
+    std::vector<float> add_gain_, drop_gain_, add_bonus_,
+        drop_bonus_;                                 // [E + 1]: effect on all holders of one copy more or less
+    std::vector<int32_t> spare_slot_, spare_first_;  // compact list of spare slots; [R + 1] first of each rank
     std::vector<float> spare_base_, spare_load_, spare_price_;          // by entry of that list
     std::vector<float> price_, returned_price_, expert_price_, score_;  // scratch
     std::vector<int32_t> rows_;                                         // scratch
