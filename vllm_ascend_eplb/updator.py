@@ -38,6 +38,9 @@ Stage = Literal["prefill", "decode"]
 LEAST_PLAN_AGE = 200
 """Steps that the planner has at least, in tests and trials with very short intervals, too."""
 
+PAYS_FROM = 0.25
+"""Part of the promised gain that a plan must bring in the next window, or the threshold rises."""
+
 PUBLISH_STEPS = 64
 """How often the statistics are published, besides at every change of phase."""
 
@@ -46,6 +49,7 @@ PUBLISH_STEPS = 64
 class _Cycle:
     """What this rank holds of the cycle under way. Dropped as a whole when the cycle ends."""
 
+    start: Placement
     failure: Failure = Failure.NONE
     reduction: Bulk[npt.NDArray[np.int64] | None] | None = None
     answer: PlanAnswer | None = None
@@ -57,6 +61,14 @@ class _Cycle:
     preparing: list[Future[None]] = field(default_factory=list)
     result: Literal["done", "skipped"] = "done"
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class _LastPlan:
+    """The plan that was carried out last, until the next window shows whether it paid."""
+
+    before: Placement
+    promised_gain: float
 
 
 class EplbUpdator:
@@ -108,12 +120,12 @@ class EplbUpdator:
         )
         self._state = CycleState.start(self._settings)
         self._start = self._placement = adaptor.placement
-        self._cycle = _Cycle()
+        self._cycle = _Cycle(self._placement)
         self._planner = planner
         self._stats = StatsKeeper(__version__, config.policy_name, config.mode)
         self._stats_file = stats_file
         self._threshold = config.min_gain
-        self._promised: tuple[float, float] | None = None  # mean PAR before and after, of the last plan carried out
+        self._last_plan: _LastPlan | None = None
         self._flight = FlightRecorder()
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eplb-prepare")
 
@@ -260,7 +272,7 @@ class EplbUpdator:
             perform(action)
 
     def _do_snapshot(self, _: Action) -> None:
-        self._cycle = _Cycle()
+        self._cycle = _Cycle(self._placement)
         self._recorder.snapshot(self._placement)
 
     def _do_reduce(self, _: Action) -> None:
@@ -289,22 +301,25 @@ class EplbUpdator:
 
     def _window_ended(self, load: npt.NDArray[np.int64]) -> None:
         """Takes stock of the window, and of what the last plan promised for it."""
-        par = self._placement.par(load)
         self._stats.window_ended(self._placement.rank_load(load), self._start.rank_load(load))
-        if self._promised is not None:
-            before, promised = self._promised
-            self._promised = None
-            paid = before - float(par.mean()) > 0.25 * (before - promised)
-            least, most = self._config.min_gain, max(0.2, self._config.min_gain)
-            self._threshold = max(least, self._threshold / 2) if paid else min(most, max(0.005, self._threshold * 2))
-            logger.info(
-                "EPLB: PAR %.3f in the window after cycle %d; the plan promised %.3f from %.3f%s",
-                par.mean(),
-                self._state.cycle - 1,
-                promised,
-                before,
-                "" if paid else f"; it did not pay, so a plan must now gain {self._threshold:.1%}",
-            )
+        last, self._last_plan = self._last_plan, None
+        if last is None:
+            return
+        # Load has gone on changing, so the plan is judged by what this same window would have been without it.
+        par, without = float(self._placement.par(load).mean()), float(last.before.par(load).mean())
+        paid = without - par > PAYS_FROM * last.promised_gain
+        least = self._config.min_gain
+        if paid:
+            self._threshold = max(least, self._threshold / 2)
+        else:
+            self._threshold = min(max(least, 0.2), max(0.005, self._threshold * 2))
+        logger.info(
+            "EPLB: PAR %.3f in the window after cycle %d, %.3f without it%s",
+            par,
+            self._state.cycle - 1,
+            without,
+            "" if paid else f"; that is too little, so a plan must now gain {self._threshold:.1%}",
+        )
 
     def _look_for_answer(self) -> None:
         """On EP rank 0: takes the planner's answer, weighs it and packs it."""
@@ -326,6 +341,7 @@ class EplbUpdator:
             self._skip(f"nothing to move at PAR {before:.3f}")
         elif before - after < self._threshold * before and self._config.policy_name != "random":
             self._skip(f"PAR {before:.3f} to {after:.3f} gains less than {self._threshold:.1%}")
+            self._threshold = max(self._config.min_gain, 0.9 * self._threshold)  # what was too little is tried again
         else:
             self._cycle.message = _pack(self._state.cycle, plan.physical_to_logical, answer.rounds)
         self._cycle.answer = answer
@@ -360,7 +376,9 @@ class EplbUpdator:
         cycle.preparing.append(self._background.submit(self._adaptor.prepare_maps, after, layers))
 
     def _do_issue(self, action: Action) -> None:
+        began = time.perf_counter()
         self._loader.issue(action.round)
+        self._stats.waited_for_transfer(time.perf_counter() - began)
 
     def _do_commit(self, action: Action) -> None:
         # A throw in here is not caught: a half-switched placement must not answer.
@@ -382,7 +400,8 @@ class EplbUpdator:
             if cycle.result == "skipped":
                 logger.info("EPLB cycle %d at step %d: %s", state.cycle, state.step, cycle.reason)
             elif plan is not None:
-                self._promised = float(plan.par_before.mean()), float(plan.par_after.mean())
+                gain = float(plan.par_before.mean() - plan.par_after.mean())
+                self._last_plan = _LastPlan(cycle.start, gain)
                 logger.info(
                     "EPLB cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
                     "%d steps after its load was taken; planned in %.1f ms",
@@ -431,7 +450,7 @@ class EplbUpdator:
             future.cancel()
         self._background.submit(self._adaptor.forget_prepared_maps)
         self._loader.forget()
-        self._cycle = _Cycle()
+        self._cycle = _Cycle(self._placement)
 
     def _publish(self) -> None:
         if self._stats_file is not None and self._rank == 0:
