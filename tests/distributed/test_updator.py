@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EplbUpdator with its real parts (planner process, control, transfers over Gloo) around a model that only routes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from vllm_ascend_eplb import ops
+from vllm_ascend_eplb.adaptors.base import EplbAdaptor
+from vllm_ascend_eplb.config import EplbConfig
+from vllm_ascend_eplb.control import ControlError
+from vllm_ascend_eplb.cycle import AgreementError, Phase
+from vllm_ascend_eplb.load import LoadRecorder
+from vllm_ascend_eplb.maps import DispatchMaps
+from vllm_ascend_eplb.placement import Placement
+from vllm_ascend_eplb.plans import Plan
+from vllm_ascend_eplb.process import EplbProcess, PlanRequest, plan_request
+from vllm_ascend_eplb.topology import Topology
+from vllm_ascend_eplb.updator import EplbUpdator
+
+from .model import Slots
+from .ranks import Ranks, run_ranks
+
+pytestmark = pytest.mark.distributed
+
+LAYERS, EXPERTS, REDUNDANT = 3, 12, 6
+
+
+class RoutingModel(EplbAdaptor):
+    """A model of slots and routers without an engine: every rank routes the same tokens, rank 0 counts."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.name = "routing model"
+        self.rank = ranks.rank
+        self.topology = Topology.even(ranks.num_ranks)
+        self.num_groups = 1
+        self.placement = Placement.initial(LAYERS, EXPERTS, ranks.num_ranks, REDUNDANT)
+        self.device = torch.device("cpu")
+        self.control_group, self.transfer_group, self.device_group = ranks.control, ranks.transfer, None
+        self.recorder = LoadRecorder(LAYERS, EXPERTS, self.placement.num_slots, "cpu", contributes=ranks.rank == 0)
+        self.slots = Slots(self.placement, ranks.rank)
+        self.maps = DispatchMaps(self.placement, "cpu", width=REDUNDANT + 1)
+        self.rng = np.random.default_rng(7)
+        self.routed = np.zeros((LAYERS, EXPERTS), dtype=np.int64)
+
+    def forward(self) -> None:
+        """Skewed tokens; the skew is another one in each layer."""
+        for layer in range(LAYERS):
+            share = 1.0 / (1 + (np.arange(EXPERTS) + 5 * layer) % EXPERTS)
+            ids = self.rng.choice(EXPERTS, size=(64, 1), p=share / share.sum())
+            np.add.at(self.routed[layer], ids.ravel(), 1)
+            ops.map_and_record(
+                torch.from_numpy(ids),
+                self.maps.logical_to_physical[layer],
+                self.maps.replica_count[layer],
+                self.recorder.counts[layer],
+                self.recorder.recording,
+            )
+
+    def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
+        return self.slots.views()
+
+    def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
+        self.maps.prepare(placement, layers)
+
+    def commit_maps(self) -> None:
+        self.maps.commit()
+
+    def forget_prepared_maps(self) -> None:
+        self.maps.forget_prepared()
+
+
+@dataclass
+class Seen:
+    """What one rank saw; ``history``: digest of the placement at every step."""
+
+    history: list[int] = field(default_factory=list)
+    wrong: str = ""
+    error: str = ""
+    phase: str = ""
+    final_par: float = 0.0
+    first_par: float = 0.0
+    stats: Any = None
+    step: int = 0
+
+
+def misbehave(request: PlanRequest) -> Plan:
+    """The planner of the fault tests: another fault in each of the first cycles."""
+    good = plan_request(request)
+    if request.number == 1:
+        raise MemoryError("planted")
+    if request.number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if request.number == 3:  # an expert is lost: the scheduler in the child notices
+        return replace(good, moves=np.array([[0, slot, 1, slot] for slot in (0, 12)], dtype=np.int32))
+    if request.number == 4:  # a plan for another shape
+        return replace(good, physical_to_logical=good.physical_to_logical[:, :-1])
+    if request.number == 5:  # moves that do not lead where the plan says
+        return replace(good, physical_to_logical=request.physical_to_logical, moves=good.moves)
+    return good
+
+
+def always_fail(request: PlanRequest) -> Plan:
+    raise ArithmeticError(f"planted in cycle {request.number}")
+
+
+def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str, Any]) -> Seen:
+    """Steps like an engine's, one forward each, until ``steps`` or the option ``cycles`` are over."""
+    model = RoutingModel(ranks)
+    config = EplbConfig.from_additional_config(
+        {
+            "eplb_config": {
+                "dynamic_eplb": True,
+                "num_redundant_experts": REDUNDANT,
+                "expert_heat_collection_interval": 10,
+                "algorithm_execution_interval": 1,
+                "min_gain": 0.0,
+                **settings,
+            }
+        }
+    )
+    policy = getattr(sys.modules[__name__], options.get("policy", "plan_request"))
+    updator = EplbUpdator(model, config, EplbProcess(policy) if ranks.rank == 0 else None)
+    seen = Seen(first_par=0.0)
+    if options.get("prepare_fails_on") == ranks.rank:
+        prepare, left = model.maps.prepare, [1]
+
+        def failing(placement: Placement, layers: list[int]) -> None:
+            if left[0]:
+                left[0] -= 1
+                raise MemoryError("planted")
+            prepare(placement, layers)
+
+        model.maps.prepare = failing  # type: ignore[method-assign]
+    try:
+        for step in range(steps):
+            if options.get("part_at") == step and ranks.rank == 1:
+                updator._placement = updator.placement.with_moves([[0, EXPERTS, 3]])
+            updator.forward_before()
+            model.forward()
+            updator.forward_end()
+            seen.history.append(updator.placement.digest)
+            seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
+            dist.barrier()  # a forward's collectives keep the ranks together
+            # An engine's step takes longer; while the planner works, as long as a busy machine may need.
+            time.sleep(0.05 if updator.state.phase is Phase.PLAN else 0.004)
+            if updator.state.cycle > options.get("cycles", steps):
+                break
+    except (AgreementError, ControlError) as error:
+        seen.error = f"{type(error).__name__}: {error}"
+    seen.phase = updator.state.phase.name
+    seen.step = updator.state.step
+    seen.first_par = float(model.placement.par(model.routed).mean())
+    seen.final_par = float(updator.placement.par(model.routed).mean())
+    seen.stats = updator.stats.stats() if ranks.rank == 0 else None
+    updator.close()
+    return seen
+
+
+def check_agreement(all_seen: list[Seen]) -> None:
+    for seen in all_seen:
+        assert seen.wrong == ""
+        assert seen.error == ""
+        assert seen.history == all_seen[0].history
+        assert seen.phase == all_seen[0].phase
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_cycles_balance_the_load_and_all_ranks_agree(num_ranks: int) -> None:
+    all_seen = run_ranks(num_ranks, serve, 400, {}, {})
+    check_agreement(all_seen)
+    stats = all_seen[0].stats
+    assert stats.cycles_done >= 2
+    assert stats.cycles_failed == 0
+    assert all_seen[0].first_par > 1.08
+    assert all_seen[0].final_par < 1 + (all_seen[0].first_par - 1) / 2
+    assert stats.window.tokens % (64 * LAYERS) == 0  # whole batches, each counted once
+
+
+def test_a_planner_that_misbehaves_costs_a_cycle_and_nothing_else() -> None:
+    all_seen = run_ranks(
+        2,
+        serve,
+        2000,
+        {"max_failures": 10, "expert_heat_collection_interval": 4},
+        {"policy": "misbehave", "cycles": 7},
+    )
+    check_agreement(all_seen)
+    cycles = all_seen[0].stats.cycles
+    assert [cycle.result for cycle in cycles[:5]] == ["failed"] * 5
+    reasons = [cycle.reason for cycle in cycles[:5]]
+    for reason, word in zip(reasons, ("MemoryError: planted", "exit code -9", "copy", "", ""), strict=True):
+        assert word in reason, reasons
+    assert all(cycle.moved == 0 for cycle in cycles[:5])
+    assert all_seen[0].stats.cycles_done >= 1
+
+
+def test_too_many_failures_switch_balancing_off_at_one_step_and_serving_goes_on() -> None:
+    all_seen = run_ranks(
+        2, serve, 300, {"max_failures": 3, "expert_heat_collection_interval": 4}, {"policy": "always_fail"}
+    )
+    check_agreement(all_seen)
+    assert all_seen[0].phase == Phase.OFF.name
+    assert all_seen[0].step == 300
+    assert all_seen[0].stats.cycles_failed == 3
+    assert "planted in cycle 3" in all_seen[0].stats.off_reason
+    assert len(set(all_seen[0].history)) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_prepare_drops_the_cycle_on_all(rank: int) -> None:
+    all_seen = run_ranks(2, serve, 500, {}, {"prepare_fails_on": rank})
+    check_agreement(all_seen)
+    stats = all_seen[0].stats
+    assert stats.cycles_failed == 1
+    assert stats.cycles_done >= 1
+
+
+def test_observing_moves_nothing_and_says_what_balancing_would_bring() -> None:
+    all_seen = run_ranks(2, serve, 120, {"mode": "observe"}, {})
+    check_agreement(all_seen)
+    assert len(set(all_seen[0].history)) == 1
+    stats = all_seen[0].stats
+    assert stats.cycles_skipped >= 1
+    assert "would bring PAR from" in stats.cycles[0].reason
+    assert stats.cycles[0].par_predicted.mean < stats.cycles[0].par.mean
+
+
+def test_ranks_with_different_placements_stop_instead_of_answering() -> None:
+    all_seen = run_ranks(2, serve, 200, {}, {"part_at": 6})
+    assert all("disagree about the placement" in seen.error for seen in all_seen), [seen.error for seen in all_seen]
+    assert all(seen.step < 30 for seen in all_seen)
