@@ -21,6 +21,9 @@ import annotated_types
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+SERIES_ENTRIES = 8
+"""Entries of the load series for a policy that weighs how load varies (eplb_policy_type 3)."""
+
 MAX_MAP_BYTES = 256 << 20
 """Largest expert map file that is read; a map of 100 layers with 1,024 slots has less than 1 MiB."""
 
@@ -196,6 +199,11 @@ class EplbConfig(BaseModel):
         """The policy to use: ``policy``, or the one that ``eplb_policy_type`` stands for."""
         return self.policy if self.policy is not None else _POLICY_OF_TYPE[self.eplb_policy_type]
 
+    @property
+    def load_entries(self) -> int:
+        """Entries of the load series that the policy is given: several where it weighs how load varies."""
+        return SERIES_ENTRIES if self.policy is None and self.eplb_policy_type == 3 else 1
+
     def check_serving(
         self, *, num_experts: int | None, ep_size: int, expert_parallel: bool, vllm_eplb: bool = False
     ) -> None:
@@ -233,6 +241,8 @@ class EplbConfig(BaseModel):
                 f"--tensor-parallel-size or --data-parallel-size, or leave eplb_config out"
             )
         self._check_redundancy(num_experts, ep_size)
+        if self.weighted_dispatch:
+            raise EplbConfigError(_not_yet("weighted_dispatch", "true"))
         if self.expert_map_path is not None:
             _check_map_file(self.expert_map_path)
             raise EplbConfigError(_not_yet("expert_map_path", self.expert_map_path))

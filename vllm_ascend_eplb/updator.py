@@ -61,6 +61,8 @@ class _Cycle:
     preparing: list[Future[None]] = field(default_factory=list)
     result: Literal["done", "skipped"] = "done"
     reason: str = ""
+    note: str = ""
+    """What the log says beside it: how the last plan turned out."""
 
 
 @dataclass(frozen=True)
@@ -313,13 +315,9 @@ class EplbUpdator:
             self._threshold = max(least, self._threshold / 2)
         else:
             self._threshold = min(max(least, 0.2), max(0.005, self._threshold * 2))
-        logger.info(
-            "EPLB: PAR %.3f in the window after cycle %d, %.3f without it%s",
-            par,
-            self._state.cycle - 1,
-            without,
-            "" if paid else f"; that is too little, so a plan must now gain {self._threshold:.1%}",
-        )
+        self._cycle.note = f"; the last plan brought PAR {par:.3f} instead of {without:.3f}"
+        if not paid:
+            self._cycle.note += f", too little, so that a plan must now gain {self._threshold:.1%}"
 
     def _look_for_answer(self) -> None:
         """On EP rank 0: takes the planner's answer, weighs it and packs it."""
@@ -398,13 +396,13 @@ class EplbUpdator:
             self._stats.cycle_ended(cycle.result, moved=moved, reason=cycle.reason)
             plan = cycle.answer.plan if cycle.answer is not None else None
             if cycle.result == "skipped":
-                logger.info("EPLB cycle %d at step %d: %s", state.cycle, state.step, cycle.reason)
+                logger.info("EPLB cycle %d at step %d: %s%s", state.cycle, state.step, cycle.reason, cycle.note)
             elif plan is not None:
                 gain = float(plan.par_before.mean() - plan.par_after.mean())
                 self._last_plan = _LastPlan(cycle.start, gain)
                 logger.info(
                     "EPLB cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
-                    "%d steps after its load was taken; planned in %.1f ms",
+                    "%d steps after its load was taken; planned in %.1f ms%s",
                     state.cycle,
                     plan.par_before.mean(),
                     plan.par_after.mean(),
@@ -414,6 +412,7 @@ class EplbUpdator:
                     len(cycle.rounds),
                     state.step - state.snapshot_at,
                     1e3 * plan.seconds,
+                    cycle.note,
                 )
         self._forget_cycle()
 

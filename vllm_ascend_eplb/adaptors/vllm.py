@@ -173,6 +173,8 @@ class VllmAdaptor(EplbAdaptor):
             device,
             contributes=get_tensor_model_parallel_rank() == 0,
             phases=("all",) if config.eplb_heat_collection_stage == "all" else (config.eplb_heat_collection_stage,),
+            num_entries=config.load_entries,
+            steps_per_entry=-(-config.expert_heat_collection_interval // config.load_entries),
             dtype=torch.int64 if device.type == "cpu" else torch.int32,  # vLLM's own kernel counts in int32
         )
         self._maps = DispatchMaps(self.placement, device, width=min(MAX_MAP_WIDTH, model.num_redundant_experts + 1))
