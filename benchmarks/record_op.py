@@ -23,6 +23,8 @@ import numpy as np
 import torch
 
 from vllm_ascend_eplb import ops
+from vllm_ascend_eplb.load import LoadRecorder
+from vllm_ascend_eplb.placement import Placement
 
 TOP_K, NUM_EXPERTS, NUM_SLOTS, WIDTH = 8, 256, 288, 16
 INPUT_SETS = 8
@@ -250,6 +252,40 @@ def measure_compiled(checks: Checks, device: str, rounds: int) -> list[dict[str,
     ]
 
 
+def measure_recorder(checks: Checks, device: str, rounds: int) -> list[dict[str, Any]]:
+    """Microseconds that the host spends per call on what surrounds the op, for a model of 58 layers."""
+    layers = 58
+    placement = Placement.initial(layers, NUM_EXPERTS, 32, NUM_SLOTS - NUM_EXPERTS)
+    recorder = LoadRecorder(layers, NUM_EXPERTS, NUM_SLOTS, device)
+    recorder.begin_step(placement, record=True)
+    recorder.counts.copy_(torch.from_numpy(np.random.default_rng(1).integers(0, 999, (layers, NUM_SLOTS))))
+    want = np.zeros((layers, NUM_EXPERTS), dtype=np.int64)
+    rows = np.arange(layers)[:, None]
+    np.add.at(want, (rows, placement.physical_to_logical), recorder.counts.cpu().numpy())
+    recorder.snapshot()
+    checks.same(f"{device}, window of a recorder", torch.from_numpy(recorder.take()[0]), want)
+    local = torch.arange(NUM_SLOTS // 32, device=device)
+    calls: dict[str, Callable[[], object]] = {
+        "begin_step, nothing changes": lambda: recorder.begin_step(placement, record=True),
+        "flush": lambda: recorder.flush(placement),
+        "snapshot and take": lambda: (recorder.snapshot(placement), recorder.take()),
+        "record_expert_tokens": lambda: ops.record_expert_tokens(local, recorder.counts[0], recorder.recording),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(20):
+                call()
+            times[name].append((time.perf_counter() - start) / 20 * 1e6)
+    return [
+        {"device": device, "layers": layers, "candidate": name, "us_median": statistics.median(spent)}
+        for name, spent in times.items()
+    ]
+
+
 def triton_peer(block: int) -> Callable[[Inputs], Call]:
     """One Triton kernel of the same function, one entry per lane, adding to ``counts`` by relaxed atomics."""
     from benchmarks.record_op_triton import launch
@@ -315,7 +351,7 @@ def measure_cuda(checks: Checks, rounds: int) -> tuple[list[dict[str, Any]], dic
 
 
 def print_rows(rows: list[dict[str, Any]], ratios: dict[str, float]) -> None:
-    keys = ["device", "threads", "N", "table", "skew", "dtype"]
+    keys = ["device", "threads", "layers", "N", "table", "skew", "dtype"]
     cases: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
         cases.setdefault(tuple(row.get(key) for key in keys), {})[row["candidate"]] = row["us_median"]
@@ -341,11 +377,12 @@ def main() -> int:
     has_cuda = torch.cuda.is_available() and arguments.device != "cpu"
     if arguments.device != "cuda":
         rows, ratios = measure_cpu(checks, rounds)
+        rows += measure_recorder(checks, "cpu", rounds)
         if not arguments.quick:
             rows += measure_compiled(checks, "cpu", rounds)
     if has_cuda:
         cuda_rows, cuda_ratios = measure_cuda(checks, rounds)
-        rows += cuda_rows
+        rows += cuda_rows + measure_recorder(checks, "cuda", rounds)
         ratios |= cuda_ratios
         if not arguments.quick:
             rows += measure_compiled(checks, "cuda", rounds)
@@ -358,6 +395,8 @@ def main() -> int:
     print(f"{checks.made} comparisons with NumPy, {len(checks.failed)} wrong")
     if arguments.json:
         report = {"benchmark": "record_op", "machine": machine, "kernels": kernels, "quick": arguments.quick}
+        rows = [{key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+        ratios = {name: round(ratio, 3) for name, ratio in ratios.items()}
         report |= {"results": rows, "ratios": ratios, "comparisons": checks.made, "wrong": checks.failed}
         Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
     return 1 if checks.failed else 0

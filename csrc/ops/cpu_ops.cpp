@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "arguments.h"
@@ -27,6 +28,7 @@ namespace {
 #endif
 
 constexpr int64_t kEntriesPerThread = 8192;  // fewer are done sooner than another thread is woken
+constexpr int64_t kCopies = 4;               // of the bins, in turn: an add need not wait for the last one's store
 constexpr int64_t kTile = 256;               // entries mapped at a time: their buffers stay in the first-level cache
 
 int64_t scalar(const at::Tensor& t, int64_t i) {
@@ -58,24 +60,25 @@ bool narrow(const int32_t* ids, int64_t n, uint64_t num_experts, uint32_t* exper
     return bad == 0;
 }
 
-// Element of the dispatch table for each entry of a tile. `valid`: valid entries of each one's row; null: `width` each.
+// Element of the dispatch table for each entry of a tile. `angles`: of each one's token, from that of the tile's first
+// token on. `valid`: valid entries of each one's row; null: `width` each.
 EPLB_PER_INSTRUCTION_SET
-void index_tile(const uint32_t* experts, const uint32_t* rows, const uint32_t* valid, int64_t n, uint32_t first_row,
+void index_tile(const uint32_t* experts, const uint32_t* angles, const uint32_t* valid, int64_t n, uint32_t first_angle,
                 uint32_t width, uint32_t row_stride, uint32_t* index) {
     if (valid == nullptr) {
         for (int64_t j = 0; j < n; ++j) {
-            index[j] = experts[j] * row_stride + entry_of(first_row + rows[j], experts[j], width);
+            index[j] = experts[j] * row_stride + entry_of(first_angle + angles[j], experts[j], width);
         }
     } else {
         for (int64_t j = 0; j < n; ++j) {
-            index[j] = experts[j] * row_stride + entry_of(first_row + rows[j], experts[j], valid[j]);
+            index[j] = experts[j] * row_stride + entry_of(first_angle + angles[j], experts[j], valid[j]);
         }
     }
 }
 
 // Memory that calls on one thread share.
 struct Scratch {
-    std::vector<uint32_t> bins;   // [parts, slots], tokens of this call
+    std::vector<uint32_t> bins;   // [parts, copies, slots], tokens of this call
     std::vector<uint32_t> valid;  // [experts]
 };
 
@@ -91,26 +94,29 @@ struct Batch {
     const uint32_t* valid;  // [experts], valid entries of each row
     bool uniform;           // all of them equal `width`
     uint64_t num_slots;
+    int64_t copy_stride;  // from one copy of the bins to the next; 0: there is only one
 
-    // Maps the tokens first..end-1; with `kCount` adds each mapped entry to its bin of `bins` [num_slots].
+    // Maps the tokens first..end-1; with `kCount` adds each mapped entry to its bin in one of the copies.
     template <bool kCount>
     void map(int64_t first, int64_t end, uint32_t* bins) const {
         if (first >= end) return;
         const int64_t tokens_per_tile = std::clamp<int64_t>(kTile / top_k, 1, end - first);
-        uint32_t rows[kTile] = {};  // of each entry of a tile, from the tile's first token
+        uint32_t angles[kTile] = {};
         for (int64_t row = 0, j = 0; row < tokens_per_tile; ++row) {
-            for (const int64_t stop = std::min(j + top_k, kTile); j < stop; ++j) rows[j] = static_cast<uint32_t>(row);
+            const uint32_t angle = static_cast<uint32_t>(row) * kTokenStep;
+            for (const int64_t stop = std::min(j + top_k, kTile); j < stop; ++j) angles[j] = angle;
         }
         for (int64_t token = first; token < end; token += tokens_per_tile) {
             const int64_t stop = std::min(token + tokens_per_tile, end) * top_k;
+            const uint32_t first_angle = static_cast<uint32_t>(token) * kTokenStep;
             for (int64_t i = token * top_k; i < stop; i += kTile) {
-                map_tile<kCount>(i, std::min(kTile, stop - i), static_cast<uint32_t>(token), rows, bins);
+                map_tile<kCount>(i, std::min(kTile, stop - i), first_angle, angles, bins);
             }
         }
     }
 
     template <bool kCount>
-    void map_tile(int64_t at, int64_t n, uint32_t first_row, const uint32_t* rows, uint32_t* bins) const {
+    void map_tile(int64_t at, int64_t n, uint32_t first_angle, const uint32_t* angles, uint32_t* bins) const {
         const Id* const from = ids + at;
         uint32_t experts[kTile];
         uint32_t index[kTile];
@@ -119,11 +125,11 @@ struct Batch {
             for (int64_t j = 0; j < n; ++j) experts[j] = is_expert(from[j]) ? experts[j] : 0;
         }
         if (uniform) {
-            index_tile(experts, rows, nullptr, n, first_row, width, row_stride, index);
+            index_tile(experts, angles, nullptr, n, first_angle, width, row_stride, index);
         } else {
             uint32_t valid_of[kTile];
             for (int64_t j = 0; j < n; ++j) valid_of[j] = valid[experts[j]];
-            index_tile(experts, rows, valid_of, n, first_row, width, row_stride, index);
+            index_tile(experts, angles, valid_of, n, first_angle, width, row_stride, index);
         }
         if (known) {
             look_up<kCount>(index, n, out + at, bins);
@@ -142,13 +148,21 @@ struct Batch {
     void look_up(const uint32_t* __restrict index, int64_t n, Id* __restrict to, uint32_t* __restrict bins) const {
         const int64_t* const __restrict entries = table;
         const uint64_t slots = num_slots;
-        for (int64_t j = 0; j < n; ++j) {
-            const int64_t slot = entries[index[j]];
+        const int64_t stride = copy_stride;
+        const auto put = [=](int64_t j, uint32_t element, int64_t copy) {
+            const int64_t slot = entries[element];
             to[j] = static_cast<Id>(slot);
             if constexpr (kCount) {
-                if (C10_LIKELY(static_cast<uint64_t>(slot) < slots)) ++bins[slot];
+                if (C10_LIKELY(static_cast<uint64_t>(slot) < slots)) ++bins[copy * stride + slot];
             }
+        };
+        int64_t j = 0;
+        for (; j + kCopies <= n; j += kCopies) {
+            uint32_t next[kCopies];  // one load instead of four
+            std::memcpy(next, index + j, sizeof next);
+            for (int64_t copy = 0; copy < kCopies; ++copy) put(j + copy, next[copy], copy);
         }
+        for (; j < n; ++j) put(j, index[j], 0);
     }
 
     bool is_expert(Id id) const { return static_cast<uint64_t>(static_cast<int64_t>(id)) < num_experts; }
@@ -173,9 +187,14 @@ bool narrow_valid(const Replicas* replicas, int64_t num_experts, int64_t width, 
     return differs == 0;
 }
 
-template <typename Count>
-void add_bins(const uint32_t* bins, int64_t num_slots, Count* counts) {
-    for (int64_t slot = 0; slot < num_slots; ++slot) counts[slot] += static_cast<Count>(bins[slot]);
+EPLB_PER_INSTRUCTION_SET
+void add_bins(const uint32_t* bins, int64_t num_slots, int64_t* counts) {
+    for (int64_t slot = 0; slot < num_slots; ++slot) counts[slot] += bins[slot];
+}
+
+EPLB_PER_INSTRUCTION_SET
+void add_bins(const uint32_t* bins, int64_t num_slots, int32_t* counts) {
+    for (int64_t slot = 0; slot < num_slots; ++slot) counts[slot] += static_cast<int32_t>(bins[slot]);
 }
 
 template <typename Id>
@@ -191,6 +210,8 @@ at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::T
         replicas.scalar_type() == at::kInt
             ? narrow_valid(replicas.const_data_ptr<int32_t>(), table.size(0), width, scratch.valid.data())
             : narrow_valid(replicas.const_data_ptr<int64_t>(), table.size(0), width, scratch.valid.data());
+    const int64_t stride = (num_slots + 15) / 16 * 16;  // whole cache lines
+    const int64_t copies = ids.numel() < 2 * num_slots ? 1 : kCopies;
     const Batch<Id> batch{ids.const_data_ptr<Id>(),
                           out.mutable_data_ptr<Id>(),
                           ids.size(1),
@@ -200,11 +221,11 @@ at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::T
                           static_cast<uint64_t>(table.size(0)),
                           scratch.valid.data(),
                           uniform,
-                          static_cast<uint64_t>(num_slots)};
+                          static_cast<uint64_t>(num_slots),
+                          copies == 1 ? 0 : stride};
     const int64_t parts = std::clamp<int64_t>(ids.numel() / kEntriesPerThread, 1, at::get_num_threads());
     const bool counting = real_first < real_end;
-    const int64_t stride = (num_slots + 15) / 16 * 16;  // whole cache lines per part
-    if (counting) scratch.bins.assign(static_cast<size_t>(parts * stride), 0);
+    if (counting) scratch.bins.assign(static_cast<size_t>(parts * copies * stride), 0);
     uint32_t* const bins = scratch.bins.data();
     if (ids.numel() == 0) return out;
     if (parts == 1) {
@@ -213,15 +234,15 @@ at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::T
         at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
             for (int64_t part = begin; part < end; ++part) {
                 batch.map_part(num_tokens * part / parts, num_tokens * (part + 1) / parts, real_first, real_end,
-                               bins + part * stride);
+                               bins + part * copies * stride);
             }
         });
     }
-    for (int64_t part = 0; counting && part < parts; ++part) {
+    for (int64_t copy = 0; counting && copy < parts * copies; ++copy) {
         if (counts.scalar_type() == at::kInt) {
-            add_bins(bins + part * stride, num_slots, counts.mutable_data_ptr<int32_t>());
+            add_bins(bins + copy * stride, num_slots, counts.mutable_data_ptr<int32_t>());
         } else {
-            add_bins(bins + part * stride, num_slots, counts.mutable_data_ptr<int64_t>());
+            add_bins(bins + copy * stride, num_slots, counts.mutable_data_ptr<int64_t>());
         }
     }
     return out;

@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kThreads) map_and_record_kernel(const MapArgum
         const bool known = static_cast<uint64_t>(static_cast<int64_t>(id[j])) < a.num_experts;
         const uint32_t expert = known ? static_cast<uint32_t>(id[j]) : 0;
         token[j] = (base + j * kThreads) / a.top_k;
-        slot[j] = a.table[static_cast<size_t>(expert) * a.row_stride + entry_of(token[j], expert, valid[j])];
+        slot[j] =
+            a.table[static_cast<size_t>(expert) * a.row_stride + entry_of(token[j] * kTokenStep, expert, valid[j])];
     }
     if constexpr (kShared) __syncthreads();
 #pragma unroll

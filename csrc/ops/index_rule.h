@@ -17,9 +17,10 @@ constexpr uint32_t kTokenStep = 2654435769u;   // 2^32 / golden ratio
 constexpr uint32_t kExpertStep = 1779033703u;  // 2^32 * (sqrt(2) - 1)
 constexpr int64_t kMaxWidth = 65535;           // a 16-bit fraction times the width stays within 32 bits
 
-// Fraction of the unit interval, in 1/65536, of token `token` routed to expert `expert`, scaled to 0..valid-1.
-EPLB_HOST_DEVICE uint32_t entry_of(uint32_t token, uint32_t expert, uint32_t valid) {
-    const uint32_t fraction = (token * kTokenStep + expert * kExpertStep) >> 16;
+// Entry for the token whose row in the batch, times kTokenStep, is `token_angle`: a fraction of the unit interval, in
+// 1/65536, scaled to 0..valid-1.
+EPLB_HOST_DEVICE uint32_t entry_of(uint32_t token_angle, uint32_t expert, uint32_t valid) {
+    const uint32_t fraction = (token_angle + expert * kExpertStep) >> 16;
     return (fraction * valid) >> 16;
 }
 
