@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -86,7 +87,7 @@ def sizes(device: str, ranks: int, quick: bool) -> Size:
     slots = 16
     experts = ranks * (slots - 2)
     if device == "cuda":
-        return Size(58, experts, slots, 7168, 1024, 64, 8, *((100, 3) if quick else (200, 7)))
+        return Size(30, experts, slots, 7168, 1024, 64, 8, *((60, 3) if quick else (200, 7)))
     return Size(4, experts, slots, 128, 64, 32, 4, *((40, 3) if quick else (150, 7)))
 
 
@@ -108,13 +109,8 @@ class Model(EplbAdaptor):
             for _ in range(size.layers)
         ]
         self.scale = [torch.empty((size.slots, 2 * size.inner), device=device) for _ in range(size.layers)]
-        for layer in range(size.layers):
-            for slot in range(size.slots):
-                for target, value in zip(
-                    self._tensors(layer, slot), self.expert(layer, self._held(layer, slot)), strict=True
-                ):
-                    target.copy_(value)
         self.maps = DispatchMaps(self.placement, device, num_ranks)
+        self.fill()
         self.recorder = LoadRecorder(size.layers, size.experts, num_ranks * size.slots, device)
         rng = np.random.default_rng(rank)
         ids = np.argsort(rng.random((size.layers, size.tokens, size.experts)), axis=-1)[..., : size.top_k]
@@ -124,6 +120,16 @@ class Model(EplbAdaptor):
         )
         self.result = torch.zeros_like(self.start)
         self._ones = torch.ones_like(self.recorder.recording)
+
+    def fill(self) -> None:
+        """Weights and maps of the first placement."""
+        for layer in range(self.size.layers):
+            for slot in range(self.size.slots):
+                pairs = zip(self._tensors(layer, slot), self.expert(layer, self._held(layer, slot)), strict=True)
+                for target, value in pairs:
+                    target.copy_(value)
+        self.maps.prepare(self.placement, list(range(self.size.layers)))
+        self.maps.commit()
 
     def _held(self, layer: int, slot: int) -> int:
         return int(self.placement.physical_to_logical[layer, self.rank * self.size.slots + slot])
@@ -248,35 +254,56 @@ def spread(placement: Placement) -> Placement:
     return Placement(out, placement.num_experts, ranks)
 
 
-def shuffled(placement: Placement, rng: np.random.Generator, layers: int | None = None) -> Placement:
-    """A placement that differs in about a tenth of all slots of every layer, or of the first ``layers``: swaps between
-    ranks."""
-    slots, size, ranks = placement.physical_to_logical.copy(), placement.slots_per_rank, placement.num_ranks
-    swaps = max(1, round(slots.shape[1] / 20))
-    for row in slots[:layers]:
-        for _ in range(swaps):
-            a, b = rng.choice(ranks, 2, replace=False)
-            i, j = a * size + rng.integers(size), b * size + rng.integers(size)
-            row[i], row[j] = row[j], row[i]
-    return Placement(slots, placement.num_experts, ranks)
+@dataclass(frozen=True)
+class Exchange:
+    """A change of placement and the way back, both as swaps of two slots on different ranks, each a group of its own.
 
+    Attributes:
+        start, target: the two placements.
+        there, back: int32 [M, 4], moves as in a plan.
+    """
 
-def rounds_between(start: Placement, target: Placement, topology: Topology, buffer: int) -> tuple[Plan, list[Round]]:
-    even = np.ones((start.num_layers, start.num_experts))
-    plan = Plan.between(start, target.physical_to_logical, even)
-    return plan, schedule_rounds(start, plan.moves, topology, buffer)
+    start: Placement
+    target: Placement
+    there: npt.NDArray[np.int32]
+    back: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, start: Placement, share: float, layers: int, seed: int) -> Exchange:
+        """Moves about ``share`` of all slots of the first ``layers`` layers."""
+        rng, size, ranks = np.random.default_rng(seed), start.slots_per_rank, start.num_ranks
+        there, back = [], []
+        for layer in range(layers):
+            free = [list(rng.permutation(size) + rank * size) for rank in range(ranks)]
+            for _ in range(max(1, round(share * start.num_slots / 2))):
+                first, second = rng.permutation([rank for rank in range(ranks) if free[rank]])[:2]
+                a, b = int(free[first].pop()), int(free[second].pop())
+                held_a, held_b = (int(start.physical_to_logical[layer, slot]) for slot in (a, b))
+                group = len(there) // 2
+                there += [(layer, a, held_b, group), (layer, b, held_a, group)]
+                back += [(layer, a, held_a, group), (layer, b, held_b, group)]
+        moves = np.array(there, dtype=np.int32)
+        return cls(start, start.with_moves(moves), moves, np.array(back, dtype=np.int32))
+
+    def rounds(self, begin: Placement, topology: Topology, buffer: int) -> list[Round]:
+        moves = self.there if begin == self.start else self.back
+        return schedule_rounds(begin, moves, topology, buffer)
+
+    def plan(self, begin: Placement) -> Plan:
+        """A plan that promises much, so that it is carried out."""
+        after, moves = (self.target, self.there) if begin == self.start else (self.start, self.back)
+        layers = begin.num_layers
+        return Plan(after.physical_to_logical, moves, np.full(layers, 2.0), np.full(layers, 1.0), "fixed")
 
 
 class FixedPlanner:
     """Answers at once with a plan made beforehand: there and back again."""
 
-    def __init__(self, placements: list[Placement], topology: Topology, buffer: int) -> None:
-        layers = placements[0].num_layers
-        self._answers = {}
-        for a, b in zip(placements, placements[1:] + placements[:1], strict=True):
-            plan, rounds = rounds_between(a, b, topology, buffer)
-            promising = Plan(plan.physical_to_logical, plan.moves, np.full(layers, 2.0), np.full(layers, 1.0), "fixed")
-            self._answers[a.digest] = (promising, rounds_to_array(rounds))
+    def __init__(self, exchange: Exchange, topology: Topology, buffer: int) -> None:
+        self._answers = {
+            begin.digest: (exchange.plan(begin), rounds_to_array(exchange.rounds(begin, topology, buffer)))
+            for begin in (exchange.start, exchange.target)
+        }
         self._request: PlanRequest | None = None
 
     def submit(self, request: PlanRequest) -> None:
@@ -418,8 +445,8 @@ class Bench:
         self.say(f"{ranks} ranks on {self.machine()}, torch {torch.__version__}; building the model")
         self.model = Model(self.size, rank, ranks, self.device, self.groups)
         self.loop = Loop(self.model, self.barrier)
-        self.other = shuffled(self.model.placement, np.random.default_rng(7))
-        self.few = shuffled(self.model.placement, np.random.default_rng(7), layers=max(1, self.size.layers // 16))
+        self.tenth = Exchange.of(self.model.placement, 0.1, self.size.layers, 7)
+        self.few = Exchange.of(self.model.placement, 0.1, max(1, self.size.layers // 10), 7)
         self.patience = 20.0 if args.quick else 60.0
         """Seconds for one part of the benchmark; what takes longer is a failed check."""
 
@@ -464,14 +491,15 @@ class Bench:
         }
         self.report["plain"] = self.plain_rates()
         self.quiet()
-        self.cycles(self.args.transports[0], self.other)
+        self.cycles(self.args.transports[0], self.tenth)
+        self.cycles(self.args.transports[0], self.tenth, checksums=False)
         self.stop_the_world()
         if self.args.budget_mb:
             self.cycles(self.args.transports[0], self.few, budget_mb=self.args.budget_mb)
         if self.device.type == "cuda":
             self.beside_cooperative_kernels()
         for transport in self.args.transports[1:]:
-            self.cycles(transport, self.few if transport == "gloo" else self.other)
+            self.cycles(transport, self.few if transport == "gloo" else self.tenth)
         self.loop.run(3)
         self.check("the forward gives the same result after all cycles", self.same(reference))
         self.check("slots hold what the maps say", self.model.wrong_slots(self.model.placement) == 0)
@@ -513,18 +541,16 @@ class Bench:
                 times.append(marks[1] - marks[0])
         return {"send_recv_gb_per_s": count * size / statistics.median(times[1:]) / 1e9}
 
-    def updator(self, transport: str, interval: int, other: Placement, budget_mb: float | None = None) -> EplbUpdator:
+    def updator(self, transport: str, interval: int, exchange: Exchange, budget_mb: float | None = None) -> EplbUpdator:
         updator = EplbUpdator(self.model, settings(transport, interval, self.args.buffer, budget_mb))
         if self.rank == 0:
-            planner = FixedPlanner(
-                [self.model.placement, self.other], self.model.topology, updator._loader.buffer_experts
-            )
+            planner = FixedPlanner(exchange, self.model.topology, updator._loader.buffer_experts)
             updator._planner = planner  # type: ignore[assignment]
         return updator
 
     def quiet(self) -> None:
         """none, off and idle, in turns."""
-        updator = self.updator(self.args.transports[0], 10_000_000, self.other)
+        updator = self.updator(self.args.transports[0], 10_000_000, self.tenth)
         self.say(updator._loader.describe())
         self.report["staging"] = updator._loader.describe()
         for _ in range(self.size.segments):
@@ -537,11 +563,15 @@ class Bench:
         updator.pause_recording()
         updator.close()
 
-    def cycles(self, transport: str, other: Placement, budget_mb: float | None = None) -> None:
+    def cycles(
+        self, transport: str, exchange: Exchange, budget_mb: float | None = None, checksums: bool = True
+    ) -> None:
         """Cycles there and back again; the steps of the pauses between them are left out."""
-        updator = self.updator(transport, 4, other, budget_mb)
+        updator = self.updator(transport, 4, exchange, budget_mb)
         loader = updator._loader
         name = f"cycle, {loader.transport}" + (f", {budget_mb:g} MB per step" if budget_mb else "")
+        if not checksums:
+            loader.checksums, name = None, f"{name}, no checksums"
         self.say(f"{name}: {loader.describe()}")
         phases: list[Phase] = []
         hidden: list[str] = []
@@ -577,7 +607,8 @@ class Bench:
         self.report.setdefault("cycles", {})[name] = {
             "transport": loader.transport,
             "cycles": cycles,
-            "rounds_per_cycle": rounds_of(self.model, other, loader.buffer_experts),
+            "rounds_per_cycle": rounds_of(exchange, loader),
+            "fewest_rounds": bound_of(exchange, loader),
             "move_steps_per_cycle": sum(phase is Phase.MOVE for phase in phases) / cycles,
             "gb_per_cycle_and_rank": moved / 1e9 / cycles,
             "gb_per_s_in_flight": rate(moved, loader.seconds_in_flight - first[1]),
@@ -586,8 +617,14 @@ class Bench:
             "control_wait_us_longest": 1e6 * waiting.longest,
         }
         self.say(f"{self.column(name).summary} {self.report['cycles'][name]}")
+        self.leave(updator)
+
+    def leave(self, updator: EplbUpdator) -> None:
+        """Ends a part; one that failed leaves nothing behind for the next."""
         updator.pause_recording()
         updator.close()
+        if self.everywhere(float(updator.placement != self.model.placement)):
+            self.model.fill()
         self.barrier()
 
     def until(
@@ -608,7 +645,7 @@ class Bench:
     def beside_cooperative_kernels(self) -> None:
         """A kernel that needs every core at once in every step, hosts skewed by several steps: nothing may hang."""
         kernel = cooperative_kernel(self.device)
-        updator = self.updator(self.args.transports[0], 4, self.other)
+        updator = self.updator(self.args.transports[0], 4, self.tenth)
         skew = np.random.default_rng(self.rank)
 
         def before() -> None:
@@ -624,9 +661,8 @@ class Bench:
         )
         good = done() and self.model.wrong_slots(updator.placement) == 0
         self.check("cycles beside kernels that need all cores, with skewed hosts", good)
-        updator.pause_recording()
-        updator.close()
-        self.barrier()
+        self.say(f"beside cooperative kernels: {updator.state.cycle} cycles, phase {updator.state.phase.name}")
+        self.leave(updator)
 
     def stop_the_world(self) -> None:
         """The same rounds by the same loader, all ranks waiting, as a single step."""
@@ -639,10 +675,9 @@ class Bench:
             topology=self.model.topology,
             device_group=self.model.device_group,
         )
-        placements = [self.model.placement, self.other, self.model.placement]
         for turn in range(2 * (1 if self.args.quick else 5)):
-            a, b = placements[turn % 2], placements[turn % 2 + 1]
-            _, rounds = rounds_between(a, b, self.model.topology, loader.buffer_experts)
+            a = self.tenth.target if turn % 2 else self.tenth.start
+            rounds = self.tenth.rounds(a, self.model.topology, loader.buffer_experts)
 
             def stop(a: Placement = a, rounds: list[Round] = rounds) -> None:
                 self.barrier()
@@ -688,10 +723,15 @@ def rate(nbytes: int, seconds: float) -> float:
     return nbytes / 1e9 / seconds if seconds > 0 else 0.0
 
 
-def rounds_of(model: Model, other: Placement, buffer: int) -> float:
-    there = rounds_between(model.placement, other, model.topology, buffer)[1]
-    back = rounds_between(other, model.placement, model.topology, buffer)[1]
-    return (len(there) + len(back)) / 2
+def rounds_of(exchange: Exchange, loader: D2DExpertWeightLoader) -> float:
+    begins = (exchange.start, exchange.target)
+    return statistics.mean(len(exchange.rounds(its, loader.topology, loader.buffer_experts)) for its in begins)
+
+
+def bound_of(exchange: Exchange, loader: D2DExpertWeightLoader) -> int:
+    """Rounds that the busiest rank's receives need at least."""
+    receives = np.bincount(exchange.there[:, 1] // loader.slots_per_rank)
+    return -(-int(receives.max()) // loader.buffer_experts)
 
 
 def device_allocations(device: torch.device) -> tuple[int, ...]:

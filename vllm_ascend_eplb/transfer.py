@@ -19,10 +19,10 @@ Rounds are issued and committed in order, numbered 0, 1, ... within a plan. With
 in flight while round k is being agreed; ``Round.after`` says when it must wait instead, and ``ready`` heeds it.
 
 One mover thread per rank does what would block: it waits for sockets and events, checks the sums, and sets flags that
-``rounds_done`` reads. Only it touches the side stream, except that a communicator is entered in ``issue``.
+``rounds_done`` reads. Only it touches the side stream; communicators are entered in ``issue``, on another stream.
 
-Order on a device: the side stream waits for the event of the last commit before it reads slots or writes staging; the
-compute stream waits for the event of the transfer before it commits.
+Order on a device: a transfer waits, on its stream, for the event of the last commit that concerns its slots or its
+staging buffer; the compute stream waits for the event of the transfer before it commits.
 """
 
 from __future__ import annotations
@@ -356,14 +356,23 @@ class D2DExpertWeightLoader:
             return
         flight, part = self._queued.popleft()
         self._part_issued = True
-        if self._commits and self._streams.module is not None:
-            self._streams.side.wait_event(self._commit_events[self._commits % len(self._commit_events)])
         flight.issued = part + 1
-        flight.began[part] = self._streams.mark()
         self._serial += 1
-        for batch in flight.parts[part]:
+        streams, batches = self._streams, flight.parts[part]
+        if streams.module is not None and any(batch.enters for batch in batches):
+            self._wait_for_commits(streams.entry, flight)
+            flight.began[part] = streams.mark(streams.entry)
+        for batch in batches:
             batch.issue(self._serial)
         self._jobs.put((flight, part))
+
+    def _wait_for_commits(self, stream: Any, flight: _Flight) -> None:
+        """Makes ``stream`` wait for the last commit that wrote slots which the round reads, or read the staging buffer
+        that it fills. Not for later ones: they may be a step away."""
+        number = flight.round.number
+        needed = self._plan_base + max(flight.round.after + 1, number - self.num_buffers + 1, 0)
+        if needed and stream is not None:
+            stream.wait_event(self._commit_events[needed % len(self._commit_events)])
 
     @property
     def rounds_done(self) -> int:
@@ -558,9 +567,12 @@ class D2DExpertWeightLoader:
                 continue
             try:
                 with torch.no_grad(), self._streams.on_side():
+                    self._wait_for_commits(self._streams.side, flight)
+                    if flight.began[part] is None:
+                        flight.began[part] = self._streams.mark(self._streams.side)
                     for batch in flight.parts[part]:
                         batch.run()
-                    flight.ended[part] = self._streams.mark()
+                    flight.ended[part] = self._streams.mark(self._streams.side)
                     if part == len(flight.parts) - 1:
                         self._arrive(flight)
             except Exception as error:  # whatever it is, the group cannot be trusted any more

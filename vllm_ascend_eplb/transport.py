@@ -58,7 +58,13 @@ class Piece:
 
 
 class Batch(ABC):
-    """The prepared pieces of one part of a round on one rank."""
+    """The prepared pieces of one part of a round on one rank.
+
+    Attributes:
+        enters: whether ``issue`` enters a communicator, on the entry stream.
+    """
+
+    enters = False
 
     def issue(self, serial: int) -> None:  # noqa: B027 - most transports do their work in run
         """In the step thread; never blocks. ``serial`` numbers parts and is equal on all ranks."""
@@ -98,18 +104,25 @@ class Streams:
         self.device = device
         self.module: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self.side: Any = None if self.module is None else self.module.Stream(device=device)
+        """Of the mover thread, and of it alone: what it enqueues must not wait behind a later round."""
+        self.entry: Any = None if self.module is None else self.module.Stream(device=device)
+        """Of the step thread, for communicators that are entered when a round is issued."""
 
     def event(self) -> Any:
         """An event whose host wait sleeps instead of spinning; None on a CPU."""
         return None if self.module is None else self.module.Event(blocking=True)
 
-    def mark(self) -> Any:
-        """A point in time on the side stream, as an event; None on a CPU."""
+    def mark(self, stream: Any) -> Any:
+        """A point in time on a stream, as an event; None on a CPU."""
         if self.module is None:
             return None
         event = self.module.Event(enable_timing=True)
-        event.record(self.side)
+        event.record(stream)
         return event
+
+    def on_entry(self) -> Any:
+        """Context in which work goes to the entry stream."""
+        return _Nothing() if self.module is None else self.module.stream(self.entry)
 
     def current(self) -> Any:
         return None if self.module is None else self.module.current_stream(self.device)

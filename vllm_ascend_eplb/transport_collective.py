@@ -66,13 +66,15 @@ class CollectiveTransport(Transport):
 
 
 class _CollectiveBatch(Batch):
+    enters = True
+
     def __init__(self, streams: Streams, operations: list[dist.P2POp]) -> None:
         self._streams, self._operations = streams, operations
         self._works: list[Any] = []
 
     def issue(self, serial: int) -> None:
         if self._operations:
-            with self._streams.on_side():
+            with self._streams.on_entry():
                 self._works = dist.batch_isend_irecv(self._operations)
 
     def run(self) -> None:
