@@ -9,13 +9,16 @@ def pack_balanced(weight: _Float, order: npt.NDArray[np.int64], packs: int) -> _
 def replicate(weight: _Float, copies: int) -> tuple[_Int32, _Int32]: ...
 def preserve_slots(slots: _Int32, old: _Int32, num_ranks: int) -> _Int32: ...
 def draw_placement(seed: int, num_layers: int, num_experts: int, num_slots: int, num_ranks: int) -> _Int32: ...
+def dispatch_shares(load: _Float, slots: _Int32, num_ranks: int, tolerance: float) -> _Float: ...
+def dispatch_tables(share: _Float, slots: _Int32, num_experts: int, entries: int) -> npt.NDArray[np.int64]: ...
 def plan_incremental(
     load: _Float,
     slots: _Int32,
     variance: _Float,
-    num_ranks: int,
+    target: _Float,
     *,
-    target: float,
+    num_ranks: int,
+    num_nodes: int,
     thorough: bool,
     rounds: int,
     seconds: float,
@@ -23,5 +26,7 @@ def plan_incremental(
     threads: int,
     max_moves: int,
     max_moves_per_rank: int,
+    far_cost: float,
+    stay_near: bool,
     least_gain: float,
 ) -> tuple[_Int32, _Int32, _Float, _Float]: ...

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "default_policy.h"
+#include "dispatch.h"
 #include "incremental.h"
 #include "random_numbers.h"
 #include "random_policy.h"
@@ -147,10 +148,12 @@ py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slot
     return result;
 }
 
+// target [L]; variance [L, E] or of size 0
 // -> (slots [L, P] after all moves, moves [M, 4], PAR before [L], PAR after [L])
-py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, const DoubleArray& variance, int num_ranks,
-                           double target, bool thorough, int rounds, double seconds, uint64_t seed, int threads,
-                           int64_t max_moves, int64_t max_moves_per_rank, double least_gain) {
+py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, const DoubleArray& variance,
+                           const DoubleArray& target, int num_ranks, int num_nodes, bool thorough, int rounds,
+                           double seconds, uint64_t seed, int threads, int64_t max_moves, int64_t max_moves_per_rank,
+                           double far_cost, bool stay_near, double least_gain) {
     require_matrix(load, "load");
     require_matrix(slots, "slots");
     require(load.shape(0) == slots.shape(0), "load and slots differ in the number of layers");
@@ -162,10 +165,17 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
                 (variance.ndim() == 2 && variance.shape(0) == load.shape(0) && variance.shape(1) == load.shape(1)),
             "variance and load differ in shape");
     require_finite(variance);
+    require(target.ndim() == 1 && target.shape(0) == load.shape(0), "target must have one entry per layer");
+    require_finite(target);
+    require(num_nodes > 0 && num_ranks % num_nodes == 0, "nodes must share the ranks evenly");
+    require(far_cost >= 1.0 && std::isfinite(far_cost), "far_cost must be at least 1");
     const auto layers = slots.shape(0), num_slots = slots.shape(1), num_experts = load.shape(1);
     require_slots(slots, static_cast<int>(num_experts), num_ranks);
     eplb::Goal goal;
-    goal.target = target;
+    goal.target = target.data();
+    goal.nodes = num_nodes;
+    goal.far_cost = far_cost;
+    goal.stay_near = stay_near;
     goal.thorough = thorough;
     goal.rounds = rounds;
     goal.seconds = seconds;
@@ -189,6 +199,48 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
                           peak_to_average(load, after.data(), P, num_ranks));
 }
 
+// load [L, E], slots [L, P] -> share [L, P]
+DoubleArray dispatch_shares(const DoubleArray& load, const Int32Array& slots, int num_ranks, double tolerance) {
+    require_matrix(load, "load");
+    require_matrix(slots, "slots");
+    require(load.shape(0) == slots.shape(0), "load and slots differ in the number of layers");
+    require(tolerance > 0.0, "tolerance must be above zero");
+    require_finite(load);
+    const auto layers = slots.shape(0), num_slots = slots.shape(1), num_experts = load.shape(1);
+    require_slots(slots, static_cast<int>(num_experts), num_ranks);
+    DoubleArray result({layers, num_slots});
+    double* share = result.mutable_data();
+    {
+        py::gil_scoped_release release;
+        eplb::Dispatch dispatch({static_cast<int>(num_experts), static_cast<int>(num_slots), num_ranks});
+        for (py::ssize_t layer = 0; layer < layers; ++layer)
+            dispatch.share(load.data() + layer * num_experts, slots.data() + layer * num_slots, tolerance,
+                           share + layer * num_slots);
+    }
+    return result;
+}
+
+// share [L, P], slots [L, P] -> table [L, E, entries]
+Int64Array dispatch_tables(const DoubleArray& share, const Int32Array& slots, int num_experts, int entries) {
+    require_matrix(share, "share");
+    require_matrix(slots, "slots");
+    require(share.shape(0) == slots.shape(0) && share.shape(1) == slots.shape(1), "share and slots differ in shape");
+    require(entries >= 1 && entries <= 65536, "entries must be 1..65536");
+    require_finite(share);
+    require_slots(slots, num_experts, 1);
+    const auto layers = slots.shape(0), num_slots = slots.shape(1);
+    Int64Array result({layers, static_cast<py::ssize_t>(num_experts), static_cast<py::ssize_t>(entries)});
+    int64_t* table = result.mutable_data();
+    {
+        py::gil_scoped_release release;
+        for (py::ssize_t layer = 0; layer < layers; ++layer)
+            eplb::fill_tables(share.data() + layer * num_slots, slots.data() + layer * num_slots,
+                              {num_experts, static_cast<int>(num_slots), 1}, entries,
+                              table + layer * num_experts * entries);
+    }
+    return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_planner, module) {
@@ -198,8 +250,12 @@ PYBIND11_MODULE(_planner, module) {
     module.def("preserve_slots", &preserve_slots, py::arg("slots"), py::arg("old"), py::arg("num_ranks"));
     module.def("draw_placement", &draw_placement, py::arg("seed"), py::arg("num_layers"), py::arg("num_experts"),
                py::arg("num_slots"), py::arg("num_ranks"));
+    module.def("dispatch_shares", &dispatch_shares, py::arg("load"), py::arg("slots"), py::arg("num_ranks"),
+               py::arg("tolerance"));
+    module.def("dispatch_tables", &dispatch_tables, py::arg("share"), py::arg("slots"), py::arg("num_experts"),
+               py::arg("entries"));
     module.def("plan_incremental", &plan_incremental, py::arg("load"), py::arg("slots"), py::arg("variance"),
-               py::arg("num_ranks"), py::kw_only(), py::arg("target"), py::arg("thorough"), py::arg("rounds"),
-               py::arg("seconds"), py::arg("seed"), py::arg("threads"), py::arg("max_moves"),
-               py::arg("max_moves_per_rank"), py::arg("least_gain"));
+               py::arg("target"), py::kw_only(), py::arg("num_ranks"), py::arg("num_nodes"), py::arg("thorough"),
+               py::arg("rounds"), py::arg("seconds"), py::arg("seed"), py::arg("threads"), py::arg("max_moves"),
+               py::arg("max_moves_per_rank"), py::arg("far_cost"), py::arg("stay_near"), py::arg("least_gain"));
 }

@@ -30,8 +30,10 @@ constexpr int kRoundsPerTurn = 8;
 class LayerPlanner {
   public:
     LayerPlanner(const double* load, const double* variance, const int32_t* slots, Shape shape, const Goal& goal,
-                 uint64_t seed)
-        : load_(load), variance_(variance), slots_(slots), goal_(goal), search_(shape), random_(seed) {}
+                 double target, uint64_t seed)
+        : load_(load), variance_(variance), slots_(slots), target_(target), search_(shape), random_(seed) {
+        search_.set_nodes(goal.nodes, goal.stay_near ? 0.0F : static_cast<float>(1.0 / goal.far_cost));
+    }
 
     void descend() {
         const Shape& shape = search_.shape();
@@ -39,7 +41,7 @@ class LayerPlanner {
         double best_peak = 0.0;
         int best_cost = 0;
         for (const double square : kSquares) {
-            search_.aim(goal_.target, square);
+            search_.aim(target_, square);
             has_load_ = search_.begin(load_, slots_, variance_);
             if (best_.empty()) {
                 best_ = search_.slots();
@@ -70,7 +72,7 @@ class LayerPlanner {
             }
             if (!reached_) search_.aim(search_.peak() + 1e-6, kSquares[0]);
             search_.reconsider(random_);
-            if (!reached_) search_.aim(goal_.target, kSquares[0]);
+            if (!reached_) search_.aim(target_, kSquares[0]);
         }
         best_ = search_.slots();
     }
@@ -90,7 +92,7 @@ class LayerPlanner {
     const double* load_;
     const double* variance_;
     const int32_t* slots_;
-    const Goal& goal_;
+    const double target_;
     Search search_;
     Random random_;
     std::vector<int32_t> best_;
@@ -102,30 +104,44 @@ class LayerPlanner {
 struct Segment {
     int layer;
     int first, last;  // groups
-    double moves;
+    double cost;
     double gain;  // tokens taken off the busiest rank
-    double slope() const { return gain / moves; }
+    double slope() const { return gain / cost; }
 };
 
-// The upper hull of gain over moves: segments with falling slope.
-void append_segments(const OrderedMoves& ordered, int layer, double start_peak, double mean_load,
-                     std::vector<Segment>& segments) {
+// The upper hull of gain over cost: segments with falling slope.
+void append_segments(const OrderedMoves& ordered, const std::vector<double>& move_cost, int layer, double start_peak,
+                     double mean_load, std::vector<Segment>& segments) {
     const size_t base = segments.size();
     double peak = start_peak;
     int begin = 0;
     for (int g = 0; g < static_cast<int>(ordered.groups.size()); ++g) {
         const Group& group = ordered.groups[g];
-        segments.push_back({layer, g, g + 1, static_cast<double>(group.end - begin), (peak - group.peak) * mean_load});
+        const double cost = std::accumulate(move_cost.begin() + begin, move_cost.begin() + group.end, 0.0);
+        segments.push_back({layer, g, g + 1, cost, (peak - group.peak) * mean_load});
         peak = group.peak;
         begin = group.end;
         while (segments.size() > base + 1 && segments.end()[-2].slope() <= segments.back().slope()) {
             Segment& into = segments.end()[-2];
             into.last = segments.back().last;
-            into.moves += segments.back().moves;
+            into.cost += segments.back().cost;
             into.gain += segments.back().gain;
             segments.pop_back();
         }
     }
+}
+
+// The cost of each move: 1 within the node, `far_cost` where the node held no copy at the start.
+std::vector<double> costs_of(const OrderedMoves& ordered, const int32_t* slots, Shape shape, const Goal& goal) {
+    std::vector<double> cost(ordered.moves.size(), 1.0);
+    if (goal.nodes <= 1) return cost;
+    const int per_node = shape.slots / goal.nodes;
+    for (size_t i = 0; i < cost.size(); ++i) {
+        const Move& move = ordered.moves[i];
+        const int32_t* first = slots + move.slot / per_node * per_node;
+        if (std::find(first, first + per_node, move.expert) == first + per_node) cost[i] = goal.far_cost;
+    }
+    return cost;
 }
 
 }  // namespace
@@ -143,7 +159,7 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
         const size_t row = static_cast<size_t>(l) * shape.experts;
         layers[l] = std::make_unique<LayerPlanner>(load + row, variance == nullptr ? nullptr : variance + row,
                                                    slots + static_cast<size_t>(l) * shape.slots, shape, goal,
-                                                   layer_seed[l]);
+                                                   goal.target[l], layer_seed[l]);
         layers[l]->descend();
     };
     const auto finish_layer = [&](int l) {
@@ -175,7 +191,8 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
     for (int l = 0; l < num_layers; ++l) {
         const double* row = load + static_cast<size_t>(l) * shape.experts;
         const double mean = std::accumulate(row, row + shape.experts, 0.0) / shape.ranks;
-        append_segments(ordered[l], l, start_peak[l], mean, segments);
+        const auto cost = costs_of(ordered[l], slots + static_cast<size_t>(l) * shape.slots, shape, goal);
+        append_segments(ordered[l], cost, l, start_peak[l], mean, segments);
     }
     std::stable_sort(segments.begin(), segments.end(),
                      [](const Segment& a, const Segment& b) { return a.slope() > b.slope(); });

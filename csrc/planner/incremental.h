@@ -10,15 +10,22 @@
 namespace eplb {
 
 struct Goal {
-    double target = 1.02;   // PAR at which a layer is left alone
-    bool thorough = false;  // go on improving after the first descent
-    int rounds = 0;         // rounds per layer; 0: until the time is up
+    const double* target = nullptr;  // [L]: PAR at which a layer is left alone
+
+    bool thorough = false;  // go on improving after the first descent,
+    int rounds = 0;         // so many rounds per layer; 0: until the time is up
     double seconds = 0.0;   // for all layers together
     uint64_t seed = 0;
     int threads = 1;
+
     int64_t max_moves = -1;           // over all layers; negative: no limit
     int64_t max_moves_per_rank = -1;  // the same by receiving rank
-    double least_gain = 0.0;  // tokens that a move must take off the busiest ranks, on average of what it belongs to
+
+    int nodes = 1;
+    double far_cost = 1.0;   // of a receipt from another node; one within the node costs 1
+    bool stay_near = false;  // no receipts from other nodes
+    double least_gain =
+        0.0;  // tokens that a receipt of cost 1 must take off the busiest ranks, on average over its group
 };
 
 struct LayeredPlan {

@@ -77,6 +77,10 @@ bool Search::begin(const double* load, const int32_t* slots, const double* varia
     std::vector<int32_t> listed(E, 0);
     for (int p = 0; p < P; ++p)
         if (expert_[p] < E) holders_of(expert_[p])[listed[expert_[p]]++] = static_cast<uint16_t>(p);
+    if (!near_.empty()) {
+        std::fill(near_.begin(), near_.end(), 0);
+        for (int p = 0; p < P; ++p) near_[static_cast<size_t>(node_of(rank_of_[p])) * (E + 1) + expert_[p]] = 1;
+    }
     home_rank_.resize(P);
     int first = 0;
     for (int e = 0; e < E; ++e) {
@@ -110,6 +114,12 @@ bool Search::begin(const double* load, const int32_t* slots, const double* varia
     for (int r = 0; r < R; ++r) dirty_ranks_.push_back(r);
     std::fill(is_dirty_.begin(), is_dirty_.end(), 1);
     return true;
+}
+
+void Search::set_nodes(int nodes, float far) {
+    nodes_ = nodes;
+    far_ = far;
+    near_.resize(nodes > 1 && far < 1.0F ? static_cast<size_t>(nodes) * (shape_.experts + 1) : 0);
 }
 
 void Search::aim(double limit, double square) {
@@ -207,6 +217,9 @@ void Search::offer_receipts(int r, Candidate& best) {
             if ((away_[p] != 0) != away) continue;
             if (!built) {
                 std::fill(expert_price_.begin(), expert_price_.end(), away ? kFree : 1.0F);
+                if (!near_.empty())
+                    for (int e = 0; e < E; ++e)
+                        if (!is_near(node_of(r), e)) expert_price_[e] *= far_;
                 for (int s = r * S; s < (r + 1) * S; ++s) expert_price_[start_[s]] = kFree;
                 for (int s = r * S; s < (r + 1) * S; ++s) expert_price_[expert_[s]] = 0.0F;
                 built = true;
@@ -234,6 +247,11 @@ void Search::offer_placements(int r, Candidate& best) {
             for (int j = spare_first_[q]; j < spare_first_[q + 1]; ++j)
                 if (spare_price_[j] == 1.0F) score_[j] *= kFree;
         }
+        for (int node = 0; node < nodes_ && !near_.empty(); ++node) {
+            if (is_near(node, e)) continue;
+            const int first = node * (R / nodes_), last = first + R / nodes_;
+            for (int j = spare_first_[first]; j < spare_first_[last]; ++j) score_[j] *= far_;
+        }
         const uint16_t* holders = holders_of(e);
         for (int i = 0; i < count_[e]; ++i) {
             const int q = rank_of_[holders[i]];
@@ -248,6 +266,7 @@ void Search::offer_placements(int r, Candidate& best) {
 void Search::offer_swaps(int r, Candidate& best) {
     const int P = shape_.slots, E = shape_.experts, S = shape_.per_rank();
     const float excess_r = slot_excess_[r * S];
+    const float far_swap = 2.0F * far_ / (1.0F + far_);  // one of the two receipts is far
     rows_.clear();
     for (int pass = 0; pass < 2; ++pass) {  // experts of r that were there at the start, then those that were not
         bool built = false;
@@ -272,6 +291,9 @@ void Search::offer_swaps(int r, Candidate& best) {
                     for (int i = 0; i < count_[f]; ++i) price_[holders[i]] = 0.0F;
                 }
                 std::fill(price_.begin() + r * S, price_.begin() + (r + 1) * S, 0.0F);
+                if (!near_.empty())
+                    for (int p = 0; p < P; ++p)
+                        if (!is_near(node_of(r), expert_[p])) price_[p] *= far_swap;
             }
             float* row = score_.data() + rows_.size() * P;
             rows_.push_back(s);
@@ -288,6 +310,10 @@ void Search::offer_swaps(int r, Candidate& best) {
                     returned_price_[k] = price_[p] > 0.0F ? price_of(!is_home(r, expert_[p]) - pass - away_[p]) : 0.0F;
                 }
                 score(first, S, returned_price_.data());
+            }
+            for (int node = 0; node < nodes_ && !near_.empty(); ++node) {
+                if (is_near(node, e)) continue;
+                for (int p = node * (P / nodes_); p < (node + 1) * (P / nodes_); ++p) row[p] *= far_swap;
             }
             const uint16_t* holders = holders_of(e);
             for (int i = 0; i < count_[e]; ++i) {
@@ -329,9 +355,10 @@ bool Search::replicate(int expert) {
         const int p = spare_slot_[i], r = rank_of_[p];
         const uint16_t* holders = holders_of(expert);
         const bool held = std::any_of(holders, holders + count_[expert], [&](int h) { return rank_of_[h] == r; });
-        if (held) continue;
+        const bool near = is_near(node_of(r), expert);
+        if (held || (!near && far_ == 0.0F)) continue;
         const float gain = spare_base_[i] + add - potential_(spare_load_[i] + up_[expert]);
-        const float price = is_home(r, expert) ? 0.0F : 0.05F;
+        const float price = is_home(r, expert) ? 0.0F : near ? 0.05F : 0.05F / far_;
         if (gain - price > best) {
             best = gain - price;
             slot = p;

@@ -28,6 +28,10 @@ class Search {
     // that is to be expected: a rank's variance is the sum of its replicas', each variance / copies^2.
     bool begin(const double* load, const int32_t* slots, const double* variance);
 
+    // Nodes share the ranks evenly. A receipt from another node (one that held no copy at the start) counts less by the
+    // factor `far`, 0 < far <= 1, or is forbidden where it is 0. Call before begin().
+    void set_nodes(int nodes, float far);
+
     // Sets the load at which a rank is light enough, in units of the mean, and the weight of the square.
     void aim(double limit, double square);
 
@@ -101,6 +105,11 @@ class Search {
     void set_away(int slot, bool away);
     void set_spare(int slot, bool spare);
 
+    int node_of(int rank) const { return rank / (shape_.ranks / nodes_); }
+    bool is_near(int node, int expert) const {
+        return near_.empty() || near_[static_cast<size_t>(node) * (shape_.experts + 1) + expert];
+    }
+
     bool is_home(int rank, int expert) const { return home_[at(rank, expert)] != 0; }
     uint16_t* holders_of(int expert) { return &place_[static_cast<size_t>(expert) * stride_]; }
     size_t at(int rank, int expert) const { return static_cast<size_t>(rank) * (shape_.experts + 1) + expert; }
@@ -108,6 +117,9 @@ class Search {
 
     Shape shape_;
     Potential potential_;
+    int nodes_ = 1;
+    float far_ = 1.0F;
+    std::vector<uint8_t> near_;  // [nodes, E + 1]: a rank of the node held the expert at the start; none if all is near
     int32_t limit_ = 0;
     int cost_ = 0;
     int most_cost_ = 0;                               // descend() gives up beyond

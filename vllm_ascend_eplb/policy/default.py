@@ -57,7 +57,7 @@ def rebalance(
 
 
 def _pack(weight: npt.NDArray[np.floating], packs: int) -> npt.NDArray[np.int64]:
-    """int64 [X, n]: the place of each item of ``weight`` [X, n] when balanced packs are laid out one after the other."""
+    """int64 [X, n]: the place of each item of ``weight`` [X, n] when balanced packs are laid out in a row."""
     order = np.argsort(-weight, axis=-1)
     place: npt.NDArray[np.int64] = _planner.pack_balanced(
         weight.astype(np.float64), order.astype(np.int64), packs

@@ -1,59 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dispatch shares and tables: which part of an expert's tokens each of its replicas takes."""
+"""Dispatch: which part of an expert's tokens each of its replicas takes.
+
+Between two placements this is the faster lever: shares need no transfer, only new tables.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from ..placement import EMPTY, FloatArray, Placement
+from .. import _planner
+from ..placement import EMPTY, FloatArray, Placement, PlacementError
+
+TOLERANCE = 1e-3
+"""How far the busiest rank may be above the optimum of the linear program, relative to it."""
 
 
-def dispatch_shares(load: npt.ArrayLike, physical_to_logical: npt.ArrayLike | Placement, num_ranks: int) -> FloatArray:
+def dispatch_shares(
+    load: npt.ArrayLike, physical_to_logical: npt.ArrayLike | Placement, num_ranks: int, tolerance: float = TOLERANCE
+) -> FloatArray:
     """The share of its expert's tokens that each slot should take so that the busiest rank has least to do.
+
+    The optimum of the linear program "minimise the busiest rank's load" for a fixed placement, by block coordinate
+    descent (water-filling one replicated expert after the other), with a bound from a cut as proof.
 
     Args:
         load: [L, E] tokens per logical expert, finite and not negative.
-        physical_to_logical: int [L, P], the placement in force.
+        physical_to_logical: int [L, P], the placement in force; -1 marks an empty slot.
         num_ranks: ranks that share the slots evenly, R.
+        tolerance: how far the busiest rank may be above the optimum, relative to it.
 
     Returns:
         float64 [L, P]; the shares of an expert's slots sum to 1, an empty slot has 0.
+
+    Raises:
+        PlacementError: ``physical_to_logical`` is no valid placement, or ``load`` does not belong to it.
+        ValueError: ``load`` has entries that are negative or not finite.
     """
-    load = np.asarray(load, dtype=np.float64)
-    placement = (
-        physical_to_logical
-        if isinstance(physical_to_logical, Placement)
-        else Placement(physical_to_logical, load.shape[-1], num_ranks)
+    loads = np.ascontiguousarray(load, dtype=np.float64)
+    if loads.ndim != 2:
+        raise PlacementError(f"load has shape {loads.shape}; expected [layers, experts]")
+    slots = (
+        physical_to_logical.physical_to_logical if isinstance(physical_to_logical, Placement) else physical_to_logical
     )
-    slots = placement.physical_to_logical
-    inverse = np.pad(1.0 / placement.replica_count, ((0, 0), (0, 1)))
-    return np.take_along_axis(inverse, slots.astype(np.int64), axis=1)
+    if isinstance(slots, np.ndarray) and slots.dtype == np.int32 and slots.ndim == 2 and len(slots) == len(loads):
+        try:
+            return _planner.dispatch_shares(loads, slots, num_ranks, tolerance)
+        except ValueError:
+            pass  # said in plainer words below
+    placement = Placement(slots, loads.shape[1], num_ranks)
+    if placement.num_layers != len(loads):
+        raise PlacementError(f"load is for {len(loads)} layers, the placement for {placement.num_layers}")
+    return _planner.dispatch_shares(loads, placement.physical_to_logical, num_ranks, tolerance)
 
 
 def dispatch_tables(
-    shares: npt.ArrayLike, physical_to_logical: npt.ArrayLike, num_experts: int, entries: int = 32
+    shares: npt.ArrayLike, physical_to_logical: npt.ArrayLike | Placement, num_experts: int, entries: int = 32
 ) -> npt.NDArray[np.int64]:
-    """int64 [L, E, K]: the slots that take the k-th, (k+K)-th, ... token of each expert, realising ``shares`` within 1/K.
+    """Tables that realise shares: the slot that takes the k-th token, counted modulo K, of each expert.
+
+    A slot gets its share of the K entries, rounded up or down (largest remainder), in an order in which every stretch
+    holds close to its share of each slot, so that shares hold for few tokens, too.
 
     Args:
         shares: float [L, P] from ``dispatch_shares``.
         physical_to_logical: int [L, P], the placement that the shares belong to.
         num_experts: logical experts, E.
-        entries: table width K.
+        entries: table width K, 1 to 65536.
+
+    Returns:
+        int64 [L, E, K], slots of the layer.
+
+    Raises:
+        ValueError: ``entries`` is out of range, shares are negative or not finite, shapes differ, or an expert has no
+            copy.
     """
-    slots = np.asarray(physical_to_logical)
-    weight = np.asarray(shares, dtype=np.float64)
-    num_layers = len(slots)
-    table = np.zeros((num_layers, num_experts, entries), dtype=np.int64)
-    for layer in range(num_layers):
-        for expert in range(num_experts):
-            at = np.flatnonzero(slots[layer] == expert)
-            given = np.zeros(len(at))
-            part = weight[layer, at]
-            for k in range(entries):
-                chosen = int(np.argmax(part * (k + 1) - given))
-                given[chosen] += 1
-                table[layer, expert, k] = at[chosen]
-    assert slots.min() >= EMPTY
-    return table
+    slots = (
+        physical_to_logical.physical_to_logical if isinstance(physical_to_logical, Placement) else physical_to_logical
+    )
+    return _planner.dispatch_tables(
+        np.ascontiguousarray(shares, dtype=np.float64),
+        np.ascontiguousarray(slots, dtype=np.int32),
+        num_experts,
+        entries,
+    )
+
+
+def shared_rank_load(
+    load: npt.ArrayLike, physical_to_logical: npt.ArrayLike | Placement, shares: npt.ArrayLike, num_ranks: int
+) -> FloatArray:
+    """float64 [L, R]: tokens per rank when slots take ``shares`` [L, P] of their expert's ``load`` [L, E]."""
+    loads = np.asarray(load, dtype=np.float64)
+    given = (
+        physical_to_logical.physical_to_logical if isinstance(physical_to_logical, Placement) else physical_to_logical
+    )
+    slots = np.asarray(given, dtype=np.int64)
+    by_slot = np.take_along_axis(loads, np.maximum(slots, 0), axis=1) * np.asarray(shares) * (slots != EMPTY)
+    return np.asarray(by_slot.reshape(len(slots), num_ranks, -1).sum(axis=2))

@@ -22,11 +22,11 @@ error where the windows differ by noise only."""
 def forecast(series: npt.NDArray[np.float64]) -> tuple[FloatArray, FloatArray]:
     """The expected load of the next window and its variance.
 
-    Each layer takes the mean of its last k windows, k chosen by back-testing on the windows given: the k whose forecasts
-    of the layer's distribution over experts had the least error, squared and divided by the forecast (the hotter an
-    expert, the more replicas share its error). The variance of an expert's load is half its
-    own mean squared error in the back-test and half the layer's, in proportion to the squared load; with fewer than
-    three windows there is nothing to test, the last window is the forecast and the variance is that between the windows.
+    Each layer takes the mean of its last k windows, k chosen by back-testing on the windows given: the k whose
+    forecasts of the layer's distribution over experts had the least error, squared and divided by the forecast (the
+    hotter an expert, the more replicas share its error). The variance of an expert's load is half its own mean squared
+    error in the back-test and half the layer's, in proportion to the squared load. Of two windows the last is the
+    forecast and their difference the error; of one the variance is zero.
 
     Args:
         series: float64 [T, L, E], oldest window first, not negative.

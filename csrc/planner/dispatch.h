@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Dispatch: which part of an expert's tokens each of its replicas takes, for a given placement.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "search.h"
+
+namespace eplb {
+
+class Dispatch {
+  public:
+    explicit Dispatch(Shape shape);
+
+    // Writes share [P] of each slot in its expert's load, so that the busiest rank has least to do: within `tolerance`
+    // of the optimum, relative to the busiest rank. slots [P]: valid, -1 where empty.
+    void share(const double* load, const int32_t* slots, double tolerance, double* share);
+
+  private:
+    struct Holder {
+        int32_t rank;
+        int32_t slots;  // of that rank which hold the expert
+        double load;    // what they take together
+    };
+    struct Replicated {
+        int32_t expert;
+        int32_t first, last;  // in holders_
+        double load;
+    };
+
+    void fill(const Replicated& expert);
+    double held_above(double level);
+    double lower_bound();
+
+    Shape shape_;
+    std::vector<int32_t> rank_of_;           // [P]
+    std::vector<int32_t> count_, next_;      // [E]
+    std::vector<int32_t> grouped_;           // [P] slots of replicated experts, expert by expert
+    std::vector<double> rank_load_, fixed_;  // [R] all load; load of experts with one copy
+    std::vector<Replicated> replicated_;
+    std::vector<Holder> holders_;
+    std::vector<int32_t> level_order_;       // scratch: an expert's holders, lowest first
+    std::vector<int32_t> order_, position_;  // ranks by falling load
+    std::vector<double> contained_;          // [R] load that cannot leave the busiest i + 1 ranks, by i
+};
+
+// Writes table [E, entries]: slots in an order in which every stretch holds close to `share` [P] of each; an expert's
+// entries for a slot differ from share * entries by less than one.
+void fill_tables(const double* share, const int32_t* slots, Shape shape, int entries, int64_t* table);
+
+}  // namespace eplb
