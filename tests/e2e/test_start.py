@@ -25,7 +25,11 @@ CASES = {
     "map path": ({"expert_map_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
     "record path": ({"expert_map_record_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
     "weighted dispatch": ({"dynamic_eplb": True, "weighted_dispatch": True}, {}, "not yet supported"),
-    "data parallel": ({"dynamic_eplb": True}, {"data_parallel_size": 2}, "--data-parallel-size 2 is not supported"),
+    "tensor and data parallel": (
+        {"dynamic_eplb": True},
+        {"data_parallel_size": 2},
+        "--tensor-parallel-size with --data-parallel-size (2, 2) is not supported",
+    ),
 }
 
 CODE = """

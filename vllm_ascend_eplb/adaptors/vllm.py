@@ -61,11 +61,13 @@ def take_over() -> None:
         )
     importlib.import_module("vllm.v1.worker.gpu_model_runner").EplbState = VllmEplbState  # type: ignore[attr-defined]
     if current_platform.is_cpu():
+        from vllm.distributed.device_communicators import cpu_communicator
         from vllm.model_executor.layers.fused_moe.experts import cpu_moe
         from vllm.model_executor.layers.fused_moe.router import base_router
 
         vllm_cpu.replace_experts(cpu_moe.CPUUnquantizedExperts)
         vllm_cpu.replace_router_mapping(base_router)
+        vllm_cpu.add_collectives(cpu_communicator.CpuCommunicator)
 
 
 def ensure_state(runner: Any, vllm_config: Any) -> None:
@@ -144,8 +146,9 @@ def _stage_of(scheduler_output: Any, decode_tokens: int) -> Stage:
 class VllmAdaptor(EplbAdaptor):
     """A vLLM model with the MixtureOfExperts protocol.
 
-    Tokens are in the *replicated* regime: all ranks of a tensor-parallel group route the same tokens, so their maps are
-    the same and only the first of them counts.
+    Maps are the same on all ranks. Who counts depends on who routes what: within a tensor-parallel group all ranks
+    route the same tokens (the *replicated* regime), so the first of them counts; data-parallel ranks route their own
+    (the *owned* regime), so each counts.
     """
 
     def __init__(self, model: Any, name: str, device: torch.device, config: EplbConfig) -> None:
@@ -163,6 +166,7 @@ class VllmAdaptor(EplbAdaptor):
         hosts = exchange_bytes(group.cpu_group, num_ranks, host_identity().encode())
         self.topology = Topology(tuple(hosts.index(host) for host in hosts))
         self.num_groups = max(1, model.num_expert_groups or 1)
+        _require_routing_before_gathering(model)
         self.placement = Placement.initial(
             model.num_moe_layers, model.num_logical_experts, num_ranks, model.num_redundant_experts
         )
@@ -193,6 +197,20 @@ class VllmAdaptor(EplbAdaptor):
 
     def forget_prepared_maps(self) -> None:
         self._maps.forget_prepared()
+
+
+def _require_routing_before_gathering(model: Any) -> None:
+    """Where tokens are gathered from other ranks first, every rank would count everybody's.
+
+    Raises:
+        SeamError: a layer does so.
+    """
+    for module in model.modules():
+        if getattr(module, "do_naive_dispatch_combine", False):
+            raise SeamError(
+                f"{type(module).__name__} gathers the tokens of all ranks before it routes them; balancing that is not "
+                "supported in this version: leave eplb_config out, or use another --all2all-backend"
+            )
 
 
 class VllmEplbState:

@@ -108,11 +108,20 @@ def _expert_parallel_size(parallel: Any) -> int:
     )
 
 
+def _mixed(parallel: Any) -> bool:
+    return bool(parallel.tensor_parallel_size > 1 and parallel.data_parallel_size > 1)
+
+
 def _refuse_what_is_not_supported(vllm_config: Any) -> None:
     """Ways to run a model for which this version has no proof that balancing is right."""
     parallel = vllm_config.parallel_config
     for name, value, allowed, way_out in (
-        ("--data-parallel-size", parallel.data_parallel_size, 1, "use --tensor-parallel-size"),
+        (
+            "--tensor-parallel-size with --data-parallel-size",
+            (parallel.tensor_parallel_size, parallel.data_parallel_size) if _mixed(parallel) else 1,
+            1,
+            "use one of the two",
+        ),
         ("--pipeline-parallel-size", parallel.pipeline_parallel_size, 1, "use --tensor-parallel-size"),
         ("--prefill-context-parallel-size", getattr(parallel, "prefill_context_parallel_size", 1), 1, "leave it out"),
         ("--enable-elastic-ep", getattr(parallel, "enable_elastic_ep", False), False, "leave it out"),

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Expert parallelism on vLLM's CPU backend, made right.
 
+**Experts.**
 vLLM's CPU kernel for experts ignores the expert map: it takes every id for a local one. Here a rank takes the (token,
 expert) pairs of its own slots only, computes each as a batch of its own with one expert per row, and adds the results
 up per token in float32. The other ranks' pairs are theirs; the all-reduce after the layer sums the ranks.
+
+**Data parallel.** vLLM gathers the ranks' tokens before its experts and scatters the sums after them; its communicator
+for CPUs lacks the two collectives for unequal numbers of tokens. Here they are made of equal ones.
 """
 
 from __future__ import annotations
@@ -160,3 +164,35 @@ def replace_router_mapping(base_router: Any) -> None:
         )
 
     base_router.eplb_map_to_physical_and_record = eplb_map_to_physical_and_record
+
+
+def add_collectives(communicator: Any) -> None:
+    """Gives the class ``CpuCommunicator`` ``all_gatherv`` and ``reduce_scatterv``, if it has none of its own."""
+
+    def all_gatherv(
+        self: Any, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        if isinstance(input_, list):
+            return [all_gatherv(self, each, dim, sizes) for each in input_]  # type: ignore[misc]
+        if dim != 0:
+            raise NotImplementedError(f"all_gatherv along dimension {dim}; only 0 is used")
+        if sizes is None:
+            gathered: torch.Tensor = self.all_gather(input_, 0)
+            return gathered
+        most = max(sizes)
+        padded = input_.new_zeros((most, *input_.shape[1:]))
+        padded[: len(input_)] = input_
+        parts = self.all_gather(padded, 0).split(most)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def reduce_scatterv(self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None) -> torch.Tensor:
+        if dim != 0:
+            raise NotImplementedError(f"reduce_scatterv along dimension {dim}; only 0 is used")
+        sizes = sizes or [len(input_) // self.world_size] * self.world_size
+        total = self.all_reduce(input_.clone())
+        first = sum(sizes[: self.rank_in_group])
+        return total[first : first + sizes[self.rank_in_group]].clone()  # type: ignore[no-any-return]
+
+    for name, function in (("all_gatherv", all_gatherv), ("reduce_scatterv", reduce_scatterv)):
+        if name not in vars(communicator):
+            setattr(communicator, name, function)

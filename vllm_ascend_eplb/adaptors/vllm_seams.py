@@ -78,6 +78,12 @@ SEAMS = (
         "computes all experts as if they were local: replaced by one that computes the local ones",
         ("cpu",),
     ),
+    Seam(
+        "vllm.distributed.device_communicators.cpu_communicator",
+        "CpuCommunicator.all_gather",
+        "the collectives for unequal sizes are made of it",
+        ("cpu",),
+    ),
     Seam("vllm.model_executor.layers.fused_moe.experts.cpu_moe", "cpu_fused_moe", "computes the local ones", ("cpu",)),
 )
 
