@@ -35,7 +35,9 @@ def read_counts(path: Path) -> FloatArray:
     try:
         table = np.asarray(json.loads(path.read_text())["logical_count"], dtype=np.float64)
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no load file: expected JSON with logical_count [layers][experts] ({error})") from None
+        raise ValueError(
+            f"{path} is no load file: expected JSON with logical_count [layers][experts] ({error})"
+        ) from None
     table = table[table.sum(axis=-1) > 0] if table.ndim == 2 else table
     if table.ndim != 2 or not table.size:
         raise ValueError(f"{path}: logical_count has shape {table.shape}; expected [layers][experts] with some load")

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <memory>
 #include <numeric>
 
@@ -18,6 +19,9 @@ using Clock = std::chrono::steady_clock;
 
 // Weights of the potential's square, tried in this order until one leads to the target.
 constexpr double kSquares[] = {0.1, 0.5, 0.03, 2.0};
+
+// The same for improvement, one drawn for each round, so that a round that takes back the same ranks may end elsewhere.
+constexpr double kSearchSquares[] = {0.02, 0.05, 0.1, 0.2, 0.5};
 
 // An expert whose replicas leave less than this part of the other slots' mean load to them is split before the descent.
 constexpr double kRoomBeside = 0.45;
@@ -66,13 +70,15 @@ class LayerPlanner {
     void improve(int rounds) {
         if (!has_load_ || best_ == search_.start()) return;
         for (int i = 0; i < rounds; ++i) {
-            if (!reached_ && (search_.lower_peak(random_) || i % 2 == 0)) {
+            const double square = kSearchSquares[random_.below(std::size(kSearchSquares))];
+            if (!reached_ && i % 2 == 0) {
+                search_.aim(target_, square);
+                search_.lower_peak(random_);
                 reached_ = search_.reached();
                 continue;
             }
-            if (!reached_) search_.aim(search_.peak() + 1e-6, kSquares[0]);
+            search_.aim(reached_ ? target_ : search_.peak() + 1e-6, square);
             search_.reconsider(random_);
-            if (!reached_) search_.aim(target_, kSquares[0]);
         }
         best_ = search_.slots();
     }

@@ -126,6 +126,7 @@ void Search::aim(double limit, double square) {
     limit_ = static_cast<int32_t>(std::llrint(limit * kUnit));
     potential_.limit = static_cast<float>(limit);
     potential_.square = static_cast<float>(square);
+    for (int r = 0; r < shape_.ranks; ++r) shift(r, 0);  // all potentials change
 }
 
 double Search::peak() const {

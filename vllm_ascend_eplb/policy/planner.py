@@ -28,8 +28,8 @@ LARGEST_LOAD = 1e30
 MOST_RANKS = 1024
 MOST_SLOTS = 65535
 
-FRUGAL_PARTS = (0.15, 0.3, 0.5, 0.7)
-"""Where ``max_moves`` binds, these parts of the way from ``target_par`` to the present PAR are tried as targets."""
+FRUGAL_ATTEMPTS = 7
+"""Where ``max_moves`` binds, a target that can be reached with so many moves is sought by so many bisections."""
 
 
 class PlanInputError(ValueError):
@@ -246,11 +246,17 @@ def _incremental(
     mean = expected.sum(axis=1) / placement.num_ranks  # tokens of a rank in each layer; times PAR: of the busiest
     best = attempt(floor)
     if limits.max_moves is not None and best.num_moves > 0.9 * limits.max_moves and limits.effort == "fast":
-        # A plan for a nearer target spends no moves on the way to a far one.
-        for part in FRUGAL_PARTS:
+        # A plan for a nearer target spends no moves on the way to a far one. Nearer by part of the way to the start:
+        low, high = 0.0, 1.0
+        for _ in range(FRUGAL_ATTEMPTS):
+            part = 0.5 * (low + high)
             other = attempt(floor + part * np.maximum(best.par_before - floor, 0.0))
             if mean @ other.par_after < mean @ best.par_after:
                 best = other
+            if other.num_moves > 0.95 * limits.max_moves:
+                low = part
+            else:
+                high = part
     if mean @ (best.par_before - best.par_after) < limits.min_gain * (mean @ best.par_before):
         return Plan(slots, np.zeros((0, 4), dtype=np.int32), best.par_before, best.par_before, "incremental")
     return best
