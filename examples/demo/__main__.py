@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
     if arguments.policy:
         settings["policy"] = arguments.policy
     server = Server(arguments.ranks, settings, folder, STREAMS)
-    left: list[int] = []
+    left: list[str] = []
     with View(console) as view:
         view.say("a run without balancing, in one process, for the tokens to compare with")
         expected = reference_tokens(list(DOMAINS), arguments.new_tokens, STREAMS)
@@ -133,9 +133,7 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
             left = server.stop()
             clock.lap("shutdown")
     difference = next((tally.first_difference for tally in traffic.tallies.values() if tally.first_difference), "")
-    summary = Summary(
-        arguments.ranks, settings, results, stats or EplbStats(), metrics, len(left), clock.laps, difference
-    )
+    summary = Summary(arguments.ranks, settings, results, stats or EplbStats(), metrics, left, clock.laps, difference)
     arguments.output.write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
     summary.show(console)
     console.print(f"figures: {arguments.output}; took {clock.total():.0f} s", markup=False, highlight=False)

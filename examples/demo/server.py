@@ -155,11 +155,11 @@ class Server:
             found |= {Path(line.split(None, 5)[5]) for line in maps if "/dev/shm/" in line}
         return found
 
-    def stop(self, timeout: float = 30.0) -> list[int]:
+    def stop(self, timeout: float = 60.0) -> list[str]:
         """Interrupts the server, as Ctrl-C does, and waits until all its processes are gone.
 
         Returns:
-            Processes that were still there after ``timeout`` seconds; they have been killed.
+            Processes that were still there after ``timeout`` seconds, in words; they have been killed.
         """
         shared_memory = self.shared_memory()
         left = self._end_processes(timeout)
@@ -167,7 +167,7 @@ class Server:
             path.unlink(missing_ok=True)  # vLLM's communicator for CPUs leaves its files behind
         return left
 
-    def _end_processes(self, timeout: float) -> list[int]:
+    def _end_processes(self, timeout: float) -> list[str]:
         if self._process is None:
             return []
         deadline = time.monotonic() + timeout
@@ -177,12 +177,14 @@ class Server:
             if self._process.poll() is not None and not self.processes():
                 return []
             time.sleep(0.2)
-        left = self.processes()
-        for process in left:
+        left = []
+        for process in self.processes():
             try:
+                command = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+            except OSError:
+                continue  # it has just ended
+            left.append(f"process {process} ({command.strip()[:100]})")
         self._process.wait()
         return left
 

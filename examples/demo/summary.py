@@ -65,7 +65,7 @@ class Summary:
     domains: list[DomainResult]
     stats: EplbStats
     metrics: dict[str, float]
-    processes_left: int
+    processes_left: list[str]
     seconds: dict[str, float]
     first_difference: str = ""
     failures: list[str] = field(init=False)
@@ -102,7 +102,7 @@ class Summary:
         if not self.metrics.get("vllm_eplb_experts_moved"):
             failures.append("/metrics does not show the moved experts")
         if self.processes_left:
-            failures.append(f"{self.processes_left} processes of the server did not end")
+            failures.append(f"did not end with the server: {', '.join(self.processes_left)}")
         return failures
 
     def to_dict(self) -> dict[str, object]:

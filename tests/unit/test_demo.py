@@ -35,8 +35,10 @@ def good_result(stats: EplbStats) -> DomainResult:
     return DomainResult.of("english", list(stats.cycles), tally, 200, 5.0)
 
 
-def summary(stats: EplbStats, result: DomainResult, moved: float = 4.0, processes_left: int = 0) -> Summary:
-    return Summary(2, {}, [result], stats, {"vllm_eplb_experts_moved": moved}, processes_left, {"traffic": 1.0})
+def summary(
+    stats: EplbStats, result: DomainResult, moved: float = 4.0, processes_left: tuple[str, ...] = ()
+) -> Summary:
+    return Summary(2, {}, [result], stats, {"vllm_eplb_experts_moved": moved}, list(processes_left), {"traffic": 1.0})
 
 
 def test_good_run() -> None:
@@ -78,7 +80,7 @@ def test_each_thing_that_goes_wrong_is_a_failure() -> None:
         "no tokens were compared": summary(stats, replace(result, tokens_equal=0, tokens_compared=0)),
         "1 of 3 tokens differ": summary(stats, replace(result, tokens_equal=2)),
         "/metrics does not show": summary(stats, result, moved=0.0),
-        "2 processes of the server": summary(stats, result, processes_left=2),
+        "did not end with the server: process 7": summary(stats, result, processes_left=("process 7",)),
     }
     for text, made in bad.items():
         assert any(text in failure for failure in made.failures), text
