@@ -87,7 +87,7 @@ def sizes(device: str, ranks: int, quick: bool) -> Size:
     slots = 16
     experts = ranks * (slots - 2)
     if device == "cuda":
-        return Size(30, experts, slots, 7168, 1024, 64, 8, *((60, 3) if quick else (200, 7)))
+        return Size(30, experts, slots, 7168, 1024, 64, 8, *((60, 3) if quick else (100, 5)))
     return Size(4, experts, slots, 128, 64, 32, 4, *((40, 3) if quick else (150, 7)))
 
 
@@ -424,7 +424,7 @@ class Bench:
     """One rank's part of the whole benchmark."""
 
     def __init__(self, rank: int, ranks: int, args: argparse.Namespace) -> None:
-        self.rank, self.ranks, self.args = rank, ranks, args
+        self.rank, self.ranks, self.args, self.began = rank, ranks, args, time.monotonic()
         self.device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -457,7 +457,7 @@ class Bench:
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            print(f"[{time.monotonic() - self.began:5.1f} s] {text}", file=sys.stderr, flush=True)
 
     def barrier(self) -> None:
         if self.device.type == "cuda":
@@ -492,7 +492,8 @@ class Bench:
         self.report["plain"] = self.plain_rates()
         self.quiet()
         self.cycles(self.args.transports[0], self.tenth)
-        self.cycles(self.args.transports[0], self.tenth, checksums=False)
+        if self.args.without_checksums:
+            self.cycles(self.args.transports[0], self.tenth, checksums=False)
         self.stop_the_world()
         if self.args.budget_mb:
             self.cycles(self.args.transports[0], self.few, budget_mb=self.args.budget_mb)
@@ -827,9 +828,10 @@ def main() -> int:
     parser.add_argument("--transports", nargs="+", help="default: auto, on a GPU also gloo and nccl")
     parser.add_argument("--buffer", type=int, help="experts per staging buffer")
     parser.add_argument("--budget-mb", type=float, help="also cycles with this budget per step")
+    parser.add_argument("--without-checksums", action="store_true", help="also cycles that verify nothing")
     args = parser.parse_args()
     args.ranks = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 2)
-    args.transports = args.transports or (["auto", "gloo", "nccl"] if args.device == "cuda" else ["auto"])
+    args.transports = args.transports or (["auto", "nccl", "gloo"] if args.device == "cuda" else ["auto"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -25,6 +25,10 @@ _FACTOR = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: consecutive multiples
 _MASK = (1 << 64) - 1
 
 
+Sums = list[tuple[torch.Tensor, torch.Tensor]]
+"""Prepared sums of one expert: per tensor its words [sections, n] and where their sums go, int64 [sections]."""
+
+
 class Summer:
     """Sums experts on their device; the results come to the host in one copy.
 
@@ -38,29 +42,33 @@ class Summer:
         shape = (places, tensors, SECTIONS)
         self._sums = torch.zeros(shape, dtype=torch.int64, device=streams.device)
         pinned = streams.module is not None
-        self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned) if pinned else self._sums
-        self._used = [[0] * tensors for _ in range(places)]
+        self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=True) if pinned else self._sums
 
-    def add(self, place: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Enqueues the sums of one expert (flat uint8 views) on the current stream."""
-        self._used[place] = [0] * self._sums.shape[1]
+    def prepare(self, place: int, tensors: Sequence[torch.Tensor]) -> Sums:
+        """The sums of an expert, given as flat uint8 views, into one of the places."""
+        prepared = []
         for number, tensor in enumerate(tensors):
             words = _words(tensor)
             sections = next(count for count in (16, 8, 4, 2, 1) if words.numel() % count == 0)
-            out = self._sums[place, number, :sections]
-            torch.sum(words.view(sections, -1), dim=1, dtype=torch.int64, out=out)
-            self._used[place][number] = sections
+            prepared.append((words.view(sections, -1), self._sums[place, number, :sections]))
+        return prepared
+
+    @staticmethod
+    def enqueue(sums: Sums) -> None:
+        """Sums on the current stream."""
+        for words, out in sums:
+            torch.sum(words, dim=1, dtype=torch.int64, out=out)
 
     def fetch(self) -> None:
         """Enqueues the copy to the host on the current stream; ``value`` may be called once it is done."""
         if self._host is not self._sums:
             self._host.copy_(self._sums, non_blocking=True)
 
-    def value(self, place: int) -> int:
+    def value(self, place: int, sums: Sums) -> int:
         """The checksum of one expert, 0 <= value < 2**62."""
         total = 0
-        for number, sections in enumerate(self._used[place]):
-            for section, part in enumerate(self._host[place, number, :sections].tolist()):
+        for number, (_, out) in enumerate(sums):
+            for section, part in enumerate(self._host[place, number, : len(out)].tolist()):
                 total += part * (_FACTOR * (2 * (number * SECTIONS + section) + 1))
         return (total & _MASK) >> 2
 

@@ -18,8 +18,8 @@ A transfer that fails, or does not end within ``deadline`` seconds, poisons the 
 Rounds are issued and committed in order, numbered 0, 1, ... within a plan. With two staging buffers, round k+1 may be
 in flight while round k is being agreed; ``Round.after`` says when it must wait instead, and ``ready`` heeds it.
 
-One mover thread per rank does what would block: it waits for sockets and events, checks the sums, and sets flags that
-``rounds_done`` reads. Only it touches the side stream; communicators are entered in ``issue``, on another stream.
+What a device can do by itself is enqueued by ``issue``: copies, checksums, an event. One mover thread per rank does
+what would block: it waits for events and sockets, compares the sums, and sets flags that ``rounds_done`` reads.
 
 Order on a device: a transfer waits, on its stream, for the event of the last commit that concerns its slots or its
 staging buffer; the compute stream waits for the event of the transfer before it commits.
@@ -40,14 +40,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checksum import ChecksumTable, Summer
+from .checksum import ChecksumTable, Summer, Sums
 from .placement import Int32Array, Placement
 from .rounds import LAYER, SLOT, SOURCE, Round
 from .topology import Topology
 from .transport import (
     Batch,
+    Copies,
     GlooTransport,
-    LocalCopies,
     Piece,
     StagedGlooTransport,
     Streams,
@@ -86,6 +86,10 @@ class _Flight:
     """(layer, local slot, expert) per staging place in use."""
     staged: list[tuple[torch.Tensor, ...]]
     """Flat uint8 views of the staging places, per tensor of the expert."""
+    sums: list[Sums]
+    """The prepared checksums of the staging places; none where nothing is verified."""
+    enters: bool = True
+    """Whether issuing does it all on the device, so that the mover thread only waits."""
     parts: list[list[Batch]] = field(default_factory=list)
     nbytes: int = 0
     issued: int = 0
@@ -164,7 +168,7 @@ class D2DExpertWeightLoader:
         row_bytes = max(offsets[-1] for offsets in self._offsets)
         self._staging = torch.empty((buffers, buffer_experts, row_bytes), dtype=torch.uint8, device=self.device)
         most_tensors = max(len(layer[0]) for layer in self._slots)
-        self._summer = Summer(self._streams, buffer_experts, most_tensors)
+        self._summers = [Summer(self._streams, buffer_experts, most_tensors) for _ in range(buffers)]
         self.checksums: ChecksumTable | None = None
         self._transports = self._choose(transport, device_group, cooperative_kernels, row_bytes)
         self._one_sided = any(each.one_sided for each in self._transports)
@@ -258,17 +262,19 @@ class D2DExpertWeightLoader:
         Returns:
             Experts that cannot be verified because their copies differ.
         """
+        summer = self._summers[0]
         mine = np.zeros((self.num_layers, self.slots_per_rank), dtype=np.int64)
         flat = [(layer, slot) for layer in range(self.num_layers) for slot in range(self.slots_per_rank)]
         for first in range(0, len(flat), self.buffer_experts):
             group = flat[first : first + self.buffer_experts]
-            for place, (layer, slot) in enumerate(group):
-                self._summer.add(place, self._slots[layer][slot])
-            self._summer.fetch()
+            sums = [summer.prepare(place, self._slots[layer][slot]) for place, (layer, slot) in enumerate(group)]
+            for each in sums:
+                summer.enqueue(each)
+            summer.fetch()
             if self._streams.module is not None:
                 self._streams.current().synchronize()
             for place, (layer, slot) in enumerate(group):
-                mine[layer, slot] = self._summer.value(place)
+                mine[layer, slot] = summer.value(place, sums[place])
         table = ChecksumTable(self.num_layers, placement.num_experts)
         differing = table.learn(mine, placement, self._exchange)
         self.checksums = table
@@ -290,14 +296,19 @@ class D2DExpertWeightLoader:
                 Piece(peer, 0, (scratch[peer],), source) for peer in peers if transport.reaches(peer, self.rank)
             ]
             batch = transport.batch(sends, receives)
-            batch.issue(self._serial)
-            with self._streams.on_side():
-                batch.run()
-        with self._streams.on_side():
-            self._summer.add(0, self._views(0, 0, 0))
-            self._summer.fetch()
+            with self._streams.on_entry():
+                batch.issue(self._serial)
+            if not batch.enters:
+                with self._streams.on_side():
+                    batch.run()
+        for summer in self._summers:
+            for on in (self._streams.on_entry, self._streams.on_side):
+                with on():
+                    summer.enqueue(summer.prepare(0, self._views(0, 0, 0)))
+                    summer.fetch()
         if self._streams.module is not None:
             self._streams.side.synchronize()
+            self._streams.entry.synchronize()
         self._exchange(b"warm")
 
     # ---- while serving, in the step thread
@@ -359,12 +370,29 @@ class D2DExpertWeightLoader:
         flight.issued = part + 1
         self._serial += 1
         streams, batches = self._streams, flight.parts[part]
-        if streams.module is not None and any(batch.enters for batch in batches):
-            self._wait_for_commits(streams.entry, flight)
-            flight.began[part] = streams.mark(streams.entry)
-        for batch in batches:
-            batch.issue(self._serial)
+        if any(batch.enters for batch in batches):
+            with streams.on_entry():
+                self._wait_for_commits(streams.entry, flight)
+                flight.began[part] = streams.mark(streams.entry)
+                for batch in batches:
+                    batch.issue(self._serial)
+                flight.ended[part] = streams.mark(streams.entry)
+        else:
+            for batch in batches:
+                batch.issue(self._serial)
+        if part == len(flight.parts) - 1 and flight.enters:
+            with streams.on_entry():
+                self._finish(flight, streams.entry)
         self._jobs.put((flight, part))
+
+    def _finish(self, flight: _Flight, stream: Any) -> None:
+        """Enqueues what follows the last copy: checksums, and the event of the arrival."""
+        for sums in flight.sums:
+            Summer.enqueue(sums)
+        if flight.sums:
+            self._summers[flight.buffer].fetch()
+        if stream is not None:
+            self._arrival_events[flight.buffer].record(stream)
 
     def _wait_for_commits(self, stream: Any, flight: _Flight) -> None:
         """Makes ``stream`` wait for the last commit that wrote slots which the round reads, or read the staging buffer
@@ -474,10 +502,13 @@ class D2DExpertWeightLoader:
         buffer = round.number % self.num_buffers
         places = [(layer, slot - self.rank * size, expert) for layer, slot, expert in moves[mine, :SOURCE].tolist()]
         staged = [self._views(layer, buffer, place) for place, (layer, _, _) in enumerate(places)]
-        flight = _Flight(round, buffer, places, staged)
+        summer = self._summers[buffer]
+        sums = [summer.prepare(place, each) for place, each in enumerate(staged)] if self.checksums is not None else []
+        flight = _Flight(round, buffer, places, staged, sums)
         staged_of = dict(zip(mine.tolist(), staged, strict=True))
         for part in self._parts(moves[:, LAYER], senders, receivers):
             flight.parts.append(self._part(flight, part, moves, senders, receivers, staged_of))
+        flight.enters = self._streams.module is not None and all(its.enters for part in flight.parts for its in part)
         flight.began, flight.ended = [None] * len(flight.parts), [None] * len(flight.parts)
         return flight
 
@@ -529,7 +560,7 @@ class D2DExpertWeightLoader:
             else:
                 receives[transport].append(Piece(sender, at, views, (layer, slot, ranges)))
                 flight.nbytes += end - start
-        batches: list[Batch] = [LocalCopies(local)] if local else []
+        batches: list[Batch] = [Copies(local, enters=self._streams.module is not None)] if local else []
         return batches + [
             each.batch(sends[each], receives[each]) for each in self._transports if sends[each] or receives[each]
         ]
@@ -567,31 +598,38 @@ class D2DExpertWeightLoader:
                 continue
             try:
                 with torch.no_grad(), self._streams.on_side():
-                    self._wait_for_commits(self._streams.side, flight)
-                    if flight.began[part] is None:
-                        flight.began[part] = self._streams.mark(self._streams.side)
-                    for batch in flight.parts[part]:
-                        batch.run()
-                    flight.ended[part] = self._streams.mark(self._streams.side)
+                    if not flight.enters:
+                        self._run(flight, part)
                     if part == len(flight.parts) - 1:
                         self._arrive(flight)
             except Exception as error:  # whatever it is, the group cannot be trusted any more
                 self._failed(error)
 
+    def _run(self, flight: _Flight, part: int) -> None:
+        """What issuing left to do."""
+        side = self._streams.side
+        self._wait_for_commits(side, flight)
+        if flight.began[part] is None:
+            flight.began[part] = self._streams.mark(side)
+        if flight.ended[part] is not None:
+            side.wait_event(flight.ended[part])  # copies on the entry stream
+        for batch in flight.parts[part]:
+            if not batch.enters:
+                batch.run()
+        flight.ended[part] = self._streams.mark(side)
+        if part == len(flight.parts) - 1:
+            self._finish(flight, side)
+
     def _arrive(self, flight: _Flight) -> None:
-        if self.checksums is not None:
-            for place, staged in enumerate(flight.staged):
-                self._summer.add(place, staged)
-            self._summer.fetch()
         event = self._arrival_events[flight.buffer]
         if event is not None:
-            event.record(self._streams.side)
             event.synchronize()
             for began, ended in zip(flight.began, flight.ended, strict=True):
                 self.seconds_on_device += began.elapsed_time(ended) / 1e3
-        flight.intact = self.checksums is None or all(
-            self.checksums.matches(layer, expert, self._summer.value(place))
-            for place, (layer, _, expert) in enumerate(flight.places)
+        table, summer = self.checksums, self._summers[flight.buffer]
+        flight.intact = table is None or all(
+            table.matches(layer, expert, summer.value(place, sums))
+            for place, ((layer, _, expert), sums) in enumerate(zip(flight.places, flight.sums, strict=False))
         )
         self.bytes_received += flight.nbytes
         self.seconds_in_flight += time.monotonic() - flight.issued_at

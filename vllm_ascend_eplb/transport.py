@@ -7,8 +7,9 @@ A transport is handed the pieces that this rank sends and receives in one part o
     issue     called in the step thread, at the same step on all ranks: nothing but the call
     run       called afterwards in the loader's mover thread: blocks until all pieces have arrived and were sent
 
-Which of the last two does the work is the transport's choice: communicators of a device are entered in ``issue``,
-because all ranks must enter them in the same order; what blocks a host thread goes into ``run``.
+Which of the last two does the work is the transport's choice. What only enqueues work on the device goes into
+``issue``: communicators must be entered in the same order everywhere, and launches from another thread would wait for
+the step thread's own. What blocks a host thread goes into ``run``.
 
 =========  ==========================================================================================================
 local      copies within a rank
@@ -57,19 +58,18 @@ class Piece:
         return sum(tensor.numel() for tensor in self.tensors)
 
 
-class Batch(ABC):
+class Batch:
     """The prepared pieces of one part of a round on one rank.
 
     Attributes:
-        enters: whether ``issue`` enters a communicator, on the entry stream.
+        enters: whether ``issue`` does it all, by work enqueued on the current stream; ``run`` is then not called.
     """
 
     enters = False
 
-    def issue(self, serial: int) -> None:  # noqa: B027 - most transports do their work in run
+    def issue(self, serial: int) -> None:
         """In the step thread; never blocks. ``serial`` numbers parts and is equal on all ranks."""
 
-    @abstractmethod
     def run(self) -> None:
         """In the mover thread, on the side stream; returns when all has arrived and all was sent.
 
@@ -106,7 +106,7 @@ class Streams:
         self.side: Any = None if self.module is None else self.module.Stream(device=device)
         """Of the mover thread, and of it alone: what it enqueues must not wait behind a later round."""
         self.entry: Any = None if self.module is None else self.module.Stream(device=device)
-        """Of the step thread, for communicators that are entered when a round is issued."""
+        """Of the step thread, for transfers that are enqueued when a round is issued."""
 
     def event(self) -> Any:
         """An event whose host wait sleeps instead of spinning; None on a CPU."""
@@ -145,13 +145,20 @@ class _Nothing:
         return None
 
 
-class LocalCopies(Batch):
-    """Copies within this rank, from slots to staging."""
+class Copies(Batch):
+    """Copies into staging from memory that this rank can read: its own slots, or mapped ones of a peer."""
 
-    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self._pairs = pairs
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], enters: bool) -> None:
+        self._pairs, self.enters = pairs, enters
+
+    def issue(self, serial: int) -> None:
+        if self.enters:
+            self._copy()
 
     def run(self) -> None:
+        self._copy()
+
+    def _copy(self) -> None:
         for target, source in self._pairs:
             target.copy_(source, non_blocking=True)
 

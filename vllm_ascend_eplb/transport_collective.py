@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NCCL and HCCL: batch_isend_irecv on a communicator of its own, on the side stream.
+"""NCCL and HCCL: batch_isend_irecv on a communicator of its own, on a stream of its own.
 
 A communicator's kernel that waits for its peer holds cores of the device. A kernel that needs all cores at once
 (cooperative launch) then waits for it, and where another rank has them the other way round both wait for ever. So on
@@ -23,7 +23,7 @@ MOST_CTAS = 8
 
 
 class CollectiveTransport(Transport):
-    """batch_isend_irecv of the group's own backend (NCCL, HCCL; also Gloo, in tests).
+    """batch_isend_irecv of the group's own backend (NCCL, HCCL).
 
     Args:
         group: a registered process group of all ranks with a backend for the device, used by nothing else.
@@ -36,7 +36,7 @@ class CollectiveTransport(Transport):
     """
 
     def __init__(self, group: Any, streams: Streams, *, cooperative_kernels: bool = False) -> None:
-        self._group, self._streams = group, streams
+        self._group = group
         self.name = "hccl" if streams.device.type == "npu" else "nccl"
         if group is None:
             raise TransferError(f"transport {self.name} needs a process group of its own on the device; none was given")
@@ -62,24 +62,18 @@ class CollectiveTransport(Transport):
                 for tensor in piece.tensors
             ]
 
-        return _CollectiveBatch(self._streams, operations(dist.isend, sends) + operations(dist.irecv, receives))
+        return _CollectiveBatch(operations(dist.isend, sends) + operations(dist.irecv, receives))
 
 
 class _CollectiveBatch(Batch):
     enters = True
 
-    def __init__(self, streams: Streams, operations: list[dist.P2POp]) -> None:
-        self._streams, self._operations = streams, operations
-        self._works: list[Any] = []
+    def __init__(self, operations: list[dist.P2POp]) -> None:
+        self._operations = operations
 
     def issue(self, serial: int) -> None:
-        if self._operations:
-            with self._streams.on_entry():
-                self._works = dist.batch_isend_irecv(self._operations)
-
-    def run(self) -> None:
-        for work in self._works:
-            work.wait()  # on a device: the side stream waits, not this thread
+        for work in dist.batch_isend_irecv(self._operations) if self._operations else ():
+            work.wait()  # the stream waits, not this thread
 
 
 def most_ctas(group: Any, device: torch.device) -> int | None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pull: the receiver copies experts out of the slots of ranks on its host, through mapped device memory.
 
-The copies are plain device-to-device copies on the receiver's side stream. Copy engines do them; the sender does
+The copies are plain device-to-device copies on a stream of the receiver. Copy engines do them; the sender does
 nothing, no kernel waits for a peer, and so nothing can hold the cores that another kernel needs.
 
 Because the sender does nothing, its own stream order does not protect the receiver: a commit that the sender has
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .transport import Batch, LocalCopies, Piece, Streams, Transport
+from .transport import Batch, Copies, Piece, Streams, Transport
 
 Weights = Sequence[Sequence[Sequence[torch.Tensor]]]
 
@@ -68,7 +68,7 @@ class PullTransport(Transport):
             tensors = self._peers[piece.peer][layer][slot]
             for target, (number, first, end) in zip(piece.tensors, ranges, strict=True):
                 pairs.append((target, tensors[number][first:end]))
-        return LocalCopies(pairs)
+        return Copies(pairs, enters=True)
 
 
 def _offer(weights: Weights) -> bytes:

@@ -141,17 +141,20 @@ class Driver:
         self._clear()
 
     def _spoil(self) -> None:
-        """Holds batches back, and damages staging, at random."""
-        arrive, trouble = self.loader._arrive, self.trouble
+        """Holds batches back, and damages staging before it is summed, at random."""
+        arrive, finish, trouble = self.loader._arrive, self.loader._finish, self.trouble
 
         def late(flight: Any) -> None:
             if trouble.message_delay:
                 time.sleep(self.random.random() * trouble.message_delay)
-            if flight.staged and self.random.random() < trouble.damage:
-                flight.staged[0][0][:1] += 1
             arrive(flight)
 
-        self.loader._arrive = late  # type: ignore[method-assign]
+        def damaged(flight: Any, stream: Any) -> None:
+            if flight.staged and self.random.random() < trouble.damage:
+                flight.staged[0][0][:1] += 1
+            finish(flight, stream)
+
+        self.loader._arrive, self.loader._finish = late, damaged  # type: ignore[method-assign]
 
     def _clear(self) -> None:
         self.failure = Failure.NONE

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dispatch tables: shares within one entry, realised by the op for few tokens, changed in place."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ascend_eplb import ops
+from vllm_ascend_eplb.placement import EMPTY, Placement
+from vllm_ascend_eplb.tables import DispatchTables, TableError, even_shares, table_rows
+
+
+def skewed(rng: np.random.Generator, layers: int, experts: int, ranks: int, slots: int) -> tuple[Placement, np.ndarray]:
+    """A placement whose hot experts have several replicas, and uneven shares for it."""
+    spare = ranks * slots - experts
+    rows = [
+        rng.permutation(np.r_[np.arange(experts), rng.integers(0, max(1, experts // 8), spare)]) for _ in range(layers)
+    ]
+    placement = Placement(np.array(rows), experts, ranks)
+    weight = rng.random(placement.physical_to_logical.shape) + 0.2
+    return placement, normalised(placement, weight)
+
+
+def normalised(placement: Placement, weight: np.ndarray) -> np.ndarray:
+    shares = np.zeros_like(weight)
+    for layer, row in enumerate(placement.physical_to_logical):
+        for expert in range(placement.num_experts):
+            its = row == expert
+            shares[layer, its] = weight[layer, its] / weight[layer, its].sum()
+    return shares
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(16, 64))
+def test_rows_realise_shares_to_within_one_entry(seed: int, entries: int) -> None:
+    placement, shares = skewed(np.random.default_rng(seed), 2, 10, 4, 4)
+    rows = table_rows(placement, shares, entries)
+    assert rows.shape == (2, 10, entries)
+    for layer in range(2):
+        for slot in range(placement.num_slots):
+            expert = placement.physical_to_logical[layer, slot]
+            assert (rows[layer, expert] == slot).sum() == pytest.approx(shares[layer, slot] * entries, abs=1)
+        for expert in range(10):
+            assert (placement.physical_to_logical[layer, rows[layer, expert]] == expert).all()
+            assert (np.diff(rows[layer, expert]) >= 0).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64])
+def test_shares_hold_however_few_tokens_a_rank_has(tokens: int) -> None:
+    ranks = 8
+    placement, shares = skewed(np.random.default_rng(1), 1, 64, ranks, 9)
+
+    def worst_error(turned: bool) -> float:
+        counts = torch.zeros(placement.num_slots, dtype=torch.int64)
+        for rank in range(ranks):
+            tables = DispatchTables(placement, "cpu", 32, rank=rank if turned else 0, num_ranks=ranks)
+            tables.prepare(placement, [0], shares)
+            tables.commit()
+            ids = torch.arange(64).repeat(tokens, 1)
+            ops.map_and_record(ids, tables.table[0], tables.count[0], counts, torch.ones(1, dtype=torch.bool))
+        realised = normalised(placement, counts.numpy()[None] + 1e-9)
+        return float(np.abs(realised - shares).max())
+
+    assert worst_error(turned=True) < 2 / (ranks * tokens) + 1 / 32  # what whole tokens and whole entries leave
+    if tokens == 1:
+        assert worst_error(turned=False) > 0.3  # all ranks take the same replica: what the turn is for
+
+
+def test_without_a_turn_the_tables_of_all_ranks_are_equal() -> None:
+    placement, shares = skewed(np.random.default_rng(2), 3, 12, 4, 4)
+    tables = [DispatchTables(placement, "cpu", 16) for _ in range(2)]
+    for each in tables:
+        each.prepare(placement, [0, 1, 2], shares)
+        each.commit()
+    assert torch.equal(tables[0].table, tables[1].table)
+
+
+def test_a_commit_changes_its_layers_in_place() -> None:
+    rng = np.random.default_rng(3)
+    placement, shares = skewed(rng, 3, 12, 4, 4)
+    after, _ = skewed(rng, 3, 12, 4, 4)
+    tables = DispatchTables(placement, "cpu", 16)
+    address, before = tables.table.data_ptr(), tables.table.clone()
+    tables.prepare(placement, [1], shares[[1]])
+    tables.prepare(after, [2])
+    tables.commit()
+    assert torch.equal(tables.table[[0, 2]], before[[0, 2]])
+    assert np.array_equal(tables.table[1].numpy(), table_rows(placement, shares, 16)[1])
+    tables.commit()
+    assert np.array_equal(tables.table[2].numpy(), table_rows(after, even_shares(after), 16)[2])
+    assert tables.table.data_ptr() == address
+    tables.prepare(after, [0])
+    tables.forget_prepared()
+    with pytest.raises(IndexError):
+        tables.commit()
+
+
+def test_an_empty_slot_takes_nothing() -> None:
+    placement = Placement([[0, 1, EMPTY, 0]], 2, 2)
+    assert even_shares(placement).tolist() == [[0.5, 1.0, 0.0, 0.5]]
+    assert set(table_rows(placement, even_shares(placement), 16)[0, 0].tolist()) == {0, 3}
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ([[1.0, 1.0]], "shape"),
+        ([[1.0, -1.0, 1.0, 1.0]], "not negative"),
+        ([[1.0, float("nan"), 1.0, 1.0]], "finite"),
+        ([[0.0, 1.0, 1.0, 0.0]], "expert 0 are all 0"),
+    ],
+)
+def test_bad_shares_are_refused(shares: list[list[float]], message: str) -> None:
+    placement = Placement([[0, 1, 2, 0]], 3, 2)
+    with pytest.raises(TableError, match=message):
+        table_rows(placement, shares, 16)
+    with pytest.raises(TableError, match=r"16\.\.64"):
+        DispatchTables(placement, "cpu", 8)

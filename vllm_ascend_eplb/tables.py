@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DispatchTables: weighted dispatch, the lever between two placements that needs no transfer.
+
+A table [E, K] per layer names K slots for each expert; the op ``map_and_record`` sends each token to one of them. How
+often a slot stands in a row is its share of the expert's tokens. The tables have buffers of their own: the true maps
+and replica counts (:class:`~vllm_ascend_eplb.maps.DispatchMaps`) stay what they are. Addresses never change, so that
+captured graphs see every new table.
+
+Equal entries of a row stand side by side, because the op walks through a row in golden-ratio steps, which cut any one
+stretch of it evenly. Where each rank routes its own tokens (regime *owned*), rank r of R begins r/R further on in every
+row: ranks with a single token each then take different replicas. In every other regime all ranks must route a token
+alike, so the tables are equal byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .placement import EMPTY, FloatArray, Placement
+
+ENTRIES = range(16, 65)
+"""Allowed widths K of a table."""
+
+
+class TableError(ValueError):
+    """Shares or a width that no table can be made of."""
+
+
+def even_shares(placement: Placement) -> FloatArray:
+    """float64 [L, P]: the same share for all replicas of an expert, 0 for an empty slot."""
+    slots = placement.physical_to_logical
+    counts = np.take_along_axis(placement.replica_count, np.maximum(slots, 0).astype(np.int64), axis=1)
+    shares: FloatArray = np.where(slots == EMPTY, 0.0, 1.0 / counts)
+    return shares
+
+
+def table_rows(placement: Placement, shares: npt.ArrayLike, entries: int) -> npt.NDArray[np.int64]:
+    """Rows that realise shares to within one entry (largest remainder; ties go to the lower slot).
+
+    Args:
+        placement: [L, P] as seen by the layers asked for.
+        shares: float [L, P], not negative; per layer and expert they sum to more than 0.
+        entries: K.
+
+    Returns:
+        int64 [L, E, K], equal entries side by side.
+
+    Raises:
+        TableError: shapes differ, or shares are negative, not finite, or 0 for all replicas of an expert.
+    """
+    slots, experts = placement.physical_to_logical, placement.num_experts
+    given = np.asarray(shares, dtype=np.float64)
+    if given.shape != slots.shape:
+        raise TableError(f"shares have shape {given.shape}, the placement {slots.shape}")
+    if not np.isfinite(given).all() or (given < 0).any():
+        raise TableError("shares must be finite and not negative")
+    layers, places = np.nonzero(slots != EMPTY)
+    row = layers * experts + slots[layers, places]
+    order = np.lexsort((places, row))
+    row, places, wanted = row[order], places[order], given[layers, places][order]
+    totals = np.bincount(row, wanted, minlength=len(slots) * experts)
+    if (totals <= 0).any():
+        layer, expert = divmod(int(np.argmax(totals <= 0)), experts)
+        raise TableError(
+            f"layer {layer}: the shares of expert {expert} are all 0; one of its replicas must take tokens"
+        )
+    exact = wanted / totals[row] * entries
+    counts = np.floor(exact).astype(np.int64)
+    missing = entries - np.bincount(row, counts, minlength=len(totals)).astype(np.int64)
+    by_remainder = np.lexsort((places, counts - exact, row))  # within a row: largest remainder first
+    starts = np.searchsorted(row, np.arange(len(totals)))
+    rank_in_row = np.arange(len(row)) - starts[row]
+    counts[by_remainder] += rank_in_row < missing[row]
+    rows: npt.NDArray[np.int64] = np.repeat(places, counts).astype(np.int64)
+    return rows.reshape(len(slots), experts, entries)
+
+
+class DispatchTables:
+    """The dispatch tables of all layers on the device.
+
+    Args:
+        placement: the one to start with, split evenly.
+        device: where the routers run.
+        entries: K, 16..64: the resolution of the shares.
+        rank, num_ranks: given only where each rank routes its own tokens: this rank's rows are turned by rank/num_ranks
+            of a row.
+
+    Attributes:
+        table: int64 [L, E, K], slots.
+        count: int64 [L, E], valid entries of each row; always K.
+
+    Raises:
+        TableError: ``entries`` is out of range.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        device: torch.device | str,
+        entries: int = 32,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        if entries not in ENTRIES:
+            raise TableError(f"a table of {entries} entries per expert; allowed are {ENTRIES[0]}..{ENTRIES[-1]}")
+        self.entries, self.device = entries, torch.device(device)
+        self._turn = rank * entries // num_ranks
+        self.table = torch.from_numpy(self._rows(placement, even_shares(placement))).to(device)
+        shape = (placement.num_layers, placement.num_experts)
+        self.count = torch.full(shape, entries, dtype=torch.int64, device=device)
+        self._prepared: deque[tuple[Sequence[int], torch.Tensor]] = deque()
+        self._in_use: deque[tuple[torch.Tensor, torch.Event | None]] = deque()
+
+    def _rows(self, placement: Placement, shares: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        return np.ascontiguousarray(np.roll(table_rows(placement, shares, self.entries), -self._turn, axis=2))
+
+    def prepare(self, placement: Placement, layers: Sequence[int], shares: npt.ArrayLike | None = None) -> None:
+        """Computes the rows of ``layers`` for the next commit that has none yet; from any thread, in order.
+
+        Args:
+            placement: in force once the commit has taken place.
+            layers: those that change.
+            shares: float [len(layers), P] for these layers; None splits evenly (the layer's experts have just moved).
+
+        Raises:
+            TableError: the shares are none.
+        """
+        part = Placement(placement.physical_to_logical[list(layers)], placement.num_experts, placement.num_ranks)
+        rows = torch.from_numpy(self._rows(part, even_shares(part) if shares is None else shares))
+        self._prepared.append((layers, rows.pin_memory() if self.device.type != "cpu" else rows))
+
+    def commit(self) -> None:
+        """Puts the oldest prepared rows in force; only enqueues copies on the current stream."""
+        layers, rows = self._prepared.popleft()
+        for i, layer in enumerate(layers):
+            self.table[layer].copy_(rows[i], non_blocking=True)
+        # the host may be a step or two ahead of the device: pinned rows stay until their copies are done
+        while self._in_use and (self._in_use[0][1] is None or self._in_use[0][1].query()):
+            self._in_use.popleft()
+        event = None
+        if self.device.type != "cpu":
+            event = torch.get_device_module(self.device).Event()
+            event.record()
+        self._in_use.append((rows, event))
+
+    def forget_prepared(self) -> None:
+        """Drops what was prepared and not committed."""
+        self._prepared.clear()
