@@ -64,6 +64,7 @@ class Server:
             *("--host", "127.0.0.1", "--port", str(port), "--uvicorn-log-level", "warning"),
             *("--tensor-parallel-size", str(ranks), "--enable-expert-parallel", "--enforce-eager"),
             *("--max-model-len", str(MAX_TOKENS_PER_REQUEST), "--max-num-seqs", str(max_num_seqs)),
+            *("--shutdown-timeout", "30"),  # without it vLLM kills its processes at once, and may hang in doing so
             "--no-enable-prefix-caching",  # prompts repeat; each time they shall be computed
             *("--additional-config", json.dumps({"eplb_config": eplb_config})),
         ]
@@ -155,7 +156,7 @@ class Server:
             found |= {Path(line.split(None, 5)[5]) for line in maps if "/dev/shm/" in line}
         return found
 
-    def stop(self, timeout: float = 60.0) -> list[str]:
+    def stop(self, timeout: float = 90.0) -> list[str]:
         """Interrupts the server, as Ctrl-C does, and waits until all its processes are gone.
 
         Returns:
