@@ -64,5 +64,6 @@ def test_the_same_program_on_a_cpu() -> None:
 
 
 def test_the_outputs_notice_maps_without_weights() -> None:
-    outcome = npus.run("core", "updator", ranks=2, args=["npu", False, 3, True], allow=START_UP, **DELAYS)
+    # The control's own write is a race, too.
+    outcome = npus.run("core", "updator", ranks=2, args=["npu", False, 3, True], check=False, **DELAYS)
     assert all(result["wrong"] > 0 for result in outcome.results)

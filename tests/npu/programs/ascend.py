@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vllm-ascend's own modules, unmodified, with their EPLB classes or ours: the calls of its model runner over MoE layers
+that are small enough to be compared exactly."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+LAYERS, EXPERTS, HIDDEN, INNER, TOKENS = 2, 8, 32, 16, 24
+
+
+def _groups() -> None:
+    """The process groups that vllm-ascend would make for SIZE expert-parallel ranks."""
+    import vllm.distributed.parallel_state as vllm_state
+    import vllm_ascend.distributed.parallel_state as ascend_state
+
+    dist.init_process_group("cpu:gloo,npu:hccl", timeout=timedelta(seconds=200))
+
+    def group(name: str, ranks: list[list[int]]) -> Any:
+        return vllm_state.GroupCoordinator(ranks, RANK, "hccl", False, False, name)
+
+    everybody = [list(range(SIZE))]
+    vllm_state._WORLD = group("world", everybody)
+    vllm_state._EP = group("ep", everybody)
+    vllm_state._PP = group("pp", [[rank] for rank in range(SIZE)])
+    ascend_state._DYNAMIC_EPLB = group("dynamic_eplb", everybody)
+
+
+def _runner_module(ours: bool) -> ModuleType:
+    import vllm_ascend
+
+    vllm_ascend.register()
+    if ours:
+        from vllm_ascend_eplb.adaptors import ascend
+
+        ascend.install()
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    import vllm_ascend.worker.model_runner_v1 as runner
+
+    return runner
+
+
+class Layer:
+    """What AscendFusedMoE is to its EPLB: maps, weights by name, received tokens."""
+
+    def __init__(self, number: int, config: Any, owned: bool) -> None:
+        from vllm_ascend.eplb.core.eplb_utils import init_eplb_config
+        from vllm_ascend.quantization.quant_type import QuantType
+
+        self.number, self.owned = number, owned
+        moe = SimpleNamespace(num_experts=EXPERTS, ep_size=SIZE, ep_rank=RANK)
+        self.global_expert_map, self.expert_map, self.log2phy, redundant = init_eplb_config(
+            config, number, moe, tp_size=None if owned else SIZE
+        )
+        self.local_num_experts, self.ep_rank = (EXPERTS + redundant) // SIZE, RANK
+        self.quant_type = QuantType.NONE
+        self.moe_load = torch.zeros(self.local_num_experts, dtype=torch.int64, device="npu")
+        held = [int(torch.nonzero(self.expert_map == slot)[0]) for slot in range(self.local_num_experts)]
+        self.w13_weight = torch.stack([expert_weights(number, e)[0] for e in held]).npu()
+        self.w2_weight = torch.stack([expert_weights(number, e)[1] for e in held]).npu()
+
+    def get_log2phy_map(self) -> Any:
+        return self.log2phy
+
+    def clear_moe_load(self) -> None:
+        self.moe_load.zero_()
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Sum of the token's experts. Where ranks own their tokens all ranks' tokens are gathered after the mapping;
+        else all ranks map the same tokens."""
+        slots = self.log2phy[ids].to(torch.int64)
+        if self.owned:
+            all_x = torch.empty(SIZE * x.shape[0], HIDDEN, device="npu")
+            all_slots = torch.empty(SIZE * x.shape[0], ids.shape[1], dtype=torch.int64, device="npu")
+            dist.all_gather_into_tensor(all_x, x)
+            dist.all_gather_into_tensor(all_slots, slots)
+            x, slots = all_x, all_slots
+        local = slots - RANK * self.local_num_experts
+        mine = (local >= 0) & (local < self.local_num_experts)
+        local = local.clamp(0, self.local_num_experts - 1)
+        self.moe_load.scatter_add_(0, local.reshape(-1), mine.reshape(-1).to(torch.int64))
+        w13 = self.w13_weight.sum(1)[local]
+        w2 = self.w2_weight.sum(2)[local]
+        out = (x.unsqueeze(1) * w13 * w2 * mine.unsqueeze(-1)).sum(1)
+        dist.all_reduce(out)
+        return out[RANK * TOKENS : (RANK + 1) * TOKENS] if self.owned else out
+
+
+def expert_weights(layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers, so that sums are exact in any order."""
+    generator = torch.Generator().manual_seed(1000 * layer + expert)
+    w13 = torch.randint(-3, 4, (2 * INNER, HIDDEN), generator=generator).float()
+    return w13, torch.randint(-3, 4, (HIDDEN, INNER), generator=generator).float()
+
+
+def reference(layer: int, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    scale = torch.stack([w13.sum(0) * w2.sum(1) for w13, w2 in (expert_weights(layer, e) for e in range(EXPERTS))])
+    return (x.unsqueeze(1) * scale[ids]).sum(1)
+
+
+def balance(ours: bool, owned: bool, redundant: int, steps: int, fault: str) -> dict[str, Any]:
+    """The runner's calls over ``steps`` forwards of skewed load.
+
+    Args:
+        ours: our classes, or vllm-ascend's.
+        owned: each rank routes tokens of its own (MC2, All2All), or all ranks route the same (AllGather).
+        fault: "kill": the planner dies once; "slow": it takes 3 s; or nothing.
+    """
+    os.environ["DYNAMIC_EPLB"] = "true"
+    runner = _runner_module(ours)
+    _groups()
+    settings = {
+        "dynamic_eplb": True,
+        "num_redundant_experts": redundant,
+        "expert_heat_collection_interval": 10,
+        "algorithm_execution_interval": 3,
+    }
+    from vllm_ascend.ascend_config import EplbConfig
+
+    config = EplbConfig({**settings, "eplb_policy_type": 2})
+    if ours:
+        from vllm_ascend_eplb.adaptors import ascend
+
+        changed = ascend.hand_over({"eplb_config": {**settings, "transport": "hccl"}})
+        assert EplbConfig(changed["eplb_config"]).dynamic_eplb
+        runner.EplbUpdator.settings = ascend._settings(changed)
+        ascend.ranks_own_their_tokens = lambda: owned  # type: ignore[assignment]
+    layers = [Layer(number, config, owned) for number in range(LAYERS)]
+    torch.npu.synchronize()
+    runner.VllmEplbAdaptor._registered_moe_layers[:] = layers
+    model = SimpleNamespace(config=SimpleNamespace(), quant_config=None)
+    import vllm_ascend.eplb.adaptor.vllm_adaptor as stock_adaptor
+
+    stock_adaptor.get_ascend_config = lambda: SimpleNamespace(enable_fused_mc2=0)
+
+    # The calls of NPUModelRunner.__init__ and eplb_warmup.
+    loader = runner.D2DExpertWeightLoader()
+    shared: Any = {"expert_map": None, "moe_load": None, "expert_maps": None}
+    if not ours:
+        from multiprocessing import Manager
+
+        manager = Manager()
+        shared = manager.dict(shared)
+    process = runner.EplbProcess(shared_dict=shared, policy_type=2, enable_d2d=True, tp_size=None if owned else SIZE)
+    child = process._launch_process()
+    updator = runner.EplbUpdator(config, loader, process, child)
+    adaptor = runner.VllmEplbAdaptor(model=model)
+    loader.set_adator(adaptor)
+    updator.set_adaptor(adaptor)
+    updator.warm_up_eplb()
+    updator.adaptor.clear_all_moe_loads()
+    if ours:
+        updator.begin()
+    if fault == "kill" and RANK == 0:
+        if ours:
+            os.kill(updator.balancer._planner.pid, 9)
+        else:
+            child.kill()
+
+    draw = np.random.default_rng(7)
+    wrong, slowest, moved = 0, 0.0, set()
+    for step in range(steps):
+        heat = np.random.default_rng(3).dirichlet(np.full(EXPERTS, 0.3)) + 1e-3
+        shape = (SIZE, LAYERS, TOKENS)
+        all_ids = np.stack(
+            [draw.choice(EXPERTS, 2, replace=False, p=heat / heat.sum()) for _ in range(int(np.prod(shape)))]
+        ).reshape(*shape, 2)
+        ids = torch.from_numpy(all_ids[RANK if owned else 0])
+        all_x = torch.from_numpy(draw.integers(-4, 5, (SIZE, TOKENS, HIDDEN)).astype(np.float32))
+        x = all_x[RANK if owned else 0]
+        began = time.perf_counter()
+        with torch.inference_mode():
+            if ours:
+                updator.step(True, "decode")
+            updator.forward_before()
+            out = [layer.forward(x.npu(), ids[layer.number].npu()) for layer in layers]
+            updator.forward_end(True)
+            torch.npu.synchronize()
+        slowest = max(slowest, time.perf_counter() - began)
+        wrong += not all(torch.equal(o.cpu(), reference(i, x, ids[i])) for i, o in enumerate(out))
+        if ours:
+            moved.add(updator.balancer.placement.digest)
+        else:
+            moved.add(str(layers[0].w13_weight.flatten(1).cpu().tolist()))
+    result: dict[str, Any] = {"wrong": wrong, "placements": len(moved), "slowest": slowest}
+    if ours:
+        stats = updator.balancer.stats.stats()
+        result["par"] = [cycle.par.mean for cycle in stats.cycles]
+        result["failed"] = stats.cycles_failed
+        result["phase"] = updator.balancer.state.phase.name
+        updator.shutdown()
+    else:
+        child.kill()
+    return result
+
+
+def surface() -> dict[str, Any]:
+    """Names, the differences that would keep the stock classes in place, and that they do."""
+    runner = _runner_module(True)
+    from vllm_ascend_eplb.adaptors import ascend
+
+    names = [type(getattr(runner, name)).__name__ for name in ("EplbUpdator", "EplbProcess")]
+    modules = [
+        getattr(runner, name).__module__
+        for name in ("EplbUpdator", "EplbProcess", "D2DExpertWeightLoader", "VllmEplbAdaptor")
+    ]
+    strange = ModuleType("strange")
+    return {"modules": modules, "names": names, "lacking": ascend.differences(strange)}

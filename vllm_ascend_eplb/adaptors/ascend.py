@@ -1,0 +1,489 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The balancer inside vllm-ascend.
+
+vllm-ascend has an EPLB of its own, whose four classes only its model runner uses, by names that it imports. Once that
+module is loaded the names stand for the classes below, which keep the calls that the runner makes::
+
+    D2DExpertWeightLoader(), EplbProcess(...)   nothing: EplbUpdator owns both
+    VllmEplbAdaptor(model=)                     the layers and their expert tensors, by vllm-ascend's own class
+    EplbUpdator(...), warm_up_eplb()            builds the balancer in the profile run, when the weights are there
+
+and the steps come from the one point that is right for real and dummy forwards::
+
+    _determine_batch_execution_and_padding returned ──> forward_before   (behind the data-parallel collective)
+    the runner's own call of forward_end            ──> forward_end
+
+**Routing.** vllm-ascend turns a logical expert into a slot by ``log2phy[ids]``, with one slot per expert and rank. Here
+``log2phy`` is a :class:`SlotTable`, an object that is indexed the same way and spreads an expert's tokens over all its
+replicas. Where ranks may gather tokens before routing (AllGather), every rank then maps a token alike, so each pair is
+computed once; vllm-ascend's own tables differ between ranks there.
+
+**Slots under AllGather.** Its AllGather dispatcher looks up slots in a map that is indexed by logical experts, which
+fails as soon as there are redundant experts. ``look_up_slots`` gives it one that is indexed by slots.
+
+**Load** comes from the layers' ``moe_load``, which counts what the slots of a rank have received, whatever way the
+tokens came. It is made a view of the recorder's counters.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..config import EplbConfig, EplbConfigError
+from ..control import require_equal
+from ..load import LoadRecorder
+from ..maps import DispatchMaps
+from ..ops import entries_of
+from ..placement import EMPTY, Placement
+from ..post_import import after_import
+from ..process import EplbProcess
+from ..stats import StatsFile, stats_path
+from ..topology import Topology, host_identity
+from ..transfer import exchange_bytes
+from ..updator import EplbUpdator, Stage
+from .base import EplbAdaptor
+
+logger = logging.getLogger("vllm.eplb")
+
+CHECKED_VERSIONS = ("0.23.0.post1",)
+"""Releases of vllm-ascend whose sources were read and on which the tests ran."""
+
+RUNNER = "vllm_ascend.worker.model_runner_v1"
+WORKER = "vllm_ascend.worker.worker"
+DISPATCHER = "vllm_ascend.ops.fused_moe.token_dispatcher"
+
+SETTINGS = "vllm_ascend_eplb"
+"""Key of additional_config under which our settings travel to the workers; vllm-ascend ignores it."""
+
+SWITCH = "DYNAMIC_EPLB"
+"""Environment variable that vllm-ascend wants to be true before it accepts dynamic_eplb."""
+
+STOCK_KEYS = (
+    "dynamic_eplb",
+    "expert_heat_collection_interval",
+    "algorithm_execution_interval",
+    "num_redundant_experts",
+)
+
+CALLS = {
+    "eplb_loader": {"set_adator"},
+    "eplb_process": {"_launch_process"},
+    "eplb_updator": {"set_adaptor", "warm_up_eplb", "forward_before", "forward_end", "adaptor.clear_all_moe_loads"},
+}
+"""What the runner calls on the objects that are replaced. A runner that calls more is left alone."""
+
+
+class AscendError(RuntimeError):
+    """This model, or this vllm-ascend, cannot be balanced."""
+
+
+# --- the configuration, in the front-end process ----------------------------------------------------------------------
+
+
+def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
+    """The same configuration in the dialect that vllm-ascend accepts: its own keys in ``eplb_config``, all of ours
+    under :data:`SETTINGS`. Sets the environment variable that it asks for; workers inherit it.
+
+    Raises:
+        EplbConfigError: a setting cannot work.
+    """
+    config = EplbConfig.from_additional_config(additional_config)
+    result = dict(additional_config)
+    if not config.active:
+        return result
+    if os.environ.get(SWITCH, "true").lower() not in ("true", "1"):
+        raise EplbConfigError(
+            f"eplb_config.dynamic_eplb is true but the environment says {SWITCH}={os.environ[SWITCH]}; "
+            f"unset it, or export {SWITCH}=true"
+        )
+    os.environ[SWITCH] = "true"
+    result["eplb_config"] = {key: getattr(config, key) for key in STOCK_KEYS}
+    result[SETTINGS] = config.model_dump()
+    return result
+
+
+def _settings(additional_config: dict[str, Any] | None) -> EplbConfig:
+    """Our settings in a worker, also where nobody has called :func:`hand_over`."""
+    additional_config = additional_config or {}
+    if SETTINGS in additional_config:
+        return EplbConfig.from_additional_config({"eplb_config": additional_config[SETTINGS]})
+    return EplbConfig.from_additional_config(additional_config)
+
+
+# --- taking over, in the worker ---------------------------------------------------------------------------------------
+
+
+def install() -> None:
+    """Takes vllm-ascend's names over as soon as its modules are loaded; idempotent."""
+    after_import(RUNNER, take_over)
+    after_import(WORKER, _hook_worker)
+
+
+def differences(runner: ModuleType) -> list[str]:
+    """What the runner's module lacks or does that these classes do not know; empty where they fit."""
+    found = []
+    for name in ("D2DExpertWeightLoader", "EplbProcess", "EplbUpdator", "VllmEplbAdaptor", "NPUModelRunner"):
+        if not hasattr(runner, name):
+            found.append(f"{name} is missing")
+    if found:
+        return found
+    for name in ("execute_model", "_dummy_run", "_determine_batch_execution_and_padding"):
+        if not callable(getattr(runner.NPUModelRunner, name, None)):
+            found.append(f"NPUModelRunner.{name} is missing")
+    for name in ("register_layer", "_registered_moe_layers", "init_expert_param_per_layer", "init_buffer_tensor"):
+        if not hasattr(runner.VllmEplbAdaptor, name):
+            found.append(f"VllmEplbAdaptor.{name} is missing")
+    source = inspect.getsource(runner)
+    for attribute, known in CALLS.items():
+        called = set(re.findall(rf"self\.{attribute}\.([\w.]+)\(", source))
+        found += [f"it calls {attribute}.{name}" for name in sorted(called - known)]
+    return found
+
+
+def take_over(runner: ModuleType) -> None:
+    """Puts our classes in place of vllm-ascend's four, in its model runner's module. Where the runner does not fit they
+    are left alone, with a warning that says why."""
+    if getattr(runner, "_eplb", False):
+        return
+    version = importlib.metadata.version("vllm-ascend")
+    found = differences(runner)
+    if found:
+        logger.warning(
+            "vllm-ascend %s keeps its own EPLB: its model runner differs from the one that this package knows (%s): %s",
+            version,
+            ", ".join(CHECKED_VERSIONS),
+            "; ".join(found),
+        )
+        return
+    if version not in CHECKED_VERSIONS:
+        logger.warning("EPLB was checked against vllm-ascend %s; this is %s", ", ".join(CHECKED_VERSIONS), version)
+    runner.D2DExpertWeightLoader = _Loader  # type: ignore[attr-defined]
+    runner.EplbProcess = _Process  # type: ignore[attr-defined]
+    runner.EplbUpdator = _Updator  # type: ignore[attr-defined]
+    runner.VllmEplbAdaptor = _layers_class(runner.VllmEplbAdaptor)  # type: ignore[attr-defined]
+    _hook_runner(runner.NPUModelRunner)
+    after_import(DISPATCHER, look_up_slots)
+    runner._eplb = True  # type: ignore[attr-defined]
+
+
+def _hook_runner(runner: Any) -> None:
+    """Says what kind of forward begins, and steps at the right point of it."""
+    init, execute, dummy, determine = (
+        runner.__init__,
+        runner.execute_model,
+        runner._dummy_run,
+        runner._determine_batch_execution_and_padding,
+    )
+
+    @functools.wraps(init)
+    def new(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        _Updator.settings = _settings(vllm_config.additional_config)
+        init(self, vllm_config, *args, **kwargs)
+
+    def begun(self: Any, forward: Callable[[], Any], serving: bool, stage: Stage) -> Any:
+        self._eplb_forward = (serving, stage)
+        try:
+            return forward()
+        finally:
+            self._eplb_forward = None
+
+    @functools.wraps(execute)
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        most = max(scheduler_output.num_scheduled_tokens.values(), default=0)
+        stage: Stage = "prefill" if most > self.uniform_decode_query_len else "decode"
+        return begun(self, lambda: execute(self, scheduler_output, *args, **kwargs), True, stage)
+
+    @functools.wraps(dummy)
+    def dummy_run(self: Any, *args: Any, skip_eplb: bool = False, is_profile: bool = False, **kwargs: Any) -> Any:
+        def forward() -> Any:
+            return dummy(self, *args, skip_eplb=skip_eplb, is_profile=is_profile, **kwargs)
+
+        return forward() if skip_eplb or is_profile else begun(self, forward, False, "decode")
+
+    @functools.wraps(determine)
+    def determine_then_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = determine(self, *args, **kwargs)
+        forward = getattr(self, "_eplb_forward", None)
+        if forward is not None and getattr(self, "dynamic_eplb", False):
+            self._eplb_forward = None
+            self.eplb_updator.step(*forward)
+        return result
+
+    runner.__init__, runner.execute_model = new, execute_model
+    runner._dummy_run, runner._determine_batch_execution_and_padding = dummy_run, determine_then_step
+
+
+def _hook_worker(module: ModuleType) -> None:
+    """Steps are counted once warm-up is over."""
+    worker: Any = module.NPUWorker
+    warm_up = worker.compile_or_warm_up_model
+    if getattr(warm_up, "_eplb", False):
+        return
+
+    @functools.wraps(warm_up)
+    def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = warm_up(self, *args, **kwargs)
+        updator = getattr(self.model_runner, "eplb_updator", None)
+        if isinstance(updator, _Updator):
+            updator.begin()
+        return result
+
+    compile_or_warm_up_model._eplb = True  # type: ignore[attr-defined]
+    worker.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def look_up_slots(dispatcher: ModuleType) -> None:
+    """Lets the AllGather dispatcher look slots up in a map of slots; idempotent."""
+    cls: Any = dispatcher.TokenDispatcherWithAllGather
+    original = cls.token_dispatch
+    if getattr(original, "_eplb", False):
+        return
+
+    @functools.wraps(original)
+    def token_dispatch(self: Any, token_dispatch_input: Any) -> Any:
+        routing = token_dispatch_input.routing
+        if isinstance(routing.log2phy, SlotTable):
+            routing = replace(routing, expert_map=routing.log2phy.local_slots, global_redundant_expert_num=0)
+            token_dispatch_input = replace(token_dispatch_input, routing=routing)
+        return original(self, token_dispatch_input)
+
+    token_dispatch._eplb = True  # type: ignore[attr-defined]
+    cls.token_dispatch = token_dispatch
+
+
+class SlotTable:
+    """Stands where a layer's ``log2phy`` stood: indexed by logical experts, gives slots.
+
+    Args:
+        maps: the maps of all layers; changed in place by commits.
+        layer: which of them.
+        local_slots: int32 [P], the local slot of each slot of this rank, -1 for the others.
+        offset: added to the row of a token; where each rank routes its own tokens ranks differ in it, so that few
+            tokens per rank spread, too. 0 where several ranks may map the same token.
+    """
+
+    def __init__(self, maps: DispatchMaps, layer: int, local_slots: torch.Tensor, offset: int) -> None:
+        self._table = maps.logical_to_physical[layer].view(-1)
+        self._count = maps.replica_count[layer]
+        self._width = maps.width
+        self._offset = offset
+        self.local_slots = local_slots
+
+    def __getitem__(self, ids: torch.Tensor) -> torch.Tensor:
+        """Slots [N, K] for logical experts [N, K], in their dtype. Only device work, so that graphs may capture it."""
+        experts = ids.to(torch.int64)
+        rows = torch.arange(ids.shape[0], device=ids.device, dtype=torch.int64).unsqueeze(1) + self._offset
+        entries = entries_of(rows, experts, self._count[experts])
+        return self._table[experts * self._width + entries].to(ids.dtype)
+
+
+class _Loader:
+    def set_adator(self, adaptor: Any) -> None:
+        """The name is the runner's."""
+
+
+class _Process:
+    """There is one planner for all ranks; EplbUpdator of expert-parallel rank 0 owns it."""
+
+    pid = None
+
+    def __init__(self, shared_dict: Any, policy_type: int, enable_d2d: bool = True, tp_size: int | None = None) -> None:
+        self.shared_dict = shared_dict
+
+    def _launch_process(self) -> _Process:
+        return self
+
+    def is_alive(self) -> bool:
+        return False
+
+
+def _layers_class(stock: type) -> type:
+    """vllm-ascend's adaptor without its buffers: staging is the loader's."""
+
+    class EplbLayers(stock):  # type: ignore[misc]
+        def init_buffer_tensor(self, num_buffer_tensor: int) -> None:
+            """As many experts as a rank has would be allocated here."""
+
+    return EplbLayers
+
+
+class _Updator:
+    """EplbUpdator under the calls of vllm-ascend's runner."""
+
+    settings = EplbConfig()
+
+    def __init__(self, eplb_config: Any, loader: Any, eplb_process: Any, process: Any) -> None:
+        self.adaptor: Any = None
+        self.balancer: EplbUpdator | None = None
+        self._began = False
+
+    def set_adaptor(self, adaptor: Any) -> None:
+        self.adaptor = adaptor
+
+    def warm_up_eplb(self) -> None:
+        """Builds the balancer; in the profile run, on all ranks together."""
+        adaptor = AscendAdaptor(self.adaptor, self.settings)
+        placement = adaptor.placement
+        require_equal(
+            adaptor.control_group,
+            placement.num_ranks,
+            {
+                "package version": __version__,
+                **{f"eplb_config.{key}": value for key, value in self.settings.model_dump().items()},
+                "layers, experts, slots": (placement.num_layers, placement.num_experts, placement.num_slots),
+                "initial placement": f"{placement.digest:016x}",
+            },
+        )
+        path = stats_path()
+        self.balancer = EplbUpdator(
+            adaptor,
+            self.settings,
+            EplbProcess() if adaptor.rank == 0 else None,
+            StatsFile(path) if adaptor.rank == 0 and path is not None else None,
+        )
+
+    def begin(self) -> None:
+        """Warm-up is over on this rank: what comes now are steps."""
+        self._began = True
+
+    def forward_before(self) -> None:
+        """The runner's call comes behind the data-parallel collective of real forwards and before that of dummy ones;
+        ``step`` is called at the point that is the same for both."""
+
+    def step(self, serving: bool, stage: Stage) -> None:
+        if self.balancer is None or not self._began:
+            return
+        # The runner works in inference mode; tensors made here live longer than that.
+        with torch.inference_mode(False), torch.no_grad():
+            self.balancer.forward_before(serving=serving, stage=stage)
+
+    def forward_end(self, eplb_heat_collection_status: bool = True) -> None:
+        if self.balancer is not None and self._began:
+            self.balancer.forward_end()
+
+    def shutdown(self) -> None:
+        if self.balancer is not None:
+            self.balancer.close()
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+class ReceivedTokens(LoadRecorder):
+    """A recorder whose counters the layers add to after dispatch, recording or not: what they add meanwhile is dropped
+    before the next recorded step."""
+
+    def begin_step(self, placement: Placement, *, record: bool, phase: str = "all") -> None:
+        if not self._is_recording:
+            self.counts.zero_()
+        elif not record or (self.phases != ("all",) and phase not in self.phases):
+            self.flush(placement)
+        super().begin_step(placement, record=record, phase=phase)
+
+
+def placement_of(global_expert_maps: list[np.ndarray], slots_per_rank: int) -> Placement:
+    """The placement that vllm-ascend's expert maps describe.
+
+    Args:
+        global_expert_maps: per layer int [R, E]: the local slot of each expert on each rank, -1 where it has none.
+        slots_per_rank: S.
+
+    Raises:
+        PlacementError: an expert has no copy.
+    """
+    ranks, experts = global_expert_maps[0].shape
+    slots = np.full((len(global_expert_maps), ranks * slots_per_rank), EMPTY, dtype=np.int32)
+    for layer, expert_map in enumerate(global_expert_maps):
+        rank, expert = np.nonzero(expert_map >= 0)
+        slots[layer, rank * slots_per_rank + expert_map[rank, expert]] = expert
+    return Placement(slots, experts, ranks)
+
+
+def ranks_own_their_tokens() -> bool:
+    """Whether every token is routed by one rank only, for batches of any size (MC2, All2All)."""
+    from vllm_ascend.utils import AscendDeviceType, get_ascend_device_type
+
+    return bool(get_ascend_device_type() == AscendDeviceType.A3)
+
+
+class AscendAdaptor(EplbAdaptor):
+    """The MoE layers of a vllm-ascend model on this rank.
+
+    Args:
+        layers: vllm-ascend's adaptor, which knows the layers and, by quantisation, the tensors of an expert.
+        config: the settings.
+
+    Raises:
+        AscendError: the layers are not alike.
+    """
+
+    def __init__(self, layers: Any, config: EplbConfig) -> None:
+        from vllm.distributed.parallel_state import get_ep_group
+        from vllm_ascend.distributed.parallel_state import get_dynamic_eplb_group
+
+        group, expert_parallel = get_dynamic_eplb_group(), get_ep_group()
+        self.name = type(layers.model).__name__
+        self.rank = int(group.rank_in_group)
+        self.control_group, self.device_group = group.cpu_group, group.device_group
+        self.transfer_group = expert_parallel.cpu_group
+        moe_layers = list(layers.moe_layers)
+        size = int(layers.num_local_experts)
+        maps = [layer.global_expert_map.cpu().numpy() for layer in moe_layers]
+        if any(each.shape != maps[0].shape or layer.local_num_experts != size for each, layer in zip(maps, moe_layers)):  # noqa: B905
+            raise AscendError(
+                f"the MoE layers of {self.name} differ in experts or slots: "
+                f"{sorted({(*each.shape, layer.local_num_experts) for each, layer in zip(maps, moe_layers)})}; "  # noqa: B905
+                "set dynamic_eplb to false for this model"
+            )
+        self.placement = placement_of(maps, size)
+        num_ranks = self.placement.num_ranks
+        hosts = exchange_bytes(self.control_group, num_ranks, host_identity().encode())
+        self.topology = Topology(tuple(hosts.index(host) for host in hosts))
+        self.num_groups = max(1, int(getattr(layers.config, "n_group", 1) or 1))
+        self.device = moe_layers[0].moe_load.device
+        stage = config.eplb_heat_collection_stage
+        self.recorder = ReceivedTokens(
+            self.placement.num_layers,
+            self.placement.num_experts,
+            self.placement.num_slots,
+            self.device,
+            phases=("all",) if stage == "all" else (stage,),
+        )
+        redundant = self.placement.num_slots - self.placement.num_experts
+        self._maps = DispatchMaps(self.placement, self.device, width=redundant + 1)
+        self._weights = layers.expert_param_per_layer
+        first = self.rank * size
+        local = torch.full((self.placement.num_slots,), -1, dtype=torch.int32)
+        local[first : first + size] = torch.arange(size, dtype=torch.int32)
+        local = local.to(self.device)
+        offset = self.rank * 40503 if ranks_own_their_tokens() else 0
+        for number, layer in enumerate(moe_layers):
+            layer.moe_load = self.recorder.counts[number, first : first + size]
+            layer.log2phy = SlotTable(self._maps, number, local, offset)
+
+    def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
+        return [
+            [[tensor.data for tensor in expert] for expert in self._weights[layer]] for layer in sorted(self._weights)
+        ]
+
+    def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
+        self._maps.prepare(placement, layers)
+
+    def commit_maps(self) -> None:
+        self._maps.commit()
+
+    def forget_prepared_maps(self) -> None:
+        self._maps.forget_prepared()
