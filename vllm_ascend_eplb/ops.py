@@ -281,7 +281,7 @@ def _load_library(path: Path) -> str | None:
                 return f"{path} was built for another torch than {torch.__version__}; reinstall the package"
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except (OSError, ValueError, RuntimeError) as error:
-        return f"{path} does not load: {error}"
+        return f"{path} does not load: {error.__cause__ or error}"
     return None
 
 
