@@ -27,6 +27,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import socket
 import statistics
 import sys
@@ -297,14 +298,19 @@ class Exchange:
 
 
 class FixedPlanner:
-    """Answers at once with a plan made beforehand: there and back again."""
+    """Answers at once with a plan made beforehand: there and back again, ``allowed`` times; then nothing moves."""
 
     def __init__(self, exchange: Exchange, topology: Topology, buffer: int) -> None:
         self._answers = {
             begin.digest: (exchange.plan(begin), rounds_to_array(exchange.rounds(begin, topology, buffer)))
             for begin in (exchange.start, exchange.target)
         }
+        layers = exchange.start.num_layers
+        even = np.ones(layers)
+        nothing = Plan(exchange.start.physical_to_logical, np.zeros((0, 4), dtype=np.int32), even, even, "fixed")
+        self._nothing = nothing, np.zeros((0, 7), dtype=np.int32)
         self._request: PlanRequest | None = None
+        self.allowed = 0
 
     def submit(self, request: PlanRequest) -> None:
         self._request = request
@@ -314,6 +320,9 @@ class FixedPlanner:
         if request is None or request.number != number:
             return None
         self._request = None
+        if not self.allowed:
+            return PlanAnswer(number, *self._nothing)
+        self.allowed -= 1
         return PlanAnswer(number, *self._answers[request.placement.digest])
 
     def close(self, wait: float | None = None) -> None:
@@ -574,44 +583,39 @@ class Bench:
         if not checksums:
             loader.checksums, name = None, f"{name}, no checksums"
         self.say(f"{name}: {loader.describe()}")
-        phases: list[Phase] = []
+        self.move(updator, exchange, 2, updator.forward_before)  # a warm-up
+        self.loop.run(2)
+        memory, wanted = device_allocations(self.device), 2 if self.args.quick else 10
+        first = (loader.bytes_received, loader.seconds_in_flight, loader.seconds_on_device)
+        end = loader.commits + wanted // 2 * sum(rounds_of(exchange, loader))
+        phases: list[Phase] = []  # COLLECT once all has moved
         hidden: list[str] = []
 
         def before() -> None:
+            going = loader.commits < end
             try:
                 with no_hidden_synchronisation(self.device):
                     updator.forward_before()
             except RuntimeError as error:
                 hidden.append(str(error))
                 raise
-            phases.append(updator.state.phase)
+            phases.append(updator.state.phase if going else Phase.COLLECT)
 
-        def at_rest() -> bool:
-            return updator.state.phase in (Phase.COLLECT, Phase.OFF) and updator.placement == self.model.placement
-
-        self.until(lambda: updator.state.cycle >= 3 and at_rest(), 10, updator.forward_before, updator.forward_end)
-        self.loop.run(2)
-        memory = device_allocations(self.device)
-        first = (loader.bytes_received, loader.seconds_in_flight, loader.seconds_on_device, updator.state.cycle)
-        wanted = 2 if self.args.quick else 10
-        times = self.until(
-            lambda: updator.state.cycle >= first[3] + wanted and at_rest(), 20, before, updator.forward_end
-        )
-        self.check(f"{name}: completes its cycles", at_rest() and updator.state.phase is Phase.COLLECT)
+        times, complete = self.move(updator, exchange, wanted, before)
+        self.check(f"{name}: completes its cycles", complete)
         self.check(f"{name}: no hidden synchronisation", not hidden)
         self.check(f"{name}: no device memory is allocated", device_allocations(self.device) == memory)
         self.check(f"{name}: slots hold what the maps say", self.model.wrong_slots(updator.placement) == 0)
-        quiet = (Phase.COLLECT, Phase.OFF)
-        self.column(name).add([ms for ms, phase in zip(times, phases, strict=True) if phase not in quiet])
-        moved, cycles = loader.bytes_received - first[0], max(1, updator.state.cycle - first[3])
-        waiting = updator._control.waiting
+        busy = [ms for ms, phase in zip(times, phases, strict=True) if phase is not Phase.COLLECT]
+        self.column(name).add(busy)
+        moved, waiting = loader.bytes_received - first[0], updator._control.waiting
         self.report.setdefault("cycles", {})[name] = {
             "transport": loader.transport,
-            "cycles": cycles,
-            "rounds_per_cycle": rounds_of(exchange, loader),
+            "cycles": wanted,
+            "rounds_per_cycle": statistics.mean(rounds_of(exchange, loader)),
             "fewest_rounds": bound_of(exchange, loader),
-            "move_steps_per_cycle": sum(phase is Phase.MOVE for phase in phases) / cycles,
-            "gb_per_cycle_and_rank": moved / 1e9 / cycles,
+            "move_steps_per_cycle": sum(phase is Phase.MOVE for phase in phases) / wanted,
+            "gb_per_cycle_and_rank": moved / 1e9 / wanted,
             "gb_per_s_in_flight": rate(moved, loader.seconds_in_flight - first[1]),
             "gb_per_s_on_device": rate(moved, loader.seconds_on_device - first[2]),
             "control_wait_us_mean": 1e6 * waiting.total / max(1, waiting.reads),
@@ -619,6 +623,24 @@ class Bench:
         }
         self.say(f"{self.column(name).summary} {self.report['cycles'][name]}")
         self.leave(updator)
+
+    def move(
+        self,
+        updator: EplbUpdator,
+        exchange: Exchange,
+        cycles: int,
+        before: Callable[[], None],
+        extra: Callable[[], None] | None = None,
+    ) -> tuple[list[float], bool]:
+        """Runs steps until so many cycles (an even number) have moved weights; whether they did in time."""
+        if self.rank == 0:
+            updator._planner.allowed += cycles  # type: ignore[union-attr]
+        end = updator._loader.commits + cycles // 2 * sum(rounds_of(exchange, updator._loader))
+        times: list[float] = []
+        began = time.monotonic()
+        while updator._loader.commits < end and self.everywhere(time.monotonic() - began) < self.patience:
+            times += self.loop.run(20, before=before, after=updator.forward_end, extra=extra)[0]
+        return times, updator._loader.commits == end and updator.placement == self.model.placement
 
     def leave(self, updator: EplbUpdator) -> None:
         """Ends a part; one that failed leaves nothing behind for the next."""
@@ -628,25 +650,10 @@ class Bench:
             self.model.fill()
         self.barrier()
 
-    def until(
-        self,
-        done: Callable[[], bool],
-        steps: int,
-        before: Callable[[], None],
-        after: Callable[[], None],
-        extra: Callable[[], None] | None = None,
-    ) -> list[float]:
-        """Runs ``steps`` steps again and again until ``done`` on all ranks, or patience ends."""
-        times: list[float] = []
-        began = time.monotonic()
-        while not done() and self.everywhere(time.monotonic() - began) < self.patience:
-            times += self.loop.run(steps, before=before, after=after, extra=extra)[0]
-        return times
-
     def beside_cooperative_kernels(self) -> None:
         """A kernel that needs every core at once in every step, hosts skewed by several steps: nothing may hang."""
         kernel = cooperative_kernel(self.device)
-        updator = self.updator(self.args.transports[0], 4, self.tenth)
+        updator = self.updator(self.args.transports[0], 4, self.few)
         skew = np.random.default_rng(self.rank)
 
         def before() -> None:
@@ -654,13 +661,8 @@ class Bench:
                 time.sleep(0.1)
             updator.forward_before()
 
-        def done() -> bool:
-            return updator.state.cycle >= 5 and updator.state.phase is Phase.COLLECT
-
-        self.until(
-            lambda: done() and updator.placement == self.model.placement, 20, before, updator.forward_end, kernel
-        )
-        good = done() and self.model.wrong_slots(updator.placement) == 0
+        _, complete = self.move(updator, self.few, 6, before, kernel)
+        good = complete and self.model.wrong_slots(updator.placement) == 0
         self.check("cycles beside kernels that need all cores, with skewed hosts", good)
         self.say(f"beside cooperative kernels: {updator.state.cycle} cycles, phase {updator.state.phase.name}")
         self.leave(updator)
@@ -724,9 +726,13 @@ def rate(nbytes: int, seconds: float) -> float:
     return nbytes / 1e9 / seconds if seconds > 0 else 0.0
 
 
-def rounds_of(exchange: Exchange, loader: D2DExpertWeightLoader) -> float:
-    begins = (exchange.start, exchange.target)
-    return statistics.mean(len(exchange.rounds(its, loader.topology, loader.buffer_experts)) for its in begins)
+def rounds_of(exchange: Exchange, loader: D2DExpertWeightLoader) -> tuple[int, int]:
+    """Rounds there and back."""
+    there, back = (
+        len(exchange.rounds(begin, loader.topology, loader.buffer_experts))
+        for begin in (exchange.start, exchange.target)
+    )
+    return there, back
 
 
 def bound_of(exchange: Exchange, loader: D2DExpertWeightLoader) -> int:
@@ -835,10 +841,12 @@ def main() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the ranks are ended, too
     context = torch.multiprocessing.get_context("spawn")
     pipe = context.SimpleQueue()
     processes = [
-        context.Process(target=rank_main, args=(rank, args.ranks, port, args, pipe)) for rank in range(args.ranks)
+        context.Process(target=rank_main, args=(rank, args.ranks, port, args, pipe), daemon=True)
+        for rank in range(args.ranks)
     ]
     for process in processes:
         process.start()

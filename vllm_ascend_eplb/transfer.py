@@ -419,6 +419,11 @@ class D2DExpertWeightLoader:
         return number
 
     @property
+    def commits(self) -> int:
+        """Rounds committed since the start."""
+        return self._commits
+
+    @property
     def in_flight(self) -> int:
         """Rounds that were issued and have not arrived."""
         return sum(flight is not None and not flight.arrived for flight in self._in_buffer)

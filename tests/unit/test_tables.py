@@ -53,7 +53,7 @@ def test_shares_hold_however_few_tokens_a_rank_has(tokens: int) -> None:
     ranks = 8
     placement, shares = skewed(np.random.default_rng(1), 1, 64, ranks, 9)
 
-    def worst_error(turned: bool) -> float:
+    def mean_error(turned: bool) -> float:
         counts = torch.zeros(placement.num_slots, dtype=torch.int64)
         for rank in range(ranks):
             tables = DispatchTables(placement, "cpu", 32, rank=rank if turned else 0, num_ranks=ranks)
@@ -62,11 +62,13 @@ def test_shares_hold_however_few_tokens_a_rank_has(tokens: int) -> None:
             ids = torch.arange(64).repeat(tokens, 1)
             ops.map_and_record(ids, tables.table[0], tables.count[0], counts, torch.ones(1, dtype=torch.bool))
         realised = normalised(placement, counts.numpy()[None] + 1e-9)
-        return float(np.abs(realised - shares).max())
+        replicated = shares < 1  # of the others every table is right
+        return float(np.abs(realised - shares)[replicated].mean())
 
-    assert worst_error(turned=True) < 2 / (ranks * tokens) + 1 / 32  # what whole tokens and whole entries leave
+    whole_tokens = 1 / (4 * ranks * tokens)  # the mean error of rounding to whole tokens
+    assert mean_error(turned=True) < whole_tokens + 1 / 64
     if tokens == 1:
-        assert worst_error(turned=False) > 0.3  # all ranks take the same replica: what the turn is for
+        assert mean_error(turned=False) > 0.2  # all ranks take the same replica: what the turn is for
 
 
 def test_without_a_turn_the_tables_of_all_ranks_are_equal() -> None:
