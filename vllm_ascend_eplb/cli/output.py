@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How commands speak: tables for people, one JSON value with ``--json``, one line for an error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..config import EplbConfigError
+from ..expert_map import ExpertMapError
+from ..files import FileError
+from ..placement import PlacementError
+from ..policy import PlanInputError
+from ..simulate import SimulationError
+from ..stats import StatsError
+from ..traces import TraceError
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+
+USER_ERRORS = (
+    EplbConfigError,
+    ExpertMapError,
+    FileError,
+    PlacementError,
+    PlanInputError,
+    SimulationError,
+    StatsError,
+    TraceError,
+)
+"""What wrong input raises; the message is shown as it is. Anything else is a bug and shows itself as one."""
+
+
+class CommandError(Exception):
+    """A command cannot do what it was asked; the message is one line."""
+
+
+def console() -> Console:
+    """Where text goes. A pipe has no width of its own."""
+    made = Console(highlight=False, soft_wrap=False)
+    if not made.is_terminal:
+        made.width = 120
+    return made
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    made = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0)
+    return made
+
+
+def print_json(value: object) -> None:
+    typer.echo(json.dumps(value, allow_nan=False))
+
+
+@contextlib.contextmanager
+def user_errors(as_json: bool) -> Iterator[None]:
+    """Ends the command with one line and status 2 where the input is to blame."""
+    try:
+        yield
+    except (*USER_ERRORS, CommandError) as error:
+        fail(str(error), as_json)
+
+
+def fail(message: str, as_json: bool, status: int = 2) -> NoReturn:
+    if as_json:
+        print_json({"error": message})
+    else:
+        print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def show_bytes(count: float) -> str:
+    """A number of bytes with a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def show_seconds(seconds: float) -> str:
+    """A time with a unit that suits it."""
+    size = abs(seconds)
+    if size >= 120:
+        return f"{seconds / 60:.1f} min"
+    if size >= 1 or size == 0:
+        return f"{seconds:.1f} s"
+    return f"{seconds * 1e3:.2f} ms" if size >= 1e-3 else f"{seconds * 1e6:.1f} us"

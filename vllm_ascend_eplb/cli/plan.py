@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``plan``: an expert map from a recorded load, offline."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..expert_map import read_expert_map, write_expert_map
+from ..placement import Placement
+from ..policy import plan as make_plan
+from ..stats import Par
+from ..traces import read_trace
+from .maps import Form
+from .output import CommandError, JsonOption, console, print_json, table, user_errors
+
+
+class Policy(str, Enum):
+    INCREMENTAL = "incremental"
+    DEFAULT = "default"
+
+
+class Effort(str, Enum):
+    FAST = "fast"
+    THOROUGH = "thorough"
+
+
+def plan(
+    load: Annotated[Path, typer.Argument(metavar="LOAD", help="Loads: .npz, .npy or JSON; see the guide.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Expert-parallel size.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Map file to write.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that share the ranks evenly.")] = 1,
+    redundant: Annotated[int, typer.Option(min=0, help="Redundant experts per layer.")] = 0,
+    groups: Annotated[int, typer.Option(min=1, help="Expert groups of the model (DeepSeek-V3: 8).")] = 1,
+    policy: Annotated[Policy, typer.Option(help="How to plan.")] = Policy.INCREMENTAL,
+    start: Annotated[
+        Path | None, typer.Option(help="Map to start from; default the one that vLLM starts with.")
+    ] = None,
+    last: Annotated[int | None, typer.Option(min=1, help="Use only the last windows of the trace.")] = None,
+    target_par: Annotated[float, typer.Option(min=1.0, max=10.0, help="PAR at which a layer is good enough.")] = 1.01,
+    effort: Annotated[Effort, typer.Option(help="How long to search.")] = Effort.THOROUGH,
+    form: Annotated[Form | None, typer.Option(help="Form of the map; default by the ending of the file.")] = None,
+    dense_layers: Annotated[int, typer.Option(min=0, help="Leading rows to add in SGLang's form.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Plan a placement for a recorded load and write it as a map file."""
+    with user_errors(as_json):
+        trace = read_trace(load)
+        total = trace.load[-(last or 0) :].sum(axis=0)
+        if start is None:
+            before = Placement.initial(trace.num_layers, trace.num_experts, ranks, redundant)
+        else:
+            before = read_expert_map(
+                start,
+                num_layers=trace.num_layers,
+                num_experts=trace.num_experts,
+                num_ranks=ranks,
+                allow_duplicates=True,
+            )
+            if before.num_slots != trace.num_experts + redundant:
+                raise CommandError(
+                    f"{start} has {before.num_slots - trace.num_experts} redundant experts, --redundant is "
+                    f"{redundant}; give the same number"
+                )
+        if policy is Policy.INCREMENTAL:
+            made = make_plan(
+                total, before, ranks, nodes, groups, target_par=target_par, effort=effort.value, time_budget=2.0
+            )
+        else:
+            made = make_plan(total, before, ranks, nodes, groups, policy.value)
+        after = Placement(made.physical_to_logical, trace.num_experts, ranks)
+        if output is not None:
+            write_expert_map(output, after, form.value if form else None, dense_layers=dense_layers)
+    old, new = Par.of(before.par(total)), Par.of(after.par(total))
+    if as_json:
+        print_json(
+            {
+                "load": str(load),
+                "windows": len(trace.load) if last is None else min(last, len(trace.load)),
+                "layers": trace.num_layers,
+                "experts": trace.num_experts,
+                "ranks": ranks,
+                "redundant": redundant,
+                "policy": policy.value,
+                "par_before": old.model_dump(),
+                "par_after": new.model_dump(),
+                "moves": made.num_moves,
+                "seconds": round(made.seconds, 4),
+                "output": str(output) if output else None,
+            }
+        )
+        return
+    rows = table("placement", "PAR, mean of layers", "worst layer", "copies to move")
+    rows.add_row("before", f"{old.mean:.3f}", f"{old.worst:.3f}", "")
+    rows.add_row("planned", f"{new.mean:.3f}", f"{new.worst:.3f}", str(made.num_moves))
+    out = console()
+    out.print(rows)
+    out.print(f"{policy.value}, planned in {made.seconds:.2f} s", markup=False)
+    out.print(f"written: {output}" if output else "nothing written; give -o FILE to keep the map", markup=False)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``doctor`` asks of torch and vLLM, in a process of its own: importing them takes seconds, prints, and may crash.
+
+The last line on standard output is one JSON object that begins with ``MARK``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+MARK = "vllm-ascend-eplb probe: "
+
+
+def devices() -> dict[str, Any]:
+    """Accelerators that torch sees."""
+    try:
+        import torch
+    except Exception as error:  # a torch whose libraries are missing raises what it likes
+        return {"torch_error": _line(error)}
+    found: dict[str, Any] = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0, "npu": 0}
+    try:
+        import torch_npu  # type: ignore[import-not-found, unused-ignore]  # noqa: F401
+
+        found["npu"] = torch.get_device_module("npu").device_count()
+    except ModuleNotFoundError:
+        pass
+    except Exception as error:
+        found["npu_error"] = _line(error)
+    return found
+
+
+def seams() -> dict[str, Any]:
+    """The platform that vLLM chose, and what the adaptor would not find in it."""
+    try:
+        import vllm
+        from vllm.platforms import current_platform
+
+        from ..adaptors.vllm_seams import CHECKED_VERSIONS, SEAMS, is_checked, missing_seams
+
+        platform = str(current_platform.device_type)
+        return {
+            "vllm_version": str(vllm.__version__),
+            "checked": is_checked(vllm.__version__),
+            "checked_versions": list(CHECKED_VERSIONS),
+            "platform": platform,
+            "missing": missing_seams(platform),
+            "seams": sum(1 for seam in SEAMS if not seam.platforms or platform in seam.platforms),
+        }
+    except ModuleNotFoundError as error:
+        return {"vllm_error": f"not installed ({error})" if error.name == "vllm" else _line(error)}
+    except Exception as error:
+        return {"vllm_error": _line(error)}
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+if __name__ == "__main__":
+    answer = {**devices(), **(seams() if "--vllm" in sys.argv else {})}
+    print("\n" + MARK + json.dumps(answer), flush=True)

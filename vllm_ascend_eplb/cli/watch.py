@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``watch``: a running server's balancer in the terminal, from its ``/metrics``."""
+
+from __future__ import annotations
+
+import http.client
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import deque
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from .output import CommandError, JsonOption, console, fail, print_json, show_seconds
+
+PREFIX = "vllm_eplb_"
+MAX_PAGE_BYTES = 64 << 20
+KEPT = 60
+BARS = "▁▂▃▄▅▆▇█"
+
+Sample = dict[str, float | str]
+"""One look: metric names without prefix, labels appended with dots."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: object, **kwargs: object) -> None:
+        return None
+
+
+@dataclass
+class History:
+    """What was seen since the start."""
+
+    par: deque[float]
+    samples: int = 0
+    error: str = ""
+
+
+def watch(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Of the server, for example http://localhost:8000.")],
+    interval: Annotated[float, typer.Option(min=0.1, max=3600.0, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    timeout: Annotated[float, typer.Option(min=0.1, max=600.0, help="Seconds to wait for an answer.")] = 5.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Watch a running server's balancer. With --json one line per look; Ctrl-C ends it."""
+    try:
+        address = metrics_url(url)
+        sample = look(address, timeout)  # the first look must work; later ones may fail for a while
+    except CommandError as error:
+        fail(str(error), as_json)
+    history = History(deque(maxlen=KEPT))
+    _keep(history, sample)
+    if once or as_json:
+        _print(sample, history, url, as_json)
+        while not once:
+            time.sleep(interval)
+            try:
+                print_json(look(address, timeout))
+            except CommandError as error:
+                print_json({"error": str(error)})
+        return
+    with Live(panel(sample, history, url), console=console(), auto_refresh=False) as live:
+        while True:
+            time.sleep(interval)
+            try:
+                sample = look(address, timeout)
+                history.error = ""
+                _keep(history, sample)
+            except CommandError as error:
+                history.error = str(error)
+            live.update(panel(sample, history, url), refresh=True)
+
+
+def metrics_url(url: str) -> str:
+    """The address of the metrics page of a server.
+
+    Raises:
+        CommandError: it is no address of a web server.
+    """
+    if "://" not in url:
+        url = f"http://{url}"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        parts.port  # noqa: B018  # raises where it is no port
+    except ValueError as error:
+        raise CommandError(f"{url[:200]} is no address ({error}); give one such as http://localhost:8000") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise CommandError(f"{url[:200]} is no address of a server; give one such as http://localhost:8000")
+    path = parts.path.rstrip("/")
+    return urllib.parse.urlunsplit(
+        (parts.scheme, parts.netloc, path if path.endswith("/metrics") else path + "/metrics", parts.query, "")
+    )
+
+
+def look(address: str, timeout: float) -> Sample:
+    """The balancer's metrics of one moment.
+
+    Raises:
+        CommandError: the server cannot be reached, answers something else, or has no balancer.
+    """
+    opener = urllib.request.build_opener(_NoRedirect)
+    try:
+        with opener.open(urllib.request.Request(address), timeout=timeout) as answer:
+            page = answer.read(MAX_PAGE_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        raise CommandError(f"{address} answers {error.code} {error.reason}; is that a vLLM server?") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise CommandError(
+            f"{address} cannot be reached ({reason}); is the server up, and the address right?"
+        ) from None
+    if len(page) > MAX_PAGE_BYTES:
+        raise CommandError(f"{address} answers with more than {MAX_PAGE_BYTES} bytes; is that a vLLM server?")
+    sample = parse(page.decode("utf-8", "replace"))
+    if not sample:
+        raise CommandError(
+            f"{address} has no metrics {PREFIX}*: the balancer is off there, has not ended its first window, or the "
+            f"server does not load the plugin (`vllm-ascend-eplb doctor` tells)"
+        )
+    return sample
+
+
+def parse(page: str) -> Sample:
+    """The balancer's metrics on a page; empty where there are none."""
+    lines = [line for line in page.splitlines() if PREFIX in line[:200]]
+    sample: Sample = {}
+    try:
+        for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+            for entry in family.samples:
+                if not entry.name.startswith(PREFIX):
+                    continue
+                name = entry.name.removeprefix(PREFIX)
+                if name == "info":
+                    sample |= {
+                        key: value for key, value in entry.labels.items() if key in ("version", "policy", "mode")
+                    }
+                elif name == "phase":
+                    if entry.value == 1:
+                        sample["phase"] = entry.labels.get("phase", "")
+                elif entry.value == entry.value and abs(entry.value) != float("inf"):
+                    labels = [value for key, value in sorted(entry.labels.items()) if key in ("layers", "result")]
+                    sample[".".join([name, *labels])] = float(entry.value)
+    except ValueError as error:
+        raise CommandError(f"the page is no metrics page ({error}); is that a vLLM server?") from None
+    return sample
+
+
+def panel(sample: Sample, history: History, url: str) -> Panel:
+    """What is shown."""
+    facts = Table.grid(padding=(0, 3))
+    for _ in range(4):
+        facts.add_column()
+    facts.add_row("phase", Text(str(sample.get("phase", "-")), style="bold"), "steps", _count(sample, "steps"))
+    facts.add_row("policy", str(sample.get("policy", "-")), "mode", str(sample.get("mode", "-")))
+    cycles = " / ".join(_count(sample, f"cycles.{result}") for result in ("done", "skipped", "failed"))
+    facts.add_row("cycles done / skipped / failed", cycles, "experts moved", _count(sample, "experts_moved"))
+    facts.add_row(
+        "last plan took",
+        _time(sample, "planner_seconds"),
+        "longest wait in a step",
+        _time(sample, "longest_step_seconds"),
+    )
+    facts.add_row(
+        "waited for agreement",
+        _time(sample, "control_wait_seconds"),
+        "for transfers",
+        _time(sample, "transfer_wait_seconds"),
+    )
+    pars = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    for column in ("PAR of rank load", "mean of layers", "worst layer"):
+        pars.add_column(column)
+    for title, name in (
+        ("last window", "par_window"),
+        ("  had nothing moved", "par_window_start_placement"),
+        ("last cycle: before", "par_before"),
+        ("  predicted", "par_predicted"),
+        ("  realised", "par_realised"),
+    ):
+        pars.add_row(title, _par(sample, f"{name}.mean"), _par(sample, f"{name}.worst"))
+    parts: list[Table | Text] = [facts, Text(""), pars]
+    if len(history.par) > 1:
+        parts.append(Text(f"\nPAR by window  {sparkline(list(history.par))}  {history.par[-1]:.3f}"))
+    age = sample.get("updated_timestamp_seconds")
+    if isinstance(age, float) and age > 0 and time.time() - age > 60:
+        parts.append(Text(f"the balancer last reported {show_seconds(time.time() - age)} ago", style="yellow"))
+    if history.error:
+        parts.append(Text(history.error, style="bold red"))
+    return Panel(Group(*parts), title=f"expert load balancing: {url}", title_align="left")
+
+
+def sparkline(values: list[float]) -> str:
+    """Values as bars, from 1.0 (perfect) to the largest."""
+    top = max(*values, 1.05)
+    return "".join(BARS[min(len(BARS) - 1, max(0, int((v - 1.0) / (top - 1.0) * len(BARS))))] for v in values)
+
+
+def _keep(history: History, sample: Sample) -> None:
+    history.samples += 1
+    par = sample.get("par_window.mean")
+    if isinstance(par, float) and (not history.par or history.par[-1] != par):
+        history.par.append(par)
+
+
+def _print(sample: Sample, history: History, url: str, as_json: bool) -> None:
+    if as_json:
+        print_json(sample)
+    else:
+        console().print(panel(sample, history, url))
+
+
+def _count(sample: Sample, name: str) -> str:
+    value = sample.get(name)
+    return f"{value:,.0f}" if isinstance(value, float) else "-"
+
+
+def _time(sample: Sample, name: str) -> str:
+    value = sample.get(name)
+    return show_seconds(value) if isinstance(value, float) else "-"
+
+
+def _par(sample: Sample, name: str) -> Text:
+    value = sample.get(name)
+    if not isinstance(value, float):
+        return Text("-")
+    return Text(f"{value:.3f}", style="green" if value < 1.05 else "yellow" if value < 1.15 else "red")
