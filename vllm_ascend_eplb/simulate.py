@@ -63,9 +63,10 @@ class Setting:
     shares: bool = False
 
     def describe(self) -> str:
-        parts = [self.policy, f"{self.redundant} redundant"]
+        """In a few words; +n are redundant experts."""
+        parts = [self.policy, f"+{self.redundant}"]
         if self.policy != "none" or self.shares:
-            parts.insert(1, f"every {self.interval}")
+            parts.insert(1, "every window" if self.interval == 1 else f"every {self.interval} windows")
         if self.max_moves is not None:
             parts.append(f"at most {self.max_moves} moves")
         if self.shares:
@@ -161,6 +162,7 @@ class Simulation(_Frozen):
         window_steps, exposed: steps of a window; part of the transfers that steps are taken to wait for.
         interrupted: not all settings were tried.
         baseline_step_seconds: of an average step with the start placement and no redundancy.
+        baseline_par_mean, baseline_par_worst: its PAR over layers by window.
         outcomes: best first, by net_seconds.
         expert_load: [L][E] load of each expert over the layer's mean, over the whole trace.
         rank_load_before, rank_load_after: [L][R] load of ranks over the mean in the last window, with the start
@@ -186,6 +188,8 @@ class Simulation(_Frozen):
     interrupted: bool = False
     seconds: _Finite = 0.0
     baseline_step_seconds: _Finite = 0.0
+    baseline_par_mean: _Series = ()
+    baseline_par_worst: _Series = ()
     outcomes: Annotated[tuple[Outcome, ...], Field(max_length=10_000)] = ()
     expert_load: _Table = ()
     rank_load_before: _Table = ()
@@ -242,6 +246,8 @@ def grid(
     """Every combination, without those that only differ in what they do not use."""
     settings: dict[Setting, None] = {}
     for policy, interval, extra, most, share in itertools.product(policies, intervals, redundant, max_moves, shares):
+        if share and not extra:
+            continue  # every expert has one copy
         if policy == "none":
             settings[Setting(policy, interval if share else 1, extra, None, share)] = None
         else:
@@ -340,6 +346,8 @@ def simulate(
         interrupted=interrupted,
         seconds=time.perf_counter() - began,
         baseline_step_seconds=float(baseline.mean()),
+        baseline_par_mean=tuple(baseline_par.mean(axis=1).round(5).tolist()),
+        baseline_par_worst=tuple(baseline_par.max(axis=1).round(5).tolist()),
         outcomes=tuple(outcome for outcome, _ in outcomes),
         expert_load=_relative(mean),
         rank_load_before=_relative(plain.rank_load(load[-1])),

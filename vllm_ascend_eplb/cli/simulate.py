@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from .. import __version__
+from ..config import EplbConfig, EplbConfigError
 from ..cost import LINK_EFFICIENCY, MACHINES, CostModel, Machine, MoeShape, model_of_shape
 from ..files import write_atomic
 from ..simulate import POLICY_CHOICES, Conditions, PolicyChoice, Simulation, grid, replays
@@ -23,9 +25,16 @@ from ..simulate import simulate as run_simulation
 from ..traces import Trace, read_trace
 from .output import CommandError, JsonOption, console, print_json, show_bytes, show_seconds, table, user_errors
 
-
-TABLES = {"outcomes", "expert_load", "rank_load_before", "rank_load_after", "replicas"}
-SERIES = {"par_mean", "par_worst", "moves"}
+TABLES = {
+    "outcomes",
+    "baseline_par_mean",
+    "baseline_par_worst",
+    "expert_load",
+    "rank_load_before",
+    "rank_load_after",
+    "replicas",
+}
+SERIES = {"par_mean", "par_worst", "moves", "baseline_par_mean", "baseline_par_worst"}
 """Fields that --json leaves out; a file written with -o has them."""
 
 
@@ -108,13 +117,14 @@ def simulate(
         best = result.best
         print_json(
             {
-                **result.model_dump(exclude=TABLES),
+                **result.model_dump(exclude=TABLES | SERIES),
                 "outcomes": [
                     {**o.model_dump(exclude=SERIES), "par": round(o.mean_par, 4), "moves": o.total_moves}
                     for o in result.outcomes
                 ],
                 "best": best.setting.describe() if best else None,
                 "eplb_config": result.eplb_config(),
+                "refused": refusal(result) or None,
                 "output": str(output) if output else None,
             }
         )
@@ -130,7 +140,7 @@ def show(result: Simulation, out: Console) -> None:
     """The outcomes as text."""
     out.print(
         f"{result.trace}: {result.num_windows} windows of {result.num_layers} layers x {result.num_experts} experts, "
-        f"{result.num_ranks} ranks on {result.num_nodes} nodes\n{result.machine}; {result.model}, "
+        f"{result.num_ranks} ranks on {result.num_nodes} node(s)\n{result.machine}; {result.model}, "
         f"{show_bytes(result.expert_bytes)} per expert, {result.batch:g} tokens per rank and step\n"
         f"rates: {result.machine_source}\n",
         markup=False,
@@ -154,8 +164,9 @@ def show(result: Simulation, out: Console) -> None:
     out.print(rows)
     out.print(
         f"\nTimes are of the MoE layers alone, over the whole trace, against the start placement without redundancy "
-        f"({show_seconds(result.baseline_step_seconds)} per step); net counts {result.exposed:.0%} of the transfers as "
-        f"waited for. Model, not measurement; took {result.seconds:.1f} s.",
+        f"({show_seconds(result.baseline_step_seconds)} per step, PAR {mean(result.baseline_par_mean):.3f}); net "
+        f"counts {result.exposed:.0%} of the transfers as waited for. "
+        f"Model, not measurement; took {result.seconds:.1f} s.",
         markup=False,
     )
     best = result.best
@@ -168,6 +179,17 @@ def show(result: Simulation, out: Console) -> None:
     else:
         out.print(f"best (fewest bytes within 1 % of the largest gain): {best.setting.describe()}", style="bold")
         out.print(f"  --additional-config '{{\"eplb_config\": {json.dumps(result.eplb_config())}}}'", markup=False)
+
+
+def refusal(result: Simulation) -> str:
+    """Why this version would not serve with the best setting; empty where it would."""
+    try:
+        EplbConfig.from_additional_config({"eplb_config": result.eplb_config() or {}}).check_serving(
+            num_experts=result.num_experts, ep_size=result.num_ranks, expert_parallel=True
+        )
+    except EplbConfigError as error:
+        return str(error)
+    return ""
 
 
 @contextlib.contextmanager

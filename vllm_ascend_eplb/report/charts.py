@@ -134,6 +134,8 @@ def bar_chart(
     for index, value in enumerate(values):
         tall = (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
         style = styles[index] if styles else "s0"
+        if style != "s0":
+            tall = max(tall, 2.5)  # a bar that means something else shows even at 0
         tip = html.escape(f"{x_label} {numbers[index]}: {value:g}")
         parts.append(
             f'<rect class="bar {style}" x="{LEFT + (index + 0.1) * width:.2f}" y="{HEIGHT - BOTTOM - tall:.2f}" '
@@ -223,7 +225,7 @@ def _axis(least: float, most: float) -> tuple[float, float, list[float]]:
 def _frame(ticks: Sequence[float], low: float, high: float, x_label: str, y_label: str) -> str:
     parts = []
     step = ticks[1] - ticks[0]
-    digits = max(0, -math.floor(math.log10(step) + 1e-9)) + (1 if str(step).rstrip("0").endswith("25") else 0)
+    digits = next((d for d in range(12) if all(abs(round(t, d) - t) < step * 1e-6 for t in ticks)), 12)
     for tick in ticks:
         y = HEIGHT - BOTTOM - (tick - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')

@@ -161,8 +161,8 @@ def _simulation(sim: Simulation) -> list[str]:
     parts = [
         "<h2>The simulation</h2>",
         f"<p>{sim.num_windows} windows of {sim.window_steps:,} steps, {sim.num_layers} MoE layers of {sim.num_experts} "
-        f"experts, {sim.num_ranks} ranks on {sim.num_nodes} nodes. Cost model: {_text(sim.machine)}; "
-        f"{_text(sim.model)}, {_bytes(sim.expert_bytes)} per expert, {sim.batch:g} tokens per rank and step.</p>",
+        f"experts, {sim.num_ranks} ranks, {sim.num_ranks // sim.num_nodes} on each node. Cost model: "
+        f"{_text(sim.machine)}; {_text(sim.model)}, {_bytes(sim.expert_bytes)} per expert, {sim.batch:g} tokens per rank and step.</p>",
     ]
     if sim.interrupted:
         parts.append('<p class="note">The simulation was interrupted: not all settings were tried.</p>')
@@ -188,8 +188,6 @@ def _simulation(sim: Simulation) -> list[str]:
                 heat_map(sim.expert_load, "layers", "experts", "load / mean", low=0.0),
             )
         )
-    if _is_table(sim.rank_load_before) and _is_table(sim.rank_load_after):
-        figures += _rank_pair(sim.rank_load_before, sim.rank_load_after, "last window")
     if best is not None and best.redundant and _is_table(sim.replicas):
         figures.append(
             _figure(
@@ -198,6 +196,8 @@ def _simulation(sim: Simulation) -> list[str]:
                 heat_map(sim.replicas, "layers", "experts", "copies", low=0.0),
             )
         )
+    if _is_table(sim.rank_load_before) and _is_table(sim.rank_load_after):
+        figures += _rank_pair(sim.rank_load_before, sim.rank_load_after, "last window")
     parts.append(f'<div class="figures">{"".join(figures)}</div>')
     if sim.outcomes:
         parts.append(_outcomes(sim))
@@ -208,16 +208,15 @@ def _simulation(sim: Simulation) -> list[str]:
     parts.append(
         f'<p class="soft">A model, not a measurement: times are those of the MoE layers. Rates: '
         f"{_text(sim.machine_source)}. Net counts {sim.exposed:.0%} of the transfers as waited for, although they "
-        f"overlap with steps. Settings within 1 % of the largest gain count as equal, and the one that moves fewest bytes is "
-        f"called the best.</p>"
+        f"overlap with steps. Settings within 1 % of the largest gain count as equal, and the one that moves fewest "
+        f"bytes is called the best. In names of settings, +n are redundant experts per layer.</p>"
     )
     return parts
 
 
 def _best_cards(sim: Simulation, best: Outcome) -> str:
     total = sim.baseline_step_seconds * sim.num_windows * sim.window_steps
-    start = next((o for o in sim.outcomes if o.policy == "none" and not o.shares), None)
-    before = f"; {start.mean_par:.3f} without balancing" if start is not None and start is not best else ""
+    before = f"; {np.mean(sim.baseline_par_mean):.3f} as the server starts" if sim.baseline_par_mean else ""
     cards = [
         _card(best.policy, best.setting.describe()),
         _card(f"{best.mean_par:.3f}", f"PAR, mean of layers and windows{before}"),
@@ -232,15 +231,18 @@ def _best_cards(sim: Simulation, best: Outcome) -> str:
 
 
 def _simulated_par(sim: Simulation, best: Outcome) -> list[str]:
-    """PAR by window of the best setting, the start placement and the best of the other policies."""
+    """PAR by window of the best setting, of the best of the other policies and without anything."""
     shown = [(best, "best: " + best.setting.describe(), "s0")]
-    styles = {"none": "s1", "default": "s3", "incremental": "s4", "random": "s2"}
+    styles = {"default": "s3", "incremental": "s4", "random": "s2"}
     for policy, style in styles.items():
         outcome = next((o for o in sim.outcomes if o.policy == policy), None)
         if outcome is not None and policy != best.policy:
             shown.append((outcome, outcome.setting.describe(), style))
     mean = [Line(label, style, outcome.par_mean) for outcome, label, style in shown]
     worst = [Line(label, style, outcome.par_worst) for outcome, label, style in shown]
+    if len(sim.baseline_par_mean) == len(sim.baseline_par_worst) == sim.num_windows:
+        mean.insert(0, Line("start placement, no redundancy", "s1", sim.baseline_par_mean))
+        worst.insert(0, Line("start placement, no redundancy", "s1", sim.baseline_par_worst))
     return [
         _figure("PAR over time", "mean of layers", line_chart(mean, "window", "PAR")),
         _figure("PAR of the worst layer", "over time", line_chart(worst, "window", "PAR")),
@@ -328,9 +330,7 @@ def _table(
     head: Sequence[str], rows: Sequence[Sequence[str]], words: set[int] | None = None, marked: set[int] | None = None
 ) -> str:
     wordy = words or set()
-    top = "".join(
-        f"<th{' style=text-align:left' if i in wordy else ''}>{_text(cell)}</th>" for i, cell in enumerate(head)
-    )
+    top = "".join(f"<th{' class=words' if i in wordy else ''}>{_text(cell)}</th>" for i, cell in enumerate(head))
     body = []
     for number, row in enumerate(rows):
         cells = "".join(f"<td{' class=words' if i in wordy else ''}>{_text(cell)}</td>" for i, cell in enumerate(row))
@@ -351,7 +351,9 @@ def _par(par: Par | None) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 10 else f"{1e3 * seconds:.2f} ms"
+    if seconds >= 10:
+        return f"{seconds:.2f} s"
+    return f"{1e3 * seconds:.2f} ms" if seconds >= 1e-4 or seconds == 0 else f"{1e6 * seconds:.1f} µs"
 
 
 def _seconds(seconds: float) -> str:
