@@ -25,14 +25,27 @@ def _groups() -> None:
 
     dist.init_process_group("cpu:gloo,npu:hccl", timeout=timedelta(seconds=200))
 
-    def group(name: str, ranks: list[list[int]]) -> Any:
-        return vllm_state.GroupCoordinator(ranks, RANK, "hccl", False, False, name)
+    def group(ranks: list[int], everybody: bool = True) -> Any:
+        device = dist.new_group(ranks, backend="hccl") if everybody else None
 
-    everybody = [list(range(SIZE))]
-    vllm_state._WORLD = group("world", everybody)
-    vllm_state._EP = group("ep", everybody)
-    vllm_state._PP = group("pp", [[rank] for rank in range(SIZE)])
-    ascend_state._DYNAMIC_EPLB = group("dynamic_eplb", everybody)
+        def all_gather(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+            parts = [torch.empty_like(tensor) for _ in ranks]
+            dist.all_gather(parts, tensor.contiguous(), group=device)
+            return torch.cat(parts, dim)
+
+        return SimpleNamespace(
+            ranks=ranks,
+            world_size=len(ranks),
+            rank_in_group=ranks.index(RANK),
+            device_group=device,
+            cpu_group=dist.new_group(ranks, backend="gloo") if everybody else None,
+            all_gather=all_gather,
+        )
+
+    everybody = list(range(SIZE))
+    vllm_state._EP = group(everybody)
+    vllm_state._PP = group([RANK], everybody=False)
+    ascend_state._DYNAMIC_EPLB = group(everybody)
 
 
 def _runner_module(ours: bool) -> ModuleType:
@@ -46,6 +59,7 @@ def _runner_module(ours: bool) -> ModuleType:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
+    import vllm_ascend.ops  # before the runner, as the worker does: they import each other
     import vllm_ascend.worker.model_runner_v1 as runner
 
     return runner
@@ -115,7 +129,7 @@ def balance(ours: bool, owned: bool, redundant: int, steps: int, fault: str) -> 
     Args:
         ours: our classes, or vllm-ascend's.
         owned: each rank routes tokens of its own (MC2, All2All), or all ranks route the same (AllGather).
-        fault: "kill": the planner dies once; "slow": it takes 3 s; or nothing.
+        fault: "kill" kills the planner once, or nothing.
     """
     os.environ["DYNAMIC_EPLB"] = "true"
     runner = _runner_module(ours)
@@ -164,6 +178,8 @@ def balance(ours: bool, owned: bool, redundant: int, steps: int, fault: str) -> 
         updator.begin()
     if fault == "kill" and RANK == 0:
         if ours:
+            while updator.balancer._planner.pid is None:
+                time.sleep(0.05)
             os.kill(updator.balancer._planner.pid, 9)
         else:
             child.kill()
@@ -171,11 +187,18 @@ def balance(ours: bool, owned: bool, redundant: int, steps: int, fault: str) -> 
     draw = np.random.default_rng(7)
     wrong, slowest, moved = 0, 0.0, set()
     for step in range(steps):
-        heat = np.random.default_rng(3).dirichlet(np.full(EXPERTS, 0.3)) + 1e-3
-        shape = (SIZE, LAYERS, TOKENS)
+        # Expert 0 is the hottest in layer 0, expert 1 in layer 1; every 40 steps the order turns round.
+        heat = 1.0 / np.arange(1, EXPERTS + 1) ** 1.2
+        heat = heat[:: -1 if step // 40 % 2 else 1]
         all_ids = np.stack(
-            [draw.choice(EXPERTS, 2, replace=False, p=heat / heat.sum()) for _ in range(int(np.prod(shape)))]
-        ).reshape(*shape, 2)
+            [
+                [
+                    [draw.choice(EXPERTS, 2, replace=False, p=np.roll(heat, i) / heat.sum()) for _ in range(TOKENS)]
+                    for i in range(LAYERS)
+                ]
+                for _ in range(SIZE)
+            ]
+        )
         ids = torch.from_numpy(all_ids[RANK if owned else 0])
         all_x = torch.from_numpy(draw.integers(-4, 5, (SIZE, TOKENS, HIDDEN)).astype(np.float32))
         x = all_x[RANK if owned else 0]
@@ -206,14 +229,38 @@ def balance(ours: bool, owned: bool, redundant: int, steps: int, fault: str) -> 
 
 
 def surface() -> dict[str, Any]:
-    """Names, the differences that would keep the stock classes in place, and that they do."""
+    """Whose classes the runner has, and what our settings become for vllm-ascend."""
     runner = _runner_module(True)
+    from vllm_ascend.ascend_config import EplbConfig
+
     from vllm_ascend_eplb.adaptors import ascend
 
-    names = [type(getattr(runner, name)).__name__ for name in ("EplbUpdator", "EplbProcess")]
     modules = [
         getattr(runner, name).__module__
         for name in ("EplbUpdator", "EplbProcess", "D2DExpertWeightLoader", "VllmEplbAdaptor")
     ]
-    strange = ModuleType("strange")
-    return {"modules": modules, "names": names, "lacking": ascend.differences(strange)}
+    given = {"eplb_config": {"dynamic_eplb": True, "target_par": 1.1, "eplb_policy_type": 3, "transport": "hccl"}}
+    changed = ascend.hand_over(given)
+    wrong = ""
+    if not EplbConfig(changed["eplb_config"]).dynamic_eplb or os.environ["DYNAMIC_EPLB"] != "true":
+        wrong = "vllm-ascend would not balance"
+    if ascend._settings(changed).target_par != 1.1 or ascend._settings(changed).transport != "hccl":
+        wrong = "our settings were lost"
+    if "target_par" in changed["eplb_config"] or len(given["eplb_config"]) != 4:
+        wrong = "the settings were not split"
+    return {"modules": modules, "settings": wrong}
+
+
+def strange_runner() -> dict[str, Any]:
+    """A runner that calls something unknown is left alone."""
+    import inspect
+
+    runner = _runner_module(False)
+    from vllm_ascend_eplb.adaptors import ascend
+
+    source, stock = inspect.getsource(runner), runner.EplbUpdator
+    changed = source + "\n        self.eplb_updator.something_new()\n"
+    ascend.inspect = SimpleNamespace(getsource=lambda module: changed)  # type: ignore[assignment]
+    found = ascend.differences(runner)
+    ascend.take_over(runner)
+    return {"differences": found, "left_alone": runner.EplbUpdator is stock}
