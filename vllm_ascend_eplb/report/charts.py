@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 WIDTH, HEIGHT = 400.0, 210.0
-LEFT, RIGHT, TOP, BOTTOM = 42.0, 10.0, 10.0, 34.0
+LEFT, RIGHT, TOP, BOTTOM = 50.0, 10.0, 10.0, 34.0
 MAX_TIPS = 256
 """Values with a tooltip of their own; of longer series every n-th has one."""
 

@@ -162,7 +162,8 @@ def _simulation(sim: Simulation) -> list[str]:
         "<h2>The simulation</h2>",
         f"<p>{sim.num_windows} windows of {sim.window_steps:,} steps, {sim.num_layers} MoE layers of {sim.num_experts} "
         f"experts, {sim.num_ranks} ranks, {sim.num_ranks // sim.num_nodes} on each node. Cost model: "
-        f"{_text(sim.machine)}; {_text(sim.model)}, {_bytes(sim.expert_bytes)} per expert, {sim.batch:g} tokens per rank and step.</p>",
+        f"{_text(sim.machine)}; {_text(sim.model)}, {_bytes(sim.expert_bytes)} per expert, {sim.batch:g} tokens per "
+        f"rank and step.</p>",
     ]
     if sim.interrupted:
         parts.append('<p class="note">The simulation was interrupted: not all settings were tried.</p>')
@@ -232,12 +233,13 @@ def _best_cards(sim: Simulation, best: Outcome) -> str:
 
 def _simulated_par(sim: Simulation, best: Outcome) -> list[str]:
     """PAR by window of the best setting, of the best of the other policies and without anything."""
-    shown = [(best, "best: " + best.setting.describe(), "s0")]
+    shown = []
     styles = {"default": "s3", "incremental": "s4", "random": "s2"}
     for policy, style in styles.items():
         outcome = next((o for o in sim.outcomes if o.policy == policy), None)
         if outcome is not None and policy != best.policy:
             shown.append((outcome, outcome.setting.describe(), style))
+    shown.append((best, "best: " + best.setting.describe(), "s0"))  # last, so that it is drawn on top
     mean = [Line(label, style, outcome.par_mean) for outcome, label, style in shown]
     worst = [Line(label, style, outcome.par_worst) for outcome, label, style in shown]
     if len(sim.baseline_par_mean) == len(sim.baseline_par_worst) == sim.num_windows:
