@@ -8,10 +8,11 @@
   rank takes a place, too.
 - All sources of a round are slots that hold the expert when the round begins. Weights arrive in staging, so all
   sources are read before any slot is written: any permutation of slots within a round is legal.
-- A group that fits into the buffer is never split. A larger one (the policy "default" makes a whole layer one group)
-  is decomposed: a move that drops a redundant copy stands alone; what then remains is a permutation of slots, and a
-  cycle that does not fit is cut into shorter ones at the price of one extra copy per cut. One staging place per rank
-  is enough (two where there is one rank only).
+- A group that fits into the buffer is not split, unless it has more moves than there are ranks and keeping it whole
+  would cost many rounds. A larger one (the policy "default" makes a whole layer one group) is decomposed: a move that
+  drops a redundant copy stands alone; what then remains is a permutation of slots, and a cycle that does not fit is
+  cut into shorter ones at the price of one extra copy per cut. One staging place per rank is enough (two where there
+  is one rank only).
 - After all rounds the placement is the one that all moves lead to.
 
 ``Round.after`` tells how far rounds may overlap: a round reads and writes no slot that a round later than ``after``
@@ -35,6 +36,9 @@ from .topology import Topology
 
 LAYER, SLOT, EXPERT, SOURCE, GROUP = range(5)
 """Columns of ``Round.moves``."""
+
+TOLERANCE = 1.1
+"""Rounds over the bound that are not worth a second try."""
 
 NONE = -1
 """``Round.after`` of a round that waits for no other."""
@@ -112,8 +116,21 @@ def schedule_rounds(
     if topology.num_ranks != placement.num_ranks:
         raise RoundError(f"the topology has {topology.num_ranks} ranks, the placement {placement.num_ranks}")
     rows = _checked_rows(placement, moves)
-    groups = _fitting_groups(placement, rows, buffer_experts)
-    return _Scheduler(placement, groups, topology, buffer_experts, overlap, relay).run()
+    best: list[Round] | None = None
+    whole_groups = 0
+    for most_moves, sends in ((None, 1.0), (None, 1.5), (placement.num_ranks, 1.5)):
+        # whole groups and level senders first; less of either only where that costs many rounds
+        groups = _fitting_groups(placement, rows, buffer_experts, most_moves)
+        if best is not None and most_moves is not None and len(groups) == whole_groups:
+            break  # none was taken apart
+        whole_groups = len(groups)
+        most_sends = max(1, int(sends * buffer_experts))
+        rounds = _Scheduler(placement, groups, topology, buffer_experts, most_sends, overlap, relay).run()
+        if best is None or len(rounds) < len(best):
+            best = rounds
+        if len(best) <= TOLERANCE * receive_bound(placement, best, buffer_experts) + 1:
+            break
+    return best or []
 
 
 def receive_bound(placement: Placement, rounds: Sequence[Round], buffer_experts: int) -> int:
@@ -235,8 +252,11 @@ class _Slots:
             self.expert_in[layer][slot] = expert
 
 
-def _fitting_groups(placement: Placement, rows: npt.NDArray[np.int64], buffer_experts: int) -> list[list[_Move]]:
-    """Groups in order, valid one after the other, none of which needs more than ``buffer_experts`` places of a rank."""
+def _fitting_groups(
+    placement: Placement, rows: npt.NDArray[np.int64], buffer_experts: int, most_moves: int | None
+) -> list[list[_Move]]:
+    """Groups in order, valid one after the other, none of which needs more than ``buffer_experts`` places of a rank;
+    those of more than ``most_moves`` are taken apart, too, if a number is given."""
     state, size = _Slots(placement), placement.slots_per_rank
     result: list[list[_Move]] = []
     bounds = np.flatnonzero(np.diff(rows[:, 3])) + 1
@@ -251,7 +271,8 @@ def _fitting_groups(placement: Placement, rows: npt.NDArray[np.int64], buffer_ex
         if not group:
             continue
         dropped = {(layer, state.expert_in[layer][slot]) for layer, slot, _ in group} - {(m[0], EMPTY) for m in group}
-        if max(Counter(slot // size for _, slot, _ in group).values()) <= buffer_experts:
+        fits = max(Counter(slot // size for _, slot, _ in group).values()) <= buffer_experts
+        if fits and (most_moves is None or len(group) <= most_moves):
             pieces = [group]
         else:
             pieces = []
@@ -378,10 +399,12 @@ class _Scheduler:
         groups: list[list[_Move]],
         topology: Topology,
         buffer_experts: int,
+        most_sends: int,
         overlap: bool,
         relay: bool,
     ) -> None:
         self.size, self.topology, self.buffer = placement.slots_per_rank, topology, buffer_experts
+        self.most_sends = most_sends  # of a rank per round, where a move can as well wait
         self.overlap, self.relay = overlap, relay and topology.num_nodes > 1
         self.state = _Slots(placement)
         self.holders: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -508,7 +531,7 @@ class _Scheduler:
                 return False  # it crosses to this node in this round already; take it from there afterwards
             if any(self.topology.node_of_rank[its // self.size] == node for its in self.holders[layer, expert]):
                 return False  # it has just arrived on this node
-        return min(self.sending[source] for source in (near or ranks)) < self.buffer
+        return min(self.sending[source] for source in (near or ranks)) < self.most_sends
 
     def _survives(self, key: tuple[int, int], group: _Group, delta: int) -> bool:
         """Whether the expert keeps a copy when the group goes first and then the earlier ones that still wait."""

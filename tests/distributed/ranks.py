@@ -32,8 +32,15 @@ class Ranks:
     transfer: Any
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """``function(Ranks, *args)`` on every rank; its results in rank order.
+def run_ranks(
+    num_ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120.0,
+    survive: Callable[[], bool] = lambda: True,
+) -> list[Any]:
+    """``function(Ranks, *args)`` on every rank; its results in rank order. When a rank fails, the others go on until
+    ``survive`` holds, for 20 seconds at most.
 
     Raises:
         RuntimeError: a rank raised, died or did not end in time; all are ended then.
@@ -51,6 +58,11 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
             processes.append(process)
         try:
             return _collect(pipes, time.monotonic() + timeout)
+        except RuntimeError:
+            end = time.monotonic() + 20
+            while not survive() and time.monotonic() < end:
+                time.sleep(0.02)
+            raise
         finally:
             for process in processes:
                 process.kill()
