@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +70,12 @@ class Server:
             "--no-enable-prefix-caching",  # prompts repeat; each time they shall be computed
             *("--additional-config", json.dumps({"eplb_config": eplb_config})),
         ]
-        self._environment = cpu_environment(ranks) | {STATS_VARIABLE: str(self._stats_path)}
+        # vLLM leaves the sockets behind on which its processes talk; here they lie in a folder that stop() removes.
+        self._sockets = Path(tempfile.mkdtemp(prefix="vllm-"))
+        self._environment = cpu_environment(ranks) | {
+            STATS_VARIABLE: str(self._stats_path),
+            "VLLM_RPC_BASE_PATH": str(self._sockets),
+        }
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -166,6 +173,7 @@ class Server:
         left = self._end_processes(timeout)
         for path in shared_memory:
             path.unlink(missing_ok=True)  # vLLM's communicator for CPUs leaves its files behind
+        shutil.rmtree(self._sockets, ignore_errors=True)
         return left
 
     def _end_processes(self, timeout: float) -> list[str]:
