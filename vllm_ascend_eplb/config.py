@@ -57,10 +57,14 @@ class EplbConfig(BaseModel):
     # --- vllm-ascend's keys, with its defaults -----------------------------------------------------------------------
     dynamic_eplb: bool = Field(default=False, description="turns the balancer on")
     expert_map_path: str | None = Field(
-        default=None, min_length=1, description="expert map file (JSON) that gives the placement to start from"
+        default=None,
+        min_length=1,
+        description="expert map file (JSON) that gives the placement to start from; refused in this version",
     )
     expert_map_record_path: str | None = Field(
-        default=None, min_length=1, description="file that the placement in force is written to as an expert map"
+        default=None,
+        min_length=1,
+        description="file that the placement in force is written to as an expert map; refused in this version",
     )
     expert_heat_collection_interval: int = Field(
         default=600, ge=1, le=10_000_000, description="how long load is collected before each plan, in steps"
@@ -144,7 +148,9 @@ class EplbConfig(BaseModel):
         default=5, ge=1, le=1_000_000, description="failed cycles in a row after which balancing is switched off"
     )
     weighted_dispatch: bool = Field(
-        default=False, description="splits an expert's tokens over its replicas by planned shares instead of evenly"
+        default=False,
+        description="splits an expert's tokens over its replicas by planned shares instead of evenly; refused in this "
+        "version",
     )
     dispatch_table_entries: int = Field(
         default=32, ge=16, le=64, description="entries per expert of the dispatch table: the resolution of the shares"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -260,3 +261,8 @@ def test_random_dictionaries(eplb_config: dict[object, object], around: dict[obj
         read = getattr(config, str(key))
         assert read == value
         assert isinstance(read, bool) == isinstance(value, bool)
+
+
+def test_the_readme_shows_this_table() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert settings_table() in readme
