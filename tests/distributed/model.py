@@ -164,7 +164,7 @@ class Driver:
         self.message = b""
         self.plan_due = 0
 
-    def run(self, cycles: int, most_steps: int = 20_000) -> Outcome:
+    def run(self, cycles: int, most_steps: int = 10_000_000) -> Outcome:
         """Steps until so many cycles are complete: the same number on all ranks, however long they take."""
         while self.outcome.cycles < cycles and self.state.step < most_steps and self.state.phase is not Phase.OFF:
             if self.trouble.step_delay:
