@@ -71,5 +71,6 @@ link vllm_ascend "$ascend_version"
 cp "build/stack/vllm_ascend-$ascend_version/vllm_ascend.egg-info/entry_points.txt" \
     "build/stack/site/vllm_ascend-$ascend_version.dist-info/"
 printf "__device_type__ = '%s'\n" "${DEVICE:-A2}" >"build/stack/vllm_ascend-$ascend_version/vllm_ascend/_build_info.py"
+cp tests/npu/standins/vllm_ascend_C.py "build/stack/vllm_ascend-$ascend_version/vllm_ascend/"
 echo "$key" >build/stack/.stamp
 say "done"

@@ -15,6 +15,10 @@ def test_operators_equal_those_of_the_cpu() -> None:
     assert npus.run("operators", "against_cpu").results == [{}]
 
 
+def test_fused_operators_equal_plain_formulas() -> None:
+    assert npus.run("operators", "fused").results == [{}]
+
+
 def test_an_operator_that_is_not_emulated_is_named() -> None:
     (text,) = npus.run("operators", "not_emulated").results
     assert "not emulated: " in text

@@ -145,3 +145,105 @@ def not_emulated() -> str:
     except Exception as error:
         return str(error)
     return "it worked"
+
+
+def fused() -> dict[str, str]:
+    """The fused operators of a served MoE model against plain formulas. Name to error."""
+    import torch_npu
+
+    g = torch.Generator().manual_seed(1)
+    wrong = {}
+
+    def check(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
+        try:
+            torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
+        except AssertionError as error:
+            wrong[name] = str(error)[:600]
+
+    x, y, gamma = torch.randn(5, 16, generator=g), torch.randn(5, 16, generator=g), torch.randn(16, generator=g)
+
+    def norm(v: torch.Tensor) -> torch.Tensor:
+        return v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + 1e-6) * gamma
+
+    check("rms norm", torch_npu.npu_rms_norm(x.npu(), gamma.npu(), 1e-6)[0], norm(x))
+    added = torch_npu.npu_add_rms_norm(x.npu(), y.npu(), gamma.npu(), 1e-6)
+    check("add rms norm", added[0], norm(x + y))
+    check("add rms norm, sum", added[2], x + y)
+    check("swiglu", torch_npu.npu_swiglu(x.npu()), torch.nn.functional.silu(x[:, :8]) * x[:, 8:])
+
+    # A MoE layer whose rank holds the slots first..last-1 of 8: pairs of other ranks contribute nothing.
+    tokens, hidden, inner, experts, k = 7, 16, 12, 8, 2
+    h = torch.randn(tokens, hidden, generator=g)
+    logits = torch.randn(tokens, experts, generator=g)
+    w13 = torch.randn(experts, hidden, 2 * inner, generator=g)
+    w2 = torch.randn(experts, inner, hidden, generator=g)
+    weights, ids, _ = torch_npu.npu_moe_gating_top_k(logits.npu(), k, renorm=1)
+    want_weights, want_ids = torch.softmax(logits, -1).topk(k, -1)
+    want_weights = want_weights / want_weights.sum(-1, keepdim=True)
+    check("gating", weights, want_weights)
+    check("gating, experts", ids.to(torch.int64), want_ids)
+    for first, last in ((0, 8), (0, 4), (4, 8)):
+        mine = (want_ids >= first) & (want_ids < last)
+        rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
+            h.npu(),
+            ids,
+            active_num=tokens * k,
+            expert_num=experts,
+            expert_tokens_num_type=1,
+            expert_tokens_num_flag=True,
+            active_expert_range=[first, last],
+            quant_mode=-1,
+        )
+        check(f"counts {first}", counts, torch.bincount(want_ids[mine] - first, minlength=last - first))
+        inner_rows = torch_npu.npu_grouped_matmul(
+            [rows], [w13[first:last].npu()], split_item=2, group_list_type=1, group_type=0, group_list=counts
+        )[0]
+        out_rows = torch_npu.npu_grouped_matmul(
+            [torch_npu.npu_swiglu(inner_rows)],
+            [w2[first:last].npu()],
+            split_item=2,
+            group_list_type=1,
+            group_type=0,
+            group_list=counts,
+        )[0]
+        out = torch_npu.npu_moe_token_unpermute(out_rows, places.abs(), probs=weights * mine.npu())
+        want = torch.zeros(tokens, hidden)
+        for token in range(tokens):
+            for n in range(k):
+                if mine[token, n]:
+                    e = int(want_ids[token, n])
+                    a, b = (h[token] @ w13[e]).chunk(2)
+                    want[token] += want_weights[token, n] * ((torch.nn.functional.silu(a) * b) @ w2[e])
+        check(f"experts {first}..{last - 1}", out, want)
+
+    # Two sequences of 3 and 1 new tokens behind 4 and 6 old ones, 4 query heads over 2 key heads, pages of 4 places.
+    lengths, kv_lengths, size = [3, 1], [7, 7], 4
+    q = torch.randn(4, 4, 8, generator=g)
+    cache_k, cache_v = torch.randn(5, size, 16, generator=g), torch.randn(5, size, 16, generator=g)
+    table = torch.tensor([[3, 1], [0, 4]], dtype=torch.int32)
+    got, _ = torch_npu.npu_fused_infer_attention_score(
+        q.npu(),
+        cache_k.npu(),
+        cache_v.npu(),
+        atten_mask=torch.ones(2048, 2048, dtype=torch.int8).triu(1).npu(),
+        actual_seq_lengths=[3, 4],
+        actual_seq_lengths_kv=kv_lengths,
+        block_table=table.npu(),
+        num_heads=4,
+        num_key_value_heads=2,
+        scale=0.3,
+        input_layout="TND",
+        block_size=size,
+        sparse_mode=3,
+    )
+    begin, parts = 0, []
+    for n, new in enumerate(lengths):
+        keys = cache_k[table[n].long()].reshape(-1, 2, 8)[: kv_lengths[n]].repeat_interleave(2, 1)
+        values = cache_v[table[n].long()].reshape(-1, 2, 8)[: kv_lengths[n]].repeat_interleave(2, 1)
+        for i in range(new):
+            seen = kv_lengths[n] - new + i + 1
+            scores = torch.einsum("hd,mhd->hm", q[begin + i], keys[:seen]) * 0.3
+            parts.append(torch.einsum("hm,mhd->hd", scores.softmax(-1), values[:seen]))
+        begin += new
+    check("attention", got, torch.stack(parts))
+    return wrong

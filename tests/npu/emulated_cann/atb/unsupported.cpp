@@ -31,9 +31,9 @@ EMULATED_EXPORT int DestroyOperation(Operation*) { return 0; }
 
 template <typename Param>
 int CreateOperation(const Param&, Operation**);
-#define NOT_EMULATED(NAME)                                                                \
-    template <>                                                                           \
-    EMULATED_EXPORT int CreateOperation(const infer::NAME&, Operation**) {                \
+#define NOT_EMULATED(NAME)                                                              \
+    template <>                                                                         \
+    EMULATED_EXPORT int CreateOperation(const infer::NAME&, Operation**) {              \
         return emulated::fail(200001, "not emulated: atb::CreateOperation<" #NAME ">"); \
     }
 NOT_EMULATED(LinearParam)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stand-in for vllm-ascend's compiled extension: the custom operators that a small MoE model needs, in terms of
+torch_npu's own ones; and for the operators of NNAL that such a model calls. Copied beside vllm-ascend's modules, where
+its build would put the extension.
+"""
+
+import torch
+import torch_npu
+
+_library = torch.library.Library("_C_ascend", "DEF")
+
+
+def _operator(schema: str):
+    _library.define(schema)
+    name = schema.split("(")[0]
+    return lambda function: _library.impl(name, function, "PrivateUse1")
+
+
+@_operator(
+    "npu_add_rms_norm_bias(Tensor x1, Tensor x2, Tensor gamma, Tensor? beta, float epsilon) -> (Tensor, Tensor, Tensor)"
+)
+def _add_rms_norm_bias(x1, x2, gamma, beta, epsilon):
+    y, deviation, x = torch_npu.npu_add_rms_norm(x1, x2, gamma, epsilon)
+    return (y if beta is None else y + beta), deviation, x
+
+
+@_operator(
+    "npu_moe_init_routing_custom(Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, "
+    "int active_num=-1, int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, int expert_tokens_num_type=0, "
+    "bool expert_tokens_num_flag=False, int quant_mode=-1, int[] active_expert_range=[], int row_idx_type=0) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _moe_init_routing_custom(x, expert_idx, **options):
+    return torch_npu.npu_moe_init_routing_v2(x, expert_idx, **options)
+
+
+@_operator(
+    "moe_gating_top_k(Tensor x, int k, int k_group, int group_count, int group_select_mode, int renorm, int norm_type, "
+    "bool out_flag, float routed_scaling_factor, float eps, Tensor? bias_opt=None) -> (Tensor, Tensor, Tensor)"
+)
+def _moe_gating_top_k(
+    x,
+    k,
+    k_group,
+    group_count,
+    group_select_mode,
+    renorm,
+    norm_type,
+    out_flag,
+    routed_scaling_factor,
+    eps,
+    bias_opt=None,
+):
+    return torch_npu.npu_moe_gating_top_k(
+        x,
+        k,
+        bias=bias_opt,
+        k_group=k_group,
+        group_count=group_count,
+        group_select_mode=group_select_mode,
+        renorm=renorm,
+        norm_type=norm_type,
+        out_flag=out_flag,
+        routed_scaling_factor=routed_scaling_factor,
+        eps=eps,
+    )
+
+
+def _rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox_style):
+    """In place. cos_sin_cache [positions, rotary size]: cosines, then sines."""
+    cos, sin = cos_sin_cache[positions.reshape(-1).to(torch.int64)].chunk(2, -1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    for tensor in (query, key):
+        heads = tensor.view(cos.shape[0], -1, head_size)
+        rotary, rest = heads[..., : 2 * cos.shape[-1]], heads[..., 2 * cos.shape[-1] :]
+        if is_neox_style:
+            a, b = rotary.chunk(2, -1)
+            turned = torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+        else:
+            a, b = rotary[..., 0::2], rotary[..., 1::2]
+            turned = torch.cat([torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2), rest], -1)
+        tensor.copy_(turned.view(tensor.shape))
+
+
+def _reshape_and_cache(key, value, key_cache, value_cache, slot_indices):
+    """slot_indices [tokens]: block * block size + place; negative ones are padding and take the last block's last
+    place, which nobody reads."""
+    places = key_cache.shape[0] * key_cache.shape[1]
+    slots = slot_indices.to(torch.int64)
+    slots = torch.where(slots < 0, slots + places, slots)
+    key_cache.view(places, *key_cache.shape[2:]).index_copy_(0, slots, key.view(-1, *key_cache.shape[2:]))
+    value_cache.view(places, *value_cache.shape[2:]).index_copy_(0, slots, value.view(-1, *value_cache.shape[2:]))
+
+
+torch_npu._npu_rotary_embedding = _rotary_embedding
+torch_npu._npu_reshape_and_cache = _reshape_and_cache
