@@ -21,7 +21,12 @@ using Clock = std::chrono::steady_clock;
 constexpr double kSquares[] = {0.1, 0.5, 0.03, 2.0};
 
 // The same for improvement, one drawn for each round, so that a round that takes back the same ranks may end elsewhere.
-constexpr double kSearchSquares[] = {0.02, 0.05, 0.1, 0.2, 0.5};
+constexpr double kSearchSquares[] = {0.003, 0.03, 0.1, 0.1, 0.3};
+constexpr double kScoredAbove[] = {-0.01, 0.0, 0.0, 0.0};
+
+// Every so many rounds moves are weighed exactly where that is affordable.
+constexpr int kExactEvery = 4;
+constexpr int kFewSlots = 128;
 
 // An expert whose replicas leave less than this part of the other slots' mean load to them is split before the descent.
 constexpr double kRoomBeside = 0.45;
@@ -45,7 +50,7 @@ class LayerPlanner {
         double best_peak = 0.0;
         int best_cost = 0;
         for (const double square : kSquares) {
-            search_.aim(target_, square);
+            search_.aim(target_, square, target_);
             has_load_ = search_.begin(load_, slots_, variance_);
             if (best_.empty()) {
                 best_ = search_.slots();
@@ -69,16 +74,19 @@ class LayerPlanner {
 
     void improve(int rounds) {
         if (!has_load_ || best_ == search_.start()) return;
+        const bool small = search_.shape().slots <= kFewSlots;
         for (int i = 0; i < rounds; ++i) {
             const double square = kSearchSquares[random_.below(std::size(kSearchSquares))];
-            if (!reached_ && i % 2 == 0) {
-                search_.aim(target_, square);
-                search_.lower_peak(random_);
+            const bool exact = small && random_.below(kExactEvery) == 0;
+            const bool lower = !reached_ && i % 2 == 0;
+            const double limit = reached_ || lower ? target_ : search_.peak() + 1e-6;
+            search_.aim(limit, square, limit + kScoredAbove[random_.below(std::size(kScoredAbove))]);
+            if (lower) {
+                search_.lower_peak(random_, exact);
                 reached_ = search_.reached();
-                continue;
+            } else {
+                search_.reconsider(random_, exact);
             }
-            search_.aim(reached_ ? target_ : search_.peak() + 1e-6, square);
-            search_.reconsider(random_);
         }
         best_ = search_.slots();
     }

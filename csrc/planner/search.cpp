@@ -122,9 +122,9 @@ void Search::set_nodes(int nodes, float far) {
     near_.resize(nodes > 1 && far < 1.0F ? static_cast<size_t>(nodes) * (shape_.experts + 1) : 0);
 }
 
-void Search::aim(double limit, double square) {
+void Search::aim(double limit, double square, double scored_limit) {
     limit_ = static_cast<int32_t>(std::llrint(limit * kUnit));
-    potential_.limit = static_cast<float>(limit);
+    potential_.limit = static_cast<float>(scored_limit);
     potential_.square = static_cast<float>(square);
     for (int r = 0; r < shape_.ranks; ++r) shift(r, 0);  // all potentials change
 }
@@ -433,7 +433,8 @@ bool Search::restore_chosen() {
     return true;
 }
 
-bool Search::reconsider(Random& random) {
+bool Search::reconsider(Random& random, bool exact) {
+    exact_ = exact;
     chosen_.clear();
     choose_ranks(random, 2 + static_cast<int>(random.below(3)));
     if (chosen_.empty()) return false;
@@ -441,17 +442,20 @@ bool Search::reconsider(Random& random) {
     most_cost_ = before;
     const bool kept = restore_chosen() && descend() && cost_ <= before;
     most_cost_ = std::numeric_limits<int>::max();
+    exact_ = false;
     if (!kept) undo();
     return kept;
 }
 
-bool Search::lower_peak(Random& random) {
+bool Search::lower_peak(Random& random, bool exact) {
     const auto busiest = std::max_element(rank_load_.begin(), rank_load_.end());
     const int32_t before = *busiest;
     chosen_.assign(1, static_cast<int32_t>(busiest - rank_load_.begin()));
     choose_ranks(random, 2 + static_cast<int>(random.below(3)));
     const bool sound = restore_chosen();
+    exact_ = exact;
     if (sound) descend();
+    exact_ = false;
     const bool kept = sound && *std::max_element(rank_load_.begin(), rank_load_.end()) < before;
     if (!kept) undo();
     return kept;
@@ -508,12 +512,57 @@ Search::Outcome Search::try_swap(int slot, int other) {
     return settle();
 }
 
+int Search::receipt_cost(int slot, int expert) const { return !is_home(rank_of_[slot], expert) - away_[slot]; }
+
+void Search::offer_outcome(const Outcome& outcome, float price, int slot, int other, int expert, Candidate& best) {
+    if (outcome.gain * price <= best.score) return;
+    best.score = outcome.gain * price;
+    best.slot = slot;
+    best.other = other;
+    best.expert = expert;
+}
+
+// The moves of the three functions above, one by one.
+void Search::offer_exactly(int r, Candidate& best) {
+    const int P = shape_.slots, E = shape_.experts, S = shape_.per_rank();
+    const auto holds = [&](int rank, int e) {
+        const uint16_t* holders = holders_of(e);
+        return std::any_of(holders, holders + count_[e], [&](int h) { return rank_of_[h] == rank; });
+    };
+    const auto far = [&](int slot, int e) { return is_near(node_of(rank_of_[slot]), e) ? 1.0F : far_; };
+    const auto receive = [&](int p, int e) {
+        if (e == E || holds(rank_of_[p], e)) return;
+        offer_outcome(try_receipt(p, e), price_of(receipt_cost(p, e)) * far(p, e), p, -1, e, best);
+    };
+    for (int i = 0; i < spare_first_[shape_.ranks]; ++i) {
+        const int p = spare_slot_[i];
+        if (rank_of_[p] == r) {
+            for (int e = 0; e < E; ++e) receive(p, e);
+        } else {
+            for (int s = r * S; s < (r + 1) * S; ++s) receive(p, expert_[s]);
+        }
+    }
+    for (int s = r * S; s < (r + 1) * S; ++s) {
+        const int e = expert_[s];
+        for (int p = 0; p < P && e < E; ++p) {
+            const int f = expert_[p];
+            if (f == E || share_[f] >= share_[e] || rank_of_[p] == r || holds(rank_of_[p], e) || holds(r, f)) continue;
+            const float price = price_of(receipt_cost(p, e) + receipt_cost(s, f)) * far(p, e) * far(s, f);
+            offer_outcome(try_swap(p, s), price, p, s, e, best);
+        }
+    }
+}
+
 bool Search::improve(int r) {
     refresh();
     Candidate best;
-    offer_receipts(r, best);
-    offer_placements(r, best);
-    offer_swaps(r, best);
+    if (exact_) {
+        offer_exactly(r, best);
+    } else {
+        offer_receipts(r, best);
+        offer_placements(r, best);
+        offer_swaps(r, best);
+    }
     if (best.slot < 0) return false;
     const int given = expert_[best.slot];
     place(best.slot, best.expert);

@@ -32,8 +32,9 @@ class Search {
     // factor `far`, 0 < far <= 1, or is forbidden where it is 0. Call before begin().
     void set_nodes(int nodes, float far);
 
-    // Sets the load at which a rank is light enough, in units of the mean, and the weight of the square.
-    void aim(double limit, double square);
+    // Sets the load at which a rank is light enough, in units of the mean, the weight of the potential's square, and
+    // the load from which the potential rises steeply.
+    void aim(double limit, double square, double scored_limit);
 
     // Gives experts more copies until none of their replicas carries more than `share` of a rank's mean, and keeps the
     // descent from dropping below. An expert whose replicas leave little room beside them holds a descent up: no
@@ -49,10 +50,12 @@ class Search {
 
     // Large-neighbourhood search (Shaw, 1998), one step: takes a few ranks back to their start, descends again, and
     // keeps the result if it reaches the limit with no more receipts than before. Returns whether it was kept.
-    bool reconsider(Random& random);
+    // `exact`: weigh every move by its full effect; slow, for small shapes. Otherwise the effects of the dropped and of
+    // the added copy are added up, which is off where a rank holds another copy of both.
+    bool reconsider(Random& random, bool exact);
 
     // The same round the busiest rank, kept if the busiest rank has less to do afterwards, whatever it costs.
-    bool lower_peak(Random& random);
+    bool lower_peak(Random& random, bool exact);
 
     // Takes the placement `slots` [P] (E: empty), known to be valid, as the present one.
     void adopt(const std::vector<int32_t>& slots);
@@ -94,6 +97,9 @@ class Search {
     Outcome settle();
 
     bool improve(int rank);
+    void offer_exactly(int rank, Candidate& best);
+    void offer_outcome(const Outcome& outcome, float price, int slot, int other, int expert, Candidate& best);
+    int receipt_cost(int slot, int expert) const;
     void refresh();
     void offer_receipts(int rank, Candidate& best);
     void offer_placements(int rank, Candidate& best);
@@ -117,6 +123,7 @@ class Search {
 
     Shape shape_;
     Potential potential_;
+    bool exact_ = false;
     int nodes_ = 1;
     float far_ = 1.0F;
     std::vector<uint8_t> near_;  // [nodes, E + 1]: a rank of the node held the expert at the start; none if all is near

@@ -1,0 +1,548 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every policy and every peer on the same loads: ``python -m benchmarks.planner --json PATH``.
+
+One table of plans (balance on the planned and on the next window, moves, bytes, time), one of drifting loads, one of
+dispatch shares, one of large models, and without ``--quick`` one of small instances against a mixed-integer program.
+Writes everything as JSON to PATH (which may be a pipe) and draws the trade-off of balance against moves (``--plot``).
+Loads come from ``--loads`` DIR (JSON files with ``logical_count``), from a trace, and from a generator with the
+statistics of a large model in service. The exit status is 1 if a check fails: a plan that is not valid, one that misses
+its target, a difference from vLLM's planner, a plan that depends on the number of threads, shares off the optimum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks import loads, planner_optimum, planner_peers
+from vllm_ascend_eplb.placement import Placement, peak_to_average
+from vllm_ascend_eplb.policy import dispatch_shares, dispatch_tables, plan, shared_rank_load
+
+EXPERT_BYTES = 44_000_000
+"""An expert of DeepSeek-V3 in int8."""
+
+TRACE = Path(__file__).resolve().parent.parent / "examples/tiny_moe/load_trace.npz"
+
+SPREAD_OF_NEXT_WINDOW = 0.07
+"""Standard deviation of the log ratio between the planned and the next window where the load has no next one: mild."""
+
+Slots = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass
+class Case:
+    """A placement in force, the load to plan for, and the one that comes after it."""
+
+    name: str
+    slots: Slots
+    load: FloatArray
+    following: FloatArray
+    num_ranks: int
+    target_par: float
+    thorough_seconds: float = 0.3
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.slots, self.load.shape[1], self.num_ranks)
+
+
+@dataclass
+class Row:
+    """One policy on one case."""
+
+    case: str
+    policy: str
+    par_mean: float
+    par_worst: float
+    next_par_mean: float
+    next_par_worst: float
+    moves: int
+    moves_per_rank: int
+    gigabytes: float
+    milliseconds: float
+    vllm_ratio: float | None = None
+
+
+@dataclass
+class Results:
+    machine: dict[str, str]
+    plans: list[Row] = field(default_factory=list)
+    drift: list[dict[str, Any]] = field(default_factory=list)
+    dispatch: list[dict[str, Any]] = field(default_factory=list)
+    scale: list[dict[str, Any]] = field(default_factory=list)
+    optimum: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def check(self, condition: bool, message: str) -> None:
+        if not condition:
+            self.failures.append(message)
+            print(f"FAILED: {message}", flush=True)
+
+
+# -- cases ------------------------------------------------------------------------------------------------------------
+
+
+def greedy_placement(load: FloatArray, num_slots: int, num_ranks: int) -> Slots:
+    """DeepSeek-style greedy without an expert twice on a rank: the placement that is in force when the load changes."""
+    num_layers, num_experts = load.shape
+    per_rank = num_slots // num_ranks
+    slots = np.empty((num_layers, num_slots), dtype=np.int32)
+    for layer in range(num_layers):
+        count = np.ones(num_experts, dtype=int)
+        for _ in range(num_slots - num_experts):
+            open_experts = np.where(count < num_ranks, load[layer] / count, -1.0)
+            count[int(np.argmax(open_experts))] += 1
+        share = load[layer] / count
+        held: list[list[int]] = [[] for _ in range(num_ranks)]
+        total = np.zeros(num_ranks)
+        # Experts with copies first where they would run out of ranks: otherwise heaviest replica first.
+        for expert in np.argsort(-share, kind="stable"):
+            for _ in range(count[expert]):
+                ranks = [r for r in range(num_ranks) if len(held[r]) < per_rank and expert not in held[r]]
+                if not ranks:
+                    ranks = [_make_room(held, int(expert), per_rank)]
+                rank = min(ranks, key=lambda r: total[r])
+                held[rank].append(int(expert))
+                total[rank] += share[expert]
+        slots[layer] = np.concatenate(held)
+    return slots
+
+
+def _make_room(held: list[list[int]], expert: int, per_rank: int) -> int:
+    """Moves an expert so that a rank without ``expert`` has a free slot; returns that rank."""
+    free = next(r for r in range(len(held)) if len(held[r]) < per_rank)
+    for rank, experts in enumerate(held):
+        if expert in experts:
+            continue
+        for other in experts:
+            if other not in held[free]:
+                experts.remove(other)
+                held[free].append(other)
+                return rank
+    raise RuntimeError("no rank can take the expert")
+
+
+def contiguous_placement(num_layers: int, num_experts: int, num_ranks: int, num_slots: int) -> Slots:
+    """Each rank holds the next experts in order, and the first of the rank after it once more."""
+    own, extra = num_experts // num_ranks, num_slots // num_ranks - num_experts // num_ranks
+    first = np.arange(num_ranks)[:, None] * own
+    row = np.concatenate([first + np.arange(own), first + own + np.arange(extra)], axis=1) % num_experts
+    return np.tile(row.reshape(-1).astype(np.int32), (num_layers, 1))
+
+
+def next_window(load: FloatArray, seed: int = 0) -> FloatArray:
+    return load * np.exp(np.random.default_rng(seed).normal(0.0, SPREAD_OF_NEXT_WINDOW, load.shape))
+
+
+def cases_between(first: FloatArray, second: FloatArray, third: FloatArray, short: str, kind: str) -> list[Case]:
+    """EP32 and EP64 with a placement made for ``first`` when ``second`` comes, ``third`` after it."""
+    made = []
+    for num_ranks, num_slots, target, seconds in ((32, 288, 1.02, 0.3), (64, 320, 1.03, 1.0)):
+        stale = greedy_placement(first, num_slots, num_ranks)
+        name = f"EP{num_ranks}/{num_slots} {short}"
+        made.append(Case(f"{name}, {target:g}", stale, second, third, num_ranks, target, seconds))
+        if kind == "hard":
+            full = 1.005 if num_ranks == 32 else 1.012
+            if num_ranks == 32:
+                made.append(Case(f"{name}, 1.05", stale, second, third, num_ranks, 1.05, seconds))
+            made.append(Case(f"{name}, {full:g}", stale, second, third, num_ranks, full, seconds))
+    return made
+
+
+def cold_cases(load: FloatArray, following: FloatArray, short: str) -> list[Case]:
+    num_layers, num_experts = load.shape
+    made = []
+    for num_ranks, num_slots, target in ((16, 272, 1.02), (32, 288, 1.01)):
+        start = contiguous_placement(num_layers, num_experts, num_ranks, num_slots)
+        made.append(
+            Case(
+                f"EP{num_ranks}/{num_slots} contiguous to {short}, {target:g}",
+                start,
+                load,
+                following,
+                num_ranks,
+                target,
+            )
+        )
+    return made
+
+
+def file_cases(folder: Path, quick: bool) -> list[Case]:
+    """The transitions between the files of a folder: prefill to longer prefill, prefill to decode, and cold starts;
+    where the names do not tell, from each file to the next."""
+    files = loads.read_folder(folder)
+    if len(files) < 2:
+        raise SystemExit(f"--loads {folder}: {len(files)} load files; two at least are needed")
+    short, longer, decode = "prefill_in1024", "prefill_in4096", "decode_in1000out1000"
+    if {short, longer, decode} <= files.keys():
+        made = cases_between(files[short], files[longer], next_window(files[longer]), "prefill 1K to 4K", "medium")
+        made += cases_between(files[short], files[decode], next_window(files[decode]), "prefill 1K to decode", "hard")
+        return made + cold_cases(files[decode], next_window(files[decode]), "decode")
+    names = list(files)
+    made = []
+    for first, second in list(itertools.pairwise(names))[: 2 if quick else None]:
+        made += cases_between(files[first], files[second], next_window(files[second]), f"{first} to {second}", "medium")
+    return made
+
+
+def generated_cases(num_layers: int) -> list[Case]:
+    made = []
+    for kind in ("medium", "hard"):
+        generator = loads.LoadGenerator(num_layers, 256, seed=1)
+        windows = [generator.window().astype(np.float64)]
+        for step in (kind, "mild"):
+            generator.drift(step)
+            windows.append(generator.window().astype(np.float64))
+        made += cases_between(*windows, f"generated {kind}", kind)
+    return made + cold_cases(windows[1], windows[2], "generated")
+
+
+def trace_cases(path: Path) -> list[Case]:
+    """The trace's middle window after its first, on 4 ranks with one redundant expert each."""
+    trace = loads.read_trace(path)
+    now = len(trace) // 2
+    num_experts, num_ranks = trace.shape[2], 4
+    num_slots = num_experts + num_ranks
+    start = greedy_placement(trace[0], num_slots, num_ranks)
+    following = trace[min(now + 1, len(trace) - 1)]
+    return [
+        Case(f"tiny-moe trace EP{num_ranks}/{num_slots}, 1.02", start, trace[now], following, num_ranks, 1.02, 0.05)
+    ]
+
+
+# -- measurements -----------------------------------------------------------------------------------------------------
+
+
+def best_of(runs: int, call: Callable[[], Any], most_seconds: float) -> tuple[Any, float]:
+    """The result and the shortest wall time in ms of at most ``runs`` calls, fewer if they take long."""
+    best, spent, result = np.inf, 0.0, None
+    for _ in range(runs):
+        began = time.perf_counter()
+        result = call()
+        took = time.perf_counter() - began
+        best, spent = min(best, took), spent + took
+        if spent > most_seconds:
+            break
+    return result, best * 1e3
+
+
+def receipts(before: Slots, after: Slots, num_ranks: int) -> npt.NDArray[np.int64]:
+    """int64 [R]: experts that each rank holds after and did not before, over all layers."""
+    num_layers = len(before)
+    old, new = (slots.reshape(num_layers, num_ranks, 1, -1) for slots in (before, after))
+    first = np.sort(new[:, :, 0], axis=2)
+    fresh = ~(first[..., None] == old).any(axis=3)
+    fresh[..., 1:] &= first[..., 1:] != first[..., :-1]
+    return np.asarray(fresh.sum(axis=(0, 2)))
+
+
+def measure(case: Case, policy: str, answer: Callable[[], Slots], runs: int, seconds: float) -> tuple[Row, Slots]:
+    after, milliseconds = best_of(runs, answer, seconds)
+    placement = Placement(after, case.load.shape[1], case.num_ranks)
+    now, later = placement.par(case.load), placement.par(case.following)
+    moved = receipts(case.slots, after, case.num_ranks)
+    row = Row(
+        case.name, policy, float(now.mean()), float(now.max()), float(later.mean()), float(later.max()),
+        int(moved.sum()), int(moved.max()), int(moved.sum()) * EXPERT_BYTES / 1e9, milliseconds,
+    )  # fmt: skip
+    return row, after
+
+
+def run_plans(results: Results, cases: list[Case], peers: dict[str, planner_peers.Peer], quick: bool) -> None:
+    runs = 20
+    for case in cases:
+        rows = []
+        in_force, loads_now = case.placement, case.load
+        rows.append(measure(case, "stay", lambda case=case: case.slots, 1, 0)[0])
+        # Reference first: its time is what the others are compared with.
+        for name, peer in peers.items():
+            call = functools.partial(peer, case.load, case.slots, case.num_ranks)
+            row, after = measure(case, name, call, runs, 0.2 if quick else 3.0)
+            rows.append(row)
+            if name == "vllm":
+                ours = plan(loads_now, case.slots, case.num_ranks, policy="default").physical_to_logical
+                results.check(bool(np.array_equal(after, ours)), f"{case.name}: 'default' differs from vLLM's policy")
+        seconds = case.thorough_seconds / (3 if quick else 1)
+        settings: dict[str, dict[str, Any]] = {
+            "random": {"policy": "random"},
+            "default": {"policy": "default"},
+            "incremental": {"target_par": case.target_par},
+            "incremental thorough": {"target_par": case.target_par, "effort": "thorough", "time_budget": seconds},
+        }
+        for name, options in settings.items():
+            call = functools.partial(_slots_of_plan, case, options)
+            row, _ = measure(case, name, call, 1 if "thorough" in name else runs, 0.5 if quick else 3.0)
+            rows.append(row)
+        vllm = next((row.milliseconds for row in rows if row.policy == "vllm"), None)
+        for row in rows:
+            row.vllm_ratio = vllm / row.milliseconds if vllm is not None and row.policy != "stay" else None
+        results.plans += rows
+        check_plans(results, case, in_force)
+        print_plans(rows)
+
+
+def _slots_of_plan(case: Case, options: dict[str, Any]) -> Slots:
+    return plan(case.load, case.slots, case.num_ranks, **options).physical_to_logical
+
+
+def check_plans(results: Results, case: Case, in_force: Placement) -> None:
+    """What must hold for every plan of "incremental"."""
+    made = [plan(case.load, case.slots, case.num_ranks, target_par=case.target_par, threads=n) for n in (1, 2)]
+    made += [
+        plan(case.load, case.slots, case.num_ranks, target_par=case.target_par, effort="thorough", rounds=5, threads=n)
+        for n in (1, 3)
+    ]
+    for one, other in (made[:2], made[2:]):
+        results.check(bool(np.array_equal(one.moves, other.moves)), f"{case.name}: the plan depends on the threads")
+        try:
+            one.check(in_force)
+        except ValueError as error:
+            results.check(False, f"{case.name}: {error}")
+        results.check(bool((one.par_after <= one.par_before + 1e-6).all()), f"{case.name}: a layer got worse")
+    worst = float(made[0].par_after.max())
+    results.check(worst <= case.target_par + 0.01, f"{case.name}: worst layer at {worst:.4f}")
+
+
+def run_drift(results: Results, num_layers: int, num_windows: int) -> None:
+    """Each plan is judged on the window after the one it was made for, and compared with planning from scratch."""
+    print("\ndrifting load, PAR of the following window (mean over windows and layers)")
+    for num_ranks, num_slots, target, options in (
+        (32, 288, 1.015, {}),
+        (64, 320, 1.018, {"effort": "thorough", "rounds": 100}),
+    ):
+        for kind in ("mild", "medium", "mixed"):
+            windows = loads.drifting_windows(kind, num_windows, num_layers, 256)
+            first = plan(
+                windows[0], Placement.initial(num_layers, 256, num_ranks, num_slots - 256), num_ranks, policy="default"
+            )
+            ours = scratch = stay = first.physical_to_logical
+            par: dict[str, list[float]] = {"incremental": [], "from scratch": [], "stay": []}
+            moves = {"incremental": 0, "from scratch": 0}
+            for t in range(1, num_windows - 1):
+                mine = plan(windows[max(0, t - 11) : t + 1], ours, num_ranks, target_par=target, **options)  # type: ignore[arg-type]
+                theirs = plan(windows[t], scratch, num_ranks, policy="default").physical_to_logical
+                moves["incremental"] += int(receipts(ours, mine.physical_to_logical, num_ranks).sum())
+                moves["from scratch"] += int(receipts(scratch, theirs, num_ranks).sum())
+                ours, scratch = mine.physical_to_logical, theirs
+                for name, slots in (("incremental", ours), ("from scratch", scratch), ("stay", stay)):
+                    par[name].append(float(Placement(slots, 256, num_ranks).par(windows[t + 1]).mean()))
+            row = {
+                "ranks": num_ranks, "slots": num_slots, "drift": kind, "layers": num_layers, "windows": num_windows,
+                **{f"par {name}": float(np.mean(values)) for name, values in par.items()},
+                "moves per window": moves["incremental"] / (num_windows - 2),
+                "part of moves from scratch": moves["incremental"] / moves["from scratch"],
+            }  # fmt: skip
+            results.drift.append(row)
+            gap = row["par incremental"] - row["par from scratch"]
+            print(
+                f"  EP{num_ranks}/{num_slots} {kind:7s} incremental {row['par incremental']:.4f}  from scratch "
+                f"{row['par from scratch']:.4f} ({gap:+.4f})  stay {row['par stay']:.4f}  moves "
+                f"{row['part of moves from scratch']:.1%} of those from scratch",
+                flush=True,
+            )
+
+
+def run_dispatch(results: Results, cases: list[Case]) -> None:
+    print("\ndispatch shares, mean PAR of the placement in force")
+    try:
+        import scipy  # noqa: F401
+    except ImportError:
+        scipy_there = False
+    else:
+        scipy_there = True
+    for case in cases:
+        shares, milliseconds = best_of(
+            20, lambda case=case: dispatch_shares(case.load, case.slots, case.num_ranks), 1.0
+        )
+        with_shares = peak_to_average(shared_rank_load(case.load, case.slots, shares, case.num_ranks))
+        tables, table_ms = best_of(5, lambda c=case, s=shares: dispatch_tables(s, c.slots, c.load.shape[1], 64), 1.0)
+        entries = np.zeros(case.slots.shape)
+        for k in range(tables.shape[2]):
+            np.add.at(entries, (np.arange(len(tables))[:, None], tables[..., k]), 1 / tables.shape[2])
+        off = float(np.abs(entries - shares).max())
+        results.check(off < 1 / tables.shape[2], f"{case.name}: a table misses its share by {off:.4f}")
+        gap = None
+        if scipy_there:
+            layers = range(0, len(case.load), max(1, len(case.load) // 3))
+            best = [planner_optimum.least_peak(case.load[i], case.slots[i], case.num_ranks) for i in layers]
+            peaks = shared_rank_load(case.load, case.slots, shares, case.num_ranks).max(axis=1)[list(layers)]
+            gap = float((peaks / best).max() - 1)
+            results.check(gap <= 1.1e-3, f"{case.name}: shares are {gap:.2%} above the linear program's optimum")
+        row = {
+            "case": case.name,
+            "par even": float(case.placement.par(case.load).mean()), "par shares": float(with_shares.mean()),
+            "milliseconds": milliseconds, "tables milliseconds": table_ms, "gap to linear program": gap,
+        }  # fmt: skip
+        results.dispatch.append(row)
+        shown = "" if gap is None else f"  {gap:.3%} above the LP"
+        print(
+            f"  {case.name:45s} even {row['par even']:.4f}  shares {row['par shares']:.4f}  {milliseconds:.2f} ms, "
+            f"tables {table_ms:.2f} ms{shown}",
+            flush=True,
+        )
+
+
+def run_scale(results: Results) -> None:
+    print("\nlarge models, generated load, one descent")
+    for num_layers, num_experts, num_ranks, per_rank, target in (
+        (58, 256, 320, 1, 1.02),
+        (58, 256, 320, 2, 1.05),
+        (60, 384, 64, 7, 1.03),
+        (94, 512, 64, 9, 1.03),
+        (94, 512, 128, 5, 1.03),
+    ):
+        num_slots = num_ranks * per_rank
+        generator = loads.LoadGenerator(num_layers, num_experts, seed=3)
+        first = generator.window().astype(np.float64)
+        generator.drift("medium")
+        load = generator.window().astype(np.float64)
+        before = plan(first, Placement.initial(num_layers, num_experts, num_ranks, num_slots - num_experts), num_ranks,
+                      target_par=target).physical_to_logical  # fmt: skip
+        made, milliseconds = best_of(
+            3, lambda b=before, w=load, r=num_ranks, t=target: plan(w, b, r, target_par=t), 5.0
+        )
+        in_force = Placement(before, num_experts, num_ranks)
+        made.check(in_force)
+        row = {
+            "layers": num_layers, "experts": num_experts, "ranks": num_ranks, "slots": num_slots, "target": target,
+            "par before": float(made.par_before.mean()), "par after": float(made.par_after.mean()),
+            "worst after": float(made.par_after.max()), "moves": made.num_moves, "milliseconds": milliseconds,
+        }  # fmt: skip
+        results.scale.append(row)
+        print(
+            f"  {num_layers} layers, {num_experts} experts, EP{num_ranks}/{num_slots}: PAR {row['par before']:.3f} to "
+            f"{row['par after']:.4f} (worst {row['worst after']:.4f}), {made.num_moves} moves, {milliseconds:.0f} ms",
+            flush=True,
+        )
+
+
+def run_optimum(results: Results, cases: list[Case], seconds: float, instances: int) -> None:
+    """64 of the experts on 8 ranks with 72 slots, one layer at a time, against HiGHS."""
+    print("\nsmall instances (64 experts, EP8/72, target 1.02) against a mixed-integer program")
+    first, second = cases[0].load, cases[-1].load
+    total = {"fast": 0, "thorough": 0, "best of HiGHS": 0}
+    for layer in np.linspace(0, len(first) - 1, instances).astype(int):
+        before, load = first[layer : layer + 1, ::4], second[layer : layer + 1, ::4]
+        slots = greedy_placement(before, 72, 8)
+        fast = plan(load, slots, 8)
+        thorough = plan(load, slots, 8, effort="thorough", rounds=3000)
+        found = planner_optimum.fewest_moves(load[0], slots[0], 8, 1.02, seconds)
+        if found is None or fast.par_after[0] > 1.0201:
+            continue
+        row = {
+            "layer": int(layer), "fast": fast.num_moves, "thorough": thorough.num_moves,
+            "best of HiGHS": found.moves, "bound": found.bound,
+        }  # fmt: skip
+        results.optimum.append(row)
+        for name in total:
+            total[name] += int(row[name])
+        print(f"  layer {layer}: {row}", flush=True)
+    if total["best of HiGHS"]:
+        for name in ("fast", "thorough"):
+            print(f"  {name}: {total[name] / total['best of HiGHS']:.3f} of the best solution's moves")
+
+
+# -- output -----------------------------------------------------------------------------------------------------------
+
+
+def print_plans(rows: list[Row]) -> None:
+    print(f"\n{rows[0].case}")
+    print(f"  {'policy':22s} {'PAR':>7s} {'worst':>7s} {'next':>7s} {'worst':>7s} {'moves':>7s} {'/rank':>6s} "
+          f"{'GB':>8s} {'ms':>9s} {'x vLLM':>7s}")  # fmt: skip
+    for row in rows:
+        ratio = "" if row.vllm_ratio is None else f"{row.vllm_ratio:.1f}"
+        print(
+            f"  {row.policy:22s} {row.par_mean:7.4f} {row.par_worst:7.4f} {row.next_par_mean:7.4f} "
+            f"{row.next_par_worst:7.4f} {row.moves:7d} {row.moves_per_rank:6d} {row.gigabytes:8.1f} "
+            f"{row.milliseconds:9.2f} {ratio:>7s}",
+            flush=True,
+        )
+
+
+def draw(results: Results, cases: list[Case], path: Path) -> None:
+    """Balance against moves for all policies, one panel per case; "incremental" as a curve over its target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = 3
+    lines = -(-len(cases) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.6 * lines), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(cases) :]:
+        axis.set_visible(False)
+    for axis, case in zip(axes.flat, cases, strict=False):
+        curve = []
+        for target in (1.005, 1.01, 1.02, 1.03, 1.05, 1.08, 1.12, 1.2):
+            made = plan(case.load, case.slots, case.num_ranks, target_par=target)
+            curve.append((made.num_moves, float(made.par_after.mean())))
+        axis.plot(*zip(*curve, strict=True), "-", color="tab:blue", label="incremental, by target")
+        for row in (row for row in results.plans if row.case == case.name and row.policy != "random"):
+            axis.plot(max(row.moves, 1), row.par_mean, "o", label=row.policy)
+        axis.set(title=case.name, xlabel="moves", ylabel="mean PAR", xscale="symlog")
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, required=True, help="where the results go; may be a pipe")
+    parser.add_argument("--quick", action="store_true", help="fewer runs, layers and windows; under 50 s")
+    parser.add_argument("--loads", type=Path, help="folder of JSON files with logical_count [layers][experts]")
+    parser.add_argument(
+        "--trace", type=Path, help=f"load trace .npz [windows, layers, experts]; default {TRACE.name} if there"
+    )
+    parser.add_argument("--deepseek", type=Path, help="eplb.py of DeepSeek's EPLB, or its folder")
+    parser.add_argument("--vllm-ascend", type=Path, help="unpacked sources of vllm-ascend")
+    parser.add_argument("--plot", type=Path, help="picture of the trade-off (PNG or SVG)")
+    parser.add_argument("--optimum-seconds", type=float, default=60.0, help="time of the solver per small instance")
+    arguments = parser.parse_args()
+
+    results = Results({"machine": platform.machine(), "python": platform.python_version(), "numpy": np.__version__})
+    peers: dict[str, planner_peers.Peer] = {}
+    vllm = planner_peers.vllm_peer()
+    if vllm is not None:
+        peers["vllm"] = vllm
+    if arguments.deepseek:
+        peers["deepseek"] = planner_peers.deepseek_peer(arguments.deepseek)
+    if arguments.vllm_ascend:
+        peers |= planner_peers.ascend_peers(arguments.vllm_ascend)
+
+    cases = file_cases(arguments.loads, arguments.quick) if arguments.loads else []
+    generated = generated_cases(16 if arguments.quick else 58)
+    trace = arguments.trace or (TRACE if TRACE.exists() else None)
+    cases += generated if not (arguments.quick and cases) else generated[:1]
+    if trace is not None:
+        cases += trace_cases(trace)
+    run_plans(results, cases, peers, arguments.quick)
+    run_drift(results, 8 if arguments.quick else 58, 12 if arguments.quick else 24)
+    run_dispatch(results, [case for case in cases if not case.name.endswith(("1.05", "1.005", "1.012"))])
+    run_scale(results)
+    if not arguments.quick:
+        run_optimum(results, cases, arguments.optimum_seconds, 8)
+    if arguments.plot:
+        draw(results, cases, arguments.plot)
+    with arguments.json.open("w") as file:
+        json.dump(asdict(results), file, indent=1)
+    print(f"\n{len(results.failures)} failed checks" if results.failures else "\nall checks passed")
+    return 1 if results.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
