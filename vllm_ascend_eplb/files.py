@@ -83,11 +83,11 @@ def read_bounded(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
     return data
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replaces a file so that readers see either what was there or all of ``data``, also after a crash.
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Finds out before a long computation that its result could not be written.
 
     Raises:
-        FileError: the folder is missing, the path is a directory or a symbolic link, or the disk refuses.
+        FileError: the folder is missing or may not be written, or the path is a directory or a symbolic link.
     """
     target = Path(path)
     if target.is_symlink():
@@ -96,7 +96,18 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         raise FileError(f"{show(path)} is a directory; give the path of a file to write")
     if not target.parent.is_dir():
         raise FileError(f"the folder of {show(path)} does not exist; create it first")
-    name = ""
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise FileError(f"the folder of {show(path)} may not be written by this user; choose another place")
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replaces a file so that readers see either what was there or all of ``data``, also after a crash.
+
+    Raises:
+        FileError: as for :func:`check_place`, or the disk refuses.
+    """
+    check_place(path)
+    target, name = Path(path), ""
     try:
         mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.")

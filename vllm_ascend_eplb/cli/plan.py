@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..expert_map import read_expert_map, write_expert_map
+from ..files import check_place
 from ..placement import Placement
 from ..policy import plan as make_plan
 from ..stats import Par
@@ -48,6 +49,8 @@ def plan(
 ) -> None:
     """Plan a placement for a recorded load and write it as a map file."""
     with user_errors(as_json):
+        if output is not None:
+            check_place(output)
         trace = read_trace(load)
         total = trace.load[-(last or 0) :].sum(axis=0)
         if start is None:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from .. import __version__
 from ..config import EplbConfig, EplbConfigError
 from ..cost import LINK_EFFICIENCY, MACHINES, CostModel, Machine, MoeShape, model_of_shape
-from ..files import write_atomic
+from ..files import check_place, write_atomic
 from ..simulate import POLICY_CHOICES, Conditions, PolicyChoice, Simulation, grid, replays
 from ..simulate import simulate as run_simulation
 from ..traces import Trace, read_trace
@@ -79,6 +79,8 @@ def simulate(
 ) -> None:
     """Replay a recorded load through policies and settings, and tell what pays."""
     with user_errors(as_json):
+        if output is not None:
+            check_place(output)
         loaded = read_trace(trace)
         preset = _machine(machine, link, link_between)
         cost = CostModel(
@@ -194,14 +196,15 @@ def refusal(result: Simulation) -> str:
 
 @contextlib.contextmanager
 def _progress(total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    stderr = Console(stderr=True)
     bar = Progress(
         TextColumn("replaying"),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=stderr,
         transient=True,
-        disable=quiet,
+        disable=quiet or not stderr.is_terminal,
     )
     with bar:
         task = bar.add_task("replaying", total=total)

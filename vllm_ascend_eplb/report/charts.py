@@ -212,8 +212,8 @@ def png(pixels: npt.NDArray[np.uint8]) -> str:
 def _axis(least: float, most: float) -> tuple[float, float, list[float]]:
     """(low, high, ticks) of an axis of about four round steps."""
     spread = most - least
-    if spread <= 0:
-        spread = abs(most) * 0.1 or 1.0
+    if spread <= 1e-9 * max(abs(most), 1.0):
+        spread = abs(most) * 0.1 if abs(most) > 1e-6 else 1.0
     raw = spread / 4
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * 0.999)
