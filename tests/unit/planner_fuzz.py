@@ -40,7 +40,7 @@ def broken(rng: np.random.Generator, value: Any) -> Any:
     if choice == 0:
         return value[..., : max(0, value.shape[-1] - int(rng.integers(1, 4)))]
     if choice == 1:
-        return value[0] if value.ndim else value
+        return value[0] if len(value) else value
     if choice == 2:
         return value.T
     if choice == 3:
@@ -82,7 +82,8 @@ def main() -> int:
             "load": load, "slots": slots, "variance": load**2 * 0.1 if rng.random() < 0.5 else np.zeros((0, 0)),
             "target": np.full(layers, rng.choice([1.0, 1.02, 1.3])), "num_ranks": ranks, "num_nodes": nodes,
             "thorough": bool(rng.random() < 0.5), "rounds": int(rng.integers(1, 8)), "seconds": 0.001,
-            "seed": int(rng.integers(2**63)), "threads": int(rng.integers(1, 4)), "max_moves": int(rng.integers(-1, 20)),
+            "seed": int(rng.integers(2**63)), "threads": int(rng.integers(1, 4)),
+            "max_moves": int(rng.integers(-1, 20)),
             "max_moves_per_rank": int(rng.integers(-1, 5)), "far_cost": float(rng.choice([1.0, 4.0])),
             "stay_near": bool(rng.random() < 0.2), "least_gain": float(rng.choice([0.0, 1.0])),
         }  # fmt: skip
