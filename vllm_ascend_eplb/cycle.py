@@ -298,10 +298,10 @@ def _broadcast(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tu
 
 def _move(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
     actions: Actions = ()
-    if agreed.min.rounds_intact > state.committed:
+    if state.in_flight and agreed.min.rounds_intact > state.committed:
         actions += (Action(Do.COMMIT, state.committed),)
         state = replace(state, committed=state.committed + 1, resends=0)
-    elif agreed.min.rounds_done > state.committed:
+    elif state.in_flight and agreed.min.rounds_done > state.committed:
         return _send_again(state, agreed, settings)
     if state.committed == state.rounds:
         state, done = _finish(state, settings)

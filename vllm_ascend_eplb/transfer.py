@@ -4,7 +4,7 @@
 Weights arrive in staging buffers, never in live slots. A round passes through the loader in steps that all ranks take
 together::
 
-    prepare(round)   everything that can throw: checks, views, lists of operations; from any thread
+    prepare(round)   everything that can throw: checks, views, lists of operations
     ready(number)    whether this rank has no objection to issuing it
     issue(number)    starts the transfer; nothing but the call, at the same step and point on all ranks
     tick()           once per step, before rounds are issued: the next part of a transfer that keeps a budget per step
@@ -315,17 +315,23 @@ class D2DExpertWeightLoader:
 
     def prepare(self, round: Round) -> None:
         """Builds all that the transfer of a round needs. Preparing a round that has arrived but is not committed
-        prepares sending it again. The only method that another thread than the step's may call.
+        prepares sending it, and those after it, again.
 
         Raises:
             TransferError: the round does not fit this loader, or the loader is poisoned. Nothing was touched.
         """
         if self.poisoned:
             raise TransferError("a transfer failed before; its process group is not used again")
+        flight = self._plan_flight(round)
         old = self._flights.get(round.number)
-        if old is not None and old.issued and not old.arrived:
-            raise TransferError(f"round {round.number} is still in flight")
-        self._flights[round.number] = self._plan_flight(round)
+        if old is not None and old.issued:  # it is sent again, and so are those after it
+            if self.in_flight:
+                raise TransferError(f"round {round.number} cannot be sent again while a round is in flight")
+            for number in [number for number in self._flights if number >= round.number]:
+                later = self._flights.pop(number)
+                if self._in_buffer[later.buffer] is later:
+                    self._in_buffer[later.buffer] = None
+        self._flights[round.number] = flight
 
     def ready(self, number: int) -> bool:
         """Whether round ``number`` is prepared and the commits that it builds on have taken place. Where peers read
@@ -341,8 +347,7 @@ class D2DExpertWeightLoader:
         this step if no other has, and ``tick`` sends the rest. Never raises: a failure poisons the loader."""
         try:
             flight = self._flights[number]
-            taken = self._in_buffer[flight.buffer]
-            if taken is not None and taken.round.number != number:
+            if self._in_buffer[flight.buffer] is not None:
                 raise TransferError(f"round {number} needs the staging buffer of a round that is not committed yet")
             self._in_buffer[flight.buffer] = flight
             flight.issued_at = time.monotonic()
