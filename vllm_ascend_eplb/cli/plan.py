@@ -84,6 +84,7 @@ def plan(
                 "load": str(load),
                 "windows": len(trace.load) if last is None else min(last, len(trace.load)),
                 "layers": trace.num_layers,
+                "layers_without_load": trace.skipped_layers,
                 "experts": trace.num_experts,
                 "ranks": ranks,
                 "redundant": redundant,
@@ -101,5 +102,7 @@ def plan(
     rows.add_row("planned", f"{new.mean:.3f}", f"{new.worst:.3f}", str(made.num_moves))
     out = console()
     out.print(rows)
+    if trace.skipped_layers:
+        out.print(f"the first {trace.skipped_layers} layers of {load} have no load and were left out", markup=False)
     out.print(f"{policy.value}, planned in {made.seconds:.2f} s", markup=False)
     out.print(f"written: {output}" if output else "nothing written; give -o FILE to keep the map", markup=False)

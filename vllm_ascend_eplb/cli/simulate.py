@@ -147,7 +147,7 @@ def show(result: Simulation, out: Console) -> None:
         f"rates: {result.machine_source}\n",
         markup=False,
     )
-    rows = table("setting", "PAR", "worst", "cycles", "moved", "MoE time/step", "saved", "transfers", "net", "%")
+    rows = table("setting", "PAR", "worst", "cycles", "moved", "step", "saved", "transfers", "net", "%")
     total = result.baseline_step_seconds * result.num_windows * result.window_steps
     for outcome in result.outcomes:
         rows.add_row(
@@ -164,9 +164,10 @@ def show(result: Simulation, out: Console) -> None:
             style="bold green" if outcome is result.best else None,
         )
     out.print(rows)
+    start = f"{show_seconds(result.baseline_step_seconds)} per step, PAR {mean(result.baseline_par_mean or (1.0,)):.3f}"
     out.print(
-        f"\nTimes are of the MoE layers alone, over the whole trace, against the start placement without redundancy "
-        f"({show_seconds(result.baseline_step_seconds)} per step, PAR {mean(result.baseline_par_mean):.3f}); net "
+        f"\nStep: an average step. Times are of the MoE layers alone, over the whole trace, against the start placement "
+        f"without redundancy ({start}); net "
         f"counts {result.exposed:.0%} of the transfers as waited for. "
         f"Model, not measurement; took {result.seconds:.1f} s.",
         markup=False,

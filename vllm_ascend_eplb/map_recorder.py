@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MapRecorder: keeps the placement in force, and the load behind it, in files (``expert_map_record_path``).
+
+What is recorded is the placement that the updator committed, never a plan: a cycle that was dropped half-way leaves the
+file as it was. Writing waits for a disk, so a thread of its own does it; the step thread only leaves a reference.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .expert_map import ExpertMapError, write_expert_map
+from .files import FileError, write_atomic
+from .placement import Placement
+
+logger = logging.getLogger("vllm.eplb")  # only loggers under vllm have handlers in a server
+
+
+def load_path(path: str | os.PathLike[str]) -> Path:
+    """Where the load behind a recorded map stands: ``map.json`` has ``map.load.npz`` beside it."""
+    return Path(path).with_suffix(".load.npz")
+
+
+class MapRecorder:
+    """Writes each placement in force to a map file; the newest wins where they come faster than the disk takes them.
+
+    Args:
+        path: of the map file; its ending says the form, as in ``write_expert_map``. The load goes to ``load_path``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._newest: tuple[Placement, npt.NDArray[np.integer] | None] | None = None
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = False
+        self._complained = False
+        self._thread: threading.Thread | None = None
+
+    def record(self, placement: Placement, load: npt.NDArray[np.integer] | None = None) -> None:
+        """Leaves what is now in force to the thread. Never waits for the disk, never raises.
+
+        Args:
+            placement: committed on all ranks.
+            load: [L, E], tokens per logical expert that it was planned for; not changed by the caller afterwards. None
+                keeps the load that was recorded last.
+        """
+        with self._lock:
+            if load is None and self._newest is not None:
+                load = self._newest[1]
+            self._newest = (placement, load)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="eplb-map-recorder", daemon=True)
+            self._thread.start()
+        self._wake.set()
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Writes what is still to be written; waits at most ``timeout`` seconds."""
+        self._closing = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            closing = self._closing
+            with self._lock:
+                newest, self._newest = self._newest, None
+            if newest is not None:
+                self._write(*newest)
+            if closing:
+                return
+
+    def _write(self, placement: Placement, load: npt.NDArray[np.integer] | None) -> None:
+        try:
+            if load is not None:  # first, so that a new map never stands beside an older load for long
+                stream = io.BytesIO()
+                np.savez_compressed(stream, load=np.asarray(load)[None], digest=np.int64(placement.digest))
+                write_atomic(load_path(self.path), stream.getvalue())
+            write_expert_map(self.path, placement)
+            self._complained = False
+        except (ExpertMapError, FileError) as error:
+            self._complain(str(error))
+        except Exception as error:  # whatever it is, serving goes on
+            self._complain(f"{type(error).__name__}: {error}")
+
+    def _complain(self, reason: str) -> None:
+        if not self._complained:
+            logger.warning("EPLB: the expert map is not recorded to %s: %s", self.path, reason)
+            self._complained = True
