@@ -166,10 +166,9 @@ def show(result: Simulation, out: Console) -> None:
     out.print(rows)
     start = f"{show_seconds(result.baseline_step_seconds)} per step, PAR {mean(result.baseline_par_mean or (1.0,)):.3f}"
     out.print(
-        f"\nStep: an average step. Times are of the MoE layers alone, over the whole trace, against the start placement "
-        f"without redundancy ({start}); net "
-        f"counts {result.exposed:.0%} of the transfers as waited for. "
-        f"Model, not measurement; took {result.seconds:.1f} s.",
+        f"\nStep: an average step. Times are of the MoE layers, over the whole trace, against the start placement without "
+        f"redundancy ({start}); net counts {result.exposed:.0%} of the transfers as waited for. Model, not measurement; "
+        f"took {result.seconds:.1f} s.",
         markup=False,
     )
     best = result.best
