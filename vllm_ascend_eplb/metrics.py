@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics: the statistics of the balancer as gauges ``vllm_eplb_*`` on the server's ``/metrics``.
 
-vLLM finds ``EplbStatLogger`` through the entry point group ``vllm.stat_logger_plugins``, in the API server only. Where
-balancing is off it makes no metric. Otherwise a daemon thread looks at the statistics file once a second: requests and
-scrapes never wait for it, and the last cycle shows also when traffic has ended. All values are gauges, also the
-totals, because with several API servers each of them shows the same file (``multiprocess_mode="mostrecent"``).
+Where balancing is on, the front-end process starts a daemon thread that looks at the statistics file once a second:
+requests and scrapes never wait for it, and the last cycle shows also when traffic has ended. All values are gauges, the
+totals too, because with several API servers each of them shows the same file (``multiprocess_mode="mostrecent"``).
 """
 
 from __future__ import annotations
@@ -13,17 +12,13 @@ import logging
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import get_args
 
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 
-from .config import EplbConfig
 from .stats import EplbStats, Par, PhaseName, StatsError, read_stats, stats_path
 
-if TYPE_CHECKING:
-    EplbStatLogger: type
-
-__all__ = ["EplbGauges", "EplbStatLogger", "read_stats"]
+__all__ = ["EplbGauges", "StatsWatcher", "read_stats", "watch"]
 
 logger = logging.getLogger("vllm.eplb.metrics")  # only loggers under vllm have handlers in a server
 
@@ -151,12 +146,12 @@ class StatsWatcher:
 _watcher: StatsWatcher | None = None
 
 
-def _watch(vllm_config: Any) -> None:
-    """Starts the watcher of this process, once, if balancing is on. Never raises: metrics must not stop a server."""
+def watch() -> None:
+    """Starts the watcher of this process, once. Never raises: metrics must not stop a server."""
     global _watcher
     try:
         path = stats_path()
-        if path is None or not EplbConfig.from_additional_config(vllm_config.additional_config).active:
+        if path is None:
             return
         if _watcher is None:
             _watcher = StatsWatcher(path, EplbGauges())
@@ -164,29 +159,3 @@ def _watch(vllm_config: Any) -> None:
         _watcher.path = path
     except Exception as error:
         logger.warning("EPLB metrics are not available: %s", error)
-
-
-def _make_stat_logger() -> type:
-    from vllm.v1.metrics.loggers import AggregateStatLoggerBase
-
-    class EplbStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
-        """vLLM's side of it: one object per API server, for all engines. What vLLM reports is not needed here."""
-
-        def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
-            _watch(vllm_config)
-
-        def record(self, *args: Any, **kwargs: Any) -> None:
-            pass
-
-        def log_engine_initialized(self) -> None:
-            pass
-
-    return EplbStatLogger
-
-
-def __getattr__(name: str) -> Any:
-    # vLLM asks for the class, and has imported itself by then; tools that read metrics' source need not import it
-    if name != "EplbStatLogger":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = made = _make_stat_logger()
-    return made

@@ -31,6 +31,9 @@ from .topology import Topology
 POLL_SECONDS = 0.05
 """How often the parent's thread looks for a new request, a dead child or an answer."""
 
+ORPHAN_SECONDS = 3.0
+"""How long the child outlives a parent that ended without ending it."""
+
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
 """Pauses before the child is started for the first, second, ... time in vain; the last one stays."""
 
@@ -131,17 +134,20 @@ def _child(requests: Any, answers: Any, policy: Callable[[PlanRequest], Plan], p
 
 
 def _die_with(parent: int) -> None:
-    """Ends this process when its parent ends, even if the parent was killed and this process is stopped."""
+    """Ends this process soon after its parent ended, even if the parent was killed while this process is stopped.
+
+    Not at once: an engine that kills its processes one by one lists them first, and vLLM's shutdown breaks off when one
+    of the listed is gone before its turn.
+    """
     if sys.platform == "linux":
         set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(0)
+        ctypes.CDLL(None, use_errno=True).prctl(set_pdeathsig, signal.SIGCONT, 0, 0, 0)  # wakes a stopped process
 
     def watch() -> None:
         process = multiprocessing.parent_process()
-        if process is not None:
+        if process is not None and os.getppid() == parent:
             process.join()
+        time.sleep(ORPHAN_SECONDS)
         os._exit(0)
 
     threading.Thread(target=watch, name="eplb-parent-watch", daemon=True).start()

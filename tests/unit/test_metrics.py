@@ -6,9 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from abc import ABC, abstractmethod
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -90,25 +89,11 @@ def test_watcher_survives_broken_gauges(tmp_path: Path) -> None:
     assert not StatsWatcher(tmp_path / "stats.json", SimpleNamespace(show=fail)).look()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("path", "additional_config"),
-    [
-        (None, {"eplb_config": {"dynamic_eplb": True}}),
-        ("stats.json", {}),
-        ("stats.json", {"eplb_config": {"dynamic_eplb": False}}),
-        ("stats.json", {"eplb_config": {"no_such_key": 1}}),
-        ("stats.json", object()),
-    ],
-)
-def test_off_means_no_metric(
-    path: str | None, additional_config: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_off_means_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(STATS_VARIABLE, raising=False)
-    if path:
-        monkeypatch.setenv(STATS_VARIABLE, str(tmp_path / path))
     made: list[object] = []
     monkeypatch.setattr(metrics, "EplbGauges", lambda: made.append(1))
-    metrics._watch(SimpleNamespace(additional_config=additional_config))
+    metrics.watch()
     assert made == []
 
 
@@ -123,9 +108,8 @@ def test_two_engines_share_one_watcher(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(metrics, "EplbGauges", make)
     monkeypatch.setattr(metrics, "_watcher", None)
     monkeypatch.setenv(STATS_VARIABLE, str(tmp_path / "stats.json"))
-    config = SimpleNamespace(additional_config={"eplb_config": {"dynamic_eplb": True}})
-    metrics._watch(config)
-    metrics._watch(config)
+    metrics.watch()
+    metrics.watch()
     assert len(made) == 1
     assert metrics._watcher is not None
     metrics._watcher.close()
@@ -155,32 +139,3 @@ def test_several_api_servers_show_the_newest(tmp_path: Path) -> None:
 def test_importing_imports_no_vllm() -> None:
     code = "import sys, vllm_ascend_eplb.metrics\nassert not {'vllm', 'torch'} & set(sys.modules), 'imports too much'"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_stat_logger_speaks_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class from the entry point against vLLM's base class (its abstract methods, without importing vLLM)."""
-
-    class AggregateStatLoggerBase(ABC):
-        @abstractmethod
-        def __init__(self, vllm_config: object, engine_indexes: list[int]) -> None: ...
-
-        @abstractmethod
-        def record(self, *args: object, **kwargs: object) -> None: ...
-
-        @abstractmethod
-        def log_engine_initialized(self) -> None: ...
-
-    loggers = ModuleType("vllm.v1.metrics.loggers")
-    loggers.AggregateStatLoggerBase = AggregateStatLoggerBase  # type: ignore[attr-defined]
-    for name in ("vllm", "vllm.v1", "vllm.v1.metrics"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "vllm.v1.metrics.loggers", loggers)
-    monkeypatch.delitem(vars(metrics), "EplbStatLogger", raising=False)
-    made = metrics.EplbStatLogger
-    assert isinstance(made, type)
-    assert issubclass(made, AggregateStatLoggerBase)
-    assert metrics.EplbStatLogger is made
-    logger = made(vllm_config=SimpleNamespace(additional_config={}), engine_indexes=[0])
-    logger.log_engine_initialized()
-    logger.record(None, None, mm_cache_stats=None, engine_idx=0)
-    monkeypatch.delitem(vars(metrics), "EplbStatLogger")

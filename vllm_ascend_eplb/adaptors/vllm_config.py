@@ -8,6 +8,7 @@ import functools
 import logging
 from typing import Any
 
+from .. import metrics
 from ..config import EplbConfig, EplbConfigError
 from ..stats import provide_stats_path
 from .vllm_seams import CHECKED_VERSIONS, is_checked
@@ -91,6 +92,7 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     parallel.enable_eplb = True
     parallel.worker_cls = worker_class_name(parallel.worker_cls)
     provide_stats_path()
+    metrics.watch()
     logger.info(
         "EPLB is on: %s policy, a cycle every %d steps, %d redundant experts, on %s",
         config.policy_name,
