@@ -164,11 +164,12 @@ def show(result: Simulation, out: Console) -> None:
             style="bold green" if outcome is result.best else None,
         )
     out.print(rows)
-    start = f"{show_seconds(result.baseline_step_seconds)} per step, PAR {mean(result.baseline_par_mean or (1.0,)):.3f}"
+    par = mean(result.baseline_par_mean or (1.0,))
+    start = f"{show_seconds(result.baseline_step_seconds)} per step, PAR {par:.3f}"
     out.print(
-        f"\nStep: an average step. Times are of the MoE layers, over the whole trace, against the start placement without "
-        f"redundancy ({start}); net counts {result.exposed:.0%} of the transfers as waited for. Model, not measurement; "
-        f"took {result.seconds:.1f} s.",
+        f"\nStep: an average step. Times are of the MoE layers over the whole trace, against the start placement "
+        f"without redundancy ({start}); net counts {result.exposed:.0%} of the transfers as waited for. Model, not "
+        f"measurement; took {result.seconds:.1f} s.",
         markup=False,
     )
     best = result.best
