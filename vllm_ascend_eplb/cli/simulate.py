@@ -177,6 +177,8 @@ def show(result: Simulation, out: Console) -> None:
         out.print("interrupted: not all settings were tried", style="yellow")
     if best is None:
         out.print("no setting was replayed to its end", style="yellow")
+    elif all(outcome.policy == "none" for outcome in result.outcomes):
+        out.print("no setting that balances was replayed to its end", style="yellow")
     elif best.net_seconds <= 0 or best.policy == "none":
         out.print(f"best: {best.setting.describe()}: balancing does not pay here", style="bold")
     else:
