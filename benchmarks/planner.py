@@ -432,7 +432,10 @@ def run_scale(results: Results) -> None:
 def run_optimum(results: Results, cases: list[Case], seconds: float, instances: int) -> None:
     """64 of the experts on 8 ranks with 72 slots, one layer at a time, against HiGHS."""
     print("\nsmall instances (64 experts, EP8/72, target 1.02) against a mixed-integer program")
-    first, second = cases[0].load, cases[-1].load
+    first = cases[0].load
+    second = next(
+        case.load for case in cases if case.load.shape == first.shape and not np.array_equal(case.load, first)
+    )
     total = {"fast": 0, "thorough": 0, "best of HiGHS": 0}
     for layer in np.linspace(0, len(first) - 1, instances).astype(int):
         before, load = first[layer : layer + 1, ::4], second[layer : layer + 1, ::4]
@@ -511,7 +514,7 @@ def main() -> int:
     parser.add_argument("--deepseek", type=Path, help="eplb.py of DeepSeek's EPLB, or its folder")
     parser.add_argument("--vllm-ascend", type=Path, help="unpacked sources of vllm-ascend")
     parser.add_argument("--plot", type=Path, help="picture of the trade-off (PNG or SVG)")
-    parser.add_argument("--optimum-seconds", type=float, default=60.0, help="time of the solver per small instance")
+    parser.add_argument("--optimum-seconds", type=float, default=30.0, help="time of the solver per small instance")
     arguments = parser.parse_args()
 
     results = Results({"machine": platform.machine(), "python": platform.python_version(), "numpy": np.__version__})

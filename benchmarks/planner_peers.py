@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+DEVICES_PER_HOST = 8
+"""What vllm-ascend's swift is told where there is no NPU to count."""
+
 Slots = npt.NDArray[np.int32]
 Peer = Callable[[npt.NDArray[np.float64], Slots, int], Slots]
 
@@ -69,6 +72,11 @@ def ascend_peers(path: Path) -> dict[str, Peer]:
     sys.modules["vllm_ascend.distributed.parallel_state"] = groups
     sys.modules.setdefault("torch_npu", types.ModuleType("torch_npu"))
     import torch
+
+    if not hasattr(torch, "npu"):
+        devices = types.ModuleType("npu")
+        devices.__dict__["device_count"] = lambda: DEVICES_PER_HOST
+        torch.__dict__["npu"] = devices
 
     factory: Any = importlib.import_module("vllm_ascend.eplb.core.policy.policy_factory").PolicyFactory
 

@@ -199,6 +199,26 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
                           peak_to_average(load, after.data(), P, num_ranks));
 }
 
+// load [L, E], slots [L, P] -> PAR [L]
+py::array_t<double> par(const DoubleArray& load, const Int32Array& slots, int num_ranks) {
+    require_matrix(load, "load");
+    require_matrix(slots, "slots");
+    require(load.shape(0) == slots.shape(0), "load and slots differ in the number of layers");
+    require_slots(slots, static_cast<int>(load.shape(1)), num_ranks);
+    return peak_to_average(load, slots.data(), static_cast<int>(slots.shape(1)), num_ranks);
+}
+
+// Whether slots [L, P] are a placement that can be served from.
+bool is_valid(const Int32Array& slots, int num_experts, int num_ranks) {
+    if (slots.ndim() != 2 || slots.size() == 0) return false;
+    try {
+        require_slots(slots, num_experts, num_ranks);
+    } catch (const py::value_error&) {
+        return false;
+    }
+    return true;
+}
+
 // load [L, E], slots [L, P] -> share [L, P]
 DoubleArray dispatch_shares(const DoubleArray& load, const Int32Array& slots, int num_ranks, double tolerance) {
     require_matrix(load, "load");
@@ -250,6 +270,8 @@ PYBIND11_MODULE(_planner, module) {
     module.def("preserve_slots", &preserve_slots, py::arg("slots"), py::arg("old"), py::arg("num_ranks"));
     module.def("draw_placement", &draw_placement, py::arg("seed"), py::arg("num_layers"), py::arg("num_experts"),
                py::arg("num_slots"), py::arg("num_ranks"));
+    module.def("par", &par, py::arg("load"), py::arg("slots"), py::arg("num_ranks"));
+    module.def("is_valid", &is_valid, py::arg("slots"), py::arg("num_experts"), py::arg("num_ranks"));
     module.def("dispatch_shares", &dispatch_shares, py::arg("load"), py::arg("slots"), py::arg("num_ranks"),
                py::arg("tolerance"));
     module.def("dispatch_tables", &dispatch_tables, py::arg("share"), py::arg("slots"), py::arg("num_experts"),

@@ -189,25 +189,51 @@ def plan(
     _check_topology(placement, num_nodes, num_groups)
     if policy == "incremental":
         made = _incremental(series, placement, num_nodes, num_groups, limits)
-    elif policy == "default":
+    elif policy in ("default", "random"):
         total = series.sum(axis=0)
-        slots = placement.physical_to_logical
-        after = default.rebalance(
-            total.astype(np.float32), placement.num_slots, num_groups, num_nodes, num_ranks, slots
-        )
-        made = Plan.between(placement, after, total, policy)
-    elif policy == "random":
-        after = _planner.draw_placement(
-            seed % 2**64, placement.num_layers, placement.num_experts, placement.num_slots, num_ranks
-        )
-        made = Plan.between(placement, after, series.sum(axis=0), policy)
+        if policy == "default":
+            after = default.rebalance(
+                total.astype(np.float32), placement.num_slots, num_groups, num_nodes, num_ranks, placement.slots
+            )
+        else:
+            after = _planner.draw_placement(
+                seed % 2**64, placement.num_layers, placement.num_experts, placement.num_slots, num_ranks
+            )
+        made = _all_at_once(placement, after, np.asarray(total, dtype=np.float64), policy)
     else:
         raise PlanInputError(f"policy is {policy!r}; allowed are 'incremental', 'default' and 'random'")
     return replace(made, seconds=time.perf_counter() - began)
 
 
+@dataclass(frozen=True)
+class _InForce:
+    """A placement that was found valid; the fields of ``Placement`` that planning needs, without what it derives."""
+
+    slots: Int32Array
+    num_experts: int
+    num_ranks: int
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.slots.shape[0])
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.slots.shape[1])
+
+
+def _all_at_once(placement: _InForce, after: Int32Array, load: FloatArray, policy: str) -> Plan:
+    """The plan that changes every slot in which ``after`` differs, one group per layer."""
+    layers, slots = np.nonzero(placement.slots != after)
+    moves = np.empty((len(layers), 4), dtype=np.int32)
+    moves[:, 0], moves[:, 1], moves[:, 2] = layers, slots, after[layers, slots]
+    moves[:, 3] = np.cumsum(np.diff(layers, prepend=layers[:1]) != 0)
+    before, then = (_planner.par(load, each, placement.num_ranks) for each in (placement.slots, after))
+    return Plan(after, moves, before, then, policy)
+
+
 def _incremental(
-    series: npt.NDArray[Any], placement: Placement, num_nodes: int, num_groups: int, limits: _Limits
+    series: npt.NDArray[Any], placement: _InForce, num_nodes: int, num_groups: int, limits: _Limits
 ) -> Plan:
     if placement.num_ranks > MOST_RANKS or placement.num_slots > MOST_SLOTS:
         raise PlanInputError(
@@ -217,10 +243,12 @@ def _incremental(
     expected, variance = np.asarray(series[-1], dtype=np.float64), np.zeros((0, 0))
     if len(series) > 1:
         expected, variance = forecast(series.astype(np.float64))
-    slots = placement.physical_to_logical
+    slots = placement.slots
     floor = np.full(placement.num_layers, limits.target_par)
     if limits.count_noise:
-        floor = np.maximum(floor, noise_par(expected * len(series), placement))
+        floor = np.maximum(
+            floor, noise_par(expected * len(series), Placement(slots, placement.num_experts, placement.num_ranks))
+        )
 
     def attempt(target: FloatArray) -> Plan:
         after, moves, par_before, par_after = _planner.plan_incremental(
@@ -258,7 +286,7 @@ def _incremental(
             else:
                 high = part
     if mean @ (best.par_before - best.par_after) < limits.min_gain * (mean @ best.par_before):
-        return Plan(slots, np.zeros((0, 4), dtype=np.int32), best.par_before, best.par_before, "incremental")
+        return Plan(slots.copy(), np.zeros((0, 4), dtype=np.int32), best.par_before, best.par_before, "incremental")
     return best
 
 
@@ -280,9 +308,9 @@ def noise_par(counts: npt.ArrayLike, placement: Placement) -> FloatArray:
     return np.asarray(1.0 + math.sqrt(2.0 * math.log(max(placement.num_ranks, 1))) * deviation)
 
 
-def _groups_have_nodes(placement: Placement, num_nodes: int, num_groups: int) -> bool:
+def _groups_have_nodes(placement: _InForce, num_nodes: int, num_groups: int) -> bool:
     """Whether all copies of each group of experts are on one node, in every layer."""
-    slots: Int32Array = placement.physical_to_logical
+    slots = placement.slots
     group = np.where(slots == EMPTY, -1, slots // (placement.num_experts // num_groups))
     by_node = group.reshape(placement.num_layers, num_nodes, -1)
     return all(int(((by_node == g).any(axis=2)).sum(axis=1).max()) <= 1 for g in range(num_groups))
@@ -313,7 +341,7 @@ def _checked_load(load: npt.ArrayLike) -> npt.NDArray[Any]:
 
 def _checked_placement(
     physical_to_logical: npt.ArrayLike | Placement, num_layers: int, num_experts: int, num_ranks: int
-) -> Placement:
+) -> _InForce:
     if isinstance(physical_to_logical, Placement):
         placement = physical_to_logical
         if placement.num_ranks != num_ranks:
@@ -325,16 +353,20 @@ def _checked_placement(
             raise PlanInputError(f"physical_to_logical is no array: {error}") from None
         if not isinstance(num_ranks, (int, np.integer)):
             raise PlanInputError(f"num_ranks is {num_ranks!r}; give an integer")
-        placement = Placement(array, num_experts, int(num_ranks))
+        if array.dtype == np.int32 and array.ndim == 2 and len(array) == num_layers and 0 < num_ranks < 2**31:
+            slots = np.ascontiguousarray(array)
+            if _planner.is_valid(slots, num_experts, int(num_ranks)):
+                return _InForce(slots, num_experts, int(num_ranks))
+        placement = Placement(array, num_experts, int(num_ranks))  # says what is wrong
     if (placement.num_layers, placement.num_experts) != (num_layers, num_experts):
         raise PlanInputError(
             f"load is for {num_layers} layers of {num_experts} experts, "
             f"the placement for {placement.num_layers} layers of {placement.num_experts}"
         )
-    return placement
+    return _InForce(placement.physical_to_logical, num_experts, int(num_ranks))
 
 
-def _check_topology(placement: Placement, num_nodes: int, num_groups: int) -> None:
+def _check_topology(placement: _InForce, num_nodes: int, num_groups: int) -> None:
     if num_nodes < 1 or placement.num_ranks % num_nodes:
         raise PlanInputError(f"num_nodes is {num_nodes}; it must divide the {placement.num_ranks} ranks")
     if num_groups < 1 or placement.num_experts % num_groups:
