@@ -131,7 +131,7 @@ def test_page_of_a_run() -> None:
         "4cycles done; 1 skipped, 1 failed",
         "PAR over time",
         "Experts moved per cycle",
-        "Rank load, balanced",
+        "Rank load, with the placement in force",
         "Stalls",
         "1.10 ms",
         "gains less than 1.0%",

@@ -99,7 +99,7 @@ def _run(stats: EplbStats) -> list[str]:
             )
         )
     if window is not None and _is_table(window.rank_load_start) and _is_table(window.rank_load):
-        figures += _rank_pair(window.rank_load_start, window.rank_load, "last window")
+        figures += _rank_pair(window.rank_load_start, window.rank_load, "with the placement in force")
     if any(cycle.planner_seconds for cycle in cycles):
         figures.append(
             _figure(
@@ -198,7 +198,7 @@ def _simulation(sim: Simulation) -> list[str]:
             )
         )
     if _is_table(sim.rank_load_before) and _is_table(sim.rank_load_after):
-        figures += _rank_pair(sim.rank_load_before, sim.rank_load_after, "last window")
+        figures += _rank_pair(sim.rank_load_before, sim.rank_load_after, "with the best setting")
     parts.append(f'<div class="figures">{"".join(figures)}</div>')
     if sim.outcomes:
         parts.append(_outcomes(sim))
@@ -302,17 +302,17 @@ def _outcomes(sim: Simulation) -> str:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _rank_pair(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], when: str) -> list[str]:
+def _rank_pair(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], how: str) -> list[str]:
     """Two heat maps on one scale."""
     both = np.concatenate([np.ravel(np.asarray(before)), np.ravel(np.asarray(after))])
     low, high = float(both.min()), float(both.max())
     return [
         _figure(
             title,
-            f"load over the layer's mean, {when}",
+            "load over the layer's mean, last window",
             heat_map(table, "layers", "ranks", "load / mean", diverging=True, low=low, high=high),
         )
-        for title, table in (("Rank load, had nothing moved", before), ("Rank load, balanced", after))
+        for title, table in (("Rank load, had nothing moved", before), (f"Rank load, {how}", after))
     ]
 
 
