@@ -6,8 +6,19 @@ its build would put the extension.
 
 import torch
 import torch_npu
+import vllm.v1.worker.block_table as _block_table
+from torch_npu.op_plugin.atb._atb_ops import _register_atb_extensions
 
 _library = torch.library.Library("_C_ascend", "DEF")
+
+
+# Named by vllm-ascend's meta registration, called by nothing here.
+for _schema in (
+    "get_masked_input_and_mask(Tensor input, int a, int b, int c, int d, int e) -> (Tensor, Tensor)",
+    "bgmv_expand(Tensor x, Tensor weight, Tensor indices, Tensor(a!) y, int offset, int size) -> Tensor",
+    "sgmv_expand(Tensor x, Tensor weight, Tensor i, Tensor n, Tensor(a!) y, int offset, int size) -> Tensor",
+):
+    _library.define(_schema)
 
 
 def _operator(schema: str):
@@ -83,14 +94,38 @@ def _rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox_s
 
 
 def _reshape_and_cache(key, value, key_cache, value_cache, slot_indices):
-    """slot_indices [tokens]: block * block size + place; negative ones are padding and take the last block's last
-    place, which nobody reads."""
+    """slot_indices [tokens]: block * block size + place; negative ones are padding and go to block 0, which vLLM keeps
+    for that."""
     places = key_cache.shape[0] * key_cache.shape[1]
     slots = slot_indices.to(torch.int64)
-    slots = torch.where(slots < 0, slots + places, slots)
+    slots = slots.clamp(min=0)
     key_cache.view(places, *key_cache.shape[2:]).index_copy_(0, slots, key.view(-1, *key_cache.shape[2:]))
     value_cache.view(places, *value_cache.shape[2:]).index_copy_(0, slots, value.view(-1, *value_cache.shape[2:]))
 
 
+_register_atb_extensions()  # once only; what follows stays
 torch_npu._npu_rotary_embedding = _rotary_embedding
 torch_npu._npu_reshape_and_cache = _reshape_and_cache
+torch_npu._npu_matmul_add_fp32 = lambda *tensors: (
+    None
+)  # vllm-ascend calls it once, to warm ATB up, and drops the result
+
+
+class _ComputeSlotMapping:
+    """vLLM's Triton kernel of that name, without context parallelism: where each token's key and value go."""
+
+    def __getitem__(self, grid):
+        requests = grid[0] - 1
+
+        def launch(tokens, most, starts, positions, table, stride, block_size, slot_mapping, **constants):
+            lengths = starts[1 : requests + 1] - starts[:requests]
+            rows = torch.repeat_interleave(torch.arange(requests, device=starts.device), lengths.to(torch.int64))
+            places = positions[: rows.shape[0]].to(torch.int64)
+            blocks = table[rows, places // block_size].to(torch.int64)
+            slot_mapping[: rows.shape[0]] = blocks * block_size + places % block_size
+            slot_mapping[tokens:most] = constants["PAD_ID"]
+
+        return launch
+
+
+_block_table._compute_slot_mapping_kernel = _ComputeSlotMapping()
