@@ -51,6 +51,7 @@ class _Cycle:
 
     start: Placement
     failure: Failure = Failure.NONE
+    load: npt.NDArray[np.int64] | None = None
     reduction: Bulk[npt.NDArray[np.int64] | None] | None = None
     answer: PlanAnswer | None = None
     message: bytes = b""
@@ -230,7 +231,10 @@ class EplbUpdator:
     def _ready(self) -> bool:
         cycle, phase = self._cycle, self._state.phase
         if phase is Phase.SNAPSHOT:
-            return self._recorder.snapshot_ready() and not self._control.bulk_busy
+            # Taken before all agree to post the sum: a rank that threw then would leave the others' without its part.
+            if cycle.load is None and self._recorder.snapshot_ready() and not self._control.bulk_busy:
+                cycle.load = self._recorder.take()
+            return cycle.load is not None
         if phase is Phase.REDUCE:
             return cycle.reduction is not None and cycle.reduction.done()
         if phase is Phase.PLAN:
@@ -278,7 +282,8 @@ class EplbUpdator:
         self._recorder.snapshot(self._placement)
 
     def _do_reduce(self, _: Action) -> None:
-        self._cycle.reduction = self._control.reduce_load(self._recorder.take())
+        assert self._cycle.load is not None
+        self._cycle.reduction = self._control.reduce_load(self._cycle.load)
 
     def _do_request_plan(self, _: Action) -> None:
         reduction = self._cycle.reduction
@@ -476,7 +481,6 @@ _FAILS_AS = {
 
 _MAY_FAIL: dict[Do, Failure] = {
     Do.SNAPSHOT: Failure.SNAPSHOT,
-    Do.REDUCE: Failure.REDUCE,
     Do.REQUEST_PLAN: Failure.PLANNER_FAILED,
     Do.PREPARE: Failure.PREPARE,
 }
