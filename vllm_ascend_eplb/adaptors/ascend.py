@@ -335,6 +335,11 @@ class _Updator:
 
     def warm_up_eplb(self) -> None:
         """Builds the balancer; in the profile run, on all ranks together."""
+        # The profile run is in inference mode; tensors made here are changed outside of it, too.
+        with torch.inference_mode(False), torch.no_grad():
+            self._build()
+
+    def _build(self) -> None:
         adaptor = AscendAdaptor(self.adaptor, self.settings)
         placement = adaptor.placement
         require_equal(
