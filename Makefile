@@ -5,7 +5,7 @@ PYTHON_FILES := vllm_ascend_eplb tests benchmarks examples setup.py
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 RUN := .venv/bin/python
 
-.PHONY: help setup demo test unit-test e2e-test lint format bench soak clean
+.PHONY: help setup demo test unit-test e2e-test lint format bench soak fuzz clean
 
 help:  ## what there is
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -44,6 +44,14 @@ bench: setup  ## the benchmarks, quick; their results as JSON in build/bench
 
 soak: setup  ## the tests that take long
 	@$(RUN) -m pytest -m soak
+
+fuzz: setup  ## the planner's C++ boundary under AddressSanitizer and UndefinedBehaviorSanitizer
+	@cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DEPLB_BUILD_OPS=OFF \
+	    -DEPLB_PLANNER_SANITIZE=ON -DEPLB_OUTPUT_DIR=$(CURDIR)/build/fuzz/out -DPython_EXECUTABLE=$(CURDIR)/$(RUN) \
+	    -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir) >/dev/null
+	@cmake --build build/fuzz
+	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 $(RUN) -m tests.unit.planner_fuzz --module build/fuzz/out/_planner*.so
 
 clean:  ## removes what was built, .venv included
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.json

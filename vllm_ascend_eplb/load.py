@@ -231,6 +231,10 @@ class LoadRecorder:
         taken: Int64Array = np.roll(load, -self._oldest, axis=0)
         return taken
 
+    def discard_snapshot(self) -> None:
+        """Gives up a snapshot that nobody is going to take, because its cycle was dropped. Its load is lost."""
+        self._snapshot.discard()
+
     def _use(self, placement: Placement) -> None:
         if placement is not self._placement:
             self._check(placement)
@@ -313,6 +317,9 @@ class _Snapshot:
 
     def ready(self) -> bool:
         return self._started and (self._done is None or bool(self._done.query()))
+
+    def discard(self) -> None:
+        self._pending = self._started = False  # a copy still under way ends before the next on the same stream begins
 
     def contents(self) -> Int64Array:
         if not self._started:

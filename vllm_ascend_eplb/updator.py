@@ -279,6 +279,7 @@ class EplbUpdator:
 
     def _do_snapshot(self, _: Action) -> None:
         self._cycle = _Cycle(self._placement)
+        self._recorder.discard_snapshot()  # that of a cycle which was dropped before it was taken
         self._recorder.snapshot(self._placement)
 
     def _do_reduce(self, _: Action) -> None:

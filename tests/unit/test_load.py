@@ -330,3 +330,18 @@ def test_files_that_hold_no_load(tmp_path):
             read_load(tmp_path / name)
     with pytest.raises(LoadError, match="holds no load"):
         read_load(io.BytesIO(b""))
+
+
+def test_a_snapshot_that_is_given_up_makes_room_for_the_next() -> None:
+    placement = Placement.initial(1, 2, 1)
+    recorder = LoadRecorder(1, 2, 2, "cpu")
+    recorder.begin_step(placement, record=True)
+    recorder.counts.fill_(3)
+    recorder.snapshot(placement)
+    with pytest.raises(LoadError, match="has not been taken"):
+        recorder.snapshot(placement)
+    recorder.discard_snapshot()
+    assert not recorder.snapshot_ready()
+    recorder.counts.fill_(4)
+    recorder.snapshot(placement)
+    assert recorder.take().tolist() == [[[4, 4]]]
