@@ -68,7 +68,8 @@ if [ -z "${UV_DEFAULT_INDEX:-}" ]; then
 fi
 if [ -n "${PIP_CERT:-}" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_FILE="$PIP_CERT"; fi
 if [ -n "${PIP_FIND_LINKS:-}" ] && [ -z "${UV_FIND_LINKS:-}" ]; then export UV_FIND_LINKS="$PIP_FIND_LINKS"; fi
-export UV_PYTHON="$PWD/.venv/bin/python" UV_LINK_MODE=copy UV_NO_PROGRESS=1
+# Byte code is compiled once, here: where PYTHONDONTWRITEBYTECODE is set each of the many processes would do it anew.
+export UV_PYTHON="$PWD/.venv/bin/python" UV_LINK_MODE=copy UV_NO_PROGRESS=1 UV_COMPILE_BYTECODE=1
 
 if [ "$environment_done" != "$environment_key" ]; then
     rm -f .venv/.environment.stamp .venv/.build.stamp
