@@ -70,6 +70,11 @@ link vllm "$vllm_version"
 link vllm_ascend "$ascend_version"
 cp "build/stack/vllm_ascend-$ascend_version/vllm_ascend.egg-info/entry_points.txt" \
     "build/stack/site/vllm_ascend-$ascend_version.dist-info/"
+# This package's own entry point.
+mkdir build/stack/site/vllm_ascend_eplb-0.dist-info
+printf 'Metadata-Version: 2.1\nName: vllm-ascend-eplb\nVersion: 0\n' >build/stack/site/vllm_ascend_eplb-0.dist-info/METADATA
+printf '[vllm.general_plugins]\neplb_ascend = vllm_ascend_eplb.adaptors.ascend:install\n' \
+    >build/stack/site/vllm_ascend_eplb-0.dist-info/entry_points.txt
 printf "__device_type__ = '%s'\n" "${DEVICE:-A2}" >"build/stack/vllm_ascend-$ascend_version/vllm_ascend/_build_info.py"
 cp tests/npu/standins/vllm_ascend_C.py "build/stack/vllm_ascend-$ascend_version/vllm_ascend/"
 echo "$key" >build/stack/.stamp
