@@ -13,10 +13,23 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+PLANNER = Extension("vllm_ascend_eplb._planner", sources=[])
+OPS = Extension("vllm_ascend_eplb._ops", sources=[])
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
 class CMakeBuild(build_ext):
-    """One CMake build for all extensions; CMake writes the libraries into the package's folder."""
+    """One CMake build for all extensions; CMake writes the libraries into the folder that setuptools names."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # A torch library, loaded by its path: it belongs to no version of Python.
+        if fullname.rpartition(".")[2] == "_ops":
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
 
     def build_extension(self, ext: Extension) -> None:
+        if ext is not PLANNER:
+            return  # built with it
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -33,7 +46,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
-        if importlib.util.find_spec("torch") is None:
+        if not HAS_TORCH:
             print("torch is not installed: building without csrc/ops; load is then recorded by ATen operators")
             configure.append("-DEPLB_BUILD_OPS=OFF")
         subprocess.run(configure, check=True)
@@ -41,4 +54,4 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
 
 
-setup(ext_modules=[Extension("vllm_ascend_eplb._planner", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[PLANNER, OPS] if HAS_TORCH else [PLANNER], cmdclass={"build_ext": CMakeBuild})

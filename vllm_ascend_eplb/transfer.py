@@ -285,6 +285,8 @@ class D2DExpertWeightLoader:
     def warm_up(self) -> None:
         """One small transfer with every peer over every transport, one checksum and one copy; blocks. All ranks call
         it together, in the engine's profile run, so that what libraries allocate is counted there."""
+        if self._streams.module is not None:
+            self._streams.side.wait_stream(self._streams.current())  # weights may still be on their way to the device
         length = min(WARM_UP_BYTES, self._slots[0][0][0].numel())
         scratch = torch.zeros((self.num_ranks, length), dtype=torch.uint8, device=self.device)
         probe, source = self._slots[0][0][0][:length], (0, 0, ((0, 0, length),))
