@@ -2,7 +2,8 @@
 """One offline vLLM engine in a process of its own: ``python offline.py JOB.json RESULT.json``.
 
 The job is a dictionary: ``ranks``, ``eplb`` (the eplb_config or null), ``compile``, ``max_tokens``, ``prompts`` (a list
-of batches), and ``probe`` / ``corrupt`` (see probes.py). The result holds the token ids of every prompt.
+of batches), ``cycles`` (the prompts are repeated until so many cycles are done), and ``probe`` / ``corrupt`` (see
+probes.py). The result holds the token ids of every prompt, turn by turn.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+MOST_TURNS = 20
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe"
 
 
@@ -54,8 +56,11 @@ def main(job_path: str, result_path: str) -> None:
     if job.get("corrupt"):
         llm.collective_rpc(probes.switch_maps_without_weights)
     tokens = []
-    for batch in job["prompts"]:
-        tokens += [list(output.outputs[0].token_ids) for output in llm.generate(batch, sampling, use_tqdm=False)]
+    for _ in range(MOST_TURNS):
+        for batch in job["prompts"]:
+            tokens += [list(output.outputs[0].token_ids) for output in llm.generate(batch, sampling, use_tqdm=False)]
+        if max(llm.collective_rpc(probes.cycles_done), default=0) >= job.get("cycles", 0):
+            break
     result["tokens"] = tokens
     if job["eplb"] is not None:
         result["ranks"] = llm.collective_rpc(probes.report)

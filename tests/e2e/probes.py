@@ -96,6 +96,12 @@ def switch_maps_without_weights(worker: Any) -> None:
     updator._adaptor.commit_maps()
 
 
+def cycles_done(worker: Any) -> int:
+    """Cycles that moved experts so far; 0 on all ranks but the first, and without balancing."""
+    state = _state(worker)
+    return state.updator.stats.stats().cycles_done if state is not None else 0
+
+
 def report(worker: Any) -> dict[str, Any]:
     """What a worker knows at the end; plain values only."""
     updator = _state(worker).updator

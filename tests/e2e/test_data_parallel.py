@@ -24,9 +24,11 @@ def server(tmp_path_factory):
 
 def test_answers_are_those_of_one_process_while_experts_move(server, reference):
     texts = [text for batch in prompts(6) for text in batch]
-    for _ in range(2):
+    for _ in range(20):
         assert complete(server, texts) == reference
-    stats = server.stats()
+        stats = server.stats()
+        if stats.cycles_done >= 10:
+            break
     assert stats.cycles_done >= 10
     assert stats.cycles_failed == 0
 
@@ -34,9 +36,11 @@ def test_answers_are_those_of_one_process_while_experts_move(server, reference):
 def test_an_idle_engine_stays_in_step(server, reference):
     texts = [text for batch in prompts(6) for text in batch]
     before = server.stats()
-    for text, expected in zip(texts[:3], reference[:3], strict=True):
+    for text, expected in zip(texts, reference, strict=True):
         assert complete(server, [text]) == [expected]
-    after = server.stats()
+        after = server.stats()
+        if after.cycles_done >= before.cycles_done + 2:
+            break
     assert after.step > before.step
     assert after.cycles_done > before.cycles_done
     assert after.cycles_failed == 0

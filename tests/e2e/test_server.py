@@ -73,8 +73,10 @@ def planned_cycles(server: Server) -> int:
 
 def test_answers_are_those_of_one_process_while_experts_move(server, texts, reference):
     before = done_cycles(server)
-    for _ in range(3):
+    for _ in range(20):
         assert complete(server, texts) == reference
+        if done_cycles(server) >= before + 10:
+            break
     assert done_cycles(server) >= before + 10
     assert server.stats().cycles_failed == 0
 
