@@ -637,7 +637,8 @@ class D2DExpertWeightLoader:
         if event is not None:
             event.synchronize()
             for began, ended in zip(flight.began, flight.ended, strict=True):
-                self.seconds_on_device += began.elapsed_time(ended) / 1e3
+                if began is not None:  # a part may concern other ranks only
+                    self.seconds_on_device += began.elapsed_time(ended) / 1e3
         table, summer = self.checksums, self._summers[flight.buffer]
         flight.intact = table is None or all(
             table.matches(layer, expert, summer.value(place, sums))
