@@ -23,12 +23,12 @@ import numpy.typing as npt
 from . import __version__
 from .adaptors.base import EplbAdaptor
 from .config import EplbConfig
-from .control import Bulk, ControlChannel, ControlError, Facts, FlightRecorder
+from .control import Bulk, ControlChannel, ControlError, Facts, FlightRecorder, require_equal
 from .cycle import Action, AgreementError, CycleSettings, CycleState, Do, Failure, Phase, advance
 from .placement import Placement
 from .process import EplbProcess, PlanAnswer, PlanRequest
 from .rounds import LAYER, Round, check_rounds, rounds_from_array
-from .stats import StatsFile, StatsKeeper
+from .stats import StatsFile, StatsKeeper, stats_path
 from .transfer import D2DExpertWeightLoader, default_buffer_experts
 
 logger = logging.getLogger("vllm.eplb")  # only loggers below "vllm" are seen in a server's log
@@ -469,6 +469,29 @@ class EplbUpdator:
             logger.error("EPLB rank %d: the last steps are in %s", self._rank, path)
         except OSError:
             pass  # a full disk must not hide the reason itself
+
+
+def start_balancer(adaptor: EplbAdaptor, config: EplbConfig) -> EplbUpdator:
+    """The balancer of one model, built on all ranks together, once they have told each other that they were started
+    alike. EP rank 0 gets the planner's process and the statistics file.
+
+    Raises:
+        StartError: the ranks were started differently; names rank and field.
+    """
+    placement = adaptor.placement
+    require_equal(
+        adaptor.control_group,
+        placement.num_ranks,
+        {
+            "package version": __version__,
+            **{f"eplb_config.{key}": value for key, value in config.model_dump().items()},
+            "layers, experts, slots": (placement.num_layers, placement.num_experts, placement.num_slots),
+            "initial placement": f"{placement.digest:016x}",
+        },
+    )
+    first = adaptor.rank == 0
+    path = stats_path() if first else None
+    return EplbUpdator(adaptor, config, EplbProcess() if first else None, StatsFile(path) if path is not None else None)
 
 
 _FAILS_AS = {

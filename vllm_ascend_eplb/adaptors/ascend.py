@@ -41,19 +41,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import __version__
 from ..config import EplbConfig, EplbConfigError
-from ..control import require_equal
 from ..load import LoadRecorder
 from ..maps import DispatchMaps
 from ..ops import entries_of
 from ..placement import EMPTY, Placement
 from ..post_import import after_import
-from ..process import EplbProcess
-from ..stats import StatsFile, stats_path
 from ..topology import Topology, host_identity
 from ..transfer import exchange_bytes
-from ..updator import EplbUpdator, Stage
+from ..updator import EplbUpdator, Stage, start_balancer
 from .base import EplbAdaptor
 
 logger = logging.getLogger("vllm.eplb")
@@ -337,28 +333,7 @@ class _Updator:
         """Builds the balancer; in the profile run, on all ranks together."""
         # The profile run is in inference mode; tensors made here are changed outside of it, too.
         with torch.inference_mode(False), torch.no_grad():
-            self._build()
-
-    def _build(self) -> None:
-        adaptor = AscendAdaptor(self.adaptor, self.settings)
-        placement = adaptor.placement
-        require_equal(
-            adaptor.control_group,
-            placement.num_ranks,
-            {
-                "package version": __version__,
-                **{f"eplb_config.{key}": value for key, value in self.settings.model_dump().items()},
-                "layers, experts, slots": (placement.num_layers, placement.num_experts, placement.num_slots),
-                "initial placement": f"{placement.digest:016x}",
-            },
-        )
-        path = stats_path()
-        self.balancer = EplbUpdator(
-            adaptor,
-            self.settings,
-            EplbProcess() if adaptor.rank == 0 else None,
-            StatsFile(path) if adaptor.rank == 0 and path is not None else None,
-        )
+            self.balancer = start_balancer(AscendAdaptor(self.adaptor, self.settings), self.settings)
 
     def begin(self) -> None:
         """Warm-up is over on this rank: what comes now are steps."""

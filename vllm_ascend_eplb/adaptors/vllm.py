@@ -19,17 +19,13 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..config import EplbConfig
-from ..control import require_equal
 from ..load import LoadRecorder
 from ..maps import DispatchMaps
 from ..placement import Placement
-from ..process import EplbProcess
-from ..stats import StatsFile, stats_path
 from ..topology import Topology, host_identity
 from ..transfer import exchange_bytes
-from ..updator import EplbUpdator, Stage
+from ..updator import EplbUpdator, Stage, start_balancer
 from . import vllm_cpu
 from .base import EplbAdaptor
 from .vllm_seams import missing_seams
@@ -256,21 +252,7 @@ class VllmEplbState:
             if isinstance(layer_state, EplbLayerState):
                 layer_state.should_record_tensor = self.should_record_tensor
                 layer_state.num_unpadded_tokens_tensors = self.num_unpadded_tokens
-        placement = adaptor.placement
-        require_equal(
-            adaptor.control_group,
-            placement.num_ranks,
-            {
-                "package version": __version__,
-                **{f"eplb_config.{key}": value for key, value in config.model_dump().items()},
-                "layers, experts, slots": (placement.num_layers, placement.num_experts, placement.num_slots),
-                "initial placement": f"{placement.digest:016x}",
-            },
-        )
-        planner = EplbProcess() if adaptor.rank == 0 else None
-        path = stats_path()
-        stats_file = StatsFile(path) if adaptor.rank == 0 and path is not None else None
-        self.updator = EplbUpdator(adaptor, config, planner, stats_file)
+        self.updator = start_balancer(adaptor, config)
 
     def begin(self) -> None:
         """Warm-up is over on this rank: what comes now are steps. The engine calls it on all ranks before it serves."""
