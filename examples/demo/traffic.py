@@ -72,7 +72,8 @@ class Traffic:
             httpx.HTTPError: the server does not answer, or with an error.
         """
         timeout = httpx.Timeout(120.0)
-        limits = httpx.Limits(max_connections=self.streams + 1)
+        # A connection kept open may be closed by the server in the very moment in which it is used again.
+        limits = httpx.Limits(max_connections=self.streams + 1, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits) as client:
             await asyncio.gather(*(self._stream(client, shown=number == 0) for number in range(self.streams)))
 
