@@ -8,6 +8,8 @@ done by the C++ core.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,15 +33,47 @@ def rebalance(
     Returns:
         int32 [L, P].
     """
-    if num_groups % num_nodes:
-        num_groups = num_nodes = 1
+    hierarchy = hierarchical(load, num_slots, *groups_and_nodes(num_groups, num_nodes), num_ranks)
+    return _planner.preserve_slots(hierarchy.slots.astype(np.int32), old, num_ranks)
+
+
+def groups_and_nodes(num_groups: int, num_nodes: int) -> tuple[int, int]:
+    """What the hierarchical algorithm is called with: 1, 1 (the global one) where nodes cannot share the groups."""
+    return (1, 1) if num_groups % num_nodes else (num_groups, num_nodes)
+
+
+class Hierarchy(NamedTuple):
+    """What the hierarchical algorithm found.
+
+    Attributes:
+        slots: int64 [L, P], the expert in each slot.
+        copy: int64 [L, P], the number of the copy in each slot, where each node counts its copies in the order in which
+            they were made: its experts first, then the redundant ones.
+        to_global: int64 [L, E], the experts node by node.
+        copies: int32 [L, E], copies of each expert, in the order of ``to_global``.
+    """
+
+    slots: npt.NDArray[np.int64]
+    copy: npt.NDArray[np.int64]
+    to_global: npt.NDArray[np.int64]
+    copies: npt.NDArray[np.int32]
+
+
+def hierarchical(
+    load: npt.NDArray[np.floating], num_slots: int, num_groups: int, num_nodes: int, num_ranks: int
+) -> Hierarchy:
+    """Whole groups to nodes, redundant copies within each node, copies to the ranks of each node.
+
+    Args:
+        load: floating [L, E]; what is divided evenly by all of the following.
+    """
     num_layers, num_experts = load.shape
     group_size = num_experts // num_groups
     experts_per_node = num_experts // num_nodes
 
     # 1. Whole groups to nodes; to_global[l] lists the layer's experts node by node.
     group_load = load.reshape(num_layers, num_groups, group_size).sum(axis=-1)
-    group_place = _pack(group_load, num_nodes)
+    group_place = pack(group_load, num_nodes)
     to_local = (group_place[..., None] * group_size + np.arange(group_size)).reshape(num_layers, num_experts)
     to_global = _inverse(to_local)
 
@@ -49,14 +83,18 @@ def rebalance(
 
     # 3. Copies to the ranks of each node.
     copy_load = np.take_along_axis(local_load / count.astype(np.int64), copy_of.astype(np.int64), axis=1)
-    copy_in_slot = _inverse(_pack(copy_load, num_ranks // num_nodes))
+    copy_in_slot = _inverse(pack(copy_load, num_ranks // num_nodes))
     local = np.take_along_axis(copy_of.astype(np.int64), copy_in_slot, axis=1).reshape(num_layers, num_nodes, -1)
     local = (local + np.arange(num_nodes)[None, :, None] * experts_per_node).reshape(num_layers, -1)
-    slots = np.take_along_axis(to_global, local, axis=1).astype(np.int32)
-    return _planner.preserve_slots(slots, old, num_ranks)
+    return Hierarchy(
+        np.take_along_axis(to_global, local, axis=1),
+        copy_in_slot.reshape(num_layers, num_slots),
+        to_global,
+        count.reshape(num_layers, num_experts),
+    )
 
 
-def _pack(weight: npt.NDArray[np.floating], packs: int) -> npt.NDArray[np.int64]:
+def pack(weight: npt.NDArray[np.floating], packs: int) -> npt.NDArray[np.int64]:
     """int64 [X, n]: the place of each item of ``weight`` [X, n] when balanced packs are laid out in a row."""
     order = np.argsort(-weight, axis=-1)
     place: npt.NDArray[np.int64] = _planner.pack_balanced(
