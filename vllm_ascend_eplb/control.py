@@ -58,6 +58,8 @@ class Facts:
         rounds_ready: rounds of it prepared so far.
         rounds_done: rounds of it that arrived so far.
         rounds_intact: rounds of it that arrived undamaged so far.
+        order: number of the newest order that EP rank 0 has of an operator; 0 for none, and on all other ranks.
+        order_command, order_collect_steps, order_execution_steps: what it says; 0 for nothing, and on all other ranks.
     """
 
     step: int = 0
@@ -73,6 +75,10 @@ class Facts:
     rounds_ready: int = 0
     rounds_done: int = 0
     rounds_intact: int = 0
+    order: int = 0
+    order_command: int = 0
+    order_collect_steps: int = 0
+    order_execution_steps: int = 0
 
 
 FIELDS = tuple(field.name for field in fields(Facts))

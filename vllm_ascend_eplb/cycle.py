@@ -4,6 +4,7 @@
 A cycle runs through these phases; between cycles the balancer only collects::
 
     COLLECT -> SNAPSHOT -> REDUCE -> PLAN -> BROADCAST -> MOVE -> COLLECT
+    COLLECT -> LISTEN -> COLLECT   (now and then: has an order come in on EP rank 0?)
                    any failure, nothing in flight -> COLLECT (later than usual)
                    a failure with a round in flight -> DRAIN -> COLLECT
                    too many failures in a row, or a poisoned transfer group -> OFF
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TypeAlias
 
-from .control import Agreed
+from .control import Agreed, Facts
 
 
 class Phase(IntEnum):
@@ -33,6 +34,7 @@ class Phase(IntEnum):
     BROADCAST = 5  # the plan travels to all ranks; each checks it and cuts it into rounds
     MOVE = 6  # rounds are prepared, sent and committed
     DRAIN = 7  # after a failure: the rounds in flight arrive, then the cycle is dropped
+    LISTEN = 8  # load is being counted; all ranks learn whether an operator ordered anything
 
 
 class Failure(IntEnum):
@@ -73,6 +75,17 @@ _FAILURE_TEXT = {
 }
 
 
+class Command(IntEnum):
+    """What an operator may order while the server runs (orders.py). Numbers travel in ``Facts.order_command``."""
+
+    NONE = 0
+    PAUSE = 1  # begin no more cycles; one under way is completed
+    RESUME = 2  # begin cycles again, after a whole interval of collecting
+    CYCLE = 3  # one cycle now, paused or not
+    RESTORE = 4  # back to the placement the server started with, and pause there
+    INTERVALS = 5  # other intervals from now on
+
+
 class Do(IntEnum):
     """What a rank has to do at a step; ``Action.round`` says with which round where one is meant."""
 
@@ -86,6 +99,8 @@ class Do(IntEnum):
     FINISH = 8  # the cycle is complete (also when there was nothing to move)
     DROP = 9  # forget the rest of the cycle
     SWITCH_OFF = 10  # for good
+    OBEY = 11  # an order took effect: note it
+    NEW_WINDOW = 12  # forget the load counted so far
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,7 @@ class CycleSettings:
         buffers: staging buffers, that is rounds that may be in flight at a time (1 or 2). More are prepared ahead,
             so that one can be issued at every step at which a buffer is free, whatever the lag.
         max_resends: how often one round may be sent again after a checksum did not match.
+        listen_steps: steps between two times at which all ranks learn of orders; 0 for never.
         least_plan_age: steps that a plan always has, however short the interval: over so few, load does not drift.
     """
 
@@ -124,11 +140,7 @@ class CycleSettings:
     buffers: int = 1
     max_resends: int = 2
     least_plan_age: int = 0
-
-    @property
-    def plan_age_limit(self) -> int:
-        """Steps from the snapshot after which a plan that has not arrived is dropped."""
-        return max(self.collect_steps, self.least_plan_age) + self.execution_steps
+    listen_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,11 @@ class CycleState:
         step: steps so far.
         cycle: number of the cycle under way, or of the last one.
         due: step at which the next cycle begins (phase COLLECT).
+        collect_steps, execution_steps: the intervals in force; those of the settings until an order changes them.
+        listen_at: step at which orders are next asked for (phase COLLECT).
+        order: number of the last order taken; 0 before the first.
+        paused: whether cycles begin only when ordered.
+        wanted: the cycle that was ordered and is not yet over: CYCLE, RESTORE or NONE.
         entered: step at which the phase was entered.
         snapshot_at: step of the snapshot of this cycle.
         plan_length, plan_digest: of the agreed plan, in bytes and as a hash.
@@ -156,6 +173,12 @@ class CycleState:
     step: int = 0
     cycle: int = 0
     due: int = 0
+    collect_steps: int = 1
+    execution_steps: int = 1
+    listen_at: int = 0
+    order: int = 0
+    paused: bool = False
+    wanted: Command = Command.NONE
     entered: int = 0
     snapshot_at: int = 0
     plan_length: int = 0
@@ -170,7 +193,12 @@ class CycleState:
 
     @classmethod
     def start(cls, settings: CycleSettings) -> CycleState:
-        return cls(due=settings.first_collect_steps)
+        return cls(
+            due=settings.first_collect_steps,
+            collect_steps=settings.collect_steps,
+            execution_steps=settings.execution_steps,
+            listen_at=settings.listen_steps,
+        )
 
     @property
     def active(self) -> bool:
@@ -181,6 +209,10 @@ class CycleState:
     def in_flight(self) -> int:
         """Rounds that were issued and not yet committed."""
         return self.issued - self.committed
+
+    def plan_age_limit(self, settings: CycleSettings) -> int:
+        """Steps from the snapshot after which a plan that has not arrived is dropped."""
+        return max(self.collect_steps, settings.least_plan_age) + self.execution_steps
 
 
 def advance(state: CycleState, agreed: Agreed | None, settings: CycleSettings) -> tuple[CycleState, Actions]:
@@ -207,7 +239,7 @@ def advance(state: CycleState, agreed: Agreed | None, settings: CycleSettings) -
         if agreed.max.epoch != state.epoch:
             agreed = None  # posted before the last change of phase: says nothing about this one
     if state.phase is Phase.COLLECT:
-        return _begin(state) if state.step >= state.due else (state, ())
+        return _collect(state, settings)
     if agreed is None:
         return _waiting(state, settings)
     if agreed.max.failure and state.phase is not Phase.DRAIN:
@@ -229,6 +261,45 @@ def _enter(state: CycleState, phase: Phase) -> CycleState:
     return replace(state, phase=phase, epoch=state.epoch + 1, entered=state.step)
 
 
+def _collect(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    if settings.listen_steps and state.step >= state.listen_at:
+        return _enter(state, Phase.LISTEN), ()
+    if state.step >= state.due and (state.wanted or not state.paused):
+        return _begin(state)
+    return state, ()
+
+
+def _listen(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    # EP rank 0 alone hears of orders, and all other ranks post zeros: the maximum is what it heard.
+    actions: Actions = ()
+    if agreed.max.order > state.order:
+        state, actions = _obey(state, agreed.max)
+    return replace(_enter(state, Phase.COLLECT), listen_at=state.step + settings.listen_steps), actions
+
+
+def _obey(state: CycleState, order: Facts) -> tuple[CycleState, Actions]:
+    state, noted = replace(state, order=order.order), (Action(Do.OBEY),)
+    later = state.step + state.collect_steps
+    command = Command(order.order_command)
+    if command is Command.PAUSE:
+        return replace(state, paused=True, wanted=Command.NONE), noted
+    if command is Command.RESUME:
+        resumed = replace(state, paused=False, wanted=Command.NONE, due=later)
+        return resumed, (Action(Do.NEW_WINDOW), *noted)
+    if command is Command.CYCLE:
+        return replace(state, wanted=command, due=state.step), noted
+    if command is Command.RESTORE:
+        return replace(state, wanted=command, due=state.step, paused=True), noted
+    collect_steps = order.order_collect_steps or state.collect_steps
+    changed = replace(
+        state,
+        collect_steps=collect_steps,
+        execution_steps=order.order_execution_steps or state.execution_steps,
+        due=state.step + collect_steps,
+    )
+    return changed, (Action(Do.NEW_WINDOW), *noted)
+
+
 def _begin(state: CycleState) -> tuple[CycleState, Actions]:
     fresh = replace(
         _enter(state, Phase.SNAPSHOT),
@@ -248,7 +319,7 @@ def _begin(state: CycleState) -> tuple[CycleState, Actions]:
 
 def _waiting(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actions]:
     """Deadlines, counted in steps and so agreed by themselves. Rounds have none: what was issued must arrive."""
-    late = state.step - state.snapshot_at > settings.plan_age_limit
+    late = state.step - state.snapshot_at > state.plan_age_limit(settings)
     if late and state.phase in (Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST):
         return _fail(state, _LATE[state.phase], settings)
     return state, ()
@@ -279,7 +350,7 @@ def _plan(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[C
         return _waiting(state, settings)
     if agreed.max.plan_length == 0:
         return _finish(state, settings)  # nothing worth moving
-    if state.step - state.snapshot_at < settings.execution_steps:
+    if state.step - state.snapshot_at < state.execution_steps:
         return state, ()
     known = replace(state, plan_length=agreed.max.plan_length, plan_digest=agreed.max.plan_digest)
     return _enter(known, Phase.BROADCAST), (Action(Do.BROADCAST),)
@@ -344,13 +415,14 @@ def _drop(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actio
     state = replace(state, failures=failures)
     if failures >= settings.max_failures:
         return _switch_off(state, state.failure)
-    due = state.step + settings.collect_steps * min(2**failures, 16)
+    due = state.step + state.collect_steps * min(2**failures, 16)
     return replace(_enter(state, Phase.COLLECT), due=due), (Action(Do.DROP, failure=state.failure),)
 
 
 def _finish(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actions]:
-    due = state.step + settings.collect_steps
-    return replace(_enter(state, Phase.COLLECT), due=due, failures=0), (Action(Do.FINISH),)
+    due = state.step + state.collect_steps
+    done = replace(_enter(state, Phase.COLLECT), due=due, failures=0, wanted=Command.NONE)
+    return done, (Action(Do.FINISH),)
 
 
 def _switch_off(state: CycleState, failure: Failure) -> tuple[CycleState, Actions]:
@@ -358,6 +430,7 @@ def _switch_off(state: CycleState, failure: Failure) -> tuple[CycleState, Action
 
 
 _ON_FACTS = {
+    Phase.LISTEN: _listen,
     Phase.SNAPSHOT: _snapshot,
     Phase.REDUCE: _reduce,
     Phase.PLAN: _plan,

@@ -205,6 +205,18 @@ class LoadRecorder:
         self._window.zero_()
         self._steps = self._entry = 0
 
+    def begin_window(self, placement: Placement, steps_per_entry: int) -> None:
+        """Forgets the load counted so far and begins an empty window. A snapshot that was not taken stays.
+
+        Args:
+            placement: in force since the last flush.
+            steps_per_entry: of the series, from now on.
+        """
+        self.flush(placement)
+        self._window.zero_()
+        self.steps_per_entry = max(1, steps_per_entry)
+        self._steps = self._entry = 0
+
     def snapshot_ready(self) -> bool:
         """Whether :meth:`take` would return at once. Never blocks; False without a snapshot."""
         return self._snapshot.ready()

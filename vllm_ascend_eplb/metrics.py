@@ -67,6 +67,7 @@ class EplbGauges:
             "commit_seconds": gauge("commit_seconds", "Time that steps spent on commits so far."),
             "commit_longest_seconds": gauge("commit_longest_seconds", "Longest commit in one step."),
             "longest_step_seconds": gauge("longest_step_seconds", "Longest time that balancing added to one step."),
+            "paused": gauge("paused", "1 while cycles begin only when an operator orders one."),
             "updated_at": gauge("updated_timestamp_seconds", "When the statistics were written, seconds since 1970."),
         }
 

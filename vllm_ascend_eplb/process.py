@@ -50,7 +50,7 @@ class PlanRequest:
         node_of_rank: the node of each rank.
         num_groups: groups of experts, as the model routes them; 1 where it does not.
         buffer_experts: staging places of a rank per round.
-        policy: name of the policy.
+        policy: name of the policy; or "restore", which moves every expert to where ``limits["target"]`` [L, P] has it.
         limits: keyword arguments for the policy.
     """
 
@@ -109,6 +109,9 @@ def plan_request(request: PlanRequest) -> Plan:
     """Answers a request with this package's planner."""
     from .policy import plan
 
+    if request.policy == "restore":
+        load = request.load.sum(axis=0)
+        return Plan.between(request.placement, request.limits["target"], load, policy="restore")
     topology = Topology(request.node_of_rank)
     return plan(
         request.load,

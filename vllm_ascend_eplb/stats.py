@@ -141,6 +141,9 @@ class EplbStats(_Frozen):
         commit_*: switching over to received experts: total, longest in one step.
         longest_step_seconds: the longest time that one ``forward_before`` took: the longest wait caused by balancing.
         placement_digest: hash of the placement in force.
+        order, order_step: id of the last order that took effect (orders.py), and the step at which it did.
+        paused: whether cycles begin only when ordered.
+        collect_steps, execution_steps: the intervals in force, in steps.
         window: the last finished window.
         cycles: the last cycles, oldest first, at most ``KEPT_CYCLES``.
     """
@@ -169,6 +172,11 @@ class EplbStats(_Frozen):
     commit_longest_seconds: Seconds = 0.0
     longest_step_seconds: Seconds = 0.0
     placement_digest: Count = 0
+    order: Text = ""
+    order_step: Count = 0
+    paused: bool = False
+    collect_steps: Count = 0
+    execution_steps: Count = 0
     window: Window | None = None
     cycles: Annotated[tuple[CycleRecord, ...], Field(max_length=KEPT_CYCLES)] = ()
 
@@ -209,6 +217,8 @@ class StatsKeeper:
         self._moved = 0
         self._control = self._control_at_cycle = self._control_longest = self._control_last_cycle = 0.0
         self._transfer = self._commit = self._commit_longest = self._longest_step = 0.0
+        self._order, self._order_step, self._paused = "", 0, False
+        self._collect_steps = self._execution_steps = 0
         self._window: Window | None = None
         self._predicted: Par | None = None
         self._planner_seconds = self._last_planner_seconds = 0.0
@@ -217,6 +227,15 @@ class StatsKeeper:
 
     def switched_off(self, reason: str) -> None:
         self.phase, self._off_reason = "off", _one_line(reason)
+
+    def intervals(self, collect_steps: int, execution_steps: int) -> None:
+        """The intervals in force, in steps."""
+        self._collect_steps, self._execution_steps = collect_steps, execution_steps
+
+    def obeyed(self, order: str, step: int, *, paused: bool, collect_steps: int, execution_steps: int) -> None:
+        """The order with this id took effect at ``step``."""
+        self._order, self._order_step, self._paused = order[:300], step, paused
+        self.intervals(collect_steps, execution_steps)
 
     def window_ended(self, rank_load: npt.ArrayLike, rank_load_start: npt.ArrayLike) -> None:
         """A window is over and its load is known.
@@ -311,6 +330,11 @@ class StatsKeeper:
             commit_longest_seconds=self._commit_longest,
             longest_step_seconds=self._longest_step,
             placement_digest=self.placement_digest,
+            order=self._order,
+            order_step=self._order_step,
+            paused=self._paused,
+            collect_steps=self._collect_steps,
+            execution_steps=self._execution_steps,
             window=self._window,
             cycles=tuple(self._cycles),
         )

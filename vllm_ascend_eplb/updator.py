@@ -24,8 +24,10 @@ from . import __version__
 from .adaptors.base import EplbAdaptor
 from .config import EplbConfig
 from .control import Bulk, ControlChannel, ControlError, Facts, FlightRecorder, require_equal
-from .cycle import Action, AgreementError, CycleSettings, CycleState, Do, Failure, Phase, advance
+from .cycle import Action, AgreementError, Command, CycleSettings, CycleState, Do, Failure, Phase, advance
+from .orders import NumberedOrder, OrderBox, orders_path
 from .placement import Placement
+from .plans import Plan
 from .process import EplbProcess, PlanAnswer, PlanRequest
 from .rounds import LAYER, Round, check_rounds, rounds_from_array
 from .stats import StatsFile, StatsKeeper, stats_path
@@ -40,6 +42,9 @@ LEAST_PLAN_AGE = 200
 
 PAYS_FROM = 0.25
 """Part of the promised gain that a plan must bring in the next window, or the threshold rises."""
+
+LISTEN_STEPS = 64
+"""Steps between two times at which all ranks learn of orders. Each costs lag + 1 posts of facts."""
 
 PUBLISH_STEPS = 64
 """How often the statistics are published, besides at every change of phase."""
@@ -82,6 +87,7 @@ class EplbUpdator:
         config: the settings, equal on all ranks.
         planner: EP rank 0's planner process; None elsewhere.
         stats_file: where EP rank 0 publishes its statistics; None for nowhere.
+        orders: where EP rank 0 finds what an operator orders; None for nowhere.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class EplbUpdator:
         config: EplbConfig,
         planner: EplbProcess | None = None,
         stats_file: StatsFile | None = None,
+        orders: OrderBox | None = None,
     ) -> None:
         self._adaptor = adaptor
         self._config = config
@@ -120,13 +127,17 @@ class EplbUpdator:
             max_failures=config.max_failures,
             buffers=self._loader.num_buffers,
             least_plan_age=LEAST_PLAN_AGE,
+            listen_steps=LISTEN_STEPS,
         )
         self._state = CycleState.start(self._settings)
         self._start = self._placement = adaptor.placement
         self._cycle = _Cycle(self._placement)
         self._planner = planner
         self._stats = StatsKeeper(__version__, config.policy_name, config.mode)
+        self._stats.intervals(self._state.collect_steps, self._state.execution_steps)
         self._stats_file = stats_file
+        self._orders = orders
+        self._posted_orders: dict[int, NumberedOrder] = {}  # posted and perhaps not obeyed yet
         self._threshold = config.min_gain
         self._last_plan: _LastPlan | None = None
         self._flight = FlightRecorder()
@@ -172,14 +183,18 @@ class EplbUpdator:
             raise
         self._flight.record(self._state.phase, posted, agreed)
         self._loader.tick()
+        if self._state.paused and self._state.phase is Phase.LISTEN:
+            self._recorder.flush(self._placement)  # no cycle does, and what counts on the device may overflow
         for action in actions:
             self._perform(action)
         record = serving and self._state.phase is not Phase.OFF
         self._recorder.begin_step(self._placement, record=record, phase=stage)
         self._stats.step = self._state.step
-        self._stats.phase = self._state.phase.name.lower()  # type: ignore[assignment]
+        # Listening is part of collecting, for whoever watches.
+        phase = Phase.COLLECT if self._state.phase is Phase.LISTEN else self._state.phase
+        self._stats.phase = phase.name.lower()  # type: ignore[assignment]
         self._stats.step_took(time.perf_counter() - began)
-        if self._state.phase is not before:
+        if self._state.phase is not before and Phase.LISTEN not in (before, self._state.phase):
             self._publish()
 
     def forward_end(self) -> None:
@@ -195,6 +210,8 @@ class EplbUpdator:
         """Ends the planner and the threads. Serving may go on; nothing is balanced any more."""
         if self._planner is not None:
             self._planner.close()
+        if self._orders is not None:
+            self._orders.close()
         self._background.shutdown(wait=False, cancel_futures=True)
         self._loader.close()
         if self._stats_file is not None:
@@ -212,6 +229,11 @@ class EplbUpdator:
             except Exception as error:
                 self._fail(_FAILS_AS.get(state.phase, Failure.PREPARE), error)
         has_plan = state.phase is Phase.PLAN and cycle.answer is not None
+        given = self._orders.newest if self._orders is not None and state.phase is Phase.LISTEN else None
+        if given is not None and given.number > state.order:
+            self._posted_orders[given.number] = given
+        else:
+            given = None
         return Facts(
             step=state.step,
             epoch=state.epoch,
@@ -226,6 +248,10 @@ class EplbUpdator:
             rounds_ready=rounds_ready,
             rounds_done=self._loader.rounds_done,
             rounds_intact=self._loader.rounds_intact,
+            order=given.number if given else 0,
+            order_command=Command[given.order.command.upper()] if given else 0,
+            order_collect_steps=(given.order.collect_steps or 0) if given else 0,
+            order_execution_steps=(given.order.execution_steps or 0) if given else 0,
         )
 
     def _ready(self) -> bool:
@@ -277,6 +303,24 @@ class EplbUpdator:
         else:
             perform(action)
 
+    def _do_obey(self, _: Action) -> None:
+        state = self._state
+        given = self._posted_orders.get(state.order)
+        self._posted_orders = {number: each for number, each in self._posted_orders.items() if number > state.order}
+        self._stats.obeyed(
+            given.order.id if given else "",
+            state.step,
+            paused=state.paused,
+            collect_steps=state.collect_steps,
+            execution_steps=state.execution_steps,
+        )
+        if given is not None:
+            logger.info("EPLB order %r takes effect on all ranks at step %d", given.order.command, state.step)
+        self._publish()
+
+    def _do_new_window(self, _: Action) -> None:
+        self._recorder.begin_window(self._placement, -(-self._state.collect_steps // self._recorder.num_entries))
+
     def _do_snapshot(self, _: Action) -> None:
         self._cycle = _Cycle(self._placement)
         self._recorder.discard_snapshot()  # that of a cycle which was dropped before it was taken
@@ -302,10 +346,17 @@ class EplbUpdator:
                 node_of_rank=self._adaptor.topology.node_of_rank,
                 num_groups=self._adaptor.num_groups,
                 buffer_experts=self._loader.buffer_experts,
-                policy=config.policy_name,
-                limits=_limits(config, self._state.cycle),
+                policy="restore" if self._restoring else config.policy_name,
+                limits=_limits(config, self._state.cycle) if not self._restoring else self._way_back(),
             )
         )
+
+    @property
+    def _restoring(self) -> bool:
+        return self._state.wanted is Command.RESTORE
+
+    def _way_back(self) -> dict[str, object]:
+        return {"target": self._start.physical_to_logical}
 
     def _window_ended(self, load: npt.NDArray[np.int64]) -> None:
         """Takes stock of the window, and of what the last plan promised for it."""
@@ -343,12 +394,17 @@ class EplbUpdator:
             self._skip(f"observing only: {plan.num_moves} moves would bring PAR from {before:.3f} to {after:.3f}")
         elif not plan.num_moves:
             self._skip(f"nothing to move at PAR {before:.3f}")
-        elif before - after < self._threshold * before and self._config.policy_name != "random":
+        elif self._restoring or self._config.policy_name == "random":
+            self._pack_plan(plan, answer.rounds)
+        elif before - after < self._threshold * before:
             self._skip(f"PAR {before:.3f} to {after:.3f} gains less than {self._threshold:.1%}")
             self._threshold = max(self._config.min_gain, 0.9 * self._threshold)  # what was too little is tried again
         else:
-            self._cycle.message = _pack(self._state.cycle, plan.physical_to_logical, answer.rounds)
+            self._pack_plan(plan, answer.rounds)
         self._cycle.answer = answer
+
+    def _pack_plan(self, plan: Plan, rounds: npt.NDArray[np.int32]) -> None:
+        self._cycle.message = _pack(self._state.cycle, plan.physical_to_logical, rounds)
 
     def _skip(self, reason: str) -> None:
         self._cycle.result, self._cycle.reason = "skipped", reason
@@ -405,7 +461,7 @@ class EplbUpdator:
                 logger.info("EPLB cycle %d at step %d: %s%s", state.cycle, state.step, cycle.reason, cycle.note)
             elif plan is not None:
                 gain = float(plan.par_before.mean() - plan.par_after.mean())
-                self._last_plan = _LastPlan(cycle.start, gain)
+                self._last_plan = _LastPlan(cycle.start, gain) if plan.policy != "restore" else None
                 logger.info(
                     "EPLB cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
                     "%d steps after its load was taken; planned in %.1f ms%s",
@@ -491,7 +547,13 @@ def start_balancer(adaptor: EplbAdaptor, config: EplbConfig) -> EplbUpdator:
     )
     first = adaptor.rank == 0
     path = stats_path() if first else None
-    return EplbUpdator(adaptor, config, EplbProcess() if first else None, StatsFile(path) if path is not None else None)
+    return EplbUpdator(
+        adaptor,
+        config,
+        EplbProcess() if first else None,
+        StatsFile(path) if path is not None else None,
+        OrderBox(orders_path(path)) if path is not None else None,
+    )
 
 
 _FAILS_AS = {

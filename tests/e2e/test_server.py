@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import httpx
 import pytest
 
 from examples.demo.server import Server
+from vllm_ascend_eplb.placement import Placement
 
 from .conftest import BUSY, START_SECONDS, prompts, wait_until
 
@@ -103,6 +107,38 @@ def test_every_cycle_has_one_line_in_the_log(server):
     assert len(set(numbers)) == len(numbers)
     assert "experts moved in" in lines[0]
     assert log.count("EPLB is on: ") == 1
+
+
+def order(server: Server, *arguments: str) -> dict[str, object]:
+    """Gives an order with the command line tool, while requests keep the server's steps going."""
+    command = [sys.executable, "-m", "vllm_ascend_eplb.cli", "control", *arguments, "--json", "--timeout", "120"]
+    process = subprocess.Popen([*command, "--stats-file", str(server._stats_path)], stdout=subprocess.PIPE, text=True)
+    texts = [text for batch in prompts(1) for text in batch]
+    while process.poll() is None:
+        complete(server, texts, 16)
+    said = json.loads(process.stdout.read())
+    assert process.returncode == 0, said
+    return said
+
+
+def test_an_operator_pauses_restores_and_resumes_while_it_serves(server, texts, reference):
+    assert order(server, "pause")["paused"] is True
+    before = server.stats()
+    assert complete(server, texts) == reference
+    paused = server.stats()
+    assert paused.step > before.step
+    assert planned_cycles(server) == paused.cycles_done + paused.cycles_skipped
+    assert paused.cycles_done + paused.cycles_skipped == before.cycles_done + before.cycles_skipped
+    start = Placement.initial(6, 64, 2, 4).digest
+    assert paused.placement_digest != start
+    order(server, "restore")
+    wait_until(lambda: complete(server, texts) == reference and server.stats().placement_digest == start, 60, "restore")
+    assert server.stats().paused
+    assert order(server, "intervals", "--collect-steps", "8")["collect_steps"] == 8
+    assert order(server, "resume")["paused"] is False
+    planned = planned_cycles(server)
+    wait_until(lambda: complete(server, texts) == reference and planned_cycles(server) > planned, 60, "a new cycle")
+    assert server.stats().cycles_failed == 0
 
 
 def test_a_killed_planner_costs_no_request(server, texts, reference):

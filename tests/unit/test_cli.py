@@ -53,7 +53,7 @@ def run_json(*arguments: object, status: int = 0) -> Any:
 
 def test_help_names_every_command() -> None:
     out = run("--help")
-    for command in ("doctor", "plan", "simulate", "report", "watch", "convert", "check"):
+    for command in ("doctor", "plan", "simulate", "report", "watch", "control", "convert", "check"):
         assert command in out
         assert "--json" in run(command, "--help")
     assert run("--version").strip() == __version__

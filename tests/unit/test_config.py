@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ascend_eplb.config import EplbConfig, EplbConfigError, settings_table
+from vllm_ascend_eplb.config import _MOVED_INTO_EPLB_CONFIG, EplbConfig, EplbConfigError, settings_table
 
 
 def parse(**eplb_config: object) -> EplbConfig:
@@ -124,6 +124,30 @@ def test_bad_value(key: str, value: object, expected: str) -> None:
 )
 def test_bad_key_or_shape(additional_config: object, expected: str) -> None:
     assert expected in refusal(additional_config)
+
+
+OLD_NAMES = {
+    "dynamic_eplb": "dynamic_eplb",
+    "expert_map_path": "expert_map_path",
+    "expert_map_record_path": "expert_map_record_path",
+    "eplb_policy_type": "eplb_policy_type",
+    "num_redundant_experts": "num_redundant_experts",
+    "num_iterations_eplb_update": "expert_heat_collection_interval",
+    "num_wait_worker_iterations": "algorithm_execution_interval",
+    "init_redundancy_expert": "num_redundant_experts",
+}
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
+def test_an_old_name_is_refused_with_the_new_one(old: str, new: str) -> None:
+    assert set(OLD_NAMES) == set(_MOVED_INTO_EPLB_CONFIG)
+    message = refusal({old: 1, "eplb_config": {"dynamic_eplb": True}})
+    assert f"additional_config.{old} is an old name" in message
+    assert f'{{"eplb_config": {{"{new}": 1}}}}' in message
+    if old != new:
+        assert refusal({"eplb_config": {old: 1}}) == f"eplb_config.{old} is an old name; write {new} instead"
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"`{old}`" in readme
 
 
 def serve(config: EplbConfig, **changes: object) -> None:

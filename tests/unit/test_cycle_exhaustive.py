@@ -10,9 +10,11 @@ and a few faults may happen. The search visits every world that can be reached a
   undamaged on every rank;
 - nothing is dropped, prepared again or finished while a round is in flight on any rank;
 - one bulk operation at a time;
+- no cycle begins while paused, but one that was ordered;
 - from every world the cycle can come to its end.
 
-Steps, epochs and cycle numbers only grow, so worlds are compared after moving them back to fixed numbers.
+Orders of every kind come in on EP rank 0. Steps, epochs, cycle and order numbers only grow, so worlds are compared
+after moving them back to fixed numbers.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ from itertools import product
 
 import pytest
 
+from vllm_ascend_eplb import cycle
 from vllm_ascend_eplb.control import Agreed, Facts
-from vllm_ascend_eplb.cycle import Actions, CycleSettings, CycleState, Do, Failure, Phase, advance
+from vllm_ascend_eplb.cycle import Actions, Command, CycleSettings, CycleState, Do, Failure, Phase, advance
 
-STEP, EPOCH, CYCLE = 1000, 100, 10
+STEP, EPOCH, CYCLE, ORDER = 1000, 100, 10, 10
+OTHER_EXECUTION_STEPS = 3
 
 See = Callable[[Agreed | None, tuple[tuple[Facts, ...], ...], int], Agreed | None]
 """From the agreed facts, those still on their way and the rank to what the rank acts on."""
@@ -50,6 +54,7 @@ class Env:
     damaged: int = -1  # the oldest round that arrived damaged
     committed: int = 0
     placement: int = 0
+    order: Command = Command.NONE  # EP rank 0: came in and was not taken yet
 
     def facts(self, state: CycleState) -> Facts:
         planned = state.phase is Phase.PLAN and self.plan
@@ -66,6 +71,9 @@ class Env:
             rounds_ready=self.prepared,
             rounds_done=self.done,
             rounds_intact=self.done if self.damaged < 0 else min(self.done, self.damaged),
+            order=state.order + 1 if self.order else 0,
+            order_command=int(self.order),
+            order_execution_steps=OTHER_EXECUTION_STEPS if self.order is Command.INTERVALS else 0,
         )
 
 
@@ -75,6 +83,7 @@ class World:
     envs: tuple[Env, ...]
     posted: tuple[tuple[Facts, ...], ...]
     faults: int
+    orders: int
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class Case:
     settings: CycleSettings
     rounds: tuple[int, ...]  # plans that the planner may make
     faults: int
+    orders: int = 0
 
 
 class ViolationError(AssertionError):
@@ -95,7 +105,7 @@ def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> I
     yield env, 0
     if env.bulk:
         yield replace(env, bulk=0), 0
-    if state.phase in (Phase.COLLECT, Phase.OFF):
+    if state.phase in (Phase.COLLECT, Phase.OFF, Phase.LISTEN):
         return
     fault = faults > 0 and not env.failure
     if state.phase in (Phase.SNAPSHOT, Phase.REDUCE, Phase.BROADCAST) and not env.ready and not env.failure:
@@ -140,7 +150,11 @@ def perform(actions: Actions, envs: list[Env], state: CycleState, case: Case) ->
         number = action.round
         in_flight = any(env.done < env.issued for env in envs)
         if action.do is Do.SNAPSHOT:
-            envs[:] = [Env(bulk=env.bulk, poisoned=env.poisoned, placement=env.placement) for env in envs]
+            require(not state.paused or state.wanted is not Command.NONE, "begun while paused")
+            envs[:] = [fresh(env) for env in envs]
+        elif action.do is Do.OBEY:
+            require(envs[0].order is not Command.NONE, "obeyed what nobody ordered")
+            envs[0] = replace(envs[0], order=Command.NONE)
         elif action.do in (Do.REDUCE, Do.BROADCAST):
             require(not any(env.bulk for env in envs), "two bulk operations at a time")
             if action.do is Do.REDUCE:
@@ -177,11 +191,32 @@ def perform(actions: Actions, envs: list[Env], state: CycleState, case: Case) ->
             require(not in_flight, "dropped while in flight")
             if action.do is Do.FINISH:
                 require(all(env.committed == state.rounds for env in envs), "finished too early")
-            envs[:] = [Env(bulk=env.bulk, poisoned=env.poisoned, placement=env.placement) for env in envs]
+            envs[:] = [fresh(env) for env in envs]
+
+
+def fresh(env: Env) -> Env:
+    """Nothing is known of a cycle."""
+    return Env(bulk=env.bulk, poisoned=env.poisoned, placement=env.placement, order=env.order)
+
+
+def with_orders(world: World) -> Iterator[World]:
+    """An order may have come in on EP rank 0, in place of one that was not taken yet. In a cycle nobody looks for one,
+    so that it may as well come after it."""
+    yield world
+    if world.orders and world.states[0].phase in (Phase.COLLECT, Phase.LISTEN):
+        for command in set(Command) - {Command.NONE, world.envs[0].order}:
+            envs = (replace(world.envs[0], order=command), *world.envs[1:])
+            yield replace(world, envs=envs, orders=world.orders - 1)
 
 
 def step(world: World, case: Case, see: See) -> Iterator[World]:
     """All worlds that may come next."""
+    for begun in with_orders(world):
+        yield from follow(begun, case, see)
+
+
+def follow(world: World, case: Case, see: See) -> Iterator[World]:
+    """All worlds that may come next without a further order."""
     active = world.states[0].active
     options = [
         list(events(env, state, rank, case, world.faults))
@@ -206,7 +241,8 @@ def step(world: World, case: Case, see: See) -> Iterator[World]:
         perform(actions[0], envs, states[0], case)
         if len({env.placement for env in envs}) != 1:
             raise ViolationError(f"ranks hold different placements: {envs}")
-        yield normal(World(states, tuple(envs), posted if states[0].active else (), world.faults - used), case)
+        left = posted if states[0].active else ()
+        yield normal(World(states, tuple(envs), left, world.faults - used, world.orders), case)
 
 
 def as_agreed(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank: int) -> Agreed | None:
@@ -223,7 +259,8 @@ def bounds(facts: tuple[Facts, ...]) -> Agreed:
 def normal(world: World, case: Case) -> World:
     """The same world at fixed step, epoch, cycle and placement numbers."""
     state = world.states[0]
-    age = min(state.step - state.snapshot_at, case.settings.plan_age_limit + 1)
+    age = min(state.step - state.snapshot_at, state.plan_age_limit(case.settings) + 1)
+    listens = max(0, min(state.listen_at - state.step, case.settings.listen_steps))
     fixed = replace(
         state,
         step=STEP,
@@ -232,6 +269,8 @@ def normal(world: World, case: Case) -> World:
         entered=STEP,
         snapshot_at=STEP - age if state.active else STEP,
         due=STEP + 1 if state.phase is Phase.COLLECT else STEP,
+        listen_at=STEP + listens if case.settings.listen_steps else 0,
+        order=ORDER,
         plan_length=state.plan_length if state.phase is Phase.BROADCAST else 0,
     )
     posted = tuple(
@@ -242,44 +281,55 @@ def normal(world: World, case: Case) -> World:
                 epoch=EPOCH if facts.epoch == state.epoch else EPOCH - 1,
                 plan_number=CYCLE if facts.plan_number == state.cycle else 0,
                 placement=0,
+                order=ORDER + facts.order - state.order if facts.order else 0,
             )
             for facts in line
         )
         for line in world.posted
     )
     envs = tuple(replace(env, placement=0) for env in world.envs)
-    return World((fixed,) * case.ranks, envs, posted, world.faults)
+    return World((fixed,) * case.ranks, envs, posted, world.faults, world.orders)
 
 
 def explore(case: Case, see: See = as_agreed, limit: int = 2_000_000) -> dict[World, list[World]]:
     """All worlds that can be reached, and those that may follow each."""
-    start = CycleState(step=STEP, epoch=EPOCH, cycle=CYCLE, due=STEP + 1, entered=STEP, snapshot_at=STEP)
-    first = World((start,) * case.ranks, (Env(),) * case.ranks, (), case.faults)
-    follow: dict[World, list[World]] = {}
+    start = replace(
+        CycleState.start(case.settings),
+        step=STEP,
+        epoch=EPOCH,
+        cycle=CYCLE,
+        order=ORDER,
+        due=STEP + 1,
+        listen_at=STEP,
+        entered=STEP,
+        snapshot_at=STEP,
+    )
+    first = normal(World((start,) * case.ranks, (Env(),) * case.ranks, (), case.faults, case.orders), case)
+    after: dict[World, list[World]] = {}
     front = [first]
     while front:
         front_next = []
         for world in front:
-            if world in follow:
+            if world in after:
                 continue
-            follow[world] = list(set(step(world, case, see)))
-            front_next += [its for its in follow[world] if its not in follow]
+            after[world] = list(set(step(world, case, see)))
+            front_next += [its for its in after[world] if its not in after]
         front = front_next
-        assert len(follow) < limit, "the search does not end; its worlds are not compared as they should be"
-    return follow
+        assert len(after) < limit, "the search does not end; its worlds are not compared as they should be"
+    return after
 
 
-def assert_all_end(follow: dict[World, list[World]]) -> None:
+def assert_all_end(worlds: dict[World, list[World]]) -> None:
     """From every world there is a way to the end of the cycle."""
-    before: dict[World, list[World]] = {world: [] for world in follow}
-    for world, its in follow.items():
+    before: dict[World, list[World]] = {world: [] for world in worlds}
+    for world, its in worlds.items():
         for after in its:
             before[after].append(world)
-    good = {world for world in follow if world.states[0].phase in (Phase.COLLECT, Phase.OFF)}
+    good = {world for world in worlds if world.states[0].phase in (Phase.COLLECT, Phase.OFF)}
     front = list(good)
     while front:
         front = [world for after in front for world in before[after] if world not in good and not good.add(world)]
-    stuck = [world for world in follow if world not in good]
+    stuck = [world for world in worlds if world not in good]
     assert not stuck, f"{len(stuck)} worlds have no way out, for example {stuck[0]}"
 
 
@@ -294,21 +344,30 @@ CASES = [
     pytest.param(Case(2, 1, settings(1), (1, 3), 1), id="2 ranks, 2 buffers, 1 fault"),
     pytest.param(Case(2, 2, settings(2, 1), (2,), 1), id="2 ranks, lag 2, 1 buffer, 1 fault"),
     pytest.param(Case(3, 1, settings(1), (2,), 0), id="3 ranks"),
+    pytest.param(Case(2, 1, settings(1, 1, listen_steps=2), (1,), 0, 2), id="2 ranks, 2 orders"),
 ]
 LONG = [
     pytest.param(Case(2, 1, settings(1), (1, 4), 2), id="2 ranks, 2 faults"),
     pytest.param(Case(2, 2, settings(2), (3,), 2), id="2 ranks, lag 2, 2 faults"),
     pytest.param(Case(3, 1, settings(1), (2,), 1), id="3 ranks, 1 fault"),
+    pytest.param(Case(3, 1, settings(1, 1, listen_steps=2), (1,), 0, 2), id="3 ranks, 2 orders"),
+    pytest.param(Case(2, 2, settings(2, 1, listen_steps=3), (2,), 1, 1), id="2 ranks, lag 2, 1 fault, 1 order"),
 ]
 
 
 def search(case: Case) -> None:
-    follow = explore(case)
-    phases = {world.states[0].phase for world in follow}
+    worlds = explore(case)
+    phases = {world.states[0].phase for world in worlds}
     expected = set(Phase) if case.faults else set(Phase) - {Phase.OFF, Phase.DRAIN}
+    if not case.settings.listen_steps:
+        expected -= {Phase.LISTEN}
     assert expected <= phases | {Phase.OFF}, "the search missed a phase; it proves nothing about it"
-    assert_all_end(follow)
-    print(f"{len(follow)} worlds, {sum(map(len, follow.values()))} steps between them")
+    assert_all_end(worlds)
+    if case.orders:
+        taken = {(world.states[0].paused, world.states[0].wanted) for world in worlds}
+        assert {(True, Command.NONE), (True, Command.RESTORE), (False, Command.CYCLE)} <= taken
+        assert OTHER_EXECUTION_STEPS in {world.states[0].execution_steps for world in worlds}
+    print(f"{len(worlds)} worlds, {sum(map(len, worlds.values()))} steps between them")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -347,3 +406,27 @@ def test_the_search_finds_ranks_that_are_content_with_the_fastest(field: str, fo
 
     with pytest.raises(ViolationError, match=found):
         explore(Case(2, 1, settings(1), (2,), 1), fastest)
+
+
+def test_the_search_finds_a_rank_that_obeys_before_all_know() -> None:
+    def hasty(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank: int) -> Agreed | None:
+        if agreed is None:
+            return None
+        fields = ("order", "order_command", "order_execution_steps")
+        mine = {name: getattr(posted[-1][rank], name) for name in fields} if posted else {}
+        return Agreed(agreed.min, replace(agreed.max, **mine))
+
+    with pytest.raises(ViolationError, match="ranks part"):
+        explore(Case(2, 1, settings(1, 1, listen_steps=2), (1,), 0, 1), hasty)
+
+
+def test_the_search_finds_cycles_that_begin_while_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = cycle._collect
+
+    def heedless(state: CycleState, its: CycleSettings) -> tuple[CycleState, Actions]:
+        state, actions = original(replace(state, paused=False), its)
+        return replace(state, paused=True), actions
+
+    monkeypatch.setattr(cycle, "_collect", lambda state, its: (heedless if state.paused else original)(state, its))
+    with pytest.raises(ViolationError, match="begun while paused"):
+        explore(Case(2, 1, settings(1, 1, listen_steps=2), (1,), 0, 1))

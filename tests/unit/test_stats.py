@@ -114,7 +114,8 @@ def test_no_load_and_many_ranks() -> None:
 
 def test_phases_are_those_of_the_cycle() -> None:
     cycle = pytest.importorskip("vllm_ascend_eplb.cycle")
-    assert {phase.name.lower() for phase in cycle.Phase} == set(get_args(PhaseName))
+    listening = {"listen"}  # shown as collecting
+    assert {phase.name.lower() for phase in cycle.Phase} - listening == set(get_args(PhaseName))
 
 
 def changed(**fields: object) -> str:

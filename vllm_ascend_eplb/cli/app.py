@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .control import control
 from .doctor import doctor
 from .maps import check, convert
 from .plan import plan
@@ -44,7 +45,7 @@ def options(
     pass
 
 
-for command in (doctor, plan, simulate, report, watch, convert, check):
+for command in (doctor, plan, simulate, report, watch, control, convert, check):
     app.command()(command)
 
 

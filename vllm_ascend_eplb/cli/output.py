@@ -16,6 +16,7 @@ from rich.table import Table
 from ..config import EplbConfigError
 from ..expert_map import ExpertMapError
 from ..files import FileError
+from ..orders import OrderError
 from ..placement import PlacementError
 from ..policy import PlanInputError
 from ..simulate import SimulationError
@@ -28,6 +29,7 @@ USER_ERRORS = (
     EplbConfigError,
     ExpertMapError,
     FileError,
+    OrderError,
     PlacementError,
     PlanInputError,
     SimulationError,

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orders given to EP rank 0 take effect on all ranks at the same step."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from vllm_ascend_eplb import updator as updator_module
+from vllm_ascend_eplb.config import EplbConfig
+from vllm_ascend_eplb.orders import Order, OrderBox, write_order
+from vllm_ascend_eplb.process import EplbProcess
+from vllm_ascend_eplb.updator import EplbUpdator
+
+from .ranks import Ranks, run_ranks
+from .test_updator import REDUNDANT, RoutingModel
+
+pytestmark = pytest.mark.distributed
+
+ORDERS: tuple[dict[str, Any], ...] = (
+    {"command": "pause"},
+    {"command": "cycle"},
+    {"command": "restore"},
+    {"command": "intervals", "collect_steps": 5, "execution_steps": 2},
+    {"command": "resume"},
+)
+STEPS_BETWEEN = 90
+"""Steps from an order that took effect to the next one: enough for a cycle and more."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What one rank was like after a step."""
+
+    step: int
+    phase: str
+    cycle: int
+    order: int
+    paused: bool
+    intervals: tuple[int, int]
+    digest: int
+
+
+def serve(ranks: Ranks, folder: str, steps: int) -> tuple[list[Moment], str, Any]:
+    updator_module.LISTEN_STEPS = 16
+    model = RoutingModel(ranks)
+    config = EplbConfig(
+        dynamic_eplb=True,
+        num_redundant_experts=REDUNDANT,
+        expert_heat_collection_interval=10,
+        algorithm_execution_interval=1,
+        policy="random",
+    )
+    first = ranks.rank == 0
+    box = OrderBox(Path(folder, "order")) if first else None
+    updator = EplbUpdator(model, config, EplbProcess() if first else None, orders=box)
+    moments, wrong, given, since = [], "", 0, 0
+    for _ in range(steps):
+        state = updator.state
+        since = since + 1 if state.order == given else 0
+        if box is not None and given < len(ORDERS) and state.order == given and since > STEPS_BETWEEN:
+            write_order(box.path, Order(**ORDERS[given]))
+            box.look()
+            given += 1
+        updator.forward_before()
+        model.forward()
+        updator.forward_end()
+        state = updator.state
+        intervals = (state.collect_steps, state.execution_steps)
+        moments.append(
+            Moment(
+                state.step,
+                state.phase.name,
+                state.cycle,
+                state.order,
+                state.paused,
+                intervals,
+                updator.placement.digest,
+            )
+        )
+        wrong = wrong or model.slots.wrong(updator.placement)
+        dist.barrier()
+        time.sleep(0.05 if moments[-1].phase == "PLAN" else 0.002)
+    stats = updator.stats.stats() if first else None
+    updator.close()
+    return moments, wrong, stats
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_all_ranks_obey_at_the_same_step(num_ranks: int, tmp_path: Path) -> None:
+    results = run_ranks(num_ranks, serve, str(tmp_path), 900, timeout=240)
+    moments, _, stats = results[0]
+    for others, wrong, _ in results:
+        assert wrong == ""
+        assert others == moments
+    by_order = {order: list(its) for order, its in itertools.groupby(moments, key=lambda moment: moment.order)}
+    assert list(by_order) == [0, 1, 2, 3, 4, 5]
+    start = moments[0].digest
+    digests, cycles = (
+        {order: [getattr(moment, name) for moment in its] for order, its in by_order.items()}
+        for name in ("digest", "cycle")
+    )
+    assert len(set(digests[0])) > 2  # cycles came and went
+    assert len(set(digests[1])) == len(set(cycles[1])) == 1  # paused: nothing moves
+    assert all(moment.paused for order in (1, 2, 3, 4) for moment in by_order[order])
+    assert cycles[2][-1] == cycles[1][-1] + 1  # one cycle, and no more
+    assert digests[2][-1] != digests[1][-1]
+    assert start not in digests[2]
+    assert cycles[3][-1] == cycles[2][-1] + 1
+    assert digests[3][-1] == start
+    assert set(digests[4]) == {start}
+    assert {moment.intervals for moment in by_order[4]} == {(5, 2)}
+    assert not by_order[5][-1].paused
+    assert cycles[5][-1] > cycles[4][-1] + 2
+    assert digests[5][-1] != start
+    assert (stats.paused, stats.collect_steps, stats.execution_steps) == (False, 5, 2)
+    assert stats.order_step == by_order[5][0].step
+    assert stats.cycles_failed == 0
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``control``: an order to the balancer of a running server on this host."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..orders import MAX_INTERVAL, Order, orders_path, write_order
+from ..stats import EplbStats, read_stats, stats_path
+from .output import CommandError, JsonOption, print_json, user_errors
+
+
+class Verb(str, Enum):
+    PAUSE = "pause"
+    RESUME = "resume"
+    CYCLE = "cycle"
+    RESTORE = "restore"
+    INTERVALS = "intervals"
+
+
+def control(
+    command: Annotated[
+        Verb,
+        typer.Argument(
+            help="pause: begin no more cycles. resume: begin them again. cycle: one now, paused or not. restore: every "
+            "expert back to where it was at the start, and pause there. intervals: other intervals from now on."
+        ),
+    ],
+    collect_steps: Annotated[
+        int | None, typer.Option(min=1, max=MAX_INTERVAL, help="expert_heat_collection_interval from now on.")
+    ] = None,
+    execution_steps: Annotated[
+        int | None, typer.Option(min=1, max=MAX_INTERVAL, help="algorithm_execution_interval from now on.")
+    ] = None,
+    stats_file: Annotated[
+        Path | None,
+        typer.Option(help="The server's statistics file; default the one of the only server of this user here."),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.0, max=86400.0, help="Seconds to wait until the order took effect.")
+    ] = 30.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Pause, resume or steer the balancer of a running server, as its user on the host of its first rank.
+
+    Exit status 1 if the order has not taken effect in time: an idle server has no steps, and takes it with its next
+    requests.
+    """
+    given = collect_steps is not None or execution_steps is not None
+    with user_errors(as_json):
+        if given != (command is Verb.INTERVALS):
+            raise CommandError("--collect-steps and --execution-steps go with intervals, which needs one of them")
+        path = stats_file or find_stats_file()
+        stats = _stats(path)
+        if stats.phase == "off":
+            raise CommandError(f"balancing is off for good there ({stats.off_reason}); restart the server to balance")
+        order = Order(command=command.value, collect_steps=collect_steps, execution_steps=execution_steps)
+        try:
+            write_order(orders_path(path), order)
+        except OSError as error:
+            raise CommandError(f"the order cannot be left beside {path} ({error.strerror})") from None
+        taken = _wait(path, order, timeout)
+    if as_json:
+        fields = ("order_step", "paused", "collect_steps", "execution_steps", "phase", "step")
+        print_json({"order": order.id, "taken": taken is not None} | _pick(taken, fields))
+    elif taken is not None:
+        typer.echo(
+            f"{command.value} took effect on all ranks at step {taken.order_step}; "
+            f"{'paused' if taken.paused else 'balancing'}, a cycle every {taken.collect_steps} steps, "
+            f"transfers {taken.execution_steps} steps after the load was gathered at the earliest"
+        )
+    else:
+        typer.echo(
+            f"{command.value} waits: no effect after {timeout:g} s; an idle server takes it with its next requests"
+        )
+    if taken is None:
+        raise typer.Exit(1)
+
+
+def find_stats_file() -> Path:
+    """The statistics file of the one server that this user has here.
+
+    Raises:
+        CommandError: there is none, or there are several.
+    """
+    named = stats_path()
+    if named is not None:
+        return named
+    found = [
+        path
+        for path in Path(tempfile.gettempdir()).glob("vllm-eplb-*/stats.json")
+        if path.is_file() and path.stat().st_uid == os.geteuid()
+    ]
+    if len(found) != 1:
+        what = "no server of this user" if not found else f"{len(found)} servers"
+        raise CommandError(
+            f"{what} found on this host{': ' if found else ''}{', '.join(map(str, sorted(found)))}; "
+            "name the statistics file with --stats-file (the server's variable EPLB_STATS_FILE)"
+        )
+    return found[0]
+
+
+def _stats(path: Path) -> EplbStats:
+    try:
+        stats = read_stats(path)
+    except OSError as error:
+        raise CommandError(f"{path} cannot be read ({error.strerror}); run this as the user of the server") from None
+    if stats is None:
+        raise CommandError(f"{path} does not exist: no server writes it, or it has served nothing yet")
+    return stats
+
+
+def _wait(path: Path, order: Order, timeout: float) -> EplbStats | None:
+    """The statistics once they name the order; None if they do not in time."""
+    end = time.monotonic() + timeout
+    while True:
+        stats = _stats(path)
+        if stats.order == order.id:
+            return stats
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.1)
+
+
+def _pick(stats: EplbStats | None, fields: tuple[str, ...]) -> dict[str, object]:
+    return {name: getattr(stats, name) for name in fields} if stats is not None else {}
