@@ -149,8 +149,8 @@ class EplbConfig(BaseModel):
     )
     weighted_dispatch: bool = Field(
         default=False,
-        description="splits an expert's tokens over its replicas by planned shares instead of evenly; refused in this "
-        "version",
+        description="splits an expert's tokens over its replicas by planned shares instead of evenly; new shares need "
+        "no transfer, so they follow the load also where no expert moves",
     )
     dispatch_table_entries: int = Field(
         default=32, ge=16, le=64, description="entries per expert of the dispatch table: the resolution of the shares"
@@ -247,8 +247,6 @@ class EplbConfig(BaseModel):
                 f"--tensor-parallel-size or --data-parallel-size, or leave eplb_config out"
             )
         self._check_redundancy(num_experts, ep_size)
-        if self.weighted_dispatch:
-            raise EplbConfigError(_not_yet("weighted_dispatch", "true"))
         if self.expert_map_path is not None:
             _check_map_file(self.expert_map_path)
             raise EplbConfigError(_not_yet("expert_map_path", self.expert_map_path))

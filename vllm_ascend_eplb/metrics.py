@@ -46,6 +46,14 @@ class EplbGauges:
                 "layers",
             ),
         }
+        self._par |= {
+            "dispatch_par_before": gauge(
+                "dispatch_par_before", par + "before the dispatch shares were last changed.", "layers"
+            ),
+            "dispatch_par_after": gauge(
+                "dispatch_par_after", par + "of the same window with the new dispatch shares, nothing moved.", "layers"
+            ),
+        }
         self._cycles = gauge("cycles", "Balancing cycles so far, by result.", "result")
         self._phase = gauge("phase", "1 for the phase that the balancer is in, 0 for the others.", "phase")
         self._info = gauge("info", "Always 1; version and settings in force.", "version", "policy", "mode")
@@ -53,6 +61,7 @@ class EplbGauges:
             "step": gauge("steps", "Forward passes counted so far."),
             "experts_moved": gauge("experts_moved", "Experts moved so far."),
             "experts_moved_last": gauge("experts_moved_last_cycle", "Experts moved in the last cycle that moved any."),
+            "dispatch_updates": gauge("dispatch_updates", "How often the dispatch shares were changed."),
             "planner_seconds": gauge("planner_seconds", "Wall time of the last plan."),
             "control_wait_seconds": gauge(
                 "control_wait_seconds", "Time that steps waited for the ranks' agreement so far."
@@ -78,6 +87,8 @@ class EplbGauges:
             "par_before": stats.par_before,
             "par_predicted": stats.par_predicted,
             "par_realised": stats.par_realised,
+            "dispatch_par_before": stats.dispatch_par_before,
+            "dispatch_par_after": stats.dispatch_par_after,
             "par_window": window.par if window else None,
             "par_window_start_placement": window.par_start if window else None,
         }

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .placement import Placement
+from .placement import Placement, peak_to_average
 from .plans import Plan
 from .rounds import rounds_to_array, schedule_rounds
 from .topology import Topology
@@ -52,6 +52,7 @@ class PlanRequest:
         buffer_experts: staging places of a rank per round.
         policy: name of the policy; or "restore", which moves every expert to where ``limits["target"]`` [L, P] has it.
         limits: keyword arguments for the policy.
+        dispatch_entries: entries K of a row of the dispatch tables; 0 where tokens are split evenly.
     """
 
     number: int
@@ -63,10 +64,24 @@ class PlanRequest:
     buffer_experts: int = 1
     policy: str = "incremental"
     limits: dict[str, Any] = field(default_factory=dict)
+    dispatch_entries: int = 0
 
     @property
     def placement(self) -> Placement:
         return Placement(self.physical_to_logical, self.num_experts, len(self.node_of_rank))
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """How the slots of a placement share their experts' tokens.
+
+    Attributes:
+        counts: uint8 [L, P], entries of its expert's table row that each slot gets.
+        par: float64 [L], PAR of the planner's load with these shares.
+    """
+
+    counts: npt.NDArray[np.uint8]
+    par: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,8 @@ class PlanAnswer:
         number: of the request.
         plan: None where there is an error.
         rounds: int32 [N, 7], the plan's moves as ``rounds.rounds_to_array`` packs them.
+        dispatch_now, dispatch_after: the best shares for the placement in force, and for the one that the plan leads
+            to; None where tokens are split evenly.
         error: what went wrong, in words.
         died: whether the process went away rather than answer.
     """
@@ -84,6 +101,8 @@ class PlanAnswer:
     number: int
     plan: Plan | None = None
     rounds: npt.NDArray[np.int32] | None = None
+    dispatch_now: Dispatch | None = None
+    dispatch_after: Dispatch | None = None
     error: str = ""
     died: bool = False
 
@@ -98,8 +117,10 @@ def serve(requests: Any, answers: Any, policy: Callable[[PlanRequest], Plan]) ->
             rounds = schedule_rounds(
                 request.placement, made.moves, Topology(request.node_of_rank), request.buffer_experts
             )
+            target = Placement(made.physical_to_logical, request.num_experts, len(request.node_of_rank))
+            now, after = best_dispatch(request, request.placement), best_dispatch(request, target)
             seconds = time.perf_counter() - began
-            answer = PlanAnswer(request.number, replace(made, seconds=seconds), rounds_to_array(rounds))
+            answer = PlanAnswer(request.number, replace(made, seconds=seconds), rounds_to_array(rounds), now, after)
         except Exception as error:
             answer = PlanAnswer(request.number, error=f"{type(error).__name__}: {error}")
         answers.put(answer)
@@ -122,6 +143,19 @@ def plan_request(request: PlanRequest) -> Plan:
         policy=request.policy,
         **request.limits,
     )
+
+
+def best_dispatch(request: PlanRequest, placement: Placement) -> Dispatch | None:
+    """The shares that leave the busiest rank of ``placement`` least to do, as entries of the request's tables."""
+    if not request.dispatch_entries:
+        return None
+    from .policy.dispatch import dispatch_shares, entry_counts, shared_rank_load
+
+    load = request.load.sum(axis=0)
+    shares = dispatch_shares(load, placement, placement.num_ranks)
+    counts = entry_counts(placement, shares, request.dispatch_entries)
+    rank_load = shared_rank_load(load, placement, counts / request.dispatch_entries, placement.num_ranks)
+    return Dispatch(counts.astype(np.uint8), peak_to_average(rank_load))
 
 
 def _child(requests: Any, answers: Any, policy: Callable[[PlanRequest], Plan], parent: int) -> None:

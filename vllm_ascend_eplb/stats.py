@@ -135,6 +135,8 @@ class EplbStats(_Frozen):
         experts_moved: experts moved so far; ``experts_moved_last``: in the last cycle that was done.
         par_before, par_predicted, par_realised: of the last cycle that was done; realised is measured in the window
             after it and None until that is over.
+        dispatch_updates: how often the dispatch shares were changed; ``dispatch_par_before``, ``dispatch_par_after``:
+            PAR of the last window for which they were, with the old shares and with the new ones, nothing moved.
         planner_seconds: of the last plan.
         control_wait_*: waiting for the ranks' agreement: total, in the last cycle, longest in one step.
         transfer_wait_seconds: waiting for transfers, total.
@@ -163,6 +165,9 @@ class EplbStats(_Frozen):
     par_before: Par | None = None
     par_predicted: Par | None = None
     par_realised: Par | None = None
+    dispatch_updates: Count = 0
+    dispatch_par_before: Par | None = None
+    dispatch_par_after: Par | None = None
     planner_seconds: Seconds = 0.0
     control_wait_seconds: Seconds = 0.0
     control_wait_last_cycle_seconds: Seconds = 0.0
@@ -222,6 +227,9 @@ class StatsKeeper:
         self._window: Window | None = None
         self._predicted: Par | None = None
         self._planner_seconds = self._last_planner_seconds = 0.0
+        self._dispatch_updates = 0
+        self._dispatch_before: Par | None = None
+        self._dispatch_after: Par | None = None
         self._last_done: CycleRecord | None = None
         self._cycles: deque[CycleRecord] = deque(maxlen=KEPT_CYCLES)
 
@@ -264,6 +272,12 @@ class StatsKeeper:
         """A plan is there: the PAR [L] that it promises and the wall time it took."""
         self._predicted = Par.of(par_after)
         self._planner_seconds = self._last_planner_seconds = float(seconds)
+
+    def dispatch_changed(self, par_after: npt.ArrayLike) -> None:
+        """New dispatch shares are in force; ``par_after`` [L]: what they alone would have made of the last window."""
+        self._dispatch_updates += 1
+        self._dispatch_before = self._window.par if self._window else None
+        self._dispatch_after = Par.of(par_after)
 
     def cycle_ended(self, result: CycleResult, *, moved: int = 0, reason: str = "") -> None:
         window = self._window
@@ -321,6 +335,9 @@ class StatsKeeper:
             par_before=last.par if last else None,
             par_predicted=last.par_predicted if last else None,
             par_realised=last.par_realised if last else None,
+            dispatch_updates=self._dispatch_updates,
+            dispatch_par_before=self._dispatch_before,
+            dispatch_par_after=self._dispatch_after,
             planner_seconds=self._last_planner_seconds,
             control_wait_seconds=self._control,
             control_wait_last_cycle_seconds=self._control_last_cycle,

@@ -16,19 +16,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from .placement import EMPTY, FloatArray, Placement
+from .policy.dispatch import ShareError, entry_counts
 
 ENTRIES = range(16, 65)
 """Allowed widths K of a table."""
 
 
-class TableError(ValueError):
-    """Shares or a width that no table can be made of."""
+class TableError(ShareError):
+    """A width that no table has."""
 
 
 def even_shares(placement: Placement) -> FloatArray:
@@ -40,44 +42,25 @@ def even_shares(placement: Placement) -> FloatArray:
 
 
 def table_rows(placement: Placement, shares: npt.ArrayLike, entries: int) -> npt.NDArray[np.int64]:
-    """Rows that realise shares to within one entry (largest remainder; ties go to the lower slot).
+    """Rows that realise shares to within one entry.
 
     Args:
         placement: [L, P] as seen by the layers asked for.
-        shares: float [L, P], not negative; per layer and expert they sum to more than 0.
+        shares: float [L, P] as :func:`~vllm_ascend_eplb.policy.dispatch.entry_counts` takes them, or its result.
         entries: K.
 
     Returns:
         int64 [L, E, K], equal entries side by side.
 
     Raises:
-        TableError: shapes differ, or shares are negative, not finite, or 0 for all replicas of an expert.
+        ShareError: no table can be made of the shares.
     """
-    slots, experts = placement.physical_to_logical, placement.num_experts
-    given = np.asarray(shares, dtype=np.float64)
-    if given.shape != slots.shape:
-        raise TableError(f"shares have shape {given.shape}, the placement {slots.shape}")
-    if not np.isfinite(given).all() or (given < 0).any():
-        raise TableError("shares must be finite and not negative")
-    layers, places = np.nonzero(slots != EMPTY)
-    row = layers * experts + slots[layers, places]
-    order = np.lexsort((places, row))
-    row, places, wanted = row[order], places[order], given[layers, places][order]
-    totals = np.bincount(row, wanted, minlength=len(slots) * experts)
-    if (totals <= 0).any():
-        layer, expert = divmod(int(np.argmax(totals <= 0)), experts)
-        raise TableError(
-            f"layer {layer}: the shares of expert {expert} are all 0; one of its replicas must take tokens"
-        )
-    exact = wanted / totals[row] * entries
-    counts = np.floor(exact).astype(np.int64)
-    missing = entries - np.bincount(row, counts, minlength=len(totals)).astype(np.int64)
-    by_remainder = np.lexsort((places, counts - exact, row))  # within a row: largest remainder first
-    starts = np.searchsorted(row, np.arange(len(totals)))
-    rank_in_row = np.arange(len(row)) - starts[row]
-    counts[by_remainder] += rank_in_row < missing[row]
-    rows: npt.NDArray[np.int64] = np.repeat(places, counts).astype(np.int64)
-    return rows.reshape(len(slots), experts, entries)
+    counts = entry_counts(placement, shares, entries)
+    slots = placement.physical_to_logical
+    layers, places = np.nonzero(counts)
+    order = np.lexsort((places, slots[layers, places], layers))
+    rows: npt.NDArray[np.int64] = np.repeat(places[order], counts[layers, places][order]).astype(np.int64)
+    return rows.reshape(len(slots), placement.num_experts, entries)
 
 
 class DispatchTables:
@@ -93,6 +76,7 @@ class DispatchTables:
     Attributes:
         table: int64 [L, E, K], slots.
         count: int64 [L, E], valid entries of each row; always K.
+        shares: float64 [L, P] on the host: what is in force, or will be once the copies that are under way are done.
 
     Raises:
         TableError: ``entries`` is out of range.
@@ -111,10 +95,11 @@ class DispatchTables:
             raise TableError(f"a table of {entries} entries per expert; allowed are {ENTRIES[0]}..{ENTRIES[-1]}")
         self.entries, self.device = entries, torch.device(device)
         self._turn = rank * entries // num_ranks
-        self.table = torch.from_numpy(self._rows(placement, even_shares(placement))).to(device)
+        self.shares = even_shares(placement)
+        self.table = torch.from_numpy(self._rows(placement, self.shares)).to(device)
         shape = (placement.num_layers, placement.num_experts)
         self.count = torch.full(shape, entries, dtype=torch.int64, device=device)
-        self._prepared: deque[tuple[Sequence[int], torch.Tensor]] = deque()
+        self._prepared: deque[TableRows] = deque()
         self._in_use: deque[tuple[torch.Tensor, torch.Event | None]] = deque()
 
     def _rows(self, placement: Placement, shares: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -129,17 +114,38 @@ class DispatchTables:
             shares: float [len(layers), P] for these layers; None splits evenly (the layer's experts have just moved).
 
         Raises:
-            TableError: the shares are none.
+            ShareError: the shares are none.
         """
-        part = Placement(placement.physical_to_logical[list(layers)], placement.num_experts, placement.num_ranks)
-        rows = torch.from_numpy(self._rows(part, even_shares(part) if shares is None else shares))
-        self._prepared.append((layers, rows.pin_memory() if self.device.type != "cpu" else rows))
+        self._prepared.append(self._make(placement, list(layers), shares))
+
+    def rows_of(self, placement: Placement, shares: npt.ArrayLike) -> TableRows:
+        """The rows of all layers, for :meth:`put`; from any thread.
+
+        Args:
+            placement: in force when they are put.
+            shares: float [L, P], or the counts of :func:`~vllm_ascend_eplb.policy.dispatch.entry_counts`.
+
+        Raises:
+            ShareError: the shares are none.
+        """
+        return self._make(placement, list(range(placement.num_layers)), shares)
+
+    def _make(self, placement: Placement, layers: list[int], shares: npt.ArrayLike | None) -> TableRows:
+        part = Placement(placement.physical_to_logical[layers], placement.num_experts, placement.num_ranks)
+        given = even_shares(part) if shares is None else shares
+        rows = torch.from_numpy(self._rows(part, given))
+        realised = entry_counts(part, given, self.entries) / self.entries
+        return TableRows(layers, rows.pin_memory() if self.device.type != "cpu" else rows, realised)
 
     def commit(self) -> None:
         """Puts the oldest prepared rows in force; only enqueues copies on the current stream."""
-        layers, rows = self._prepared.popleft()
-        for i, layer in enumerate(layers):
-            self.table[layer].copy_(rows[i], non_blocking=True)
+        self.put(self._prepared.popleft())
+
+    def put(self, prepared: TableRows) -> None:
+        """Puts rows in force; only enqueues copies on the current stream."""
+        for i, layer in enumerate(prepared.layers):
+            self.table[layer].copy_(prepared.rows[i], non_blocking=True)
+        self.shares[prepared.layers] = prepared.shares
         # the host may be a step or two ahead of the device: pinned rows stay until their copies are done
         while self._in_use and (self._in_use[0][1] is None or self._in_use[0][1].query()):
             self._in_use.popleft()
@@ -147,8 +153,17 @@ class DispatchTables:
         if self.device.type != "cpu":
             event = torch.get_device_module(self.device).Event()
             event.record()
-        self._in_use.append((rows, event))
+        self._in_use.append((prepared.rows, event))
 
     def forget_prepared(self) -> None:
         """Drops what was prepared and not committed."""
         self._prepared.clear()
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """New rows: the layers they are for, int64 [len(layers), E, K], and the shares they realise [len(layers), P]."""
+
+    layers: list[int]
+    rows: torch.Tensor
+    shares: FloatArray

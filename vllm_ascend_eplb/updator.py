@@ -26,11 +26,12 @@ from .config import EplbConfig
 from .control import Bulk, ControlChannel, ControlError, Facts, FlightRecorder, require_equal
 from .cycle import Action, AgreementError, Command, CycleSettings, CycleState, Do, Failure, Phase, advance
 from .orders import NumberedOrder, OrderBox, orders_path
-from .placement import Placement
-from .plans import Plan
-from .process import EplbProcess, PlanAnswer, PlanRequest
+from .placement import FloatArray, Placement, peak_to_average
+from .policy.dispatch import shared_rank_load
+from .process import Dispatch, EplbProcess, PlanAnswer, PlanRequest
 from .rounds import LAYER, Round, check_rounds, rounds_from_array
 from .stats import StatsFile, StatsKeeper, stats_path
+from .tables import TableRows
 from .transfer import D2DExpertWeightLoader, default_buffer_experts
 
 logger = logging.getLogger("vllm.eplb")  # only loggers below "vllm" are seen in a server's log
@@ -45,6 +46,9 @@ PAYS_FROM = 0.25
 
 LISTEN_STEPS = 64
 """Steps between two times at which all ranks learn of orders. Each costs lag + 1 posts of facts."""
+
+DISPATCH_GAIN = 0.002
+"""Least gain of new dispatch shares, as a fraction of PAR. They cost one small broadcast."""
 
 PUBLISH_STEPS = 64
 """How often the statistics are published, besides at every change of phase."""
@@ -61,10 +65,16 @@ class _Cycle:
     answer: PlanAnswer | None = None
     message: bytes = b""
     broadcast: Bulk[bytes] | None = None
-    unpacking: Future[tuple[list[Round], list[Placement]]] | None = None
+    unpacking: Future[tuple[list[Round], list[Placement], TableRows | None]] | None = None
     rounds: list[Round] = field(default_factory=list)
     placements: list[Placement] = field(default_factory=list)
+    tables: TableRows | None = None
+    """Put in force, on all ranks at one step, when the cycle is complete."""
     preparing: list[Future[None]] = field(default_factory=list)
+    window_par: float = 0.0
+    """Mean PAR of the window, as the tokens fell."""
+    new_shares: Dispatch | None = None
+    """Dispatch shares that the cycle brings, with or without moves; on EP rank 0."""
     result: Literal["done", "skipped"] = "done"
     reason: str = ""
     note: str = ""
@@ -270,7 +280,7 @@ class EplbUpdator:
                 message = cycle.broadcast.result()
                 cycle.unpacking = self._background.submit(self._unpack, message, self._placement)
             if cycle.unpacking is not None and cycle.unpacking.done():
-                cycle.rounds, cycle.placements = cycle.unpacking.result()
+                cycle.rounds, cycle.placements, cycle.tables = cycle.unpacking.result()
                 return True
         return False
 
@@ -336,7 +346,7 @@ class EplbUpdator:
         if self._planner is None or load is None:
             return
         self._window_ended(load.sum(axis=0))
-        config = self._config
+        config, tables = self._config, self._adaptor.dispatch
         self._planner.submit(
             PlanRequest(
                 number=self._state.cycle,
@@ -348,6 +358,7 @@ class EplbUpdator:
                 buffer_experts=self._loader.buffer_experts,
                 policy="restore" if self._restoring else config.policy_name,
                 limits=_limits(config, self._state.cycle) if not self._restoring else self._way_back(),
+                dispatch_entries=tables.entries if tables is not None else 0,
             )
         )
 
@@ -360,7 +371,9 @@ class EplbUpdator:
 
     def _window_ended(self, load: npt.NDArray[np.int64]) -> None:
         """Takes stock of the window, and of what the last plan promised for it."""
-        self._stats.window_ended(self._placement.rank_load(load), self._start.rank_load(load))
+        rank_load = self._rank_load(load)
+        self._cycle.window_par = float(peak_to_average(rank_load).mean())
+        self._stats.window_ended(rank_load, self._start.rank_load(load))
         last, self._last_plan = self._last_plan, None
         if last is None:
             return
@@ -376,6 +389,13 @@ class EplbUpdator:
         if not paid:
             self._cycle.note += f", too little, so that a plan must now gain {self._threshold:.1%}"
 
+    def _rank_load(self, load: npt.NDArray[np.int64]) -> FloatArray:
+        """[L, R] tokens per rank under the placement and the dispatch shares in force."""
+        tables, placement = self._adaptor.dispatch, self._placement
+        if tables is None:
+            return placement.rank_load(load)
+        return shared_rank_load(load, placement, tables.shares, placement.num_ranks)
+
     def _look_for_answer(self) -> None:
         """On EP rank 0: takes the planner's answer, weighs it and packs it."""
         if self._planner is None or self._cycle.answer is not None:
@@ -387,24 +407,32 @@ class EplbUpdator:
             failure = Failure.PLANNER_DIED if answer.died else Failure.PLANNER_FAILED
             self._fail(failure, RuntimeError(answer.error))
             return
-        plan = answer.plan
-        self._stats.planned(plan.par_after, plan.seconds)
-        before, after = float(plan.par_before.mean()), float(plan.par_after.mean())
+        plan, now, after = answer.plan, answer.dispatch_now, answer.dispatch_after
+        par_before, par_after = plan.par_before, plan.par_after
+        if now is not None and after is not None:  # moves must gain beyond what new shares alone would
+            par_before, par_after = now.par, after.par
+        self._stats.planned(par_after, plan.seconds)
+        self._cycle.answer = answer
+        before, gained = float(par_before.mean()), float(par_after.mean())
         if self._config.mode == "observe":
-            self._skip(f"observing only: {plan.num_moves} moves would bring PAR from {before:.3f} to {after:.3f}")
-        elif not plan.num_moves:
+            self._skip(f"observing only: {plan.num_moves} moves would bring PAR from {before:.3f} to {gained:.3f}")
+            return
+        if not plan.num_moves:
             self._skip(f"nothing to move at PAR {before:.3f}")
-        elif self._restoring or self._config.policy_name == "random":
-            self._pack_plan(plan, answer.rounds)
-        elif before - after < self._threshold * before:
-            self._skip(f"PAR {before:.3f} to {after:.3f} gains less than {self._threshold:.1%}")
+        elif (
+            not self._restoring and self._config.policy_name != "random" and before - gained < self._threshold * before
+        ):
+            self._skip(f"PAR {before:.3f} to {gained:.3f} gains less than {self._threshold:.1%}")
             self._threshold = max(self._config.min_gain, 0.9 * self._threshold)  # what was too little is tried again
         else:
-            self._pack_plan(plan, answer.rounds)
-        self._cycle.answer = answer
-
-    def _pack_plan(self, plan: Plan, rounds: npt.NDArray[np.int32]) -> None:
-        self._cycle.message = _pack(self._state.cycle, plan.physical_to_logical, rounds)
+            self._cycle.new_shares = after
+            self._cycle.message = _pack(self._state.cycle, plan.physical_to_logical, answer.rounds, after)
+            return
+        if now is not None and self._cycle.window_par - before > DISPATCH_GAIN * self._cycle.window_par:
+            self._stats.planned(now.par, plan.seconds)
+            self._cycle.new_shares = now
+            nothing = answer.rounds[:0]
+            self._cycle.message = _pack(self._state.cycle, self._placement.physical_to_logical, nothing, now)
 
     def _skip(self, reason: str) -> None:
         self._cycle.result, self._cycle.reason = "skipped", reason
@@ -413,17 +441,20 @@ class EplbUpdator:
         message = self._cycle.message if self._rank == 0 else None
         self._cycle.broadcast = self._control.broadcast(message, self._state.plan_length)
 
-    def _unpack(self, message: bytes, start: Placement) -> tuple[list[Round], list[Placement]]:
-        """In the background: the rounds of the plan, checked against the placement in force, and what they lead to."""
+    def _unpack(self, message: bytes, start: Placement) -> tuple[list[Round], list[Placement], TableRows | None]:
+        """In the background: the rounds of the plan, checked against the placement in force, what they lead to, and the
+        dispatch tables for the last of it."""
         if _digest(message) != self._state.plan_digest:
             raise ValueError("the plan's hash differs from the agreed one")
-        rounds, target = _unpack(message, self._state.cycle, start)
+        rounds, target, counts = _unpack(message, self._state.cycle, start)
         check_rounds(start, rounds, self._loader.buffer_experts, target)
+        tables = self._adaptor.dispatch
+        rows = tables.rows_of(target, counts) if tables is not None and counts is not None else None
         placements = []
         for each in rounds:
             start = start.with_moves(each.moves)
             placements.append(start)
-        return rounds, placements
+        return rounds, placements, rows
 
     def _do_prepare(self, action: Action) -> None:
         cycle, number = self._cycle, action.round
@@ -454,7 +485,17 @@ class EplbUpdator:
     def _do_finish(self, _: Action) -> None:
         cycle, state = self._cycle, self._state
         moved = sum(len(each.moves) for each in cycle.rounds)
+        if self._adaptor.dispatch is not None and cycle.tables is not None:
+            self._adaptor.dispatch.put(cycle.tables)
         if self._rank == 0:
+            if cycle.new_shares is not None:
+                shares_alone = cycle.answer.dispatch_now if cycle.answer is not None else None
+                if shares_alone is not None:
+                    self._stats.dispatch_changed(shares_alone.par)
+                if not moved:
+                    cycle.note = f"; new dispatch shares instead: PAR {cycle.window_par:.3f} -> " + (
+                        f"{cycle.new_shares.par.mean():.3f}{cycle.note}"
+                    )
             self._stats.cycle_ended(cycle.result, moved=moved, reason=cycle.reason)
             plan = cycle.answer.plan if cycle.answer is not None else None
             if cycle.result == "skipped":
@@ -590,22 +631,31 @@ def _digest(message: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") >> 2 or 1
 
 
-def _pack(number: int, target: npt.NDArray[np.int32], rounds: npt.NDArray[np.int32]) -> bytes:
-    """A plan as it travels: its number, the placement it leads to (int32 [L, P]) and its rounds (int32 [N, 7])."""
-    head = np.array([number, len(rounds)], dtype="<i8").tobytes()
-    return head + target.astype("<i4").tobytes() + rounds.astype("<i4").tobytes()
+def _pack(
+    number: int, target: npt.NDArray[np.int32], rounds: npt.NDArray[np.int32], dispatch: Dispatch | None
+) -> bytes:
+    """A plan as it travels: its number, the placement it leads to (int32 [L, P]), its rounds (int32 [N, 7]) and, where
+    tokens are split by planned shares, the entries of each slot (uint8 [L, P])."""
+    counts = b"" if dispatch is None else dispatch.counts.tobytes()
+    head = np.array([number, len(rounds), len(counts)], dtype="<i8").tobytes()
+    return head + target.astype("<i4").tobytes() + rounds.astype("<i4").tobytes() + counts
 
 
-def _unpack(message: bytes, number: int, start: Placement) -> tuple[list[Round], Placement]:
-    head, target_bytes = 16, 4 * start.num_layers * start.num_slots
+def _unpack(
+    message: bytes, number: int, start: Placement
+) -> tuple[list[Round], Placement, npt.NDArray[np.uint8] | None]:
+    shape = (start.num_layers, start.num_slots)
+    head, target_bytes = 24, 4 * shape[0] * shape[1]
     if len(message) < head + target_bytes:
         raise ValueError(f"a plan of {len(message)} bytes; at least {head + target_bytes} are needed")
-    its_number, num_rows = np.frombuffer(message, dtype="<i8", count=2).tolist()
+    its_number, num_rows, num_counts = np.frombuffer(message, dtype="<i8", count=3).tolist()
     if its_number != number:
         raise ValueError(f"the plan of cycle {its_number} arrived in cycle {number}")
-    if len(message) != head + target_bytes + 28 * num_rows:
-        raise ValueError(f"a plan of {len(message)} bytes names {num_rows} moves")
+    rows_end = head + target_bytes + 28 * num_rows
+    if num_rows < 0 or num_counts not in (0, shape[0] * shape[1]) or len(message) != rows_end + num_counts:
+        raise ValueError(f"a plan of {len(message)} bytes names {num_rows} moves and the shares of {num_counts} slots")
     slots = np.frombuffer(message, dtype="<i4", count=target_bytes // 4, offset=head)
-    target = Placement(slots.reshape(start.num_layers, start.num_slots), start.num_experts, start.num_ranks)
-    rows = np.frombuffer(message, dtype="<i4", offset=head + target_bytes).reshape(num_rows, 7).astype(np.int32)
-    return rounds_from_array(rows, start.slots_per_rank), target
+    target = Placement(slots.reshape(shape), start.num_experts, start.num_ranks)
+    rows = np.frombuffer(message, dtype="<i4", count=7 * num_rows, offset=head + target_bytes).reshape(num_rows, 7)
+    counts = np.frombuffer(message, dtype=np.uint8, offset=rows_end).reshape(shape) if num_counts else None
+    return rounds_from_array(rows.astype(np.int32), start.slots_per_rank), target, counts

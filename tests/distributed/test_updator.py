@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from vllm_ascend_eplb.maps import DispatchMaps
 from vllm_ascend_eplb.placement import Placement
 from vllm_ascend_eplb.plans import Plan
 from vllm_ascend_eplb.process import EplbProcess, PlanRequest, plan_request
+from vllm_ascend_eplb.tables import DispatchTables
 from vllm_ascend_eplb.topology import Topology
 from vllm_ascend_eplb.updator import EplbUpdator
 
@@ -39,7 +41,7 @@ LAYERS, EXPERTS, REDUNDANT = 3, 12, 6
 class RoutingModel(EplbAdaptor):
     """A model of slots and routers without an engine: every rank routes the same tokens, rank 0 counts."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, weighted: bool = False) -> None:
         self.name = "routing model"
         self.rank = ranks.rank
         self.topology = Topology.even(ranks.num_ranks)
@@ -50,6 +52,7 @@ class RoutingModel(EplbAdaptor):
         self.recorder = LoadRecorder(LAYERS, EXPERTS, self.placement.num_slots, "cpu", contributes=ranks.rank == 0)
         self.slots = Slots(self.placement, ranks.rank)
         self.maps = DispatchMaps(self.placement, "cpu", width=REDUNDANT + 1)
+        self.dispatch = DispatchTables(self.placement, "cpu", 32) if weighted else None
         self.rng = np.random.default_rng(7)
         self.routed = np.zeros((LAYERS, EXPERTS), dtype=np.int64)
 
@@ -59,10 +62,11 @@ class RoutingModel(EplbAdaptor):
             share = 1.0 / (1 + (np.arange(EXPERTS) + 5 * layer) % EXPERTS)
             ids = self.rng.choice(EXPERTS, size=(64, 1), p=share / share.sum())
             np.add.at(self.routed[layer], ids.ravel(), 1)
+            tables = self.dispatch
             ops.map_and_record(
                 torch.from_numpy(ids),
-                self.maps.logical_to_physical[layer],
-                self.maps.replica_count[layer],
+                self.maps.logical_to_physical[layer] if tables is None else tables.table[layer],
+                self.maps.replica_count[layer] if tables is None else tables.count[layer],
                 self.recorder.counts[layer],
                 self.recorder.recording,
             )
@@ -72,19 +76,26 @@ class RoutingModel(EplbAdaptor):
 
     def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
         self.maps.prepare(placement, layers)
+        if self.dispatch is not None:
+            self.dispatch.prepare(placement, layers)
 
     def commit_maps(self) -> None:
         self.maps.commit()
+        if self.dispatch is not None:
+            self.dispatch.commit()
 
     def forget_prepared_maps(self) -> None:
         self.maps.forget_prepared()
+        if self.dispatch is not None:
+            self.dispatch.forget_prepared()
 
 
 @dataclass
 class Seen:
-    """What one rank saw; ``history``: digest of the placement at every step."""
+    """What one rank saw; ``history``: digest of the placement at every step, ``tables``: of the dispatch tables."""
 
     history: list[int] = field(default_factory=list)
+    tables: list[int] = field(default_factory=list)
     wrong: str = ""
     error: str = ""
     phase: str = ""
@@ -116,7 +127,7 @@ def always_fail(request: PlanRequest) -> Plan:
 
 def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str, Any]) -> Seen:
     """Steps like an engine's, one forward each, until ``steps`` or the option ``cycles`` are over."""
-    model = RoutingModel(ranks)
+    model = RoutingModel(ranks, weighted=bool(settings.get("weighted_dispatch")))
     config = EplbConfig.from_additional_config(
         {
             "eplb_config": {
@@ -151,6 +162,13 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
             updator.forward_end()
             seen.history.append(updator.placement.digest)
             seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
+            if model.dispatch is not None:
+                table = model.dispatch.table.numpy()
+                seen.tables.append(zlib.crc32(table.tobytes()))
+                held = updator.placement.physical_to_logical
+                for layer, rows in enumerate(table):
+                    if (held[layer, rows] != np.arange(EXPERTS)[:, None]).any():
+                        seen.wrong = f"step {step}: a row of layer {layer} names a slot of another expert"
             dist.barrier()  # a forward's collectives keep the ranks together
             # An engine's step takes longer; while the planner works, as long as a busy machine may need.
             time.sleep(0.05 if updator.state.phase is Phase.PLAN else 0.004)
@@ -172,6 +190,7 @@ def check_agreement(all_seen: list[Seen]) -> None:
         assert seen.wrong == ""
         assert seen.error == ""
         assert seen.history == all_seen[0].history
+        assert seen.tables == all_seen[0].tables
         assert seen.phase == all_seen[0].phase
 
 
@@ -234,6 +253,28 @@ def test_observing_moves_nothing_and_says_what_balancing_would_bring() -> None:
     assert stats.cycles_skipped >= 1
     assert "would bring PAR from" in stats.cycles[0].reason
     assert stats.cycles[0].par_predicted.mean < stats.cycles[0].par.mean
+
+
+def test_dispatch_shares_balance_without_moving_an_expert() -> None:
+    settings = {"weighted_dispatch": True, "min_gain": 1.0, "expert_heat_collection_interval": 40}
+    all_seen = run_ranks(2, serve, 800, settings, {"cycles": 6})
+    check_agreement(all_seen)
+    stats = all_seen[0].stats
+    assert stats.experts_moved == 0
+    assert stats.dispatch_updates >= 1
+    assert stats.dispatch_par_after.mean < stats.dispatch_par_before.mean
+    assert stats.window.par.mean < 1 + (stats.window.par_start.mean - 1) / 2
+    assert len(set(all_seen[0].tables)) > 1
+
+
+def test_dispatch_shares_and_moves_go_together() -> None:
+    all_seen = run_ranks(3, serve, 800, {"weighted_dispatch": True}, {"cycles": 6})
+    check_agreement(all_seen)
+    stats = all_seen[0].stats
+    assert stats.experts_moved > 0
+    assert stats.cycles_failed == 0
+    assert stats.dispatch_updates >= 1
+    assert len(set(all_seen[0].tables)) > 2
 
 
 def test_ranks_with_different_placements_stop_instead_of_answering() -> None:

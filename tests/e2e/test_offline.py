@@ -73,10 +73,12 @@ def test_every_pair_is_computed_by_exactly_one_rank_with_its_experts_weights(pro
 
 
 def test_compiled_model_gives_the_same_tokens(runs, reference):
-    run = runs("compiled", ranks=2, eplb=BUSY, compile=True, prompts=prompts(6), cycles=CYCLES, max_tokens=TOKENS)
+    weighted = {**BUSY, "weighted_dispatch": True}  # so that tables change beside placements
+    run = runs("compiled", ranks=2, eplb=weighted, compile=True, prompts=prompts(6), cycles=CYCLES, max_tokens=TOKENS)
     assert run.code == 0, run.log[-6000:]
     stats = json.loads(run.result["ranks"][0]["stats"])
     assert stats["cycles_done"] >= 10
+    assert stats["dispatch_updates"] >= 10
     assert stats["window"]["tokens"] > 0
     assert_equal_every_turn(run.result["tokens"], reference)
 

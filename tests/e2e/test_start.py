@@ -24,7 +24,6 @@ CASES = {
     "not a MoE model": ({"dynamic_eplb": True}, {"dense": True}, "without experts"),
     "map path": ({"expert_map_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
     "record path": ({"expert_map_record_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
-    "weighted dispatch": ({"dynamic_eplb": True, "weighted_dispatch": True}, {}, "not yet supported"),
     "tensor and data parallel": (
         {"dynamic_eplb": True},
         {"data_parallel_size": 2},

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_ascend_eplb import ops
 from vllm_ascend_eplb.placement import EMPTY, Placement
+from vllm_ascend_eplb.policy.dispatch import ShareError, entry_counts
 from vllm_ascend_eplb.tables import DispatchTables, TableError, even_shares, table_rows
 
 
@@ -99,6 +100,19 @@ def test_a_commit_changes_its_layers_in_place() -> None:
         tables.commit()
 
 
+def test_rows_of_all_layers_are_put_in_force_at_once() -> None:
+    placement, shares = skewed(np.random.default_rng(4), 2, 12, 4, 4)
+    tables = DispatchTables(placement, "cpu", 32)
+    even = tables.table.clone()
+    rows = tables.rows_of(placement, entry_counts(placement, shares, 32))
+    tables.prepare(placement, [0])
+    tables.commit()
+    assert torch.equal(tables.table, even)
+    tables.put(rows)
+    assert np.array_equal(tables.table.numpy(), table_rows(placement, shares, 32))
+    assert np.abs(tables.shares - shares).max() <= 1 / 32
+
+
 def test_an_empty_slot_takes_nothing() -> None:
     placement = Placement([[0, 1, EMPTY, 0]], 2, 2)
     assert even_shares(placement).tolist() == [[0.5, 1.0, 0.0, 0.5]]
@@ -116,7 +130,7 @@ def test_an_empty_slot_takes_nothing() -> None:
 )
 def test_bad_shares_are_refused(shares: list[list[float]], message: str) -> None:
     placement = Placement([[0, 1, 2, 0]], 3, 2)
-    with pytest.raises(TableError, match=message):
+    with pytest.raises(ShareError, match=message):
         table_rows(placement, shares, 16)
     with pytest.raises(TableError, match=r"16\.\.64"):
         DispatchTables(placement, "cpu", 8)

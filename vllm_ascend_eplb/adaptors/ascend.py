@@ -105,6 +105,11 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
             f"eplb_config.dynamic_eplb is true but the environment says {SWITCH}={os.environ[SWITCH]}; "
             f"unset it, or export {SWITCH}=true"
         )
+    if config.weighted_dispatch:
+        raise EplbConfigError(
+            "eplb_config.weighted_dispatch = true is not supported on Ascend in this version (allowed: false); "
+            "leave it out"
+        )
     os.environ[SWITCH] = "true"
     result["eplb_config"] = {key: getattr(config, key) for key in STOCK_KEYS}
     result[SETTINGS] = config.model_dump()

@@ -10,6 +10,7 @@ import torch
 
 from ..load import LoadRecorder
 from ..placement import Placement
+from ..tables import DispatchTables
 from ..topology import Topology
 
 
@@ -27,6 +28,9 @@ class EplbAdaptor(ABC):
             through the host; None for a single rank.
         device_group: process group with the device's backend that nothing else uses, or None.
         device: where the weights live.
+        dispatch: the tables that the routers read where tokens are split by planned shares; None where they are split
+            evenly. Between placements the updator changes them; :meth:`prepare_maps` and :meth:`commit_maps` do for
+            the layers whose experts move.
     """
 
     name: str
@@ -39,6 +43,7 @@ class EplbAdaptor(ABC):
     transfer_group: Any
     device_group: Any
     device: torch.device
+    dispatch: DispatchTables | None = None
 
     @abstractmethod
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:

@@ -23,6 +23,7 @@ from ..config import EplbConfig
 from ..load import LoadRecorder
 from ..maps import DispatchMaps
 from ..placement import Placement
+from ..tables import DispatchTables
 from ..topology import Topology, host_identity
 from ..transfer import exchange_bytes
 from ..updator import EplbUpdator, Stage, start_balancer
@@ -144,11 +145,16 @@ class VllmAdaptor(EplbAdaptor):
 
     Maps are the same on all ranks. Who counts depends on who routes what: within a tensor-parallel group all ranks
     route the same tokens (the *replicated* regime), so the first of them counts; data-parallel ranks route their own
-    (the *owned* regime), so each counts.
+    (the *owned* regime), so each counts, and dispatch tables may begin at another entry on each.
     """
 
     def __init__(self, model: Any, name: str, device: torch.device, config: EplbConfig) -> None:
-        from vllm.distributed.parallel_state import get_ep_group, get_eplb_group, get_tensor_model_parallel_rank
+        from vllm.distributed.parallel_state import (
+            get_dp_group,
+            get_ep_group,
+            get_eplb_group,
+            get_tensor_model_parallel_rank,
+        )
 
         group = get_eplb_group()
         self.name = name
@@ -178,7 +184,14 @@ class VllmAdaptor(EplbAdaptor):
             dtype=torch.int64 if device.type == "cpu" else torch.int32,  # vLLM's own kernel counts in int32
         )
         self._maps = DispatchMaps(self.placement, device, width=min(MAX_MAP_WIDTH, model.num_redundant_experts + 1))
-        model.set_eplb_state(self.recorder.counts, self._maps.logical_to_physical, self._maps.replica_count)
+        if config.weighted_dispatch:
+            own = get_dp_group().world_size > 1
+            turn = {"rank": self.rank, "num_ranks": num_ranks} if own else {}
+            self.dispatch = DispatchTables(self.placement, device, config.dispatch_table_entries, **turn)
+            maps = self.dispatch.table, self.dispatch.count
+        else:
+            maps = self._maps.logical_to_physical, self._maps.replica_count
+        model.set_eplb_state(self.recorder.counts, *maps)
         self._weights = model.expert_weights
 
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
@@ -187,12 +200,18 @@ class VllmAdaptor(EplbAdaptor):
 
     def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
         self._maps.prepare(placement, layers)
+        if self.dispatch is not None:
+            self.dispatch.prepare(placement, layers)
 
     def commit_maps(self) -> None:
         self._maps.commit()
+        if self.dispatch is not None:
+            self.dispatch.commit()
 
     def forget_prepared_maps(self) -> None:
         self._maps.forget_prepared()
+        if self.dispatch is not None:
+            self.dispatch.forget_prepared()
 
 
 def _require_routing_before_gathering(model: Any) -> None:

@@ -16,6 +16,10 @@ TOLERANCE = 1e-3
 """How far the busiest rank may be above the optimum of the linear program, relative to it."""
 
 
+class ShareError(ValueError):
+    """Shares that no table can be made of."""
+
+
 def dispatch_shares(
     load: npt.ArrayLike, physical_to_logical: npt.ArrayLike | Placement, num_ranks: int, tolerance: float = TOLERANCE
 ) -> FloatArray:
@@ -84,6 +88,49 @@ def dispatch_tables(
         num_experts,
         entries,
     )
+
+
+def entry_counts(placement: Placement, shares: npt.ArrayLike, entries: int) -> npt.NDArray[np.int64]:
+    """How many of the K entries of its expert's table row each slot gets: shares to within one entry.
+
+    Largest remainder; ties go to the lower slot.
+
+    Args:
+        placement: [L, P].
+        shares: float [L, P], finite and not negative; per layer and expert they sum to more than 0, not necessarily 1.
+        entries: K.
+
+    Returns:
+        int64 [L, P]; the counts of an expert's slots sum to K, an empty slot has 0.
+
+    Raises:
+        ShareError: shapes differ, or shares are negative, not finite, or 0 for all replicas of an expert.
+    """
+    slots, experts = placement.physical_to_logical, placement.num_experts
+    given = np.asarray(shares, dtype=np.float64)
+    if given.shape != slots.shape:
+        raise ShareError(f"shares have shape {given.shape}, the placement {slots.shape}")
+    if not np.isfinite(given).all() or (given < 0).any():
+        raise ShareError("shares must be finite and not negative")
+    layers, places = np.nonzero(slots != EMPTY)
+    row = layers * experts + slots[layers, places]
+    wanted = given[layers, places]
+    totals = np.bincount(row, wanted, minlength=len(slots) * experts)
+    if (totals <= 0).any():
+        layer, expert = divmod(int(np.argmax(totals <= 0)), experts)
+        raise ShareError(
+            f"layer {layer}: the shares of expert {expert} are all 0; one of its replicas must take tokens"
+        )
+    exact = wanted / totals[row] * entries
+    counts = np.floor(exact).astype(np.int64)
+    missing = entries - np.bincount(row, counts, minlength=len(totals)).astype(np.int64)
+    by_remainder = np.lexsort((places, counts - exact, row))  # within a row: largest remainder first
+    ordered = row[by_remainder]
+    rank_in_row = np.arange(len(row)) - np.searchsorted(ordered, ordered)
+    counts[by_remainder] += rank_in_row < missing[ordered]
+    result = np.zeros(slots.shape, dtype=np.int64)
+    result[layers, places] = counts
+    return result
 
 
 def shared_rank_load(
