@@ -130,6 +130,8 @@ class CycleSettings:
             so that one can be issued at every step at which a buffer is free, whatever the lag.
         max_resends: how often one round may be sent again after a checksum did not match.
         listen_steps: steps between two times at which all ranks learn of orders; 0 for never.
+        cut_after: steps, or one collect interval if that is longer, after which a plan that is still being carried out
+            gives way to a newer one, at a round boundary; 0 for never.
         least_plan_age: steps that a plan always has, however short the interval: over so few, load does not drift.
     """
 
@@ -140,6 +142,7 @@ class CycleSettings:
     buffers: int = 1
     max_resends: int = 2
     least_plan_age: int = 0
+    cut_after: int = 0
     listen_steps: int = 0
 
 
@@ -377,6 +380,11 @@ def _move(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[C
     if state.committed == state.rounds:
         state, done = _finish(state, settings)
         return state, actions + done
+    if _outdated(state, settings):
+        if state.in_flight:
+            return state, actions
+        state, done = _finish(state, settings)
+        return replace(state, due=state.step + 1), actions + done
     if agreed.min.rounds_ready > state.issued and state.in_flight < settings.buffers:
         actions += (Action(Do.ISSUE, state.issued),)
         state = replace(state, issued=state.issued + 1)
@@ -384,6 +392,14 @@ def _move(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[C
         actions += (Action(Do.PREPARE, state.prepared),)
         state = replace(state, prepared=state.prepared + 1)
     return state, actions
+
+
+def _outdated(state: CycleState, settings: CycleSettings) -> bool:
+    """Whether moving has taken so long that the rest of the plan gives way to one for newer load. What was committed
+    so far is worth having: moves are ordered by gain."""
+    if not settings.cut_after or state.wanted is Command.RESTORE:
+        return False
+    return state.step - state.entered >= max(settings.cut_after, state.collect_steps)
 
 
 def _send_again(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:

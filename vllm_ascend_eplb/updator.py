@@ -137,6 +137,7 @@ class EplbUpdator:
             max_failures=config.max_failures,
             buffers=self._loader.num_buffers,
             least_plan_age=LEAST_PLAN_AGE,
+            cut_after=LEAST_PLAN_AGE,
             listen_steps=LISTEN_STEPS,
         )
         self._state = CycleState.start(self._settings)
@@ -483,41 +484,46 @@ class EplbUpdator:
         self._stats.placement_digest = after.digest
 
     def _do_finish(self, _: Action) -> None:
-        cycle, state = self._cycle, self._state
-        moved = sum(len(each.moves) for each in cycle.rounds)
-        if self._adaptor.dispatch is not None and cycle.tables is not None:
-            self._adaptor.dispatch.put(cycle.tables)
+        cycle = self._cycle
+        whole = self._state.committed == len(cycle.rounds)  # or else the rest gave way to a newer plan
+        tables = self._adaptor.dispatch
+        if tables is not None and cycle.tables is not None and whole:  # they belong to the plan's last placement
+            tables.put(cycle.tables)
         if self._rank == 0:
-            if cycle.new_shares is not None:
-                shares_alone = cycle.answer.dispatch_now if cycle.answer is not None else None
-                if shares_alone is not None:
-                    self._stats.dispatch_changed(shares_alone.par)
-                if not moved:
-                    cycle.note = f"; new dispatch shares instead: PAR {cycle.window_par:.3f} -> " + (
-                        f"{cycle.new_shares.par.mean():.3f}{cycle.note}"
-                    )
-            self._stats.cycle_ended(cycle.result, moved=moved, reason=cycle.reason)
-            plan = cycle.answer.plan if cycle.answer is not None else None
-            if cycle.result == "skipped":
-                logger.info("EPLB cycle %d at step %d: %s%s", state.cycle, state.step, cycle.reason, cycle.note)
-            elif plan is not None:
-                gain = float(plan.par_before.mean() - plan.par_after.mean())
-                self._last_plan = _LastPlan(cycle.start, gain) if plan.policy != "restore" else None
-                logger.info(
-                    "EPLB cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
-                    "%d steps after its load was taken; planned in %.1f ms%s",
-                    state.cycle,
-                    plan.par_before.mean(),
-                    plan.par_after.mean(),
-                    plan.par_before.max(),
-                    plan.par_after.max(),
-                    moved,
-                    len(cycle.rounds),
-                    state.step - state.snapshot_at,
-                    1e3 * plan.seconds,
-                    cycle.note,
-                )
+            if cycle.new_shares is not None and cycle.answer is not None and cycle.answer.dispatch_now and whole:
+                self._stats.dispatch_changed(cycle.answer.dispatch_now.par)
+                if not cycle.rounds:
+                    shared = cycle.new_shares.par.mean()
+                    cycle.note = f"; new dispatch shares bring PAR {cycle.window_par:.3f} -> {shared:.3f}{cycle.note}"
+            if not whole:
+                cycle.reason = f"cut off after {self._state.committed} of {len(cycle.rounds)} rounds for a newer plan"
+            self._stats.cycle_ended(cycle.result, moved=self._moved_so_far(), reason=cycle.reason)
+            self._tell_of_cycle(whole)
         self._forget_cycle()
+
+    def _tell_of_cycle(self, whole: bool) -> None:
+        cycle, state = self._cycle, self._state
+        plan = cycle.answer.plan if cycle.answer is not None else None
+        if cycle.result == "skipped":
+            logger.info("EPLB cycle %d at step %d: %s%s", state.cycle, state.step, cycle.reason, cycle.note)
+        elif plan is not None:
+            gain = float(plan.par_before.mean() - plan.par_after.mean())
+            self._last_plan = _LastPlan(cycle.start, gain) if whole and plan.policy != "restore" else None
+            logger.info(
+                "EPLB cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
+                "%d steps after its load was taken; planned in %.1f ms%s%s",
+                state.cycle,
+                plan.par_before.mean(),
+                plan.par_after.mean(),
+                plan.par_before.max(),
+                plan.par_after.max(),
+                self._moved_so_far(),
+                state.committed,
+                state.step - state.snapshot_at,
+                1e3 * plan.seconds,
+                "" if whole else f"; {cycle.reason}",
+                cycle.note,
+            )
 
     def _do_drop(self, action: Action) -> None:
         reason = self._cycle.reason or action.failure.text

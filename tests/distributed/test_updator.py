@@ -142,6 +142,8 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
     )
     policy = getattr(sys.modules[__name__], options.get("policy", "plan_request"))
     updator = EplbUpdator(model, config, EplbProcess(policy) if ranks.rank == 0 else None)
+    if "cut_after" in options:
+        updator._settings = replace(updator._settings, cut_after=options["cut_after"])
     seen = Seen(first_par=0.0)
     if options.get("prepare_fails_on") == ranks.rank:
         prepare, left = model.maps.prepare, [1]
@@ -265,6 +267,18 @@ def test_dispatch_shares_balance_without_moving_an_expert() -> None:
     assert stats.dispatch_par_after.mean < stats.dispatch_par_before.mean
     assert stats.window.par.mean < 1 + (stats.window.par_start.mean - 1) / 2
     assert len(set(all_seen[0].tables)) > 1
+
+
+def test_a_long_plan_gives_way_to_a_newer_one() -> None:
+    settings = {"policy": "random", "transfer_buffer_experts": 1, "expert_heat_collection_interval": 4}
+    all_seen = run_ranks(2, serve, 800, settings, {"cycles": 5, "cut_after": 4})
+    check_agreement(all_seen)
+    stats = all_seen[0].stats
+    cut = [cycle for cycle in stats.cycles if cycle.reason.startswith("cut off after")]
+    assert len(cut) >= 2
+    assert stats.cycles_failed == 0
+    assert all(cycle.moved > 0 for cycle in cut)
+    assert stats.experts_moved == sum(cycle.moved for cycle in stats.cycles)
 
 
 def test_dispatch_shares_and_moves_go_together() -> None:
