@@ -5,7 +5,7 @@ PYTHON_FILES := vllm_ascend_eplb tests benchmarks examples setup.py
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 RUN := .venv/bin/python
 
-.PHONY: help setup demo test unit-test e2e-test lint format bench soak fuzz clean
+.PHONY: help setup demo test unit-test e2e-test matrix lint format bench soak fuzz clean
 
 help:  ## what there is
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -24,6 +24,9 @@ unit-test: setup  ## the quick ones
 
 e2e-test: setup  ## the ones with real vLLM engines
 	@$(RUN) -m pytest tests/e2e
+
+matrix: setup  ## the ones with an offline engine on the other vLLM versions, each in an environment of its own
+	@scripts/matrix.sh 0.30.0 0.31.0
 
 lint: setup  ## ruff, mypy (strict) and clang-format
 	@.venv/bin/ruff check $(PYTHON_FILES)

@@ -19,6 +19,8 @@ say() { printf '[matrix] %s\n' "$*"; }
 if [ -n "${PIP_FIND_LINKS:-}" ] && [ -z "${UV_FIND_LINKS:-}" ]; then export UV_FIND_LINKS="$PIP_FIND_LINKS"; fi
 if [ -n "${PIP_INDEX_URL:-}" ] && [ -z "${UV_DEFAULT_INDEX:-}" ]; then export UV_DEFAULT_INDEX="$PIP_INDEX_URL"; fi
 if [ -n "${PIP_CERT:-}" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_FILE="$PIP_CERT"; fi
+# Compiled once, here: where PYTHONDONTWRITEBYTECODE is set each of the many processes would do it anew.
+export UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 
 install() { # VERSION FOLDER
     .venv/bin/python -m venv "$2"

@@ -594,6 +594,9 @@ def start_balancer(adaptor: EplbAdaptor, config: EplbConfig) -> EplbUpdator:
     )
     first = adaptor.rank == 0
     path = stats_path() if first else None
+    if first:
+        topology = adaptor.topology
+        logger.info("EPLB: %d ranks on %d nodes share the experts", topology.num_ranks, topology.num_nodes)
     return EplbUpdator(
         adaptor,
         config,

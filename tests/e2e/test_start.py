@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -121,14 +122,39 @@ for allow in (False, True):
     config = EngineArgs(model=sys.argv[1], tensor_parallel_size=2, enable_expert_parallel=True,
                         additional_config={"eplb_config": settings}).create_engine_config()
     print("ENABLED", config.parallel_config.enable_eplb)
+
+# On a GPU vLLM's own checks of its switch apply, so they must see it; on an unchecked version nobody sees it.
+from vllm.config.parallel import EPLBConfig
+from vllm_ascend_eplb.adaptors import vllm_config
+type(vllm.platforms.current_platform).is_cpu = lambda self: False
+
+class Arguments:
+    def __init__(self, **settings):
+        self.additional_config = {"eplb_config": {"dynamic_eplb": True, **settings}}
+        self.enable_eplb, self.eplb_config, self.enable_expert_parallel = False, EPLBConfig(), True
+    def create_engine_config(self):
+        seen = [self.enable_eplb, self.eplb_config.num_redundant_experts, self.eplb_config.use_async]
+        print("CHECKS SEE", seen if self.enable_eplb else [False, self.eplb_config is not given.eplb_config])
+        raise SystemError
+
+vllm_config.hook(Arguments)
+for allow in (False, True):
+    given = Arguments(num_redundant_experts=4, allow_unchecked_vllm=allow)
+    try:
+        given.create_engine_config()
+    except SystemError:
+        print("GIVEN", given.enable_eplb, given.eplb_config.num_redundant_experts)
 """
 
 
-def test_an_unchecked_vllm_is_left_alone_with_one_warning():
+def test_an_unchecked_vllm_is_left_alone_and_a_gpus_checks_see_the_switch():
     done = subprocess.run(
         [sys.executable, "-c", UNCHECKED, str(MODEL)], capture_output=True, text=True, env=environment(2), timeout=300
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "CHECKS SEE [False, False]" in done.stdout
+    assert "CHECKS SEE [True, 4, False]" in done.stdout
+    assert "GIVEN False 0" in done.stdout
     assert done.stdout.count("ENABLED False") == 1
     assert done.stdout.count("ENABLED True") == 1
     assert (done.stdout + done.stderr).count("EPLB stays off: it was checked against vLLM") == 1
@@ -138,12 +164,65 @@ SEAMS = """
 from vllm_ascend_eplb.adaptors import vllm_seams
 print("MISSING", vllm_seams.missing_seams("cpu"))
 import vllm.distributed.eplb.eplb_state as eplb_state
+kept = eplb_state.EplbLayerState
 del eplb_state.EplbLayerState
 print("PLANTED", vllm_seams.missing_seams("cpu"))
+eplb_state.EplbLayerState = kept
+
+# The hooks of the V2 runner around vLLM's own controller and decorator, in a runner that calls them as V2 does.
+from types import SimpleNamespace
+from vllm.v1.worker.gpu.eplb_utils import EPLBController, step_eplb_after
+from vllm_ascend_eplb.adaptors import vllm, vllm_cpu
+
+class State:
+    should_record_tensor = None
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: said.append((name, kwargs.get("serving"), kwargs.get("stage")))
+
+class Runner:
+    decode_query_len = 1
+    def __init__(self):
+        parallel = SimpleNamespace(enable_eplb=True, eplb_config=SimpleNamespace(log_balancedness=False))
+        self.eplb = EPLBController(parallel, "cpu")
+        self.eplb.state, self.eplb._has_registered_models = State(), True
+    eplb_state = property(lambda self: self.eplb.state)
+    def execute_model(self, scheduler_output, dummy_run=False, is_profile=False):
+        said.append(("data parallel", None, None))
+        if scheduler_output.num_scheduled_tokens:
+            self.eplb.prepare_forward(None, 3)
+            said.append(("model", None, None))
+    @step_eplb_after()
+    def sample_tokens(self):
+        pass
+    @step_eplb_after(is_dummy=True)
+    def _dummy_run(self, num_tokens, skip_eplb=False, is_profile=False):
+        self.execute_model(SimpleNamespace(num_scheduled_tokens={"a": num_tokens}), dummy_run=True)
+
+runner, said = Runner(), []
+vllm.hook_runner(runner)
+def show(what, call):
+    said.clear()
+    call()
+    print("V2", what, [" ".join(filter(None, (name, {True: "real", False: "dummy", None: ""}[serving], stage)))
+                       for name, serving, stage in said])
+show("prefill", lambda: runner.execute_model(SimpleNamespace(num_scheduled_tokens={"a": 5, "b": 1})))
+show("decode", lambda: (runner.execute_model(SimpleNamespace(num_scheduled_tokens={"a": 1})), runner.sample_tokens()))
+show("nothing", lambda: runner.execute_model(SimpleNamespace(num_scheduled_tokens={})))
+show("dummy", lambda: runner._dummy_run(4))
+show("profile", lambda: runner._dummy_run(4, is_profile=True))
+show("capture", lambda: runner._dummy_run(4, skip_eplb=True))
+try:
+    vllm.hook_runner(SimpleNamespace())
+except vllm.SeamError as error:
+    print("NEITHER", error)
+
+import vllm.models.deepseek_v4.nvidia.model as by_name
+vllm_cpu.replace_router_mapping()
+print("BY NAME", by_name.eplb_map_to_physical_and_record is vllm_cpu.eplb_map_to_physical_and_record)
 """
 
 
-def test_a_missing_seam_is_named():
+def test_a_missing_seam_is_named_and_both_runners_step_at_the_right_point():
     done = subprocess.run(
         [sys.executable, "-c", SEAMS], capture_output=True, text=True, env=environment(2), timeout=300
     )
@@ -151,3 +230,21 @@ def test_a_missing_seam_is_named():
     assert "MISSING []" in done.stdout
     planted = next(line for line in done.stdout.splitlines() if line.startswith("PLANTED"))
     assert "vllm.distributed.eplb.eplb_state.EplbLayerState (what a router reads)" in planted
+    v2 = dict(line.removeprefix("V2 ").split(" ", 1) for line in done.stdout.splitlines() if line.startswith("V2 "))
+    assert {what: ast.literal_eval(said) for what, said in v2.items()} == {
+        "prefill": ["data parallel", "prepare_forward", "forward_before real prefill", "model"],
+        "decode": ["data parallel", "prepare_forward", "forward_before real decode", "model", "step"],
+        "nothing": ["data parallel"],
+        "dummy": [
+            "count_nothing",
+            "data parallel",
+            "prepare_forward",
+            "forward_before dummy decode",
+            "model",
+            "step",
+        ],
+        "profile": ["count_nothing", "data parallel", "prepare_forward", "model", "step"],
+        "capture": ["count_nothing", "data parallel", "prepare_forward", "model"],
+    }
+    assert "NEITHER SimpleNamespace is neither vLLM's V1 nor its V2 runner" in done.stdout
+    assert "BY NAME True" in done.stdout

@@ -4,8 +4,8 @@
 ``VllmEplbState`` stands where vLLM's own ``EplbState`` would. The runner's calls become the two verbs of the updator::
 
     execute_model, _dummy_run ── say what kind of forward begins
-    _determine_batch_execution_and_padding returned ──> forward_before   (behind vLLM's own data-parallel collective)
-    eplb_step ──> forward_end
+    _determine_batch_execution_and_padding (V1), EPLBController.prepare_forward (V2) returned ──> forward_before
+    eplb_step (V1), EPLBController.step (V2) ──> forward_end
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def take_over() -> None:
             f"vLLM {vllm.__version__} lacks what the balancer needs; leave eplb_config out, or use a version that it "
             f"was checked against: {'; '.join(missing)}"
         )
-    importlib.import_module("vllm.v1.worker.gpu_model_runner").EplbState = VllmEplbState  # type: ignore[attr-defined]
+    for runner in ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.eplb_utils"):  # V1, V2
+        importlib.import_module(runner).EplbState = VllmEplbState  # type: ignore[attr-defined]
     if current_platform.is_cpu():
         from vllm.distributed.device_communicators import cpu_communicator
         from vllm.model_executor.layers.fused_moe.experts import cpu_moe
-        from vllm.model_executor.layers.fused_moe.router import base_router
 
         vllm_cpu.replace_experts(cpu_moe.CPUUnquantizedExperts)
-        vllm_cpu.replace_router_mapping(base_router)
+        vllm_cpu.replace_router_mapping()
         vllm_cpu.add_collectives(cpu_communicator.CpuCommunicator)
 
 
@@ -72,6 +72,8 @@ def ensure_state(runner: Any, vllm_config: Any) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
 
+    if runner.device.type == "cpu":
+        vllm_cpu.replace_router_mapping()  # the model's own modules are imported by now
     if runner.eplb_state is not None:
         return
     model = get_mixture_of_experts_model(runner.get_model())
@@ -87,51 +89,92 @@ def ensure_state(runner: Any, vllm_config: Any) -> None:
 
 
 def hook_runner(runner: Any) -> None:
-    """Calls ``forward_before`` at the one right point of real and dummy forwards of a V1 runner.
+    """Calls ``forward_before`` at the one right point of real and dummy forwards of a runner.
 
-    The point is directly behind ``_determine_batch_execution_and_padding``, which holds vLLM's data-parallel
-    collective: so the communicators are entered in the same order on ranks with and without requests.
+    The point is behind vLLM's data-parallel collective of that forward, so that the communicators are entered in the
+    same order on ranks with and without requests, and before the model runs. In V1 it is directly behind
+    ``_determine_batch_execution_and_padding``, in V2 behind ``EPLBController.prepare_forward``.
+
+    Raises:
+        SeamError: the runner is of neither kind.
     """
-    forward: list[tuple[bool, Stage]] = []  # the forward that has begun and has not reached the point yet
-    determine, execute, dummy = (
-        runner._determine_batch_execution_and_padding,
-        runner.execute_model,
-        runner._dummy_run,
-    )
+    forwards = _Forwards(runner)
+    if hasattr(runner, "_determine_batch_execution_and_padding"):
+        runner._determine_batch_execution_and_padding = forwards.step_after(
+            runner._determine_batch_execution_and_padding
+        )
+    elif hasattr(getattr(runner, "eplb", None), "prepare_forward"):
+        runner.eplb.prepare_forward = forwards.step_after(runner.eplb.prepare_forward)
+    else:
+        raise SeamError(
+            f"{type(runner).__name__} is neither vLLM's V1 nor its V2 runner; balancing others is not supported: leave "
+            "eplb_config out"
+        )
+    runner.execute_model = forwards.real(runner.execute_model)
+    runner._dummy_run = forwards.dummy(runner._dummy_run)
+
+
+class _Forwards:
+    """Knows, from the runner's two ways in, what forward has begun and has not reached the point of its step yet."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._begun: tuple[bool, Stage] | None = None
+        self._in_dummy = False
+
+    def step_after(self, original: Any) -> Any:
+        """``original``, and after it one step of the balancer if a forward has begun."""
+
+        @functools.wraps(original)
+        def then_step(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            begun, self._begun = self._begun, None
+            if begun is not None and self._runner.eplb_state is not None:
+                serving, stage = begun
+                self._runner.eplb_state.forward_before(serving=serving, stage=stage)
+            return result
+
+        return then_step
+
+    def real(self, execute: Any) -> Any:
+        @functools.wraps(execute)
+        def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._in_dummy:  # V2's dummy run is an execute_model of its own
+                return execute(scheduler_output, *args, **kwargs)
+            with self._forward(True, _stage_of(scheduler_output, self._decode_tokens())):
+                return execute(scheduler_output, *args, **kwargs)
+
+        return execute_model
+
+    def dummy(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def dummy_run(*args: Any, skip_eplb: bool = False, is_profile: bool = False, **kwargs: Any) -> Any:
+            if self._runner.eplb_state is not None:
+                self._runner.eplb_state.count_nothing()
+            self._in_dummy = True
+            try:
+                if skip_eplb or is_profile:  # profiling, warm-up and capturing are no steps
+                    return original(*args, skip_eplb=skip_eplb, is_profile=is_profile, **kwargs)
+                with self._forward(False, "decode"):
+                    return original(*args, skip_eplb=skip_eplb, is_profile=is_profile, **kwargs)
+            finally:
+                self._in_dummy = False
+
+        return dummy_run
 
     @contextlib.contextmanager
-    def begun(serving: bool, stage: Stage) -> Iterator[None]:
-        forward[:] = [(serving, stage)]
+    def _forward(self, serving: bool, stage: Stage) -> Iterator[None]:
+        self._begun = (serving, stage)
         try:
             yield
         finally:
-            forward.clear()
+            self._begun = None
 
-    @functools.wraps(determine)
-    def determine_then_step(*args: Any, **kwargs: Any) -> Any:
-        result = determine(*args, **kwargs)
-        if forward and runner.eplb_state is not None:
-            serving, stage = forward.pop()
-            runner.eplb_state.forward_before(serving=serving, stage=stage)
-        return result
-
-    @functools.wraps(execute)
-    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        with begun(True, _stage_of(scheduler_output, runner.uniform_decode_query_len)):
-            return execute(scheduler_output, *args, **kwargs)
-
-    @functools.wraps(dummy)
-    def dummy_run(*args: Any, skip_eplb: bool = False, is_profile: bool = False, **kwargs: Any) -> Any:
-        if runner.eplb_state is not None:
-            runner.eplb_state.count_nothing()
-        if skip_eplb or is_profile:  # profiling, warm-up and capturing are no steps
-            return dummy(*args, skip_eplb=skip_eplb, is_profile=is_profile, **kwargs)
-        with begun(False, "decode"):
-            return dummy(*args, skip_eplb=skip_eplb, is_profile=is_profile, **kwargs)
-
-    runner._determine_batch_execution_and_padding = determine_then_step
-    runner.execute_model = execute_model
-    runner._dummy_run = dummy_run
+    def _decode_tokens(self) -> int:
+        """Tokens of a request in a decode step; V1 and V2 have different names for it."""
+        runner = self._runner
+        v1 = getattr(runner, "uniform_decode_query_len", None)
+        return int(v1 if v1 is not None else runner.decode_query_len)
 
 
 def _stage_of(scheduler_output: Any, decode_tokens: int) -> Stage:

@@ -31,7 +31,7 @@ def hook(engine_args: type) -> None:
         if self.enable_eplb:
             config.check_serving(num_experts=None, ep_size=1, expert_parallel=True, vllm_eplb=True)
         try:
-            vllm_config = original(self, *args, **kwargs)
+            vllm_config = original(_with_switch(self, config), *args, **kwargs)
         except Exception:
             _explain(self, config)
             raise
@@ -40,6 +40,30 @@ def hook(engine_args: type) -> None:
 
     create_engine_config._eplb = True  # type: ignore[attr-defined]
     engine_args.create_engine_config = create_engine_config  # type: ignore[attr-defined]
+
+
+def _with_switch(engine_args: Any, config: EplbConfig) -> Any:
+    """The arguments with vLLM's own switch for EPLB on, where vLLM's checks of it apply: not on a CPU, for which they
+    refuse it whatever else is given; there the switch is set behind them."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    unchecked = not is_checked(vllm.__version__) and not config.allow_unchecked_vllm
+    if current_platform.is_cpu() or unchecked or not engine_args.enable_expert_parallel:
+        return engine_args
+    switched = copy.copy(engine_args)
+    switched.enable_eplb = True
+    switched.eplb_config = _eplb_config(switched.eplb_config, config)
+    return switched
+
+
+def _eplb_config(given: Any, config: EplbConfig) -> Any:
+    """vLLM's settings of its own balancer, as ours needs them; a copy, because others hold the same object."""
+    made = copy.copy(given)
+    made.num_redundant_experts = config.num_redundant_experts
+    made.use_async = False
+    made.communicator = made.communicator or "torch_gloo"
+    return made
 
 
 def _explain(engine_args: Any, config: EplbConfig) -> None:
@@ -85,10 +109,7 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
         return
     # The models build redundant slots and routers with a placement only where vLLM's own switch is on. Its validation
     # has run by now, so on a CPU, where it would refuse, the switch can be set all the same.
-    parallel.eplb_config = copy.copy(parallel.eplb_config)  # EngineArgs holds the same object
-    parallel.eplb_config.num_redundant_experts = config.num_redundant_experts
-    parallel.eplb_config.use_async = False
-    parallel.eplb_config.communicator = parallel.eplb_config.communicator or "torch_gloo"
+    parallel.eplb_config = _eplb_config(parallel.eplb_config, config)
     parallel.enable_eplb = True
     parallel.worker_cls = worker_class_name(parallel.worker_cls)
     provide_stats_path()

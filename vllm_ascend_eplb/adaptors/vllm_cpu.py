@@ -12,6 +12,7 @@ for CPUs lacks the two collectives for unequal numbers of tokens. Here they are 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -142,28 +143,37 @@ def replace_experts(experts: Any) -> None:
     experts.apply = apply
 
 
-def replace_router_mapping(base_router: Any) -> None:
-    """Puts our mapping in place of vLLM's, which on a CPU maps nothing and counts nothing; idempotent."""
+def eplb_map_to_physical_and_record(
+    topk_ids: torch.Tensor,
+    expert_load_view: torch.Tensor,
+    logical_to_physical_map: torch.Tensor,
+    logical_replica_count: torch.Tensor,
+    record_enabled: torch.Tensor,
+    num_unpadded_tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Our mapping under vLLM's name and with its arguments."""
     from .. import ops
 
-    def eplb_map_to_physical_and_record(
-        topk_ids: torch.Tensor,
-        expert_load_view: torch.Tensor,
-        logical_to_physical_map: torch.Tensor,
-        logical_replica_count: torch.Tensor,
-        record_enabled: torch.Tensor,
-        num_unpadded_tokens: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return ops.map_and_record(
-            topk_ids,
-            logical_to_physical_map,
-            logical_replica_count,
-            expert_load_view,
-            record_enabled,
-            num_unpadded_tokens,
-        )
+    return ops.map_and_record(
+        topk_ids,
+        logical_to_physical_map,
+        logical_replica_count,
+        expert_load_view,
+        record_enabled,
+        num_unpadded_tokens,
+    )
 
-    base_router.eplb_map_to_physical_and_record = eplb_map_to_physical_and_record
+
+def replace_router_mapping() -> None:
+    """Puts our mapping in place of vLLM's, which on a CPU maps nothing and counts nothing; idempotent.
+
+    Some models import vLLM's by name (deepseek_v4, kimi_k3), so it is replaced wherever it is: call this again once the
+    model is loaded. What is imported later gets ours anyway.
+    """
+    name = eplb_map_to_physical_and_record.__name__
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("vllm.") and name in vars(module):
+            setattr(module, name, eplb_map_to_physical_and_record)
 
 
 def add_collectives(communicator: Any) -> None:

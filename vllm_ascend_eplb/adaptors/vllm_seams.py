@@ -15,6 +15,10 @@ CHECKED_VERSIONS = ("0.32",)
 """Releases whose sources were read and on which the end-to-end tests ran."""
 
 
+READ_VERSIONS = ("0.30", "0.31", "0.32", "0.33")
+"""Releases in whose sources every seam was looked for (tests/unit/test_seams.py)."""
+
+
 def is_checked(version: str) -> bool:
     """Whether a vLLM version is one of ``CHECKED_VERSIONS`` (any patch release, any local build of it)."""
     match = re.match(r"(\d+\.\d+)\.", version + ".")
@@ -30,12 +34,14 @@ class Seam:
         name: dotted name in it.
         use: what the adaptor does there.
         platforms: device types that need it; empty for all.
+        runner: "V1" or "V2" where only that model runner of vLLM's needs it. A CPU here runs V1; a GPU may run either.
     """
 
     module: str
     name: str
     use: str
     platforms: tuple[str, ...] = ()
+    runner: str = ""
 
     def find(self) -> Any:
         """The object there.
@@ -50,6 +56,8 @@ class Seam:
 
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
+_RUNNER_2 = "vllm.v1.worker.gpu.model_runner"
+_EPLB_2 = "vllm.v1.worker.gpu.eplb_utils"
 _ROUTER = "vllm.model_executor.layers.fused_moe.router.base_router"
 
 SEAMS = (
@@ -59,11 +67,16 @@ SEAMS = (
     Seam("vllm.v1.worker.gpu_worker", "Worker.load_model", "the weights are loaded afterwards"),
     Seam("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", "steps are counted from here on"),
     Seam("vllm.v1.worker.gpu_worker", "Worker.shutdown", "the planner ends here"),
-    Seam(_RUNNER, "EplbState", "our state takes its place"),
-    Seam(_RUNNER, "GPUModelRunner.execute_model", "a real forward begins"),
-    Seam(_RUNNER, "GPUModelRunner._dummy_run", "a dummy forward begins"),
-    Seam(_RUNNER, "GPUModelRunner._determine_batch_execution_and_padding", "the point of forward_before"),
-    Seam(_RUNNER, "GPUModelRunner.eplb_step", "the point of forward_end"),
+    Seam(_RUNNER, "EplbState", "our state takes its place", runner="V1"),
+    Seam(_RUNNER, "GPUModelRunner.execute_model", "a real forward begins", runner="V1"),
+    Seam(_RUNNER, "GPUModelRunner._dummy_run", "a dummy forward begins", runner="V1"),
+    Seam(_RUNNER, "GPUModelRunner._determine_batch_execution_and_padding", "the point of forward_before", runner="V1"),
+    Seam(_RUNNER, "GPUModelRunner.eplb_step", "the point of forward_end", runner="V1"),
+    Seam(_EPLB_2, "EplbState", "our state takes its place", runner="V2"),
+    Seam(_EPLB_2, "EPLBController.prepare_forward", "the point of forward_before", runner="V2"),
+    Seam(_EPLB_2, "EPLBController.step", "the point of forward_end", runner="V2"),
+    Seam(_RUNNER_2, "GPUModelRunner.execute_model", "a real forward begins", runner="V2"),
+    Seam(_RUNNER_2, "GPUModelRunner._dummy_run", "a dummy forward begins", runner="V2"),
     Seam("vllm.v1.worker.cpu_worker", "CPUWorker", "builds no EPLB state: ours does", ("cpu",)),
     Seam("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", "builds no EPLB state: ours does", ("cpu",)),
     Seam("vllm.distributed.eplb.eplb_state", "EplbLayerState", "what a router reads"),
@@ -99,3 +112,12 @@ def missing_seams(platform: str) -> list[str]:
         except (ImportError, AttributeError) as error:
             missing.append(f"{seam.module}.{seam.name} ({seam.use}): {error}")
     return missing
+
+
+def patch_points() -> str:
+    """All seams as a Markdown table: place, use, where it is needed."""
+    rows = ["| place in vLLM | what the balancer does there | needed on | runner |", "| --- | --- | --- | --- |"]
+    for seam in SEAMS:
+        where = ", ".join(seam.platforms) or "all"
+        rows.append(f"| `{seam.module}` `{seam.name}` | {seam.use} | {where} | {seam.runner or 'both'} |")
+    return "\n".join(rows) + "\n"
