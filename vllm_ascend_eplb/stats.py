@@ -255,7 +255,7 @@ class StatsKeeper:
         load, start = np.asarray(rank_load, dtype=np.float64), np.asarray(rank_load_start, dtype=np.float64)
         self._window = Window(
             step=self.step,
-            tokens=int(load.sum()),
+            tokens=round(float(load.sum())),
             par=Par.of(peak_to_average(load)),
             par_start=Par.of(peak_to_average(start)),
             rank_load=_relative(load),
