@@ -147,6 +147,18 @@ class EplbConfig(BaseModel):
     max_failures: int = Field(
         default=5, ge=1, le=1_000_000, description="failed cycles in a row after which balancing is switched off"
     )
+    audit_interval: int = Field(
+        default=0,
+        ge=0,
+        le=10_000_000,
+        description="steps in which the weights in all slots are summed once and compared with those at start-up, "
+        "between cycles; 0 for never",
+    )
+    audit_action: Literal["report", "repair"] = Field(
+        default="report",
+        description="what follows when an audit finds damaged slots: report (log and metrics), or repair as well, from "
+        "good copies in other slots of any rank",
+    )
     weighted_dispatch: bool = Field(
         default=False,
         description="splits an expert's tokens over its replicas by planned shares instead of evenly; new shares need "

@@ -60,6 +60,7 @@ class Facts:
         rounds_intact: rounds of it that arrived undamaged so far.
         order: number of the newest order that EP rank 0 has of an operator; 0 for none, and on all other ranks.
         order_command, order_collect_steps, order_execution_steps: what it says; 0 for nothing, and on all other ranks.
+        damaged: slots of this rank that an audit found damaged.
     """
 
     step: int = 0
@@ -79,6 +80,7 @@ class Facts:
     order_command: int = 0
     order_collect_steps: int = 0
     order_execution_steps: int = 0
+    damaged: int = 0
 
 
 FIELDS = tuple(field.name for field in fields(Facts))

@@ -9,6 +9,12 @@ A cycle runs through these phases; between cycles the balancer only collects::
                    a failure with a round in flight -> DRAIN -> COLLECT
                    too many failures in a row, or a poisoned transfer group -> OFF
 
+Where an audit of the weights is due, it comes between two cycles. If it found nothing, that is all; else a *repair*
+follows, a cycle that reduces checksums instead of load and moves experts to where the placement says they are::
+
+    COLLECT -> AUDIT -> COLLECT
+    COLLECT -> AUDIT -> REDUCE -> PLAN -> BROADCAST -> MOVE -> COLLECT
+
 Every rank holds a ``CycleState`` and calls ``advance`` once per step with the facts that all ranks have agreed on. The
 function looks at nothing else, so the states of all ranks are equal at every step. What a rank knows alone (its
 snapshot is ready, its staging is filled, its planner died) enters only through the ``Facts`` it posts.
@@ -35,6 +41,7 @@ class Phase(IntEnum):
     MOVE = 6  # rounds are prepared, sent and committed
     DRAIN = 7  # after a failure: the rounds in flight arrive, then the cycle is dropped
     LISTEN = 8  # load is being counted; all ranks learn whether an operator ordered anything
+    AUDIT = 9  # every rank finishes summing its live slots; then all know whether any is damaged
 
 
 class Failure(IntEnum):
@@ -52,11 +59,17 @@ class Failure(IntEnum):
     PREPARE = 9
     CHECKSUM = 10
     TRANSFER = 11
+    AUDIT = 12
 
     @property
     def text(self) -> str:
         """The failure in words, for the log."""
         return _FAILURE_TEXT[self]
+
+    @property
+    def kind(self) -> str:
+        """The failure as a label of the metrics."""
+        return self.name.lower()
 
 
 _FAILURE_TEXT = {
@@ -72,6 +85,7 @@ _FAILURE_TEXT = {
     Failure.PREPARE: "a rank could not prepare a round",
     Failure.CHECKSUM: "expert weights arrived damaged again and again",
     Failure.TRANSFER: "a transfer failed or did not end",
+    Failure.AUDIT: "the weights in the slots could not be summed",
 }
 
 
@@ -101,6 +115,9 @@ class Do(IntEnum):
     SWITCH_OFF = 10  # for good
     OBEY = 11  # an order took effect: note it
     NEW_WINDOW = 12  # forget the load counted so far
+    REDUCE_SUMS = 13  # post the sums of all slots, one of which is damaged
+    PLAN_REPAIR = 14  # EP rank 0 finds the damaged slots, and good copies of what belongs there
+    END_AUDIT = 15  # nothing is damaged; the next pass over the slots begins
 
 
 @dataclass(frozen=True)
@@ -133,6 +150,7 @@ class CycleSettings:
         cut_after: steps, or one collect interval if that is longer, after which a plan that is still being carried out
             gives way to a newer one, at a round boundary; 0 for never.
         least_plan_age: steps that a plan always has, however short the interval: over so few, load does not drift.
+        audit_steps: steps from one audit of the weights to the next; 0 for none.
     """
 
     collect_steps: int
@@ -144,6 +162,7 @@ class CycleSettings:
     least_plan_age: int = 0
     cut_after: int = 0
     listen_steps: int = 0
+    audit_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,6 +188,8 @@ class CycleState:
         resends: how often the oldest round in flight was sent again.
         failures: cycles dropped in a row.
         failure: why the last cycle was dropped or is being drained.
+        audit_due: step at which the next audit is to be agreed on (phase COLLECT); -1 for never.
+        repair: whether the cycle under way repairs slots that an audit found damaged.
     """
 
     phase: Phase = Phase.COLLECT
@@ -193,6 +214,8 @@ class CycleState:
     resends: int = 0
     failures: int = 0
     failure: Failure = Failure.NONE
+    audit_due: int = -1
+    repair: bool = False
 
     @classmethod
     def start(cls, settings: CycleSettings) -> CycleState:
@@ -201,6 +224,7 @@ class CycleState:
             collect_steps=settings.collect_steps,
             execution_steps=settings.execution_steps,
             listen_at=settings.listen_steps,
+            audit_due=settings.audit_steps or -1,
         )
 
     @property
@@ -267,9 +291,11 @@ def _enter(state: CycleState, phase: Phase) -> CycleState:
 def _collect(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actions]:
     if settings.listen_steps and state.step >= state.listen_at:
         return _enter(state, Phase.LISTEN), ()
-    if state.step >= state.due and (state.wanted or not state.paused):
-        return _begin(state)
-    return state, ()
+    cycle = state.step >= state.due and (state.wanted is not Command.NONE or not state.paused)
+    audit = 0 <= state.audit_due <= state.step
+    if cycle and not (audit and state.audit_due < state.due):  # what was due first, so that neither starves
+        return _begin(state, Phase.SNAPSHOT), (Action(Do.SNAPSHOT),)
+    return (_enter(state, Phase.AUDIT), ()) if audit else (state, ())
 
 
 def _listen(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
@@ -303,9 +329,9 @@ def _obey(state: CycleState, order: Facts) -> tuple[CycleState, Actions]:
     return changed, (Action(Do.NEW_WINDOW), *noted)
 
 
-def _begin(state: CycleState) -> tuple[CycleState, Actions]:
-    fresh = replace(
-        _enter(state, Phase.SNAPSHOT),
+def _begin(state: CycleState, phase: Phase, repair: bool = False) -> CycleState:
+    return replace(
+        _enter(state, phase),
         cycle=state.cycle + 1,
         snapshot_at=state.step,
         plan_length=0,
@@ -316,8 +342,17 @@ def _begin(state: CycleState) -> tuple[CycleState, Actions]:
         committed=0,
         resends=0,
         failure=Failure.NONE,
+        repair=repair,
     )
-    return fresh, (Action(Do.SNAPSHOT),)
+
+
+def _audit(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
+    if not agreed.min.ready:
+        return state, ()
+    state = replace(state, audit_due=state.step + settings.audit_steps)
+    if not agreed.max.damaged:
+        return _enter(state, Phase.COLLECT), (Action(Do.END_AUDIT),)
+    return _begin(state, Phase.REDUCE, repair=True), (Action(Do.REDUCE_SUMS),)
 
 
 def _waiting(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actions]:
@@ -345,7 +380,7 @@ def _snapshot(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tup
 def _reduce(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
     if not agreed.min.ready:
         return _waiting(state, settings)
-    return _enter(state, Phase.PLAN), (Action(Do.REQUEST_PLAN),)
+    return _enter(state, Phase.PLAN), (Action(Do.PLAN_REPAIR if state.repair else Do.REQUEST_PLAN),)
 
 
 def _plan(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
@@ -353,7 +388,7 @@ def _plan(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[C
         return _waiting(state, settings)
     if agreed.max.plan_length == 0:
         return _finish(state, settings)  # nothing worth moving
-    if state.step - state.snapshot_at < state.execution_steps:
+    if state.step - state.snapshot_at < state.execution_steps and not state.repair:
         return state, ()
     known = replace(state, plan_length=agreed.max.plan_length, plan_digest=agreed.max.plan_digest)
     return _enter(known, Phase.BROADCAST), (Action(Do.BROADCAST),)
@@ -397,7 +432,7 @@ def _move(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[C
 def _outdated(state: CycleState, settings: CycleSettings) -> bool:
     """Whether moving has taken so long that the rest of the plan gives way to one for newer load. What was committed
     so far is worth having: moves are ordered by gain."""
-    if not settings.cut_after or state.wanted is Command.RESTORE:
+    if not settings.cut_after or state.wanted is Command.RESTORE or state.repair:
         return False
     return state.step - state.entered >= max(settings.cut_after, state.collect_steps)
 
@@ -407,7 +442,7 @@ def _send_again(state: CycleState, agreed: Agreed, settings: CycleSettings) -> t
     if agreed.min.rounds_done < state.issued:
         return state, ()  # a later round is still in flight; staging must not be reused before it arrived
     if state.resends >= settings.max_resends:
-        return _switch_off(state, Failure.CHECKSUM)
+        return _drop(replace(state, failure=Failure.CHECKSUM), settings)
     oldest = state.committed
     again = replace(_enter(state, Phase.MOVE), issued=oldest, prepared=oldest + 1, resends=state.resends + 1)
     return again, (Action(Do.PREPARE, oldest),)
@@ -431,13 +466,20 @@ def _drop(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actio
     state = replace(state, failures=failures)
     if failures >= settings.max_failures:
         return _switch_off(state, state.failure)
-    due = state.step + state.collect_steps * min(2**failures, 16)
-    return replace(_enter(state, Phase.COLLECT), due=due), (Action(Do.DROP, failure=state.failure),)
+    pause = state.collect_steps * min(2**failures, 16)
+    audit_due = state.audit_due
+    if state.repair or state.phase is Phase.AUDIT:
+        audit_due = state.step + max(pause, settings.audit_steps)
+    elif settings.audit_steps and state.failure is Failure.CHECKSUM:
+        audit_due = state.step  # the slot that it was sent from may be damaged
+    dropped = replace(_enter(state, Phase.COLLECT), due=state.step + pause, audit_due=audit_due, repair=False)
+    return dropped, (Action(Do.DROP, failure=state.failure),)
 
 
 def _finish(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actions]:
-    due = state.step + state.collect_steps
-    done = replace(_enter(state, Phase.COLLECT), due=due, failures=0, wanted=Command.NONE)
+    done = replace(_enter(state, Phase.COLLECT), repair=False)
+    if not state.repair:  # a repair leaves the window of load, orders and the count of failures as they are
+        done = replace(done, due=state.step + state.collect_steps, failures=0, wanted=Command.NONE)
     return done, (Action(Do.FINISH),)
 
 
@@ -453,4 +495,5 @@ _ON_FACTS = {
     Phase.BROADCAST: _broadcast,
     Phase.MOVE: _move,
     Phase.DRAIN: _drain,
+    Phase.AUDIT: _audit,
 }

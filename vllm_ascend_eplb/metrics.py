@@ -55,6 +55,7 @@ class EplbGauges:
             ),
         }
         self._cycles = gauge("cycles", "Balancing cycles so far, by result.", "result")
+        self._failures = gauge("failures", "Cycles that failed so far, by kind.", "kind")
         self._phase = gauge("phase", "1 for the phase that the balancer is in, 0 for the others.", "phase")
         self._info = gauge("info", "Always 1; version and settings in force.", "version", "policy", "mode")
         self._numbers = {
@@ -62,6 +63,7 @@ class EplbGauges:
             "experts_moved": gauge("experts_moved", "Experts moved so far."),
             "experts_moved_last": gauge("experts_moved_last_cycle", "Experts moved in the last cycle that moved any."),
             "dispatch_updates": gauge("dispatch_updates", "How often the dispatch shares were changed."),
+            "planner_starts": gauge("planner_starts", "Times that the planner's process was started so far."),
             "planner_seconds": gauge("planner_seconds", "Wall time of the last plan."),
             "control_wait_seconds": gauge(
                 "control_wait_seconds", "Time that steps waited for the ranks' agreement so far."
@@ -77,6 +79,9 @@ class EplbGauges:
             "commit_longest_seconds": gauge("commit_longest_seconds", "Longest commit in one step."),
             "longest_step_seconds": gauge("longest_step_seconds", "Longest time that balancing added to one step."),
             "paused": gauge("paused", "1 while cycles begin only when an operator orders one."),
+            "audits": gauge("audits", "Audits of the weights in all slots so far."),
+            "audit_damaged": gauge("audit_damaged_slots", "Slots that the last audit found damaged."),
+            "audit_mended": gauge("audit_mended_slots", "Damaged slots that were mended so far."),
             "updated_at": gauge("updated_timestamp_seconds", "When the statistics were written, seconds since 1970."),
         }
 
@@ -98,6 +103,8 @@ class EplbGauges:
                 self._par[name].labels(layers="worst").set(par.worst)
         for result in ("done", "skipped", "failed"):
             self._cycles.labels(result=result).set(getattr(stats, f"cycles_{result}"))
+        for kind, count in stats.failures.items():
+            self._failures.labels(kind=kind).set(count)
         for phase in get_args(PhaseName):
             self._phase.labels(phase=phase).set(phase == stats.phase)
         self._info.labels(version=stats.version, policy=stats.policy, mode=stats.mode).set(1)

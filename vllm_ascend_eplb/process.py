@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
@@ -28,11 +29,16 @@ from .plans import Plan
 from .rounds import rounds_to_array, schedule_rounds
 from .topology import Topology
 
+logger = logging.getLogger("vllm.eplb")  # only loggers under vllm have handlers in a server
+
 POLL_SECONDS = 0.05
 """How often the parent's thread looks for a new request, a dead child or an answer."""
 
 ORPHAN_SECONDS = 3.0
 """How long the child outlives a parent that ended without ending it."""
+
+KEPT_ANSWERS = 4
+"""Answers of one child that are kept until somebody asks for them; one is enough for a child that behaves."""
 
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
 """Pauses before the child is started for the first, second, ... time in vain; the last one stays."""
@@ -216,7 +222,7 @@ class _Child:
 
     def __init__(self, policy: Callable[[PlanRequest], Plan], on_answer: Callable[[], None]) -> None:
         context = multiprocessing.get_context("spawn")
-        self.answers: list[PlanAnswer] = []
+        self.answers: tuple[PlanAnswer, ...] = ()
         self.gone = False
         self._on_answer = on_answer
         self._requests = context.Queue()
@@ -245,8 +251,8 @@ class _Child:
             except Exception:  # bytes that are no message: what follows them cannot be read either
                 self._process.kill()
                 break
-            if isinstance(answer, PlanAnswer):
-                self.answers.append(answer)
+            if isinstance(answer, PlanAnswer) and type(getattr(answer, "number", None)) is int:
+                self.answers = (*self.answers, answer)[-KEPT_ANSWERS:]
             self._on_answer()
         self.gone = True  # known before the exit code is
         self._on_answer()
@@ -318,20 +324,29 @@ class EplbProcess:
             with self._lock:
                 request, self._request = self._request, None
             if request is not None and not self._stopping:
-                answer = self._ask(request)
+                try:
+                    answer = self._ask(request)
+                except Exception as error:  # whatever it is, this thread must be there for the next request
+                    self._end_child()
+                    answer = PlanAnswer(request.number, error=f"{type(error).__name__}: {error}", died=True)
                 with self._lock:
                     if self._request is None:  # a newer request makes this answer worthless
                         self._answer = answer
             elif self._child is not None and self._child.gone:
-                self._end_child()
+                self._bury_child()
             if self._child is None:
                 self._start_child()
         self._end_child()
 
     def _ask(self, request: PlanRequest) -> PlanAnswer | None:
-        """Has the child answer; replaces it when it died, hangs, or is busy with what nobody waits for any more."""
+        """Has the child answer; replaces it when it died, hangs, or is busy with what nobody waits for any more.
+
+        The death of a child that was there before the request may have nothing to do with it: a new one is asked. A
+        new one that dies has died of the request.
+        """
         if self._child is not None and self._child.gone:
-            self._end_child()
+            self._bury_child()
+        is_new = self._child is None
         if self._child is None:
             self._start_child()
         child = self._child
@@ -345,7 +360,7 @@ class EplbProcess:
             died = child.gone  # looked at before the answers: the last one may be there
             for answer in child.answers:
                 if answer.number == request.number:
-                    child.answers.clear()
+                    child.answers = ()
                     self._starts_in_vain = 0
                     return answer
             with self._lock:
@@ -355,12 +370,22 @@ class EplbProcess:
                 self._end_child()
                 return None
             if died:
-                code = self._end_child()
+                code = self._bury_child()
+                if not is_new and not self._stopping:
+                    return self._ask(request)
                 return PlanAnswer(request.number, error=f"the planner process died (exit code {code})", died=True)
             if time.monotonic() > deadline:
                 self._end_child()
+                logger.warning("EPLB: the planner process did not answer within %g s; it is replaced", self._timeout)
                 return PlanAnswer(request.number, error=f"the planner did not answer within {self._timeout:g} s")
         return None
+
+    def _bury_child(self) -> int | None:
+        """Ends a child that went away by itself, and says so."""
+        code = self._end_child()
+        if not self._stopping:
+            logger.warning("EPLB: the planner process ended (exit code %s); it is started again", code)
+        return code
 
     def _end_child(self) -> int | None:
         child, self._child = self._child, None
@@ -375,5 +400,5 @@ class EplbProcess:
             return
         self.starts += 1
         self._starts_in_vain += 1
-        with contextlib.suppress(OSError):  # no memory or processes left; tried again with the next request
+        with contextlib.suppress(Exception):  # no memory, threads or processes left; tried again with the next request
             self._child = _Child(self._policy, self._wake.set)

@@ -42,8 +42,9 @@ Count: TypeAlias = Annotated[int, Field(ge=0, le=2**62)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.0, le=1e12)]
 Ratio: TypeAlias = Annotated[float, Field(ge=0.0, le=1e6)]
 Text: TypeAlias = Annotated[str, Field(max_length=300)]
+Kind: TypeAlias = Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")]
 LoadTable: TypeAlias = Annotated[tuple[tuple[Ratio, ...], ...], Field(max_length=MAX_TABLE_ENTRIES)]
-PhaseName = Literal["off", "collect", "snapshot", "reduce", "plan", "broadcast", "move", "drain"]
+PhaseName = Literal["off", "collect", "snapshot", "reduce", "plan", "broadcast", "move", "drain", "audit"]
 CycleResult = Literal["done", "skipped", "failed"]
 
 
@@ -132,6 +133,8 @@ class EplbStats(_Frozen):
         phase: phase of the cycle; ``off`` with an ``off_reason`` is for good.
         step: steps so far; a step is one forward pass that is counted.
         cycles_done, cycles_skipped, cycles_failed: cycles so far by result.
+        failures: those that failed by kind, as in ``cycle.Failure``.
+        planner_starts: times that the planner's process was started; 1 if it never had to be replaced.
         experts_moved: experts moved so far; ``experts_moved_last``: in the last cycle that was done.
         par_before, par_predicted, par_realised: of the last cycle that was done; realised is measured in the window
             after it and None until that is over.
@@ -146,6 +149,8 @@ class EplbStats(_Frozen):
         order, order_step: id of the last order that took effect (orders.py), and the step at which it did.
         paused: whether cycles begin only when ordered.
         collect_steps, execution_steps: the intervals in force, in steps.
+        audits: passes over the weights of all slots so far.
+        audit_damaged: slots that the last one found damaged; ``audit_mended``: slots mended so far.
         window: the last finished window.
         cycles: the last cycles, oldest first, at most ``KEPT_CYCLES``.
     """
@@ -160,6 +165,8 @@ class EplbStats(_Frozen):
     cycles_done: Count = 0
     cycles_skipped: Count = 0
     cycles_failed: Count = 0
+    failures: Annotated[dict[Kind, Count], Field(max_length=32)] = {}
+    planner_starts: Count = 0
     experts_moved: Count = 0
     experts_moved_last: Count = 0
     par_before: Par | None = None
@@ -182,6 +189,9 @@ class EplbStats(_Frozen):
     paused: bool = False
     collect_steps: Count = 0
     execution_steps: Count = 0
+    audits: Count = 0
+    audit_damaged: Count = 0
+    audit_mended: Count = 0
     window: Window | None = None
     cycles: Annotated[tuple[CycleRecord, ...], Field(max_length=KEPT_CYCLES)] = ()
 
@@ -217,8 +227,11 @@ class StatsKeeper:
         self.phase: PhaseName = "collect"
         self.step = 0
         self.placement_digest = 0
+        self._audits = self._audit_damaged = self._audit_mended = 0
         self._off_reason = ""
         self._results = {"done": 0, "skipped": 0, "failed": 0}
+        self._failures: dict[str, int] = {}
+        self.planner_starts = 0
         self._moved = 0
         self._control = self._control_at_cycle = self._control_longest = self._control_last_cycle = 0.0
         self._transfer = self._commit = self._commit_longest = self._longest_step = 0.0
@@ -279,7 +292,10 @@ class StatsKeeper:
         self._dispatch_before = self._window.par if self._window else None
         self._dispatch_after = Par.of(par_after)
 
-    def cycle_ended(self, result: CycleResult, *, moved: int = 0, reason: str = "") -> None:
+    def cycle_ended(self, result: CycleResult, *, moved: int = 0, reason: str = "", failure: str = "") -> None:
+        """A cycle is over: how many experts it moved, why it moved none, and the kind of its failure."""
+        if failure:
+            self._failures[failure] = self._failures.get(failure, 0) + 1
         window = self._window
         record = CycleRecord(
             cycle=sum(self._results.values()) + 1,
@@ -300,6 +316,15 @@ class StatsKeeper:
             self._last_done = record
         self._control_last_cycle = self._control - self._control_at_cycle
         self._control_at_cycle = self._control
+
+    def audited(self, damaged: int) -> None:
+        """An audit is over: it found so many damaged slots, on all ranks together."""
+        self._audits += 1
+        self._audit_damaged = damaged
+
+    def mended(self, slots: int) -> None:
+        """So many damaged slots got good weights again."""
+        self._audit_mended += slots
 
     def waited_for_control(self, seconds: float) -> None:
         """One step waited so long for the agreed status."""
@@ -330,6 +355,8 @@ class StatsKeeper:
             cycles_done=self._results["done"],
             cycles_skipped=self._results["skipped"],
             cycles_failed=self._results["failed"],
+            failures=dict(self._failures),
+            planner_starts=self.planner_starts,
             experts_moved=self._moved,
             experts_moved_last=last.moved if last else 0,
             par_before=last.par if last else None,
@@ -352,6 +379,9 @@ class StatsKeeper:
             paused=self._paused,
             collect_steps=self._collect_steps,
             execution_steps=self._execution_steps,
+            audits=self._audits,
+            audit_damaged=self._audit_damaged,
+            audit_mended=self._audit_mended,
             window=self._window,
             cycles=tuple(self._cycles),
         )

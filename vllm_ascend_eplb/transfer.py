@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .audit import SlotAudit
 from .checksum import ChecksumTable, Summer, Sums
 from .placement import Int32Array, Placement
 from .rounds import LAYER, SLOT, SOURCE, Round
@@ -249,6 +250,10 @@ class D2DExpertWeightLoader:
                 return chosen
         chosen.append(StagedGlooTransport(self._group, self._streams, row_bytes, self.buffer_experts))
         return chosen
+
+    def audit(self, interval: int) -> SlotAudit:
+        """An audit of this rank's live slots, one pass in ``interval`` steps."""
+        return SlotAudit(self._slots, self._streams, interval)
 
     def _exchange(self, data: bytes) -> list[bytes]:
         return exchange_bytes(self._group, self.num_ranks, data)

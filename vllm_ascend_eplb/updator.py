@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from . import __version__
 from .adaptors.base import EplbAdaptor
+from .audit import Damage, SlotAudit, find_damage, repair_rounds
 from .config import EplbConfig
 from .control import Bulk, ControlChannel, ControlError, Facts, FlightRecorder, require_equal
 from .cycle import Action, AgreementError, Command, CycleSettings, CycleState, Do, Failure, Phase, advance
@@ -29,7 +30,7 @@ from .orders import NumberedOrder, OrderBox, orders_path
 from .placement import FloatArray, Placement, peak_to_average
 from .policy.dispatch import shared_rank_load
 from .process import Dispatch, EplbProcess, PlanAnswer, PlanRequest
-from .rounds import LAYER, Round, check_rounds, rounds_from_array
+from .rounds import LAYER, SLOT, Round, check_rounds, rounds_from_array, rounds_to_array
 from .stats import StatsFile, StatsKeeper, stats_path
 from .tables import TableRows
 from .transfer import D2DExpertWeightLoader, default_buffer_experts
@@ -77,6 +78,9 @@ class _Cycle:
     """Dispatch shares that the cycle brings, with or without moves; on EP rank 0."""
     result: Literal["done", "skipped"] = "done"
     reason: str = ""
+    repair: bool = False
+    """Whether this is no cycle of load, but a repair of slots that an audit found damaged."""
+    damaged: int = 0
     note: str = ""
     """What the log says beside it: how the last plan turned out."""
 
@@ -139,7 +143,12 @@ class EplbUpdator:
             least_plan_age=LEAST_PLAN_AGE,
             cut_after=LEAST_PLAN_AGE,
             listen_steps=LISTEN_STEPS,
+            audit_steps=config.audit_interval,
         )
+        self._audit = self._loader.audit(config.audit_interval) if config.audit_interval else None
+        self._audit_error: Exception | None = None
+        self._audited_sums = self._loader.checksums
+        self._last_damage: list[Damage] = []
         self._state = CycleState.start(self._settings)
         self._start = self._placement = adaptor.placement
         self._cycle = _Cycle(self._placement)
@@ -198,6 +207,8 @@ class EplbUpdator:
             self._recorder.flush(self._placement)  # no cycle does, and what counts on the device may overflow
         for action in actions:
             self._perform(action)
+        if self._audit is not None and self._state.phase in _BETWEEN_CYCLES:
+            self._audit_step(self._audit)
         record = serving and self._state.phase is not Phase.OFF
         self._recorder.begin_step(self._placement, record=record, phase=stage)
         self._stats.step = self._state.step
@@ -263,6 +274,7 @@ class EplbUpdator:
             order_command=Command[given.order.command.upper()] if given else 0,
             order_collect_steps=(given.order.collect_steps or 0) if given else 0,
             order_execution_steps=(given.order.execution_steps or 0) if given else 0,
+            damaged=self._damaged() if ready and state.phase is Phase.AUDIT else 0,
         )
 
     def _ready(self) -> bool:
@@ -274,6 +286,10 @@ class EplbUpdator:
             return cycle.load is not None
         if phase is Phase.REDUCE:
             return cycle.reduction is not None and cycle.reduction.done()
+        if phase is Phase.AUDIT:
+            if self._audit_error is not None:
+                raise self._audit_error
+            return self._audit is not None and self._audit.complete and not self._control.bulk_busy
         if phase is Phase.PLAN:
             self._look_for_answer()
         if phase is Phase.BROADCAST:
@@ -370,6 +386,91 @@ class EplbUpdator:
     def _way_back(self) -> dict[str, object]:
         return {"target": self._start.physical_to_logical}
 
+    # --- the audit of the weights ------------------------------------------------------------------------------------
+
+    def _audit_step(self, audit: SlotAudit) -> None:
+        """Between cycles: sums a few slots. An exception is told to the others when the audit is agreed on."""
+        if self._audited_sums is not self._loader.checksums:  # the weights are others since a moment ago
+            self._audited_sums = self._loader.checksums
+            self._restart_audit()
+        if self._audit_error is None:
+            try:
+                audit.step()
+            except Exception as error:
+                self._audit_error = error
+
+    def _damaged(self) -> int:
+        """Slots of this rank that do not hold their expert."""
+        table = self._loader.checksums
+        if self._audit is None or table is None:
+            return 0
+        return self._audit.damaged(self._placement, table, self._rank)
+
+    def _do_end_audit(self, _: Action) -> None:
+        self._stats.audited(0)
+        self._restart_audit()
+
+    def _restart_audit(self) -> None:
+        self._audit_error = None
+        if self._audit is not None:
+            self._audit.restart()
+
+    def _do_reduce_sums(self, _: Action) -> None:
+        assert self._audit is not None
+        self._cycle = _Cycle(self._placement, repair=True)
+        sums = np.zeros((self._placement.num_layers, self._placement.num_slots), dtype=np.int64)
+        first = self._rank * self._placement.slots_per_rank
+        sums[:, first : first + self._placement.slots_per_rank] = self._audit.sums
+        self._cycle.reduction = self._control.reduce_load(sums)
+
+    def _do_plan_repair(self, _: Action) -> None:
+        """On EP rank 0: says which slots are damaged, and plans to send good weights into them."""
+        cycle = self._cycle
+        sums = cycle.reduction.result() if cycle.reduction is not None else None
+        table = self._loader.checksums
+        if self._planner is None or sums is None or table is None:
+            return
+        placement, size = self._placement, self._placement.slots_per_rank
+        damage = find_damage(sums, placement, table, self._adaptor.topology)
+        rounds: list[Round] = []
+        if self._config.audit_action == "repair" and self._config.mode == "balance":
+            rounds = repair_rounds(damage, size, self._loader.buffer_experts)
+        self._stats.audited(len(damage))
+        if rounds:
+            cycle.message = _pack(self._state.cycle, placement.physical_to_logical, rounds_to_array(rounds), None)
+        cycle.answer = PlanAnswer(self._state.cycle)
+        cycle.damaged = len(damage)
+        mending = sum(len(each.moves) for each in rounds)
+        if damage != self._last_damage or mending:
+            self._last_damage = damage
+            shown = "; ".join(each.text(size) for each in damage[:8]) + ("; ..." if len(damage) > 8 else "")
+            if mending == len(damage):
+                what = "good copies are being sent there"
+            elif self._config.audit_action == "repair":
+                what = f"{mending} get good copies, the others have none: load the weights anew"
+            else:
+                what = 'answers may be wrong: load the weights anew, or set "audit_action": "repair" in eplb_config'
+            logger.error(
+                "EPLB audit at step %d: %d of %d slots do not hold the weights of their expert: %s; %s",
+                self._state.step,
+                len(damage),
+                sums.size,
+                shown,
+                what,
+            )
+
+    def _end_repair(self) -> None:
+        mended = self._moved_so_far()
+        self._stats.mended(mended)
+        if self._rank == 0 and mended:
+            logger.warning(
+                "EPLB audit: %d of %d damaged slots were mended by step %d",
+                mended,
+                self._cycle.damaged,
+                self._state.step,
+            )
+        self._forget_cycle()
+
     def _window_ended(self, load: npt.NDArray[np.int64]) -> None:
         """Takes stock of the window, and of what the last plan promised for it."""
         rank_load = self._rank_load(load)
@@ -448,7 +549,7 @@ class EplbUpdator:
         if _digest(message) != self._state.plan_digest:
             raise ValueError("the plan's hash differs from the agreed one")
         rounds, target, counts = _unpack(message, self._state.cycle, start)
-        check_rounds(start, rounds, self._loader.buffer_experts, target)
+        check_rounds(start, rounds, self._loader.buffer_experts, target, repair=self._cycle.repair)
         tables = self._adaptor.dispatch
         rows = tables.rows_of(target, counts) if tables is not None and counts is not None else None
         placements = []
@@ -479,12 +580,19 @@ class EplbUpdator:
         self._recorder.flush(self._placement)
         self._loader.commit(action.round)
         self._adaptor.commit_maps()
+        if self._audit is not None:
+            moves = self._cycle.rounds[action.round].moves
+            owners, slots = np.divmod(moves[:, SLOT], after.slots_per_rank)
+            self._audit.written(moves[owners == self._rank, LAYER], slots[owners == self._rank])
         self._placement = after
         self._stats.committed(time.perf_counter() - began)
         self._stats.placement_digest = after.digest
 
     def _do_finish(self, _: Action) -> None:
         cycle = self._cycle
+        if cycle.repair:
+            self._end_repair()
+            return
         whole = self._state.committed == len(cycle.rounds)  # or else the rest gave way to a newer plan
         tables = self._adaptor.dispatch
         if tables is not None and cycle.tables is not None and whole:  # they belong to the plan's last placement
@@ -528,7 +636,7 @@ class EplbUpdator:
     def _do_drop(self, action: Action) -> None:
         reason = self._cycle.reason or action.failure.text
         if self._rank == 0:
-            self._stats.cycle_ended("failed", moved=self._moved_so_far(), reason=reason)
+            self._stats.cycle_ended("failed", moved=self._moved_so_far(), reason=reason, failure=action.failure.kind)
             logger.warning(
                 "EPLB cycle %d dropped on all ranks (%s), %d in a row; serving goes on, next try in %d steps",
                 self._state.cycle,
@@ -542,7 +650,7 @@ class EplbUpdator:
         reason = self._cycle.reason or action.failure.text
         self._stats.switched_off(reason)
         if self._rank == 0:
-            self._stats.cycle_ended("failed", moved=self._moved_so_far(), reason=reason)
+            self._stats.cycle_ended("failed", moved=self._moved_so_far(), reason=reason, failure=action.failure.kind)
             logger.error("EPLB is off from step %d on, serving goes on: %s", self._state.step, reason)
         self._dump_flight(reason)
         self._forget_cycle()
@@ -558,9 +666,13 @@ class EplbUpdator:
             future.cancel()
         self._background.submit(self._adaptor.forget_prepared_maps)
         self._loader.forget()
+        if self._cycle.repair or self._audit_error is not None:
+            self._restart_audit()
         self._cycle = _Cycle(self._placement)
 
     def _publish(self) -> None:
+        if self._planner is not None:
+            self._stats.planner_starts = self._planner.starts
         if self._stats_file is not None and self._rank == 0:
             self._stats_file.publish(self._stats.stats())
 
@@ -569,7 +681,7 @@ class EplbUpdator:
             folder = tempfile.mkdtemp(prefix="vllm-eplb-flight-")
             path = os.path.join(folder, f"rank{self._rank}.json")
             self._flight.dump(path, rank=self._rank, reason=reason, settings=str(self._settings))
-            logger.error("EPLB rank %d: the last steps are in %s", self._rank, path)
+            logger.warning("EPLB rank %d: the last steps are in %s", self._rank, path)
         except OSError:
             pass  # a full disk must not hide the reason itself
 
@@ -606,12 +718,16 @@ def start_balancer(adaptor: EplbAdaptor, config: EplbConfig) -> EplbUpdator:
     )
 
 
+_BETWEEN_CYCLES = (Phase.COLLECT, Phase.LISTEN, Phase.AUDIT)
+"""Phases in which no slot is written and none is on its way to another rank."""
+
 _FAILS_AS = {
     Phase.SNAPSHOT: Failure.SNAPSHOT,
     Phase.REDUCE: Failure.REDUCE,
     Phase.PLAN: Failure.PLANNER_FAILED,
     Phase.BROADCAST: Failure.PLAN_INVALID,
     Phase.MOVE: Failure.PREPARE,
+    Phase.AUDIT: Failure.AUDIT,
 }
 """What an exception in the background of a phase is to the other ranks."""
 
@@ -619,6 +735,7 @@ _MAY_FAIL: dict[Do, Failure] = {
     Do.SNAPSHOT: Failure.SNAPSHOT,
     Do.REQUEST_PLAN: Failure.PLANNER_FAILED,
     Do.PREPARE: Failure.PREPARE,
+    Do.PLAN_REPAIR: Failure.AUDIT,
 }
 """Actions that nothing depends on yet: an exception drops the cycle."""
 

@@ -55,6 +55,7 @@ class Env:
     committed: int = 0
     placement: int = 0
     order: Command = Command.NONE  # EP rank 0: came in and was not taken yet
+    damage: int = 0  # slots that the audit found damaged
 
     def facts(self, state: CycleState) -> Facts:
         planned = state.phase is Phase.PLAN and self.plan
@@ -74,6 +75,7 @@ class Env:
             order=state.order + 1 if self.order else 0,
             order_command=int(self.order),
             order_execution_steps=OTHER_EXECUTION_STEPS if self.order is Command.INTERVALS else 0,
+            damaged=self.damage if self.ready and state.phase is Phase.AUDIT else 0,
         )
 
 
@@ -120,6 +122,11 @@ def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> I
                 state.phase, Failure.PLAN_INVALID
             )
             yield replace(env, failure=int(its)), 1
+    if state.phase is Phase.AUDIT and not env.ready and not env.failure and not env.bulk:
+        yield replace(env, ready=1), 0
+        if faults:
+            yield replace(env, ready=1, damage=1), 1
+            yield replace(env, failure=int(Failure.AUDIT)), 1
     if state.phase is Phase.PLAN and rank == 0 and not env.plan and not env.failure:
         for rounds in (-1, *case.rounds):
             yield replace(env, plan=rounds), 0
@@ -155,12 +162,19 @@ def perform(actions: Actions, envs: list[Env], state: CycleState, case: Case) ->
         elif action.do is Do.OBEY:
             require(envs[0].order is not Command.NONE, "obeyed what nobody ordered")
             envs[0] = replace(envs[0], order=Command.NONE)
-        elif action.do in (Do.REDUCE, Do.BROADCAST):
+        elif action.do is Do.END_AUDIT:
+            require(all(env.ready and not env.damage for env in envs), "damage was overlooked")
+            envs[:] = [fresh(env) for env in envs]
+        elif action.do in (Do.REDUCE, Do.REDUCE_SUMS, Do.BROADCAST):
             require(not any(env.bulk for env in envs), "two bulk operations at a time")
-            if action.do is Do.REDUCE:
+            if action.do is not Do.BROADCAST:
                 require(all(env.ready for env in envs), "reduced before all had a snapshot")
+            if action.do is Do.REDUCE_SUMS:
+                require(any(env.damage for env in envs), "a repair of nothing")
+                envs[:] = [fresh(env) for env in envs]
             envs[:] = [replace(env, ready=0, bulk=1) for env in envs]
-        elif action.do is Do.REQUEST_PLAN:
+        elif action.do in (Do.REQUEST_PLAN, Do.PLAN_REPAIR):
+            require((action.do is Do.PLAN_REPAIR) == state.repair, "a repair planned as a cycle of load")
             require(not envs[0].bulk, "planned before the load was there")
             envs[:] = [replace(env, ready=0) for env in envs]
         elif action.do is Do.PREPARE:
@@ -274,6 +288,7 @@ def normal(world: World, case: Case) -> World:
         listen_at=STEP + listens if case.settings.listen_steps else 0,
         order=ORDER,
         plan_length=state.plan_length if state.phase is Phase.BROADCAST else 0,
+        audit_due=_audit_due(state),
     )
     posted = tuple(
         tuple(
@@ -293,6 +308,13 @@ def normal(world: World, case: Case) -> World:
     return World((fixed,) * case.ranks, envs, posted, world.faults, world.orders)
 
 
+def _audit_due(state: CycleState) -> int:
+    """What matters of it between cycles is whether the audit comes first."""
+    if state.audit_due < 0:
+        return -1
+    return STEP if state.active or state.audit_due < state.due else STEP + 2
+
+
 def explore(case: Case, see: See = as_agreed, limit: int = 2_000_000) -> dict[World, list[World]]:
     """All worlds that can be reached, and those that may follow each."""
     start = replace(
@@ -305,6 +327,7 @@ def explore(case: Case, see: See = as_agreed, limit: int = 2_000_000) -> dict[Wo
         listen_at=STEP,
         entered=STEP,
         snapshot_at=STEP,
+        audit_due=STEP if case.settings.audit_steps else -1,
     )
     first = normal(World((start,) * case.ranks, (Env(),) * case.ranks, (), case.faults, case.orders), case)
     after: dict[World, list[World]] = {}
@@ -349,6 +372,7 @@ CASES = [
     pytest.param(Case(3, 1, settings(1), (2,), 0), id="3 ranks"),
     pytest.param(Case(2, 1, CUT, (3,), 0), id="2 ranks, a plan that gives way"),
     pytest.param(Case(2, 1, settings(1, 1, listen_steps=2), (1,), 0, 2), id="2 ranks, 2 orders"),
+    pytest.param(Case(2, 1, settings(1, audit_steps=3), (1, 2), 1), id="2 ranks, audits, 1 fault"),
 ]
 LONG = [
     pytest.param(Case(2, 1, settings(1), (1, 4), 2), id="2 ranks, 2 faults"),
@@ -356,6 +380,8 @@ LONG = [
     pytest.param(Case(3, 1, settings(1), (2,), 1), id="3 ranks, 1 fault"),
     pytest.param(Case(3, 1, settings(1, 1, listen_steps=2), (1,), 0, 2), id="3 ranks, 2 orders"),
     pytest.param(Case(2, 2, settings(2, 1, listen_steps=3), (2,), 1, 1), id="2 ranks, lag 2, 1 fault, 1 order"),
+    pytest.param(Case(2, 2, settings(2, audit_steps=3), (2,), 2), id="2 ranks, audits, lag 2, 2 faults"),
+    pytest.param(Case(2, 1, settings(1, listen_steps=3, audit_steps=3), (1,), 1, 1), id="2 ranks, audits, 1 order"),
 ]
 
 
@@ -365,6 +391,10 @@ def search(case: Case) -> None:
     expected = set(Phase) if case.faults else set(Phase) - {Phase.OFF, Phase.DRAIN}
     if not case.settings.listen_steps:
         expected -= {Phase.LISTEN}
+    if not case.settings.audit_steps:
+        expected -= {Phase.AUDIT}
+    else:
+        assert any(world.states[0].repair and world.states[0].phase is Phase.MOVE for world in worlds)
     assert expected <= phases | {Phase.OFF}, "the search missed a phase; it proves nothing about it"
     assert_all_end(worlds)
     if case.settings.cut_after:

@@ -1,0 +1,699 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults injected for real into the balancer of several processes: serving goes on, and the ranks stay together.
+
+Every run is the same: ranks step as an engine does, with the real EplbUpdator, planner process, control channel and
+transfers over Gloo; a fault object does its work around the steps. What must hold after every step, whatever happened:
+each slot holds bit for bit what the placement says, and all ranks hold the same placement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from prometheus_client import CollectorRegistry, generate_latest
+
+from vllm_ascend_eplb import process as process_module
+from vllm_ascend_eplb import updator as updator_module
+from vllm_ascend_eplb.config import EplbConfig
+from vllm_ascend_eplb.control import ControlError, StartError
+from vllm_ascend_eplb.cycle import AgreementError, Phase
+from vllm_ascend_eplb.metrics import EplbGauges
+from vllm_ascend_eplb.placement import Placement
+from vllm_ascend_eplb.plans import Plan
+from vllm_ascend_eplb.process import EplbProcess, PlanAnswer, PlanRequest, plan_request
+from vllm_ascend_eplb.updator import EplbUpdator, start_balancer
+
+from .ranks import Ranks, run_ranks
+from .test_updator import EXPERTS, REDUNDANT, RoutingModel
+from .test_updator import Seen as _Seen
+
+pytestmark = pytest.mark.distributed
+
+BUSY = {
+    "dynamic_eplb": True,
+    "num_redundant_experts": REDUNDANT,
+    "expert_heat_collection_interval": 4,
+    "algorithm_execution_interval": 1,
+    "min_gain": 0.0,
+    "policy": "random",  # every cycle moves most experts
+}
+
+
+class Seen(_Seen):
+    """With what was logged, as (level, text), and the metrics at the end."""
+
+    log: list[tuple[str, str]]
+    metrics: dict[str, float]
+    starts: int = 0
+    planner_left: bool = False
+    steps_after_off: int = 0
+    wrong_at: list[int]
+
+    @property
+    def results(self) -> list[str]:
+        return [cycle.result for cycle in self.stats.cycles]
+
+    def lines(self, level: str, part: str = "") -> list[str]:
+        return [text for its, text in self.log if its == level and part in text]
+
+
+class Fault:
+    """What goes wrong. Made on every rank once the balancer is there; ``before`` and ``after`` run around each of its
+    steps, and ``over`` ends the run, at the same step on all ranks."""
+
+    settings: ClassVar[dict[str, Any]] = {}
+    policy = staticmethod(plan_request)
+    planner_timeout = 120.0
+    cycles = 4
+    most_steps = 3000
+    deadline = 300.0
+    damages = False
+    """Whether it changes weights itself."""
+
+    def __init__(self, ranks: Ranks, updator: EplbUpdator, model: RoutingModel) -> None:
+        self.ranks, self.updator, self.model = ranks, updator, model
+        self.step = 0
+
+    @property
+    def phase(self) -> Phase:
+        return self.updator.state.phase
+
+    @property
+    def cycle(self) -> int:
+        return self.updator.state.cycle
+
+    @property
+    def planner(self) -> EplbProcess | None:
+        return self.updator._planner
+
+    def forward(self) -> dict[str, Any]:
+        return {}
+
+    def before(self) -> None: ...
+
+    def after(self) -> None: ...
+
+    def over(self) -> bool:
+        return self.cycle > self.cycles
+
+
+def serve(ranks: Ranks, fault_name: str) -> Seen:
+    """Steps like an engine's, one forward each, until the fault says that it is over."""
+    kind = getattr(sys.modules[__name__], fault_name)
+    log: list[tuple[str, str]] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            log.append((record.levelname, record.getMessage()))
+
+    logger = logging.getLogger("vllm.eplb")
+    logger.addHandler(Keep())
+    logger.setLevel(logging.INFO)
+    model = RoutingModel(ranks)
+    config = EplbConfig.from_additional_config({"eplb_config": {**BUSY, **kind.settings}})
+    planner = EplbProcess(kind.policy, timeout=kind.planner_timeout) if ranks.rank == 0 else None
+    updator = EplbUpdator(model, config, planner)
+    updator._loader.deadline = kind.deadline
+    fault = kind(ranks, updator, model)
+    seen = Seen()
+    seen.wrong_at = []
+    off_at = None
+    try:
+        for step in range(kind.most_steps):
+            fault.step = step
+            fault.before()
+            updator.forward_before(**fault.forward())
+            model.forward()
+            updator.forward_end()
+            fault.after()
+            seen.history.append(updator.placement.digest)
+            wrong = model.slots.wrong(updator.placement)
+            if wrong:
+                seen.wrong_at.append(step)
+            if not kind.damages:
+                seen.wrong = seen.wrong or wrong
+            dist.barrier()  # a forward's collectives keep the ranks together
+            # An engine's step takes longer; while the planner works, as long as a busy machine may need.
+            time.sleep(0.05 if updator.state.phase is Phase.PLAN else 0.004)
+            if off_at is None and updator.state.phase is Phase.OFF:
+                off_at = step
+            if fault.over() or (off_at is not None and step > off_at + 50):
+                break
+    except (AgreementError, ControlError) as error:
+        seen.error = f"{type(error).__name__}: {error}"
+    seen.phase, seen.step = updator.state.phase.name, updator.state.step
+    seen.steps_after_off = 0 if off_at is None else step - off_at
+    if planner is not None:
+        updator.stats.planner_starts = planner.starts
+        seen.stats = updator.stats.stats()
+        registry = CollectorRegistry()
+        EplbGauges(registry).show(seen.stats)
+        lines = [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
+        seen.metrics = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+    updator.close()
+    seen.planner_left = planner is not None and planner.pid is not None
+    seen.log = log
+    return seen
+
+
+def run(fault: type[Fault], num_ranks: int = 2, timeout: float = 120) -> Seen:
+    """What EP rank 0 saw, once it is certain that all ranks saw the same and that nothing was wrong on any."""
+    return run_all(fault, num_ranks, timeout)[0]
+
+
+def run_all(fault: type[Fault], num_ranks: int = 2, timeout: float = 120) -> list[Seen]:
+    all_seen = run_ranks(num_ranks, serve, fault.__name__, timeout=timeout)
+    first = all_seen[0]
+    for seen in all_seen:
+        assert seen.wrong == ""
+        assert seen.error == ""
+        assert seen.history == first.history
+        assert seen.phase == first.phase
+        assert not seen.planner_left
+    return all_seen
+
+
+# --- the planner ------------------------------------------------------------------------------------------------------
+
+
+def plan_slowly(request: PlanRequest) -> Plan:
+    time.sleep(0.3)
+    return plan_request(request)
+
+
+class KillThePlannerInEachPhase(Fault):
+    policy = staticmethod(plan_slowly)
+    phases = (Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST, Phase.MOVE, Phase.COLLECT)
+    cycles = len(phases) + 1
+
+    def after(self) -> None:
+        due = self.phases[self.cycle - 1] if 0 < self.cycle <= len(self.phases) else None
+        if self.planner is not None and self.phase is due and getattr(self, "killed", 0) < self.cycle:
+            if self.phase is Phase.PLAN:
+                time.sleep(0.15)  # the request is on its way or being answered
+            if self.planner.pid is not None:
+                os.kill(self.planner.pid, signal.SIGKILL)
+                self.killed = self.cycle
+
+
+def test_a_planner_killed_in_any_phase_is_replaced_and_costs_no_cycle() -> None:
+    seen = run(KillThePlannerInEachPhase)
+    assert seen.results[:6] == ["done"] * 6, [cycle.reason for cycle in seen.stats.cycles]
+    assert seen.metrics['vllm_eplb_cycles{result="failed"}'] == 0
+    assert seen.metrics["vllm_eplb_planner_starts"] >= 6
+    assert len(seen.lines("WARNING", "planner process ended (exit code -9); it is started again")) >= 5
+    assert seen.lines("ERROR") == []
+
+
+class KillThePlannerAgainAndAgain(Fault):
+    settings: ClassVar[dict[str, Any]] = {"max_failures": 3, "expert_heat_collection_interval": 2}
+    cycles = 100
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        process_module.RESTART_SECONDS = (0.0, 0.1, 0.2, 0.4)
+        updator_module.LEAST_PLAN_AGE = 20
+        if self.planner is not None:
+            threading.Thread(target=self.kill, daemon=True).start()
+
+    def kill(self) -> None:
+        assert self.planner is not None
+        while True:
+            pid = self.planner.pid
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+
+
+def test_a_planner_killed_again_and_again_is_given_up_with_one_error() -> None:
+    began = time.monotonic()
+    seen = run(KillThePlannerAgainAndAgain)
+    seconds = time.monotonic() - began
+    assert seen.phase == "OFF"
+    assert seen.steps_after_off >= 50
+    assert seen.results == ["failed"] * 3
+    assert len(set(seen.history)) == 1
+    errors = seen.lines("ERROR")
+    assert len(errors) == 1
+    assert "EPLB is off" in errors[0]
+    assert sum(count for name, count in seen.metrics.items() if "failures" in name) == 3
+    assert seen.metrics['vllm_eplb_phase{phase="off"}'] == 1
+    assert seen.stats.planner_starts <= 5 + seconds / 0.3, "it was started without pauses"
+
+
+class StopThePlanner(Fault):
+    """Stopped for good while it plans, and while it has nothing to do; stopped for half a second."""
+
+    policy = staticmethod(plan_slowly)
+    planner_timeout = 5.0
+    cycles = 5
+
+    def after(self) -> None:
+        if self.planner is None or self.planner.pid is None or getattr(self, "at", 0) == self.cycle:
+            return
+        stop = (self.cycle == 1 and self.phase is Phase.PLAN) or (self.cycle == 2 and self.phase is Phase.MOVE)
+        pause = self.cycle == 4 and self.phase is Phase.REDUCE
+        if stop or pause:
+            os.kill(self.planner.pid, signal.SIGSTOP)
+            self.at, self.stopped = self.cycle, self.planner.pid
+        if pause:
+            pid = self.planner.pid
+            threading.Timer(0.5, lambda: os.kill(pid, signal.SIGCONT)).start()
+
+
+def test_a_stopped_planner_is_replaced_and_a_paused_one_is_waited_for() -> None:
+    seen = run(StopThePlanner)
+    # the one stopped in cycle 2, with nothing to do, is found out by the request of cycle 3
+    assert seen.results[:5] == ["failed", "done", "failed", "done", "done"]
+    assert "within 5 s" in seen.stats.cycles[0].reason
+    assert len(seen.lines("WARNING", "did not answer within 5 s; it is replaced")) == 2
+    assert seen.metrics['vllm_eplb_failures{kind="planner_failed"}'] == 2
+    assert seen.lines("ERROR") == []
+
+
+def talk_nonsense(request: PlanRequest) -> Plan:
+    """Writes into the very pipe that answers travel through, another nonsense in each odd cycle."""
+    good = plan_request(request)
+    answers = sys._getframe(1).f_locals["answers"]
+    pipe = answers._writer.fileno()
+    rounds = process_module.rounds_to_array(
+        process_module.schedule_rounds(
+            request.placement, good.moves, process_module.Topology(request.node_of_rank), request.buffer_experts
+        )
+    )
+    number = request.number
+
+    def answer(**changes: Any) -> None:
+        values = {"number": number, "plan": good, "rounds": rounds, **changes}
+        answers._writer.send(PlanAnswer(**values))
+
+    def changed(column: int, value: int) -> np.ndarray:
+        array = rounds.copy()
+        array[0, column] = value
+        return array
+
+    if number == 1:  # no pickle at all
+        answers._writer.send_bytes(b"\x80\x05garbage" * 20)
+    elif number == 3:  # a message that claims 2**62 bytes
+        os.write(pipe, struct.pack("!i", -1) + struct.pack("!Q", 1 << 62) + b"x" * 100)
+        time.sleep(3600)
+    elif number == 5:  # other things than answers, and numbers of other cycles, then twice the right one
+        for thing in ("a string", None, [1, 2], {"number": number}, np.zeros(3)):
+            answers._writer.send(thing)
+        for other in (number - 1, number + 1, "5", np.array([5, 5]), None):
+            answer(number=other)
+        answer()
+    elif number == 7:  # floats where integers belong
+        answer(rounds=rounds.astype(np.float64) + 0.5)
+    elif number == 9:  # another shape
+        answer(plan=replace(good, physical_to_logical=good.physical_to_logical[:, :-2]))
+    elif number == 11:  # a slot out of range
+        answer(rounds=changed(3, 10_000))
+    elif number == 13:  # an expert that does not exist
+        answer(rounds=changed(4, EXPERTS))
+    elif number == 15:  # a source that holds another expert
+        answer(rounds=changed(5, int(rounds[0, 5]) ^ 1))
+    elif number == 17:  # moves that lose an expert
+        row = np.array([[0, -1, 0, slot, 1, 1, 0] for slot in (0, 12)], dtype=np.int32)
+        answer(rounds=row)
+    elif number == 19:  # not a number
+        answer(plan=replace(good, par_after=good.par_after * np.nan))
+    elif number == 21:  # no plan at all
+        answer(plan="better luck next time")
+    elif number == 23:  # rounds that do not lead where the plan says
+        answer(rounds=rounds[:1])
+    elif number == 25:  # more rows than the plan could ever have
+        answer(rounds=np.tile(rounds, (50, 1)))
+    return good
+
+
+class TalkNonsense(Fault):
+    settings: ClassVar[dict[str, Any]] = {"max_failures": 100}
+    policy = staticmethod(talk_nonsense)
+    planner_timeout = 8.0
+    cycles = 27
+    most_steps = 6000
+
+
+def test_a_planner_that_talks_nonsense_costs_the_cycle_and_never_a_weight() -> None:
+    seen = run(TalkNonsense, timeout=300)
+    by_number = dict(enumerate(seen.stats.cycles, 1))
+    bad = {number for number in range(1, 27, 2) if number != 5}
+    results = {number: cycle.result for number, cycle in by_number.items() if number <= 26}
+    assert results == {number: "failed" if number in bad else "done" for number in range(1, 27)}, {
+        number: cycle.reason for number, cycle in by_number.items()
+    }
+    assert all(by_number[number].moved == 0 for number in bad)
+    assert seen.lines("ERROR") == []
+    assert len(seen.lines("WARNING", "dropped on all ranks")) == len(bad)
+
+
+def late_once(request: PlanRequest) -> Plan:
+    if request.number == 1:
+        time.sleep(2.5)
+    return plan_request(request)
+
+
+class LateOnce(Fault):
+    """The plan of cycle 1 comes when the ranks have given it up."""
+
+    policy = staticmethod(late_once)
+    cycles = 3
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.updator._settings = replace(self.updator._settings, least_plan_age=25)
+
+    def after(self) -> None:
+        if self.cycle == 2:  # time enough for a new planner on a busy machine
+            self.updator._settings = replace(self.updator._settings, least_plan_age=200)
+
+
+def test_a_plan_that_comes_too_late_is_dropped_and_never_taken_for_the_next() -> None:
+    seen = run(LateOnce)
+    assert seen.results[0] == "failed"
+    assert "did not answer within the steps it had" in seen.stats.cycles[0].reason
+    assert seen.metrics['vllm_eplb_failures{kind="planner_late"}'] == 1
+    assert seen.results[-1] == "done"
+
+
+# --- before the issue gate, and behind it -----------------------------------------------------------------------------
+
+
+def planted(*_: Any, **__: Any) -> Any:
+    raise MemoryError("planted")
+
+
+class NoMemory(Fault):
+    """In each odd cycle one rank runs out of memory at another point before the issue gate."""
+
+    settings: ClassVar[dict[str, Any]] = {"max_failures": 100, "transfer_buffer_experts": 2}
+    points = ("snapshot", "take", "submit", "unpack", "check", "first round", "a later round", "maps")
+    cycles = 2 * len(points) + 1
+    most_steps = 6000
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        updator, model = self.updator, self.model
+        self.prepared = 0
+        for point, where, name in (
+            ("snapshot", model.recorder, "snapshot"),
+            ("take", model.recorder, "take"),
+            ("submit", updator._planner, "submit"),
+            ("unpack", updator_module, "rounds_from_array"),
+            ("check", updator_module, "check_rounds"),
+            ("first round", updator._loader, "prepare"),
+            ("a later round", updator._loader, "prepare"),
+            ("maps", model.maps, "prepare"),
+        ):
+            if where is not None:
+                self.wrap(point, where, name)
+
+    def wrap(self, point: str, where: Any, name: str) -> None:
+        original = getattr(where, name)
+
+        def perhaps(*args: Any, **kwargs: Any) -> Any:
+            number = (self.cycle - 1) // 2
+            mine = point == "submit" or number % self.ranks.num_ranks == self.ranks.rank
+            late = point == "a later round" and self.updator.state.issued < 2
+            if self.cycle % 2 and self.points[number : number + 1] == (point,) and mine and not late:
+                raise MemoryError(f"planted at {point}")
+            return original(*args, **kwargs)
+
+        setattr(where, name, perhaps)
+
+
+def test_a_rank_without_memory_before_the_gate_drops_the_cycle_on_all_and_the_next_one_works() -> None:
+    seen = run(NoMemory)
+    assert seen.results[:16] == ["failed", "done"] * 8, [cycle.reason for cycle in seen.stats.cycles]
+    for number, kind in enumerate(("snapshot", "snapshot", "planner_failed", "plan_invalid", "plan_invalid")):
+        assert seen.stats.failures[kind] >= 1, (number, kind)
+    assert seen.stats.failures["prepare"] == 3
+    later = seen.stats.cycles[12]
+    assert later.moved > 0, "the later round was to fail with others committed"
+    assert len(seen.lines("WARNING", "dropped on all ranks")) == 8
+    assert seen.lines("ERROR") == []
+
+
+class FailToIssue(Fault):
+    """Rank 1 throws inside the issue of a round of cycle 2; rank 0 has issued it and waits for bytes."""
+
+    cycles = 1000
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        issue = self.updator._loader._issue_part
+
+        def perhaps() -> None:
+            if self.cycle == 2 and self.ranks.rank == 1:
+                raise RuntimeError("planted while issuing")
+            issue()
+
+        self.updator._loader._issue_part = perhaps  # type: ignore[method-assign]
+
+
+class NeverArrive(Fault):
+    """What rank 1 receives in cycle 2 never arrives."""
+
+    cycles = 1000
+    deadline = 1.0
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        arrive = self.updator._loader._arrive
+
+        def perhaps(flight: Any) -> None:
+            if self.cycle == 2 and self.ranks.rank == 1:
+                time.sleep(3600)
+            arrive(flight)
+
+        self.updator._loader._arrive = perhaps  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("fault", [FailToIssue, NeverArrive])
+def test_a_transfer_that_fails_behind_the_gate_ends_balancing_on_all_ranks_and_nothing_else(fault: type[Fault]) -> None:
+    seen = run(fault)
+    assert seen.phase == "OFF"
+    assert seen.steps_after_off >= 50
+    assert seen.results[-1] == "failed"
+    assert len(seen.lines("ERROR")) == 1
+    assert "a transfer failed or did not end" in seen.lines("ERROR")[0]
+    assert seen.metrics['vllm_eplb_failures{kind="transfer"}'] == 1
+
+
+# --- ranks apart in time ----------------------------------------------------------------------------------------------
+
+
+class Skewed(Fault):
+    """Ranks are seconds apart now and then, one is stopped as a whole, some forwards serve nobody, and each rank is in
+    a stage of its own."""
+
+    settings: ClassVar[dict[str, Any]] = {"eplb_heat_collection_stage": "prefill", "max_failures": 100}
+    cycles = 12
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.luck = random.Random(self.ranks.rank)
+        self.stopped = False
+
+    def forward(self) -> dict[str, Any]:
+        rank = self.ranks.rank
+        return {
+            "serving": (self.step // 7 + rank) % 3 > 0,
+            "stage": "prefill" if (self.step + rank) % 2 else "decode",
+        }
+
+    def before(self) -> None:
+        if self.luck.random() < 0.01:
+            time.sleep(self.luck.random())
+        if self.ranks.rank == 1 and self.cycle == 5 and self.phase is Phase.MOVE and not self.stopped:
+            self.stopped = True
+            subprocess.Popen(["sh", "-c", f"kill -STOP {os.getpid()}; sleep 5; kill -CONT {os.getpid()}"])
+            time.sleep(0.5)
+
+
+def test_ranks_apart_in_time_and_in_what_they_do_stay_together() -> None:
+    seen = run(Skewed, num_ranks=3)
+    assert seen.stats.cycles_failed == 0
+    assert seen.stats.cycles_done >= 10
+    assert seen.metrics["vllm_eplb_control_wait_longest_seconds"] > 0
+    # a rank that was stopped is waited for, because its forward is: the step of the others took as long
+    assert seen.stats.longest_step_seconds > 0.5
+
+
+class ClockJumps(Fault):
+    """Hours pass between two cycles; the wall clock goes back years in the middle of one."""
+
+    cycles = 6
+
+    def after(self) -> None:
+        clock, wall = time.monotonic, time.time
+        if self.cycle in (2, 4) and self.phase is Phase.COLLECT and getattr(self, "jumped", 0) < self.cycle:
+            self.jumped = self.cycle
+            time.monotonic = lambda: clock() + 7 * 3600  # type: ignore[assignment]
+        if self.cycle == 3 and self.phase is Phase.MOVE and getattr(self, "back", 0) == 0:
+            self.back = 1
+            time.time = lambda: wall() - 3 * 365 * 86400  # type: ignore[assignment]
+
+
+def test_clocks_that_jump_change_nothing() -> None:
+    seen = run(ClockJumps)
+    assert seen.stats.cycles_failed == 0
+    assert seen.stats.cycles_done >= 6
+
+
+# --- ranks that were started differently ------------------------------------------------------------------------------
+
+
+def start_differently(ranks: Ranks, values: dict[str, Any], placement: bool) -> tuple[str, list[str]]:
+    model = RoutingModel(ranks)
+    settings: ClassVar[dict[str, Any]] = {**BUSY, **(values if ranks.rank == ranks.num_ranks - 1 else {})}
+    if placement and ranks.rank == ranks.num_ranks - 1:
+        turned = np.roll(model.placement.physical_to_logical, 1, axis=1)
+        model.placement = Placement(turned, EXPERTS, ranks.num_ranks)
+    try:
+        start_balancer(model, EplbConfig.from_additional_config({"eplb_config": settings}))
+    except StartError as error:
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("eplb")]
+        return str(error), children + threads
+    return "", []
+
+
+@pytest.mark.parametrize(
+    ("values", "placement", "named"),
+    [
+        ({"control_lag": 2}, False, "eplb_config.control_lag: 2 against 1"),
+        ({"expert_map_path": "/other.json"}, False, "eplb_config.expert_map_path: /other.json against None"),
+        ({}, True, "initial placement"),
+    ],
+)
+def test_ranks_started_differently_do_not_start(values: dict[str, Any], placement: bool, named: str) -> None:
+    for error, left in run_ranks(3, start_differently, values, placement):
+        assert "expert-parallel rank 2 differs from rank 0 in" in error
+        assert named in error
+        assert "\n" not in error
+        assert left == []
+
+
+# --- silent corruption ------------------------------------------------------------------------------------------------
+
+
+class AuditBusy(Fault):
+    """Nothing is damaged; audits and cycles that move most experts take turns."""
+
+    settings: ClassVar[dict[str, Any]] = {"audit_interval": 8, "audit_action": "repair"}
+    cycles = 8
+
+
+def test_an_audit_finds_nothing_where_nothing_is_damaged_however_much_moves() -> None:
+    seen = run(AuditBusy)
+    assert seen.stats.cycles_done >= 8
+    assert seen.metrics["vllm_eplb_audits"] >= 4
+    assert seen.metrics["vllm_eplb_audit_damaged_slots"] == 0
+    assert seen.metrics["vllm_eplb_audit_mended_slots"] == 0
+    assert seen.lines("ERROR") == []
+
+
+class Damage(Fault):
+    """At ``at`` a bit flips in a slot of rank 1 whose expert has another copy on rank 0; later two slots of rank 0,
+    whose experts have no other copy, change places; at last a slot without another copy is damaged."""
+
+    settings: ClassVar[dict[str, Any]] = {
+        "policy": None,
+        "target_par": 10.0,  # nothing to move: experts stay where they are
+        "expert_heat_collection_interval": 30,
+        "audit_interval": 25,
+        "audit_action": "repair",
+    }
+    damages = True
+    at = (60, 160, 260)
+    most_steps = 360
+    cycles = 10**6
+
+    def before(self) -> None:
+        layers = self.model.slots.stacked
+        if self.ranks.rank == 1 and self.step == self.at[0]:  # its local slot 4 is slot 13, a copy of expert 1
+            layers[2][0][4].view(-1).view(torch.int32)[100] ^= 1 << 9
+        if self.ranks.rank == 0 and self.step == self.at[1]:  # experts 7 and 8
+            for kind in layers[1]:
+                kind[[7, 8]] = kind[[8, 7]]
+        if self.ranks.rank == 1 and self.step == self.at[2]:  # expert 10, whose only copy this is
+            layers[0][2][1] += 1
+
+
+class DamageOnly(Damage):
+    settings: ClassVar[dict[str, Any]] = {**Damage.settings, "audit_action": "report"}
+    most_steps = 160
+
+
+def test_a_flipped_bit_and_swapped_slots_are_found_reported_and_mended() -> None:
+    first, second = run_all(Damage)
+    flipped = [step for step in second.wrong_at if step < 260]
+    swapped = [step for step in first.wrong_at if step < 260]
+    assert flipped[0] == 60
+    assert flipped[-1] < 60 + 2 * 25 + 25
+    assert swapped[0] == 160
+    assert swapped[-1] < 160 + 2 * 25 + 25
+    assert second.wrong_at[-1] == 359  # nothing can mend this one, and that is said
+    errors = first.lines("ERROR", "EPLB audit at step")
+    assert len(errors) == 3
+    assert "1 of 54 slots do not hold the weights of their expert: layer 2, slot 13 (rank 1, expert 1)" in errors[0]
+    assert "layer 1, slot 7 (rank 0, expert 7); layer 1, slot 8 (rank 0, expert 8); good copies" in errors[1]
+    assert "layer 0, slot 10 (rank 1, expert 10); 0 get good copies, the others have none" in errors[2]
+    assert [line.partition(" by step")[0] for line in first.lines("WARNING", "EPLB audit")] == [
+        "EPLB audit: 1 of 1 damaged slots were mended",
+        "EPLB audit: 2 of 2 damaged slots were mended",
+    ]
+    assert first.metrics["vllm_eplb_audit_mended_slots"] == 3
+    assert first.metrics["vllm_eplb_audit_damaged_slots"] == 1
+    assert first.metrics['vllm_eplb_cycles{result="failed"}'] == 0
+
+
+def test_an_audit_that_only_reports_changes_nothing() -> None:
+    first, second = run_all(DamageOnly)
+    assert second.wrong_at == list(range(60, 160))
+    assert first.metrics["vllm_eplb_audit_damaged_slots"] == 1
+    assert first.metrics["vllm_eplb_audit_mended_slots"] == 0
+    assert len(first.lines("ERROR", "EPLB audit at step")) == 1  # not again at each audit
+    assert "answers may be wrong" in first.lines("ERROR")[0]
+
+
+class SendDamaged(Fault):
+    """The only copy of an expert is damaged, and every plan sends it on."""
+
+    settings: ClassVar[dict[str, Any]] = {"audit_interval": 1000, "max_failures": 3}
+    damages = True
+    cycles = 100
+
+    def before(self) -> None:
+        if self.ranks.rank == 1 and self.step == 0:
+            for slot in range(self.model.slots.size):  # all that rank 1 has of layer 0
+                self.model.slots.stacked[0][1][slot] ^= 1
+
+
+def test_damaged_weights_are_never_sent_on_and_their_audit_comes_at_once() -> None:
+    first, second = run_all(SendDamaged)
+    assert first.wrong_at == []
+    assert first.phase == "OFF"
+    assert first.results == ["failed"] * 3
+    assert first.stats.failures == {"checksum": 3}
+    assert "9 of 54 slots do not hold the weights of their expert" in first.lines("ERROR", "EPLB audit")[0]
+    assert second.wrong_at
