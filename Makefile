@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # Every target does its own set-up: .venv in this checkout, made by scripts/setup_env.sh and reused by all of them.
 RANKS ?= 4
+SOAK_MINUTES ?= 30
 PYTHON_FILES := vllm_ascend_eplb tests benchmarks examples setup.py
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 RUN := .venv/bin/python
 
-.PHONY: help setup demo test unit-test e2e-test matrix lint format bench soak fuzz clean
+.PHONY: help setup demo test unit-test e2e-test matrix lint format bench soak long-test fuzz clean
 
 help:  ## what there is
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -45,7 +46,10 @@ bench: setup  ## the benchmarks, quick; their results as JSON in build/bench
 	@$(RUN) -m benchmarks.record_op --quick --json build/bench/record_op.json
 	@$(RUN) -m benchmarks.stall --quick --json build/bench/stall.json
 
-soak: setup  ## the tests that take long
+soak: setup  ## a served model under random faults for SOAK_MINUTES (default 30); a report in build/soak
+	@$(RUN) -m tests.e2e.soak --minutes $(SOAK_MINUTES)
+
+long-test: setup  ## the tests that take long and are not part of make test
 	@$(RUN) -m pytest -m soak
 
 fuzz: setup  ## the planner's C++ boundary under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A served model under steady requests and random faults, for a given time: ``python -m tests.e2e.soak``.
+
+Every few seconds something goes wrong on purpose; all the while each answer is compared, token by token, with those of
+one process without expert parallelism, and the server's memory, threads, files and sockets are measured. What was done
+and what came of it goes to soak.json and soak.md in the report folder. The exit status is 0 if no request failed, no
+token was wrong and nothing grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import random
+import signal
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from examples.demo.reference import reference_tokens
+from examples.demo.server import REPOSITORY, Server
+from examples.tiny_moe.expert_load import read_prompts
+
+DOMAINS = ("english", "python")
+PROMPTS = 12
+TOKENS = 48
+STREAMS = 4
+SAMPLE_SECONDS = 5.0
+SETTINGS: dict[str, object] = {
+    "dynamic_eplb": True,
+    "num_redundant_experts": 4,
+    "expert_heat_collection_interval": 6,
+    "algorithm_execution_interval": 1,
+    "transfer_buffer_experts": 64,
+    "policy": "random",
+    "min_gain": 0.0,
+    "max_failures": 1_000_000,
+    "audit_interval": 100,
+    "audit_action": "repair",
+}
+"""A cycle follows a cycle, every one moves most experts, and audits come in between."""
+
+MOST_GROWTH = {"memory_mib": 48.0, "threads": 3, "files": 6, "sockets": 4, "shared_memory": 0}
+"""What the last quarter of the samples may have more than the first, by the median."""
+
+
+@dataclass
+class Answers:
+    """What the requests got."""
+
+    requests: int = 0
+    failed: list[str] = field(default_factory=list)
+    aborted: int = 0
+    tokens: int = 0
+    wrong: int = 0
+    first_wrong: str = ""
+
+
+class Requests:
+    """Keeps some requests under way; each answer is compared."""
+
+    def __init__(self, url: str, prompts: dict[str, list[str]], expected: dict[str, list[list[int]]]) -> None:
+        self.answers = Answers()
+        self.pause = asyncio.Event()
+        self.pause.set()
+        self._prompts = [
+            (text, its) for name in DOMAINS for text, its in zip(prompts[name], expected[name], strict=True)
+        ]
+        self._client = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(240.0))
+
+    async def stream(self, luck: random.Random, stopping: asyncio.Event) -> None:
+        while not stopping.is_set():
+            await self.pause.wait()
+            text, expected = luck.choice(self._prompts)
+            try:
+                response = await self._client.post("/v1/completions", json=self._request(text))
+                response.raise_for_status()
+                got = response.json()["choices"][0]["token_ids"]
+            except (httpx.HTTPError, KeyError, ValueError) as error:
+                self.answers.failed.append(f"{type(error).__name__}: {error}"[:200])
+                await asyncio.sleep(1)
+                continue
+            self.answers.requests += 1
+            self.answers.tokens += max(len(got), len(expected))
+            wrong = max(len(got), len(expected)) - sum(a == b for a, b in zip(got, expected, strict=False))
+            self.answers.wrong += wrong
+            if wrong and not self.answers.first_wrong:
+                self.answers.first_wrong = f"{text[:60]!r}: expected {expected}, got {got}"
+
+    async def abort(self, luck: random.Random) -> None:
+        """Begins a request and goes away in the middle of its answer."""
+        request = self._request(luck.choice(self._prompts)[0]) | {"stream": True, "max_tokens": 200}
+        with contextlib.suppress(httpx.HTTPError):
+            async with self._client.stream("POST", "/v1/completions", json=request) as response:
+                count = luck.randint(1, 20)
+                async for _ in response.aiter_lines():
+                    count -= 1
+                    if not count:
+                        break
+        self.answers.aborted += 1
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    @staticmethod
+    def _request(text: str) -> dict[str, Any]:
+        return {
+            "model": "tiny-moe",
+            "prompt": text,
+            "max_tokens": TOKENS,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+
+
+# --- the server's processes -------------------------------------------------------------------------------------------
+
+
+def title(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
+def parent(pid: int) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def planners(server: Server) -> list[int]:
+    """The planner is the spawned child of a worker, or of an engine that is its own worker."""
+    return [
+        pid
+        for pid in server.processes()
+        if "spawn_main" in title(pid) and any(word in title(parent(pid)) for word in ("Worker", "EngineCore"))
+    ]
+
+
+def workers(server: Server) -> list[int]:
+    return [pid for pid in server.processes() if "Worker" in title(pid) or "EngineCore_DP" in title(pid)]
+
+
+def measure(server: Server) -> dict[str, float]:
+    """What all processes of the server hold, the planner left out: it is another one every few seconds."""
+    total: Counter[str] = Counter()
+    left_out = set(planners(server))
+    for pid in set(server.processes()) - left_out:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+            links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+        except OSError:
+            continue
+        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        total["memory_mib"] += int(fields.get("RssAnon", "0 kB").split()[0]) / 1024
+        total["threads"] += int(fields.get("Threads", "0"))
+        total["files"] += len(links)
+        total["sockets"] += sum(link.startswith("socket:") for link in links)
+        total["processes"] += 1
+    total["shared_memory"] = len(server.shared_memory())
+    return dict(total)
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+class Faults:
+    """One fault after the other, each undone before the next."""
+
+    def __init__(self, server: Server, requests: Requests, stats_path: Path, luck: random.Random) -> None:
+        self._server, self._requests, self._stats, self._luck = server, requests, stats_path, luck
+        self.done: Counter[str] = Counter()
+        self.kinds: dict[str, Callable[[], Any]] = {
+            "planner killed (SIGKILL)": lambda: self._signal(planners, signal.SIGKILL),
+            "planner crashed (SIGSEGV)": lambda: self._signal(planners, signal.SIGSEGV),
+            "planner killed three times in a row": self._kill_thrice,
+            "planner stopped for 1 to 5 s": lambda: self._pause(planners, 1, 5),
+            "one rank stopped for 0.2 to 3 s": lambda: self._pause(workers, 0.2, 3),
+            "six requests aborted at once": self._abort,
+            "no requests for 1 to 3 s": self._idle,
+            "statistics file deleted": self._delete_stats,
+            "statistics file full of zeros": self._zero_stats,
+        }
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        names: list[str] = []
+        while not stopping.is_set():
+            if not names:  # all in turn, in another order each time
+                names = self._luck.sample(sorted(self.kinds), len(self.kinds))
+            name = names.pop()
+            if await self.kinds[name]() is not False:
+                self.done[name] += 1
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(stopping.wait(), self._luck.uniform(1.0, 4.0))
+
+    async def _signal(self, find: Callable[[Server], list[int]], number: int) -> bool:
+        found = find(self._server)
+        if not found:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._luck.choice(found), number)
+        return True
+
+    async def _kill_thrice(self) -> bool:
+        hit = 0
+        for _ in range(3):
+            hit += await self._signal(planners, signal.SIGKILL)
+            await asyncio.sleep(self._luck.uniform(0.2, 1.5))
+        return hit > 0
+
+    async def _pause(self, find: Callable[[Server], list[int]], low: float, high: float) -> bool:
+        found = find(self._server)
+        if not found:
+            return False
+        pid = self._luck.choice(found)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(self._luck.uniform(low, high))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        return True
+
+    async def _abort(self) -> None:
+        await asyncio.gather(*(self._requests.abort(self._luck) for _ in range(6)))
+
+    async def _idle(self) -> None:
+        self._requests.pause.clear()
+        try:
+            await asyncio.sleep(self._luck.uniform(1, 3))
+        finally:
+            self._requests.pause.set()
+
+    async def _delete_stats(self) -> None:
+        self._stats.unlink(missing_ok=True)
+
+    async def _zero_stats(self) -> None:
+        self._stats.write_bytes(b"\0" * (8 << 20))
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+async def soak(
+    server: Server, minutes: float, seed: int, expected: dict[str, list[list[int]]], stats: Path
+) -> dict[str, Any]:
+    luck, stopping = random.Random(seed), asyncio.Event()
+    requests = Requests(server.url, {name: read_prompts(name)[:PROMPTS] for name in DOMAINS}, expected)
+    faults = Faults(server, requests, stats, random.Random(seed + 1))
+    samples: list[dict[str, float]] = []
+    streams = [asyncio.create_task(requests.stream(random.Random(luck.random()), stopping)) for _ in range(STREAMS)]
+    await asyncio.sleep(5)  # the first requests warm everything up
+    began = time.monotonic()
+    trouble = asyncio.create_task(faults.run(stopping))
+    while time.monotonic() - began < 60 * minutes:
+        await asyncio.sleep(SAMPLE_SECONDS)
+        server.check_alive()
+        samples.append(await asyncio.to_thread(measure, server))
+    stopping.set()
+    requests.pause.set()
+    await trouble
+    await asyncio.gather(*streams)
+    seconds = time.monotonic() - began
+    last = None
+    for _ in range(100):  # the statistics come back by themselves after the last fault
+        with contextlib.suppress(Exception):
+            last = server.stats()
+        if last is not None and last.cycles_done:
+            break
+        await requests.abort(luck)
+        await asyncio.sleep(0.2)
+    await requests.close()
+    return {
+        "seconds": round(seconds, 1),
+        "answers": requests.answers,
+        "faults": faults.done,
+        "samples": samples,
+        "stats": last,
+    }
+
+
+def growth(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Medians of the first and the last quarter of the samples, by resource."""
+    quarter = max(1, len(samples) // 4)
+    table = {}
+    for name in (*MOST_GROWTH, "processes"):
+        first = statistics.median(sample[name] for sample in samples[:quarter])
+        last = statistics.median(sample[name] for sample in samples[-quarter:])
+        table[name] = {"first": round(first, 1), "last": round(last, 1)}
+    return table
+
+
+def judge(result: dict[str, Any], left: list[str], log: str) -> list[str]:
+    """What went wrong; empty if nothing did."""
+    answers, stats, said = result["answers"], result["stats"], []
+    if answers.failed:
+        said.append(f"{len(answers.failed)} requests failed: {answers.failed[0]}")
+    if answers.wrong:
+        said.append(f"{answers.wrong} of {answers.tokens} tokens are wrong: {answers.first_wrong}")
+    if not answers.requests:
+        said.append("no request was answered")
+    for name, most in MOST_GROWTH.items():
+        its = result["growth"][name]
+        if its["last"] - its["first"] > most:
+            said.append(f"{name} grew from {its['first']} to {its['last']}; at most {most} more are allowed")
+    if stats is None or not stats.cycles_done:
+        said.append("no cycle was done")
+    elif stats.phase == "off":
+        said.append(f"balancing went off: {stats.off_reason}")
+    elif stats.audit_damaged or stats.audit_mended:
+        said.append(f"an audit found {stats.audit_damaged} damaged slots and mended {stats.audit_mended}")
+    if 'File "' in log and "vllm_ascend_eplb/" in log.split('File "', 1)[1]:
+        said.append("there is a traceback with our code in the log")
+    return said + left
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    answers, stats = result["answers"], result["stats"] or {}
+    lines = [
+        "# Soak",
+        "",
+        f"{result['seconds']:.0f} seconds on {result['machine']}, {result['parallel']} = 2, seed {result['seed']}: "
+        + ("**passed**" if not result["failures"] else "**failed**"),
+        "",
+        *(f"- {line}" for line in result["failures"]),
+        "| what | count |",
+        "| --- | --- |",
+        f"| requests answered | {answers['requests']} |",
+        f"| requests failed | {len(answers['failed'])} |",
+        f"| requests aborted on purpose | {answers['aborted']} |",
+        f"| tokens compared | {answers['tokens']} |",
+        f"| tokens wrong | {answers['wrong']} |",
+        f"| cycles done / skipped / failed | {stats.get('cycles_done')} / {stats.get('cycles_skipped')} / "
+        f"{stats.get('cycles_failed')} |",
+        f"| experts moved | {stats.get('experts_moved')} |",
+        f"| audits of all slots, damaged slots found | {stats.get('audits')}, {stats.get('audit_damaged')} |",
+        f"| planner starts | {stats.get('planner_starts')} |",
+        "",
+        "| fault | times |",
+        "| --- | --- |",
+        *(f"| {name} | {count} |" for name, count in sorted(result["faults"].items())),
+        "",
+        "| resource, median of | first quarter | last quarter |",
+        "| --- | --- | --- |",
+        *(f"| {name} | {its['first']} | {its['last']} |" for name, its in result["growth"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def reference(folder: Path) -> dict[str, list[list[int]]]:
+    """The answers to compare with; kept in the folder for the next run."""
+    kept = folder / "reference.json"
+    if kept.exists():
+        answers: dict[str, list[list[int]]] = json.loads(kept.read_text())
+    else:
+        answers = reference_tokens(list(DOMAINS), TOKENS, 16)
+        kept.write_text(json.dumps(answers))
+    return {name: answers[name][:PROMPTS] for name in DOMAINS}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=float(os.environ.get("SOAK_MINUTES", "30")))
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--parallel", choices=("tensor", "data"), default="tensor")
+    parser.add_argument("--folder", type=Path, default=REPOSITORY / "build" / "soak")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    expected = reference(folder)
+    server = Server(2, SETTINGS, folder, 16)
+    if arguments.parallel == "data":
+        server.command[server.command.index("--tensor-parallel-size")] = "--data-parallel-size"
+    try:
+        server.start()
+        for _ in server.wait_until_ready(600):
+            pass
+        result = asyncio.run(soak(server, arguments.minutes, arguments.seed, expected, folder / "stats.json"))
+    finally:
+        left = server.stop()
+    result.update(
+        growth=growth(result["samples"]), machine=f"{platform.machine()}, {os.cpu_count()} cores", seed=arguments.seed,
+        parallel=f"{arguments.parallel}-parallel size", settings=SETTINGS,
+    )  # fmt: skip
+    result["failures"] = judge(result, left, server.log_path.read_text(errors="replace"))
+    result["answers"] = vars(result["answers"])
+    result["stats"] = json.loads(result["stats"].to_json()) if result["stats"] is not None else None
+    (folder / "soak.json").write_text(json.dumps(result, indent=1))
+    text = report(result)
+    (folder / "soak.md").write_text(text)
+    print(text)
+    return 1 if result["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
