@@ -13,6 +13,8 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import sys
 import threading
@@ -36,6 +38,9 @@ POLL_SECONDS = 0.05
 
 ORPHAN_SECONDS = 3.0
 """How long the child outlives a parent that ended without ending it."""
+
+OWNED_FOLDER = "vllm-eplb-"
+"""How the names of private folders begin; the id of the process that made the folder follows, and a hyphen."""
 
 KEPT_ANSWERS = 4
 """Answers of one child that are kept until somebody asks for them; one is enough for a child that behaves."""
@@ -191,9 +196,27 @@ def _die_with(parent: int) -> None:
         if process is not None and os.getppid() == parent:
             process.join()
         time.sleep(ORPHAN_SECONDS)
+        remove_orphaned_folder(os.environ.get("EPLB_STATS_FILE", ""))
         os._exit(0)
 
     threading.Thread(target=watch, name="eplb-parent-watch", daemon=True).start()
+
+
+def remove_orphaned_folder(stats_file: str) -> None:
+    """Removes the private folder of a statistics file whose front-end process was killed and so could not remove it.
+
+    The planner's process outlives the others, so it cleans up after them. It touches no folder that a user chose.
+    """
+    folder = os.path.dirname(stats_file)
+    match = re.fullmatch(re.escape(OWNED_FOLDER) + r"(\d{1,10})-\w+", os.path.basename(folder))
+    if match is None or os.path.islink(folder):
+        return
+    try:
+        os.kill(int(match.group(1)), 0)
+    except ProcessLookupError:
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # it is there, or is somebody else's
+        pass
 
 
 @contextlib.contextmanager

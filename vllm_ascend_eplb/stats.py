@@ -27,6 +27,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .placement import peak_to_average
+from .process import OWNED_FOLDER
 
 STATS_VARIABLE = "EPLB_STATS_FILE"
 """Environment variable that holds the path of the statistics file; vLLM warns of unknown names that begin with VLLM."""
@@ -493,14 +494,14 @@ def stats_path() -> Path | None:
 def provide_stats_path() -> Path:
     """In the front-end process: the path that all processes of this server share.
 
-    Makes a private folder for it unless the environment variable is set; the folder is removed when the process that
-    made it exits.
+    Makes a private folder for it unless the environment variable is set. The process that made it removes it when it
+    exits; if that was killed, the planner's process does (process.py).
     """
     existing = stats_path()
     if existing is not None:
         return existing
-    folder = tempfile.mkdtemp(prefix="vllm-eplb-")  # mode 0700
     owner = os.getpid()
+    folder = tempfile.mkdtemp(prefix=f"{OWNED_FOLDER}{owner}-")  # mode 0700
 
     def remove() -> None:
         if os.getpid() == owner:  # not in a forked child

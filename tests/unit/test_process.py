@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The planner's process: answers, dies, hangs and talks nonsense; the caller never waits."""
 
+import gc
 import os
 import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 
 from vllm_ascend_eplb.placement import Placement
 from vllm_ascend_eplb.plans import Plan
-from vllm_ascend_eplb.process import EplbProcess, PlanAnswer, PlanRequest
+from vllm_ascend_eplb.process import EplbProcess, PlanAnswer, PlanRequest, remove_orphaned_folder
 
 PLACEMENT = Placement.initial(num_layers=2, num_experts=8, num_ranks=2, num_redundant=2)
 
@@ -173,3 +176,85 @@ time.sleep(600)
     parent.kill()
     parent.wait()
     wait_until(lambda: not alive(child))
+
+
+def descriptors() -> dict[str, str]:
+    folder = Path("/proc/self/fd")
+    found = {}
+    for entry in folder.iterdir():
+        try:
+            found[entry.name] = os.readlink(entry)
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def test_planners_that_come_and_go_leave_nothing_behind(process, monkeypatch):
+    monkeypatch.setattr("vllm_ascend_eplb.process.RESTART_SECONDS", (0.0,))
+    held: list[tuple[int, int, int]] = []
+    for number in range(1, 9):
+        process.submit(request(number))
+        assert wait_for_answer(process, number).plan is not None
+        if number in (3, 8):
+            wait_until(lambda: len([t for t in threading.enumerate() if t.name == "eplb-planner-answers"]) == 1)
+            gc.collect()
+            semaphores = [path for path in Path("/dev/shm").iterdir() if path.name.startswith("sem.mp-")]
+            held.append((len(descriptors()), threading.active_count(), len(semaphores)))
+        killed = process.pid
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda killed=killed: process.pid not in (None, killed))
+    assert held[1] == held[0]
+
+
+def test_nobody_else_can_reach_what_parent_and_child_say_to_each_other(process):
+    process.submit(request(1))
+    wait_for_answer(process, 1)
+    pid = process.pid
+    links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    named = [link for link in links if link.startswith("/") and not link.endswith(" (deleted)")]
+    assert sum(link.startswith("pipe:") for link in links) >= 2  # the queues: pipes without a name
+    for link in named:
+        assert not stat.S_ISFIFO(os.stat(link).st_mode)
+        assert not stat.S_ISSOCK(os.stat(link).st_mode)
+    for path in Path("/dev/shm").glob("sem.mp-*"):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_the_folder_of_a_killed_front_end_is_removed_and_no_other(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    ours, living, foreign = (
+        tmp_path / name for name in (f"vllm-eplb-{dead.pid}-ab_1", f"vllm-eplb-{os.getpid()}-cd", "my")
+    )
+    link = tmp_path / f"vllm-eplb-{dead.pid}-link"
+    for folder in (ours, living, foreign):
+        folder.mkdir()
+        (folder / "stats.json").write_text("{}")
+    link.symlink_to(foreign)
+    for folder in (ours, living, foreign, link):
+        remove_orphaned_folder(str(folder / "stats.json"))
+    remove_orphaned_folder("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, foreign.name, link.name])
+    assert (foreign / "stats.json").exists()
+
+
+def test_the_folder_goes_with_the_last_process_of_a_killed_server():
+    code = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from vllm_ascend_eplb.stats import provide_stats_path
+from test_process import EplbProcess, request, reverse, wait_for_answer
+path = provide_stats_path()
+path.write_text("{{}}")
+process = EplbProcess(reverse)
+process.submit(request(1))
+wait_for_answer(process, 1)
+print(path, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "EPLB_STATS_FILE"}
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    path = Path(parent.stdout.readline().strip())
+    parent.wait()
+    assert path.name == "stats.json"
+    wait_until(lambda: not path.parent.exists())

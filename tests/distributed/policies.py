@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planners that misbehave. A module of its own, because the planner's process imports it: neither torch nor pytest."""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from vllm_ascend_eplb.plans import Plan
+from vllm_ascend_eplb.process import PlanAnswer, PlanRequest, plan_request
+from vllm_ascend_eplb.rounds import rounds_to_array, schedule_rounds
+from vllm_ascend_eplb.topology import Topology
+
+
+def plan_slowly(request: PlanRequest) -> Plan:
+    time.sleep(0.3)
+    return plan_request(request)
+
+
+def talk_nonsense(request: PlanRequest) -> Plan:
+    """Writes into the very pipe that answers travel through, another nonsense in each odd cycle."""
+    good = plan_request(request)
+    answers = sys._getframe(1).f_locals["answers"]
+    pipe = answers._writer.fileno()
+    rounds = rounds_to_array(
+        schedule_rounds(request.placement, good.moves, Topology(request.node_of_rank), request.buffer_experts)
+    )
+    number = request.number
+
+    def answer(**changes: Any) -> None:
+        values = {"number": number, "plan": good, "rounds": rounds, **changes}
+        answers.put(PlanAnswer(**values))
+
+    def changed(column: int, value: int) -> np.ndarray:
+        array = rounds.copy()
+        array[0, column] = value
+        return array
+
+    if number == 1:  # no pickle at all
+        answers._sem.acquire(False)  # as for every message
+        answers._writer.send_bytes(b"\x80\x05garbage" * 20)
+    elif number == 3:  # a message that claims 2**62 bytes
+        os.write(pipe, struct.pack("!i", -1) + struct.pack("!Q", 1 << 62) + b"x" * 100)
+        time.sleep(3600)
+    elif number == 5:  # other things than answers, and numbers of other cycles, then twice the right one
+        for thing in ("a string", None, [1, 2], {"number": number}, np.zeros(3)):
+            answers.put(thing)
+        for other in (number - 1, number + 1, "5", np.array([5, 5]), None):
+            answer(number=other)
+        answer()
+    elif number == 7:  # floats where integers belong
+        answer(rounds=rounds.astype(np.float64) + 0.5)
+    elif number == 9:  # another shape
+        answer(plan=replace(good, physical_to_logical=good.physical_to_logical[:, :-2]))
+    elif number == 11:  # a slot out of range
+        answer(rounds=changed(3, 10_000))
+    elif number == 13:  # an expert that does not exist
+        answer(rounds=changed(4, request.num_experts))
+    elif number == 15:  # a source that holds another expert
+        answer(rounds=changed(5, int(rounds[0, 5]) ^ 1))
+    elif number == 17:  # moves that lose an expert
+        row = np.array([[0, -1, 0, slot, 1, 1, 0] for slot in (0, 12)], dtype=np.int32)
+        answer(rounds=row)
+    elif number == 19:  # not a number
+        answer(plan=replace(good, par_after=good.par_after * np.nan))
+    elif number == 21:  # no plan at all
+        answer(plan="better luck next time")
+    elif number == 23:  # rounds that do not lead where the plan says
+        answer(rounds=rounds[:1])
+    elif number == 25:  # more rows than the plan could ever have
+        answer(rounds=np.tile(rounds, (50, 1)))
+    return good
+
+
+def late_once(request: PlanRequest) -> Plan:
+    if request.number == 1:
+        time.sleep(2.5)
+    return plan_request(request)
