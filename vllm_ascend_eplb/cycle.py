@@ -234,8 +234,8 @@ class CycleState:
 
     @property
     def in_flight(self) -> int:
-        """Rounds that were issued and not yet committed."""
-        return self.issued - self.committed
+        """Rounds that were issued and not yet committed. A cycle that was dropped leaves its counts behind."""
+        return self.issued - self.committed if self.phase in (Phase.MOVE, Phase.DRAIN) else 0
 
     def plan_age_limit(self, settings: CycleSettings) -> int:
         """Steps from the snapshot after which a plan that has not arrived is dropped."""

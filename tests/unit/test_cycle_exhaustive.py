@@ -381,7 +381,7 @@ LONG = [
     pytest.param(Case(3, 1, settings(1, 1, listen_steps=2), (1,), 0, 2), id="3 ranks, 2 orders"),
     pytest.param(Case(2, 2, settings(2, 1, listen_steps=3), (2,), 1, 1), id="2 ranks, lag 2, 1 fault, 1 order"),
     pytest.param(Case(2, 2, settings(2, audit_steps=3), (2,), 2), id="2 ranks, audits, lag 2, 2 faults"),
-    pytest.param(Case(2, 1, settings(1, listen_steps=3, audit_steps=3), (1,), 1, 1), id="2 ranks, audits, 1 order"),
+    pytest.param(Case(2, 1, settings(1, listen_steps=3, audit_steps=3), (2,), 1, 1), id="2 ranks, audits, 1 order"),
 ]
 
 
