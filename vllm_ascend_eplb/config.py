@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import reprlib
-import stat
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -21,11 +19,13 @@ import annotated_types
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from .expert_map import ExpertMapError, read_expert_map
+from .files import FileError, check_place, show
+from .map_recorder import load_path
+from .placement import Placement
+
 SERIES_ENTRIES = 8
 """Entries of the load series for a policy that weighs how load varies (eplb_policy_type 3)."""
-
-MAX_MAP_BYTES = 256 << 20
-"""Largest expert map file that is read; a map of 100 layers with 1,024 slots has less than 1 MiB."""
 
 _MOVED_INTO_EPLB_CONFIG = {
     "dynamic_eplb": "dynamic_eplb",
@@ -59,12 +59,13 @@ class EplbConfig(BaseModel):
     expert_map_path: str | None = Field(
         default=None,
         min_length=1,
-        description="expert map file (JSON) that gives the placement to start from; refused in this version",
+        description="map file whose placement the weights are loaded by; without `dynamic_eplb` it stays as it is",
     )
     expert_map_record_path: str | None = Field(
         default=None,
         min_length=1,
-        description="file that the placement in force is written to as an expert map; refused in this version",
+        description="map file that the placement in force is written to after each cycle, with the load behind it "
+        "beside it; turns `dynamic_eplb` on",
     )
     expert_heat_collection_interval: int = Field(
         default=600, ge=1, le=10_000_000, description="how long load is collected before each plan, in steps"
@@ -80,7 +81,7 @@ class EplbConfig(BaseModel):
         ge=0,
         le=1_000_000,
         description="slots per layer beyond one for each expert, over all ranks; experts + redundant experts must be "
-        "divisible by the expert-parallel size R, and at most experts * (R - 1)",
+        "divisible by the expert-parallel size R, and at most experts * (R - 1); left out, that of `expert_map_path`",
     )
     eplb_policy_type: int = Field(
         default=2,
@@ -210,7 +211,13 @@ class EplbConfig(BaseModel):
     @property
     def active(self) -> bool:
         """Whether the package does anything at all."""
-        return self.dynamic_eplb or self.expert_map_path is not None or self.expert_map_record_path is not None
+        return self.dynamic or self.expert_map_path is not None
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether load is counted and plans are made. A map to record turns it on, as it does in vllm-ascend; a map to
+        start from alone is a placement that stays."""
+        return self.dynamic_eplb or self.expert_map_record_path is not None
 
     @property
     def policy_name(self) -> PolicyName:
@@ -223,8 +230,14 @@ class EplbConfig(BaseModel):
         return SERIES_ENTRIES if self.policy is None and self.eplb_policy_type == 3 else 1
 
     def check_serving(
-        self, *, num_experts: int | None, ep_size: int, expert_parallel: bool, vllm_eplb: bool = False
-    ) -> None:
+        self,
+        *,
+        num_experts: int | None,
+        ep_size: int,
+        expert_parallel: bool,
+        vllm_eplb: bool = False,
+        num_layers: int | None = None,
+    ) -> int:
         """Checks the settings against the model and the server they are meant for. Does nothing unless ``active``.
 
         Args:
@@ -232,12 +245,16 @@ class EplbConfig(BaseModel):
             ep_size: ranks of the expert-parallel group, R.
             expert_parallel: whether vLLM's ``--enable-expert-parallel`` is given.
             vllm_eplb: whether vLLM's own ``--enable-eplb`` is given.
+            num_layers: MoE layers, L; None where that is not known, then only the workers compare it with a map's.
+
+        Returns:
+            Redundant experts per layer: ``num_redundant_experts``, or those of the map to start from.
 
         Raises:
             EplbConfigError: what cannot work, and the way out.
         """
         if not self.active:
-            return
+            return self.num_redundant_experts
         if vllm_eplb:
             raise EplbConfigError(
                 "--enable-eplb turns on vLLM's own balancer, and eplb_config turns on this one; only one may run: "
@@ -258,13 +275,55 @@ class EplbConfig(BaseModel):
                 f"the expert-parallel size is {ep_size}; balancing needs 2 or more ranks: raise "
                 f"--tensor-parallel-size or --data-parallel-size, or leave eplb_config out"
             )
-        self._check_redundancy(num_experts, ep_size)
-        if self.expert_map_path is not None:
-            _check_map_file(self.expert_map_path)
-            raise EplbConfigError(_not_yet("expert_map_path", self.expert_map_path))
+        start = self.read_start_placement(num_layers=num_layers, num_experts=num_experts, num_ranks=ep_size)
+        redundant = self.num_redundant_experts
+        if start is None:
+            self._check_redundancy(num_experts, ep_size)
+        else:
+            redundant = start.num_slots - num_experts
         if self.expert_map_record_path is not None:
             _check_record_path(self.expert_map_record_path)
-            raise EplbConfigError(_not_yet("expert_map_record_path", self.expert_map_record_path))
+        return redundant
+
+    def read_start_placement(self, *, num_layers: int | None, num_experts: int, num_ranks: int) -> Placement | None:
+        """The placement of ``expert_map_path``, checked against the model; None where no map is given.
+
+        Args:
+            num_layers: MoE layers, L; None accepts any number.
+            num_experts: logical experts per layer, E.
+            num_ranks: ranks of the expert-parallel group, R.
+
+        Raises:
+            EplbConfigError: the file is no map, or not one for this model and server; names layer, device and slot.
+        """
+        if self.expert_map_path is None:
+            return None
+        where = "eplb_config.expert_map_path"
+        try:
+            # what another balancer wrote may hold an expert twice on a device: that wastes a slot, and serves all right
+            placement = read_expert_map(
+                self.expert_map_path,
+                num_layers=num_layers,
+                num_experts=num_experts,
+                num_ranks=num_ranks,
+                allow_duplicates=True,
+            )
+        except ExpertMapError as error:
+            raise EplbConfigError(f"{where}: {error}") from None
+        name = show(self.expert_map_path)
+        redundant, most = placement.num_slots - num_experts, num_experts * (num_ranks - 1)
+        if redundant > most:
+            raise EplbConfigError(
+                f"{where}: {name} has {placement.num_slots} slots per layer, more than {num_experts + most}, which "
+                f"hold each of {num_experts} experts on each of {num_ranks} ranks; use a map with at most {most} "
+                f"redundant experts"
+            )
+        if "num_redundant_experts" in self.model_fields_set and self.num_redundant_experts != redundant:
+            raise EplbConfigError(
+                f"{where}: {name} has {redundant} redundant experts per layer, eplb_config.num_redundant_experts is "
+                f"{self.num_redundant_experts}; leave the number out, or use a map made for it"
+            )
+        return placement
 
     def _check_redundancy(self, num_experts: int, ep_size: int) -> None:
         redundant, most = self.num_redundant_experts, num_experts * (ep_size - 1)
@@ -293,41 +352,12 @@ def settings_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def _check_map_file(path: str) -> None:
-    where = f"eplb_config.expert_map_path = {_show(path)}"
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError) as error:
-        raise EplbConfigError(f"{where} cannot be read ({_reason(error)}); give the path of a map file") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise EplbConfigError(f"{where} is not a regular file; give the path of a map file")
-    if not 0 < status.st_size <= MAX_MAP_BYTES:
-        raise EplbConfigError(
-            f"{where} has {status.st_size} bytes; a map file has 1..{MAX_MAP_BYTES}: check that it is the right file"
-        )
-    if not os.access(path, os.R_OK):
-        raise EplbConfigError(f"{where} may not be read by this user; change its permissions (chmod +r)")
-
-
 def _check_record_path(path: str) -> None:
-    where = f"eplb_config.expert_map_record_path = {_show(path)}"
     try:
-        exists = stat.S_IFMT(os.stat(path).st_mode)
-    except FileNotFoundError:
-        exists = 0
-    except (OSError, ValueError) as error:
-        raise EplbConfigError(f"{where} cannot be used ({_reason(error)}); give the path of a file to write") from None
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise EplbConfigError(f"{where}: the folder {_show(folder)} does not exist; create it first")
-    if exists not in (0, stat.S_IFREG):
-        raise EplbConfigError(f"{where} is not a regular file; give the path of a file to write")
-    if not os.access(folder, os.W_OK | os.X_OK) or (exists and not os.access(path, os.W_OK)):
-        raise EplbConfigError(f"{where} may not be written by this user; choose another folder")
-
-
-def _not_yet(key: str, value: str) -> str:
-    return f"eplb_config.{key} = {_show(value)} is not yet supported in this version; leave it out"
+        check_place(path)
+        check_place(load_path(path))
+    except FileError as error:
+        raise EplbConfigError(f"eplb_config.expert_map_record_path: {error}") from None
 
 
 def _unknown_key(key: object, known: tuple[str, ...]) -> str:
@@ -445,7 +475,3 @@ def _show(value: object) -> str:
 
 def _clip(text: str) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

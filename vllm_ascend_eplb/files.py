@@ -87,13 +87,18 @@ def check_place(path: str | os.PathLike[str]) -> None:
     """Finds out before a long computation that its result could not be written.
 
     Raises:
-        FileError: the folder is missing or may not be written, or the path is a directory or a symbolic link.
+        FileError: the folder is missing or may not be written, or the path is a directory, a symbolic link or no file
+            at all.
     """
     target = Path(path)
+    if "\0" in os.fspath(path):
+        raise FileError(f"{show(path)} is no path: it has a null byte; give the path of a file to write")
     if target.is_symlink():
         raise FileError(f"{show(path)} is a symbolic link, which would be replaced; give the path of the file itself")
     if target.is_dir():
         raise FileError(f"{show(path)} is a directory; give the path of a file to write")
+    if target.exists() and not target.is_file():
+        raise FileError(f"{show(path)} is not a regular file; give the path of a file to write")
     if not target.parent.is_dir():
         raise FileError(f"the folder of {show(path)} does not exist; create it first")
     if not os.access(target.parent, os.W_OK | os.X_OK):

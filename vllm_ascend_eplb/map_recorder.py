@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import threading
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ import numpy.typing as npt
 from .expert_map import ExpertMapError, write_expert_map
 from .files import FileError, write_atomic
 from .placement import Placement
+
+KEPT_WINDOWS = 32
+"""Windows of load that are kept beside the map; 32 of 58 layers x 256 experts have 4 MB in memory."""
 
 logger = logging.getLogger("vllm.eplb")  # only loggers under vllm have handlers in a server
 
@@ -31,13 +35,17 @@ def load_path(path: str | os.PathLike[str]) -> Path:
 class MapRecorder:
     """Writes each placement in force to a map file; the newest wins where they come faster than the disk takes them.
 
+    Beside the map stands the load of the last ``KEPT_WINDOWS`` windows, int64 [T, L, E] with the newest last, as
+    ``plan`` and ``simulate`` take it.
+
     Args:
         path: of the map file; its ending says the form, as in ``write_expert_map``. The load goes to ``load_path``.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._newest: tuple[Placement, npt.NDArray[np.integer] | None] | None = None
+        self._newest: tuple[Placement, list[npt.NDArray[np.integer]]] | None = None
+        self._windows: deque[npt.NDArray[np.integer]] = deque(maxlen=KEPT_WINDOWS)
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
@@ -49,13 +57,13 @@ class MapRecorder:
 
         Args:
             placement: committed on all ranks.
-            load: [L, E], tokens per logical expert that it was planned for; not changed by the caller afterwards. None
-                keeps the load that was recorded last.
+            load: [L, E], tokens per logical expert in the window that has just ended; not changed by the caller
+                afterwards. None if there is no newer one.
         """
         with self._lock:
-            if load is None and self._newest is not None:
-                load = self._newest[1]
-            self._newest = (placement, load)
+            if load is not None:
+                self._windows.append(load)
+            self._newest = (placement, list(self._windows))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="eplb-map-recorder", daemon=True)
             self._thread.start()
@@ -80,11 +88,11 @@ class MapRecorder:
             if closing:
                 return
 
-    def _write(self, placement: Placement, load: npt.NDArray[np.integer] | None) -> None:
+    def _write(self, placement: Placement, windows: list[npt.NDArray[np.integer]]) -> None:
         try:
-            if load is not None:  # first, so that a new map never stands beside an older load for long
+            if windows:  # first, so that a new map never stands beside an older load for long
                 stream = io.BytesIO()
-                np.savez_compressed(stream, load=np.asarray(load)[None], digest=np.int64(placement.digest))
+                np.savez_compressed(stream, load=np.stack(windows), digest=np.int64(placement.digest))
                 write_atomic(load_path(self.path), stream.getvalue())
             write_expert_map(self.path, placement)
             self._complained = False

@@ -18,7 +18,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 
 from .stats import EplbStats, Par, PhaseName, StatsError, read_stats, stats_path
 
-__all__ = ["EplbGauges", "StatsWatcher", "read_stats", "watch"]
+__all__ = ["EplbGauges", "StatsWatcher", "metrics_table", "read_stats", "watch"]
 
 logger = logging.getLogger("vllm.eplb.metrics")  # only loggers under vllm have handlers in a server
 
@@ -39,10 +39,17 @@ class EplbGauges:
             "par_before": gauge("par_before", par + "before the last cycle that moved experts.", "layers"),
             "par_predicted": gauge("par_predicted", par + "that the plan of that cycle promised.", "layers"),
             "par_realised": gauge("par_realised", par + "measured in the window after that cycle.", "layers"),
+            "par_planned": gauge("par_planned", par + "that the last plan promises, carried out or not.", "layers"),
             "par_window": gauge("par_window", par + "in the last collection window.", "layers"),
             "par_window_start_placement": gauge(
                 "par_window_start_placement",
                 par + "in the last collection window, had the placement the server started with been in force.",
+                "layers",
+            ),
+            "par_window_observed": gauge(
+                "par_window_observed",
+                par
+                + "in the last collection window, had the plan of the window before been carried out; mode observe.",
                 "layers",
             ),
         }
@@ -64,6 +71,7 @@ class EplbGauges:
             "experts_moved_last": gauge("experts_moved_last_cycle", "Experts moved in the last cycle that moved any."),
             "dispatch_updates": gauge("dispatch_updates", "How often the dispatch shares were changed."),
             "planner_starts": gauge("planner_starts", "Times that the planner's process was started so far."),
+            "moves_planned": gauge("moves_planned", "Moves of the last plan, carried out or not."),
             "planner_seconds": gauge("planner_seconds", "Wall time of the last plan."),
             "control_wait_seconds": gauge(
                 "control_wait_seconds", "Time that steps waited for the ranks' agreement so far."
@@ -85,6 +93,9 @@ class EplbGauges:
             "updated_at": gauge("updated_timestamp_seconds", "When the statistics were written, seconds since 1970."),
         }
 
+    def gauges(self) -> list[Gauge]:
+        return [*self._par.values(), self._cycles, self._phase, self._info, *self._numbers.values()]
+
     def show(self, stats: EplbStats) -> None:
         """Sets all gauges."""
         window = stats.window
@@ -94,8 +105,10 @@ class EplbGauges:
             "par_realised": stats.par_realised,
             "dispatch_par_before": stats.dispatch_par_before,
             "dispatch_par_after": stats.dispatch_par_after,
+            "par_planned": stats.par_planned,
             "par_window": window.par if window else None,
             "par_window_start_placement": window.par_start if window else None,
+            "par_window_observed": window.par_observed if window else None,
         }
         for name, par in pars.items():
             if par is not None:
@@ -110,6 +123,18 @@ class EplbGauges:
         self._info.labels(version=stats.version, policy=stats.policy, mode=stats.mode).set(1)
         for name, number in self._numbers.items():
             number.set(getattr(stats, name))
+
+
+def metrics_table() -> str:
+    """All gauges as a Markdown table: name, labels, meaning."""
+    registry = CollectorRegistry()
+    made = EplbGauges(registry)
+    values = {"layers": "mean, worst", "result": "done, skipped, failed", "phase": ", ".join(get_args(PhaseName))}
+    rows = ["| metric | labels | meaning |", "| --- | --- | --- |"]
+    for gauge in made.gauges():
+        labels = "; ".join(f"{name}: {values[name]}" if name in values else name for name in gauge._labelnames)
+        rows.append(f"| `{gauge._name}` | {labels} | {gauge._documentation} |")
+    return "\n".join(rows) + "\n"
 
 
 class StatsWatcher:

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -34,6 +35,7 @@ STATS_VARIABLE = "EPLB_STATS_FILE"
 
 MAX_STATS_BYTES = 4 << 20
 KEPT_CYCLES = 64
+MAX_RANKS = 4096
 MAX_TABLE_ENTRIES = 4096
 """Rank loads are kept per layer up to this many numbers (layers x ranks); beyond that they are left out."""
 
@@ -83,17 +85,46 @@ class Window(_Frozen):
         tokens: (token, expert) pairs counted, over all layers and ranks.
         par: with the placement in force during the window.
         par_start: the same tokens with the placement the server started with.
+        par_observed: the same tokens with the plan of the window before; only in mode observe, which made it and did
+            not carry it out.
         rank_load: [L][R] load of each rank in each layer over the layer's mean, with the placement in force; empty
             where it has more than ``MAX_TABLE_ENTRIES`` numbers.
         rank_load_start: the same with the placement the server started with.
+        rank_load_observed: the same with the placement of ``par_observed``.
     """
 
     step: Count
     tokens: Count
     par: Par
     par_start: Par
+    par_observed: Par | None = None
     rank_load: LoadTable = ()
     rank_load_start: LoadTable = ()
+    rank_load_observed: LoadTable = ()
+
+
+class RankRecord(_Frozen):
+    """What one rank told of itself when the last window ended. Times are in seconds, since the server started.
+
+    Attributes:
+        rank: within the expert-parallel group; node: of its host, counted in order of the ranks.
+        load: its part of the window's load over an even part, mean of layers; worst: in the layer where that is most.
+        control_wait_seconds, transfer_wait_seconds, commit_seconds: what its steps waited for.
+        longest_step_seconds: the longest time that balancing added to one of its steps.
+    """
+
+    rank: Count
+    node: Count
+    load: Ratio
+    worst: Ratio
+    control_wait_seconds: Seconds
+    transfer_wait_seconds: Seconds
+    commit_seconds: Seconds
+    longest_step_seconds: Seconds
+
+
+RANK_FIGURES = ("control_wait_seconds", "transfer_wait_seconds", "commit_seconds", "longest_step_seconds")
+"""What ranks send to EP rank 0 with their load, in microseconds."""
 
 
 class CycleRecord(_Frozen):
@@ -108,7 +139,8 @@ class CycleRecord(_Frozen):
         par_start: PAR of the same window with the placement the server started with.
         par_predicted: PAR that the plan promises for the same window; None without a plan.
         par_realised: PAR in the window that followed; None until that is over.
-        moved: experts moved.
+        par_observed: in mode observe, what the window that followed would have had with the plan in force.
+        moved: experts moved. moves_planned: those of the plan, carried out or not.
         planner_seconds: wall time of planning.
     """
 
@@ -121,7 +153,9 @@ class CycleRecord(_Frozen):
     par_start: Par | None = None
     par_predicted: Par | None = None
     par_realised: Par | None = None
+    par_observed: Par | None = None
     moved: Count = 0
+    moves_planned: Count = 0
     planner_seconds: Seconds = 0.0
 
 
@@ -141,7 +175,7 @@ class EplbStats(_Frozen):
             after it and None until that is over.
         dispatch_updates: how often the dispatch shares were changed; ``dispatch_par_before``, ``dispatch_par_after``:
             PAR of the last window for which they were, with the old shares and with the new ones, nothing moved.
-        planner_seconds: of the last plan.
+        par_planned, moves_planned, planner_seconds: of the last plan, carried out or not.
         control_wait_*: waiting for the ranks' agreement: total, in the last cycle, longest in one step.
         transfer_wait_seconds: waiting for transfers, total.
         commit_*: switching over to received experts: total, longest in one step.
@@ -153,6 +187,7 @@ class EplbStats(_Frozen):
         audits: passes over the weights of all slots so far.
         audit_damaged: slots that the last one found damaged; ``audit_mended``: slots mended so far.
         window: the last finished window.
+        ranks: all ranks, as of the end of that window.
         cycles: the last cycles, oldest first, at most ``KEPT_CYCLES``.
     """
 
@@ -176,6 +211,8 @@ class EplbStats(_Frozen):
     dispatch_updates: Count = 0
     dispatch_par_before: Par | None = None
     dispatch_par_after: Par | None = None
+    par_planned: Par | None = None
+    moves_planned: Count = 0
     planner_seconds: Seconds = 0.0
     control_wait_seconds: Seconds = 0.0
     control_wait_last_cycle_seconds: Seconds = 0.0
@@ -194,6 +231,7 @@ class EplbStats(_Frozen):
     audit_damaged: Count = 0
     audit_mended: Count = 0
     window: Window | None = None
+    ranks: Annotated[tuple[RankRecord, ...], Field(max_length=MAX_RANKS)] = ()
     cycles: Annotated[tuple[CycleRecord, ...], Field(max_length=KEPT_CYCLES)] = ()
 
     def to_json(self) -> str:
@@ -239,11 +277,14 @@ class StatsKeeper:
         self._order, self._order_step, self._paused = "", 0, False
         self._collect_steps = self._execution_steps = 0
         self._window: Window | None = None
+        self._ranks: tuple[RankRecord, ...] = ()
         self._predicted: Par | None = None
-        self._planner_seconds = self._last_planner_seconds = 0.0
         self._dispatch_updates = 0
         self._dispatch_before: Par | None = None
         self._dispatch_after: Par | None = None
+        self._moves_planned = 0
+        self._planner_seconds = 0.0
+        self._last_plan: tuple[Par | None, int, float] = (None, 0, 0.0)
         self._last_done: CycleRecord | None = None
         self._cycles: deque[CycleRecord] = deque(maxlen=KEPT_CYCLES)
 
@@ -259,33 +300,72 @@ class StatsKeeper:
         self._order, self._order_step, self._paused = order[:300], step, paused
         self.intervals(collect_steps, execution_steps)
 
-    def window_ended(self, rank_load: npt.ArrayLike, rank_load_start: npt.ArrayLike) -> None:
+    def window_ended(
+        self,
+        rank_load: npt.ArrayLike,
+        rank_load_start: npt.ArrayLike,
+        rank_load_observed: npt.ArrayLike | None = None,
+    ) -> None:
         """A window is over and its load is known.
 
         Args:
             rank_load: [L, R] tokens per rank with the placement in force.
             rank_load_start: [L, R] the same tokens with the placement the server started with.
+            rank_load_observed: [L, R] the same tokens with the last plan, where it was made and not carried out.
         """
         load, start = np.asarray(rank_load, dtype=np.float64), np.asarray(rank_load_start, dtype=np.float64)
+        observed = None if rank_load_observed is None else np.asarray(rank_load_observed, dtype=np.float64)
         self._window = Window(
             step=self.step,
             tokens=round(float(load.sum())),
             par=Par.of(peak_to_average(load)),
             par_start=Par.of(peak_to_average(start)),
+            par_observed=None if observed is None else Par.of(peak_to_average(observed)),
             rank_load=_relative(load),
             rank_load_start=_relative(start),
+            rank_load_observed=() if observed is None else _relative(observed),
         )
-        self._predicted, self._planner_seconds = None, 0.0
+        self._predicted, self._moves_planned, self._planner_seconds = None, 0, 0.0
         if self._cycles:
             before = self._cycles[-1]
-            self._cycles[-1] = after = before.model_copy(update={"par_realised": self._window.par})
+            self._cycles[-1] = after = before.model_copy(
+                update={"par_realised": self._window.par, "par_observed": self._window.par_observed}
+            )
             if self._last_done is before:
                 self._last_done = after
 
-    def planned(self, par_after: npt.ArrayLike, seconds: float) -> None:
-        """A plan is there: the PAR [L] that it promises and the wall time it took."""
-        self._predicted = Par.of(par_after)
-        self._planner_seconds = self._last_planner_seconds = float(seconds)
+    def figures(self) -> npt.NDArray[np.int64]:
+        """int64 [len(RANK_FIGURES)]: this rank's own, in microseconds."""
+        seconds = (self._control, self._transfer, self._commit, self._longest_step)
+        return np.array([round(1e6 * each) for each in seconds], dtype=np.int64)
+
+    def ranks_told(
+        self, figures: npt.NDArray[np.int64], rank_load: npt.NDArray[np.float64], node_of_rank: Sequence[int]
+    ) -> None:
+        """All ranks' figures are known, with the load of the window.
+
+        Args:
+            figures: [R, len(RANK_FIGURES)], of each rank.
+            rank_load: [L, R] tokens per rank with the placement in force.
+            node_of_rank: R integers.
+        """
+        mean = rank_load.mean(axis=1, keepdims=True)
+        relative = np.divide(rank_load, mean, out=np.ones_like(rank_load), where=mean > 0)
+        self._ranks = tuple(
+            RankRecord(
+                rank=rank,
+                node=node,
+                load=round(float(relative[:, rank].mean()), 4),
+                worst=round(float(relative[:, rank].max()), 4),
+                **{name: 1e-6 * int(value) for name, value in zip(RANK_FIGURES, figures[rank], strict=True)},
+            )
+            for rank, node in enumerate(node_of_rank)
+        )
+
+    def planned(self, par_after: npt.ArrayLike, seconds: float, moves: int = 0) -> None:
+        """A plan is there: the PAR [L] that it promises, the wall time it took and its moves."""
+        self._predicted, self._moves_planned, self._planner_seconds = Par.of(par_after), moves, float(seconds)
+        self._last_plan = self._predicted, self._moves_planned, self._planner_seconds
 
     def dispatch_changed(self, par_after: npt.ArrayLike) -> None:
         """New dispatch shares are in force; ``par_after`` [L]: what they alone would have made of the last window."""
@@ -308,6 +388,7 @@ class StatsKeeper:
             par_start=window.par_start if window else None,
             par_predicted=self._predicted,
             moved=moved,
+            moves_planned=self._moves_planned,
             planner_seconds=self._planner_seconds,
         )
         self._results[result] += 1
@@ -347,6 +428,7 @@ class StatsKeeper:
     def stats(self) -> EplbStats:
         """The snapshot of this moment."""
         last = self._last_done
+        par_planned, moves_planned, planner_seconds = self._last_plan
         return EplbStats(
             **self._names,
             updated_at=time.time(),
@@ -366,7 +448,9 @@ class StatsKeeper:
             dispatch_updates=self._dispatch_updates,
             dispatch_par_before=self._dispatch_before,
             dispatch_par_after=self._dispatch_after,
-            planner_seconds=self._last_planner_seconds,
+            par_planned=par_planned,
+            moves_planned=moves_planned,
+            planner_seconds=planner_seconds,
             control_wait_seconds=self._control,
             control_wait_last_cycle_seconds=self._control_last_cycle,
             control_wait_longest_seconds=self._control_longest,
@@ -384,6 +468,7 @@ class StatsKeeper:
             audit_damaged=self._audit_damaged,
             audit_mended=self._audit_mended,
             window=self._window,
+            ranks=self._ranks,
             cycles=tuple(self._cycles),
         )
 

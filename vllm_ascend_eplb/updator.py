@@ -26,12 +26,13 @@ from .audit import Damage, SlotAudit, find_damage, repair_rounds
 from .config import EplbConfig
 from .control import Bulk, ControlChannel, ControlError, Facts, FlightRecorder, require_equal
 from .cycle import Action, AgreementError, Command, CycleSettings, CycleState, Do, Failure, Phase, advance
+from .map_recorder import MapRecorder
 from .orders import NumberedOrder, OrderBox, orders_path
 from .placement import FloatArray, Placement, peak_to_average
 from .policy.dispatch import shared_rank_load
 from .process import Dispatch, EplbProcess, PlanAnswer, PlanRequest
 from .rounds import LAYER, SLOT, Round, check_rounds, rounds_from_array, rounds_to_array
-from .stats import StatsFile, StatsKeeper, stats_path
+from .stats import RANK_FIGURES, StatsFile, StatsKeeper, stats_path
 from .tables import TableRows
 from .transfer import D2DExpertWeightLoader, default_buffer_experts
 
@@ -102,6 +103,7 @@ class EplbUpdator:
         planner: EP rank 0's planner process; None elsewhere.
         stats_file: where EP rank 0 publishes its statistics; None for nowhere.
         orders: where EP rank 0 finds what an operator orders; None for nowhere.
+        map_recorder: where EP rank 0 records the placement in force; None for nowhere.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class EplbUpdator:
         planner: EplbProcess | None = None,
         stats_file: StatsFile | None = None,
         orders: OrderBox | None = None,
+        map_recorder: MapRecorder | None = None,
     ) -> None:
         self._adaptor = adaptor
         self._config = config
@@ -158,8 +161,11 @@ class EplbUpdator:
         self._stats_file = stats_file
         self._orders = orders
         self._posted_orders: dict[int, NumberedOrder] = {}  # posted and perhaps not obeyed yet
+        self._map_recorder = map_recorder
         self._threshold = config.min_gain
         self._last_plan: _LastPlan | None = None
+        self._observed: Placement | None = None  # in mode observe: what the last plan would have led to
+        self._load: npt.NDArray[np.int64] | None = None  # [L, E], on EP rank 0: of the last window
         self._flight = FlightRecorder()
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eplb-prepare")
 
@@ -238,6 +244,10 @@ class EplbUpdator:
         self._loader.close()
         if self._stats_file is not None:
             self._stats_file.close()
+        if self._map_recorder is not None:
+            if self._state.active:  # some rounds of a cycle may be in force that it has not ended
+                self._record_map()
+            self._map_recorder.close()
 
     # --- what this rank knows -----------------------------------------------------------------------------------------
 
@@ -354,15 +364,20 @@ class EplbUpdator:
         self._recorder.snapshot(self._placement)
 
     def _do_reduce(self, _: Action) -> None:
-        assert self._cycle.load is not None
-        self._cycle.reduction = self._control.reduce_load(self._cycle.load)
+        """The load is summed on EP rank 0; behind it each rank writes its own figures into its own row."""
+        load = self._cycle.load
+        assert load is not None
+        figures = np.zeros((self._adaptor.topology.num_ranks, len(RANK_FIGURES)), dtype=np.int64)
+        figures[self._rank] = self._stats.figures()
+        self._cycle.reduction = self._control.reduce_load(np.concatenate([load.ravel(), figures.ravel()]))
 
     def _do_request_plan(self, _: Action) -> None:
-        reduction = self._cycle.reduction
-        load = reduction.result() if reduction is not None else None
-        if self._planner is None or load is None:
+        reduction, mine = self._cycle.reduction, self._cycle.load
+        total = reduction.result() if reduction is not None else None
+        if self._planner is None or total is None or mine is None:
             return
-        self._window_ended(load.sum(axis=0))
+        load = total[: mine.size].reshape(mine.shape)
+        self._window_ended(load.sum(axis=0), total[mine.size :].reshape(-1, len(RANK_FIGURES)))
         config, tables = self._config, self._adaptor.dispatch
         self._planner.submit(
             PlanRequest(
@@ -471,11 +486,23 @@ class EplbUpdator:
             )
         self._forget_cycle()
 
-    def _window_ended(self, load: npt.NDArray[np.int64]) -> None:
-        """Takes stock of the window, and of what the last plan promised for it."""
+    def _window_ended(self, load: npt.NDArray[np.int64], figures: npt.NDArray[np.int64]) -> None:
+        """Takes stock of the window [L, E], of what the last plan promised for it, and of the ranks' figures [R, n]."""
+        self._load = load
+        observed, self._observed = self._observed, None
         rank_load = self._rank_load(load)
         self._cycle.window_par = float(peak_to_average(rank_load).mean())
-        self._stats.window_ended(rank_load, self._start.rank_load(load))
+        self._stats.ranks_told(figures, rank_load, self._adaptor.topology.node_of_rank)
+        self._stats.window_ended(
+            rank_load,
+            self._start.rank_load(load),
+            observed.rank_load(load) if observed is not None else None,
+        )
+        if observed is not None:
+            would = float(observed.par(load).mean())
+            self._cycle.note = (
+                f"; the last plan would have brought PAR {would:.3f} instead of {self._cycle.window_par:.3f}"
+            )
         last, self._last_plan = self._last_plan, None
         if last is None:
             return
@@ -513,10 +540,11 @@ class EplbUpdator:
         par_before, par_after = plan.par_before, plan.par_after
         if now is not None and after is not None:  # moves must gain beyond what new shares alone would
             par_before, par_after = now.par, after.par
-        self._stats.planned(par_after, plan.seconds)
+        self._stats.planned(par_after, plan.seconds, plan.num_moves)
         self._cycle.answer = answer
         before, gained = float(par_before.mean()), float(par_after.mean())
         if self._config.mode == "observe":
+            self._observed = Placement(plan.physical_to_logical, self._placement.num_experts, self._placement.num_ranks)
             self._skip(f"observing only: {plan.num_moves} moves would bring PAR from {before:.3f} to {gained:.3f}")
             return
         if not plan.num_moves:
@@ -531,7 +559,7 @@ class EplbUpdator:
             self._cycle.message = _pack(self._state.cycle, plan.physical_to_logical, answer.rounds, after)
             return
         if now is not None and self._cycle.window_par - before > DISPATCH_GAIN * self._cycle.window_par:
-            self._stats.planned(now.par, plan.seconds)
+            self._stats.planned(now.par, plan.seconds)  # of which nothing moves
             self._cycle.new_shares = now
             nothing = answer.rounds[:0]
             self._cycle.message = _pack(self._state.cycle, self._placement.physical_to_logical, nothing, now)
@@ -607,6 +635,7 @@ class EplbUpdator:
                 cycle.reason = f"cut off after {self._state.committed} of {len(cycle.rounds)} rounds for a newer plan"
             self._stats.cycle_ended(cycle.result, moved=self._moved_so_far(), reason=cycle.reason)
             self._tell_of_cycle(whole)
+        self._record_map()
         self._forget_cycle()
 
     def _tell_of_cycle(self, whole: bool) -> None:
@@ -644,6 +673,7 @@ class EplbUpdator:
                 self._state.failures,
                 self._state.due - self._state.step,
             )
+        self._record_map()
         self._forget_cycle()
 
     def _do_switch_off(self, action: Action) -> None:
@@ -653,6 +683,7 @@ class EplbUpdator:
             self._stats.cycle_ended("failed", moved=self._moved_so_far(), reason=reason, failure=action.failure.kind)
             logger.error("EPLB is off from step %d on, serving goes on: %s", self._state.step, reason)
         self._dump_flight(reason)
+        self._record_map()
         self._forget_cycle()
         if self._planner is not None:
             self._planner.close(wait=0)
@@ -669,6 +700,12 @@ class EplbUpdator:
         if self._cycle.repair or self._audit_error is not None:
             self._restart_audit()
         self._cycle = _Cycle(self._placement)
+
+    def _record_map(self) -> None:
+        """Leaves the placement in force to be written; it is what it is, however the cycle ended."""
+        if self._map_recorder is not None:
+            load, self._load = self._load, None
+            self._map_recorder.record(self._placement, load)
 
     def _publish(self) -> None:
         if self._planner is not None:
@@ -693,6 +730,29 @@ def start_balancer(adaptor: EplbAdaptor, config: EplbConfig) -> EplbUpdator:
     Raises:
         StartError: the ranks were started differently; names rank and field.
     """
+    require_equal_start(adaptor, config)
+    first = adaptor.rank == 0
+    path = stats_path() if first else None
+    record = config.expert_map_record_path if first else None
+    if first:
+        topology = adaptor.topology
+        logger.info("EPLB: %d ranks on %d nodes share the experts", topology.num_ranks, topology.num_nodes)
+    return EplbUpdator(
+        adaptor,
+        config,
+        EplbProcess() if first else None,
+        StatsFile(path) if path is not None else None,
+        OrderBox(orders_path(path)) if path is not None else None,
+        MapRecorder(record) if record is not None else None,
+    )
+
+
+def require_equal_start(adaptor: EplbAdaptor, config: EplbConfig) -> None:
+    """Makes sure that all ranks were started alike; all call it together.
+
+    Raises:
+        StartError: they were not; names rank and field.
+    """
     placement = adaptor.placement
     require_equal(
         adaptor.control_group,
@@ -703,18 +763,6 @@ def start_balancer(adaptor: EplbAdaptor, config: EplbConfig) -> EplbUpdator:
             "layers, experts, slots": (placement.num_layers, placement.num_experts, placement.num_slots),
             "initial placement": f"{placement.digest:016x}",
         },
-    )
-    first = adaptor.rank == 0
-    path = stats_path() if first else None
-    if first:
-        topology = adaptor.topology
-        logger.info("EPLB: %d ranks on %d nodes share the experts", topology.num_ranks, topology.num_nodes)
-    return EplbUpdator(
-        adaptor,
-        config,
-        EplbProcess() if first else None,
-        StatsFile(path) if path is not None else None,
-        OrderBox(orders_path(path)) if path is not None else None,
     )
 
 

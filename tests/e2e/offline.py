@@ -3,7 +3,8 @@
 
 The job is a dictionary: ``ranks``, ``eplb`` (the eplb_config or null), ``compile``, ``max_tokens``, ``prompts`` (a list
 of batches), ``cycles`` (the prompts are repeated until so many cycles are done), and ``probe`` / ``corrupt`` (see
-probes.py). The result holds the token ids of every prompt, turn by turn.
+probes.py; what is corrupted is corrupted after all that, for one more turn). The result holds the token ids of every
+prompt, turn by turn.
 """
 
 from __future__ import annotations
@@ -53,17 +54,22 @@ def main(job_path: str, result_path: str) -> None:
     result: dict[str, object] = {}
     if job.get("probe"):
         llm.collective_rpc(probes.install)
-    if job.get("corrupt"):
-        llm.collective_rpc(probes.switch_maps_without_weights)
+
+    def turn() -> list[list[int]]:
+        answers = [llm.generate(batch, sampling, use_tqdm=False) for batch in job["prompts"]]
+        return [list(output.outputs[0].token_ids) for batch in answers for output in batch]
+
     tokens = []
     for _ in range(MOST_TURNS):
-        for batch in job["prompts"]:
-            tokens += [list(output.outputs[0].token_ids) for output in llm.generate(batch, sampling, use_tqdm=False)]
+        tokens += turn()
         if max(llm.collective_rpc(probes.cycles_done), default=0) >= job.get("cycles", 0):
             break
     result["tokens"] = tokens
     if job["eplb"] is not None:
         result["ranks"] = llm.collective_rpc(probes.report)
+    if job.get("corrupt"):
+        llm.collective_rpc(probes.switch_maps_without_weights)
+        result["corrupt_tokens"] = turn()
     llm.llm_engine.engine_core.shutdown()
     Path(result_path).write_text(json.dumps(result))
 

@@ -4,9 +4,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
+
+from vllm_ascend_eplb.expert_map import write_expert_map
+from vllm_ascend_eplb.placement import Placement
+from vllm_ascend_eplb.report import make_page
+from vllm_ascend_eplb.stats import EplbStats
 
 from .conftest import BUSY, prompts
 
@@ -83,12 +89,66 @@ def test_compiled_model_gives_the_same_tokens(runs, reference):
     assert_equal_every_turn(run.result["tokens"], reference)
 
 
-def test_maps_switched_without_weights_are_noticed(runs, reference):
-    """Negative control: the comparison above can fail."""
-    still = {**BUSY, "expert_heat_collection_interval": 1_000_000}
-    run = runs("corrupt", ranks=2, eplb=still, corrupt=True, prompts=prompts(6), max_tokens=TOKENS)
+def lopsided(load: np.ndarray) -> Placement:
+    """A placement of 64 experts on two ranks with 4 redundant ones: the first rank has the half with the most load."""
+    order = np.argsort(-load, axis=1)
+    hot, cold = order[:, :32], order[:, 32:]
+    return Placement(np.concatenate([hot, cold[:, -2:], cold, hot[:, -2:]], axis=1), 64, 2)
+
+
+@pytest.fixture(scope="module")
+def observed(runs, probed, tmp_path_factory):
+    """Started from a bad map, made of the load of the same prompts in another run; observing, which moves nothing;
+    corrupted at the end."""
+    path = tmp_path_factory.mktemp("map") / "map.json"
+    placement = lopsided(np.array(probed.result["ranks"][0]["loads"][:4]).sum(axis=0))
+    write_expert_map(path, placement)
+    settings = {
+        "dynamic_eplb": True,
+        "mode": "observe",
+        "expert_map_path": str(path),
+        "expert_heat_collection_interval": 24,
+        "algorithm_execution_interval": 1,
+    }
+    run = runs("observed", ranks=2, eplb=settings, probe=True, corrupt=True, prompts=prompts(6), max_tokens=TOKENS)
     assert run.code == 0, run.log[-6000:]
-    equal, total = equal_tokens(run.result["tokens"], reference)
+    return run, placement
+
+
+def test_a_server_starts_from_a_map(observed, reference):
+    run, placement = observed
+    assert [rank["digest"] for rank in run.result["ranks"]] == [placement.digest, placement.digest]
+    assert_equal_every_turn(run.result["tokens"], reference)
+    # in its first window the ranks' load is that of the map, by the routers' own choices
+    stats = EplbStats.from_json(run.result["ranks"][0]["stats"])
+    window = np.array(run.result["ranks"][0]["windows"][0])
+    assert stats.cycles[0].par.mean == pytest.approx(placement.par(window).mean())
+    assert stats.cycles[0].par_start == stats.cycles[0].par
+    assert stats.cycles[0].par.mean > Placement.initial(6, 64, 2, 4).par(window).mean() + 0.2
+
+
+def test_observing_says_what_balancing_would_bring_and_moves_nothing(observed):
+    run, placement = observed
+    first = run.result["ranks"][0]
+    stats = EplbStats.from_json(first["stats"])
+    assert (stats.mode, stats.experts_moved, stats.cycles_done, stats.cycles_failed) == ("observe", 0, 0, 0)
+    assert stats.cycles_skipped >= 3
+    for cycle, load in zip(stats.cycles, first["loads"], strict=False):
+        assert re.match(r"observing only: \d+ moves would bring PAR from \d", cycle.reason)
+        assert cycle.par.mean == pytest.approx(placement.par(np.array(load)).mean())
+        assert cycle.par_predicted.mean <= cycle.par.mean
+    assert any(cycle.moves_planned for cycle in stats.cycles)
+    # each plan is measured in the window after it
+    would = np.mean([cycle.par_observed.mean for cycle in stats.cycles[:-1]])
+    assert would < np.mean([cycle.par_realised.mean for cycle in stats.cycles[:-1]]) - 0.1
+    assert "of the time that experts take would be saved" in make_page(stats, None)
+    assert "the last plan would have brought PAR" in run.log
+
+
+def test_maps_switched_without_weights_are_noticed(observed, reference):
+    """Negative control: the comparisons above can fail."""
+    run, _ = observed
+    equal, total = equal_tokens(run.result["corrupt_tokens"], reference)
     assert equal < total * 0.7
 
 

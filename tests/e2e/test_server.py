@@ -7,6 +7,7 @@ import concurrent.futures
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,14 @@ import tempfile
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from examples.demo.server import Server
+from vllm_ascend_eplb.expert_map import read_expert_map
+from vllm_ascend_eplb.map_recorder import load_path
 from vllm_ascend_eplb.placement import Placement
+from vllm_ascend_eplb.stats import EplbStats
 
 from .conftest import BUSY, START_SECONDS, prompts, wait_until
 
@@ -51,10 +56,17 @@ def leftovers() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = start(
-        Server(2, {**BUSY, "policy": "incremental", "target_par": 1.0}, tmp_path_factory.mktemp("server"), 16)
-    )
+def map_file(tmp_path_factory) -> Path:
+    """Where the server records its placement."""
+    return tmp_path_factory.mktemp("map") / "map.json"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, map_file):
+    settings = {**BUSY, "policy": "incremental", "target_par": 1.0, "expert_map_record_path": str(map_file)}
+    server = Server(2, settings, tmp_path_factory.mktemp("server"), 16)
+    server._environment["VLLM_PLUGINS"] = "eplb,eplb_page"  # the page is off unless it is named
+    start(server)
     yield server
     server.stop()
 
@@ -97,6 +109,27 @@ def test_metrics_show_what_happened(server, texts):
     assert all(value == value for value in metrics.values())
     assert stats.cycles_done > 0
     assert len(metrics) < 60  # low cardinality
+
+
+def test_the_live_page_shows_all_ranks(server, tmp_path):
+    answer = httpx.get(f"{server.url}/eplb/stats", timeout=30)
+    assert answer.status_code == 200
+    shown, kept = EplbStats.from_json(answer.text), server.stats()
+    assert shown.cycles_done <= kept.cycles_done
+    assert [each.rank for each in shown.ranks] == [0, 1]
+    assert sum(each.load for each in shown.ranks) == pytest.approx(2, abs=1e-3)
+    assert all(each.longest_step_seconds > 0 for each in shown.ranks)
+    assert httpx.post(f"{server.url}/eplb/stats", timeout=30).status_code == 405
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no Chromium here (Debian package chromium); the answers are as they should be")
+    command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=5000", f"--screenshot={tmp_path / 'shot.png'}"]
+    command += ["--window-size=1100,1800", "--dump-dom", f"{server.url}/eplb"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert "PAR over time" in done.stdout
+    assert "waited for agreement" in done.stdout
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
 
 
 def test_every_cycle_has_one_line_in_the_log(server):
@@ -168,16 +201,26 @@ def parent_mark(pid: int) -> str:
     return " eplb-planner" if "Worker" in title else ""
 
 
-def test_the_server_ends_in_order_and_starts_again(server, texts, reference, tmp_path):
+def test_the_server_ends_in_order_and_starts_again_from_its_recorded_map(server, texts, reference, tmp_path, map_file):
     assert server.stop() == []
     assert server.processes() == []
+    recorded = read_expert_map(map_file, num_layers=6, num_experts=64, num_ranks=2)
+    assert recorded.digest == server.stats().placement_digest
+    assert recorded != Placement.initial(6, 64, 2, 4)
+    with np.load(load_path(map_file)) as archive:
+        assert archive["load"][-1].sum() == server.stats().window.tokens
+        assert int(archive["digest"]) == recorded.digest
     before = leftovers()
-    again = start(Server(2, {**BUSY}, tmp_path, 16))
+    again = start(Server(2, {"expert_map_path": str(map_file)}, tmp_path, 16))
     try:
         assert complete(again, texts) == reference
+        assert again.stats() is None  # nothing is counted, and nothing moves
+        assert httpx.get(f"{again.url}/eplb", timeout=30).status_code == 404  # not named
     finally:
         assert again.stop() == []
+    assert read_expert_map(map_file) == recorded
     log = again.log_path.read_text(errors="replace")
+    assert f"EPLB is on: a placement that stays, 4 redundant experts, starting from {map_file}" in log
     # vLLM's own shutdown may log that its engine is gone; nothing of ours may be in a traceback
     assert not re.search(r'File "[^"]*vllm_ascend_eplb', log)
     assert leftovers() <= before

@@ -10,6 +10,9 @@ import sys
 
 import pytest
 
+from vllm_ascend_eplb.expert_map import write_expert_map
+from vllm_ascend_eplb.placement import Placement
+
 from .offline import MODEL, environment
 
 CASES = {
@@ -24,6 +27,18 @@ CASES = {
     "vLLM's own": ({"dynamic_eplb": True}, {"enable_eplb": True}, "--enable-eplb turns on vLLM's own balancer"),
     "not a MoE model": ({"dynamic_eplb": True}, {"dense": True}, "without experts"),
     "map path": ({"expert_map_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
+    "map for other ranks": ({"expert_map_path": "MAPS/4ranks.json"}, {}, "is for 4 devices, the server has 2 ranks"),
+    "map with other layers": ({"expert_map_path": "MAPS/7layers.json"}, {}, "has 7 MoE layers, the model has 6"),
+    "map of other experts": (
+        {"expert_map_path": "MAPS/66experts.json"},
+        {},
+        "layer 0, device 1, slot 31 holds expert 64; the model has experts 0..63",
+    ),
+    "map of other redundancy": (
+        {"expert_map_path": "MAPS/good.json", "num_redundant_experts": 4, "dynamic_eplb": True},
+        {},
+        "good.json has 2 redundant experts per layer, eplb_config.num_redundant_experts is 4",
+    ),
     "record path": ({"expert_map_record_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
     "tensor and data parallel": (
         {"dynamic_eplb": True},
@@ -72,13 +87,18 @@ def answers(tmp_path_factory):
     (dense / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (dense / name).write_bytes((MODEL / name).read_bytes())
+    maps = tmp_path_factory.mktemp("maps")
+    for name, shape in (("4ranks", (6, 64, 4, 4)), ("7layers", (7, 64, 2)), ("66experts", (6, 66, 2))):
+        write_expert_map(maps / f"{name}.json", Placement.initial(*shape))
+    write_expert_map(maps / "good.json", Placement.initial(6, 64, 2, 2))
     asked = {name: (settings, arguments) for name, (settings, arguments, _) in CASES.items()}
+    asked["map"] = ({"expert_map_path": "MAPS/good.json"}, {})
     asked["off"] = ({}, {})
     asked["absent"] = (None, {})
     asked["on"] = ({"dynamic_eplb": True, "num_redundant_experts": 4}, {})
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(MODEL), str(dense)],
-        input=json.dumps(asked),
+        input=json.dumps(asked).replace("MAPS/", f"{maps}/"),
         capture_output=True,
         text=True,
         env=environment(2),
@@ -111,6 +131,11 @@ def test_the_flag_turns_it_on(answers):
     assert answers["on"]["enable_eplb"] is True
     assert answers["on"]["redundant"] == 4
     assert answers["on"]["worker_cls"].count("vllm_ascend_eplb.") == 1
+
+
+def test_redundant_experts_come_from_the_map(answers):
+    assert answers["map"]["enable_eplb"] is True
+    assert answers["map"]["redundant"] == 2
 
 
 UNCHECKED = """

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_ascend_eplb.config import _MOVED_INTO_EPLB_CONFIG, EplbConfig, EplbConfigError, settings_table
+from vllm_ascend_eplb.expert_map import write_expert_map
+from vllm_ascend_eplb.placement import Placement
 
 
 def parse(**eplb_config: object) -> EplbConfig:
@@ -150,9 +152,9 @@ def test_an_old_name_is_refused_with_the_new_one(old: str, new: str) -> None:
     assert f"`{old}`" in readme
 
 
-def serve(config: EplbConfig, **changes: object) -> None:
+def serve(config: EplbConfig, **changes: object) -> int:
     arguments = {"num_experts": 64, "ep_size": 4, "expert_parallel": True, "vllm_eplb": False} | changes
-    config.check_serving(**arguments)  # type: ignore[arg-type]
+    return config.check_serving(**arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("redundant", [0, 4, 192])
@@ -197,38 +199,96 @@ def test_suggested_redundancy_works(experts: int, ranks: int, redundant: int) ->
         assert redundant <= experts * (ranks - 1)
 
 
-def map_refusal(key: str, path: object) -> str:
+def write_map(path: Path, **changes: object) -> str:
+    """A map for 2 layers of 64 experts on 4 ranks, with 4 redundant experts."""
+    placement = Placement.initial(**{"num_layers": 2, "num_experts": 64, "num_ranks": 4, "num_redundant": 4} | changes)
+    write_expert_map(path, placement)
+    return str(path)
+
+
+def map_refusal(key: str, path: object, **changes: object) -> str:
     with pytest.raises(EplbConfigError) as caught:
-        serve(parse(**{key: str(path)}))
-    assert f"eplb_config.{key} = " in str(caught.value)
+        serve(parse(**{key: str(path)}), **changes)
+    assert str(caught.value).startswith(f"eplb_config.{key}: ")
+    assert str(caught.value).isprintable()
     return str(caught.value)
 
 
-def test_expert_map_path(tmp_path: object) -> None:
-    folder = str(tmp_path)
-    map_file = os.path.join(folder, "map.json")
-    assert "cannot be read (No such file or directory)" in map_refusal("expert_map_path", map_file)
-    assert "is not a regular file" in map_refusal("expert_map_path", folder)
+def test_a_map_to_start_from_says_how_many_experts_are_redundant(tmp_path: Path) -> None:
+    path = write_map(tmp_path / "map.json")
+    assert serve(parse(expert_map_path=path), num_layers=2) == 4
+    assert serve(parse(expert_map_path=path, num_redundant_experts=4, dynamic_eplb=True)) == 4
+    with pytest.raises(EplbConfigError, match="has 4 redundant experts per layer, eplb_config"):
+        serve(parse(expert_map_path=path, num_redundant_experts=0))
+    start = parse(expert_map_path=path).read_start_placement(num_layers=2, num_experts=64, num_ranks=4)
+    assert start == Placement.initial(2, 64, 4, 4)
+    assert parse(num_redundant_experts=4).read_start_placement(num_layers=2, num_experts=64, num_ranks=4) is None
+
+
+def test_a_map_alone_is_a_placement_that_stays(tmp_path: Path) -> None:
+    path = str(tmp_path / "map.json")
+    assert not parse(expert_map_path=path).dynamic
+    assert parse(expert_map_path=path, dynamic_eplb=True).dynamic
+    assert parse(expert_map_record_path=path).dynamic  # as in vllm-ascend
+
+
+def test_an_expert_twice_on_a_device_is_no_reason_not_to_start(tmp_path: Path) -> None:
+    slots = Placement.initial(2, 64, 4, 4).physical_to_logical.copy()
+    slots[1, 1] = 0
+    slots[1, 67] = 1
+    path = tmp_path / "map.json"
+    write_expert_map(path, Placement(slots, 64, 4))
+    assert serve(parse(expert_map_path=str(path))) == 4
+
+
+@pytest.mark.parametrize(
+    ("made", "serving", "expected"),
+    [
+        ({"num_layers": 3}, {"num_layers": 2}, "has 3 MoE layers, the model has 2"),
+        ({"num_ranks": 2}, {}, "is for 2 devices, the server has 4 ranks"),
+        ({"num_experts": 68, "num_redundant": 0}, {}, "layer 0, device 3, slot 13 holds expert 64; the model has"),
+        ({"num_experts": 60, "num_redundant": 8}, {}, "layer 0 has no copy of expert 60 on any device"),
+    ],
+)
+def test_a_map_for_another_model_is_refused(
+    tmp_path: Path, made: dict[str, int], serving: dict[str, int], expected: str
+) -> None:
+    path = write_map(tmp_path / "map.json", **made)
+    assert expected in map_refusal("expert_map_path", path, **serving)
+
+
+def test_a_map_with_more_slots_than_can_serve_is_refused(tmp_path: Path) -> None:
+    slots = np.tile(np.arange(260, dtype=np.int32) % 64, (2, 1))
+    write_expert_map(tmp_path / "map.json", Placement(slots, 64, 4))
+    assert "260 slots per layer, more than 256" in map_refusal("expert_map_path", tmp_path / "map.json")
+
+
+def test_expert_map_path(tmp_path: Path) -> None:
+    map_file = tmp_path / "map.json"
+    assert "does not exist" in map_refusal("expert_map_path", map_file)
+    assert "is a directory" in map_refusal("expert_map_path", tmp_path)
     assert "cannot be read (embedded null byte)" in map_refusal("expert_map_path", "a\0b")
-    open(map_file, "w").close()
-    assert "has 0 bytes" in map_refusal("expert_map_path", map_file)
-    with open(map_file, "w") as file:
-        json.dump({}, file)
-    assert "not yet supported" in map_refusal("expert_map_path", map_file)
+    map_file.touch()
+    assert "is empty" in map_refusal("expert_map_path", map_file)
+    map_file.write_text("{}")
+    assert "no expert map" in map_refusal("expert_map_path", map_file)
     if os.geteuid() != 0:
-        os.chmod(map_file, 0)
+        map_file.chmod(0)
         assert "may not be read" in map_refusal("expert_map_path", map_file)
 
 
-def test_expert_map_record_path(tmp_path: object) -> None:
-    folder, key = str(tmp_path), "expert_map_record_path"
-    assert "is not a regular file" in map_refusal(key, folder)
-    assert "does not exist; create it first" in map_refusal(key, os.path.join(folder, "a", "map.json"))
-    assert "cannot be used (embedded null byte)" in map_refusal(key, os.path.join(folder, "a\0b"))
-    assert "not yet supported" in map_refusal(key, os.path.join(folder, "map.json"))
+def test_expert_map_record_path(tmp_path: Path) -> None:
+    key = "expert_map_record_path"
+    assert serve(parse(**{key: str(tmp_path / "map.json")})) == 0
+    assert "is a directory" in map_refusal(key, tmp_path)
+    assert "does not exist; create it first" in map_refusal(key, tmp_path / "a" / "map.json")
+    assert "null byte" in map_refusal(key, tmp_path / "a\0b")
+    assert "is not a regular file" in map_refusal(key, "/dev/null")
+    (tmp_path / "link").symlink_to(tmp_path / "map.json")
+    assert "is a symbolic link" in map_refusal(key, tmp_path / "link")
     if os.geteuid() != 0:
-        os.chmod(folder, 0o500)
-        assert "may not be written" in map_refusal(key, os.path.join(folder, "map.json"))
+        tmp_path.chmod(0o500)
+        assert "may not be written" in map_refusal(key, tmp_path / "map.json")
 
 
 def test_settings_table_names_every_setting() -> None:

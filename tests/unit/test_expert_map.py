@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from vllm_ascend_eplb import Placement
 from vllm_ascend_eplb.expert_map import ExpertMapError, read_expert_map, to_ascend, write_expert_map
-from vllm_ascend_eplb.map_recorder import MapRecorder, load_path
+from vllm_ascend_eplb.map_recorder import KEPT_WINDOWS, MapRecorder, load_path
 from vllm_ascend_eplb.traces import read_trace
 
 ASCEND = {
@@ -356,13 +356,22 @@ def test_what_is_recorded_is_what_was_last_in_force(tmp_path: Path) -> None:
     placements = [placement(seed=seed) for seed in range(20)]
     for number, each in enumerate(placements):
         recorder.record(each, np.full((3, 8), number))
+    recorder.record(placements[-1])  # a cycle without a window of its own
     recorder.close()
     assert read_expert_map(path) == placements[-1]
     with np.load(load_path(path)) as archive:
-        np.testing.assert_array_equal(archive["load"], np.full((1, 3, 8), 19))
         assert int(archive["digest"]) == placements[-1].digest
-    np.testing.assert_array_equal(read_trace(load_path(path)).load, np.full((1, 3, 8), 19))  # `plan` takes it
+    np.testing.assert_array_equal(read_trace(load_path(path)).load[:, 0, 0], np.arange(20))  # `simulate` takes it
     assert sorted(os.listdir(tmp_path)) == ["map.json", "map.load.npz"]
+
+
+def test_the_load_of_so_many_windows_is_kept(tmp_path: Path) -> None:
+    recorder = MapRecorder(tmp_path / "map.json")
+    for number in range(KEPT_WINDOWS + 5):
+        recorder.record(placement(), np.full((3, 8), number))
+    recorder.close()
+    kept = read_trace(load_path(tmp_path / "map.json")).load
+    np.testing.assert_array_equal(kept[:, 0, 0], np.arange(5, KEPT_WINDOWS + 5))
 
 
 def test_readers_never_see_a_part(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ def sample_stats() -> EplbStats:
     keeper = StatsKeeper("1.0", "default", "balance")
     keeper.step = 40
     keeper.window_ended([[30.0, 10.0]], [[40.0, 0.0]])
-    keeper.planned([1.0], 0.5)
+    keeper.planned([1.0], 0.5, 6)
     keeper.cycle_ended("done", moved=6)
-    keeper.window_ended([[22.0, 18.0]], [[40.0, 0.0]])
+    keeper.window_ended([[22.0, 18.0]], [[40.0, 0.0]], [[21.0, 19.0]])
     keeper.cycle_ended("skipped")
     keeper.phase = "move"
     keeper.committed(0.25)
@@ -45,6 +45,9 @@ def test_gauges() -> None:
         'vllm_eplb_par_realised{layers="mean"}': 1.1,
         'vllm_eplb_par_window{layers="mean"}': 1.1,
         'vllm_eplb_par_window_start_placement{layers="mean"}': 2.0,
+        'vllm_eplb_par_window_observed{layers="mean"}': 1.05,
+        'vllm_eplb_par_planned{layers="mean"}': 1.0,
+        "vllm_eplb_moves_planned": 6.0,
         'vllm_eplb_cycles{result="done"}': 1.0,
         'vllm_eplb_cycles{result="skipped"}': 1.0,
         'vllm_eplb_cycles{result="failed"}': 0.0,

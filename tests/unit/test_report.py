@@ -142,6 +142,37 @@ def test_page_of_a_run() -> None:
     assert reader.tags.count("img") == 4  # two heat maps, two scales
 
 
+def test_page_of_an_observed_run() -> None:
+    trace = read_trace(TRACE).load
+    keeper = StatsKeeper("0.1.0", "incremental", "observe")
+    start = Placement.initial(6, 64, 8, 8)
+    planned, would, was = None, [], []
+    for t in range(4):
+        keeper.window_ended(
+            start.rank_load(trace[t]), start.rank_load(trace[t]), planned.rank_load(trace[t]) if planned else None
+        )
+        if planned is not None:
+            would.append(planned.par(trace[t]).mean())
+            was.append(start.par(trace[t]).mean())
+        made = plan(trace[t], start, 8)
+        planned = Placement(made.physical_to_logical, 64, 8)
+        keeper.planned(made.par_after, made.seconds, made.num_moves)
+        keeper.cycle_ended("skipped", reason="observing only")
+    stats = keeper.stats()
+    assert [cycle.par_observed is not None for cycle in stats.cycles] == [True, True, True, False]
+    reader = read(make_page(stats, None))
+    for expected in (
+        f"{np.mean(would):.3f}PAR, mean of layers, with the plan of a window in the one after it",
+        f"now {np.mean(was):.3f}",
+        f"{1 - np.mean(would) / np.mean(was):.1%}of the time that experts take would be saved",
+        "nothing was moved",
+        "Rank load, with the plan of the window before",
+    ):
+        assert expected in reader.text
+    one = StatsKeeper("0.1.0", "incremental", "observe").stats()
+    assert "No plan has been measured yet" in read(make_page(one, None)).text
+
+
 def test_page_of_a_simulation(simulation: Simulation) -> None:
     reader = read(make_page(None, simulation))
     best = simulation.best

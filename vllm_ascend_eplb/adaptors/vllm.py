@@ -26,9 +26,10 @@ from ..placement import Placement
 from ..tables import DispatchTables
 from ..topology import Topology, host_identity
 from ..transfer import exchange_bytes
-from ..updator import EplbUpdator, Stage, start_balancer
+from ..updator import EplbUpdator, Stage, require_equal_start, start_balancer
 from . import vllm_cpu
 from .base import EplbAdaptor
+from .vllm_loading import placement_loaded
 from .vllm_seams import missing_seams
 
 logger = logging.getLogger("vllm.eplb")
@@ -65,6 +66,20 @@ def take_over() -> None:
         vllm_cpu.replace_experts(cpu_moe.CPUUnquantizedExperts)
         vllm_cpu.replace_router_mapping()
         vllm_cpu.add_collectives(cpu_communicator.CpuCommunicator)
+
+
+def start_placement(vllm_config: Any, num_layers: int, num_experts: int) -> Placement | None:
+    """The placement that a worker's model is to be loaded by; None for vLLM's own.
+
+    Raises:
+        EplbConfigError: the map file, which the front end has checked, is another here.
+    """
+    from vllm.distributed.parallel_state import get_ep_group
+
+    config = EplbConfig.from_additional_config(vllm_config.additional_config)
+    return config.read_start_placement(
+        num_layers=num_layers, num_experts=num_experts, num_ranks=get_ep_group().world_size
+    )
 
 
 def ensure_state(runner: Any, vllm_config: Any) -> None:
@@ -212,7 +227,13 @@ class VllmAdaptor(EplbAdaptor):
         self.topology = Topology(tuple(hosts.index(host) for host in hosts))
         self.num_groups = max(1, model.num_expert_groups or 1)
         _require_routing_before_gathering(model)
-        self.placement = Placement.initial(
+        loaded = placement_loaded(model, self.rank)
+        if loaded is None and config.expert_map_path is not None:
+            raise SeamError(
+                "the weights were not loaded by eplb_config.expert_map_path: this --load-format builds models in a way "
+                "of its own; use another, or leave expert_map_path out"
+            )
+        self.placement = loaded or Placement.initial(
             model.num_moe_layers, model.num_logical_experts, num_ranks, model.num_redundant_experts
         )
         self.recorder = LoadRecorder(
@@ -277,7 +298,7 @@ class VllmEplbState:
     Attributes:
         should_record_tensor: bool [1], read by every router.
         num_unpadded_tokens: int32, the batch's tokens without padding; one per micro-batch.
-        updator: the balancer; None before a model was added.
+        updator: the balancer; None before a model was added, and where its placement stays as it is.
     """
 
     is_async = False
@@ -289,6 +310,7 @@ class VllmEplbState:
         self.should_record_tensor: torch.Tensor | None = None
         self.num_unpadded_tokens = [torch.zeros((), dtype=torch.int32, device=device)]
         self.updator: EplbUpdator | None = None
+        self._has_model = False
         self._began = False
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
@@ -301,11 +323,12 @@ class VllmEplbState:
         from vllm.config import get_current_vllm_config
         from vllm.distributed.eplb.eplb_state import EplbLayerState
 
-        if self.updator is not None:
+        if self._has_model:
             raise SeamError(
                 f"{model_name or model_config.model} is a second model with experts (a drafter); balancing two models "
                 "is not supported in this version: leave eplb_config or the drafter out"
             )
+        self._has_model = True
         config = EplbConfig.from_additional_config(get_current_vllm_config().additional_config)
         adaptor = VllmAdaptor(model, model_name or model_config.model, self.device, config)
         self.should_record_tensor = adaptor.recorder.recording
@@ -314,7 +337,10 @@ class VllmEplbState:
             if isinstance(layer_state, EplbLayerState):
                 layer_state.should_record_tensor = self.should_record_tensor
                 layer_state.num_unpadded_tokens_tensors = self.num_unpadded_tokens
-        self.updator = start_balancer(adaptor, config)
+        if config.dynamic:
+            self.updator = start_balancer(adaptor, config)
+        else:
+            require_equal_start(adaptor, config)
 
     def begin(self) -> None:
         """Warm-up is over on this rank: what comes now are steps. The engine calls it on all ranks before it serves."""

@@ -53,14 +53,14 @@ def _with_switch(engine_args: Any, config: EplbConfig) -> Any:
         return engine_args
     switched = copy.copy(engine_args)
     switched.enable_eplb = True
-    switched.eplb_config = _eplb_config(switched.eplb_config, config)
+    switched.eplb_config = _eplb_config(switched.eplb_config, config.num_redundant_experts)
     return switched
 
 
-def _eplb_config(given: Any, config: EplbConfig) -> Any:
+def _eplb_config(given: Any, num_redundant: int) -> Any:
     """vLLM's settings of its own balancer, as ours needs them; a copy, because others hold the same object."""
     made = copy.copy(given)
-    made.num_redundant_experts = config.num_redundant_experts
+    made.num_redundant_experts = num_redundant
     made.use_async = False
     made.communicator = made.communicator or "torch_gloo"
     return made
@@ -73,11 +73,13 @@ def _explain(engine_args: Any, config: EplbConfig) -> None:
         EplbConfigError: there is such a reason.
     """
     try:
-        num_experts = engine_args.create_model_config().get_num_experts()
+        model = engine_args.create_model_config()
+        num_experts, num_layers = model.get_num_experts(), moe_layers(model)
     except Exception:  # vLLM's own error says what is wrong with the model
         return
     config.check_serving(
         num_experts=num_experts,
+        num_layers=num_layers,
         ep_size=_expert_parallel_size(engine_args),
         expert_parallel=engine_args.enable_expert_parallel,
     )
@@ -93,8 +95,9 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     from vllm.platforms import current_platform
 
     parallel = vllm_config.parallel_config
-    config.check_serving(
+    num_redundant = config.check_serving(
         num_experts=vllm_config.model_config.get_num_experts(),
+        num_layers=moe_layers(vllm_config.model_config),
         ep_size=_expert_parallel_size(parallel),
         expert_parallel=parallel.enable_expert_parallel,
     )
@@ -109,18 +112,44 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
         return
     # The models build redundant slots and routers with a placement only where vLLM's own switch is on. Its validation
     # has run by now, so on a CPU, where it would refuse, the switch can be set all the same.
-    parallel.eplb_config = _eplb_config(parallel.eplb_config, config)
+    parallel.eplb_config = _eplb_config(parallel.eplb_config, num_redundant)
     parallel.enable_eplb = True
     parallel.worker_cls = worker_class_name(parallel.worker_cls)
-    provide_stats_path()
-    metrics.watch()
+    if config.dynamic:
+        provide_stats_path()
+        metrics.watch()
+    doing = "a placement that stays"
+    if config.dynamic:
+        doing = f"{config.policy_name} policy, a cycle every {config.expert_heat_collection_interval} steps"
+        if config.mode == "observe":
+            doing += " (observing only)"
     logger.info(
-        "EPLB is on: %s policy, a cycle every %d steps, %d redundant experts, on %s",
-        config.policy_name,
-        config.expert_heat_collection_interval,
-        config.num_redundant_experts,
+        "EPLB is on: %s, %d redundant experts%s, on %s",
+        doing,
+        num_redundant,
+        f", starting from {config.expert_map_path}" if config.expert_map_path is not None else "",
         current_platform.device_type,
     )
+
+
+def moe_layers(model_config: Any) -> int | None:
+    """How many layers of a model have experts, L; None where its configuration does not say it in a way known here.
+
+    The rules are those of vLLM's models: DeepSeek's ``first_k_dense_replace`` and ``moe_layer_freq`` (a number, or a
+    list of flags), Qwen's ``mlp_only_layers`` and ``decoder_sparse_step``.
+    """
+    settings = model_config.hf_text_config
+    layers = range(model_config.get_total_num_hidden_layers())
+    frequency = getattr(settings, "moe_layer_freq", None)
+    if isinstance(frequency, (list, tuple)):
+        return sum(1 for each in frequency if each)
+    if isinstance(getattr(settings, "first_k_dense_replace", None), int):
+        every = frequency or 1
+        return sum(1 for layer in layers if layer >= settings.first_k_dense_replace and layer % every == 0)
+    if isinstance(getattr(settings, "decoder_sparse_step", None), int) and settings.decoder_sparse_step > 0:
+        dense = set(getattr(settings, "mlp_only_layers", None) or ())
+        return sum(1 for layer in layers if layer not in dense and (layer + 1) % settings.decoder_sparse_step == 0)
+    return None
 
 
 def _expert_parallel_size(parallel: Any) -> int:

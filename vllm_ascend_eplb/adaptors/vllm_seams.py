@@ -59,6 +59,7 @@ _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _RUNNER_2 = "vllm.v1.worker.gpu.model_runner"
 _EPLB_2 = "vllm.v1.worker.gpu.eplb_utils"
 _ROUTER = "vllm.model_executor.layers.fused_moe.router.base_router"
+_LOADER = "vllm.model_executor.model_loader.base_loader"
 
 SEAMS = (
     Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config", "settings are read and checked"),
@@ -84,6 +85,7 @@ SEAMS = (
     Seam("vllm.distributed.parallel_state", "get_ep_group", "rank and size"),
     Seam("vllm.model_executor.models.interfaces", "get_mixture_of_experts_model", "the MoE part of a model"),
     Seam("vllm.model_executor.models.interfaces", "MixtureOfExperts.set_eplb_state", "hands maps and counters over"),
+    Seam(_LOADER, "initialize_model", "a model is built, and not loaded yet: here its slots get experts by a map"),
     Seam(_ROUTER, "eplb_map_to_physical_and_record", "identity on a CPU: replaced by map_and_record", ("cpu",)),
     Seam(
         "vllm.model_executor.layers.fused_moe.experts.cpu_moe",

@@ -47,9 +47,11 @@ def _balanced(base: type) -> type:
             hook_runner(self.model_runner)
 
         def load_model(self, *args: Any, **kwargs: Any) -> None:
-            from .vllm import ensure_state
+            from .vllm import ensure_state, start_placement
+            from .vllm_loading import loading_by
 
-            super().load_model(*args, **kwargs)
+            with loading_by(functools.partial(start_placement, self.vllm_config)):
+                super().load_model(*args, **kwargs)
             ensure_state(self.model_runner, self.vllm_config)
 
         def compile_or_warm_up_model(self) -> Any:

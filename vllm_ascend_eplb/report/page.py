@@ -27,53 +27,69 @@ def make_page(stats: EplbStats | None, simulation: Simulation | None, title: str
         stats: of a run, or None. simulation: or None. At least one of them.
         title: heading of the page.
     """
-    parts = [f"<h1>{_text(title)}</h1>", f'<p class="soft">{_text(_subtitle(stats, simulation))}</p>']
+    parts = [f"<h1>{_text(title)}</h1>", subtitle(stats, simulation)]
     if stats is not None:
-        parts += _run(stats)
+        parts += run_parts(stats)
     if simulation is not None:
         parts += _simulation(simulation)
     parts.append(
         '<p class="soft">PAR: peak-to-average ratio of the ranks&rsquo; load in a layer; 1.00 is perfect, and a layer '
         "takes PAR times as long as it needs to. A replica is a copy of an expert.</p>"
     )
+    return document(title, parts)
+
+
+def document(title: str, parts: Sequence[str], allowed: str = "") -> str:
+    """A whole document.
+
+    Args:
+        title: of the window.
+        parts: its contents, as HTML.
+        allowed: what it may do beyond showing itself, as directives of a content security policy.
+    """
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    more = f"; {allowed}" if allowed else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         # the page must load nothing, whatever stands in it; the icon is there so that browsers do not ask for one
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">"
+        f"style-src 'unsafe-inline'{more}\">"
         f'<link rel="icon" href="data:,"><title>{_text(title)}</title><style>\n{style}</style></head>'
         f"<body>\n{chr(10).join(parts)}\n</body></html>\n"
     )
 
 
-def _subtitle(stats: EplbStats | None, simulation: Simulation | None) -> str:
+def subtitle(stats: EplbStats | None, simulation: Simulation | None = None) -> str:
+    """A line that says of what the page is, as HTML."""
     parts = []
     if stats is not None:
-        when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(min(stats.updated_at, 4e9)))
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(stats.updated_at, 4e9)))
         parts.append(f"run as of {when}, version {stats.version or 'unknown'}, policy {stats.policy or '-'}")
     if simulation is not None:
         parts.append(f"simulation of {simulation.trace or 'a trace'}, version {simulation.version or 'unknown'}")
-    return "; ".join(parts) + f"; page made by version {__version__}"
+    return f'<p class="soft">{_text("; ".join(parts))}; page made by version {_text(__version__)}</p>'
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
-def _run(stats: EplbStats) -> list[str]:
+def run_parts(stats: EplbStats) -> list[str]:
+    """What is shown of a run, as pieces of HTML."""
     parts = ["<h2>The run</h2>"]
     if stats.phase == "off":
         parts.append(f'<p class="note">Balancing was switched off: {_text(stats.off_reason or "no reason given")}</p>')
     if stats.mode == "observe":
         parts.append('<p class="note">Mode observe: load was counted and plans were made, nothing was moved.</p>')
+        parts += _would_bring(stats)
     window = stats.window
     cards = []
+    observing = stats.mode == "observe"
     if window is not None:
-        cards += [
-            _card(f"{window.par.mean:.3f}", f"PAR in the last window (worst layer {window.par.worst:.2f})"),
-            _card(f"{window.par_start.mean:.3f}", f"had nothing moved (worst layer {window.par_start.worst:.2f})"),
-        ]
+        cards.append(_card(f"{window.par.mean:.3f}", f"PAR in the last window (worst layer {window.par.worst:.2f})"))
+        if not observing:
+            had = f"had nothing moved (worst layer {window.par_start.worst:.2f})"
+            cards.append(_card(f"{window.par_start.mean:.3f}", had))
     cards += [
         _card(f"{stats.cycles_done}", f"cycles done; {stats.cycles_skipped} skipped, {stats.cycles_failed} failed"),
         _card(f"{stats.experts_moved:,}", f"experts moved in {stats.step:,} steps"),
@@ -87,19 +103,29 @@ def _run(stats: EplbStats) -> list[str]:
     if cycles:
         figures.append(
             _figure(
-                "Experts moved per cycle",
-                "grey: skipped, red: failed",
+                "Moves planned per cycle" if observing else "Experts moved per cycle",
+                "red: failed" if observing else "grey: skipped, red: failed",
                 bar_chart(
-                    [float(cycle.moved) for cycle in cycles],
+                    [float(cycle.moves_planned if observing else cycle.moved) for cycle in cycles],
                     "cycle",
                     "experts",
                     [cycle.cycle for cycle in cycles],
-                    [_RESULT_STYLE[cycle.result] for cycle in cycles],
+                    ["s1" if c.result == "failed" else "s0" for c in cycles]
+                    if observing
+                    else [_RESULT_STYLE[c.result] for c in cycles],
                 ),
             )
         )
-    if window is not None and _is_table(window.rank_load_start) and _is_table(window.rank_load):
-        figures += _rank_pair(window.rank_load_start, window.rank_load, "with the placement in force")
+    if window is not None and _is_table(window.rank_load_observed) and _is_table(window.rank_load):
+        figures += _rank_pair(
+            ("Rank load, as it was", window.rank_load),
+            ("Rank load, with the plan of the window before", window.rank_load_observed),
+        )
+    elif window is not None and _is_table(window.rank_load_start) and _is_table(window.rank_load):
+        figures += _rank_pair(
+            ("Rank load, had nothing moved", window.rank_load_start),
+            ("Rank load, with the placement in force", window.rank_load),
+        )
     if any(cycle.planner_seconds for cycle in cycles):
         figures.append(
             _figure(
@@ -112,6 +138,8 @@ def _run(stats: EplbStats) -> list[str]:
     if window is None:
         parts.append('<p class="note">No collection window has ended yet, so there is no load to show.</p>')
     parts.append(f'<div class="figures">{"".join(figures)}</div>')
+    if stats.ranks:
+        parts.append(_ranks(stats))
     if cycles:
         rows = [_cycle_row(cycle) for cycle in cycles[-MAX_TABLE_ROWS:]]
         head = ("cycle", "steps", "result", "PAR before", "predicted", "realised", "moved", "reason")
@@ -119,11 +147,28 @@ def _run(stats: EplbStats) -> list[str]:
     return parts
 
 
+def _would_bring(stats: EplbStats) -> list[str]:
+    """What balancing would bring here, judged by windows that the plans had not seen."""
+    judged = [(c.par_realised, c.par_observed, c.moves_planned) for c in stats.cycles]
+    pairs = [(was.mean, would.mean, moves) for was, would, moves in judged if was is not None and would is not None]
+    if not pairs:
+        return ['<p class="note">No plan has been measured yet: that takes two windows with load.</p>']
+    was, would, moves = (float(np.mean(column)) for column in zip(*pairs, strict=True))
+    saved = 1.0 - would / was if was > 0 else 0.0
+    cards = [
+        _card(f"{would:.3f}", f"PAR, mean of layers, with the plan of a window in the one after it; now {was:.3f}"),
+        _card(f"{saved:.1%}", "of the time that experts take would be saved, where it follows the busiest rank"),
+        _card(f"{moves:,.0f}", f"moves from the placement in force, mean of {len(pairs)} plans"),
+    ]
+    return [f'<div class="cards">{"".join(cards)}</div>']
+
+
 def _run_par(cycles: Sequence[CycleRecord]) -> str:
     lines = [
         Line("in the window", "s0", [_mean(c.par) for c in cycles]),
-        Line("had nothing moved", "s1", [_mean(c.par_start) for c in cycles]),
+        Line("had nothing moved", "s1", [_mean(c.par_start) if c.par_start != c.par else None for c in cycles]),
         Line("as the plan predicted", "s2", [_mean(c.par_predicted) for c in cycles]),
+        Line("with the plan of the window before", "s3", [None, *(_mean(c.par_observed) for c in cycles[:-1])]),
     ]
     lines = [line for line in lines if any(value is not None for value in line.values)]
     return _figure("PAR over time", "mean of layers", line_chart(lines, "cycle", "PAR", [c.cycle for c in cycles]))
@@ -139,6 +184,24 @@ def _stalls(stats: EplbStats) -> str:
     body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     head = "<tr><th>steps waited for</th><th>in all</th><th>longest in a step</th></tr>"
     return _figure("Stalls", f"over {stats.step:,} steps, on EP rank 0", f"<table>{head}{body}</table>")
+
+
+def _ranks(stats: EplbStats) -> str:
+    head = ("rank", "node", "load", "its worst layer", "waited for agreement", "transfers", "commits", "longest step")
+    rows = [
+        (
+            str(each.rank),
+            str(each.node),
+            f"{each.load:.3f}",
+            f"{each.worst:.3f}",
+            _ms(each.control_wait_seconds),
+            _ms(each.transfer_wait_seconds),
+            _ms(each.commit_seconds),
+            _ms(each.longest_step_seconds),
+        )
+        for each in stats.ranks[:MAX_TABLE_ROWS]
+    ]
+    return _table(head, rows)
 
 
 def _cycle_row(cycle: CycleRecord) -> tuple[str, ...]:
@@ -198,7 +261,10 @@ def _simulation(sim: Simulation) -> list[str]:
             )
         )
     if _is_table(sim.rank_load_before) and _is_table(sim.rank_load_after):
-        figures += _rank_pair(sim.rank_load_before, sim.rank_load_after, "with the best setting")
+        figures += _rank_pair(
+            ("Rank load, had nothing moved", sim.rank_load_before),
+            ("Rank load, with the best setting", sim.rank_load_after),
+        )
     parts.append(f'<div class="figures">{"".join(figures)}</div>')
     if sim.outcomes:
         parts.append(_outcomes(sim))
@@ -302,17 +368,17 @@ def _outcomes(sim: Simulation) -> str:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _rank_pair(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], how: str) -> list[str]:
-    """Two heat maps on one scale."""
-    both = np.concatenate([np.ravel(np.asarray(before)), np.ravel(np.asarray(after))])
-    low, high = float(both.min()), float(both.max())
+def _rank_pair(*tables: tuple[str, Sequence[Sequence[float]]]) -> list[str]:
+    """Heat maps, with their titles, on one scale."""
+    values = np.concatenate([np.ravel(np.asarray(table)) for _, table in tables])
+    low, high = float(values.min()), float(values.max())
     return [
         _figure(
             title,
             "load over the layer's mean, last window",
             heat_map(table, "layers", "ranks", "load / mean", diverging=True, low=low, high=high),
         )
-        for title, table in (("Rank load, had nothing moved", before), (f"Rank load, {how}", after))
+        for title, table in tables
     ]
 
 
