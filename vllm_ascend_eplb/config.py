@@ -99,8 +99,10 @@ class EplbConfig(BaseModel):
         description="policy by name: incremental (few moves from the placement in force), default (DeepSeek's, from "
         "scratch), random (for tests); null takes it from `eplb_policy_type`",
     )
-    mode: Literal["balance", "observe"] = Field(
-        default="balance", description="observe counts and plans, reports what balancing would bring and moves nothing"
+    mode: Literal["balance", "observe", "sync"] = Field(
+        default="balance",
+        description="observe counts and plans, reports what balancing would bring and moves nothing; sync does the "
+        "whole rearrangement within one step, which waits for it: for tests and offline jobs",
     )
     target_par: float = Field(
         default=1.02,
@@ -164,6 +166,13 @@ class EplbConfig(BaseModel):
         default=False,
         description="splits an expert's tokens over its replicas by planned shares instead of evenly; new shares need "
         "no transfer, so they follow the load also where no expert moves",
+    )
+    log_balancedness_interval: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000_000,
+        description="steps between lines in the log about the load of one forward (avg_tokens, max_tokens, "
+        "balancedness, as vLLM computes them), each of which waits for that forward; null for none",
     )
     dispatch_table_entries: int = Field(
         default=32, ge=16, le=64, description="entries per expert of the dispatch table: the resolution of the shares"

@@ -164,16 +164,16 @@ class ControlChannel:
             None for a single rank.
         rank: this rank within the group.
         num_ranks: ranks in the group.
-        lag: posts between a post and the read of its result, 1..8. A larger lag tolerates slower networks and makes
-            every change of phase that many steps later.
+        lag: posts between a post and the read of its result, 0..8. A larger lag tolerates slower networks and makes
+            every change of phase that many steps later; 0 waits for every result at once.
 
     Raises:
         ValueError: ``lag`` is out of range, or there is no group for several ranks.
     """
 
     def __init__(self, group: Any, rank: int, num_ranks: int, lag: int = 1) -> None:
-        if not 1 <= lag <= MAX_LAG:
-            raise ValueError(f"lag is {lag}; allowed are 1..{MAX_LAG} steps")
+        if not 0 <= lag <= MAX_LAG:
+            raise ValueError(f"lag is {lag}; allowed are 0..{MAX_LAG} steps")
         if num_ranks > 1 and group is None:
             raise ValueError(f"{num_ranks} ranks need a process group with a CPU backend to agree on")
         self.rank, self.num_ranks, self.lag = rank, num_ranks, lag
@@ -240,15 +240,19 @@ class ControlChannel:
         Raises:
             ControlError: another bulk operation is under way.
         """
+        self._require_idle()
+        return self._begin(self.reduce_beside(load))
+
+    def reduce_beside(self, load: npt.NDArray[np.int64]) -> Bulk[npt.NDArray[np.int64] | None]:
+        """The same for little data, also while a bulk operation is under way; all ranks call it at the same step."""
         tensor = torch.from_numpy(np.array(load, dtype=np.int64, order="C"))
         flat = tensor.view(-1)
         work = None
-        self._require_idle()
         if self._group is not None and flat.numel():
             options = _options(dist.ReduceOptions(), dist.ReduceOp.SUM)
             options.rootRank = 0
             work = self._group.reduce([flat], options)
-        return self._begin(Bulk(work, tensor, lambda t: t.numpy() if self.rank == 0 else None))
+        return Bulk(work, tensor, lambda t: t.numpy() if self.rank == 0 else None)
 
     def broadcast(self, data: bytes | None, length: int) -> Bulk[bytes]:
         """Sends ``data`` from rank 0 to all ranks.

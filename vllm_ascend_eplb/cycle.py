@@ -151,6 +151,8 @@ class CycleSettings:
             gives way to a newer one, at a round boundary; 0 for never.
         least_plan_age: steps that a plan always has, however short the interval: over so few, load does not drift.
         audit_steps: steps from one audit of the weights to the next; 0 for none.
+        synchronous: the whole cycle takes place within one step. ``advance`` is called again and again while the
+            state is active, with facts agreed at once; the step does not count on meanwhile.
     """
 
     collect_steps: int
@@ -163,6 +165,7 @@ class CycleSettings:
     cut_after: int = 0
     listen_steps: int = 0
     audit_steps: int = 0
+    synchronous: bool = False
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,7 @@ class CycleState:
 
 
 def advance(state: CycleState, agreed: Agreed | None, settings: CycleSettings) -> tuple[CycleState, Actions]:
-    """One step of the balancer.
+    """One step of the balancer, or one turn within a step where the cycle is synchronous.
 
     Args:
         state: the state after the last step.
@@ -256,7 +259,8 @@ def advance(state: CycleState, agreed: Agreed | None, settings: CycleSettings) -
     Raises:
         AgreementError: ranks disagree about the step, the phase or the placement.
     """
-    state = replace(state, step=state.step + 1)
+    if not (settings.synchronous and state.active):
+        state = replace(state, step=state.step + 1)
     if state.phase is Phase.OFF:
         return state, ()
     if agreed is not None:
@@ -356,7 +360,8 @@ def _audit(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[
 
 
 def _waiting(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actions]:
-    """Deadlines, counted in steps and so agreed by themselves. Rounds have none: what was issued must arrive."""
+    """Deadlines, counted in steps and so agreed by themselves. Rounds have none: what was issued must arrive. Nor has a
+    synchronous cycle: the planner's own time limit ends the wait."""
     late = state.step - state.snapshot_at > state.plan_age_limit(settings)
     if late and state.phase in (Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST):
         return _fail(state, _LATE[state.phase], settings)
@@ -388,7 +393,8 @@ def _plan(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[C
         return _waiting(state, settings)
     if agreed.max.plan_length == 0:
         return _finish(state, settings)  # nothing worth moving
-    if state.step - state.snapshot_at < state.execution_steps and not state.repair:
+    wait = not (settings.synchronous or state.repair)
+    if wait and state.step - state.snapshot_at < state.execution_steps:
         return state, ()
     known = replace(state, plan_length=agreed.max.plan_length, plan_digest=agreed.max.plan_digest)
     return _enter(known, Phase.BROADCAST), (Action(Do.BROADCAST),)

@@ -4,6 +4,9 @@
 ``forward_before`` runs one step of the cycle: post what this rank knows, read what all agreed on, advance the state,
 do what it says. It waits for nothing but the agreed facts. Everything that takes time runs elsewhere: planning in the
 planner's process, checks and preparations in a thread, transfers on their own stream or threads.
+
+In mode sync the same turns follow one another within one step until the cycle is over: same parts, same agreement, same
+rounds, so also the same result.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import numpy.typing as npt
 from . import __version__
 from .adaptors.base import EplbAdaptor
 from .audit import Damage, SlotAudit, find_damage, repair_rounds
+from .balancedness import BalancednessLog
 from .config import EplbConfig
 from .control import Bulk, ControlChannel, ControlError, Facts, FlightRecorder, require_equal
 from .cycle import Action, AgreementError, Command, CycleSettings, CycleState, Do, Failure, Phase, advance
@@ -48,6 +52,8 @@ PAYS_FROM = 0.25
 
 LISTEN_STEPS = 64
 """Steps between two times at which all ranks learn of orders. Each costs lag + 1 posts of facts."""
+TURN_SECONDS = 0.0005
+"""Mode sync: pause before the next turn where the last one changed nothing."""
 
 DISPATCH_GAIN = 0.002
 """Least gain of new dispatch shares, as a fraction of PAR. They cost one small broadcast."""
@@ -119,8 +125,12 @@ class EplbUpdator:
         self._config = config
         self._rank = adaptor.rank
         self._recorder = adaptor.recorder
+        synchronous = config.mode == "sync"
         self._control = ControlChannel(
-            adaptor.control_group, adaptor.rank, adaptor.topology.num_ranks, lag=config.control_lag
+            adaptor.control_group,
+            adaptor.rank,
+            adaptor.topology.num_ranks,
+            lag=0 if synchronous else config.control_lag,
         )
         placement = adaptor.placement
         self._loader = D2DExpertWeightLoader(
@@ -147,6 +157,7 @@ class EplbUpdator:
             cut_after=LEAST_PLAN_AGE,
             listen_steps=LISTEN_STEPS,
             audit_steps=config.audit_interval,
+            synchronous=synchronous,
         )
         self._audit = self._loader.audit(config.audit_interval) if config.audit_interval else None
         self._audit_error: Exception | None = None
@@ -166,6 +177,11 @@ class EplbUpdator:
         self._last_plan: _LastPlan | None = None
         self._observed: Placement | None = None  # in mode observe: what the last plan would have led to
         self._load: npt.NDArray[np.int64] | None = None  # [L, E], on EP rank 0: of the last window
+        self._balancedness = (
+            BalancednessLog(adaptor.name, config.log_balancedness_interval, self._recorder, self._control)
+            if config.log_balancedness_interval
+            else None
+        )
         self._flight = FlightRecorder()
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eplb-prepare")
 
@@ -194,27 +210,15 @@ class EplbUpdator:
             AgreementError, ControlError: the ranks do not agree any more, so this one must not go on serving.
         """
         began = time.perf_counter()
-        posted = agreed = None
-        if self._state.active:
-            posted = self._facts()
-            self._control.post(posted)
-            waited = self._control.waiting.total
-            agreed = self._control.read()
-            self._stats.waited_for_control(self._control.waiting.total - waited)
-        before = self._state.phase
-        try:
-            self._state, actions = advance(self._state, agreed, self._settings)
-        except AgreementError:
-            self._dump_flight("the ranks disagree")
-            raise
-        self._flight.record(self._state.phase, posted, agreed)
-        self._loader.tick()
-        if self._state.paused and self._state.phase is Phase.LISTEN:
-            self._recorder.flush(self._placement)  # no cycle does, and what counts on the device may overflow
-        for action in actions:
-            self._perform(action)
-        if self._audit is not None and self._state.phase in _BETWEEN_CYCLES:
-            self._audit_step(self._audit)
+        before = self._state
+        if self._balancedness is not None and before.phase is not Phase.OFF:
+            self._balancedness.before_step(before.step + 1, max(0, before.due - before.step), self._placement)
+        self._turn()
+        while self._settings.synchronous and self._state.active:
+            last = self._state
+            self._turn()
+            if self._state == last:
+                time.sleep(TURN_SECONDS)
         record = serving and self._state.phase is not Phase.OFF
         self._recorder.begin_step(self._placement, record=record, phase=stage)
         self._stats.step = self._state.step
@@ -222,8 +226,33 @@ class EplbUpdator:
         phase = Phase.COLLECT if self._state.phase is Phase.LISTEN else self._state.phase
         self._stats.phase = phase.name.lower()  # type: ignore[assignment]
         self._stats.step_took(time.perf_counter() - began)
-        if self._state.phase is not before and Phase.LISTEN not in (before, self._state.phase):
+        if self._state.epoch != before.epoch and Phase.LISTEN not in (before.phase, self._state.phase):
             self._publish()
+
+    def _turn(self) -> None:
+        """Posts what this rank knows, reads what all agreed on, advances the state, does what it says."""
+        posted = agreed = None
+        before = self._state
+        if before.active:
+            posted = self._facts()
+            self._control.post(posted)
+            waited = self._control.waiting.total
+            agreed = self._control.read()
+            self._stats.waited_for_control(self._control.waiting.total - waited)
+        try:
+            self._state, actions = advance(self._state, agreed, self._settings)
+        except AgreementError:
+            self._dump_flight("the ranks disagree")
+            raise
+        if not self._settings.synchronous or self._state != before:  # turns that only wait would push out the others
+            self._flight.record(self._state.phase, posted, agreed)
+        self._loader.tick()
+        if self._state.paused and self._state.phase is Phase.LISTEN:
+            self._recorder.flush(self._placement)  # no cycle does, and what counts on the device may overflow
+        for action in actions:
+            self._perform(action)
+        if self._audit is not None and self._state.phase in _BETWEEN_CYCLES:
+            self._audit_step(self._audit)
 
     def forward_end(self) -> None:
         """After a forward. Decides nothing, because not every engine gets here."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from dataclasses import dataclass, field
@@ -53,6 +54,11 @@ class Slots:
 
     def views(self) -> list[list[list[torch.Tensor]]]:
         return [[[kind[slot] for kind in layer] for slot in range(self.size)] for layer in self.stacked]
+
+    def digest(self) -> str:
+        """A hash of all bytes."""
+        tensors = (kind.cpu().contiguous().view(torch.uint8).numpy() for layer in self.stacked for kind in layer)
+        return hashlib.sha256(b"".join(tensor.tobytes() for tensor in tensors)).hexdigest()
 
     def wrong(self, placement: Placement) -> str:
         """Which slot does not hold bit for bit what ``placement`` says; empty when all do."""

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import time
 import zlib
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vllm_ascend_eplb import ops
+from vllm_ascend_eplb import balancedness, ops
 from vllm_ascend_eplb.adaptors.base import EplbAdaptor
 from vllm_ascend_eplb.config import EplbConfig
 from vllm_ascend_eplb.control import ControlError
@@ -38,6 +40,11 @@ pytestmark = pytest.mark.distributed
 LAYERS, EXPERTS, REDUNDANT = 3, 12, 6
 
 
+def redundant(num_ranks: int) -> int:
+    """The redundant experts that so many ranks can share."""
+    return REDUNDANT + -(EXPERTS + REDUNDANT) % num_ranks
+
+
 class RoutingModel(EplbAdaptor):
     """A model of slots and routers without an engine: every rank routes the same tokens, rank 0 counts."""
 
@@ -46,12 +53,12 @@ class RoutingModel(EplbAdaptor):
         self.rank = ranks.rank
         self.topology = Topology.even(ranks.num_ranks)
         self.num_groups = 1
-        self.placement = Placement.initial(LAYERS, EXPERTS, ranks.num_ranks, REDUNDANT)
+        self.placement = Placement.initial(LAYERS, EXPERTS, ranks.num_ranks, redundant(ranks.num_ranks))
         self.device = torch.device("cpu")
         self.control_group, self.transfer_group, self.device_group = ranks.control, ranks.transfer, None
         self.recorder = LoadRecorder(LAYERS, EXPERTS, self.placement.num_slots, "cpu", contributes=ranks.rank == 0)
         self.slots = Slots(self.placement, ranks.rank)
-        self.maps = DispatchMaps(self.placement, "cpu", width=REDUNDANT + 1)
+        self.maps = DispatchMaps(self.placement, "cpu", width=redundant(ranks.num_ranks) + 1)
         self.dispatch = DispatchTables(self.placement, "cpu", 32) if weighted else None
         self.rng = np.random.default_rng(7)
         self.routed = np.zeros((LAYERS, EXPERTS), dtype=np.int64)
@@ -92,10 +99,12 @@ class RoutingModel(EplbAdaptor):
 
 @dataclass
 class Seen:
-    """What one rank saw; ``history``: digest of the placement at every step, ``tables``: of the dispatch tables."""
+    """What one rank saw; ``history``: digest of the placement at every step, ``tables``: of the dispatch tables;
+    ``after``: by cycle, the digests of the placement and of this rank's weights when it was over."""
 
     history: list[int] = field(default_factory=list)
     tables: list[int] = field(default_factory=list)
+    after: dict[int, tuple[int, str]] = field(default_factory=dict)
     wrong: str = ""
     error: str = ""
     phase: str = ""
@@ -103,6 +112,10 @@ class Seen:
     first_par: float = 0.0
     stats: Any = None
     step: int = 0
+    lines: list[tuple[Any, ...]] = field(default_factory=list)
+    """(step, name, avg_tokens, max_tokens, balancedness, steps left) of each line about balancedness."""
+    forwards: list[Any] = field(default_factory=list)
+    """Tokens per slot [L, P] of each forward."""
 
 
 def misbehave(request: PlanRequest) -> Plan:
@@ -132,7 +145,7 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
         {
             "eplb_config": {
                 "dynamic_eplb": True,
-                "num_redundant_experts": REDUNDANT,
+                "num_redundant_experts": redundant(ranks.num_ranks),
                 "expert_heat_collection_interval": 10,
                 "algorithm_execution_interval": 1,
                 "min_gain": 0.0,
@@ -145,6 +158,8 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
     if "cut_after" in options:
         updator._settings = replace(updator._settings, cut_after=options["cut_after"])
     seen = Seen(first_par=0.0)
+    balancedness.logger.addFilter(lambda record: seen.lines.append(record.args) or True)
+    balancedness.logger.setLevel(logging.INFO)
     if options.get("prepare_fails_on") == ranks.rank:
         prepare, left = model.maps.prepare, [1]
 
@@ -160,7 +175,9 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
             if options.get("part_at") == step and ranks.rank == 1:
                 updator._placement = updator.placement.with_moves([[0, EXPERTS, 3]])
             updator.forward_before()
+            counted = model.recorder.counts.clone()
             model.forward()
+            seen.forwards.append((model.recorder.counts - counted).numpy())
             updator.forward_end()
             seen.history.append(updator.placement.digest)
             seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
@@ -171,6 +188,8 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
                 for layer, rows in enumerate(table):
                     if (held[layer, rows] != np.arange(EXPERTS)[:, None]).any():
                         seen.wrong = f"step {step}: a row of layer {layer} names a slot of another expert"
+            if updator.state.phase is Phase.COLLECT and updator.state.cycle not in seen.after:
+                seen.after[updator.state.cycle] = updator.placement.digest, model.slots.digest()
             dist.barrier()  # a forward's collectives keep the ranks together
             # An engine's step takes longer; while the planner works, as long as a busy machine may need.
             time.sleep(0.05 if updator.state.phase is Phase.PLAN else 0.004)
@@ -208,12 +227,13 @@ def test_cycles_balance_the_load_and_all_ranks_agree(num_ranks: int) -> None:
     assert stats.window.tokens % (64 * LAYERS) == 0  # whole batches, each counted once
 
 
-def test_a_planner_that_misbehaves_costs_a_cycle_and_nothing_else() -> None:
+@pytest.mark.parametrize("mode", ["balance", "sync"])
+def test_a_planner_that_misbehaves_costs_a_cycle_and_nothing_else(mode: str) -> None:
     all_seen = run_ranks(
         2,
         serve,
         2000,
-        {"max_failures": 10, "expert_heat_collection_interval": 4},
+        {"max_failures": 10, "expert_heat_collection_interval": 4, "mode": mode},
         {"policy": "misbehave", "cycles": 7},
     )
     check_agreement(all_seen)
@@ -248,13 +268,27 @@ def test_a_rank_that_cannot_prepare_drops_the_cycle_on_all(rank: int) -> None:
 
 
 def test_observing_moves_nothing_and_says_what_balancing_would_bring() -> None:
-    all_seen = run_ranks(2, serve, 120, {"mode": "observe"}, {})
+    all_seen = run_ranks(2, serve, 120, {"mode": "observe", "log_balancedness_interval": 7}, {})
     check_agreement(all_seen)
     assert len(set(all_seen[0].history)) == 1
     stats = all_seen[0].stats
     assert stats.cycles_skipped >= 1
     assert "would bring PAR from" in stats.cycles[0].reason
     assert stats.cycles[0].par_predicted.mean < stats.cycles[0].par.mean
+    check_balancedness(all_seen, interval=7)
+
+
+def check_balancedness(all_seen: list[Seen], interval: int) -> None:
+    """Rank 0 wrote one line about every ``interval``-th forward, with what was counted in that forward."""
+    lines = [line for line in all_seen[0].lines if len(line) == 6]
+    assert [line[0] for line in lines[:10]] == [interval * n for n in range(1, 11)]
+    for step, name, average, most, ratio, left in lines:
+        by_rank = all_seen[0].forwards[step - 1].reshape(LAYERS, 2, -1).sum(axis=2)
+        assert (name, average, most) == ("routing model", by_rank.mean(axis=1).sum(), by_rank.max(axis=1).sum())
+        assert ratio == pytest.approx(average / most)
+        assert average == LAYERS * 64 / 2
+        assert 0 <= left <= 10
+    assert not [line for line in all_seen[1].lines if len(line) == 6]
 
 
 def test_dispatch_shares_balance_without_moving_an_expert() -> None:
@@ -295,3 +329,27 @@ def test_ranks_with_different_placements_stop_instead_of_answering() -> None:
     all_seen = run_ranks(2, serve, 200, {}, {"part_at": 6})
     assert all("disagree about the placement" in seen.error for seen in all_seen), [seen.error for seen in all_seen]
     assert all(seen.step < 30 for seen in all_seen)
+
+
+def changes(seen: Seen) -> int:
+    """Steps at which the placement changed."""
+    return sum(a != b for a, b in pairwise(seen.history))
+
+
+@pytest.mark.parametrize(("num_ranks", "policy", "cycles"), [(2, "random", 3), (4, "random", 2), (2, "incremental", 1)])
+def test_a_synchronous_cycle_takes_one_step_and_ends_where_the_asynchronous_one_does(
+    num_ranks: int, policy: str, cycles: int
+) -> None:
+    """The policy "random" makes the same plan in the same cycle; the first window is the same under every mode."""
+    settings = {"policy": policy, "transfer_buffer_experts": 1}
+    at_once = run_ranks(num_ranks, serve, 400, {**settings, "mode": "sync"}, {"cycles": cycles})
+    in_rounds = run_ranks(num_ranks, serve, 400, settings, {"cycles": cycles})
+    check_agreement(at_once)
+    check_agreement(in_rounds)
+    for one, other in zip(at_once, in_rounds, strict=True):
+        assert changes(one) == sum(one.after[n] != one.after[n - 1] for n in range(1, max(one.after) + 1))
+        assert [one.after[n] for n in range(cycles + 1)] == [other.after[n] for n in range(cycles + 1)]
+        assert len({one.after[n][1] for n in range(cycles + 1)}) == cycles + 1  # weights did move
+        assert changes(other) > cycles  # so the count above can fail
+    assert at_once[0].stats.cycles_failed == in_rounds[0].stats.cycles_failed == 0
+    assert at_once[0].step == (cycles + 1) * 10 - 8  # waiting is no step: the first cycle at step 2, then every 10

@@ -373,6 +373,7 @@ CASES = [
     pytest.param(Case(2, 1, CUT, (3,), 0), id="2 ranks, a plan that gives way"),
     pytest.param(Case(2, 1, settings(1, 1, listen_steps=2), (1,), 0, 2), id="2 ranks, 2 orders"),
     pytest.param(Case(2, 1, settings(1, audit_steps=3), (1, 2), 1), id="2 ranks, audits, 1 fault"),
+    pytest.param(Case(2, 0, settings(0, synchronous=True), (1, 3), 1), id="2 ranks, synchronous, 1 fault"),
 ]
 LONG = [
     pytest.param(Case(2, 1, settings(1), (1, 4), 2), id="2 ranks, 2 faults"),
