@@ -254,6 +254,13 @@ class ControlChannel:
             work = self._group.reduce([flat], options)
         return Bulk(work, tensor, lambda t: t.numpy() if self.rank == 0 else None)
 
+    def sum_everywhere(self, load: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The sum of ``load`` (int64, any shape, the same on all ranks) over the ranks, on every rank. Blocks."""
+        tensor = torch.from_numpy(np.array(load, dtype=np.int64, order="C"))
+        if self._group is not None and tensor.numel():
+            self._group.allreduce([tensor.view(-1)], _options(dist.AllreduceOptions(), dist.ReduceOp.SUM)).wait()
+        return tensor.numpy()
+
     def broadcast(self, data: bytes | None, length: int) -> Bulk[bytes]:
         """Sends ``data`` from rank 0 to all ranks.
 

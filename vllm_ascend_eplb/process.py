@@ -149,7 +149,7 @@ def plan_request(request: PlanRequest) -> Plan:
         request.load,
         request.physical_to_logical,
         topology.num_ranks,
-        num_nodes=topology.num_nodes,
+        num_nodes=topology.num_blocks,
         num_groups=request.num_groups,
         policy=request.policy,
         **request.limits,

@@ -51,6 +51,17 @@ class Topology:
     def num_nodes(self) -> int:
         return len(set(self.node_of_rank))
 
+    @property
+    def num_blocks(self) -> int:
+        """The number of nodes to plan with: all of them if each has the same number of ranks, in a row; otherwise 1, so
+        that the plan knows no nodes."""
+        ranks, nodes = self.num_ranks, self.num_nodes
+        if ranks % nodes:
+            return 1
+        first = self.node_of_rank[:: ranks // nodes]
+        even = tuple(node for node in first for _ in range(ranks // nodes))
+        return nodes if even == self.node_of_rank and len(set(first)) == nodes else 1
+
     def same_node(self, a: int, b: int) -> bool:
         return self.node_of_rank[a] == self.node_of_rank[b]
 

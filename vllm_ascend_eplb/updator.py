@@ -132,7 +132,15 @@ class EplbUpdator:
             adaptor.topology.num_ranks,
             lag=0 if synchronous else config.control_lag,
         )
-        placement = adaptor.placement
+        placement, topology = adaptor.placement, adaptor.topology
+        if self._rank == 0 and topology.num_blocks != topology.num_nodes:
+            logger.warning(
+                "EPLB plans as if all %d ranks were on one node: its %d nodes do not share them evenly and in a row, "
+                "so copies of an expert may end up on any of them (nodes of the ranks: %s)",
+                topology.num_ranks,
+                topology.num_nodes,
+                topology.node_of_rank,
+            )
         self._loader = D2DExpertWeightLoader(
             adaptor.expert_tensors(),
             adaptor.transfer_group,

@@ -141,6 +141,7 @@ def always_fail(request: PlanRequest) -> Plan:
 def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str, Any]) -> Seen:
     """Steps like an engine's, one forward each, until ``steps`` or the option ``cycles`` are over."""
     model = RoutingModel(ranks, weighted=bool(settings.get("weighted_dispatch")))
+    model.topology = Topology(options.get("nodes", (0,) * ranks.num_ranks))
     config = EplbConfig.from_additional_config(
         {
             "eplb_config": {
@@ -154,12 +155,12 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
         }
     )
     policy = getattr(sys.modules[__name__], options.get("policy", "plan_request"))
-    updator = EplbUpdator(model, config, EplbProcess(policy) if ranks.rank == 0 else None)
-    if "cut_after" in options:
-        updator._settings = replace(updator._settings, cut_after=options["cut_after"])
     seen = Seen(first_par=0.0)
     balancedness.logger.addFilter(lambda record: seen.lines.append(record.args) or True)
     balancedness.logger.setLevel(logging.INFO)
+    updator = EplbUpdator(model, config, EplbProcess(policy) if ranks.rank == 0 else None)
+    if "cut_after" in options:
+        updator._settings = replace(updator._settings, cut_after=options["cut_after"])
     if options.get("prepare_fails_on") == ranks.rank:
         prepare, left = model.maps.prepare, [1]
 
@@ -215,10 +216,12 @@ def check_agreement(all_seen: list[Seen]) -> None:
         assert seen.phase == all_seen[0].phase
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_cycles_balance_the_load_and_all_ranks_agree(num_ranks: int) -> None:
-    all_seen = run_ranks(num_ranks, serve, 400, {}, {})
+@pytest.mark.parametrize("nodes", [(0, 0), (0, 0, 2)])
+def test_cycles_balance_the_load_and_all_ranks_agree(nodes: tuple[int, ...]) -> None:
+    all_seen = run_ranks(len(nodes), serve, 400, {}, {"nodes": nodes})
     check_agreement(all_seen)
+    uneven = (len(nodes), 2, nodes)  # two nodes that do not share three ranks: planned as one, with a warning
+    assert [uneven in seen.lines for seen in all_seen] == [len(nodes) == 3] + [False] * (len(nodes) - 1)
     stats = all_seen[0].stats
     assert stats.cycles_done >= 2
     assert stats.cycles_failed == 0
