@@ -68,7 +68,10 @@ class Member:
         self.loader = D2DExpertWeightLoader(self.slots.views(), transfer, self.rank, 2, topology=self.topology)
         self.slots.rank = self.rank
         assert self.loader.learn_checksums(placement) == 0
-        old, self.recorder = self.recorder, LoadRecorder(LAYERS, EXPERTS, placement.num_slots, "cpu", num_entries=2)
+        old, self.recorder = (
+            self.recorder,
+            LoadRecorder(LAYERS, EXPERTS, placement.num_slots, "cpu", num_entries=2, steps_per_entry=2),
+        )
         if old is not None:
             self.recorder.restore_window(old.window(), old.steps)
 
