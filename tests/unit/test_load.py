@@ -61,7 +61,7 @@ def draw_ids(rng, num_tokens):
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["prefill", "decode", "dummy", "commit", "snapshot"]),
+        st.sampled_from(["prefill", "decode", "dummy", "commit", "snapshot", "new window"]),
         st.integers(0, 2**16),
         st.integers(0, 7),
     ),
@@ -124,6 +124,10 @@ def test_takes_what_the_router_chose(device, story, phases, num_entries, steps_p
                 total = total + window
             np.testing.assert_array_equal(recorder.take(), total)
             assert recorder.snapshot_ready()
+            expected, num_steps = dict.fromkeys(phases, empty), 0
+        elif kind == "new window":
+            steps_per_entry = 1 + seed % 3
+            recorder.begin_window(placement, steps_per_entry)
             expected, num_steps = dict.fromkeys(phases, empty), 0
         else:
             begin_step(record=kind != "dummy", phase=kind)

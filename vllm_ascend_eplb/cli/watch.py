@@ -160,7 +160,8 @@ def panel(sample: Sample, history: History, url: str) -> Panel:
     facts = Table.grid(padding=(0, 3))
     for _ in range(4):
         facts.add_column()
-    facts.add_row("phase", Text(str(sample.get("phase", "-")), style="bold"), "steps", _count(sample, "steps"))
+    phase = str(sample.get("phase", "-")) + (" (paused)" if sample.get("paused") == 1.0 else "")
+    facts.add_row("phase", Text(phase, style="bold"), "steps", _count(sample, "steps"))
     facts.add_row("policy", str(sample.get("policy", "-")), "mode", str(sample.get("mode", "-")))
     cycles = " / ".join(_count(sample, f"cycles.{result}") for result in ("done", "skipped", "failed"))
     facts.add_row("cycles done / skipped / failed", cycles, "experts moved", _count(sample, "experts_moved"))
