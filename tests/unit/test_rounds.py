@@ -260,6 +260,8 @@ def test_the_check_finds_rounds_that_overlap_too_early() -> None:
 def test_topology_is_checked() -> None:
     assert Topology.even(6, 2).node_of_rank == (0, 0, 0, 1, 1, 1)
     assert Topology((4, 4, 9)).num_nodes == 2
+    for nodes, even in (((4, 4, 9, 9), 2), ((4, 4, 9), 1), ((0, 1, 0, 1), 1), ((0, 0, 0, 1), 1), ((0, 1, 2), 3)):
+        assert Topology(nodes).num_blocks == even
     with pytest.raises(ValueError, match="evenly"):
         Topology.even(6, 4)
     with pytest.raises(ValueError, match="at least one rank"):

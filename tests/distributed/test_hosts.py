@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks on two hosts (network namespaces with names of their own): told apart, compared, and balanced on after a link
+between them was cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..hosts import ADDRESSES, Hosts, two_hosts, why_not
+
+REASON = why_not()
+pytestmark = [pytest.mark.distributed, pytest.mark.skipif(bool(REASON), reason=REASON)]
+
+RANKS, PORT, STEPS = 3, 29600, 500
+SETTINGS = {"expert_heat_collection_interval": 10, "algorithm_execution_interval": 1}
+SECONDS_WITHOUT_LINK = 4
+
+
+def run_on_two_hosts(
+    folder: Path, settings: list[dict[str, Any]], meanwhile: Callable[[Hosts], None] = lambda hosts: None
+) -> list[dict[str, Any]]:
+    """What every rank saw; the first two on one host, the last on the other."""
+    with two_hosts() as hosts:
+        processes = []
+        for rank in range(RANKS):
+            (folder / f"settings{rank}.json").write_text(json.dumps(settings[rank]))
+            command = [sys.executable, "-m", "tests.distributed.host_rank"]
+            command += [str(each) for each in (rank, RANKS, ADDRESSES[0], PORT, folder, STEPS)]
+            environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lan"}
+            environment.pop("EPLB_STATS_FILE", None)
+            with open(folder / f"log{rank}", "wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        hosts.command(2 * rank // RANKS, command),
+                        cwd=Path(__file__).parents[2],
+                        env=environment,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        try:
+            meanwhile(hosts)
+            for rank, process in enumerate(processes):
+                assert process.wait(180) == 0, (folder / f"log{rank}").read_text()[-3000:]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    return [json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def test_cycles_go_on_after_a_link_was_cut(tmp_path: Path) -> None:
+    def step() -> int:
+        path = tmp_path / "step0"
+        return int(path.read_text() or 0) if path.exists() else -1
+
+    stood_still: list[int] = []
+
+    def cut(hosts: Hosts) -> None:
+        end = time.monotonic() + 120
+        while step() < 100:
+            assert time.monotonic() < end, (tmp_path / "log0").read_text()[-3000:]
+            time.sleep(0.02)
+        hosts.link(1, up=False)
+        time.sleep(1)
+        before = step()
+        time.sleep(SECONDS_WITHOUT_LINK)
+        stood_still.append(step() - before)
+        hosts.link(1, up=True)
+
+    all_seen = run_on_two_hosts(tmp_path, [SETTINGS] * RANKS, cut)
+    assert stood_still[0] <= 1  # the cable was really out
+    for seen in all_seen:
+        assert seen["nodes"] == [0, 0, 2]
+        assert seen["wrong"] == ""
+        assert seen["history"] == all_seen[0]["history"]
+        assert seen["cycles_failed"] == 0
+    digests = [digest for _, digest in all_seen[0]["history"]]
+    assert len(set(digests[:100])) > 1
+    assert len(set(digests[200:])) > 5  # cycles after the cut
+    assert all_seen[0]["cycles_done"] >= 5
+
+
+def test_a_host_with_other_settings_is_named(tmp_path: Path) -> None:
+    settings = [SETTINGS, SETTINGS, {**SETTINGS, "control_lag": 2}]
+    for seen in run_on_two_hosts(tmp_path, settings):
+        assert "expert-parallel rank 2 differs from rank 0 in eplb_config.control_lag: 2 against 1" in seen["error"]
