@@ -29,7 +29,7 @@ from .audit import Damage, SlotAudit, find_damage, repair_rounds
 from .balancedness import BalancednessLog
 from .config import EplbConfig
 from .control import Bulk, ControlChannel, ControlError, Facts, FlightRecorder, require_equal
-from .cycle import Action, AgreementError, Command, CycleSettings, CycleState, Do, Failure, Phase, advance
+from .cycle import Action, AgreementError, Command, CycleSettings, CycleState, Do, Failure, Phase, advance, early
 from .map_recorder import MapRecorder
 from .orders import NumberedOrder, OrderBox, orders_path
 from .placement import FloatArray, Placement, peak_to_average
@@ -157,8 +157,7 @@ class EplbUpdator:
         self._settings = CycleSettings(
             collect_steps=config.expert_heat_collection_interval,
             execution_steps=config.algorithm_execution_interval,
-            # The first cycle comes early: a cold placement is the worst one.
-            first_collect_steps=max(1, config.expert_heat_collection_interval // 4),
+            first_collect_steps=early(config.expert_heat_collection_interval),
             max_failures=config.max_failures,
             buffers=self._loader.num_buffers,
             least_plan_age=LEAST_PLAN_AGE,

@@ -22,7 +22,7 @@ from vllm_ascend_eplb import balancedness, ops
 from vllm_ascend_eplb.adaptors.base import EplbAdaptor
 from vllm_ascend_eplb.config import EplbConfig
 from vllm_ascend_eplb.control import ControlError
-from vllm_ascend_eplb.cycle import AgreementError, Phase
+from vllm_ascend_eplb.cycle import AgreementError, Phase, early
 from vllm_ascend_eplb.load import LoadRecorder
 from vllm_ascend_eplb.maps import DispatchMaps
 from vllm_ascend_eplb.placement import Placement
@@ -114,6 +114,8 @@ class Seen:
     step: int = 0
     lines: list[tuple[Any, ...]] = field(default_factory=list)
     """(step, name, avg_tokens, max_tokens, balancedness, steps left) of each line about balancedness."""
+    began: list[int] = field(default_factory=list)
+    """The step, from 1, at which each cycle began."""
     forwards: list[Any] = field(default_factory=list)
     """Tokens per slot [L, P] of each forward."""
 
@@ -175,7 +177,10 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
         for step in range(steps):
             if options.get("part_at") == step and ranks.rank == 1:
                 updator._placement = updator.placement.with_moves([[0, EXPERTS, 3]])
-            updator.forward_before()
+            serving = not options.get("idle") or step % 3 == 0
+            updator.forward_before(serving=serving)
+            if updator.state.cycle > len(seen.began):
+                seen.began.append(step + 1)
             counted = model.recorder.counts.clone()
             model.forward()
             seen.forwards.append((model.recorder.counts - counted).numpy())
@@ -279,6 +284,20 @@ def test_observing_moves_nothing_and_says_what_balancing_would_bring() -> None:
     assert "would bring PAR from" in stats.cycles[0].reason
     assert stats.cycles[0].par_predicted.mean < stats.cycles[0].par.mean
     check_balancedness(all_seen, interval=7)
+
+
+def test_the_first_cycle_comes_early_and_idle_steps_are_steps() -> None:
+    """After a quarter of the interval, as in vLLM (test_eplb_state.py compares); an idle step counts as a step there,
+    and what it computes counts nowhere."""
+    settings = {"mode": "observe", "expert_heat_collection_interval": 40}
+    all_seen = run_ranks(2, serve, 80, settings, {"idle": True})
+    check_agreement(all_seen)
+    for seen in all_seen:
+        assert seen.began[0] == early(40) == 10
+        assert len(seen.began) == 2
+    counted = [tokens.sum() > 0 for tokens in all_seen[0].forwards]
+    assert counted == [step % 3 == 0 for step in range(80)]
+    assert all_seen[0].stats.window.tokens == 64 * LAYERS * sum(counted[9 : all_seen[0].began[1] - 1])
 
 
 def check_balancedness(all_seen: list[Seen], interval: int) -> None:

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("vllm.distributed.eplb.eplb_state")
 
 from vllm_ascend_eplb.balancedness import load_stats  # noqa: E402
+from vllm_ascend_eplb.cycle import CycleSettings, CycleState, Phase, advance, early  # noqa: E402
 from vllm_ascend_eplb.eplb_state import (  # noqa: E402
     EpConfigurationError,
     EplbState,
@@ -163,3 +164,40 @@ def test_a_model_that_does_not_agree_is_refused_with_the_name_of_what_differs(na
     with pytest.raises(RuntimeError):  # and so does vLLM
         theirs.EplbState.assert_confs_equal(Model(), other)
     assert list(state.model_states) == ["main"]
+
+
+def vllm_rearranges_after(interval, idle, monkeypatch):
+    """The number of calls of vLLM's own step() at which it first rearranges."""
+    state = theirs.EplbState.__new__(theirs.EplbState)
+    happened = []
+    eplb = SimpleNamespace(log_balancedness_interval=1, step_interval=interval, window_size=5)
+    vars(state).update(
+        parallel_config=SimpleNamespace(eplb_config=eplb),
+        model_states={},
+        is_async=False,
+        should_record_tensor=None,
+        expert_load_window_size=5,
+        expert_load_window_step=0,
+        expert_rearrangement_step_interval=interval,
+        expert_rearrangement_step=max(0, interval - interval // 4),  # as its add_model sets it
+        rearrange=lambda **_: happened.append(True),
+    )
+    monkeypatch.setattr(theirs, "get_ep_group", lambda: SimpleNamespace(device_group=None))
+    for number in range(1, interval + 2):
+        state.step(is_dummy=bool(idle(number)))
+        if happened:
+            return number
+    return None
+
+
+@pytest.mark.parametrize(
+    "idle", [lambda _: False, lambda _: True, lambda number: number % 3], ids=["busy", "idle", "mixed"]
+)
+def test_the_first_cycle_begins_at_vllms_step(idle, monkeypatch):
+    for interval in (1, 2, 3, 4, 7, 40, 600):
+        cycle = CycleSettings(interval, 1, early(interval))
+        state, steps = CycleState.start(cycle), 0
+        while state.phase is Phase.COLLECT:
+            state, _ = advance(state, None, cycle)
+            steps += 1
+        assert steps == vllm_rearranges_after(interval, idle, monkeypatch), interval
