@@ -94,7 +94,7 @@ class EplbGauges:
         }
 
     def gauges(self) -> list[Gauge]:
-        return [*self._par.values(), self._cycles, self._phase, self._info, *self._numbers.values()]
+        return [*self._par.values(), self._cycles, self._failures, self._phase, self._info, *self._numbers.values()]
 
     def show(self, stats: EplbStats) -> None:
         """Sets all gauges."""
