@@ -6,7 +6,7 @@ PYTHON_FILES := vllm_ascend_eplb tests benchmarks examples setup.py
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 RUN := .venv/bin/python
 
-.PHONY: help setup demo test unit-test e2e-test matrix lint format bench soak long-test fuzz clean
+.PHONY: help setup demo test unit-test e2e-test matrix lint format bench soak long-test fuzz docs clean
 
 help:  ## what there is
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -59,6 +59,12 @@ fuzz: setup  ## the planner's C++ boundary under AddressSanitizer and UndefinedB
 	@cmake --build build/fuzz
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 $(RUN) -m tests.unit.planner_fuzz --module build/fuzz/out/_planner*.so
+
+docs:  ## the guide as pages, in build/site; fails on a broken link
+	@test -x build/docs-venv/bin/mkdocs || python3 -m venv build/docs-venv
+	@build/docs-venv/bin/pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@build/docs-venv/bin/mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 clean:  ## removes what was built, .venv included
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.json
