@@ -284,6 +284,22 @@ def advance(state: CycleState, agreed: Agreed | None, settings: CycleSettings) -
     return _ON_FACTS[state.phase](state, agreed, settings)
 
 
+def abandon(state: CycleState, settings: CycleSettings) -> CycleState:
+    """The state after all ranks, at the same step and with nothing in flight, dropped whatever was under way and went
+    back to the initial placement."""
+    if state.phase is Phase.OFF:
+        return state
+    wanted = Command.NONE if state.wanted is Command.RESTORE else state.wanted
+    return replace(
+        _enter(state, Phase.COLLECT),
+        due=state.step + state.collect_steps,
+        audit_due=state.step + settings.audit_steps if settings.audit_steps else state.audit_due,
+        committed=state.issued,
+        wanted=wanted,
+        repair=False,
+    )
+
+
 def _check_lock_step(agreed: Agreed) -> None:
     for name in ("step", "epoch", "placement"):
         low, high = getattr(agreed.min, name), getattr(agreed.max, name)

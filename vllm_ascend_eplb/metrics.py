@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -28,11 +29,16 @@ class EplbGauges:
 
     Args:
         registry: where to register them.
+        parts: the server's balancers, where it has several (pipeline stages); each gauge then has a label ``part``.
     """
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, registry: CollectorRegistry = REGISTRY, parts: Sequence[str] = ()) -> None:
+        self.parts = tuple(parts)
+        common = ("part",) if parts else ()
+
         def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"vllm_eplb_{name}", text, labels, registry=registry, multiprocess_mode="mostrecent")
+            names = (*labels, *common)
+            return Gauge(f"vllm_eplb_{name}", text, names, registry=registry, multiprocess_mode="mostrecent")
 
         par = "Peak-to-average ratio of rank load over MoE layers (1 is perfect), "
         self._par = {
@@ -96,8 +102,9 @@ class EplbGauges:
     def gauges(self) -> list[Gauge]:
         return [*self._par.values(), self._cycles, self._failures, self._phase, self._info, *self._numbers.values()]
 
-    def show(self, stats: EplbStats) -> None:
-        """Sets all gauges."""
+    def show(self, stats: EplbStats, part: str = "") -> None:
+        """Sets all gauges, or those of one part."""
+        own = {"part": part} if self.parts else {}
         window = stats.window
         pars: dict[str, Par | None] = {
             "par_before": stats.par_before,
@@ -112,17 +119,17 @@ class EplbGauges:
         }
         for name, par in pars.items():
             if par is not None:
-                self._par[name].labels(layers="mean").set(par.mean)
-                self._par[name].labels(layers="worst").set(par.worst)
+                self._par[name].labels(layers="mean", **own).set(par.mean)
+                self._par[name].labels(layers="worst", **own).set(par.worst)
         for result in ("done", "skipped", "failed"):
-            self._cycles.labels(result=result).set(getattr(stats, f"cycles_{result}"))
+            self._cycles.labels(result=result, **own).set(getattr(stats, f"cycles_{result}"))
         for kind, count in stats.failures.items():
-            self._failures.labels(kind=kind).set(count)
+            self._failures.labels(kind=kind, **own).set(count)
         for phase in get_args(PhaseName):
-            self._phase.labels(phase=phase).set(phase == stats.phase)
-        self._info.labels(version=stats.version, policy=stats.policy, mode=stats.mode).set(1)
+            self._phase.labels(phase=phase, **own).set(phase == stats.phase)
+        self._info.labels(version=stats.version, policy=stats.policy, mode=stats.mode, **own).set(1)
         for name, number in self._numbers.items():
-            number.set(getattr(stats, name))
+            (number.labels(**own) if own else number).set(getattr(stats, name))
 
 
 def metrics_table() -> str:
@@ -144,10 +151,12 @@ class StatsWatcher:
         path: of the file.
         gauges: where to show it.
         interval: seconds between two looks.
+        part: whose statistics they are, where the gauges are of several parts.
     """
 
-    def __init__(self, path: str | os.PathLike[str], gauges: EplbGauges, interval: float = 1.0) -> None:
+    def __init__(self, path: str | os.PathLike[str], gauges: EplbGauges, interval: float = 1.0, part: str = "") -> None:
         self.path = Path(path)
+        self.part = part
         self._gauges = gauges
         self._interval = interval
         self._seen: tuple[int, int] | None = None
@@ -171,7 +180,7 @@ class StatsWatcher:
             stats = read_stats(self.path)
             if stats is None:
                 return False
-            self._gauges.show(stats)
+            self._gauges.show(stats, self.part)
             return True
         except FileNotFoundError:
             return False  # nothing written yet
@@ -187,19 +196,25 @@ class StatsWatcher:
             self.look()
 
 
-_watcher: StatsWatcher | None = None
+_watchers: list[StatsWatcher] = []
 
 
-def watch() -> None:
-    """Starts the watcher of this process, once. Never raises: metrics must not stop a server."""
-    global _watcher
+def watch(parts: Sequence[str] = ()) -> None:
+    """Starts the watchers of this process, once. Never raises: metrics must not stop a server.
+
+    Args:
+        parts: the server's balancers, where it has several; each has a statistics file of its own.
+    """
     try:
         path = stats_path()
         if path is None:
             return
-        if _watcher is None:
-            _watcher = StatsWatcher(path, EplbGauges())
-            _watcher.start()
-        _watcher.path = path
+        if not _watchers:
+            gauges = EplbGauges(parts=parts)
+            _watchers.extend(StatsWatcher(path, gauges, part=part) for part in parts or ("",))
+            for watcher in _watchers:
+                watcher.start()
+        for watcher in _watchers:
+            watcher.path = stats_path(watcher.part) or watcher.path
     except Exception as error:
         logger.warning("EPLB metrics are not available: %s", error)

@@ -570,10 +570,17 @@ def read_stats(path: str | os.PathLike[str]) -> EplbStats | None:
         return EplbStats.from_json(file.read(MAX_STATS_BYTES + 1))
 
 
-def stats_path() -> Path | None:
-    """Where statistics are written, or None if nobody asked for them."""
-    path = os.environ.get(STATS_VARIABLE, "")
-    return Path(path) if path else None
+def stats_path(part: str = "") -> Path | None:
+    """Where statistics are written, or None if nobody asked for them.
+
+    Args:
+        part: which of several balancers of one server writes them (a pipeline stage, a drafter): each has its own file.
+    """
+    name = os.environ.get(STATS_VARIABLE, "")
+    if not name:
+        return None
+    path = Path(name)
+    return path.with_stem(f"{path.stem}-{part}") if part else path
 
 
 def provide_stats_path() -> Path:

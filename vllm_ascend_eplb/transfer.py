@@ -66,6 +66,8 @@ CHUNK = 4096
 MOST_PARTS = 64
 """Steps over which a budget may spread one round, at most."""
 WARM_UP_BYTES = 64
+CHANNELS = 4
+"""Loaders that may share a process group."""
 
 Weights = Sequence[Sequence[Sequence[torch.Tensor]]]
 
@@ -120,6 +122,8 @@ class D2DExpertWeightLoader:
         device_group: process group with a device backend, used by nothing else, for nccl and hccl.
         budget_bytes: what a rank may send, and receive, per step; 0 for no limit.
         cooperative_kernels: whether the engine launches kernels that need all cores of a GPU at once.
+        channel: number of the loader among those that use ``group`` at the same time, 0..CHANNELS-1: the messages of
+            each have tags of their own.
         deadline: seconds after which a transfer counts as failed; the group's own timeout is far above.
 
     Raises:
@@ -142,6 +146,7 @@ class D2DExpertWeightLoader:
         device_group: Any = None,
         budget_bytes: int = 0,
         cooperative_kernels: bool = False,
+        channel: int = 0,
         deadline: float = 300.0,
     ) -> None:
         if buffer_experts is not None and buffer_experts < 1:
@@ -152,6 +157,8 @@ class D2DExpertWeightLoader:
             raise TransferError(
                 f"a budget of {budget_bytes} bytes per step; allowed are 0 (no limit) or {CHUNK} and more"
             )
+        if not 0 <= channel < CHANNELS:
+            raise TransferError(f"channel {channel}; allowed are 0..{CHANNELS - 1}")
         self.rank, self.num_buffers, self.budget_bytes, self.deadline = rank, buffers, budget_bytes, deadline
         self.num_ranks = 1 if group is None else int(group.size())
         self._group = group
@@ -174,7 +181,7 @@ class D2DExpertWeightLoader:
         self._transports = self._choose(transport, device_group, cooperative_kernels, row_bytes)
         self._one_sided = any(each.one_sided for each in self._transports)
 
-        self._serial = 0
+        self._serial = channel
         self._flights: dict[int, _Flight] = {}
         self._in_buffer: list[_Flight | None] = [None] * buffers
         self._queued: deque[tuple[_Flight, int]] = deque()
@@ -297,7 +304,7 @@ class D2DExpertWeightLoader:
         probe, source = self._slots[0][0][0][:length], (0, 0, ((0, 0, length),))
         peers = [peer for peer in range(self.num_ranks) if peer != self.rank]
         for transport in self._transports:
-            self._serial += 1
+            self._serial += CHANNELS
             sends = [Piece(peer, 0, (probe,), source) for peer in peers if transport.reaches(self.rank, peer)]
             receives = [
                 Piece(peer, 0, (scratch[peer],), source) for peer in peers if transport.reaches(peer, self.rank)
@@ -380,7 +387,7 @@ class D2DExpertWeightLoader:
         flight, part = self._queued.popleft()
         self._part_issued = True
         flight.issued = part + 1
-        self._serial += 1
+        self._serial += CHANNELS
         streams, batches = self._streams, flight.parts[part]
         if any(batch.enters for batch in batches):
             with streams.on_entry():

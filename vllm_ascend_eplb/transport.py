@@ -68,7 +68,7 @@ class Batch:
     enters = False
 
     def issue(self, serial: int) -> None:
-        """In the step thread; never blocks. ``serial`` numbers parts and is equal on all ranks."""
+        """In the step thread; never blocks. ``serial`` is the part's own and equal on all ranks."""
 
     def run(self) -> None:
         """In the mover thread, on the side stream; returns when all has arrived and all was sent.
@@ -169,7 +169,7 @@ def _check_indices(pieces: Sequence[Piece]) -> None:
 
 
 def _tag(serial: int, index: int) -> int:
-    """The tag of a message, its own for half a million parts; Gloo's tags have 31 bits."""
+    """The tag of a message, its own for half a million serials; Gloo's tags have 31 bits."""
     return (serial * MESSAGES + index) % (1 << 31)
 
 

@@ -11,11 +11,13 @@ rounds, so also the same result.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,7 +31,19 @@ from .audit import Damage, SlotAudit, find_damage, repair_rounds
 from .balancedness import BalancednessLog
 from .config import EplbConfig
 from .control import Bulk, ControlChannel, ControlError, Facts, FlightRecorder, require_equal
-from .cycle import Action, AgreementError, Command, CycleSettings, CycleState, Do, Failure, Phase, advance, early
+from .cycle import (
+    Action,
+    AgreementError,
+    Command,
+    CycleSettings,
+    CycleState,
+    Do,
+    Failure,
+    Phase,
+    abandon,
+    advance,
+    early,
+)
 from .map_recorder import MapRecorder
 from .orders import NumberedOrder, OrderBox, orders_path
 from .placement import FloatArray, Placement, peak_to_average
@@ -38,7 +52,7 @@ from .process import Dispatch, EplbProcess, PlanAnswer, PlanRequest
 from .rounds import LAYER, SLOT, Round, check_rounds, rounds_from_array, rounds_to_array
 from .stats import RANK_FIGURES, StatsFile, StatsKeeper, stats_path
 from .tables import TableRows
-from .transfer import D2DExpertWeightLoader, default_buffer_experts
+from .transfer import D2DExpertWeightLoader, default_buffer_experts, exchange_bytes
 
 logger = logging.getLogger("vllm.eplb")  # only loggers below "vllm" are seen in a server's log
 
@@ -124,6 +138,7 @@ class EplbUpdator:
         self._adaptor = adaptor
         self._config = config
         self._rank = adaptor.rank
+        self._title = f"EPLB {adaptor.part}".rstrip()
         self._recorder = adaptor.recorder
         synchronous = config.mode == "sync"
         self._control = ControlChannel(
@@ -151,9 +166,10 @@ class EplbUpdator:
             topology=adaptor.topology,
             device_group=adaptor.device_group,
             budget_bytes=int((config.transfer_budget_mb_per_step or 0) * 1e6),
+            channel=adaptor.channel,
         )
         self._loader.warm_up()
-        self._loader.learn_checksums(placement)
+        self._differing = self._loader.learn_checksums(placement)
         self._settings = CycleSettings(
             collect_steps=config.expert_heat_collection_interval,
             execution_steps=config.algorithm_execution_interval,
@@ -270,6 +286,63 @@ class EplbUpdator:
         """What is computed until the next step serves nobody (warm-up, profiling, capturing)."""
         self._recorder.set_recording(False)
 
+    @contextlib.contextmanager
+    def new_weights(self) -> Iterator[None]:
+        """Around an engine's loading of other weights; all ranks together, at the same step, between two forwards.
+
+        An engine loads weights into the slots where they were at the start. So what is under way is dropped, the
+        initial placement is in force again, and afterwards the experts' checksums are learned anew. Blocks.
+
+        Raises:
+            StartError: the ranks are not at the same step. Nothing was changed.
+            RuntimeError: afterwards, copies of an expert differ from each other.
+        """
+        num_ranks = self._adaptor.topology.num_ranks
+        require_equal(
+            self._adaptor.control_group,
+            num_ranks,
+            {
+                "the step": self._state.step,
+                "the phase": self._state.phase.name,
+                "the placement": self._placement.digest,
+            },
+        )
+        self._back_to_start()
+        sound = b"" if self._loader.poisoned else b"sound"
+        intact = all(exchange_bytes(self._adaptor.control_group, num_ranks, sound))
+        try:
+            yield
+        finally:  # on a rank that failed, too: the others wait for its sums
+            differing = self._loader.learn_checksums(self._placement) if intact else self._differing
+        if differing > self._differing:
+            raise RuntimeError(
+                f"copies of {differing - self._differing} experts differ from each other after weights were loaded: "
+                "the server would answer wrongly; restart it, or leave eplb_config out"
+            )
+
+    def _back_to_start(self) -> None:
+        """Drops the cycle and switches the maps to the initial placement, whose weights are about to be loaded."""
+        while self._loader.in_flight and not self._loader.poisoned:
+            self._loader.tick()
+            time.sleep(0.001)
+        while self._control.bulk_busy:
+            time.sleep(0.001)
+        self._state = abandon(self._state, self._settings)
+        self._forget_cycle()
+        self._recorder.flush(self._placement)
+        layers = list(range(self._start.num_layers))
+        self._background.submit(self._adaptor.prepare_maps, self._start, layers).result()
+        self._adaptor.commit_maps()
+        self._placement = self._start
+        self._cycle = _Cycle(self._placement)
+        self._last_plan = None
+        self._stats.placement_digest = self._start.digest
+        logger.info(
+            "%s: weights are loaded anew, from step %d on the placement is the initial one",
+            self._title,
+            self._state.step,
+        )
+
     def close(self) -> None:
         """Ends the planner and the threads. Serving may go on; nothing is balanced any more."""
         if self._planner is not None:
@@ -360,7 +433,7 @@ class EplbUpdator:
     def _fail(self, failure: Failure, error: Exception) -> None:
         self._cycle.failure = failure
         self._cycle.reason = f"{failure.text}: {type(error).__name__}: {error}"
-        logger.warning("EPLB rank %d: %s", self._rank, self._cycle.reason)
+        logger.warning("%s rank %d: %s", self._title, self._rank, self._cycle.reason)
 
     # --- what the state says is to be done ----------------------------------------------------------------------------
 
@@ -388,7 +461,9 @@ class EplbUpdator:
             execution_steps=state.execution_steps,
         )
         if given is not None:
-            logger.info("EPLB order %r takes effect on all ranks at step %d", given.order.command, state.step)
+            logger.info(
+                "%s order %r takes effect on all ranks at step %d", self._title, given.order.command, state.step
+            )
         self._publish()
 
     def _do_new_window(self, _: Action) -> None:
@@ -502,7 +577,8 @@ class EplbUpdator:
             else:
                 what = 'answers may be wrong: load the weights anew, or set "audit_action": "repair" in eplb_config'
             logger.error(
-                "EPLB audit at step %d: %d of %d slots do not hold the weights of their expert: %s; %s",
+                "%s audit at step %d: %d of %d slots do not hold the weights of their expert: %s; %s",
+                self._title,
                 self._state.step,
                 len(damage),
                 sums.size,
@@ -515,7 +591,8 @@ class EplbUpdator:
         self._stats.mended(mended)
         if self._rank == 0 and mended:
             logger.warning(
-                "EPLB audit: %d of %d damaged slots were mended by step %d",
+                "%s audit: %d of %d damaged slots were mended by step %d",
+                self._title,
                 mended,
                 self._cycle.damaged,
                 self._state.step,
@@ -678,13 +755,15 @@ class EplbUpdator:
         cycle, state = self._cycle, self._state
         plan = cycle.answer.plan if cycle.answer is not None else None
         if cycle.result == "skipped":
-            logger.info("EPLB cycle %d at step %d: %s%s", state.cycle, state.step, cycle.reason, cycle.note)
+            text = f"{cycle.reason}{cycle.note}"
+            logger.info("%s cycle %d at step %d: %s", self._title, state.cycle, state.step, text)
         elif plan is not None:
             gain = float(plan.par_before.mean() - plan.par_after.mean())
             self._last_plan = _LastPlan(cycle.start, gain) if whole and plan.policy != "restore" else None
             logger.info(
-                "EPLB cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
+                "%s cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
                 "%d steps after its load was taken; planned in %.1f ms%s%s",
+                self._title,
                 state.cycle,
                 plan.par_before.mean(),
                 plan.par_after.mean(),
@@ -703,7 +782,8 @@ class EplbUpdator:
         if self._rank == 0:
             self._stats.cycle_ended("failed", moved=self._moved_so_far(), reason=reason, failure=action.failure.kind)
             logger.warning(
-                "EPLB cycle %d dropped on all ranks (%s), %d in a row; serving goes on, next try in %d steps",
+                "%s cycle %d dropped on all ranks (%s), %d in a row; serving goes on, next try in %d steps",
+                self._title,
                 self._state.cycle,
                 reason,
                 self._state.failures,
@@ -717,7 +797,7 @@ class EplbUpdator:
         self._stats.switched_off(reason)
         if self._rank == 0:
             self._stats.cycle_ended("failed", moved=self._moved_so_far(), reason=reason, failure=action.failure.kind)
-            logger.error("EPLB is off from step %d on, serving goes on: %s", self._state.step, reason)
+            logger.error("%s is off from step %d on, serving goes on: %s", self._title, self._state.step, reason)
         self._dump_flight(reason)
         self._record_map()
         self._forget_cycle()
@@ -754,7 +834,7 @@ class EplbUpdator:
             folder = tempfile.mkdtemp(prefix="vllm-eplb-flight-")
             path = os.path.join(folder, f"rank{self._rank}.json")
             self._flight.dump(path, rank=self._rank, reason=reason, settings=str(self._settings))
-            logger.warning("EPLB rank %d: the last steps are in %s", self._rank, path)
+            logger.warning("%s rank %d: the last steps are in %s", self._title, self._rank, path)
         except OSError:
             pass  # a full disk must not hide the reason itself
 
@@ -768,11 +848,12 @@ def start_balancer(adaptor: EplbAdaptor, config: EplbConfig) -> EplbUpdator:
     """
     require_equal_start(adaptor, config)
     first = adaptor.rank == 0
-    path = stats_path() if first else None
+    path = stats_path(adaptor.part) if first else None
     record = config.expert_map_record_path if first else None
     if first:
         topology = adaptor.topology
-        logger.info("EPLB: %d ranks on %d nodes share the experts", topology.num_ranks, topology.num_nodes)
+        title = f"EPLB {adaptor.part}".rstrip()
+        logger.info("%s: %d ranks on %d nodes share the experts", title, topology.num_ranks, topology.num_nodes)
     return EplbUpdator(
         adaptor,
         config,
@@ -795,6 +876,7 @@ def require_equal_start(adaptor: EplbAdaptor, config: EplbConfig) -> None:
         placement.num_ranks,
         {
             "package version": __version__,
+            "part of the server": adaptor.part or "all",
             **{f"eplb_config.{key}": value for key, value in config.model_dump().items()},
             "layers, experts, slots": (placement.num_layers, placement.num_experts, placement.num_slots),
             "initial placement": f"{placement.digest:016x}",

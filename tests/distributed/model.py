@@ -42,15 +42,24 @@ def expert_tensors(layer: int, expert: int) -> list[torch.Tensor]:
 
 
 class Slots:
-    """This rank's slots: per layer and kind one tensor [S, ...], as vLLM lays weights out."""
+    """This rank's slots: per layer and kind one tensor [S, ...], as vLLM lays weights out. ``first_layer`` tells the
+    weights of several models apart."""
 
-    def __init__(self, placement: Placement, rank: int, device: str = "cpu") -> None:
-        self.rank, self.size = rank, placement.slots_per_rank
+    def __init__(self, placement: Placement, rank: int, device: str = "cpu", first_layer: int = 0) -> None:
+        self.rank, self.size, self.first_layer = rank, placement.slots_per_rank, first_layer
         self.stacked: list[list[torch.Tensor]] = []
         for layer in range(placement.num_layers):
             mine = placement.physical_to_logical[layer, rank * self.size : (rank + 1) * self.size]
-            experts = [expert_tensors(layer, int(expert)) for expert in mine]
+            experts = [expert_tensors(first_layer + layer, int(expert)) for expert in mine]
             self.stacked.append([torch.stack(kind).to(device) for kind in zip(*experts, strict=True)])
+
+    def load(self, placement: Placement, first_layer: int) -> None:
+        """Other weights, in place, as ``placement`` says."""
+        self.first_layer = first_layer
+        fresh = Slots(placement, self.rank, first_layer=first_layer)
+        for mine, its in zip(self.stacked, fresh.stacked, strict=True):
+            for kind, other in zip(mine, its, strict=True):
+                kind.copy_(other)
 
     def views(self) -> list[list[list[torch.Tensor]]]:
         return [[[kind[slot] for kind in layer] for slot in range(self.size)] for layer in self.stacked]
@@ -65,7 +74,8 @@ class Slots:
         for layer, kinds in enumerate(self.stacked):
             for slot in range(self.size):
                 expert = int(placement.physical_to_logical[layer, self.rank * self.size + slot])
-                for number, (kind, tensor) in enumerate(zip(kinds, expert_tensors(layer, expert), strict=True)):
+                tensors = expert_tensors(self.first_layer + layer, expert)
+                for number, (kind, tensor) in enumerate(zip(kinds, tensors, strict=True)):
                     if not torch.equal(kind[slot].cpu().view(torch.uint8), tensor.view(torch.uint8)):
                         return f"rank {self.rank}: layer {layer}, slot {slot}, tensor {number} is not expert {expert}'s"
         return ""

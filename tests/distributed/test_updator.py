@@ -48,26 +48,36 @@ def redundant(num_ranks: int) -> int:
 class RoutingModel(EplbAdaptor):
     """A model of slots and routers without an engine: every rank routes the same tokens, rank 0 counts."""
 
-    def __init__(self, ranks: Ranks, weighted: bool = False) -> None:
-        self.name = "routing model"
+    def __init__(
+        self,
+        ranks: Ranks,
+        weighted: bool = False,
+        *,
+        layers: int = LAYERS,
+        experts: int = EXPERTS,
+        part: str = "",
+        channel: int = 0,
+    ) -> None:
+        self.name, self.part, self.channel = "routing model", part, channel
         self.rank = ranks.rank
         self.topology = Topology.even(ranks.num_ranks)
         self.num_groups = 1
-        self.placement = Placement.initial(LAYERS, EXPERTS, ranks.num_ranks, redundant(ranks.num_ranks))
+        self.placement = Placement.initial(layers, experts, ranks.num_ranks, redundant(ranks.num_ranks))
         self.device = torch.device("cpu")
         self.control_group, self.transfer_group, self.device_group = ranks.control, ranks.transfer, None
-        self.recorder = LoadRecorder(LAYERS, EXPERTS, self.placement.num_slots, "cpu", contributes=ranks.rank == 0)
-        self.slots = Slots(self.placement, ranks.rank)
+        self.recorder = LoadRecorder(layers, experts, self.placement.num_slots, "cpu", contributes=ranks.rank == 0)
+        self.slots = Slots(self.placement, ranks.rank, first_layer=12 * channel)
         self.maps = DispatchMaps(self.placement, "cpu", width=redundant(ranks.num_ranks) + 1)
         self.dispatch = DispatchTables(self.placement, "cpu", 32) if weighted else None
         self.rng = np.random.default_rng(7)
-        self.routed = np.zeros((LAYERS, EXPERTS), dtype=np.int64)
+        self.routed = np.zeros((layers, experts), dtype=np.int64)
 
     def forward(self) -> None:
         """Skewed tokens; the skew is another one in each layer."""
-        for layer in range(LAYERS):
-            share = 1.0 / (1 + (np.arange(EXPERTS) + 5 * layer) % EXPERTS)
-            ids = self.rng.choice(EXPERTS, size=(64, 1), p=share / share.sum())
+        layers, experts = self.routed.shape
+        for layer in range(layers):
+            share = 1.0 / (1 + (np.arange(experts) + 5 * layer) % experts)
+            ids = self.rng.choice(experts, size=(64, 1), p=share / share.sum())
             np.add.at(self.routed[layer], ids.ravel(), 1)
             tables = self.dispatch
             ops.map_and_record(

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_ascend_eplb import metrics
 from vllm_ascend_eplb.metrics import EplbGauges, StatsWatcher
-from vllm_ascend_eplb.stats import STATS_VARIABLE, EplbStats, StatsFile, StatsKeeper
+from vllm_ascend_eplb.stats import STATS_VARIABLE, EplbStats, StatsFile, StatsKeeper, stats_path
 
 
 def sample_stats() -> EplbStats:
@@ -95,7 +96,7 @@ def test_watcher_survives_broken_gauges(tmp_path: Path) -> None:
 def test_off_means_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(STATS_VARIABLE, raising=False)
     made: list[object] = []
-    monkeypatch.setattr(metrics, "EplbGauges", lambda: made.append(1))
+    monkeypatch.setattr(metrics, "EplbGauges", lambda **_: made.append(1))
     metrics.watch()
     assert made == []
 
@@ -104,18 +105,36 @@ def test_two_engines_share_one_watcher(tmp_path: Path, monkeypatch: pytest.Monke
     registry = CollectorRegistry()
     made: list[EplbGauges] = []
 
-    def make() -> EplbGauges:
-        made.append(EplbGauges(registry))
+    def make(**arguments: Any) -> EplbGauges:
+        made.append(EplbGauges(registry, **arguments))
         return made[-1]
 
     monkeypatch.setattr(metrics, "EplbGauges", make)
-    monkeypatch.setattr(metrics, "_watcher", None)
+    monkeypatch.setattr(metrics, "_watchers", [])
     monkeypatch.setenv(STATS_VARIABLE, str(tmp_path / "stats.json"))
     metrics.watch()
     metrics.watch()
     assert len(made) == 1
-    assert metrics._watcher is not None
-    metrics._watcher.close()
+    (watcher,) = metrics._watchers
+    watcher.close()
+
+
+def test_each_pipeline_stage_has_a_file_and_a_label_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = CollectorRegistry()
+    monkeypatch.setattr(metrics, "EplbGauges", lambda **arguments: EplbGauges(registry, **arguments))
+    monkeypatch.setattr(metrics, "_watchers", [])
+    monkeypatch.setenv(STATS_VARIABLE, str(tmp_path / "stats.json"))
+    metrics.watch(["stage0", "stage1"])
+    for step, watcher in enumerate(metrics._watchers):
+        watcher.close()
+        path = stats_path(watcher.part)
+        assert path == tmp_path / f"stats-stage{step}.json"
+        StatsFile(path).write(EplbStats(step=step + 1, cycles_done=step + 3))
+        assert watcher.look()
+    for step in (0, 1):
+        own = {"part": f"stage{step}"}
+        assert registry.get_sample_value("vllm_eplb_steps", own) == step + 1
+        assert registry.get_sample_value("vllm_eplb_cycles", {**own, "result": "done"}) == step + 3
 
 
 def test_several_api_servers_show_the_newest(tmp_path: Path) -> None:

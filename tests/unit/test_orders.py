@@ -163,7 +163,7 @@ def test_the_command_finds_the_server(tmp_path: Path, monkeypatch: pytest.Monkey
         if name == "a":
             control("pause", "--timeout", 0, status=1)
             assert read_order(orders_path(tmp_path / "vllm-eplb-a" / "stats.json")) is not None
-    assert "2 servers found" in control("pause", status=2)
+    assert "2 servers or pipeline stages found" in control("pause", status=2)
     off = tmp_path / "off.json"
     assert "does not exist" in control("pause", "--stats-file", off, status=2)
     StatsFile(off).write(EplbStats(phase="off", off_reason="planted"))

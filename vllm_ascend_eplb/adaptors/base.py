@@ -19,6 +19,9 @@ class EplbAdaptor(ABC):
 
     Attributes:
         name: of the model, for the log.
+        part: which of several balancers of one server this is (a pipeline stage, a drafter), for the log and the
+            statistics; empty for the only one.
+        channel: number of the balancer among those that share its process groups, 0..CHANNELS-1.
         rank, topology: this rank within the expert-parallel group, and the node of each of its ranks.
         num_groups: groups of experts as the model routes them; 1 where it does not.
         placement: the placement whose weights were loaded, the same on all ranks.
@@ -34,6 +37,8 @@ class EplbAdaptor(ABC):
     """
 
     name: str
+    part: str = ""
+    channel: int = 0
     rank: int
     topology: Topology
     num_groups: int

@@ -88,18 +88,18 @@ def find_stats_file() -> Path:
     """The statistics file of the one server that this user has here.
 
     Raises:
-        CommandError: there is none, or there are several.
+        CommandError: there is none, or there are several; each pipeline stage of a server has one of its own.
     """
     named = stats_path()
     if named is not None:
         return named
     found = [
         path
-        for path in Path(tempfile.gettempdir()).glob("vllm-eplb-*/stats.json")
+        for path in Path(tempfile.gettempdir()).glob("vllm-eplb-*/stats*.json")
         if path.is_file() and path.stat().st_uid == os.geteuid()
     ]
     if len(found) != 1:
-        what = "no server of this user" if not found else f"{len(found)} servers"
+        what = "no server of this user" if not found else f"{len(found)} servers or pipeline stages"
         raise CommandError(
             f"{what} found on this host{': ' if found else ''}{', '.join(map(str, sorted(found)))}; "
             "name the statistics file with --stats-file (the server's variable EPLB_STATS_FILE)"

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine loads other weights while experts move: back to the initial placement first, then on with the new ones."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import pytest
+import torch.distributed as dist
+
+from vllm_ascend_eplb.config import EplbConfig
+from vllm_ascend_eplb.control import StartError
+from vllm_ascend_eplb.cycle import Phase
+from vllm_ascend_eplb.updator import EplbUpdator, start_balancer
+
+from .ranks import Ranks, run_ranks
+from .test_updator import REDUNDANT, RoutingModel
+
+pytestmark = pytest.mark.distributed
+
+CONFIG = EplbConfig.from_additional_config(
+    {
+        "eplb_config": {
+            "dynamic_eplb": True,
+            "num_redundant_experts": REDUNDANT,
+            "expert_heat_collection_interval": 5,
+            "algorithm_execution_interval": 1,
+            "policy": "random",
+            "min_gain": 0.0,
+            "transfer_buffer_experts": 2,
+        }
+    }
+)
+NEW = 12
+"""First layer of the weights that are loaded; a multiple of six, so that shapes are the same."""
+
+
+@dataclass
+class Seen:
+    """What one rank saw. ``loaded_in``: the phases in which weights were loaded; ``changed``: whether the placement
+    was another than the initial one then."""
+
+    history: list[int] = field(default_factory=list)
+    loaded_in: list[int] = field(default_factory=list)
+    changed: list[bool] = field(default_factory=list)
+    wrong: str = ""
+    done_after: int = 0
+    error: str = ""
+    stats: object = None
+
+
+def step(model: RoutingModel, updator: EplbUpdator) -> None:
+    updator.forward_before()
+    model.forward()
+    updator.forward_end()
+    dist.barrier()  # a forward's collectives keep the ranks together
+    time.sleep(0.03 if updator.state.phase is Phase.PLAN else 0.003)
+
+
+def serve_and_load(ranks: Ranks, back_to_start: bool) -> Seen:
+    """Loads other weights once in each active phase, then goes on."""
+    model, seen = RoutingModel(ranks), Seen()
+    updator = start_balancer(model, CONFIG)
+    wanted = [Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST, Phase.MOVE, Phase.COLLECT]
+    done = 0
+    for _ in range(1500):
+        step(model, updator)
+        seen.history.append(updator.placement.digest)
+        seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
+        done = updator.state.cycle
+        if not wanted:
+            seen.done_after = seen.done_after or done
+            if done >= seen.done_after + 3:
+                break
+        elif updator.state.phase is wanted[0] and updator.placement != model.placement:
+            seen.loaded_in.append(int(wanted.pop(0)))
+            first_layer = NEW if model.slots.first_layer == 0 else 0
+            if back_to_start:
+                with updator.new_weights():
+                    model.slots.load(model.placement, first_layer)
+            else:
+                model.slots.load(model.placement, first_layer)
+            seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
+    seen.stats = updator.stats.stats() if ranks.rank == 0 else None
+    updator.close()
+    return seen
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_other_weights_may_be_loaded_in_any_phase(num_ranks: int) -> None:
+    first, *others = run_ranks(num_ranks, serve_and_load, True)
+    for seen in (first, *others):
+        assert seen.wrong == ""
+        assert seen.history == first.history
+        assert seen.loaded_in == first.loaded_in
+    assert len(first.loaded_in) == 6
+    assert first.stats.cycles_failed == 0
+    # after the last load the placement went on changing, with the checksums of the new weights
+    assert len(set(first.history[-40:])) > 3
+
+
+def test_weights_loaded_past_the_balancer_are_in_wrong_slots() -> None:
+    """The control."""
+    assert any(seen.wrong for seen in run_ranks(2, serve_and_load, False))
+
+
+def load_out_of_step(ranks: Ranks) -> Seen:
+    model, seen = RoutingModel(ranks), Seen()
+    updator = start_balancer(model, CONFIG)
+    if ranks.rank == 1:
+        updator.forward_before()
+    try:
+        with updator.new_weights():
+            seen.wrong = "weights were loaded"
+    except StartError as error:
+        seen.error = str(error)
+    updator.close()
+    return seen
+
+
+def test_ranks_at_different_steps_do_not_load() -> None:
+    for seen in run_ranks(2, load_out_of_step):
+        assert seen.wrong == ""
+        assert "expert-parallel rank 1 differs from rank 0 in the" in seen.error
+
+
+def load_copies_that_differ(ranks: Ranks) -> str:
+    model = RoutingModel(ranks)
+    updator = start_balancer(model, CONFIG)
+    try:
+        with updator.new_weights():
+            if ranks.rank == 1:
+                model.slots.stacked[0][0][-1] += 1.0  # the last slot is a second copy
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        updator.close()
+    return ""
+
+
+def test_copies_that_differ_after_loading_are_an_error_on_all_ranks() -> None:
+    for error in run_ranks(2, load_copies_that_differ):
+        assert error.startswith("copies of 1 experts differ from each other after weights were loaded")

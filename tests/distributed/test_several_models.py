@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model and its drafter: two balancers with states of their own, one clock, and the same process groups."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from vllm_ascend_eplb import transport
+from vllm_ascend_eplb.config import EplbConfig
+from vllm_ascend_eplb.control import StartError
+from vllm_ascend_eplb.cycle import Phase
+from vllm_ascend_eplb.transfer import TransferError
+from vllm_ascend_eplb.updator import EplbUpdator, start_balancer
+
+from .ranks import Ranks, run_ranks
+from .test_updator import RoutingModel
+
+pytestmark = pytest.mark.distributed
+
+SHAPES = ((3, 12), (2, 6))
+"""(layers, experts) of the model and of the drafter."""
+
+CONFIG = EplbConfig.from_additional_config(
+    {
+        "eplb_config": {
+            "dynamic_eplb": True,
+            "num_redundant_experts": 6,
+            "expert_heat_collection_interval": 6,
+            "algorithm_execution_interval": 1,
+            "policy": "random",
+            "min_gain": 0.0,
+            "transfer_buffer_experts": 2,  # many rounds, so that those of both models are under way at a time
+        }
+    }
+)
+
+
+@dataclass
+class Seen:
+    """What one rank saw. ``history``: per step (step, phase, placement) of each model."""
+
+    history: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
+    wrong: str = ""
+    done: tuple[int, ...] = ()
+    failed: tuple[int, ...] = ()
+    damaged: bool = False
+    tokens: tuple[int, ...] = ()
+
+
+def models(ranks: Ranks) -> list[RoutingModel]:
+    return [
+        RoutingModel(ranks, layers=layers, experts=experts, part=part, channel=channel)
+        for channel, ((layers, experts), part) in enumerate(zip(SHAPES, ("", "drafter"), strict=True))
+    ]
+
+
+def hold_back(updator: EplbUpdator, seed: int) -> None:
+    """Starts each transfer of this model on this rank up to 20 ms late."""
+    run, random = updator._loader._run, Random(seed)
+
+    def late(*args: Any) -> None:
+        time.sleep(0.02 * random.random())
+        run(*args)
+
+    updator._loader._run = late  # type: ignore[method-assign]
+
+
+def serve_two(ranks: Ranks, cycles: int, own_tags: bool = True) -> Seen:
+    if not own_tags:
+        transport._tag = lambda _, index: index  # type: ignore[assignment]
+    both = models(ranks)
+    updators = [start_balancer(model, CONFIG) for model in both]
+    for number, updator in enumerate(updators):
+        hold_back(updator, 2 * ranks.rank + number)
+    seen = Seen()
+    while min(updator.state.cycle for updator in updators) <= cycles and len(seen.history) < 2000:
+        for updator in updators:
+            updator.forward_before()
+        for model, updator in zip(both, updators, strict=True):
+            model.forward()
+            updator.forward_end()
+        seen.history.append(
+            tuple((updator.state.step, int(updator.state.phase), updator.placement.digest) for updator in updators)
+        )
+        seen.damaged = seen.damaged or any(updator.state.resends for updator in updators)
+        for model, updator in zip(both, updators, strict=True):
+            seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
+        dist.barrier()  # a forward's collectives keep the ranks together
+        planning = any(updator.state.phase is Phase.PLAN for updator in updators)
+        time.sleep(0.05 if planning else 0.002)
+    stats = [updator.stats.stats() for updator in updators]
+    seen.done = tuple(each.cycles_done for each in stats)
+    seen.failed = tuple(each.cycles_failed for each in stats)
+    seen.damaged = seen.damaged or any(updator._loader.poisoned for updator in updators)
+    seen.tokens = tuple(each.window.tokens if each.window else 0 for each in stats)
+    for updator in updators:
+        updator.close()
+    return seen
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_two_models_balance_on_shared_groups_each_by_itself(num_ranks: int) -> None:
+    first, *others = run_ranks(num_ranks, serve_two, 6)
+    for seen in (first, *others):
+        assert seen.wrong == ""
+        assert seen.history == first.history
+    assert min(first.done) >= 5
+    assert first.failed == (0, 0)
+    for (step, _, placement), (its_step, _, its_placement) in first.history:
+        assert step == its_step  # one clock
+        assert placement != its_placement  # two states
+    phases = {(a[1], b[1]) for a, b in first.history}
+    assert (Phase.MOVE, Phase.MOVE) in phases  # their rounds were under way at the same time
+    assert len({a for a, _ in phases} | {b for _, b in phases}) >= 5
+    assert first.tokens[0] % (64 * SHAPES[0][0]) == 0
+    assert first.tokens[1] % (64 * SHAPES[1][0]) == 0
+
+
+def test_without_tags_of_their_own_their_messages_get_mixed_up() -> None:
+    """The control."""
+
+    def check() -> None:
+        all_seen = run_ranks(2, serve_two, 6, False)
+        if any(seen.damaged or sum(seen.failed) for seen in all_seen):
+            raise RuntimeError("a round arrived damaged")
+
+    # Gloo ends a process that gets a longer message than it waits for; a shorter one has the wrong checksum
+    with pytest.raises(RuntimeError, match=r"died|damaged"):
+        check()
+
+
+def start_in_another_order(ranks: Ranks) -> str:
+    both = models(ranks)
+    for model in both if ranks.rank == 0 else reversed(both):
+        try:
+            start_balancer(model, CONFIG).close()
+        except StartError as error:
+            return str(error)
+    return ""
+
+
+def test_ranks_that_start_their_models_in_another_order_do_not_start() -> None:
+    for error in run_ranks(2, start_in_another_order):
+        assert "expert-parallel rank 1 differs from rank 0 in part of the server: drafter against all" in error or (
+            "expert-parallel rank 1 differs from rank 0 in initial placement" in error
+        )
+
+
+def start_on_channel(ranks: Ranks, channel: int) -> str:
+    try:
+        start_balancer(RoutingModel(ranks, channel=channel), CONFIG).close()
+    except TransferError as error:
+        return str(error)
+    return ""
+
+
+def test_a_channel_that_does_not_exist_is_refused() -> None:
+    assert run_ranks(2, start_on_channel, 4) == ["channel 4; allowed are 0..3"] * 2
