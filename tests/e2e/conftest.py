@@ -34,6 +34,9 @@ BUSY = {
 }
 """Settings under which a cycle follows a cycle and every one moves most experts."""
 
+PATTERN = r"[a-z]{2,9}( [a-z]{2,9}){3}: [0-9]{4}"
+"""What structured answers look like."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -59,6 +62,12 @@ class Finished:
     result: dict[str, Any]
 
 
+def workers(job: dict[str, Any]) -> int:
+    """Worker processes of a job's engine."""
+    arguments = job.get("arguments", {})
+    return job["ranks"] * arguments.get("data_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
+
+
 def run_offline(folder: Path, env: dict[str, str] | None = None, **job: Any) -> Finished:
     """Runs offline.py with ``job`` and returns what it left behind."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +78,7 @@ def run_offline(folder: Path, env: dict[str, str] | None = None, **job: Any) -> 
             [sys.executable, str(FOLDER / "offline.py"), str(folder / "job.json"), str(folder / "result.json")],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**environment(job["ranks"]), "PYTHONPATH": paths, **(env or {})},
+            env={**environment(workers(job)), "PYTHONPATH": paths, **(env or {})},
             start_new_session=True,
         )
         try:
@@ -119,9 +128,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
 @pytest.fixture(scope="session")
 def reference(runs: Callable[..., Finished]) -> list[list[int]]:
     """Tokens of one process without expert parallelism."""
-    run = runs("reference", ranks=1, eplb=None, prompts=prompts(6), max_tokens=48)
+    return reference_run(runs).result["tokens"]
+
+
+def reference_run(runs: Callable[..., Finished]) -> Finished:
+    run = runs("reference", ranks=1, eplb=None, prompts=prompts(6), max_tokens=48, pattern=PATTERN)
     assert run.code == 0, run.log[-4000:]
-    return run.result["tokens"]
+    return run
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:

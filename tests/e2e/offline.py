@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """One offline vLLM engine in a process of its own: ``python offline.py JOB.json RESULT.json``.
 
-The job is a dictionary: ``ranks``, ``eplb`` (the eplb_config or null), ``compile``, ``max_tokens``, ``prompts`` (a list
-of batches), ``cycles`` (the prompts are repeated until so many cycles are done), and ``probe`` / ``corrupt`` (see
-probes.py; what is corrupted is corrupted after all that, for one more turn). The result holds the token ids of every
-prompt, turn by turn.
+The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config or null), ``compile``, ``arguments``
+(more of the engine's), ``max_tokens``, ``prompts`` (a list of batches), ``cycles`` (the prompts are repeated until so
+many cycles are done), ``parts`` (which data-parallel part gets them, turn by turn), ``pattern`` (a regular expression
+that the answers to the first batch must match in the end), ``reload`` (in the end weights are loaded anew), ``routing``
+(in the end layers are asked for what is refused) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is
+corrupted after all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how many
+tokens went through the model if none came from a cache.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 MOST_TURNS = 20
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe"
@@ -32,45 +38,112 @@ def environment(ranks: int) -> dict[str, str]:
     }
 
 
+class Engine:
+    """One vLLM engine of one or several data-parallel parts, called the same way."""
+
+    def __init__(self, **arguments: Any) -> None:
+        from vllm import LLM, AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.parts = arguments.get("data_parallel_size", 1)
+        self._requests = 0
+        if self.parts == 1:
+            self._llm = LLM(**arguments)
+        else:
+            self._loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self._loop)
+            self._many = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
+    def rpc(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """``function(worker, *args)`` in every worker; what each returned, in rank order."""
+        if self.parts == 1:
+            return self._llm.collective_rpc(function, args=args)
+        call = self._many.engine_core.call_utility_all_async("collective_rpc", function, None, args, None)
+        return [result for part in self._loop.run_until_complete(call) for result in part]
+
+    def generate(self, prompts: list[str], sampling: Any, part: int | None = None) -> list[Any]:
+        """Answers to all prompts, asked at the same time, of one data-parallel part or of whichever is free."""
+        if self.parts == 1:
+            return self._llm.generate(prompts, sampling, use_tqdm=False)
+        return self._loop.run_until_complete(self._gather(prompts, sampling, part))
+
+    async def _gather(self, prompts: list[str], sampling: Any, part: int | None) -> list[Any]:
+        async def ask(prompt: str) -> Any:
+            self._requests += 1
+            async for output in self._many.generate(
+                prompt, sampling, request_id=str(self._requests), data_parallel_rank=part
+            ):
+                last = output
+            return last
+
+        return await asyncio.gather(*(ask(prompt) for prompt in prompts))
+
+    def close(self) -> None:
+        if self.parts == 1:
+            self._llm.llm_engine.engine_core.shutdown()
+        else:
+            self._many.shutdown()
+
+
 def main(job_path: str, result_path: str) -> None:
     import probes
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
     job = json.loads(Path(job_path).read_text())
-    expert_parallel = {}
+    arguments = {
+        "model": str(MODEL),
+        "dtype": "float32",
+        "seed": 0,
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "tensor_parallel_size": job["ranks"],
+        "enforce_eager": not job.get("compile", False),
+    }
     if job["eplb"] is not None:
-        expert_parallel = {"enable_expert_parallel": True, "additional_config": {"eplb_config": job["eplb"]}}
-    llm = LLM(
-        str(MODEL),
-        dtype="float32",
-        seed=0,
-        max_model_len=512,
-        max_num_seqs=16,
-        tensor_parallel_size=job["ranks"],
-        enforce_eager=not job.get("compile", False),
-        **expert_parallel,
-    )
+        arguments |= {"enable_expert_parallel": True, "additional_config": {"eplb_config": job["eplb"]}}
+    engine = Engine(**(arguments | job.get("arguments", {})))
     sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
     result: dict[str, object] = {}
     if job.get("probe"):
-        llm.collective_rpc(probes.install)
+        engine.rpc(probes.install)
+    if job.get("reload"):
+        engine.rpc(probes.remember_weights)
+    tokens, computed, cached = [], 0, 0
+    parts = job.get("parts", [None])
 
-    def turn() -> list[list[int]]:
-        answers = [llm.generate(batch, sampling, use_tqdm=False) for batch in job["prompts"]]
-        return [list(output.outputs[0].token_ids) for batch in answers for output in batch]
+    def ask(part: int | None = None) -> list[Any]:
+        return [output for batch in job["prompts"] for output in engine.generate(batch, sampling, part)]
 
-    tokens = []
-    for _ in range(MOST_TURNS):
-        tokens += turn()
-        if max(llm.collective_rpc(probes.cycles_done), default=0) >= job.get("cycles", 0):
+    def token_ids(outputs: list[Any]) -> list[list[int]]:
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    for turn in range(MOST_TURNS):
+        outputs = ask(parts[turn % len(parts)])
+        tokens += token_ids(outputs)
+        computed += sum(len(output.prompt_token_ids) + job["max_tokens"] - 1 for output in outputs)
+        cached += sum(output.num_cached_tokens or 0 for output in outputs)
+        if turn + 1 >= len(parts) and max(engine.rpc(probes.cycles_done), default=0) >= job.get("cycles", 0):
             break
-    result["tokens"] = tokens
+    result["tokens"], result["computed"], result["cached"] = tokens, computed, cached
+    if job.get("pattern"):
+        shaped = SamplingParams(
+            temperature=0,
+            max_tokens=job["max_tokens"],
+            structured_outputs=StructuredOutputsParams(regex=job["pattern"]),
+        )
+        result["texts"] = [output.outputs[0].text for output in engine.generate(job["prompts"][0], shaped)]
+    if job.get("reload"):
+        result["reloads"] = engine.rpc(probes.reload_weights)
+        result["tokens_after"] = token_ids(ask()) + token_ids(ask())
+    if job.get("routing"):
+        result["routing"] = engine.rpc(probes.routing_that_is_refused)
     if job["eplb"] is not None:
-        result["ranks"] = llm.collective_rpc(probes.report)
+        result["ranks"] = engine.rpc(probes.report)
     if job.get("corrupt"):
-        llm.collective_rpc(probes.switch_maps_without_weights)
-        result["corrupt_tokens"] = turn()
-    llm.llm_engine.engine_core.shutdown()
+        engine.rpc(probes.switch_maps_without_weights)
+        result["corrupt_tokens"] = token_ids(ask())
+    engine.close()
     Path(result_path).write_text(json.dumps(result))
 
 

@@ -13,64 +13,121 @@ import torch
 
 
 class Probe:
-    """What one worker saw. ``windows``: the routers' own choices, counted apart from the package, per window.
-    ``loads``: what the planner was given for the same windows. ``masks``: which (token, k) pairs each call computed."""
+    """What one worker saw.
 
-    def __init__(self) -> None:
+    Attributes:
+        tokens: of the forward under way that belong to requests, as the scheduler says.
+        windows: the routers' own choices, counted apart from the package, per window.
+        loads: what the planner was given for the same windows.
+        taken: what this rank's recorder had counted at each end of a window.
+        masks: which (token, k) pairs each call computed.
+        wrong_experts: pairs of this rank's tokens that were sent to a slot which holds another expert.
+        padded_rows: rows that this rank routed beyond its tokens, in steps with requests.
+        history: step, phase and placement of every step.
+        idle: longest row of steps without a request.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.tokens = 0
         self.windows: list[np.ndarray] = []
         self.loads: list[np.ndarray] = []
-        self.counts: np.ndarray | None = None
+        self.taken: list[np.ndarray] = []
+        self.counts = np.zeros(shape, dtype=np.int64)
         self.masks: list[torch.Tensor] = []
         self.wrong_experts = 0
         self.padded_rows = 0
+        self.history: list[tuple[int, int, int]] = []
+        self.idle = 0
 
 
 def _state(worker: Any) -> Any:
     return worker.model_runner.eplb_state
 
 
+def _counted(updator: Any) -> np.ndarray:
+    """[L] pairs that the recorder has counted since the last snapshot."""
+    recorder = updator._recorder
+    recorder.flush(updator.placement)
+    return recorder._window.sum(dim=(0, 1, 3)).numpy().copy()
+
+
 def install(worker: Any) -> None:
+    from vllm.distributed.parallel_state import get_dp_group, get_ep_group, get_tensor_model_parallel_rank
+    from vllm.forward_context import get_forward_context
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
     from vllm_ascend_eplb.adaptors import vllm_cpu
 
-    state, probe = _state(worker), Probe()
-    worker.eplb_probe = probe
+    runner, state = worker.model_runner, _state(worker)
     updator = state.updator
     shape = (updator.placement.num_layers, updator.placement.num_experts)
-    probe.counts = np.zeros(shape, dtype=np.int64)
+    worker.eplb_probe = probe = Probe(shape)
+    idle = [0]
+    sliced = state.slice.parts > 1  # each tensor-parallel rank routes a part of the batch
 
-    routers = [module.router for module in worker.model_runner.model.modules() if _has_router(module, BaseRouter)]
+    routers = [module.router for module in runner.model.modules() if _has_router(module, BaseRouter)]
     routers = list({id(router): router for router in routers}.values())
     assert len(routers) == shape[0], f"{len(routers)} routers for {shape[0]} layers"
     chosen: dict[int, torch.Tensor] = {}
 
     def captured(layer: int, ids: torch.Tensor) -> None:
-        real = int(state.num_unpadded_tokens[0])
-        probe.padded_rows += len(ids) - real
+        first = get_tensor_model_parallel_rank() * len(ids) if sliced else 0
+        real = min(max(probe.tokens - first, 0), len(ids))
+        if probe.tokens:
+            probe.padded_rows += len(ids) - real
         chosen[layer] = ids.clone()
         np.add.at(probe.counts[layer], ids[:real].reshape(-1).long().numpy(), 1)
 
     for layer, router in enumerate(routers):
         router.set_capture_fn(lambda ids, layer=layer: captured(layer, ids))
 
-    snapshot, compute = updator._recorder.snapshot, vllm_cpu.cpu_local_experts
+    snapshot, compute, step = updator._recorder.snapshot, vllm_cpu.cpu_local_experts, updator.forward_before
+    execute, dummy = runner.execute_model, runner._dummy_run
     calls = [0]
+
+    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        probe.tokens = scheduler_output.total_num_scheduled_tokens
+        idle[0] = 0
+        return execute(scheduler_output, *args, **kwargs)
+
+    def dummy_run(*args: Any, **kwargs: Any) -> Any:
+        probe.tokens = 0
+        idle[0] += 1
+        probe.idle = max(probe.idle, idle[0])
+        return dummy(*args, **kwargs)
+
+    def watched_step(**kwargs: Any) -> None:
+        step(**kwargs)
+        probe.history.append((updator.state.step, int(updator.state.phase), updator.placement.digest))
 
     def counted_snapshot(placement: Any) -> None:
         probe.windows.append(probe.counts.copy())
         probe.counts[:] = 0
+        probe.taken.append(_counted(updator))
         snapshot(placement)
+
+    def first_of_mine(rows: int) -> int:
+        """Where this rank's tokens begin among those gathered from the ranks."""
+        metadata = get_forward_context().dp_metadata
+        if metadata is None:
+            return 0
+        sizes = metadata.get_chunk_sizes_across_dp_rank()
+        assert sum(sizes) == rows
+        return sum(sizes[: (get_ep_group() if sliced else get_dp_group()).rank_in_group])
 
     def watched_compute(output: Any, hidden: Any, w1: Any, w2: Any, b1: Any, b2: Any, weights: Any, ids: Any,
                         expert_map: Any, *rest: Any) -> None:  # fmt: skip
         layer = calls[0] % shape[0]
         calls[0] += 1
         probe.masks.append(expert_map[ids.long()] >= 0)
-        held = torch.from_numpy(updator.placement.physical_to_logical[layer].astype(np.int64))[ids.long()]
-        probe.wrong_experts += int((held != chosen[layer].long()).sum())
+        first, wanted = first_of_mine(len(ids)), chosen[layer].long()
+        mine = ids[first : first + len(wanted)].long()
+        held = torch.from_numpy(updator.placement.physical_to_logical[layer].astype(np.int64))[mine]
+        probe.wrong_experts += int((held != wanted).sum())
         compute(output, hidden, w1, w2, b1, b2, weights, ids, expert_map, *rest)
 
+    runner.execute_model, runner._dummy_run = execute_model, dummy_run
+    updator.forward_before = watched_step
     updator._recorder.snapshot = counted_snapshot
     vllm_cpu.cpu_local_experts = watched_compute
     if updator._planner is not None:
@@ -96,6 +153,76 @@ def switch_maps_without_weights(worker: Any) -> None:
     updator._adaptor.commit_maps()
 
 
+def remember_weights(worker: Any) -> None:
+    """Keeps a copy of all weights as they were loaded, and watches what is scheduled."""
+    worker.eplb_weights = {name: tensor.clone() for name, tensor in worker.model_runner.model.named_parameters()}
+    worker.eplb_drafts, worker.eplb_most_tokens = 0, 0
+    execute = worker.model_runner.execute_model
+
+    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        worker.eplb_drafts += sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
+        worker.eplb_most_tokens = max(worker.eplb_most_tokens, scheduler_output.total_num_scheduled_tokens)
+        return execute(scheduler_output, *args, **kwargs)
+
+    worker.model_runner.execute_model = execute_model
+
+
+def reload_weights(worker: Any) -> dict[str, Any]:
+    """Loads the weights of the start again, the way that the placement had then, past the balancer and through it."""
+    state, updator = _state(worker), _state(worker).updator
+    result = {"placement": updator.placement.digest, "phase": updator.state.phase.name, "drafts": worker.eplb_drafts}
+    try:
+        worker.model_runner.model.load_weights(iter(worker.eplb_weights.items()))
+    except RuntimeError as error:
+        result["refused"] = str(error)
+    with torch.no_grad():
+        worker.reload_weights(weights_iterator=iter(worker.eplb_weights.items()), is_checkpoint_format=False)
+    result["moved"] = sum(
+        not bool(torch.equal(tensor, worker.eplb_weights[name]))
+        for name, tensor in worker.model_runner.model.named_parameters()
+    )
+    result.update(
+        placement_after=updator.placement.digest,
+        initial=state.updator._adaptor.placement.digest,
+        most_tokens=worker.eplb_most_tokens,
+        cycle=updator.state.cycle,
+    )
+    return result
+
+
+def routing_that_is_refused(worker: Any) -> list[str]:
+    """What is said of real layers of this data-parallel engine once their kernel is of an older kind, with tokens
+    gathered before they are routed, or one that routes by itself; and of the layers as they are."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    from vllm_ascend_eplb.adaptors.vllm import SeamError, _require_routing_of_own_tokens
+
+    model = worker.model_runner.model
+    layer = next(module for module in model.modules() if isinstance(module, MoERunner))
+    method = layer.routed_experts.quant_method
+    kernel = method.moe_kernel
+    own = type(method)
+
+    class RoutingByItself(own):
+        is_monolithic = True
+
+    def said() -> str:
+        try:
+            _require_routing_of_own_tokens(model)
+        except SeamError as error:
+            return str(error)
+        return ""
+
+    answers = [said()]
+    method.moe_kernel = None
+    answers.append(said())
+    method.moe_kernel = kernel
+    method.__class__ = RoutingByItself
+    answers.append(said())
+    method.__class__ = own
+    return [*answers, said()]
+
+
 def cycles_done(worker: Any) -> int:
     """Cycles that moved experts so far; 0 on all ranks but the first, and without balancing."""
     state = _state(worker)
@@ -106,6 +233,7 @@ def report(worker: Any) -> dict[str, Any]:
     """What a worker knows at the end; plain values only."""
     updator = _state(worker).updator
     result = {
+        "part": updator._adaptor.part,
         "digest": updator.placement.digest,
         "step": updator.state.step,
         "cycle": updator.state.cycle,
@@ -119,4 +247,9 @@ def report(worker: Any) -> dict[str, Any]:
         result["loads"] = [load.tolist() for load in probe.loads]
         result["masks"] = [mask.int().tolist() for mask in probe.masks]
         result["wrong_experts"] = probe.wrong_experts
+        result["padded_rows"] = probe.padded_rows
+        result["idle"] = probe.idle
+        result["history"] = probe.history
+        result["counted"] = (np.sum(probe.taken, axis=0) + _counted(updator)).tolist()
+        result["routed"] = (np.sum(probe.windows, axis=0) + probe.counts).sum(axis=1).tolist()
     return result

@@ -40,10 +40,43 @@ CASES = {
         "good.json has 2 redundant experts per layer, eplb_config.num_redundant_experts is 4",
     ),
     "record path": ({"expert_map_record_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
-    "tensor and data parallel": (
+    "pipeline": ({"dynamic_eplb": True}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2 is not supported"),
+    "adapters": ({"dynamic_eplb": True}, {"enable_lora": True}, "--enable-lora True is not supported"),
+    "weights on the host": ({"dynamic_eplb": True}, {"cpu_offload_gb": 1}, "--cpu-offload-gb 1.0 is not supported"),
+    "layers on the host": (
         {"dynamic_eplb": True},
-        {"data_parallel_size": 2},
-        "--tensor-parallel-size with --data-parallel-size (2, 2) is not supported",
+        {"offload_group_size": 2},
+        "--offload-group-size 2 is not supported",
+    ),
+    "weight updates": (
+        {"dynamic_eplb": True},
+        {"weight_transfer_config": {"backend": "nccl"}},
+        "--weight-transfer-config True is not supported",
+    ),
+    "sleep": (
+        {"dynamic_eplb": True},
+        {"set": {"model_config": {"enable_sleep_mode": True}}},
+        "--enable-sleep-mode True is not supported",
+    ),
+    "micro-batches": (
+        {"dynamic_eplb": True},
+        {"set": {"parallel_config": {"enable_dbo": True}}},
+        "--enable-dbo True is not supported",
+    ),
+    "context parallel": (
+        {"dynamic_eplb": True},
+        {"set": {"parallel_config": {"prefill_context_parallel_size": 2}}},
+        "--prefill-context-parallel-size 2 is not supported",
+    ),
+    "drafter with experts": (
+        {"dynamic_eplb": True},
+        {"speculative_config": {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}},
+        "a drafter that has experts, of method draft_model is not supported",
+    ),
+    "frozen weights": (
+        {"dynamic_eplb": True},
+        {"compilation_config": {"inductor_compile_config": {"freezing": True}}},
+        "inductor_compile_config.freezing True is not supported",
     ),
 }
 
@@ -52,6 +85,17 @@ import json, sys
 from vllm.engine.arg_utils import EngineArgs
 from vllm_ascend_eplb.plugin import register
 
+plain = EngineArgs.create_engine_config
+
+def changed(self, *args, **kwargs):
+    # vLLM itself refuses some ways of running a model on a CPU; they are set behind its checks
+    config = plain(self, *args, **kwargs)
+    for part, values in changes.items():
+        for name, value in values.items():
+            setattr(getattr(config, part), name, value)
+    return config
+
+EngineArgs.create_engine_config = changed
 register()
 register()  # vLLM may load plugins twice
 answers = {}
@@ -59,6 +103,7 @@ for name, (settings, arguments) in json.loads(sys.stdin.read()).items():
     given = dict(model=sys.argv[1], tensor_parallel_size=2, enable_expert_parallel=True, dtype="float32")
     if arguments.pop("dense", False):
         given.update(model=sys.argv[2])
+    changes = arguments.pop("set", {})
     given.update(arguments)
     if settings is not None:
         given.update(additional_config={"eplb_config": settings})
@@ -96,6 +141,9 @@ def answers(tmp_path_factory):
     asked["off"] = ({}, {})
     asked["absent"] = (None, {})
     asked["on"] = ({"dynamic_eplb": True, "num_redundant_experts": 4}, {})
+    asked["slices"] = ({"dynamic_eplb": True}, {"data_parallel_size": 2})
+    guesses = {"method": "ngram", "num_speculative_tokens": 2}
+    asked["guesses"] = ({"dynamic_eplb": True}, {"speculative_config": guesses})
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(MODEL), str(dense)],
         input=json.dumps(asked).replace("MAPS/", f"{maps}/"),
@@ -136,6 +184,11 @@ def test_the_flag_turns_it_on(answers):
 def test_redundant_experts_come_from_the_map(answers):
     assert answers["map"]["enable_eplb"] is True
     assert answers["map"]["redundant"] == 2
+
+
+@pytest.mark.parametrize("name", ["slices", "guesses"])
+def test_what_is_supported_beside_it_is_let_through(answers, name):
+    assert answers[name].get("enable_eplb") is True, answers[name]
 
 
 UNCHECKED = """

@@ -15,6 +15,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ..transfer import exchange_bytes
 from ..updator import EplbUpdator, Stage, require_equal_start, start_balancer
 from . import vllm_cpu
 from .base import EplbAdaptor
+from .vllm_config import pipeline_parts
 from .vllm_loading import placement_loaded
 from .vllm_seams import missing_seams
 
@@ -103,6 +105,20 @@ def ensure_state(runner: Any, vllm_config: Any) -> None:
     runner.eplb_state, runner._moe_model = state, model
 
 
+def require_known_slice(runner: Any) -> None:
+    """The V2 runner does not say how long a batch is with padding, so nobody knows which slice of it is whose.
+
+    Raises:
+        SeamError: MoE layers are sequence-parallel with that runner.
+    """
+    state = runner.eplb_state
+    if state is not None and state.slice.parts > 1 and not hasattr(runner, "_determine_batch_execution_and_padding"):
+        raise SeamError(
+            "--tensor-parallel-size with --data-parallel-size is not supported with vLLM's V2 model runner in this "
+            "version; set VLLM_USE_V2_MODEL_RUNNER=0, or use one of the two"
+        )
+
+
 def hook_runner(runner: Any) -> None:
     """Calls ``forward_before`` at the one right point of real and dummy forwards of a runner.
 
@@ -146,7 +162,8 @@ class _Forwards:
             begun, self._begun = self._begun, None
             if begun is not None and self._runner.eplb_state is not None:
                 serving, stage = begun
-                self._runner.eplb_state.forward_before(serving=serving, stage=stage)
+                rows = getattr(result[1], "num_tokens", 0) if isinstance(result, tuple) else 0  # V2 does not say
+                self._runner.eplb_state.forward_before(serving=serving, stage=stage, rows=rows)
             return result
 
         return then_step
@@ -198,12 +215,35 @@ def _stage_of(scheduler_output: Any, decode_tokens: int) -> Stage:
     return "prefill" if most > decode_tokens else "decode"
 
 
+@dataclass(frozen=True)
+class Slice:
+    """The part of a batch that this rank routes: number ``part`` of ``parts`` of equal length, the last one padded."""
+
+    part: int = 0
+    parts: int = 1
+
+    def real(self, tokens: int, rows: int) -> int:
+        """How many of a batch's first ``tokens`` of ``rows`` rows, the others being padding, lie in this part."""
+        if self.parts == 1:
+            return tokens
+        length = -(-rows // self.parts)
+        return min(max(tokens - self.part * length, 0), length)
+
+
 class VllmAdaptor(EplbAdaptor):
     """A vLLM model with the MixtureOfExperts protocol.
 
-    Maps are the same on all ranks. Who counts depends on who routes what: within a tensor-parallel group all ranks
-    route the same tokens (the *replicated* regime), so the first of them counts; data-parallel ranks route their own
-    (the *owned* regime), so each counts, and dispatch tables may begin at another entry on each.
+    With pipeline stages, each stage is a balancer of its own: vLLM's expert-parallel groups, and the layers that a
+    model reports, are those of one stage.
+
+    Maps are the same on all ranks. Who counts depends on who routes what: data-parallel ranks route their own tokens
+    (the *owned* regime), so each counts, and dispatch tables may begin at another entry on each. Within a
+    tensor-parallel group all ranks route the same tokens (the *replicated* regime), so the first of them counts, and
+    tables are the same; but where the MoE layers are sequence-parallel, each routes a slice of the batch, so that it
+    counts its own.
+
+    Attributes:
+        slice: the part of a batch that this rank routes.
     """
 
     def __init__(self, model: Any, name: str, device: torch.device, config: EplbConfig) -> None:
@@ -211,11 +251,15 @@ class VllmAdaptor(EplbAdaptor):
             get_dp_group,
             get_ep_group,
             get_eplb_group,
+            get_pp_group,
             get_tensor_model_parallel_rank,
+            get_tensor_model_parallel_world_size,
         )
 
         group = get_eplb_group()
         self.name = name
+        stages = pipeline_parts(get_pp_group().world_size)
+        self.part = stages[get_pp_group().rank_in_group] if stages else ""
         self.rank = get_ep_group().rank_in_group
         self.device = device
         self.control_group = group.cpu_group
@@ -226,7 +270,9 @@ class VllmAdaptor(EplbAdaptor):
         hosts = exchange_bytes(group.cpu_group, num_ranks, host_identity().encode())
         self.topology = Topology(tuple(hosts.index(host) for host in hosts))
         self.num_groups = max(1, model.num_expert_groups or 1)
-        _require_routing_before_gathering(model)
+        _require_routing_of_own_tokens(model)
+        sequence_parallel, tp_rank = _is_sequence_parallel(model), get_tensor_model_parallel_rank()
+        self.slice = Slice(tp_rank, get_tensor_model_parallel_world_size()) if sequence_parallel else Slice()
         loaded = placement_loaded(model, self.rank)
         if loaded is None and config.expert_map_path is not None:
             raise SeamError(
@@ -241,7 +287,7 @@ class VllmAdaptor(EplbAdaptor):
             self.placement.num_experts,
             self.placement.num_slots,
             device,
-            contributes=get_tensor_model_parallel_rank() == 0,
+            contributes=sequence_parallel or tp_rank == 0,
             phases=("all",) if config.eplb_heat_collection_stage == "all" else (config.eplb_heat_collection_stage,),
             num_entries=config.load_entries,
             steps_per_entry=-(-config.expert_heat_collection_interval // config.load_entries),
@@ -249,8 +295,8 @@ class VllmAdaptor(EplbAdaptor):
         )
         self._maps = DispatchMaps(self.placement, device, width=min(MAX_MAP_WIDTH, model.num_redundant_experts + 1))
         if config.weighted_dispatch:
-            own = get_dp_group().world_size > 1
-            turn = {"rank": self.rank, "num_ranks": num_ranks} if own else {}
+            routing = get_ep_group() if sequence_parallel else get_dp_group()  # whose ranks route different tokens
+            turn = {"rank": routing.rank_in_group, "num_ranks": routing.world_size}
             self.dispatch = DispatchTables(self.placement, device, config.dispatch_table_entries, **turn)
             maps = self.dispatch.table, self.dispatch.count
         else:
@@ -278,8 +324,9 @@ class VllmAdaptor(EplbAdaptor):
             self.dispatch.forget_prepared()
 
 
-def _require_routing_before_gathering(model: Any) -> None:
-    """Where tokens are gathered from other ranks first, every rank would count everybody's.
+def _require_routing_of_own_tokens(model: Any) -> None:
+    """Where tokens are gathered from other ranks before they are routed, every rank would count everybody's, padding
+    included; where a kernel routes by itself, nobody counts and no map is heeded.
 
     Raises:
         SeamError: a layer does so.
@@ -287,9 +334,21 @@ def _require_routing_before_gathering(model: Any) -> None:
     for module in model.modules():
         if getattr(module, "do_naive_dispatch_combine", False):
             raise SeamError(
-                f"{type(module).__name__} gathers the tokens of all ranks before it routes them; balancing that is not "
-                "supported in this version: leave eplb_config out, or use another --all2all-backend"
+                f"{type(module).__name__} gathers the tokens of all ranks before it routes them, as vLLM does for this "
+                "quantisation; balancing that is not supported in this version: leave eplb_config out, or use "
+                "--tensor-parallel-size alone"
             )
+        if getattr(module, "is_monolithic", False):
+            raise SeamError(
+                f"{type(module).__name__} routes inside of its kernel, where no expert can be counted or moved; choose "
+                "another --moe-backend, or leave eplb_config out"
+            )
+
+
+def _is_sequence_parallel(model: Any) -> bool:
+    """Whether each tensor-parallel rank routes a slice of the batch; all MoE layers of a model do, or none."""
+    configs = [module.moe_config for module in model.modules() if hasattr(module, "moe_config")]
+    return any(config.is_sequence_parallel for config in configs)
 
 
 class VllmEplbState:
@@ -297,7 +356,9 @@ class VllmEplbState:
 
     Attributes:
         should_record_tensor: bool [1], read by every router.
-        num_unpadded_tokens: int32, the batch's tokens without padding; one per micro-batch.
+        num_unpadded_tokens: int32, the tokens that are no padding, of those that this rank routes; one per
+            micro-batch.
+        slice: the part of each batch that this rank routes.
         updator: the balancer; None before a model was added, and where its placement stays as it is.
     """
 
@@ -310,8 +371,11 @@ class VllmEplbState:
         self.should_record_tensor: torch.Tensor | None = None
         self.num_unpadded_tokens = [torch.zeros((), dtype=torch.int32, device=device)]
         self.updator: EplbUpdator | None = None
+        self.slice = Slice()
         self._has_model = False
+        self._rows = 0
         self._began = False
+        self._loading = False
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
         """Takes a model in, once its weights are loaded; all ranks together.
@@ -332,6 +396,7 @@ class VllmEplbState:
         config = EplbConfig.from_additional_config(get_current_vllm_config().additional_config)
         adaptor = VllmAdaptor(model, model_name or model_config.model, self.device, config)
         self.should_record_tensor = adaptor.recorder.recording
+        self.slice = adaptor.slice
         for layer in model.moe_layers:
             layer_state = getattr(layer, "eplb_state", None)
             if isinstance(layer_state, EplbLayerState):
@@ -339,6 +404,7 @@ class VllmEplbState:
                 layer_state.num_unpadded_tokens_tensors = self.num_unpadded_tokens
         if config.dynamic:
             self.updator = start_balancer(adaptor, config)
+            self.guard(model)
         else:
             require_equal_start(adaptor, config)
 
@@ -346,8 +412,10 @@ class VllmEplbState:
         """Warm-up is over on this rank: what comes now are steps. The engine calls it on all ranks before it serves."""
         self._began = True
 
-    def forward_before(self, *, serving: bool, stage: Stage) -> None:
-        """One step of the balancer, on every rank, before each real or dummy forward."""
+    def forward_before(self, *, serving: bool, stage: Stage, rows: int) -> None:
+        """One step of the balancer, on every rank, before each real or dummy forward of ``rows`` tokens, padding
+        included."""
+        self._rows = rows
         if self.updator is None or not self._began:
             return
         if not serving:
@@ -366,12 +434,47 @@ class VllmEplbState:
         self, model_config: Any, num_unpadded_tokens: int, ubatch_slices: list[Any] | None = None
     ) -> None:
         """How many tokens of the coming batch are no padding; called by the runner for real batches."""
-        self.num_unpadded_tokens[0].fill_(num_unpadded_tokens)
+        self.num_unpadded_tokens[0].fill_(self.slice.real(num_unpadded_tokens, self._rows))
 
     def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
         """A forward is over."""
         if self.updator is not None and self._began and not is_profile:
             self.updator.forward_end()
+
+    @contextlib.contextmanager
+    def new_weights(self) -> Iterator[None]:
+        """Around vLLM's loading of other weights, on all workers of an engine.
+
+        Raises:
+            RuntimeError: the server has several engines. Each gets the call at another step, so their ranks, which
+                share the experts, cannot go back to the initial placement together.
+        """
+        if self.parallel_config.data_parallel_size > 1:
+            raise RuntimeError(
+                f"reload_weights with --data-parallel-size {self.parallel_config.data_parallel_size} is not supported "
+                "together with balancing (allowed: 1); restart the server, or leave eplb_config out"
+            )
+        with contextlib.nullcontext() if self.updator is None else self.updator.new_weights():
+            self._loading = True
+            try:
+                yield
+            finally:
+                self._loading = False
+
+    def guard(self, model: Any) -> None:
+        """From now on refuses weights that come past ``new_weights``: vLLM would load them into the wrong slots."""
+        load = model.load_weights
+
+        @functools.wraps(load)
+        def load_weights(*args: Any, **kwargs: Any) -> Any:
+            if not self._loading:
+                raise RuntimeError(
+                    "weights were given to the model while its experts are being balanced, so they would get into "
+                    "wrong slots: use the worker's reload_weights, or leave eplb_config out"
+                )
+            return load(*args, **kwargs)
+
+        model.load_weights = load_weights
 
     def start_async_loop(self) -> None:
         """vLLM's own state starts a thread here; ours has what it needs."""

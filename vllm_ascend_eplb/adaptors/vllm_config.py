@@ -117,7 +117,7 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     parallel.worker_cls = worker_class_name(parallel.worker_cls)
     if config.dynamic:
         provide_stats_path()
-        metrics.watch()
+        metrics.watch(pipeline_parts(parallel.pipeline_parallel_size))
     doing = "a placement that stays"
     if config.dynamic:
         doing = f"{config.policy_name} policy, a cycle every {config.expert_heat_collection_interval} steps"
@@ -152,6 +152,28 @@ def moe_layers(model_config: Any) -> int | None:
     return None
 
 
+def _has_experts(drafter: Any) -> bool:
+    """Whether a drafter is a model of its own with experts. Without weights of its own it carries the model's
+    configuration."""
+    if drafter is None or drafter.draft_model_config in (None, drafter.target_model_config):
+        return False
+    return bool(drafter.draft_model_config.get_num_experts())
+
+
+def _freezes(compilation: Any) -> bool:
+    """Whether inductor would bake weights into compiled code, so that it never sees an expert that moved."""
+    if compilation.mode == type(compilation.mode).NONE:
+        return False
+    from torch._inductor import config
+
+    return bool(compilation.inductor_compile_config.get("freezing", config.freezing))
+
+
+def pipeline_parts(stages: int) -> list[str]:
+    """What the balancers of a model's pipeline stages are called; none where there is one stage."""
+    return [f"stage{stage}" for stage in range(stages)] if stages > 1 else []
+
+
 def _expert_parallel_size(parallel: Any) -> int:
     return int(
         parallel.tensor_parallel_size
@@ -160,28 +182,63 @@ def _expert_parallel_size(parallel: Any) -> int:
     )
 
 
-def _mixed(parallel: Any) -> bool:
-    return bool(parallel.tensor_parallel_size > 1 and parallel.data_parallel_size > 1)
-
-
 def _refuse_what_is_not_supported(vllm_config: Any) -> None:
     """Ways to run a model for which this version has no proof that balancing is right."""
-    parallel = vllm_config.parallel_config
+    drafter = vllm_config.speculative_config
     for name, value, allowed, way_out in (
         (
-            "--tensor-parallel-size with --data-parallel-size",
-            (parallel.tensor_parallel_size, parallel.data_parallel_size) if _mixed(parallel) else 1,
+            "--prefill-context-parallel-size",
+            _value(vllm_config, "parallel_config.prefill_context_parallel_size", 1),
             1,
-            "use one of the two",
+            "leave it out",
         ),
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size, 1, "use --tensor-parallel-size"),
-        ("--prefill-context-parallel-size", getattr(parallel, "prefill_context_parallel_size", 1), 1, "leave it out"),
-        ("--enable-elastic-ep", getattr(parallel, "enable_elastic_ep", False), False, "leave it out"),
-        ("--enable-dbo", getattr(parallel, "enable_dbo", False), False, "leave it out"),
+        (
+            "--pipeline-parallel-size",
+            vllm_config.parallel_config.pipeline_parallel_size,
+            1,
+            "use --tensor-parallel-size",
+        ),
+        ("--enable-elastic-ep", _value(vllm_config, "parallel_config.enable_elastic_ep", False), False, "leave it out"),
+        ("--enable-dbo", _value(vllm_config, "parallel_config.enable_dbo", False), False, "leave it out"),
         ("--enable-lora", vllm_config.lora_config is not None, False, "leave it out"),
+        ("--enable-sleep-mode", _value(vllm_config, "model_config.enable_sleep_mode", False), False, "leave it out"),
+        (
+            "--weight-transfer-config",
+            _value(vllm_config, "weight_transfer_config", None) is not None,
+            False,
+            "update weights through the workers' reload_weights",
+        ),
+        ("--cpu-offload-gb", _value(vllm_config, "offload_config.uva.cpu_offload_gb", 0), 0, "leave it out"),
+        (
+            "--offload-group-size",
+            _value(vllm_config, "offload_config.prefetch.offload_group_size", 0),
+            0,
+            "leave it out",
+        ),
+        (
+            "--speculative-config with a drafter that has experts, of method",
+            drafter.method if _has_experts(drafter) else "none",
+            "none",
+            "use a drafter without experts",
+        ),
+        (
+            "inductor_compile_config.freezing",
+            _freezes(vllm_config.compilation_config),
+            False,
+            "it makes constants of weights that are to move",
+        ),
     ):
         if value != allowed:
             raise EplbConfigError(
                 f"eplb_config together with {name} {value} is not supported in this version (allowed: {allowed}); "
                 f"{way_out}, or leave eplb_config out"
             )
+
+
+def _value(config: Any, path: str, default: object) -> Any:
+    """What is at ``path`` of a configuration; ``default`` where this vLLM has no such thing."""
+    for name in path.split("."):
+        config = getattr(config, name, None)
+        if config is None:
+            return default
+    return config

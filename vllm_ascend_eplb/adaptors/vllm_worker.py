@@ -47,12 +47,13 @@ def _balanced(base: type) -> type:
             hook_runner(self.model_runner)
 
         def load_model(self, *args: Any, **kwargs: Any) -> None:
-            from .vllm import ensure_state, start_placement
+            from .vllm import ensure_state, require_known_slice, start_placement
             from .vllm_loading import loading_by
 
             with loading_by(functools.partial(start_placement, self.vllm_config)):
                 super().load_model(*args, **kwargs)
             ensure_state(self.model_runner, self.vllm_config)
+            require_known_slice(self.model_runner)
 
         def compile_or_warm_up_model(self) -> Any:
             result = super().compile_or_warm_up_model()
@@ -60,6 +61,10 @@ def _balanced(base: type) -> type:
             if state is not None:
                 state.begin()
             return result
+
+        def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+            with self.model_runner.eplb_state.new_weights():
+                super().reload_weights(*args, **kwargs)
 
         def shutdown(self) -> None:
             state = getattr(getattr(self, "model_runner", None), "eplb_state", None)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor and data parallel at once: every rank routes its own slice of its engine's tokens, and pads it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from .conftest import BUSY, prompts
+from .test_offline import assert_equal_every_turn
+
+TOKENS = 48
+TOP_K = 4
+
+
+@pytest.fixture(scope="module")
+def run(runs):
+    """Two engines of two ranks each. Turn by turn both, the first, the second and both of them get the prompts."""
+    run = runs(
+        "sequence parallel",
+        ranks=2,
+        eplb=BUSY,
+        arguments={"data_parallel_size": 2, "enable_prefix_caching": False},
+        parts=[None, 0, 1, None],
+        probe=True,
+        routing=True,
+        prompts=prompts(6)[:2],
+        cycles=10,
+        max_tokens=TOKENS,
+    )
+    assert run.code == 0, run.log[-6000:]
+    assert len(run.result["ranks"]) == 4
+    return run.result
+
+
+def test_tokens_equal_those_of_one_process_whatever_moved(run, reference):
+    stats = json.loads(run["ranks"][0]["stats"])
+    assert stats["cycles_done"] >= 10
+    assert stats["cycles_failed"] == 0
+    assert_equal_every_turn(run["tokens"], reference[:12])
+
+
+def test_every_pair_is_computed_by_exactly_one_rank_with_its_experts_weights(run):
+    masks = [rank["masks"] for rank in run["ranks"]]
+    assert len(masks[0]) > 1000
+    for of_ranks in zip(*masks, strict=True):
+        np.testing.assert_array_equal(np.sum(of_ranks, axis=0), 1)
+    assert [rank["wrong_experts"] for rank in run["ranks"]] == [0] * 4
+
+
+def test_every_pair_is_counted_exactly_once_under_padding(run):
+    ranks = run["ranks"]
+    for rank in ranks:
+        assert rank["counted"] == rank["routed"]  # each its own slice, as the scheduler and the router say
+        assert rank["counted"][0] > 0
+    np.testing.assert_array_equal(np.sum([rank["counted"] for rank in ranks], axis=0), run["computed"] * TOP_K)
+    assert sum(rank["padded_rows"] for rank in ranks) > 0
+    loads = np.array(ranks[0]["loads"])
+    np.testing.assert_array_equal(loads, np.sum([rank["windows"] for rank in ranks], axis=0)[: len(loads)])
+
+
+def test_ranks_stay_in_step_while_an_engine_is_idle_for_long_and_when_a_wave_ends(run):
+    histories = [rank["history"] for rank in run["ranks"]]
+    assert len(histories[0]) > 350
+    for history in histories[1:]:
+        assert history == histories[0]
+    assert [step for step, _, _ in histories[0]] == list(range(histories[0][0][0], histories[0][-1][0] + 1))
+    assert len({placement for _, _, placement in histories[0]}) >= 10
+    assert all(rank["idle"] > 90 for rank in run["ranks"])  # each engine was idle for a whole turn
+
+
+def test_layers_that_route_what_is_not_theirs_are_refused(run):
+    for before, gathered, monolithic, after in run["routing"]:
+        assert before == after == ""
+        assert "MoERunner gathers the tokens of all ranks before it routes them" in gathered
+        assert "MoERunner routes inside of its kernel" in monolithic
