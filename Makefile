@@ -17,8 +17,8 @@ setup:  ## makes .venv and builds the C++ parts
 demo: setup  ## serves a real model on RANKS ranks (default 4, 2 for small machines) and shows it balancing itself
 	@$(RUN) -m examples.demo --ranks $(RANKS)
 
-test: setup  ## all tests, the ones with real vLLM engines included
-	@$(RUN) -m pytest -m "not soak"
+test: setup  ## all tests but those on NPUs, the ones with real vLLM engines included
+	@$(RUN) -m pytest -m "not soak and not npu"
 
 unit-test: setup  ## the quick ones
 	@$(RUN) -m pytest tests/unit
@@ -28,6 +28,15 @@ e2e-test: setup  ## the ones with real vLLM engines
 
 matrix: setup  ## the ones with an offline engine on the other vLLM versions, each in an environment of its own
 	@scripts/matrix.sh 0.30.0 0.31.0
+
+.PHONY: emulated-npu-test npu-test
+emulated-npu-test:  ## the tests on NPUs: real torch_npu and vllm-ascend on emulated CANN, in .venv-npu
+	@scripts/setup_npu_env.sh
+	@scripts/setup_npu_stack.sh
+	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest tests/npu
+
+npu-test:  ## the same tests on this machine's NPUs (two or more), with the Python that has torch_npu: PYTHON=python3
+	@NPU_TEST_REQUIRED=1 NPU_TEST_REAL=1 $(or $(PYTHON),python3) -m pytest tests/npu
 
 lint: setup  ## ruff, mypy (strict) and clang-format
 	@.venv/bin/ruff check $(PYTHON_FILES)
@@ -67,5 +76,5 @@ docs:  ## the guide as pages, in build/site; fails on a broken link
 	@echo build/site/index.html
 
 clean:  ## removes what was built, .venv included
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.json
+	rm -rf .venv .venv-npu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.json
 	rm -f vllm_ascend_eplb/*.so

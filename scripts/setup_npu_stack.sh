@@ -2,38 +2,29 @@
 # SPDX-License-Identifier: Apache-2.0
 # Unpacks vllm-ascend and the vLLM that it pairs with into build/stack, for tests of the adaptor: pure Python, nothing is
 # compiled and nothing in them is changed. Run scripts/setup_npu_env.sh first; takes the same environment variables.
-#
-#   DEVICE=A2    device type that vllm-ascend's set-up would write down (A2 or A3)
+# Idempotent.
 set -eu
 
 cd "$(dirname "$0")/.."
+name=setup-stack
+venv=.venv-npu
 vllm_version=0.23.0
 ascend_version=0.23.0.post1
-
-say() { printf '[setup-stack] %s\n' "$*"; }
-fail() {
-    printf '[setup-stack] error: %s\n' "$*" >&2
-    exit 1
-}
+. scripts/setup_common.sh
 
 [ -e .venv-npu/.environment.stamp ] || fail "no .venv-npu here; run scripts/setup_npu_env.sh first"
 key=$({
     pwd
-    cat scripts/setup_npu_stack.sh .venv-npu/.environment.stamp
-    echo "${DEVICE:-A2}"
+    cat scripts/setup_npu_stack.sh .venv-npu/.environment.stamp pyproject.toml tests/npu/standins/vllm_ascend_C.py
 } | cksum)
+lock_environment
 if [ "$(cat build/stack/.stamp 2>/dev/null || true)" = "$key" ]; then exit 0; fi
 rm -rf build/stack
 mkdir -p build/stack/site
 
-export TORCH_DEVICE_BACKEND_AUTOLOAD=0 UV_PYTHON="$PWD/.venv-npu/bin/python" UV_LINK_MODE=copy UV_NO_PROGRESS=1
-PATH="$PWD/.venv-npu/bin:$PATH"
-if [ -z "${UV_DEFAULT_INDEX:-}" ]; then
-    index=${PIP_INDEX_URL:-$(.venv-npu/bin/python -m pip config get global.index-url 2>/dev/null || true)}
-    if [ -n "$index" ]; then export UV_DEFAULT_INDEX="$index"; fi
-fi
-if [ -n "${PIP_CERT:-}" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_FILE="$PIP_CERT"; fi
-if [ -n "${PIP_FIND_LINKS:-}" ] && [ -z "${UV_FIND_LINKS:-}" ]; then export UV_FIND_LINKS="$PIP_FIND_LINKS"; fi
+export TORCH_DEVICE_BACKEND_AUTOLOAD=0
+python=.venv-npu/bin/python
+configure_uv
 
 say "fetching the sources of vllm $vllm_version and vllm-ascend $ascend_version"
 uv pip install --quiet setuptools_scm "setuptools>=77,<81" setuptools-rust wheel packaging jinja2 cmake pybind11
@@ -70,12 +61,17 @@ link vllm "$vllm_version"
 link vllm_ascend "$ascend_version"
 cp "build/stack/vllm_ascend-$ascend_version/vllm_ascend.egg-info/entry_points.txt" \
     "build/stack/site/vllm_ascend-$ascend_version.dist-info/"
-# This package's own entry point.
-mkdir build/stack/site/vllm_ascend_eplb-0.dist-info
-printf 'Metadata-Version: 2.1\nName: vllm-ascend-eplb\nVersion: 0\n' >build/stack/site/vllm_ascend_eplb-0.dist-info/METADATA
-printf '[vllm.general_plugins]\neplb_ascend = vllm_ascend_eplb.adaptors.ascend:install\n' \
-    >build/stack/site/vllm_ascend_eplb-0.dist-info/entry_points.txt
-printf "__device_type__ = '%s'\n" "${DEVICE:-A2}" >"build/stack/vllm_ascend-$ascend_version/vllm_ascend/_build_info.py"
+say "writing what builds would have written"
+# This package's metadata, with its entry points, as its own build writes it.
+mkdir build/stack/metadata
+$python -c 'import setuptools.build_meta as b; b.prepare_metadata_for_build_wheel("build/stack/metadata")' >/dev/null 2>&1
+mv build/stack/metadata/*.dist-info build/stack/site/
+# The device type that vllm-ascend's set-up writes down; here every process may say which.
+printf 'import os\n\n__device_type__ = os.environ.get("EMULATED_NPU_DEVICE_TYPE", "A2")\n' \
+    >"build/stack/vllm_ascend-$ascend_version/vllm_ascend/_build_info.py"
 cp tests/npu/standins/vllm_ascend_C.py "build/stack/vllm_ascend-$ascend_version/vllm_ascend/"
+if [ "$UV_COMPILE_BYTECODE" = 1 ]; then
+    $python -m compileall -q -j 2 build/stack/vllm-*/vllm build/stack/vllm_ascend-*/vllm_ascend >/dev/null || true
+fi
 echo "$key" >build/stack/.stamp
 say "done"

@@ -297,10 +297,10 @@ class D2DExpertWeightLoader:
     def warm_up(self) -> None:
         """One small transfer with every peer over every transport, one checksum and one copy; blocks. All ranks call
         it together, in the engine's profile run, so that what libraries allocate is counted there."""
-        if self._streams.module is not None:
-            self._streams.side.wait_stream(self._streams.current())  # weights may still be on their way to the device
         length = min(WARM_UP_BYTES, self._slots[0][0][0].numel())
         scratch = torch.zeros((self.num_ranks, length), dtype=torch.uint8, device=self.device)
+        if self._streams.module is not None:
+            self._streams.current().synchronize()  # weights and buffers, which the other streams use from here on
         probe, source = self._slots[0][0][0][:length], (0, 0, ((0, 0, length),))
         peers = [peer for peer in range(self.num_ranks) if peer != self.rank]
         for transport in self._transports:
@@ -315,14 +315,13 @@ class D2DExpertWeightLoader:
             if not batch.enters:
                 with self._streams.on_side():
                     batch.run()
-        for summer in self._summers:
-            for on in (self._streams.on_entry, self._streams.on_side):
-                with on():
+        for stream, on in ((self._streams.entry, self._streams.on_entry), (self._streams.side, self._streams.on_side)):
+            with on():
+                for summer in self._summers:
                     summer.enqueue(summer.prepare(0, self._views(0, 0, 0)))
                     summer.fetch()
-        if self._streams.module is not None:
-            self._streams.side.synchronize()
-            self._streams.entry.synchronize()
+            if stream is not None:
+                stream.synchronize()
         self._exchange(b"warm")
 
     # ---- while serving, in the step thread

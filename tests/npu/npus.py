@@ -27,10 +27,20 @@ REAL = os.environ.get("NPU_TEST_REAL") == "1"
 def missing() -> str:
     """Why the tests cannot run, or an empty string."""
     if REAL:
-        return ""
+        return _real_npus_missing()
     if not PYTHON.exists() or not (LIBRARIES / "libopapi.so").exists():
         return "no emulated NPU: run scripts/setup_npu_env.sh (makes .venv-npu and build/emulated_cann)"
     return ""
+
+
+def _real_npus_missing() -> str:
+    probe = "import torch, torch_npu; print(torch.npu.device_count())"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        return f"no NPU: {sys.executable} cannot import torch_npu ({last}); set PYTHON to one that can"
+    count = int(result.stdout.split()[-1])
+    return "" if count >= 2 else f"{count} NPUs here; these tests need 2 or more"
 
 
 def environment(**settings: str) -> dict[str, str]:

@@ -1,67 +1,191 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole stack on A2 (AllGather): vllm-ascend serves a small trained MoE model with our balancer in its place."""
+"""The unmodified vllm-ascend serves examples/tiny_moe with our balancer, from the one flag: the real torch_npu on emulated
+CANN, tensor-parallel 2 with expert parallelism. Most of it on one server, in the order of this file.
+"""
 
-import json
-import re
-import subprocess
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from . import npus
-from .test_ascend import STACK, STANDINS
+from . import npus, serving
+from .serving import MISSING, NpuServer
 
-MODEL = npus.ROOT / "examples" / "tiny_moe"
 pytestmark = [
     pytest.mark.skipif(npus.REAL, reason="tests the emulated stack"),
-    pytest.mark.skipif(not (STACK / ".stamp").exists(), reason="no vllm-ascend: run scripts/setup_npu_stack.sh"),
+    pytest.mark.skipif(bool(MISSING), reason=MISSING),
 ]
-
-
-def serve(folder: Path, mode: str, redundant: int) -> tuple[list[list[int]], str]:
-    """Greedy tokens of 8 requests and the log."""
-    answer = folder / f"{mode}-{redundant}.json"
-    process = subprocess.run(
-        [str(npus.PYTHON), "-m", "tests.npu.serve", str(MODEL), mode, str(redundant), str(answer)],
-        cwd=npus.ROOT,
-        env=npus.environment(
-            PYTHONPATH=f"{npus.ROOT}:{STACK / 'site'}:{STANDINS}",
-            EMULATED_NPU_RACE="report",
-            EMULATED_NPU_COMM_ORDER="report",
-            EMULATED_NPU_MEMORY_MB="2048",
-            EMULATED_NPU_REPORT=str(folder / f"report-{mode}-{redundant}.txt"),
-            HF_HUB_OFFLINE="1",
-            TORCHDYNAMO_DISABLE="1",
-        ),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    log = process.stdout + process.stderr
-    assert answer.exists(), log[-6000:]
-    return json.loads(answer.read_text()), log
+TOKENS = 32
+SETTINGS: dict[str, object] = {
+    "dynamic_eplb": True,
+    "num_redundant_experts": 2,
+    "expert_heat_collection_interval": 12,
+    "algorithm_execution_interval": 2,
+    "transfer_buffer_experts": 16,
+    "target_par": 1.0,
+    "min_gain": 0.0,
+}
+PLATFORM = "ascend_eplb,eplb,ascend_kv_connector,ascend_model,ascend_model_loader,ascend_service_profiling"
+OURS = "vllm_ascend_eplb"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("serving")
+def batches() -> list[list[str]]:
+    """Prompts of one domain after the other."""
+    return serving.prompts(3)
 
 
 @pytest.fixture(scope="module")
-def unbalanced(folder: Path) -> list[list[int]]:
-    return serve(folder, "off", 0)[0]
+def want(tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]]) -> list[list[list[int]]]:
+    """What transformers answers."""
+    flat = serving.transformers_tokens(tmp_path_factory.mktemp("transformers"), sum(batches, []), TOKENS)
+    return [flat[i : i + len(batches[0])] for i in range(0, len(flat), len(batches[0]))]
 
 
-@pytest.mark.parametrize("redundant", [0, 2])
-def test_moves_change_no_token(folder: Path, unbalanced: list[list[int]], redundant: int) -> None:
-    """With redundant experts vllm-ascend's own EPLB fails here: its dispatcher looks slots up by logical expert."""
-    tokens, log = serve(folder, "ours", redundant)
-    assert tokens == unbalanced
-    cycles = re.findall(r"EPLB cycle \d+: PAR ([\d.]+) -> ([\d.]+) .*? (\d+) experts moved", log)
-    assert len(cycles) >= 2, log[-3000:]
-    assert all(float(after) < float(before) and int(moved) > 0 for before, after, moved in cycles)
-    report = folder / f"report-ours-{redundant}.txt"
-    races = report.read_text().split("\n[") if report.exists() else []
-    # Upstream's own: vLLM's runner reuses input buffers beside its copies; and the loader's warm-up, before serving.
-    ours = [race for race in races if "vllm_ascend_eplb" in race and "in warm_up" not in race]
-    assert not ours, ours[:3]
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
+    server = NpuServer(
+        SETTINGS,
+        tmp_path_factory.mktemp("server"),
+        arguments=("--worker-extension-cls", "tests.npu.probe.Probe"),
+        VLLM_SERVER_DEV_MODE="1",  # serves /collective_rpc, for the negative control
+    ).started()
+    yield server
+    server.stop()
+
+
+def equal(got: list[list[int]], want: list[list[int]]) -> int:
+    return sum(a == b for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def serve_until(server: NpuServer, batches: list[list[str]], want: list[list[list[int]]], cycles: int) -> None:
+    """One domain after the other, three times each, until so many more cycles have moved experts; every token is
+    compared."""
+    until = server.cycles_done() + cycles
+    for number in range(60):
+        batch = number // 3 % len(batches)
+        assert server.complete(batches[batch], TOKENS) == want[batch]
+        if server.cycles_done() >= until:
+            return
+    raise AssertionError(f"{server.cycles_done()} of {until} cycles: {server.stats()}\n{server.log[-3000:]}")
+
+
+def test_tokens_are_those_of_transformers_while_experts_move(
+    server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
+) -> None:
+    assert server.log.count("EPLB is on: ") == 1
+    serve_until(server, batches, want, 10)
+    stats = server.stats()
+    assert stats is not None
+    assert stats.cycles_failed == 0
+    done = [cycle for cycle in stats.cycles if cycle.result == "done"]
+    assert len(done) >= 10
+    assert all(cycle.moved > 0 for cycle in done)
+
+
+def test_par_falls(server: NpuServer) -> None:
+    """The same windows, with the placement in force and with the one the server started with."""
+    stats = server.stats()
+    assert stats is not None
+    windows = [cycle for cycle in stats.cycles if cycle.par is not None and cycle.par_start is not None]
+    later = windows[1:]  # in the first nothing has moved
+    assert windows[0].par.mean == pytest.approx(windows[0].par_start.mean)
+    balanced = sum(cycle.par.mean for cycle in later) / len(later)
+    unmoved = sum(cycle.par_start.mean for cycle in later) / len(later)
+    assert balanced < unmoved - 0.05, f"PAR {balanced:.3f} with balancing, {unmoved:.3f} without"
+    for cycle in stats.cycles:
+        if cycle.result == "done":
+            assert cycle.par_predicted.mean < cycle.par.mean
+
+
+def test_a_killed_planner_costs_no_request(
+    server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
+) -> None:
+    planners = server.planners()
+    assert len(planners) == 1  # of expert-parallel rank 0
+    os.kill(planners[0], signal.SIGKILL)
+    assert server.complete(batches[0], TOKENS) == want[0]
+    serve_until(server, batches, want, 2)
+    assert server.planners() != planners
+
+
+def test_no_race_and_no_wrong_order(server: NpuServer) -> None:
+    """Reports without a line of ours are upstream's: vLLM's runner drops or reuses tensors on the compute stream while
+    their copy to the host is pending. None of them is on a tensor of ours, and none is about the order in which ranks
+    enter communicators."""
+    races = server.races()
+    assert not [race for race in races if OURS in race][:3]
+    assert not [race for race in races if "data race" not in race][:3]
+
+
+def test_the_comparison_notices_weights_that_did_not_move(
+    server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
+) -> None:
+    """The negative control: from here on the server switches maps and leaves the weights. It is the last on it."""
+    assert server.call("probe_freeze_weights") == [1, 1]
+    until, pairs = server.cycles_done() + 2, 0
+    for number in range(40):
+        batch = number % len(batches)
+        pairs = equal(server.complete(batches[batch], TOKENS), want[batch])
+        if server.cycles_done() >= until and pairs < 0.7 * TOKENS * len(batches[0]):
+            return
+    raise AssertionError(f"{pairs} of {TOKENS * len(batches[0])} tokens equal")
+
+
+def test_the_server_ends_in_order(server: NpuServer) -> None:
+    assert server.stop() == []
+    assert server.processes() == []
+
+
+def test_without_the_flag_nothing_changes(
+    tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]]
+) -> None:
+    server = NpuServer(None, tmp_path).started()
+    try:
+        assert [server.complete(batch, TOKENS) for batch in batches] == want
+        assert server.stats() is None
+        assert "EPLB is on" not in server.log
+    finally:
+        server.stop()
+
+
+def test_the_platform_ascend_eplb_ends_in_the_same_adaptor(
+    tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]]
+) -> None:
+    """Also without redundant experts."""
+    server = NpuServer({**SETTINGS, "num_redundant_experts": 0}, tmp_path, VLLM_PLUGINS=PLATFORM).started()
+    try:
+        assert "Platform plugin ascend_eplb is activated" in server.log
+        serve_until(server, batches, want, 3)
+        assert not [race for race in server.races() if OURS in race][:3]
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("settings", "variables", "words"),
+    [
+        ({"num_redundant_experts": 3}, {}, "64 experts + 3 cannot be shared evenly by 2 ranks"),
+        ({"expert_heat_collection_interval": 0}, {}, "expert_heat_collection_interval = 0 is out of range"),
+        ({}, {"DYNAMIC_EPLB": "false"}, "export DYNAMIC_EPLB=true"),
+    ],
+)
+def test_what_cannot_work_ends_the_start_with_one_line(
+    tmp_path: Path, settings: dict[str, object], variables: dict[str, str], words: str
+) -> None:
+    server = NpuServer({**SETTINGS, **settings}, tmp_path, **variables)
+    server.start()
+    try:
+        deadline = time.monotonic() + serving.START_SECONDS
+        while server.running() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert not server.running()
+    finally:
+        server.stop(5)
+    assert words in server.log
+    assert "EngineCore" not in server.log

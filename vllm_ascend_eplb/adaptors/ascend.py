@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The balancer inside vllm-ascend.
 
-vllm-ascend has an EPLB of its own, whose four classes only its model runner uses, by names that it imports. Once that
-module is loaded the names stand for the classes below, which keep the calls that the runner makes::
+vllm-ascend has an EPLB of its own, whose four classes only its model runner uses, by names that it imports. In a worker
+whose settings turn the balancer on, these names stand for the classes below, which keep the calls that the runner
+makes::
 
     D2DExpertWeightLoader(), EplbProcess(...)   nothing: EplbUpdator owns both
     VllmEplbAdaptor(model=)                     the layers and their expert tensors, by vllm-ascend's own class
@@ -28,10 +29,10 @@ tokens came. It is made a view of the recorder's counters.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import inspect
 import logging
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,7 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import EplbConfig, EplbConfigError
+from ..config import EplbConfig
 from ..load import LoadRecorder
 from ..maps import DispatchMaps
 from ..ops import entries_of
@@ -50,6 +51,7 @@ from ..post_import import after_import
 from ..topology import Topology, host_identity
 from ..transfer import exchange_bytes
 from ..updator import EplbUpdator, Stage, start_balancer
+from .ascend_config import settings_of, switch_on
 from .base import EplbAdaptor
 
 logger = logging.getLogger("vllm.eplb")
@@ -58,21 +60,7 @@ CHECKED_VERSIONS = ("0.23.0.post1",)
 """Releases of vllm-ascend whose sources were read and on which the tests ran."""
 
 RUNNER = "vllm_ascend.worker.model_runner_v1"
-WORKER = "vllm_ascend.worker.worker"
 DISPATCHER = "vllm_ascend.ops.fused_moe.token_dispatcher"
-
-SETTINGS = "vllm_ascend_eplb"
-"""Key of additional_config under which our settings travel to the workers; vllm-ascend ignores it."""
-
-SWITCH = "DYNAMIC_EPLB"
-"""Environment variable that vllm-ascend wants to be true before it accepts dynamic_eplb."""
-
-STOCK_KEYS = (
-    "dynamic_eplb",
-    "expert_heat_collection_interval",
-    "algorithm_execution_interval",
-    "num_redundant_experts",
-)
 
 CALLS = {
     "eplb_loader": {"set_adator"},
@@ -86,51 +74,55 @@ class AscendError(RuntimeError):
     """This model, or this vllm-ascend, cannot be balanced."""
 
 
-# --- the configuration, in the front-end process ----------------------------------------------------------------------
-
-
-def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
-    """The same configuration in the dialect that vllm-ascend accepts: its own keys in ``eplb_config``, all of ours
-    under :data:`SETTINGS`. Sets the environment variable that it asks for; workers inherit it.
-
-    Raises:
-        EplbConfigError: a setting cannot work.
-    """
-    config = EplbConfig.from_additional_config(additional_config)
-    result = dict(additional_config)
-    if not config.active:
-        return result
-    if os.environ.get(SWITCH, "true").lower() not in ("true", "1"):
-        raise EplbConfigError(
-            f"eplb_config.dynamic_eplb is true but the environment says {SWITCH}={os.environ[SWITCH]}; "
-            f"unset it, or export {SWITCH}=true"
-        )
-    if config.weighted_dispatch:
-        raise EplbConfigError(
-            "eplb_config.weighted_dispatch = true is not supported on Ascend in this version (allowed: false); "
-            "leave it out"
-        )
-    os.environ[SWITCH] = "true"
-    result["eplb_config"] = {key: getattr(config, key) for key in STOCK_KEYS}
-    result[SETTINGS] = config.model_dump()
-    return result
-
-
-def _settings(additional_config: dict[str, Any] | None) -> EplbConfig:
-    """Our settings in a worker, also where nobody has called :func:`hand_over`."""
-    additional_config = additional_config or {}
-    if SETTINGS in additional_config:
-        return EplbConfig.from_additional_config({"eplb_config": additional_config[SETTINGS]})
-    return EplbConfig.from_additional_config(additional_config)
-
-
 # --- taking over, in the worker ---------------------------------------------------------------------------------------
 
 
-def install() -> None:
-    """Takes vllm-ascend's names over as soon as its modules are loaded; idempotent."""
-    after_import(RUNNER, take_over)
-    after_import(WORKER, _hook_worker)
+def hook_worker(module: ModuleType) -> None:
+    """Puts a balanced worker in place of vllm-ascend's, in its module; idempotent."""
+    if not getattr(module.NPUWorker, "_eplb", False):
+        module.NPUWorker = balanced(module.NPUWorker)  # type: ignore[attr-defined]
+
+
+def balanced(base: type) -> type:
+    """A subclass of vllm-ascend's worker that takes the names over where the settings ask for it, counts steps once
+    warm-up is over, and ends the balancer with itself."""
+
+    class EplbNPUWorker(base):  # type: ignore[misc]
+        _eplb = True
+
+        def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            prepare(vllm_config.additional_config)
+            super().__init__(vllm_config, *args, **kwargs)
+
+        def compile_or_warm_up_model(self) -> Any:
+            result = super().compile_or_warm_up_model()
+            updator = _updator_of(self)
+            if updator is not None:
+                updator.begin()
+            return result
+
+        def shutdown(self) -> None:
+            updator = _updator_of(self)
+            if updator is not None:
+                updator.shutdown()
+            super().shutdown()
+
+    return EplbNPUWorker
+
+
+def _updator_of(worker: Any) -> _Updator | None:
+    updator = getattr(getattr(worker, "model_runner", None), "eplb_updator", None)
+    return updator if isinstance(updator, _Updator) else None
+
+
+def prepare(additional_config: Any) -> None:
+    """In a worker's process, before its runner is built: takes the names over if the settings turn the balancer on."""
+    config = settings_of(additional_config)
+    if not config.active:
+        return
+    switch_on()  # a worker on another machine has not inherited it
+    _Updator.settings = config
+    take_over(importlib.import_module(RUNNER))
 
 
 def differences(runner: ModuleType) -> list[str]:
@@ -175,6 +167,7 @@ def take_over(runner: ModuleType) -> None:
     runner.EplbProcess = _Process  # type: ignore[attr-defined]
     runner.EplbUpdator = _Updator  # type: ignore[attr-defined]
     runner.VllmEplbAdaptor = _layers_class(runner.VllmEplbAdaptor)  # type: ignore[attr-defined]
+    runner.Manager = _Manager  # type: ignore[attr-defined]
     _hook_runner(runner.NPUModelRunner)
     after_import(DISPATCHER, look_up_slots)
     runner._eplb = True  # type: ignore[attr-defined]
@@ -182,17 +175,11 @@ def take_over(runner: ModuleType) -> None:
 
 def _hook_runner(runner: Any) -> None:
     """Says what kind of forward begins, and steps at the right point of it."""
-    init, execute, dummy, determine = (
-        runner.__init__,
+    execute, dummy, determine = (
         runner.execute_model,
         runner._dummy_run,
         runner._determine_batch_execution_and_padding,
     )
-
-    @functools.wraps(init)
-    def new(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        _Updator.settings = _settings(vllm_config.additional_config)
-        init(self, vllm_config, *args, **kwargs)
 
     def begun(self: Any, forward: Callable[[], Any], serving: bool, stage: Stage) -> Any:
         self._eplb_forward = (serving, stage)
@@ -223,27 +210,8 @@ def _hook_runner(runner: Any) -> None:
             self.eplb_updator.step(*forward)
         return result
 
-    runner.__init__, runner.execute_model = new, execute_model
-    runner._dummy_run, runner._determine_batch_execution_and_padding = dummy_run, determine_then_step
-
-
-def _hook_worker(module: ModuleType) -> None:
-    """Steps are counted once warm-up is over."""
-    worker: Any = module.NPUWorker
-    warm_up = worker.compile_or_warm_up_model
-    if getattr(warm_up, "_eplb", False):
-        return
-
-    @functools.wraps(warm_up)
-    def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = warm_up(self, *args, **kwargs)
-        updator = getattr(self.model_runner, "eplb_updator", None)
-        if isinstance(updator, _Updator):
-            updator.begin()
-        return result
-
-    compile_or_warm_up_model._eplb = True  # type: ignore[attr-defined]
-    worker.compile_or_warm_up_model = compile_or_warm_up_model
+    runner.execute_model, runner._dummy_run = execute_model, dummy_run
+    runner._determine_batch_execution_and_padding = determine_then_step
 
 
 def look_up_slots(dispatcher: ModuleType) -> None:
@@ -289,6 +257,13 @@ class SlotTable:
         rows = torch.arange(ids.shape[0], device=ids.device, dtype=torch.int64).unsqueeze(1) + self._offset
         entries = entries_of(rows, experts, self._count[experts])
         return self._table[experts * self._width + entries].to(ids.dtype)
+
+
+class _Manager:
+    """vllm-ascend's planner shares a dictionary through a process of its own; here nothing reads it."""
+
+    def dict(self, values: dict[str, Any]) -> dict[str, Any]:
+        return values
 
 
 class _Loader:

@@ -11,6 +11,7 @@ from typing import Any
 from .. import metrics
 from ..config import EplbConfig, EplbConfigError
 from ..stats import provide_stats_path
+from . import ascend_config
 from .vllm_seams import CHECKED_VERSIONS, is_checked
 from .vllm_worker import worker_class_name
 
@@ -25,13 +26,15 @@ def hook(engine_args: type) -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        config = EplbConfig.from_additional_config(self.additional_config)
+        config = ascend_config.settings_of(self.additional_config)
         if not config.active:
             return original(self, *args, **kwargs)
         if self.enable_eplb:
             config.check_serving(num_experts=None, ep_size=1, expert_parallel=True, vllm_eplb=True)
         try:
             vllm_config = original(_with_switch(self, config), *args, **kwargs)
+        except EplbConfigError:
+            raise
         except Exception:
             _explain(self, config)
             raise
@@ -44,10 +47,15 @@ def hook(engine_args: type) -> None:
 
 def _with_switch(engine_args: Any, config: EplbConfig) -> Any:
     """The arguments with vLLM's own switch for EPLB on, where vLLM's checks of it apply: not on a CPU, for which they
-    refuse it whatever else is given; there the switch is set behind them."""
+    refuse it whatever else is given; there the switch is set behind them. On Ascend, with the settings in the form that
+    vllm-ascend accepts."""
     import vllm
     from vllm.platforms import current_platform
 
+    if ascend_config.on_ascend():
+        switched = copy.copy(engine_args)
+        switched.additional_config = ascend_config.hand_over(engine_args.additional_config)
+        return switched
     unchecked = not is_checked(vllm.__version__) and not config.allow_unchecked_vllm
     if current_platform.is_cpu() or unchecked or not engine_args.enable_expert_parallel:
         return engine_args
@@ -92,7 +100,6 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
         EplbConfigError: what cannot work, and the way out.
     """
     import vllm
-    from vllm.platforms import current_platform
 
     parallel = vllm_config.parallel_config
     num_redundant = config.check_serving(
@@ -101,6 +108,10 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
         ep_size=_expert_parallel_size(parallel),
         expert_parallel=parallel.enable_expert_parallel,
     )
+    if ascend_config.on_ascend():
+        ascend_config.refuse_what_is_not_supported(vllm_config, config)
+        _say_on(parallel, config, num_redundant)
+        return
     _refuse_what_is_not_supported(vllm_config)
     if not is_checked(vllm.__version__) and not config.allow_unchecked_vllm:
         logger.warning(
@@ -115,11 +126,17 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     parallel.eplb_config = _eplb_config(parallel.eplb_config, num_redundant)
     parallel.enable_eplb = True
     parallel.worker_cls = worker_class_name(parallel.worker_cls)
+    _say_on(parallel, config, num_redundant)
+
+
+def _say_on(parallel: Any, config: EplbConfig, num_redundant: int) -> None:
+    """Opens what other processes are told through, and says in the log what is on."""
+    from vllm.platforms import current_platform
+
+    doing = "a placement that stays"
     if config.dynamic:
         provide_stats_path()
         metrics.watch(pipeline_parts(parallel.pipeline_parallel_size))
-    doing = "a placement that stays"
-    if config.dynamic:
         doing = f"{config.policy_name} policy, a cycle every {config.expert_heat_collection_interval} steps"
         if config.mode == "observe":
             doing += " (observing only)"

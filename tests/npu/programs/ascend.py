@@ -14,6 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from vllm_ascend_eplb.process import EplbProcess
+
+from . import slow
+
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 LAYERS, EXPERTS, HIDDEN, INNER, TOKENS = 2, 8, 32, 16, 24
 
@@ -52,16 +56,16 @@ def _runner_module(ours: bool) -> ModuleType:
     import vllm_ascend
 
     vllm_ascend.register()
-    if ours:
-        from vllm_ascend_eplb.adaptors import ascend
-
-        ascend.install()
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
     import vllm_ascend.ops  # before the runner, as the worker does: they import each other
     import vllm_ascend.worker.model_runner_v1 as runner
 
+    if ours:
+        from vllm_ascend_eplb.adaptors import ascend
+
+        ascend.take_over(runner)
     return runner
 
 
@@ -123,13 +127,17 @@ def reference(layer: int, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return (x.unsqueeze(1) * scale[ids]).sum(1)
 
 
-def balance(ours: bool, owned: bool, redundant: int, steps: int, fault: str) -> dict[str, Any]:
+def balance(
+    ours: bool, owned: bool, redundant: int, steps: int, fault: str, intervals: tuple[int, int] = (10, 3)
+) -> dict[str, Any]:
     """The runner's calls over ``steps`` forwards of skewed load.
 
     Args:
         ours: our classes, or vllm-ascend's.
         owned: each rank routes tokens of its own (MC2, All2All), or all ranks route the same (AllGather).
-        fault: "kill" kills the planner once, or nothing.
+        fault: "kill": the planner of rank 0 is killed once. "slow": planners take SLOW seconds. "skew": ranks take the
+            same step for different stages, and one stage is counted. Or nothing.
+        intervals: expert_heat_collection_interval and algorithm_execution_interval.
     """
     os.environ["DYNAMIC_EPLB"] = "true"
     runner = _runner_module(ours)
@@ -137,18 +145,19 @@ def balance(ours: bool, owned: bool, redundant: int, steps: int, fault: str) -> 
     settings = {
         "dynamic_eplb": True,
         "num_redundant_experts": redundant,
-        "expert_heat_collection_interval": 10,
-        "algorithm_execution_interval": 3,
+        "expert_heat_collection_interval": intervals[0],
+        "algorithm_execution_interval": intervals[1],
     }
+    stage = {"eplb_heat_collection_stage": "decode" if fault == "skew" else "all"}
     from vllm_ascend.ascend_config import EplbConfig
 
-    config = EplbConfig({**settings, "eplb_policy_type": 2})
+    config = EplbConfig({**settings, **stage, "eplb_policy_type": 2})
     if ours:
-        from vllm_ascend_eplb.adaptors import ascend
+        from vllm_ascend_eplb.adaptors import ascend, ascend_config
 
-        changed = ascend.hand_over({"eplb_config": {**settings, "transport": "hccl"}})
+        changed = ascend_config.hand_over({"eplb_config": {**settings, **stage, "transport": "hccl"}})
         assert EplbConfig(changed["eplb_config"]).dynamic_eplb
-        runner.EplbUpdator.settings = ascend._settings(changed)
+        runner.EplbUpdator.settings = ascend_config.settings_of(changed)
         ascend.ranks_own_their_tokens = lambda: owned  # type: ignore[assignment]
     layers = [Layer(number, config, owned) for number in range(LAYERS)]
     torch.npu.synchronize()
@@ -167,6 +176,9 @@ def balance(ours: bool, owned: bool, redundant: int, steps: int, fault: str) -> 
         manager = Manager()
         shared = manager.dict(shared)
     process = runner.EplbProcess(shared_dict=shared, policy_type=2, enable_d2d=True, tp_size=None if owned else SIZE)
+    if fault == "slow" and not ours:
+        update = process.worker.do_update
+        process.worker.do_update = lambda: (time.sleep(slow.SECONDS), update())[1]
     child = process._launch_process()
     updator = runner.EplbUpdator(config, loader, process, child)
     adaptor = runner.VllmEplbAdaptor(model=model)
@@ -176,6 +188,9 @@ def balance(ours: bool, owned: bool, redundant: int, steps: int, fault: str) -> 
     updator.adaptor.clear_all_moe_loads()
     if ours:
         updator.begin()
+        if fault == "slow" and RANK == 0:
+            updator.balancer._planner.close()
+            updator.balancer._planner = EplbProcess(slow.plan)
     if fault == "kill" and RANK == 0:
         if ours:
             while updator.balancer._planner.pid is None:
@@ -202,13 +217,14 @@ def balance(ours: bool, owned: bool, redundant: int, steps: int, fault: str) -> 
         ids = torch.from_numpy(all_ids[RANK if owned else 0])
         all_x = torch.from_numpy(draw.integers(-4, 5, (SIZE, TOKENS, HIDDEN)).astype(np.float32))
         x = all_x[RANK if owned else 0]
+        decodes = fault != "skew" or (step + RANK) % 3 > 0
         began = time.perf_counter()
         with torch.inference_mode():
             if ours:
-                updator.step(True, "decode")
+                updator.step(True, "decode" if decodes else "prefill")
             updator.forward_before()
             out = [layer.forward(x.npu(), ids[layer.number].npu()) for layer in layers]
-            updator.forward_end(True)
+            updator.forward_end(decodes)
             torch.npu.synchronize()
         slowest = max(slowest, time.perf_counter() - began)
         wrong += not all(torch.equal(o.cpu(), reference(i, x, ids[i])) for i, o in enumerate(out))
@@ -233,18 +249,18 @@ def surface() -> dict[str, Any]:
     runner = _runner_module(True)
     from vllm_ascend.ascend_config import EplbConfig
 
-    from vllm_ascend_eplb.adaptors import ascend
+    from vllm_ascend_eplb.adaptors import ascend_config
 
     modules = [
         getattr(runner, name).__module__
         for name in ("EplbUpdator", "EplbProcess", "D2DExpertWeightLoader", "VllmEplbAdaptor")
     ]
     given = {"eplb_config": {"dynamic_eplb": True, "target_par": 1.1, "eplb_policy_type": 3, "transport": "hccl"}}
-    changed = ascend.hand_over(given)
+    changed = ascend_config.hand_over(given)
     wrong = ""
     if not EplbConfig(changed["eplb_config"]).dynamic_eplb or os.environ["DYNAMIC_EPLB"] != "true":
         wrong = "vllm-ascend would not balance"
-    if ascend._settings(changed).target_par != 1.1 or ascend._settings(changed).transport != "hccl":
+    if ascend_config.settings_of(changed).target_par != 1.1 or ascend_config.settings_of(changed).transport != "hccl":
         wrong = "our settings were lost"
     if "target_par" in changed["eplb_config"] or len(given["eplb_config"]) != 4:
         wrong = "the settings were not split"

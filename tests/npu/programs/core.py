@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -21,7 +22,9 @@ from vllm_ascend_eplb.load import LoadRecorder
 from vllm_ascend_eplb.maps import DispatchMaps
 from vllm_ascend_eplb.placement import Placement
 from vllm_ascend_eplb.process import EplbProcess
+from vllm_ascend_eplb.rounds import Round
 from vllm_ascend_eplb.topology import Topology
+from vllm_ascend_eplb.transfer import D2DExpertWeightLoader
 from vllm_ascend_eplb.updator import EplbUpdator
 
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -288,3 +291,45 @@ def negative_control_of_slots() -> str:
     slots = Slots(placement, 0, "npu")
     slots.stacked[1][1][2].add_(1)
     return slots.wrong(placement)
+
+
+def bystander(transport: str) -> dict[str, Any]:
+    """Rounds that concern the first two ranks only: a swap of two experts, twice. The others neither send nor receive;
+    they prepare, issue and commit all the same."""
+    ranks = _start()
+    placement = Placement.initial(2, 6, SIZE)
+    slots = Slots(placement, RANK, "npu")
+    loader = D2DExpertWeightLoader(
+        slots.views(),
+        ranks.transfer,
+        RANK,
+        2,
+        transport,
+        topology=Topology.even(SIZE),
+        device_group=dist.new_group(backend="hccl") if transport == "hccl" else None,
+    )
+    loader.warm_up()
+    loader.learn_checksums(placement)
+    wrong = ""
+    for number in range(2):
+        size = placement.slots_per_rank
+        held = placement.physical_to_logical[0]
+        swap = np.array([[0, 0, held[size], size, 0], [0, size, held[0], 0, 0]], dtype=np.int32)
+        each = Round(number, swap, size, after=number - 1)
+        loader.prepare(each)
+        while not loader.ready(number):
+            time.sleep(0.001)
+        loader.issue(number)
+        until = time.monotonic() + 60
+        while loader.rounds_intact <= number and not loader.poisoned and time.monotonic() < until:
+            time.sleep(0.001)
+        if loader.rounds_intact <= number:
+            return {"wrong": f"round {number} never arrived", "poisoned": loader.poisoned}
+        loader.commit(number)
+        placement = placement.with_moves(swap)
+        torch.npu.synchronize()
+        wrong = wrong or slots.wrong(placement)
+    dist.barrier(ranks.control)
+    poisoned = loader.poisoned
+    loader.close()
+    return {"wrong": wrong, "poisoned": poisoned, "received": loader.bytes_received}

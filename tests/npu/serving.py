@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The unmodified vllm-ascend on emulated NPUs, as its users start it: ``vllm serve`` with one flag for the balancer."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from examples.demo.server import MAX_TOKENS_PER_REQUEST, MODEL, Server
+
+from . import npus
+
+STACK = npus.ROOT / "build" / "stack"
+STANDINS = npus.ROOT / "tests" / "npu" / "standins"
+MISSING = "" if (STACK / ".stamp").exists() else "no vllm-ascend: run scripts/setup_npu_stack.sh"
+START_SECONDS = 400
+SOC = {"A2": "Ascend910B3", "A3": "Ascend910_9391"}
+
+
+def environment(report: Path, device: str = "A2", **settings: str) -> dict[str, str]:
+    """The environment in which the stack runs.
+
+    Args:
+        report: file for what the race detector finds.
+        device: A2 or A3.
+    """
+    values = npus.environment(
+        PYTHONPATH=f"{npus.ROOT}:{STACK / 'site'}:{STANDINS}",
+        EMULATED_NPU_RACE="report",
+        EMULATED_NPU_COMM_ORDER="report",
+        EMULATED_NPU_MEMORY_MB="2048",
+        EMULATED_NPU_REPORT=str(report),
+        EMULATED_NPU_SOC=SOC[device],
+        EMULATED_NPU_DEVICE_TYPE=device,
+        HF_HUB_OFFLINE="1",
+        VLLM_NO_USAGE_STATS="1",
+        TORCHDYNAMO_DISABLE="1",
+    )
+    values.pop("VLLM_PLUGINS", None)
+    values.pop("DYNAMIC_EPLB", None)
+    return {**values, **settings}
+
+
+def prompts(per_domain: int, characters: int = 160) -> list[list[str]]:
+    """Batches of prompts, one domain after the other."""
+    batches = []
+    for path in sorted((MODEL / "prompts").glob("*.jsonl")):
+        lines = path.read_text(encoding="utf-8").splitlines()[:per_domain]
+        batches.append([json.loads(line)["prompt"][:characters] for line in lines])
+    return batches
+
+
+def transformers_tokens(folder: Path, texts: list[str], tokens: int) -> list[list[int]]:
+    """Greedy tokens of the model in transformers, in float32 on the CPU: nothing of vLLM, nothing of torch_npu."""
+    job, answer = folder / "transformers.json", folder / "transformers-answer.json"
+    job.write_text(json.dumps({"texts": texts, "tokens": tokens}))
+    program = (
+        "import json, sys, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "job = json.load(open(sys.argv[2]))\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "answers = []\n"
+        "for text in job['texts']:\n"
+        "    ids = tokenizer(text, return_tensors='pt').input_ids\n"
+        "    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,\n"
+        "                         max_new_tokens=job['tokens'])\n"
+        "    answers.append(out[0, ids.shape[1]:].tolist())\n"
+        "json.dump(answers, open(sys.argv[3], 'w'))\n"
+    )
+    result = subprocess.run(
+        [str(npus.PYTHON), "-c", program, str(MODEL), str(job), str(answer)],
+        env=npus.environment(TORCH_DEVICE_BACKEND_AUTOLOAD="0", HF_HUB_OFFLINE="1", PYTHONPATH=str(STANDINS)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert answer.exists(), result.stderr[-4000:]
+    return json.loads(answer.read_text())
+
+
+class NpuServer(Server):
+    """``vllm serve`` of the stack.
+
+    Args:
+        eplb_config: the one flag; None for a server without it.
+        folder: an empty folder for its log, statistics and reports.
+        ranks: tensor-parallel and expert-parallel size.
+        arguments: further arguments for ``vllm serve``.
+        settings: environment variables.
+    """
+
+    def __init__(
+        self,
+        eplb_config: dict[str, object] | None,
+        folder: Path,
+        ranks: int = 2,
+        device: str = "A2",
+        dtype: str = "float32",
+        arguments: tuple[str, ...] = (),
+        **settings: str,
+    ) -> None:
+        super().__init__(ranks, {}, folder, 16)
+        self.report = folder / "races.txt"
+        port = self.url.rpartition(":")[2]
+        self.command = [
+            *(str(npus.PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL)),
+            *("--served-model-name", "tiny-moe", "--dtype", dtype, "--enforce-eager"),
+            *("--host", "127.0.0.1", "--port", port, "--uvicorn-log-level", "warning"),
+            *("--tensor-parallel-size", str(ranks), "--enable-expert-parallel"),
+            *("--max-model-len", str(MAX_TOKENS_PER_REQUEST), "--max-num-seqs", "16"),
+            *("--num-gpu-blocks-override", "256", "--no-enable-prefix-caching"),
+            *(() if eplb_config is None else ("--additional-config", json.dumps({"eplb_config": eplb_config}))),
+            *arguments,
+        ]
+        own = {key: self._environment[key] for key in ("EPLB_STATS_FILE", "VLLM_RPC_BASE_PATH")}
+        self._environment = environment(self.report, device, **own, **settings)
+
+    def started(self) -> NpuServer:
+        self.start()
+        try:
+            for _ in self.wait_until_ready(START_SECONDS):
+                pass
+        except Exception:
+            self.stop(5)
+            raise
+        return self
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def cycles_done(self) -> int:
+        stats = self.stats()
+        return stats.cycles_done if stats else 0
+
+    def planners(self) -> list[int]:
+        """The planner is the spawned child of a worker."""
+        found = []
+        for process in self.processes():
+            try:
+                command = Path(f"/proc/{process}/cmdline").read_bytes()
+                parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
+                if b"spawn_main" in command and b"Worker" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                    found.append(process)
+            except OSError:
+                continue  # it has just ended
+        return found
+
+    def races(self) -> list[str]:
+        """What the race detector reported so far."""
+        text = self.report.read_text() if self.report.exists() else ""
+        return [part for part in text.split("\n[") if part.strip()]
+
+    def complete(self, texts: list[str], tokens: int) -> list[list[int]]:
+        """Greedy answers to all texts, asked at the same time."""
+
+        def ask(text: str) -> list[int]:
+            request = {"model": "tiny-moe", "prompt": text, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+            response = httpx.post(f"{self.url}/v1/completions", json={**request, "return_token_ids": True}, timeout=300)
+            response.raise_for_status()
+            return response.json()["choices"][0]["token_ids"]
+
+        with concurrent.futures.ThreadPoolExecutor(len(texts)) as pool:
+            return list(pool.map(ask, texts))
+
+    def call(self, method: str) -> list[Any]:
+        """Calls a method of tests.npu.probe.Probe on all workers."""
+        response = httpx.post(f"{self.url}/collective_rpc", json={"method": method}, timeout=60)
+        response.raise_for_status()
+        return response.json()["results"]
