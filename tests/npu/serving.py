@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unmodified vllm-ascend on emulated NPUs, as its users start it: ``vllm serve`` with one flag for the balancer."""
+"""The unmodified vllm-ascend, as its users start it: ``vllm serve`` with one flag for the balancer. On emulated NPUs it
+is the one unpacked in build/stack, on real ones the one installed.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,8 @@ def environment(report: Path, device: str = "A2", **settings: str) -> dict[str, 
         report: file for what the race detector finds.
         device: A2 or A3.
     """
+    if npus.REAL:
+        return npus.environment(**settings)
     values = npus.environment(
         PYTHONPATH=f"{npus.ROOT}:{STACK / 'site'}:{STANDINS}",
         EMULATED_NPU_RACE="report",
@@ -91,6 +96,7 @@ class NpuServer(Server):
         eplb_config: the one flag; None for a server without it.
         folder: an empty folder for its log, statistics and reports.
         ranks: tensor-parallel and expert-parallel size.
+        device, dtype, model: what is emulated, and what it serves.
         arguments: further arguments for ``vllm serve``.
         settings: environment variables.
     """
@@ -102,6 +108,7 @@ class NpuServer(Server):
         ranks: int = 2,
         device: str = "A2",
         dtype: str = "float32",
+        model: str = str(MODEL),
         arguments: tuple[str, ...] = (),
         **settings: str,
     ) -> None:
@@ -109,12 +116,13 @@ class NpuServer(Server):
         self.report = folder / "races.txt"
         port = self.url.rpartition(":")[2]
         self.command = [
-            *(str(npus.PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL)),
+            *(sys.executable if npus.REAL else str(npus.PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", model),
             *("--served-model-name", "tiny-moe", "--dtype", dtype, "--enforce-eager"),
             *("--host", "127.0.0.1", "--port", port, "--uvicorn-log-level", "warning"),
             *("--tensor-parallel-size", str(ranks), "--enable-expert-parallel"),
             *("--max-model-len", str(MAX_TOKENS_PER_REQUEST), "--max-num-seqs", "16"),
-            *("--num-gpu-blocks-override", "256", "--no-enable-prefix-caching"),
+            "--no-enable-prefix-caching",
+            *(() if npus.REAL else ("--num-gpu-blocks-override", "256")),
             *(() if eplb_config is None else ("--additional-config", json.dumps({"eplb_config": eplb_config}))),
             *arguments,
         ]

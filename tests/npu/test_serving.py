@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unmodified vllm-ascend serves examples/tiny_moe with our balancer, from the one flag: the real torch_npu on emulated
-CANN, tensor-parallel 2 with expert parallelism. Most of it on one server, in the order of this file.
+"""The unmodified vllm-ascend serves examples/tiny_moe with our balancer, from the one flag, on 2 ranks: the real
+torch_npu on emulated CANN. Most of it on one server, in the order of this file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def batches() -> list[list[str]]:
 @pytest.fixture(scope="module")
 def want(tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]]) -> list[list[list[int]]]:
     """What transformers answers."""
-    flat = serving.transformers_tokens(tmp_path_factory.mktemp("transformers"), sum(batches, []), TOKENS)
+    texts = [text for batch in batches for text in batch]
+    flat = serving.transformers_tokens(tmp_path_factory.mktemp("transformers"), texts, TOKENS)
     return [flat[i : i + len(batches[0])] for i in range(0, len(flat), len(batches[0]))]
 
 
@@ -171,7 +172,6 @@ def test_the_platform_ascend_eplb_ends_in_the_same_adaptor(
     ("settings", "variables", "words"),
     [
         ({"num_redundant_experts": 3}, {}, "64 experts + 3 cannot be shared evenly by 2 ranks"),
-        ({"expert_heat_collection_interval": 0}, {}, "expert_heat_collection_interval = 0 is out of range"),
         ({}, {"DYNAMIC_EPLB": "false"}, "export DYNAMIC_EPLB=true"),
     ],
 )
