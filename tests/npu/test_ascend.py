@@ -44,65 +44,69 @@ def test_a_runner_that_calls_more_keeps_its_own_classes() -> None:
     assert result["left_alone"]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "owned", "redundant"),
-    [
-        (2, True, 0),  # MC2, All2All
-        (2, True, 2),
-        (2, False, 2),  # AllGather: all ranks route the same tokens
-        (4, False, 4),
-    ],
-)
-def test_moves_change_no_output(ranks: int, owned: bool, redundant: int) -> None:
-    for result in run("balance", ranks, [True, owned, redundant, 100, ""]).results:
+# ours, owned, redundant experts, steps, fault, intervals; "owned" is what MC2 and All2All are, not owned is AllGather:
+# all ranks route the same tokens.
+OURS: dict[str, list[Any]] = {
+    "owned": [True, True, 0, 100, ""],
+    "owned, redundant": [True, True, 2, 100, ""],
+    "gathered, redundant": [True, False, 2, 100, ""],
+    "killed planner": [True, True, 2, 100, "kill"],
+    "slow planner": [True, True, 2, 700, "slow", [400, 3]],
+    "shortest intervals": [True, True, 2, 100, "", [1, 1]],
+    "ranks in different stages": [True, True, 2, 150, "skew"],
+}
+STOCK: dict[str, list[Any]] = {
+    "owned": [False, True, 0, 60, ""],
+    "gathered, redundant": [False, False, 2, 10, ""],
+    "slow planner": [False, True, 0, 20, "slow"],
+}
+
+
+@pytest.fixture(scope="module")
+def ours() -> dict[str, list[dict[str, Any]]]:
+    """Per case the results of both ranks."""
+    results = run("several", 2, [list(OURS.values())]).results
+    return {name: [rank[number] for rank in results] for number, name in enumerate(OURS)}
+
+
+@pytest.fixture(scope="module")
+def stock() -> dict[str, list[dict[str, Any]]]:
+    results = run("several", 2, [list(STOCK.values())]).results
+    return {name: [rank[number] for rank in results] for number, name in enumerate(STOCK)}
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_moves_change_no_output(ours: dict[str, list[dict[str, Any]]], case: str) -> None:
+    for result in ours[case]:
+        assert result["wrong"] == 0
+        assert result["placements"] >= 2
+        assert result["phase"] != "OFF"
+        assert result["slowest"] < slow.SECONDS / 2  # no step waits for a planner, dead or slow
+
+
+def test_on_four_ranks() -> None:
+    for result in run("balance", 4, [True, False, 4, 100, ""]).results:
         assert result["wrong"] == 0
         assert result["placements"] >= 3
-        assert result["phase"] != "OFF"
 
 
-def test_where_both_are_right_both_move() -> None:
-    for result in run("balance", 2, [False, True, 0, 60, ""]).results:
+def test_where_both_are_right_both_move(stock: dict[str, list[dict[str, Any]]]) -> None:
+    for result in stock["owned"]:
         assert result["wrong"] == 0
         assert result["placements"] >= 2
 
 
-def test_its_own_tables_count_replicas_twice_where_tokens_are_gathered() -> None:
+def test_its_own_tables_count_replicas_twice_where_tokens_are_gathered(stock: dict[str, list[dict[str, Any]]]) -> None:
     """Not ours: with redundant experts its tables name another replica on each rank, so where all ranks route
     the same tokens each of them computes it, or none."""
-    for result in run("balance", 2, [False, False, 2, 10, ""]).results:
+    for result in stock["gathered, redundant"]:
         assert result["wrong"] == 10
 
 
-def test_a_planner_that_dies_stops_nothing() -> None:
-    for result in run("balance", 2, [True, True, 2, 100, "kill"]).results:
-        assert result["wrong"] == 0
-        assert result["placements"] >= 2
-        assert result["slowest"] < 30
-
-
-def test_a_slow_planner_stops_nothing() -> None:
-    for result in run("balance", 2, [True, True, 2, 700, "slow", [400, 3]]).results:
-        assert result["wrong"] == 0
-        assert result["placements"] >= 2
-        assert result["slowest"] < slow.SECONDS / 2
-
-
-def test_its_own_slow_planner_stops_every_rank_for_as_long() -> None:
+def test_its_own_slow_planner_stops_every_rank_for_as_long(stock: dict[str, list[dict[str, Any]]]) -> None:
     """Not ours: the step thread waits for the planner's answer."""
-    for result in run("balance", 2, [False, True, 0, 20, "slow"]).results:
-        assert result["slowest"] > slow.SECONDS - 1
-
-
-def test_the_shortest_intervals_work() -> None:
-    for result in run("balance", 2, [True, True, 2, 100, "", [1, 1]]).results:
-        assert result["wrong"] == 0
-        assert result["placements"] >= 2
-
-
-def test_ranks_may_be_in_different_stages() -> None:
-    for result in run("balance", 2, [True, True, 2, 150, "skew"]).results:
-        assert result["wrong"] == 0
-        assert result["placements"] >= 2
+    for result in stock["slow planner"]:
+        assert result["slowest"] > slow.SECONDS / 2
 
 
 @pytest.mark.parametrize(
@@ -110,10 +114,12 @@ def test_ranks_may_be_in_different_stages() -> None:
     [
         ("kill", [10, 3]),  # the step thread waits for ever for the dead planner's answer
         ("skew", [10, 3]),  # ranks count different steps, so that one gathers while another serves
-        ("", [0, 0]),  # passes its validation; no step is the one before the first
+        ("", [0, 0]),  # passes its validation, and no step is the one that ends a collection
     ],
 )
 def test_its_own_eplb_freezes_or_never_balances(fault: str, intervals: list[int]) -> None:
     """Not ours."""
-    outcome = run("balance", 2, [False, True, 0, 60, fault, intervals], timeout=75, check=False)
-    assert all(result is None or result["placements"] == 1 for result in outcome.results), outcome.results
+    outcome = run("balance", 2, [False, True, 0, 60, fault, intervals], timeout=120, check=False)
+    assert any(outcome.results), outcome.text()
+    for result in outcome.results:
+        assert result is None or "frozen" in result or result["placements"] == 1, outcome.results

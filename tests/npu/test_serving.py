@@ -168,6 +168,19 @@ def test_the_platform_ascend_eplb_ends_in_the_same_adaptor(
         server.stop()
 
 
+def test_on_a3_ranks_route_their_own_tokens(
+    tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]]
+) -> None:
+    """AllToAll for large batches, MC2 for small ones; tables differ between ranks."""
+    server = NpuServer(SETTINGS, tmp_path, device="A3").started()
+    try:
+        serve_until(server, batches, want, 4)
+        assert server.stats().cycles_failed == 0
+        assert not [race for race in server.races() if OURS in race][:3]
+    finally:
+        server.stop()
+
+
 @pytest.mark.parametrize(
     ("settings", "variables", "words"),
     [

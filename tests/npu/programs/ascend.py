@@ -4,9 +4,13 @@ that are small enough to be compared exactly."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,6 +24,7 @@ from . import slow
 
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 LAYERS, EXPERTS, HIDDEN, INNER, TOKENS = 2, 8, 32, 16, 24
+FROZEN_SECONDS = 15.0
 
 
 def _groups() -> None:
@@ -127,6 +132,37 @@ def reference(layer: int, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return (x.unsqueeze(1) * scale[ids]).sum(1)
 
 
+class _Watch:
+    """Ends the process where a step takes too long."""
+
+    def __init__(self) -> None:
+        self._step: int | None = None
+        self._since = time.monotonic()
+        self._over = False
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def begun(self, step: int | None) -> None:
+        """A step has begun; None: it was the last."""
+        self._step, self._since = step, time.monotonic()
+        self._over = step is None
+
+    def _run(self) -> None:
+        while not self._over:
+            time.sleep(0.5)
+            if self._step is not None and time.monotonic() - self._since > FROZEN_SECONDS:
+                Path(sys.argv[3]).write_text(json.dumps({"frozen": self._step}))
+                os._exit(0)
+
+
+def several(cases: list[list[Any]]) -> list[dict[str, Any]]:
+    """``balance`` for each of the cases, one after the other."""
+    results = []
+    for case in cases:
+        results.append(balance(*case))
+        dist.barrier()
+    return results
+
+
 def balance(
     ours: bool, owned: bool, redundant: int, steps: int, fault: str, intervals: tuple[int, int] = (10, 3)
 ) -> dict[str, Any]:
@@ -138,10 +174,13 @@ def balance(
         fault: "kill": the planner of rank 0 is killed once. "slow": planners take SLOW seconds. "skew": ranks take the
             same step for different stages, and one stage is counted. Or nothing.
         intervals: expert_heat_collection_interval and algorithm_execution_interval.
+
+    A step that takes FROZEN_SECONDS ends the process; the answer is then {"frozen": the step}.
     """
     os.environ["DYNAMIC_EPLB"] = "true"
     runner = _runner_module(ours)
-    _groups()
+    if not dist.is_initialized():
+        _groups()
     settings = {
         "dynamic_eplb": True,
         "num_redundant_experts": redundant,
@@ -201,7 +240,9 @@ def balance(
 
     draw = np.random.default_rng(7)
     wrong, slowest, moved = 0, 0.0, set()
+    watch = _Watch()
     for step in range(steps):
+        watch.begun(step)
         # Expert 0 is the hottest in layer 0, expert 1 in layer 1; every 40 steps the order turns round.
         heat = 1.0 / np.arange(1, EXPERTS + 1) ** 1.2
         heat = heat[:: -1 if step // 40 % 2 else 1]
@@ -232,6 +273,7 @@ def balance(
             moved.add(updator.balancer.placement.digest)
         else:
             moved.add(str(layers[0].w13_weight.flatten(1).cpu().tolist()))
+    watch.begun(None)
     result: dict[str, Any] = {"wrong": wrong, "placements": len(moved), "slowest": slowest}
     if ours:
         stats = updator.balancer.stats.stats()

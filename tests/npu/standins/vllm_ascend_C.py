@@ -129,3 +129,52 @@ class _ComputeSlotMapping:
 
 
 _block_table._compute_slot_mapping_kernel = _ComputeSlotMapping()
+
+
+def _moe_distribute_dispatch(
+    x, expert_ids, moe_expert_num, ep_world_size, ep_rank_id, expert_token_nums_type, x_active_mask=None, **unused
+):
+    """The first half of MC2, a fused operator of CANN, in terms of collectives: every token to the ranks that hold its
+    slots, ordered by slot. x [N, H], expert_ids [N, K], N equal on all ranks."""
+    group = _mc2_group()
+
+    def gathered(tensor):
+        parts = [torch.empty_like(tensor) for _ in range(ep_world_size)]
+        torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.cat(parts)
+
+    ids = expert_ids.to(torch.int64)
+    if x_active_mask is not None:
+        ids = ids.masked_fill(~x_active_mask[: ids.shape[0]].unsqueeze(1), -1)
+    tokens, ids = gathered(x), gathered(ids)
+    size = moe_expert_num // ep_world_size
+    local = ids.flatten() - ep_rank_id * size
+    mine = torch.nonzero((local >= 0) & (local < size)).flatten()
+    pairs = mine[torch.argsort(local[mine], stable=True)]
+    counts = torch.zeros(size, dtype=torch.int64, device=x.device)
+    counts.scatter_add_(0, local[mine], torch.ones_like(mine))
+    numbers = counts if expert_token_nums_type == 1 else counts.cumsum(0)
+    nothing = torch.empty(0, dtype=torch.int32, device=x.device)
+    return tokens[pairs // ids.shape[1]], nothing, pairs, numbers, nothing, nothing, nothing
+
+
+def _moe_distribute_combine(
+    expand_x, expert_ids, expert_scales, ep_world_size, ep_rank_id, assist_info_for_combine, **unused
+):
+    """The second half: the results back to the tokens' ranks, weighted and summed. expert_scales float32 [N, K]."""
+    tokens, top = expert_ids.shape
+    results = torch.zeros(ep_world_size * tokens * top, expand_x.shape[1], dtype=expand_x.dtype, device=expand_x.device)
+    results[assist_info_for_combine] = expand_x[: assist_info_for_combine.shape[0]]
+    torch.distributed.all_reduce(results, group=_mc2_group())  # one summand is not zero
+    own = results.view(ep_world_size, tokens, top, -1)[ep_rank_id].float()
+    return (own * expert_scales.unsqueeze(-1)).sum(1).to(expand_x.dtype)
+
+
+def _mc2_group():
+    from vllm_ascend.distributed.parallel_state import get_mc2_group
+
+    return get_mc2_group().device_group
+
+
+torch_npu.npu_moe_distribute_dispatch_v2 = _moe_distribute_dispatch
+torch_npu.npu_moe_distribute_combine_v2 = _moe_distribute_combine
