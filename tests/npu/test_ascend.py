@@ -44,8 +44,8 @@ def test_a_runner_that_calls_more_keeps_its_own_classes() -> None:
     assert result["left_alone"]
 
 
-# ours, owned, redundant experts, steps, fault, intervals; "owned" is what MC2 and All2All are, not owned is AllGather:
-# all ranks route the same tokens.
+# ours, owned, redundant experts, steps, fault, intervals, quantised. Owned is what MC2 and All2All are, not owned is
+# AllGather: all ranks route the same tokens.
 OURS: dict[str, list[Any]] = {
     "owned": [True, True, 0, 100, ""],
     "owned, redundant": [True, True, 2, 100, ""],
@@ -54,6 +54,7 @@ OURS: dict[str, list[Any]] = {
     "slow planner": [True, True, 2, 700, "slow", [400, 3]],
     "shortest intervals": [True, True, 2, 100, "", [1, 1]],
     "ranks in different stages": [True, True, 2, 150, "skew"],
+    "W8A8 with scales": [True, True, 2, 100, "", [10, 3], True],
 }
 STOCK: dict[str, list[Any]] = {
     "owned": [False, True, 0, 60, ""],

@@ -77,21 +77,38 @@ def _runner_module(ours: bool) -> ModuleType:
 class Layer:
     """What AscendFusedMoE is to its EPLB: maps, weights by name, received tokens."""
 
-    def __init__(self, number: int, config: Any, owned: bool) -> None:
+    def __init__(self, number: int, config: Any, owned: bool, quantised: bool) -> None:
         from vllm_ascend.eplb.core.eplb_utils import init_eplb_config
         from vllm_ascend.quantization.quant_type import QuantType
 
-        self.number, self.owned = number, owned
+        self.number, self.owned, self.quantised = number, owned, quantised
         moe = SimpleNamespace(num_experts=EXPERTS, ep_size=SIZE, ep_rank=RANK)
         self.global_expert_map, self.expert_map, self.log2phy, redundant = init_eplb_config(
             config, number, moe, tp_size=None if owned else SIZE
         )
         self.local_num_experts, self.ep_rank = (EXPERTS + redundant) // SIZE, RANK
-        self.quant_type = QuantType.NONE
+        self.quant_type = QuantType.W8A8 if quantised else QuantType.NONE
         self.moe_load = torch.zeros(self.local_num_experts, dtype=torch.int64, device="npu")
         held = [int(torch.nonzero(self.expert_map == slot)[0]) for slot in range(self.local_num_experts)]
-        self.w13_weight = torch.stack([expert_weights(number, e)[0] for e in held]).npu()
-        self.w2_weight = torch.stack([expert_weights(number, e)[1] for e in held]).npu()
+        if quantised:  # a tensor for each expert, and one for its scales
+            self.w13_weight_list = [expert_weights(number, e)[0].to(torch.int8).npu() for e in held]
+            self.w2_weight_list = [expert_weights(number, e)[1].to(torch.int8).npu() for e in held]
+            self.w13_weight_scale_fp32_list = [torch.full((2 * INNER,), scale_of(e), device="npu") for e in held]
+            self.w2_weight_scale_list = [torch.full((HIDDEN,), 1.0 / 8 + e, device="npu") for e in held]
+        else:
+            self.w13_weight = torch.stack([expert_weights(number, e)[0] for e in held]).npu()
+            self.w2_weight = torch.stack([expert_weights(number, e)[1] for e in held]).npu()
+
+    def weight_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``forward`` needs of both weights: [slots, HIDDEN] each."""
+        if not self.quantised:
+            return self.w13_weight.sum(1), self.w2_weight.sum(2)
+        w13 = zip(self.w13_weight_list, self.w13_weight_scale_fp32_list, strict=True)
+        w2 = zip(self.w2_weight_list, self.w2_weight_scale_list, strict=True)
+        return (
+            torch.stack([(weight.float() * scale.unsqueeze(1)).sum(0) for weight, scale in w13]),
+            torch.stack([weight.float().sum(1) * scale for weight, scale in w2]),
+        )
 
     def get_log2phy_map(self) -> Any:
         return self.log2phy
@@ -113,8 +130,7 @@ class Layer:
         mine = (local >= 0) & (local < self.local_num_experts)
         local = local.clamp(0, self.local_num_experts - 1)
         self.moe_load.scatter_add_(0, local.reshape(-1), mine.reshape(-1).to(torch.int64))
-        w13 = self.w13_weight.sum(1)[local]
-        w2 = self.w2_weight.sum(2)[local]
+        w13, w2 = (sums[local] for sums in self.weight_sums())
         out = (x.unsqueeze(1) * w13 * w2 * mine.unsqueeze(-1)).sum(1)
         dist.all_reduce(out)
         return out[RANK * TOKENS : (RANK + 1) * TOKENS] if self.owned else out
@@ -127,9 +143,18 @@ def expert_weights(layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]
     return w13, torch.randint(-3, 4, (HIDDEN, INNER), generator=generator).float()
 
 
-def reference(layer: int, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    scale = torch.stack([w13.sum(0) * w2.sum(1) for w13, w2 in (expert_weights(layer, e) for e in range(EXPERTS))])
-    return (x.unsqueeze(1) * scale[ids]).sum(1)
+def scale_of(expert: int) -> float:
+    """The scale of an expert's first weight; that of the second is expert + 1/8. All sums stay exact."""
+    return 2.0 ** (expert % 3)
+
+
+def reference(layer: int, x: torch.Tensor, ids: torch.Tensor, quantised: bool) -> torch.Tensor:
+    factors = []
+    for expert in range(EXPERTS):
+        w13, w2 = (weight.double() for weight in expert_weights(layer, expert))
+        scale = scale_of(expert) * (1.0 / 8 + expert) if quantised else 1.0
+        factors.append(w13.sum(0) * w2.sum(1) * scale)
+    return (x.double().unsqueeze(1) * torch.stack(factors)[ids]).sum(1).float()
 
 
 class _Watch:
@@ -164,7 +189,13 @@ def several(cases: list[list[Any]]) -> list[dict[str, Any]]:
 
 
 def balance(
-    ours: bool, owned: bool, redundant: int, steps: int, fault: str, intervals: tuple[int, int] = (10, 3)
+    ours: bool,
+    owned: bool,
+    redundant: int,
+    steps: int,
+    fault: str,
+    intervals: tuple[int, int] = (10, 3),
+    quantised: bool = False,
 ) -> dict[str, Any]:
     """The runner's calls over ``steps`` forwards of skewed load.
 
@@ -174,6 +205,7 @@ def balance(
         fault: "kill": the planner of rank 0 is killed once. "slow": planners take SLOW seconds. "skew": ranks take the
             same step for different stages, and one stage is counted. Or nothing.
         intervals: expert_heat_collection_interval and algorithm_execution_interval.
+        quantised: weights are W8A8's, int8 with scales, in lists of tensors.
 
     A step that takes FROZEN_SECONDS ends the process; the answer is then {"frozen": the step}.
     """
@@ -198,10 +230,10 @@ def balance(
         assert EplbConfig(changed["eplb_config"]).dynamic_eplb
         runner.EplbUpdator.settings = ascend_config.settings_of(changed)
         ascend.ranks_own_their_tokens = lambda: owned  # type: ignore[assignment]
-    layers = [Layer(number, config, owned) for number in range(LAYERS)]
+    layers = [Layer(number, config, owned, quantised) for number in range(LAYERS)]
     torch.npu.synchronize()
     runner.VllmEplbAdaptor._registered_moe_layers[:] = layers
-    model = SimpleNamespace(config=SimpleNamespace(), quant_config=None)
+    model = SimpleNamespace(config=SimpleNamespace(), quant_config=quantised or None)
     import vllm_ascend.eplb.adaptor.vllm_adaptor as stock_adaptor
 
     stock_adaptor.get_ascend_config = lambda: SimpleNamespace(enable_fused_mc2=0)
@@ -268,7 +300,7 @@ def balance(
             updator.forward_end(decodes)
             torch.npu.synchronize()
         slowest = max(slowest, time.perf_counter() - began)
-        wrong += not all(torch.equal(o.cpu(), reference(i, x, ids[i])) for i, o in enumerate(out))
+        wrong += not all(torch.equal(o.cpu(), reference(i, x, ids[i], quantised)) for i, o in enumerate(out))
         if ours:
             moved.add(updator.balancer.placement.digest)
         else:
