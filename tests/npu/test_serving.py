@@ -11,7 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from vllm_ascend_eplb.expert_map import read_expert_map, write_expert_map
+from vllm_ascend_eplb.placement import Placement
 
 from . import npus, serving
 from .serving import MISSING, NpuServer
@@ -31,7 +35,8 @@ SETTINGS: dict[str, object] = {
     "min_gain": 0.0,
 }
 PLATFORM = "ascend_eplb,eplb,ascend_kv_connector,ascend_model,ascend_model_loader,ascend_service_profiling"
-OURS = "vllm_ascend_eplb"
+UPSTREAM = "vllm/v1/worker/gpu_model_runner.py:267 in __init__"
+"""AsyncGPUModelRunnerOutput of vLLM 0.23.0: the copy of the sampled tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +103,7 @@ def test_par_falls(server: NpuServer) -> None:
     assert windows[0].par.mean == pytest.approx(windows[0].par_start.mean)
     balanced = sum(cycle.par.mean for cycle in later) / len(later)
     unmoved = sum(cycle.par_start.mean for cycle in later) / len(later)
-    assert balanced < unmoved - 0.05, f"PAR {balanced:.3f} with balancing, {unmoved:.3f} without"
+    assert balanced - 1 < 0.75 * (unmoved - 1), f"PAR {balanced:.3f} with balancing, {unmoved:.3f} without"
     for cycle in stats.cycles:
         if cycle.result == "done":
             assert cycle.par_predicted.mean < cycle.par.mean
@@ -115,20 +120,21 @@ def test_a_killed_planner_costs_no_request(
     assert server.planners() != planners
 
 
+def unexpected(server: NpuServer) -> list[str]:
+    """Races but those of vLLM's runner with itself: it copies the sampled tokens to the host on a stream of its own and
+    uses their memory for the next step's inputs meanwhile. Both sides of such a report are the runner's."""
+    return [race for race in server.races() if "data race" not in race or UPSTREAM not in race]
+
+
 def test_no_race_and_no_wrong_order(server: NpuServer) -> None:
-    """Reports without a line of ours are upstream's: vLLM's runner drops or reuses tensors on the compute stream while
-    their copy to the host is pending. None of them is on a tensor of ours, and none is about the order in which ranks
-    enter communicators."""
-    races = server.races()
-    assert not [race for race in races if OURS in race][:3]
-    assert not [race for race in races if "data race" not in race][:3]
+    assert not unexpected(server)[:3]
 
 
 def test_the_comparison_notices_weights_that_did_not_move(
     server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
     """The negative control: from here on the server switches maps and leaves the weights. It is the last on it."""
-    assert server.call("probe_freeze_weights") == [1, 1]
+    assert server.call("probe_freeze_weights") == ["1", "1"]
     until, pairs = server.cycles_done() + 2, 0
     for number in range(40):
         batch = number % len(batches)
@@ -158,14 +164,34 @@ def test_without_the_flag_nothing_changes(
 def test_the_platform_ascend_eplb_ends_in_the_same_adaptor(
     tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """Also without redundant experts."""
-    server = NpuServer({**SETTINGS, "num_redundant_experts": 0}, tmp_path, VLLM_PLUGINS=PLATFORM).started()
+    """Its weights are loaded by a map, and what it ends with is in the map that it records."""
+    given, recorded = tmp_path / "given.json", tmp_path / "recorded.json"
+    start = another_placement()
+    write_expert_map(given, start)
+    settings = {key: value for key, value in SETTINGS.items() if key != "num_redundant_experts"}
+    settings |= {"expert_map_path": str(given), "expert_map_record_path": str(recorded)}
+    server = NpuServer(settings, tmp_path, VLLM_PLUGINS=PLATFORM).started()
     try:
         assert "Platform plugin ascend_eplb is activated" in server.log
+        assert f"starting from {given}" in server.log
         serve_until(server, batches, want, 3)
-        assert not [race for race in server.races() if OURS in race][:3]
+        assert not unexpected(server)[:3]
+        deadline = time.monotonic() + 20
+        while not recorded.exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert read_expert_map(recorded).num_slots == start.num_slots
+        assert read_expert_map(recorded) != start
     finally:
         server.stop()
+
+
+def another_placement() -> Placement:
+    """Experts of each layer in reverse order, and two experts twice."""
+    slots = []
+    for layer in range(6):
+        order = np.roll(np.arange(64)[::-1], layer)
+        slots.append(np.concatenate([order[:32], order[32:33], order[32:], order[:1]]))
+    return Placement(np.array(slots, dtype=np.int32), 64, 2)
 
 
 def test_on_a3_ranks_route_their_own_tokens(
@@ -176,7 +202,7 @@ def test_on_a3_ranks_route_their_own_tokens(
     try:
         serve_until(server, batches, want, 4)
         assert server.stats().cycles_failed == 0
-        assert not [race for race in server.races() if OURS in race][:3]
+        assert not unexpected(server)[:3]
     finally:
         server.stop()
 

@@ -50,7 +50,7 @@ from ..placement import EMPTY, Placement
 from ..post_import import after_import
 from ..topology import Topology, host_identity
 from ..transfer import exchange_bytes
-from ..updator import EplbUpdator, Stage, start_balancer
+from ..updator import EplbUpdator, Stage, require_equal_start, start_balancer
 from .ascend_config import settings_of, switch_on
 from .base import EplbAdaptor
 
@@ -310,10 +310,15 @@ class _Updator:
         self.adaptor = adaptor
 
     def warm_up_eplb(self) -> None:
-        """Builds the balancer; in the profile run, on all ranks together."""
+        """Builds the balancer, or for a placement that stays its tables only; in the profile run, on all ranks
+        together."""
         # The profile run is in inference mode; tensors made here are changed outside of it, too.
         with torch.inference_mode(False), torch.no_grad():
-            self.balancer = start_balancer(AscendAdaptor(self.adaptor, self.settings), self.settings)
+            adaptor = AscendAdaptor(self.adaptor, self.settings)
+            if self.settings.dynamic:
+                self.balancer = start_balancer(adaptor, self.settings)
+            else:
+                require_equal_start(adaptor, self.settings)
 
     def begin(self) -> None:
         """Warm-up is over on this rank: what comes now are steps."""

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import EplbConfig, EplbConfigError
+from ..expert_map import MAX_MAP_BYTES, ExpertMapError, read_expert_map
+from ..files import FileError, parse_json, read_bounded, show
 
 SETTINGS = "vllm_ascend_eplb"
 """Key of additional_config under which our settings travel to the workers; vllm-ascend ignores it."""
@@ -19,13 +21,9 @@ SETTINGS = "vllm_ascend_eplb"
 SWITCH = "DYNAMIC_EPLB"
 """Environment variable that vllm-ascend wants to be true before it accepts dynamic_eplb."""
 
-STOCK_KEYS = (
-    "dynamic_eplb",
-    "expert_heat_collection_interval",
-    "algorithm_execution_interval",
-    "num_redundant_experts",
-)
-"""What vllm-ascend is told. Not the policy: under its number 3 its layers count load in another form."""
+STOCK_KEYS = ("expert_heat_collection_interval", "algorithm_execution_interval", "num_redundant_experts")
+"""What vllm-ascend is told besides ``dynamic_eplb`` and the map to load by. Not the policy: under its number 3 its
+layers count load in another form. Not the map to record: it would write to the same file."""
 
 
 def on_ascend() -> bool:
@@ -65,8 +63,31 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
             "leave it out"
         )
     switch_on()
-    stock = {key: getattr(config, key) for key in STOCK_KEYS}
-    return {**additional_config, "eplb_config": stock, SETTINGS: config.model_dump()}
+    # Also for a placement that stays: only then does its runner build what ours stands in for, and route by our tables.
+    stock = {"dynamic_eplb": True, **{key: getattr(config, key) for key in STOCK_KEYS}}
+    if config.expert_map_path is not None:
+        _check_map(config.expert_map_path)
+        stock["expert_map_path"] = config.expert_map_path
+    # Only what was given: some defaults depend on what is left out.
+    return {**additional_config, "eplb_config": stock, SETTINGS: config.model_dump(exclude_unset=True)}
+
+
+def _check_map(path: str) -> None:
+    """The map is read by vllm-ascend, which loads the weights by it.
+
+    Raises:
+        EplbConfigError: it is not in vllm-ascend's form, no map at all, or has an expert twice on a device.
+    """
+    try:
+        form = parse_json(read_bounded(path, MAX_MAP_BYTES, "expert map"), path) if path.endswith(".json") else None
+        if not isinstance(form, dict) or "layer_list" not in form:
+            raise EplbConfigError(
+                f"eplb_config.expert_map_path: {show(path)} is not in the form that vllm-ascend loads weights by, JSON "
+                "with a layer_list in a file that ends in .json; make one with: vllm-ascend-eplb convert"
+            )
+        read_expert_map(path)
+    except (ExpertMapError, FileError) as error:
+        raise EplbConfigError(f"eplb_config.expert_map_path: {error}") from None
 
 
 def switch_on() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 from datetime import timedelta
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from vllm_ascend_eplb.expert_map import write_expert_map
+from vllm_ascend_eplb.placement import Placement
 from vllm_ascend_eplb.process import EplbProcess
 
 from . import slow
@@ -203,7 +206,8 @@ def balance(
         ours: our classes, or vllm-ascend's.
         owned: each rank routes tokens of its own (MC2, All2All), or all ranks route the same (AllGather).
         fault: "kill": the planner of rank 0 is killed once. "slow": planners take SLOW seconds. "skew": ranks take the
-            same step for different stages, and one stage is counted. Or nothing.
+            same step for different stages, and one stage is counted. "map": weights are loaded by a map and stay.
+            Or nothing.
         intervals: expert_heat_collection_interval and algorithm_execution_interval.
         quantised: weights are W8A8's, int8 with scales, in lists of tensors.
 
@@ -226,8 +230,14 @@ def balance(
     if ours:
         from vllm_ascend_eplb.adaptors import ascend, ascend_config
 
+        if fault == "map":
+            path = Path(tempfile.gettempdir()) / f"eplb-map-{os.environ['MASTER_PORT']}.json"  # one for all ranks
+            write_expert_map(path, _some_placement(redundant))
+            settings = {"expert_map_path": str(path)}
+            dist.barrier()
         changed = ascend_config.hand_over({"eplb_config": {**settings, **stage, "transport": "hccl"}})
-        assert EplbConfig(changed["eplb_config"]).dynamic_eplb
+        config = EplbConfig(changed["eplb_config"])
+        assert config.dynamic_eplb
         runner.EplbUpdator.settings = ascend_config.settings_of(changed)
         ascend.ranks_own_their_tokens = lambda: owned  # type: ignore[assignment]
     layers = [Layer(number, config, owned, quantised) for number in range(LAYERS)]
@@ -302,12 +312,20 @@ def balance(
         slowest = max(slowest, time.perf_counter() - began)
         wrong += not all(torch.equal(o.cpu(), reference(i, x, ids[i], quantised)) for i, o in enumerate(out))
         if ours:
-            moved.add(updator.balancer.placement.digest)
+            moved.add(updator.balancer.placement.digest if updator.balancer else 0)
         else:
             moved.add(str(layers[0].w13_weight.flatten(1).cpu().tolist()))
     watch.begun(None)
     result: dict[str, Any] = {"wrong": wrong, "placements": len(moved), "slowest": slowest}
-    if ours:
+    if fault == "map":
+        maps = [layer.global_expert_map.cpu().numpy() for layer in layers]
+        assert ascend.placement_of(maps, layers[0].local_num_experts) == _some_placement(redundant)
+        dist.barrier()
+        if RANK == 0:
+            Path(config.expert_map_path).unlink()
+        result["phase"] = "no balancer" if updator.balancer is None else "a balancer"
+        updator.shutdown()
+    elif ours:
         stats = updator.balancer.stats.stats()
         result["par"] = [cycle.par.mean for cycle in stats.cycles]
         result["failed"] = stats.cycles_failed
@@ -316,6 +334,16 @@ def balance(
     else:
         child.kill()
     return result
+
+
+def _some_placement(redundant: int) -> Placement:
+    """Experts in another order in each layer, the redundant ones copies of the last."""
+    slots = []
+    for layer in range(LAYERS):
+        order = np.roll(np.arange(EXPERTS), layer + 3).reshape(SIZE, -1)
+        copies = np.roll(order, 1, axis=0)[:, : redundant // SIZE]  # those of the rank before
+        slots.append(np.concatenate([order, copies], axis=1).reshape(-1))
+    return Placement(np.array(slots, dtype=np.int32), EXPERTS, SIZE)
 
 
 def surface() -> dict[str, Any]:
