@@ -47,14 +47,15 @@ class Inputs:
 
 
 def make_inputs(num_tokens: int, device: str, dtype: torch.dtype, table: str, skew: float, seed: int) -> Inputs:
-    """Fresh inputs. ``table``: "replicas" (1 to 3 entries per expert, then -1) or "weighted" (all used); ``skew``:
-    exponent of the experts' popularity, 0 for even."""
+    """Fresh inputs. ``table``: "replicas" (1 to 3 entries per expert, then -1), "uneven" (1 to 11: counts without a
+    small common multiple) or "weighted" (all used); ``skew``: exponent of the experts' popularity, 0 for even."""
     rng = np.random.default_rng(seed)
     popularity = np.log(np.arange(1, NUM_EXPERTS + 1.0) ** -skew)
     noise = rng.gumbel(size=(INPUT_SETS, num_tokens, NUM_EXPERTS))
     ids = np.argpartition(-(noise + popularity), TOP_K, axis=-1)[..., :TOP_K]
     entries = rng.integers(0, NUM_SLOTS, (NUM_EXPERTS, WIDTH))
-    replicas = rng.integers(1, 4, NUM_EXPERTS) if table == "replicas" else np.full(NUM_EXPERTS, WIDTH)
+    most = {"replicas": 3, "uneven": 11}.get(table)
+    replicas = np.full(NUM_EXPERTS, WIDTH) if most is None else rng.integers(1, most + 1, NUM_EXPERTS)
     entries[np.arange(WIDTH) >= replicas[:, None]] = -1
     return Inputs(
         [torch.tensor(batch, dtype=dtype, device=device) for batch in ids],
@@ -191,7 +192,7 @@ def time_in_turns(calls: dict[str, Call], rounds: int, turn: float = 0.008) -> d
     return times
 
 
-def measure_cpu(checks: Checks, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def measure_cpu(checks: Checks, rounds: int, tables: tuple[str, ...]) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Times on the CPU, and the ratios that matter: other over op, medians over rounds."""
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
@@ -199,7 +200,7 @@ def measure_cpu(checks: Checks, rounds: int) -> tuple[list[dict[str, Any]], dict
     for threads in sorted({1, all_threads}):
         torch.set_num_threads(threads)
         for num_tokens in (512, 8192):
-            for table in ("weighted", "replicas"):
+            for table in tables:
                 case = f"cpu, {threads} threads, N={num_tokens}, {table}"
                 inputs = make_inputs(num_tokens, "cpu", torch.int64, table, 0.8, seed=num_tokens + threads)
                 for name in ("op", "op by ATen", "choose + index + bincount"):
@@ -380,7 +381,8 @@ def main() -> int:
     ratios: dict[str, float] = {}
     has_cuda = torch.cuda.is_available() and arguments.device != "cpu"
     if arguments.device != "cuda":
-        rows, ratios = measure_cpu(checks, rounds)
+        tables = ("weighted", "replicas") if arguments.quick else ("weighted", "replicas", "uneven")
+        rows, ratios = measure_cpu(checks, rounds, tables)
         rows += measure_recorder(checks, "cpu", rounds)
         if not arguments.quick:
             rows += measure_compiled(checks, "cpu", rounds)

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "arguments.h"
@@ -30,6 +32,9 @@ namespace {
 constexpr int64_t kEntriesPerThread = 8192;  // fewer are done sooner than another thread is woken
 constexpr int64_t kCopies = 4;               // of the bins, in turn: an add need not wait for the last one's store
 constexpr int64_t kTile = 256;               // entries mapped at a time: their buffers stay in the first-level cache
+constexpr int64_t kCacheLine = 64;           // what a vector store leaves over two of them is slow to read back
+constexpr int64_t kLargestCompact = 32768;   // elements of a compact table: 64 KiB
+constexpr int64_t kUsesOfCompact = 4;  // batch entries per element of a compact table for which it pays to make it
 
 int64_t scalar(const at::Tensor& t, int64_t i) {
     return t.scalar_type() == at::kInt ? t.const_data_ptr<int32_t>()[i] : t.const_data_ptr<int64_t>()[i];
@@ -78,16 +83,20 @@ void index_tile(const uint32_t* experts, const uint32_t* angles, const uint32_t*
 
 // Memory that calls on one thread share.
 struct Scratch {
-    std::vector<uint32_t> bins;   // [parts, copies, slots], tokens of this call
-    std::vector<uint32_t> valid;  // [experts]
+    std::vector<uint32_t> bins;     // [parts, copies, slots], tokens of this call
+    std::vector<uint32_t> valid;    // [experts]
+    std::vector<uint16_t> compact;  // [experts, common width]
 };
 
-template <typename Id>
+// `Element`: int64_t, the dispatch table as it was given, or uint16_t, a compact one (see make_compact).
+template <typename Id, typename Element>
 struct Batch {
+    static constexpr bool kCompact = std::is_same_v<Element, uint16_t>;
+
     const Id* ids;
     Id* out;
     int64_t top_k;
-    const int64_t* table;
+    const Element* table;
     uint32_t row_stride;
     uint32_t width;
     uint64_t num_experts;
@@ -101,7 +110,7 @@ struct Batch {
     void map(int64_t first, int64_t end, uint32_t* bins) const {
         if (first >= end) return;
         const int64_t tokens_per_tile = std::clamp<int64_t>(kTile / top_k, 1, end - first);
-        uint32_t angles[kTile] = {};
+        alignas(kCacheLine) uint32_t angles[kTile] = {};
         for (int64_t row = 0, j = 0; row < tokens_per_tile; ++row) {
             const uint32_t angle = static_cast<uint32_t>(row) * kTokenStep;
             for (const int64_t stop = std::min(j + top_k, kTile); j < stop; ++j) angles[j] = angle;
@@ -118,8 +127,8 @@ struct Batch {
     template <bool kCount>
     void map_tile(int64_t at, int64_t n, uint32_t first_angle, const uint32_t* angles, uint32_t* bins) const {
         const Id* const from = ids + at;
-        uint32_t experts[kTile];
-        uint32_t index[kTile];
+        alignas(kCacheLine) uint32_t experts[kTile];
+        alignas(kCacheLine) uint32_t index[kTile];
         const bool known = narrow(from, n, num_experts, experts);
         if (!known) {
             for (int64_t j = 0; j < n; ++j) experts[j] = is_expert(from[j]) ? experts[j] : 0;
@@ -127,7 +136,7 @@ struct Batch {
         if (uniform) {
             index_tile(experts, angles, nullptr, n, first_angle, width, row_stride, index);
         } else {
-            uint32_t valid_of[kTile];
+            alignas(kCacheLine) uint32_t valid_of[kTile];
             for (int64_t j = 0; j < n; ++j) valid_of[j] = valid[experts[j]];
             index_tile(experts, angles, valid_of, n, first_angle, width, row_stride, index);
         }
@@ -146,14 +155,14 @@ struct Batch {
 
     template <bool kCount>
     void look_up(const uint32_t* __restrict index, int64_t n, Id* __restrict to, uint32_t* __restrict bins) const {
-        const int64_t* const __restrict entries = table;
+        const Element* const __restrict entries = table;
         const uint64_t slots = num_slots;
         const int64_t stride = copy_stride;
         const auto put = [=](int64_t j, uint32_t element, int64_t copy) {
             const int64_t slot = entries[element];
             to[j] = static_cast<Id>(slot);
             if constexpr (kCount) {
-                if (C10_LIKELY(static_cast<uint64_t>(slot) < slots)) ++bins[copy * stride + slot];
+                if (kCompact || C10_LIKELY(static_cast<uint64_t>(slot) < slots)) ++bins[copy * stride + slot];
             }
         };
         int64_t j = 0;
@@ -187,6 +196,50 @@ bool narrow_valid(const Replicas* replicas, int64_t num_experts, int64_t width, 
     return differs == 0;
 }
 
+// The least common multiple of the replica counts, if a table of that width for all experts is small; or 0.
+int64_t common_width(const std::vector<uint32_t>& valid, int64_t most) {
+    int64_t width = 1;
+    for (const uint32_t replicas : valid) {
+        if (replicas > 1 && width % replicas != 0) width = std::lcm(width, static_cast<int64_t>(replicas));
+        if (width > most) return 0;
+    }
+    return width;
+}
+
+// Copies a row's elements to 16 bits; returns the highest.
+EPLB_PER_INSTRUCTION_SET
+uint64_t narrow_row(const int64_t* row, int64_t n, uint16_t* compact) {
+    uint64_t highest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        compact[i] = static_cast<uint16_t>(row[i]);
+        highest = std::max(highest, static_cast<uint64_t>(row[i]));
+    }
+    return highest;
+}
+
+// Makes rows of one width, a multiple of each row's replica count, with each replica repeated: the same fraction of the
+// interval chooses the same replica, and neither the replica count nor a wide element has to be read for a token.
+// Returns whether all replicas are slots that are counted and that fit.
+bool make_compact(const int64_t* table, int64_t row_stride, const std::vector<uint32_t>& valid, int64_t width,
+                  int64_t num_slots, std::vector<uint16_t>& compact) {
+    compact.resize(valid.size() * static_cast<size_t>(width));
+    uint64_t highest = 0;
+    uint16_t* next = compact.data();
+    for (size_t expert = 0; expert < valid.size(); ++expert, table += row_stride) {
+        const int64_t replicas = std::max<int64_t>(valid[expert], 1);  // none: the first entry, as entry_of has it
+        if (replicas == width) {
+            highest = std::max(highest, narrow_row(table, width, next));
+            next += width;
+            continue;
+        }
+        for (int64_t i = 0; i < replicas; ++i) {
+            highest = std::max(highest, static_cast<uint64_t>(table[i]));
+            next = std::fill_n(next, width / replicas, static_cast<uint16_t>(table[i]));
+        }
+    }
+    return highest < static_cast<uint64_t>(std::min<int64_t>(num_slots, 1 << 16));
+}
+
 EPLB_PER_INSTRUCTION_SET
 void add_bins(const uint32_t* bins, int64_t num_slots, int64_t* counts) {
     for (int64_t slot = 0; slot < num_slots; ++slot) counts[slot] += bins[slot];
@@ -212,31 +265,43 @@ at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::T
             : narrow_valid(replicas.const_data_ptr<int64_t>(), table.size(0), width, scratch.valid.data());
     const int64_t stride = (num_slots + 15) / 16 * 16;  // whole cache lines
     const int64_t copies = ids.numel() < 2 * num_slots ? 1 : kCopies;
-    const Batch<Id> batch{ids.const_data_ptr<Id>(),
-                          out.mutable_data_ptr<Id>(),
-                          ids.size(1),
-                          table.const_data_ptr<int64_t>(),
-                          static_cast<uint32_t>(table.stride(0)),
-                          static_cast<uint32_t>(width),
-                          static_cast<uint64_t>(table.size(0)),
-                          scratch.valid.data(),
-                          uniform,
-                          static_cast<uint64_t>(num_slots),
-                          copies == 1 ? 0 : stride};
     const int64_t parts = std::clamp<int64_t>(ids.numel() / kEntriesPerThread, 1, at::get_num_threads());
     const bool counting = real_first < real_end;
     if (counting) scratch.bins.assign(static_cast<size_t>(parts * copies * stride), 0);
     uint32_t* const bins = scratch.bins.data();
     if (ids.numel() == 0) return out;
-    if (parts == 1) {
-        batch.map_part(0, num_tokens, real_first, real_end, bins);
-    } else {
-        at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const auto map_all = [&](const auto* entries, int64_t row_stride, int64_t row_width, bool one_width) {
+        const Batch<Id, std::remove_const_t<std::remove_pointer_t<decltype(entries)>>> batch{
+            ids.const_data_ptr<Id>(),
+            out.mutable_data_ptr<Id>(),
+            ids.size(1),
+            entries,
+            static_cast<uint32_t>(row_stride),
+            static_cast<uint32_t>(row_width),
+            static_cast<uint64_t>(table.size(0)),
+            scratch.valid.data(),
+            one_width,
+            static_cast<uint64_t>(num_slots),
+            copies == 1 ? 0 : stride};
+        const auto map_parts = [&](int64_t begin, int64_t end) {
             for (int64_t part = begin; part < end; ++part) {
                 batch.map_part(num_tokens * part / parts, num_tokens * (part + 1) / parts, real_first, real_end,
                                bins + part * copies * stride);
             }
-        });
+        };
+        if (parts == 1) {
+            map_parts(0, 1);
+        } else {
+            at::parallel_for(0, parts, 1, map_parts);
+        }
+    };
+    const int64_t* const entries = table.const_data_ptr<int64_t>();
+    const int64_t most = std::min(kLargestCompact, ids.numel() / kUsesOfCompact) / std::max<int64_t>(table.size(0), 1);
+    const int64_t common = most >= 1 ? common_width(scratch.valid, most) : 0;
+    if (common > 0 && make_compact(entries, table.stride(0), scratch.valid, common, num_slots, scratch.compact)) {
+        map_all(static_cast<const uint16_t*>(scratch.compact.data()), common, common, true);
+    } else {
+        map_all(entries, table.stride(0), width, uniform);
     }
     for (int64_t copy = 0; counting && copy < parts * copies; ++copy) {
         if (counts.scalar_type() == at::kInt) {

@@ -136,6 +136,29 @@ def test_any_number_of_experts_per_token(device, top_k, uniform):
     assert torch.equal(counts.cpu(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "odd", [None, "unknown ids", "slots that are not counted", "an empty valid entry", "wide slots"]
+)
+@pytest.mark.parametrize("replica_counts", [[1], [16], [0, 1, 2, 3], [2, 3, 4, 5, 6], [5, 7, 8, 9, 11]], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_form_of_table(device, replica_counts, odd, dtype):
+    """Large batches have a path of their own for tables whose replica counts have a small common multiple."""
+    num_slots = 70_000 if odd == "wide slots" else 288
+    ids, table, _, counts, record = model_batch(3000, device, dtype, num_slots=num_slots)
+    replicas = torch.tensor(replica_counts, device=device).repeat(256)[:256]
+    table[torch.arange(16, device=device) >= replicas.clamp(min=1)[:, None]] = -1
+    if odd == "unknown ids":
+        ids[::7, 1], ids[::5, 2], ids[-1, -1] = -1, 256, 2**31 - 1
+    elif odd == "slots that are not counted":
+        table[100:110, 0] = 288
+    elif odd == "an empty valid entry":
+        table[7, 0] = -1
+    out, expected = reference(ids, table, replicas, counts, record)
+    assert torch.equal(ops.map_and_record(ids, table, replicas, counts, record).cpu(), out)
+    assert torch.equal(counts.cpu(), expected)
+
+
 @pytest.mark.parametrize("path", ["op", "aten"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_views_of_larger_tensors(path, device):
