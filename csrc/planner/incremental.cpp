@@ -28,6 +28,9 @@ constexpr double kScoredAbove[] = {-0.01, 0.0, 0.0, 0.0};
 constexpr int kExactEvery = 4;
 constexpr int kFewSlots = 128;
 
+// There a descent is so short that "fast" has time for some rounds: they take off a tenth of the moves.
+constexpr int kRoundsOfFast = 4;
+
 // An expert whose replicas leave less than this part of the other slots' mean load to them is split before the descent.
 constexpr double kRoomBeside = 0.45;
 
@@ -59,7 +62,9 @@ class LayerPlanner {
             if (!has_load_ || search_.reached()) return;
             double share = 1.0 - room;
             if (variance_ != nullptr) share = std::min(share, kNearLeast * search_.smallest_largest_share());
-            search_.split_heavy(share);
+            // With one slot per rank a replica is a rank's load: the least largest share is the best there is.
+            if (!search_.split_heavy(share) && shape.per_rank() == 1)
+                search_.split_heavy(search_.smallest_largest_share());
             reached_ = search_.descend();
             const double peak = search_.peak();
             if (reached_ || peak < best_peak || (peak == best_peak && search_.cost() < best_cost)) {
@@ -184,6 +189,7 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
     if (!goal.thorough) {
         for_each_item(num_layers, goal.threads, [&](int l) {
             begin_layer(l);
+            if (shape.slots <= kFewSlots) layers[l]->improve(kRoundsOfFast);
             finish_layer(l);
         });
     } else {

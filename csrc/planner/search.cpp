@@ -388,12 +388,12 @@ double Search::smallest_largest_share() const {
     return static_cast<double>(low) / kUnit;
 }
 
-void Search::split_heavy(double share) {
+bool Search::split_heavy(double share) {
     const int E = shape_.experts;
     const int32_t most = std::max(1, static_cast<int32_t>(std::llrint(share * kUnit)));
     int64_t wanted = 0;
     for (int e = 0; e < E; ++e) wanted += copies_needed(e, most);
-    if (wanted > shape_.slots) return;
+    if (wanted > shape_.slots) return false;
     for (int e = 0; e < E; ++e) {
         least_[e] = copies_needed(e, most);
         if (least_[e] == 1) continue;
@@ -402,6 +402,7 @@ void Search::split_heavy(double share) {
     for (int e = 0; e < E; ++e)
         while (count_[e] < least_[e] && replicate(e)) {
         }
+    return true;
 }
 
 void Search::undo() {

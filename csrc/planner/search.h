@@ -39,8 +39,8 @@ class Search {
     // Gives experts more copies until none of their replicas carries more than `share` of a rank's mean, and keeps the
     // descent from dropping below. An expert whose replicas leave little room beside them holds a descent up: no
     // single copy more helps its ranks without hurting the receiver as much, and dropping one looks cheap. Does nothing
-    // where the slots do not suffice.
-    void split_heavy(double share);
+    // and returns false where the slots do not suffice.
+    bool split_heavy(double share);
 
     // The load of the heaviest replica, in units of a rank's mean, when copies are given out to make that least.
     double smallest_largest_share() const;

@@ -153,7 +153,8 @@ def plan(
         policy: "incremental", "default" (DeepSeek's, as vLLM runs it) or "random". The keyword arguments below, but
             ``seed``, are for "incremental" only.
         target_par: a layer is left alone once its PAR is no greater.
-        effort: "fast" is one descent; "thorough" goes on improving for ``time_budget`` seconds.
+        effort: "fast" is one descent, and up to 128 slots per layer a few rounds of improvement; "thorough" goes on
+            improving for ``time_budget`` seconds.
         time_budget: seconds of "thorough", for all layers together.
         rounds: rounds of improvement per layer in "thorough" instead of a time budget; equal rounds give equal plans.
         max_moves: most moves in the plan, over all layers; spent where they bring most.
@@ -167,7 +168,7 @@ def plan(
             cost model: moves that save less, over ``horizon`` windows like this one, than the time in which their bytes
             are received (all ranks receive side by side) are left out.
         horizon: windows for which the plan is expected to hold.
-        seed: of "random" and "thorough".
+        seed: of "random" and of improvement.
         threads: threads that share the layers. The plan does not depend on it.
 
     Returns:
