@@ -2,7 +2,8 @@
 """Every policy and every peer on the same loads: ``python -m benchmarks.planner --json PATH``.
 
 One table of plans (balance on the planned and on the next window, moves, bytes, time), one of drifting loads, one of
-dispatch shares, one of large models, and without ``--quick`` one of small instances against a mixed-integer program.
+dispatch shares, one of large models, and without ``--quick`` one of small instances against a mixed-integer program;
+``--parts`` chooses among them.
 Writes everything as JSON to PATH (which may be a pipe) and draws the trade-off of balance against moves (``--plot``).
 Loads come from ``--loads`` DIR (JSON files with ``logical_count``), from a trace, and from a generator with the
 statistics of a large model in service. The exit status is 1 if a check fails: a plan that is not valid, one that misses
@@ -15,6 +16,7 @@ import argparse
 import functools
 import itertools
 import json
+import os
 import platform
 import sys
 import time
@@ -35,6 +37,8 @@ EXPERT_BYTES = 44_000_000
 
 TRACE = Path(__file__).resolve().parent.parent / "examples/tiny_moe/load_trace.npz"
 
+PARTS = ("plans", "drift", "dispatch", "scale", "optimum")
+
 SPREAD_OF_NEXT_WINDOW = 0.07
 """Standard deviation of the log ratio between the planned and the next window where the load has no next one: mild."""
 
@@ -53,6 +57,7 @@ class Case:
     num_ranks: int
     target_par: float
     thorough_seconds: float = 0.3
+    planned_for: FloatArray | None = None  # the load that the placement in force was made for
 
     @property
     def placement(self) -> Placement:
@@ -78,7 +83,7 @@ class Row:
 
 @dataclass
 class Results:
-    machine: dict[str, str]
+    machine: dict[str, Any]
     plans: list[Row] = field(default_factory=list)
     drift: list[dict[str, Any]] = field(default_factory=list)
     dispatch: list[dict[str, Any]] = field(default_factory=list)
@@ -153,7 +158,7 @@ def cases_between(first: FloatArray, second: FloatArray, third: FloatArray, shor
     for num_ranks, num_slots, target, seconds in ((32, 288, 1.02, 0.3), (64, 320, 1.03, 1.0)):
         stale = greedy_placement(first, num_slots, num_ranks)
         name = f"EP{num_ranks}/{num_slots} {short}"
-        made.append(Case(f"{name}, {target:g}", stale, second, third, num_ranks, target, seconds))
+        made.append(Case(f"{name}, {target:g}", stale, second, third, num_ranks, target, seconds, first))
         if kind == "hard":
             full = 1.005 if num_ranks == 32 else 1.012
             if num_ranks == 32:
@@ -316,7 +321,7 @@ def check_plans(results: Results, case: Case, in_force: Placement) -> None:
     results.check(worst <= case.target_par + 0.01, f"{case.name}: worst layer at {worst:.4f}")
 
 
-def run_drift(results: Results, num_layers: int, num_windows: int) -> None:
+def run_drift(results: Results, num_layers: int, num_windows: int, seeds: range) -> None:
     """Each plan is judged on the window after the one it was made for, and compared with planning from scratch."""
     print("\ndrifting load, PAR of the following window (mean over windows and layers)")
     for num_ranks, num_slots, target, options in (
@@ -324,35 +329,56 @@ def run_drift(results: Results, num_layers: int, num_windows: int) -> None:
         (64, 320, 1.018, {"effort": "thorough", "rounds": 100}),
     ):
         for kind in ("mild", "medium", "mixed"):
-            windows = loads.drifting_windows(kind, num_windows, num_layers, 256)
-            first = plan(
-                windows[0], Placement.initial(num_layers, 256, num_ranks, num_slots - 256), num_ranks, policy="default"
-            )
-            ours = scratch = stay = first.physical_to_logical
-            par: dict[str, list[float]] = {"incremental": [], "from scratch": [], "stay": []}
-            moves = {"incremental": 0, "from scratch": 0}
-            for t in range(1, num_windows - 1):
-                mine = plan(windows[max(0, t - 11) : t + 1], ours, num_ranks, target_par=target, **options)  # type: ignore[arg-type]
-                theirs = plan(windows[t], scratch, num_ranks, policy="default").physical_to_logical
-                moves["incremental"] += int(receipts(ours, mine.physical_to_logical, num_ranks).sum())
-                moves["from scratch"] += int(receipts(scratch, theirs, num_ranks).sum())
-                ours, scratch = mine.physical_to_logical, theirs
-                for name, slots in (("incremental", ours), ("from scratch", scratch), ("stay", stay)):
-                    par[name].append(float(Placement(slots, 256, num_ranks).par(windows[t + 1]).mean()))
-            row = {
-                "ranks": num_ranks, "slots": num_slots, "drift": kind, "layers": num_layers, "windows": num_windows,
-                **{f"par {name}": float(np.mean(values)) for name, values in par.items()},
-                "moves per window": moves["incremental"] / (num_windows - 2),
-                "part of moves from scratch": moves["incremental"] / moves["from scratch"],
-            }  # fmt: skip
-            results.drift.append(row)
-            gap = row["par incremental"] - row["par from scratch"]
-            print(
-                f"  EP{num_ranks}/{num_slots} {kind:7s} incremental {row['par incremental']:.4f}  from scratch "
-                f"{row['par from scratch']:.4f} ({gap:+.4f})  stay {row['par stay']:.4f}  moves "
-                f"{row['part of moves from scratch']:.1%} of those from scratch",
-                flush=True,
-            )
+            rows = []
+            for seed in seeds:
+                windows = loads.drifting_windows(kind, num_windows, num_layers, 256, seed)
+                means, moves = follow(windows, num_ranks, num_slots, {"target_par": target, **options})
+                row = {
+                    "ranks": num_ranks, "slots": num_slots, "drift": kind, "seed": seed, "target": target, **options,
+                    "layers": num_layers, "windows": num_windows, **{f"par {name}": par for name, par in means.items()},
+                    "moves per window": moves["incremental"] / (num_windows - 2),
+                    "part of moves from scratch": moves["incremental"] / moves["from scratch"],
+                }  # fmt: skip
+                rows.append(row)
+                print_drift(f"EP{num_ranks}/{num_slots} {kind:6s} seed {seed}", [row])
+            if len(rows) > 1:
+                print_drift(f"EP{num_ranks}/{num_slots} {kind:6s} all   ", rows)
+            results.drift += rows
+
+
+def follow(
+    windows: FloatArray, num_ranks: int, num_slots: int, options: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Plans after each window [T, L, E] but the first and the last: mean PAR of the window after, and receipts."""
+    num_windows, num_layers, num_experts = windows.shape
+    start = Placement.initial(num_layers, num_experts, num_ranks, num_slots - num_experts)
+    stay = plan(windows[0], start, num_ranks, policy="default").physical_to_logical
+    held = {"incremental": stay, "from scratch": stay, "stay": stay}
+    par: dict[str, list[float]] = {name: [] for name in held}
+    moves = {"incremental": 0, "from scratch": 0}
+    for t in range(1, num_windows - 1):
+        after = {
+            "incremental": plan(windows[max(0, t - 11) : t + 1], held["incremental"], num_ranks, **options),
+            "from scratch": plan(windows[t], held["from scratch"], num_ranks, policy="default"),
+        }
+        for name, made in after.items():
+            moves[name] += int(receipts(held[name], made.physical_to_logical, num_ranks).sum())
+            held[name] = made.physical_to_logical
+        for name, slots in held.items():
+            par[name].append(float(Placement(slots, num_experts, num_ranks).par(windows[t + 1]).mean()))
+    return {name: float(np.mean(values)) for name, values in par.items()}, moves
+
+
+def print_drift(name: str, rows: list[dict[str, Any]]) -> None:
+    ours, scratch, stay, part = (
+        float(np.mean([row[key] for row in rows]))
+        for key in ("par incremental", "par from scratch", "par stay", "part of moves from scratch")
+    )
+    print(
+        f"  {name} incremental {ours:.4f}  from scratch {scratch:.4f} ({ours - scratch:+.4f})  stay {stay:.4f}  "
+        f"moves {part:.1%} of those from scratch",
+        flush=True,
+    )
 
 
 def run_dispatch(results: Results, cases: list[Case]) -> None:
@@ -430,32 +456,34 @@ def run_scale(results: Results) -> None:
 
 
 def run_optimum(results: Results, cases: list[Case], seconds: float, instances: int) -> None:
-    """64 of the experts on 8 ranks with 72 slots, one layer at a time, against HiGHS."""
+    """A quarter of the experts on 8 ranks with 72 slots, one layer at a time, against HiGHS."""
     print("\nsmall instances (64 experts, EP8/72, target 1.02) against a mixed-integer program")
-    first = cases[0].load
-    second = next(
-        case.load for case in cases if case.load.shape == first.shape and not np.array_equal(case.load, first)
-    )
-    total = {"fast": 0, "thorough": 0, "best of HiGHS": 0}
-    for layer in np.linspace(0, len(first) - 1, instances).astype(int):
-        before, load = first[layer : layer + 1, ::4], second[layer : layer + 1, ::4]
-        slots = greedy_placement(before, 72, 8)
-        fast = plan(load, slots, 8)
-        thorough = plan(load, slots, 8, effort="thorough", rounds=3000)
-        found = planner_optimum.fewest_moves(load[0], slots[0], 8, 1.02, seconds)
-        if found is None or fast.par_after[0] > 1.0201:
+    for case in cases:
+        if case.planned_for is None or case.num_ranks != 32:
             continue
-        row = {
-            "layer": int(layer), "fast": fast.num_moves, "thorough": thorough.num_moves,
-            "best of HiGHS": found.moves, "bound": found.bound,
-        }  # fmt: skip
-        results.optimum.append(row)
-        for name in total:
-            total[name] += int(row[name])
-        print(f"  layer {layer}: {row}", flush=True)
-    if total["best of HiGHS"]:
-        for name in ("fast", "thorough"):
-            print(f"  {name}: {total[name] / total['best of HiGHS']:.3f} of the best solution's moves")
+        total = {"fast": 0, "thorough": 0, "best of HiGHS": 0}
+        for layer in np.linspace(0, len(case.load) - 1, instances).astype(int):
+            before, load = case.planned_for[layer : layer + 1, ::4], case.load[layer : layer + 1, ::4]
+            slots = greedy_placement(before, 72, 8)
+            fast = plan(load, slots, 8)
+            thorough = plan(load, slots, 8, effort="thorough", rounds=3000)
+            found = planner_optimum.fewest_moves(load[0], slots[0], 8, 1.02, seconds)
+            row = {
+                "case": case.name, "layer": int(layer), "fast": fast.num_moves, "thorough": thorough.num_moves,
+                "worst par": float(max(fast.par_after[0], thorough.par_after[0])),
+                "best of HiGHS": None if found is None else found.moves,
+                "bound": None if found is None else found.bound,
+            }  # fmt: skip
+            results.optimum.append(row)
+            print(f"  {row}", flush=True)
+            results.check(row["worst par"] <= 1.0201, f"{case.name}, layer {layer}: target missed on 64 experts")
+            if found is not None:
+                for name in total:
+                    total[name] += int(row[name])
+        if total["best of HiGHS"]:
+            for name in ("fast", "thorough"):
+                factor = total[name] / total["best of HiGHS"]
+                print(f"  {case.name}, {name}: {factor:.3f} of the moves of the best solutions that HiGHS found")
 
 
 # -- output -----------------------------------------------------------------------------------------------------------
@@ -514,12 +542,17 @@ def main() -> int:
     parser.add_argument("--deepseek", type=Path, help="eplb.py of DeepSeek's EPLB, or its folder")
     parser.add_argument("--vllm-ascend", type=Path, help="unpacked sources of vllm-ascend")
     parser.add_argument("--plot", type=Path, help="picture of the trade-off (PNG or SVG)")
-    parser.add_argument("--optimum-seconds", type=float, default=30.0, help="time of the solver per small instance")
+    parser.add_argument("--optimum-seconds", type=float, default=15.0, help="time of the solver per small instance")
+    parser.add_argument("--parts", default="", help=f"comma-separated, of {', '.join(PARTS)}; default: all")
     arguments = parser.parse_args()
+    parts = arguments.parts.split(",") if arguments.parts else PARTS[: -1 if arguments.quick else None]
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--parts {arguments.parts}: allowed are {', '.join(PARTS)}")
 
     results = Results({"machine": platform.machine(), "python": platform.python_version(), "numpy": np.__version__})
+    results.machine |= {"cores": os.cpu_count(), "load at start": os.getloadavg()[0]}
     peers: dict[str, planner_peers.Peer] = {}
-    vllm = planner_peers.vllm_peer()
+    vllm = planner_peers.vllm_peer() if "plans" in parts else None
     if vllm is not None:
         peers["vllm"] = vllm
     if arguments.deepseek:
@@ -533,14 +566,21 @@ def main() -> int:
     cases += generated if not (arguments.quick and cases) else generated[:1]
     if trace is not None:
         cases += trace_cases(trace)
-    run_plans(results, cases, peers, arguments.quick)
-    run_drift(results, 8 if arguments.quick else 58, 12 if arguments.quick else 24)
-    run_dispatch(results, [case for case in cases if not case.name.endswith(("1.05", "1.005", "1.012"))])
-    run_scale(results)
-    if not arguments.quick:
-        run_optimum(results, cases, arguments.optimum_seconds, 8)
+    if "plans" in parts:
+        run_plans(results, cases, peers, arguments.quick)
+    if "drift" in parts:
+        run_drift(
+            results, 8 if arguments.quick else 58, 12 if arguments.quick else 24, range(1 if arguments.quick else 3)
+        )
+    if "dispatch" in parts:
+        run_dispatch(results, [case for case in cases if not case.name.endswith(("1.05", "1.005", "1.012"))])
+    if "scale" in parts:
+        run_scale(results)
+    if "optimum" in parts:
+        run_optimum(results, cases, arguments.optimum_seconds, 6)
     if arguments.plot:
         draw(results, cases, arguments.plot)
+    results.machine["load at end"] = os.getloadavg()[0]
     with arguments.json.open("w") as file:
         json.dump(asdict(results), file, indent=1)
     print(f"\n{len(results.failures)} failed checks" if results.failures else "\nall checks passed")
