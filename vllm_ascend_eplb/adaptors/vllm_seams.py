@@ -67,6 +67,7 @@ SEAMS = (
     Seam("vllm.v1.worker.gpu_worker", "Worker.init_device", "the runner exists afterwards"),
     Seam("vllm.v1.worker.gpu_worker", "Worker.load_model", "the weights are loaded afterwards"),
     Seam("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", "steps are counted from here on"),
+    Seam("vllm.v1.worker.gpu_worker", "Worker.reload_weights", "first every expert goes back to where it was loaded"),
     Seam("vllm.v1.worker.gpu_worker", "Worker.shutdown", "the planner ends here"),
     Seam(_RUNNER, "EplbState", "our state takes its place", runner="V1"),
     Seam(_RUNNER, "GPUModelRunner.execute_model", "a real forward begins", runner="V1"),
@@ -86,6 +87,11 @@ SEAMS = (
     Seam("vllm.model_executor.models.interfaces", "get_mixture_of_experts_model", "the MoE part of a model"),
     Seam("vllm.model_executor.models.interfaces", "MixtureOfExperts.set_eplb_state", "hands maps and counters over"),
     Seam(_LOADER, "initialize_model", "a model is built, and not loaded yet: here its slots get experts by a map"),
+    Seam(
+        "vllm.model_executor.layers.fused_moe.runner.moe_runner",
+        "MoERunner.do_naive_dispatch_combine",
+        "whether tokens are gathered before they are routed: refused",
+    ),
     Seam(_ROUTER, "eplb_map_to_physical_and_record", "identity on a CPU: replaced by map_and_record", ("cpu",)),
     Seam(
         "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
