@@ -210,7 +210,13 @@ def _hook_runner(runner: Any) -> None:
             self.eplb_updator.step(*forward)
         return result
 
-    runner.execute_model, runner._dummy_run = execute_model, dummy_run
+    def reload_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise AscendError(
+            "reload_weights fills slots by the initial placement, which may not be in force any more; start the server "
+            "anew with the other weights"
+        )
+
+    runner.execute_model, runner._dummy_run, runner.reload_weights = execute_model, dummy_run, reload_weights
     runner._determine_batch_execution_and_padding = determine_then_step
 
 
