@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings on their way through vllm-ascend, without it."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vllm_ascend_eplb import plugin
+from vllm_ascend_eplb.adaptors import ascend_config
+from vllm_ascend_eplb.config import EplbConfig, EplbConfigError
+from vllm_ascend_eplb.expert_map import write_expert_map
+from vllm_ascend_eplb.placement import Placement
+
+STOCK = {"dynamic_eplb", "expert_heat_collection_interval", "algorithm_execution_interval", "num_redundant_experts"}
+
+
+@pytest.fixture(autouse=True)
+def switch(monkeypatch):
+    monkeypatch.delenv(ascend_config.SWITCH, raising=False)
+    yield
+    os.environ.pop(ascend_config.SWITCH, None)
+
+
+def test_vllm_ascend_gets_its_own_keys_and_the_workers_get_ours():
+    given = {"other": 1, "eplb_config": {"dynamic_eplb": True, "target_par": 1.1, "eplb_policy_type": 3}}
+    before = json.dumps(given)
+    changed = ascend_config.hand_over(given)
+    assert json.dumps(given) == before
+    assert set(changed["eplb_config"]) == STOCK
+    assert changed["eplb_config"]["dynamic_eplb"] is True
+    assert changed["other"] == 1
+    assert ascend_config.settings_of(changed) == ascend_config.settings_of(given)
+    assert ascend_config.settings_of(json.loads(json.dumps(changed))).target_par == 1.1
+    assert os.environ[ascend_config.SWITCH] == "true"
+    assert ascend_config.hand_over(changed) is changed  # once only
+
+
+def test_what_was_left_out_stays_left_out():
+    changed = ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
+    assert ascend_config.settings_of(changed).model_fields_set == {"dynamic_eplb"}
+
+
+@pytest.mark.parametrize("given", [{}, {"eplb_config": {}}, {"eplb_config": {"dynamic_eplb": False}}])
+def test_without_the_flag_nothing_changes(given):
+    assert ascend_config.hand_over(given) is given
+    assert ascend_config.SWITCH not in os.environ
+    assert ascend_config.settings_of(given) == EplbConfig()
+
+
+def test_an_environment_that_contradicts_is_an_error_with_the_line_to_export(monkeypatch):
+    monkeypatch.setenv(ascend_config.SWITCH, "0")
+    with pytest.raises(EplbConfigError, match=r"DYNAMIC_EPLB=0, .* export DYNAMIC_EPLB=true"):
+        ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
+    os.environ[ascend_config.SWITCH] = "1"
+    ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
+
+
+def test_a_map_is_handed_over_in_vllm_ascends_form_only(tmp_path):
+    placement = Placement.initial(2, 4, 2, 2)
+    for name, form, words in (
+        ("map.json", "sglang", "not in the form that vllm-ascend loads"),
+        ("map.npy", "array", "not in the form that vllm-ascend loads"),
+        ("map.json", "ascend", ""),
+    ):
+        path = tmp_path / name
+        write_expert_map(path, placement, form)
+        given = {"eplb_config": {"expert_map_path": str(path)}}
+        if words:
+            with pytest.raises(EplbConfigError, match=words):
+                ascend_config.hand_over(given)
+        else:
+            stock = ascend_config.hand_over(given)["eplb_config"]
+            assert stock["expert_map_path"] == str(path)
+            assert stock["dynamic_eplb"] is True
+
+
+def test_an_expert_twice_on_a_device_is_refused(tmp_path):
+    path = tmp_path / "map.json"
+    write_expert_map(path, Placement(np.array([[0, 1, 1, 2, 3, 0]], dtype=np.int32), 4, 2))
+    with pytest.raises(EplbConfigError, match="expert 1 twice"):
+        ascend_config.hand_over({"eplb_config": {"expert_map_path": str(path)}})
+
+
+def served(**changes):
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=2,
+            data_parallel_size=1,
+            pipeline_parallel_size=1,
+            prefill_context_parallel_size=1,
+            decode_context_parallel_size=1,
+        ),
+        model_config=SimpleNamespace(enable_sleep_mode=False),
+        lora_config=None,
+        speculative_config=None,
+        weight_transfer_config=None,
+        additional_config={},
+    )
+    for path, value in changes.items():
+        owner = config
+        *parents, name = path.split("__")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        setattr(owner, name, value)
+    return config
+
+
+def test_what_is_not_supported_is_refused_by_name():
+    ascend_config.refuse_what_is_not_supported(served())
+    ascend_config.refuse_what_is_not_supported(
+        served(parallel_config__tensor_parallel_size=1, parallel_config__data_parallel_size=2)
+    )
+    for change, words in (
+        ({"parallel_config__data_parallel_size": 2}, "--data-parallel-size"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({"model_config__enable_sleep_mode": True}, "--enable-sleep-mode True"),
+        ({"speculative_config": object()}, "--speculative-config"),
+        ({"additional_config": {"mix_placement": True}}, "mix_placement"),
+        ({"additional_config": {"enable_fused_mc2": 1}}, "enable_fused_mc2 1"),
+    ):
+        with pytest.raises(EplbConfigError, match=words):
+            ascend_config.refuse_what_is_not_supported(served(**change))
+
+
+def test_the_platform_is_there_for_those_who_name_it(monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert plugin.register_platform() is None
+    monkeypatch.setenv("VLLM_PLUGINS", "ascend,eplb")
+    assert plugin.register_platform() is None
+    monkeypatch.setenv("VLLM_PLUGINS", "ascend_eplb,eplb")
+    assert plugin.register_platform() == "vllm_ascend_eplb.adaptors.ascend_platform.EplbNPUPlatform"
