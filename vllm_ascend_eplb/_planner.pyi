@@ -31,4 +31,5 @@ def plan_incremental(
     far_cost: float,
     stay_near: bool,
     least_gain: float,
+    speed: _Float = ...,
 ) -> tuple[_Int32, _Int32, _Float, _Float]: ...

@@ -172,7 +172,8 @@ class CostModel:
         return self.batch * self.shape.top_k
 
     def layer_seconds(self, par: npt.ArrayLike, slots_per_rank: int) -> FloatArray:
-        """Seconds of MoE layers in one step, by their PAR [...].
+        """Seconds of MoE layers in one step, by their PAR [...]. For ranks of unequal speed give the PAR that counts it
+        (``Placement.par(load, rank_speed)``): the machine's rates are then those of an average rank.
 
         Args:
             par: peak-to-average ratio of rank load in each layer.

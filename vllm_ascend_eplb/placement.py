@@ -196,9 +196,16 @@ class Placement:
         total: FloatArray = per_slot.reshape(self.num_layers, self.num_ranks, -1).sum(axis=2)
         return total
 
-    def par(self, load: npt.ArrayLike) -> FloatArray:
-        """float64 [L]: peak-to-average ratio of the ranks' load per layer; 1.0 for a layer without load."""
-        return peak_to_average(self.rank_load(load))
+    def par(self, load: npt.ArrayLike, rank_speed: npt.ArrayLike | None = None) -> FloatArray:
+        """float64 [L]: peak-to-average ratio of the ranks' load per layer; 1.0 for a layer without load. With
+        ``rank_speed`` [R] it is the longest time of a rank over that of a perfect split."""
+        by_rank = self.rank_load(load)
+        if rank_speed is None:
+            return peak_to_average(by_rank)
+        speed = np.asarray(rank_speed, dtype=np.float64)
+        longest, best = (by_rank / speed).max(axis=1), by_rank.sum(axis=1) / speed.sum()
+        ratio: FloatArray = np.divide(longest, best, out=np.ones_like(best), where=best > 0)
+        return ratio
 
     def with_moves(self, moves: Iterable[Iterable[int]] | npt.NDArray[Any]) -> Placement:
         """A new placement after all ``moves`` (rows that begin with layer, slot, expert) took place at once.

@@ -124,8 +124,10 @@ Int32Array draw_placement(uint64_t seed, int num_layers, int num_experts, int nu
     return result;
 }
 
-// PAR of each layer; the busiest rank's load over the mean, loads split evenly over replicas.
-py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slots, int num_slots, int num_ranks) {
+// PAR of each layer; the busiest rank's load over the mean, loads split evenly over replicas. With `speed` [R] (mean 1)
+// a rank's load is divided by its speed.
+py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slots, int num_slots, int num_ranks,
+                                    const double* speed = nullptr) {
     const auto layers = load.shape(0), num_experts = load.shape(1);
     py::array_t<double> result(layers);
     std::vector<int32_t> count(num_experts);
@@ -140,7 +142,7 @@ py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slot
             double sum = 0.0;
             for (; p < (r + 1) * (num_slots / num_ranks); ++p)
                 if (row[p] >= 0) sum += w[row[p]] / count[row[p]];
-            most = std::max(most, sum);
+            most = std::max(most, speed == nullptr ? sum : sum / speed[r]);
             total += sum;
         }
         result.mutable_at(layer) = total > 0.0 ? most / (total / num_ranks) : 1.0;
@@ -153,7 +155,7 @@ py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slot
 py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, const DoubleArray& variance,
                            const DoubleArray& target, int num_ranks, int num_nodes, bool thorough, int rounds,
                            double seconds, uint64_t seed, int threads, int64_t max_moves, int64_t max_moves_per_rank,
-                           double far_cost, bool stay_near, double least_gain) {
+                           double far_cost, bool stay_near, double least_gain, const DoubleArray& speed) {
     require_matrix(load, "load");
     require_matrix(slots, "slots");
     require(load.shape(0) == slots.shape(0), "load and slots differ in the number of layers");
@@ -168,11 +170,17 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
     require(target.ndim() == 1 && target.shape(0) == load.shape(0), "target must have one entry per layer");
     require_finite(target);
     require(num_nodes > 0 && num_ranks % num_nodes == 0, "nodes must share the ranks evenly");
+    const bool has_speed = speed.size() > 0;
+    require(!has_speed || (speed.ndim() == 1 && speed.shape(0) == num_ranks), "speed must have one entry per rank");
+    for (py::ssize_t r = 0; r < speed.size(); ++r)
+        require(std::isfinite(speed.data()[r]) && speed.data()[r] >= 1e-3 && speed.data()[r] <= 1024.0,
+                "speed must be 0.001..1024");
     require(far_cost >= 1.0 && std::isfinite(far_cost), "far_cost must be at least 1");
     const auto layers = slots.shape(0), num_slots = slots.shape(1), num_experts = load.shape(1);
     require_slots(slots, static_cast<int>(num_experts), num_ranks);
     eplb::Goal goal;
     goal.target = target.data();
+    goal.speed = has_speed ? speed.data() : nullptr;
     goal.nodes = num_nodes;
     goal.far_cost = far_cost;
     goal.stay_near = stay_near;
@@ -195,8 +203,8 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
     std::copy(plan.slots.begin(), plan.slots.end(), after.mutable_data());
     std::copy(plan.moves.begin(), plan.moves.end(), moves.mutable_data());
     const int P = static_cast<int>(num_slots);
-    return py::make_tuple(after, moves, peak_to_average(load, slots.data(), P, num_ranks),
-                          peak_to_average(load, after.data(), P, num_ranks));
+    return py::make_tuple(after, moves, peak_to_average(load, slots.data(), P, num_ranks, goal.speed),
+                          peak_to_average(load, after.data(), P, num_ranks, goal.speed));
 }
 
 // load [L, E], slots [L, P] -> PAR [L]
@@ -279,5 +287,6 @@ PYBIND11_MODULE(_planner, module) {
     module.def("plan_incremental", &plan_incremental, py::arg("load"), py::arg("slots"), py::arg("variance"),
                py::arg("target"), py::kw_only(), py::arg("num_ranks"), py::arg("num_nodes"), py::arg("thorough"),
                py::arg("rounds"), py::arg("seconds"), py::arg("seed"), py::arg("threads"), py::arg("max_moves"),
-               py::arg("max_moves_per_rank"), py::arg("far_cost"), py::arg("stay_near"), py::arg("least_gain"));
+               py::arg("max_moves_per_rank"), py::arg("far_cost"), py::arg("stay_near"), py::arg("least_gain"),
+               py::arg("speed") = DoubleArray(0));
 }

@@ -45,6 +45,11 @@ class LayerPlanner {
                  double target, uint64_t seed)
         : load_(load), variance_(variance), slots_(slots), target_(target), search_(shape), random_(seed) {
         search_.set_nodes(goal.nodes, goal.stay_near ? 0.0F : static_cast<float>(1.0 / goal.far_cost));
+        if (goal.speed == nullptr) return;
+        // load / speed <= target is load + target * (1 - speed) <= target: a slow rank has something to do already.
+        std::vector<double> background;
+        for (int r = 0; r < shape.ranks; ++r) background.push_back(target * (1.0 - goal.speed[r]));
+        search_.set_background(background);
     }
 
     void descend() {

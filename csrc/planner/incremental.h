@@ -21,6 +21,8 @@ struct Goal {
     int64_t max_moves = -1;           // over all layers; negative: no limit
     int64_t max_moves_per_rank = -1;  // the same by receiving rank
 
+    const double* speed = nullptr;  // [R], mean 1: of the ranks; null where all are alike
+
     int nodes = 1;
     double far_cost = 1.0;   // of a receipt from another node; one within the node costs 1
     bool stay_near = false;  // no receipts from other nodes

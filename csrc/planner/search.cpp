@@ -103,6 +103,7 @@ bool Search::begin(const double* load, const int32_t* slots, const double* varia
         count_shares(e);
     }
     std::fill(rank_load_.begin(), rank_load_.end(), 0);
+    std::copy(background_.begin(), background_.end(), rank_load_.begin());
     for (int p = 0; p < P; ++p) {
         const int e = expert_[p];
         slot_share_[p] = units(share_[e]);
@@ -120,6 +121,11 @@ void Search::set_nodes(int nodes, float far) {
     nodes_ = nodes;
     far_ = far;
     near_.resize(nodes > 1 && far < 1.0F ? static_cast<size_t>(nodes) * (shape_.experts + 1) : 0);
+}
+
+void Search::set_background(const std::vector<double>& load) {
+    background_.clear();
+    for (const double each : load) background_.push_back(static_cast<int32_t>(std::llrint(each * kUnit)));
 }
 
 void Search::aim(double limit, double square, double scored_limit) {

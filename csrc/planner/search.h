@@ -32,6 +32,9 @@ class Search {
     // factor `far`, 0 < far <= 1, or is forbidden where it is 0. Call before begin().
     void set_nodes(int nodes, float far);
 
+    // Gives rank r `load[r]` to do besides its experts, in units of the mean; may be negative. Call before begin().
+    void set_background(const std::vector<double>& load);
+
     // Sets the load at which a rank is light enough, in units of the mean, the weight of the potential's square, and
     // the load from which the potential rises steeply.
     void aim(double limit, double square, double scored_limit);
@@ -138,6 +141,7 @@ class Search {
     std::vector<int32_t> expert_, start_;                  // [P]
     std::vector<int32_t> weight_, count_, least_, share_;  // [E + 1], the last stands for "empty"
     std::vector<int32_t> rank_load_;                       // [R]
+    std::vector<int32_t> background_;                      // [R], or none
     std::vector<uint8_t> home_;                            // [R, E + 1]
     std::vector<uint16_t> place_;                          // [E, stride]: the slots that hold an expert, count_ of them
     size_t stride_ = 0;                                    // most copies that an expert can have

@@ -137,6 +137,7 @@ def plan(
     horizon: float = 1.0,
     seed: int = 0,
     threads: int = 1,
+    rank_speed: npt.ArrayLike | None = None,
 ) -> Plan:
     """Plans the moves from the placement in force to one that suits ``load``.
 
@@ -170,6 +171,8 @@ def plan(
         horizon: windows for which the plan is expected to hold.
         seed: of "random" and of improvement.
         threads: threads that share the layers. The plan does not depend on it.
+        rank_speed: numbers [R], 0.001..1000 of each other: how fast the ranks are; only their ratios count. A rank of
+            twice the speed is to get twice the load, and PARs are of load over speed. Default: all alike.
 
     Returns:
         The plan. Its moves come in small groups, those that pay most per byte first; after every group the placement
@@ -188,8 +191,9 @@ def plan(
     series = _checked_load(load)
     placement = _checked_placement(physical_to_logical, series.shape[1], series.shape[2], num_ranks)
     _check_topology(placement, num_nodes, num_groups)
+    speed = _checked_speed(rank_speed, placement.num_ranks, policy)
     if policy == "incremental":
-        made = _incremental(series, placement, num_nodes, num_groups, limits)
+        made = _incremental(series, placement, num_nodes, num_groups, limits, speed)
     elif policy in ("default", "random"):
         total = series.sum(axis=0)
         if policy == "default":
@@ -234,7 +238,12 @@ def _all_at_once(placement: _InForce, after: Int32Array, load: FloatArray, polic
 
 
 def _incremental(
-    series: npt.NDArray[Any], placement: _InForce, num_nodes: int, num_groups: int, limits: _Limits
+    series: npt.NDArray[Any],
+    placement: _InForce,
+    num_nodes: int,
+    num_groups: int,
+    limits: _Limits,
+    speed: FloatArray,
 ) -> Plan:
     if placement.num_ranks > MOST_RANKS or placement.num_slots > MOST_SLOTS:
         raise PlanInputError(
@@ -269,8 +278,10 @@ def _incremental(
             far_cost=limits.far_cost(),
             stay_near=num_nodes > 1 and num_groups > 1 and _groups_have_nodes(placement, num_nodes, num_groups),
             least_gain=limits.least_gain(placement.num_ranks),
+            **({"speed": speed} if len(speed) else {}),
         )
-        return Plan(after, moves, par_before, par_after, "incremental")
+        made = Plan(after, moves, par_before, par_after, "incremental")
+        return _without_losers(made, slots) if len(speed) else made
 
     mean = expected.sum(axis=1) / placement.num_ranks  # tokens of a rank in each layer; times PAR: of the busiest
     best = attempt(floor)
@@ -289,6 +300,35 @@ def _incremental(
     if mean @ (best.par_before - best.par_after) < limits.min_gain * (mean @ best.par_before):
         return Plan(slots.copy(), np.zeros((0, 4), dtype=np.int32), best.par_before, best.par_before, "incremental")
     return best
+
+
+def _without_losers(made: Plan, slots: Int32Array) -> Plan:
+    """Without the layers that the plan leaves worse. The search compares loads beside a rank's speed, not over it, and
+    the two differ where the target is out of reach."""
+    worse = made.par_after > made.par_before
+    if not worse.any():
+        return made
+    after = np.where(worse[:, None], slots, made.physical_to_logical)
+    return replace(
+        made,
+        physical_to_logical=after,
+        moves=made.moves[~worse[made.moves[:, 0]]],
+        par_after=np.where(worse, made.par_before, made.par_after),
+    )
+
+
+def _checked_speed(rank_speed: npt.ArrayLike | None, num_ranks: int, policy: str) -> FloatArray:
+    """The speeds with a mean of 1; empty where all ranks are alike."""
+    if rank_speed is None:
+        return np.zeros(0)
+    speed = np.asarray(rank_speed, dtype=np.float64)
+    if speed.shape != (num_ranks,) or not (np.isfinite(speed).all() and speed.min() > 0):
+        raise PlanInputError(f"rank_speed has shape {speed.shape}; give one number > 0 for each of {num_ranks} ranks")
+    if speed.max() > 1000 * speed.min():
+        raise PlanInputError(f"rank_speed is {speed.min():g}..{speed.max():g}; ranks may differ by a factor of 1000")
+    if policy != "incremental":
+        raise PlanInputError(f"the policy {policy!r} knows no rank_speed; use 'incremental', or leave rank_speed out")
+    return np.zeros(0) if speed.min() == speed.max() else speed / speed.mean()
 
 
 def noise_par(counts: npt.ArrayLike, placement: Placement) -> FloatArray:
