@@ -138,6 +138,23 @@ def test_the_command_waits_for_the_effect(tmp_path: Path) -> None:
     assert "waits" in control("cycle", "--stats-file", path, "--timeout", 0.1, status=1)
 
 
+def test_every_balancer_of_a_server_gets_the_order(tmp_path: Path) -> None:
+    servers = [Obedient(tmp_path / name) for name in ("stats-pp0.json", "stats-pp1.json")]
+    for server in servers:
+        StatsFile(server.path).write(EplbStats())
+        server.start()
+    try:
+        said = control("pause", "--stats-file", tmp_path / "stats.json")
+        assert "stats-pp0: pause took effect" in said
+        assert "stats-pp1: pause took effect" in said
+    finally:
+        for server in servers:
+            server.closing.set()
+            server.join()
+    said = control("resume", "--stats-file", tmp_path / "stats.json", "--timeout", 0.1, "--json", status=1)
+    assert json.loads(said)["taken"] is False
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -163,7 +180,7 @@ def test_the_command_finds_the_server(tmp_path: Path, monkeypatch: pytest.Monkey
         if name == "a":
             control("pause", "--timeout", 0, status=1)
             assert read_order(orders_path(tmp_path / "vllm-eplb-a" / "stats.json")) is not None
-    assert "2 servers or pipeline stages found" in control("pause", status=2)
+    assert "2 servers found" in control("pause", status=2)
     off = tmp_path / "off.json"
     assert "does not exist" in control("pause", "--stats-file", off, status=2)
     StatsFile(off).write(EplbStats(phase="off", off_reason="planted"))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 import time
@@ -57,31 +58,57 @@ def control(
     with user_errors(as_json):
         if given != (command is Verb.INTERVALS):
             raise CommandError("--collect-steps and --execution-steps go with intervals, which needs one of them")
-        path = stats_file or find_stats_file()
-        stats = _stats(path)
-        if stats.phase == "off":
-            raise CommandError(f"balancing is off for good there ({stats.off_reason}); restart the server to balance")
+        paths = parts_of(stats_file or find_stats_file())
+        for path in paths:
+            stats = _stats(path)
+            if stats.phase == "off":
+                raise CommandError(
+                    f"balancing is off for good there ({stats.off_reason}); restart the server to balance"
+                )
         order = Order(command=command.value, collect_steps=collect_steps, execution_steps=execution_steps)
-        try:
-            write_order(orders_path(path), order)
-        except OSError as error:
-            raise CommandError(f"the order cannot be left beside {path} ({error.strerror})") from None
-        taken = _wait(path, order, timeout)
+        for path in paths:
+            try:
+                write_order(orders_path(path), order)
+            except OSError as error:
+                raise CommandError(f"the order cannot be left beside {path} ({error.strerror})") from None
+        end = time.monotonic() + timeout
+        taken = {path: _wait(path, order, end) for path in paths}
     if as_json:
         fields = ("order_step", "paused", "collect_steps", "execution_steps", "phase", "step")
-        print_json({"order": order.id, "taken": taken is not None} | _pick(taken, fields))
-    elif taken is not None:
-        typer.echo(
-            f"{command.value} took effect on all ranks at step {taken.order_step}; "
-            f"{'paused' if taken.paused else 'balancing'}, a cycle every {taken.collect_steps} steps, "
-            f"transfers {taken.execution_steps} steps after the load was gathered at the earliest"
-        )
+        answer = {"order": order.id, "taken": None not in taken.values()} | _pick(taken[paths[0]], fields)
+        parts = {path.stem: _pick(its, fields) for path, its in taken.items()} if len(paths) > 1 else {}
+        print_json(answer | ({"parts": parts} if parts else {}))
     else:
-        typer.echo(
-            f"{command.value} waits: no effect after {timeout:g} s; an idle server takes it with its next requests"
-        )
-    if taken is None:
+        for path, its in taken.items():
+            prefix = f"{path.stem}: " if len(paths) > 1 else ""
+            typer.echo(prefix + (_effect(command, its) if its is not None else _no_effect(command, timeout)))
+    if None in taken.values():
         raise typer.Exit(1)
+
+
+def _effect(command: Verb, stats: EplbStats) -> str:
+    return (
+        f"{command.value} took effect on all ranks at step {stats.order_step}; "
+        f"{'paused' if stats.paused else 'balancing'}, a cycle every {stats.collect_steps} steps, "
+        f"transfers {stats.execution_steps} steps after the load was gathered at the earliest"
+    )
+
+
+def _no_effect(command: Verb, timeout: float) -> str:
+    return f"{command.value} waits: no effect after {timeout:g} s; an idle server takes it with its next requests"
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The statistics files of a server: each of its balancers (pipeline stages, say) has one of its own.
+
+    Raises:
+        CommandError: there is none.
+    """
+    others = sorted(path.parent.glob(f"{glob.escape(path.stem)}-*{glob.escape(path.suffix)}"))
+    found = [each for each in (path, *others) if each.exists()]
+    if not found:
+        raise CommandError(f"{path} does not exist: no server writes it, or it has served nothing yet")
+    return found
 
 
 def find_stats_file() -> Path:
@@ -93,15 +120,12 @@ def find_stats_file() -> Path:
     named = stats_path()
     if named is not None:
         return named
-    found = [
-        path
-        for path in Path(tempfile.gettempdir()).glob("vllm-eplb-*/stats*.json")
-        if path.is_file() and path.stat().st_uid == os.geteuid()
-    ]
+    files = Path(tempfile.gettempdir()).glob("vllm-eplb-*/stats*.json")
+    found = sorted({path.with_name("stats.json") for path in files if path.stat().st_uid == os.geteuid()})
     if len(found) != 1:
-        what = "no server of this user" if not found else f"{len(found)} servers or pipeline stages"
+        what = "no server of this user" if not found else f"{len(found)} servers"
         raise CommandError(
-            f"{what} found on this host{': ' if found else ''}{', '.join(map(str, sorted(found)))}; "
+            f"{what} found on this host{': ' if found else ''}{', '.join(map(str, found))}; "
             "name the statistics file with --stats-file (the server's variable EPLB_STATS_FILE)"
         )
     return found[0]
@@ -117,9 +141,8 @@ def _stats(path: Path) -> EplbStats:
     return stats
 
 
-def _wait(path: Path, order: Order, timeout: float) -> EplbStats | None:
-    """The statistics once they name the order; None if they do not in time."""
-    end = time.monotonic() + timeout
+def _wait(path: Path, order: Order, end: float) -> EplbStats | None:
+    """The statistics once they name the order; None if they do not by ``end`` (of the monotonic clock)."""
     while True:
         stats = _stats(path)
         if stats.order == order.id:
