@@ -33,6 +33,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from .transfer import exchange_bytes
+
 MAX_LAG = 8
 
 
@@ -184,6 +186,7 @@ class ControlChannel:
         self._posted: deque[tuple[Any, int, int]] = deque()  # work, index of its tensor, step of its facts
         self._next, self._newest = 0, 0
         self._bulk: Bulk[Any] | None = None
+        self._inbox = torch.zeros(0, dtype=torch.uint8)
         self._max = _options(dist.AllreduceOptions(), dist.ReduceOp.MAX)
 
     def post(self, facts: Facts) -> None:
@@ -232,7 +235,8 @@ class ControlChannel:
         return Agreed(Facts(*(-value for value in values[count:])), Facts(*values[:count]))
 
     def reduce_load(self, load: npt.NDArray[np.int64]) -> Bulk[npt.NDArray[np.int64] | None]:
-        """Sums ``load`` (int64, any shape, the same on all ranks) over the ranks on rank 0.
+        """Sums ``load`` (int64, any shape, the same on all ranks) over the ranks on rank 0. Takes no memory, which
+        could be missing on one rank only: a contiguous array is overwritten.
 
         Returns:
             A handle whose result is the sum on rank 0 and None elsewhere.
@@ -245,7 +249,7 @@ class ControlChannel:
 
     def reduce_beside(self, load: npt.NDArray[np.int64]) -> Bulk[npt.NDArray[np.int64] | None]:
         """The same for little data, also while a bulk operation is under way; all ranks call it at the same step."""
-        tensor = torch.from_numpy(np.array(load, dtype=np.int64, order="C"))
+        tensor = torch.from_numpy(np.ascontiguousarray(load, dtype=np.int64))
         flat = tensor.view(-1)
         work = None
         if self._group is not None and flat.numel():
@@ -261,6 +265,11 @@ class ControlChannel:
             self._group.allreduce([tensor.view(-1)], _options(dist.AllreduceOptions(), dist.ReduceOp.SUM)).wait()
         return tensor.numpy()
 
+    def reserve(self, nbytes: int) -> None:
+        """Sets memory aside for broadcasts of up to so many bytes: a rank without memory must find out at start-up, not
+        when the others wait for it."""
+        self._inbox = torch.zeros(nbytes, dtype=torch.uint8)
+
     def broadcast(self, data: bytes | None, length: int) -> Bulk[bytes]:
         """Sends ``data`` from rank 0 to all ranks.
 
@@ -275,12 +284,11 @@ class ControlChannel:
             ControlError: another bulk operation is under way, or rank 0's data has another length.
         """
         self._require_idle()
+        if self.rank == 0 and (data is None or len(data) != length):
+            raise ControlError(f"agreed on {length} bytes to broadcast, have {None if data is None else len(data)}")
+        tensor = self._inbox[:length] if length <= len(self._inbox) else torch.zeros(length, dtype=torch.uint8)
         if self.rank == 0:
-            if data is None or len(data) != length:
-                raise ControlError(f"agreed on {length} bytes to broadcast, have {None if data is None else len(data)}")
-            tensor = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
-        else:
-            tensor = torch.zeros(length, dtype=torch.uint8)
+            tensor.numpy()[:] = np.frombuffer(data or b"", dtype=np.uint8)
         work = None
         if self._group is not None and length:
             options = dist.BroadcastOptions()
@@ -326,8 +334,8 @@ def require_equal(group: Any, num_ranks: int, values: Mapping[str, object]) -> N
     mine = {name: str(value) for name, value in values.items()}
     if group is None or num_ranks == 1:
         return
-    theirs: list[Any] = [None] * num_ranks
-    dist.all_gather_object(theirs, mine, group=group)
+    # JSON, not torch's all_gather_object: that would unpickle what the other ranks send.
+    theirs = [json.loads(data) for data in exchange_bytes(group, num_ranks, json.dumps(mine).encode())]
     for rank, other in enumerate(theirs):
         for name in sorted({*theirs[0], *other}):
             first, value = theirs[0].get(name, "missing"), other.get(name, "missing")

@@ -75,7 +75,9 @@ def read_bounded(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
                 f"the right one"
             )
         try:
-            data = file.read(limit + 1)
+            data = file.read(status.st_size + 1)  # not the limit, which Python would set aside at once
+            if len(data) > status.st_size:
+                data += file.read(limit + 1 - len(data))
         except OSError as error:
             raise FileError(f"{show(path)} cannot be read ({error.strerror}); copy it anew") from None
     if len(data) > limit:

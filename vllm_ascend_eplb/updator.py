@@ -83,6 +83,8 @@ class _Cycle:
     start: Placement
     failure: Failure = Failure.NONE
     load: npt.NDArray[np.int64] | None = None
+    summand: npt.NDArray[np.int64] | None = None
+    """What this rank adds to the sum over the ranks; there before all agree to post it."""
     reduction: Bulk[npt.NDArray[np.int64] | None] | None = None
     answer: PlanAnswer | None = None
     message: bytes = b""
@@ -168,6 +170,7 @@ class EplbUpdator:
             budget_bytes=int((config.transfer_budget_mb_per_step or 0) * 1e6),
             channel=adaptor.channel,
         )
+        self._control.reserve(_most_plan_bytes(placement))
         self._loader.warm_up()
         self._differing = self._loader.learn_checksums(placement)
         self._settings = CycleSettings(
@@ -402,13 +405,18 @@ class EplbUpdator:
             # Taken before all agree to post the sum: a rank that threw then would leave the others' without its part.
             if cycle.load is None and self._recorder.snapshot_ready() and not self._control.bulk_busy:
                 cycle.load = self._recorder.take()
-            return cycle.load is not None
+                cycle.summand = np.concatenate([cycle.load.ravel(), self._figures().ravel()])
+            return cycle.summand is not None
         if phase is Phase.REDUCE:
             return cycle.reduction is not None and cycle.reduction.done()
         if phase is Phase.AUDIT:
             if self._audit_error is not None:
                 raise self._audit_error
-            return self._audit is not None and self._audit.complete and not self._control.bulk_busy
+            if self._audit is None or not self._audit.complete or self._control.bulk_busy:
+                return False
+            if cycle.summand is None:
+                cycle.summand = self._sums_of_my_slots(self._audit)
+            return True
         if phase is Phase.PLAN:
             self._look_for_answer()
         if phase is Phase.BROADCAST:
@@ -476,11 +484,13 @@ class EplbUpdator:
 
     def _do_reduce(self, _: Action) -> None:
         """The load is summed on EP rank 0; behind it each rank writes its own figures into its own row."""
-        load = self._cycle.load
-        assert load is not None
+        assert self._cycle.summand is not None
+        self._cycle.reduction = self._control.reduce_load(self._cycle.summand)
+
+    def _figures(self) -> npt.NDArray[np.int64]:
         figures = np.zeros((self._adaptor.topology.num_ranks, len(RANK_FIGURES)), dtype=np.int64)
         figures[self._rank] = self._stats.figures()
-        self._cycle.reduction = self._control.reduce_load(np.concatenate([load.ravel(), figures.ravel()]))
+        return figures
 
     def _do_request_plan(self, _: Action) -> None:
         reduction, mine = self._cycle.reduction, self._cycle.load
@@ -533,6 +543,7 @@ class EplbUpdator:
         return self._audit.damaged(self._placement, table, self._rank)
 
     def _do_end_audit(self, _: Action) -> None:
+        self._cycle = _Cycle(self._placement)
         self._stats.audited(0)
         self._restart_audit()
 
@@ -542,12 +553,17 @@ class EplbUpdator:
             self._audit.restart()
 
     def _do_reduce_sums(self, _: Action) -> None:
-        assert self._audit is not None
+        sums = self._cycle.summand
+        assert sums is not None
         self._cycle = _Cycle(self._placement, repair=True)
+        self._cycle.reduction = self._control.reduce_load(sums)
+
+    def _sums_of_my_slots(self, audit: SlotAudit) -> npt.NDArray[np.int64]:
+        """[L, P], zero for the slots of other ranks: their sum over the ranks is the table of all slots."""
         sums = np.zeros((self._placement.num_layers, self._placement.num_slots), dtype=np.int64)
         first = self._rank * self._placement.slots_per_rank
-        sums[:, first : first + self._placement.slots_per_rank] = self._audit.sums
-        self._cycle.reduction = self._control.reduce_load(sums)
+        sums[:, first : first + self._placement.slots_per_rank] = audit.sums
+        return sums
 
     def _do_plan_repair(self, _: Action) -> None:
         """On EP rank 0: says which slots are damaged, and plans to send good weights into them."""
@@ -921,6 +937,11 @@ def _limits(config: EplbConfig, cycle: int) -> dict[str, object]:
 
 def _digest(message: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") >> 2 or 1
+
+
+def _most_plan_bytes(placement: Placement) -> int:
+    """What a plan may need as it travels, at two moves for each slot. A longer one takes memory of its own."""
+    return 24 + placement.num_layers * placement.num_slots * (4 + 2 * 28 + 1)
 
 
 def _pack(

@@ -265,10 +265,13 @@ async def soak(
     await asyncio.sleep(5)  # the first requests warm everything up
     began = time.monotonic()
     trouble = asyncio.create_task(faults.run(stopping))
-    while time.monotonic() - began < 60 * minutes:
-        await asyncio.sleep(SAMPLE_SECONDS)
-        server.check_alive()
-        samples.append(await asyncio.to_thread(measure, server))
+    try:
+        while time.monotonic() - began < 60 * minutes:
+            await asyncio.sleep(SAMPLE_SECONDS)
+            server.check_alive()
+            samples.append(await asyncio.to_thread(measure, server))
+    except asyncio.CancelledError:  # Ctrl-C ends the run early, with a report of what there was
+        print(f"interrupted after {time.monotonic() - began:.0f} seconds", flush=True)
     stopping.set()
     requests.pause.set()
     await trouble

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import typing
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -345,6 +347,70 @@ def test_random_dictionaries(eplb_config: dict[object, object], around: dict[obj
         read = getattr(config, str(key))
         assert read == value
         assert isinstance(read, bool) == isinstance(value, bool)
+
+
+def valid(name: str) -> st.SearchStrategy[object]:
+    """Values that the field accepts, made from the very constraints that it states."""
+    field = EplbConfig.model_fields[name]
+    low = next((m.ge for m in field.metadata if hasattr(m, "ge")), None)
+    high = next((m.le for m in field.metadata if hasattr(m, "le")), None)
+    kinds = {type(None): st.none(), bool: st.booleans(), str: st.text(st.characters(codec="ascii"), min_size=1)}
+    kinds[int] = st.integers(low or 0, high)
+    kinds[float] = st.floats(low or 0.0, high) | st.just(low or 0)
+    choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is not Literal else ()
+    made = []
+    for kind in choices or (field.annotation,):
+        made.append(st.sampled_from(typing.get_args(kind)) if typing.get_origin(kind) is Literal else kinds[kind])
+    return st.one_of(made)
+
+
+VALID = st.fixed_dictionaries({}, optional={name: valid(name) for name in EplbConfig.model_fields})
+
+
+@settings(max_examples=1000, deadline=None)
+@given(VALID, st.data())
+def test_one_bad_value_among_good_ones_is_named(good: dict[str, object], data: st.DataObject) -> None:
+    """Good values alone are taken as they are; with one bad one or one unknown key the message names that one."""
+    config = parse(**good)
+    for key, value in good.items():
+        assert getattr(config, key) == value
+    key = data.draw(st.sampled_from(sorted(EplbConfig.model_fields)))
+    bad = data.draw(
+        st.sampled_from([[], {}, {"a": 1}, b"x", object(), -1.5e308, float("nan"), 10**30, "", "\n\n", Unprintable()])
+    )
+    if key in ("expert_map_path", "expert_map_record_path") and bad == "\n\n":
+        return  # a name that a file may have
+    message = refusal({"eplb_config": {**good, key: bad}})
+    assert message.startswith(f"eplb_config.{key} = ")
+    assert message.isprintable()
+    unknown = data.draw(st.text(min_size=1).filter(lambda text: text not in EplbConfig.model_fields))
+    assert refusal({"eplb_config": {**good, unknown: 1}}).isprintable()
+
+
+@settings(max_examples=500, deadline=None)
+@given(VALID, st.none() | st.integers(-3, 10**6), st.integers(-3, 10**5), st.booleans(), st.booleans())
+def test_any_model_and_server_get_settings_or_one_line(
+    good: dict[str, object], experts: int | None, ranks: int, expert_parallel: bool, vllm_eplb: bool
+) -> None:
+    message = "-"
+    try:
+        parse(**good).check_serving(
+            num_experts=experts, ep_size=ranks, expert_parallel=expert_parallel, vllm_eplb=vllm_eplb
+        )
+    except EplbConfigError as error:
+        message = str(error)
+    assert message.isprintable()
+    assert len(message) < 1500
+
+
+@pytest.mark.parametrize("depth", [100, 100_000])
+def test_sizes_without_reason_end_in_one_line_and_at_once(depth: int) -> None:
+    nested: object = 1
+    for _ in range(depth):
+        nested = [nested]
+    for value in (nested, "x" * depth, list(range(depth)), {str(i): i for i in range(depth)}):
+        assert len(refusal({"eplb_config": {"num_redundant_experts": value}})) < 1500
+        assert len(refusal({"eplb_config": value if not isinstance(value, dict) else {**value}})) < 1500
 
 
 def test_the_readme_shows_this_table() -> None:
