@@ -95,6 +95,7 @@ def _main(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    tempfile.tempdir = str(Path(store).parent)  # flight records go with the test
     try:
         dist.init_process_group("gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
         everyone = list(range(num_ranks))

@@ -69,7 +69,7 @@ class Seen(_Seen):
     def results(self) -> list[str]:
         return [cycle.result for cycle in self.stats.cycles]
 
-    def lines(self, level: str, part: str = "") -> list[str]:
+    def said(self, level: str, part: str = "") -> list[str]:
         return [text for its, text in self.log if its == level and part in text]
 
 
@@ -214,8 +214,8 @@ def test_a_planner_killed_in_any_phase_is_replaced_and_costs_no_cycle() -> None:
     assert seen.results[:6] == ["done"] * 6, [cycle.reason for cycle in seen.stats.cycles]
     assert seen.metrics['vllm_eplb_cycles{result="failed"}'] == 0
     assert seen.metrics["vllm_eplb_planner_starts"] >= 6
-    assert len(seen.lines("WARNING", "planner process ended (exit code -9); it is started again")) >= 5
-    assert seen.lines("ERROR") == []
+    assert len(seen.said("WARNING", "planner process ended (exit code -9); it is started again")) >= 5
+    assert seen.said("ERROR") == []
 
 
 class KillThePlannerAgainAndAgain(Fault):
@@ -247,7 +247,7 @@ def test_a_planner_killed_again_and_again_is_given_up_with_one_error() -> None:
     assert seen.steps_after_off >= 50
     assert seen.results == ["failed"] * 3
     assert len(set(seen.history)) == 1
-    errors = seen.lines("ERROR")
+    errors = seen.said("ERROR")
     assert len(errors) == 1
     assert "EPLB is off" in errors[0]
     assert sum(count for name, count in seen.metrics.items() if "failures" in name) == 3
@@ -280,9 +280,9 @@ def test_a_stopped_planner_is_replaced_and_a_paused_one_is_waited_for() -> None:
     # the one stopped in cycle 2, with nothing to do, is found out by the request of cycle 3
     assert seen.results[:5] == ["failed", "done", "failed", "done", "done"]
     assert "within 5 s" in seen.stats.cycles[0].reason
-    assert len(seen.lines("WARNING", "did not answer within 5 s; it is replaced")) == 2
+    assert len(seen.said("WARNING", "did not answer within 5 s; it is replaced")) == 2
     assert seen.metrics['vllm_eplb_failures{kind="planner_failed"}'] == 2
-    assert seen.lines("ERROR") == []
+    assert seen.said("ERROR") == []
 
 
 class TalkNonsense(Fault):
@@ -302,8 +302,8 @@ def test_a_planner_that_talks_nonsense_costs_the_cycle_and_never_a_weight() -> N
         number: cycle.reason for number, cycle in by_number.items()
     }
     assert all(by_number[number].moved == 0 for number in bad)
-    assert seen.lines("ERROR") == []
-    assert len(seen.lines("WARNING", "dropped on all ranks")) == len(bad)
+    assert seen.said("ERROR") == []
+    assert len(seen.said("WARNING", "dropped on all ranks")) == len(bad)
 
 
 class LateOnce(Fault):
@@ -383,8 +383,8 @@ def test_a_rank_without_memory_before_the_gate_drops_the_cycle_on_all_and_the_ne
     assert seen.stats.failures["prepare"] == 3
     later = seen.stats.cycles[12]
     assert later.moved > 0, "the later round was to fail with others committed"
-    assert len(seen.lines("WARNING", "dropped on all ranks")) == 8
-    assert seen.lines("ERROR") == []
+    assert len(seen.said("WARNING", "dropped on all ranks")) == 8
+    assert seen.said("ERROR") == []
 
 
 class FailToIssue(Fault):
@@ -428,8 +428,8 @@ def test_a_transfer_that_fails_behind_the_gate_ends_balancing_on_all_ranks_and_n
     assert seen.phase == "OFF"
     assert seen.steps_after_off >= 50
     assert seen.results[-1] == "failed"
-    assert len(seen.lines("ERROR")) == 1
-    assert "a transfer failed or did not end" in seen.lines("ERROR")[0]
+    assert len(seen.said("ERROR")) == 1
+    assert "a transfer failed or did not end" in seen.said("ERROR")[0]
     assert seen.metrics['vllm_eplb_failures{kind="transfer"}'] == 1
 
 
@@ -544,7 +544,7 @@ def test_an_audit_finds_nothing_where_nothing_is_damaged_however_much_moves() ->
     assert seen.metrics["vllm_eplb_audits"] >= 4
     assert seen.metrics["vllm_eplb_audit_damaged_slots"] == 0
     assert seen.metrics["vllm_eplb_audit_mended_slots"] == 0
-    assert seen.lines("ERROR") == []
+    assert seen.said("ERROR") == []
 
 
 class Damage(Fault):
@@ -588,12 +588,12 @@ def test_a_flipped_bit_and_swapped_slots_are_found_reported_and_mended() -> None
     assert swapped[0] == 160
     assert swapped[-1] < 160 + 2 * 25 + 25
     assert second.wrong_at[-1] == 359  # nothing can mend this one, and that is said
-    errors = first.lines("ERROR", "EPLB audit at step")
+    errors = first.said("ERROR", "EPLB audit at step")
     assert len(errors) == 3
     assert "1 of 54 slots do not hold the weights of their expert: layer 2, slot 13 (rank 1, expert 1)" in errors[0]
     assert "layer 1, slot 7 (rank 0, expert 7); layer 1, slot 8 (rank 0, expert 8); good copies" in errors[1]
     assert "layer 0, slot 10 (rank 1, expert 10); 0 get good copies, the others have none" in errors[2]
-    assert [line.partition(" by step")[0] for line in first.lines("WARNING", "EPLB audit")] == [
+    assert [line.partition(" by step")[0] for line in first.said("WARNING", "EPLB audit")] == [
         "EPLB audit: 1 of 1 damaged slots were mended",
         "EPLB audit: 2 of 2 damaged slots were mended",
     ]
@@ -607,8 +607,8 @@ def test_an_audit_that_only_reports_changes_nothing() -> None:
     assert second.wrong_at == list(range(60, 160))
     assert first.metrics["vllm_eplb_audit_damaged_slots"] == 1
     assert first.metrics["vllm_eplb_audit_mended_slots"] == 0
-    assert len(first.lines("ERROR", "EPLB audit at step")) == 1  # not again at each audit
-    assert "answers may be wrong" in first.lines("ERROR")[0]
+    assert len(first.said("ERROR", "EPLB audit at step")) == 1  # not again at each audit
+    assert "answers may be wrong" in first.said("ERROR")[0]
 
 
 class SendDamaged(Fault):
@@ -630,5 +630,5 @@ def test_damaged_weights_are_never_sent_on_and_their_audit_comes_at_once() -> No
     assert first.phase == "OFF"
     assert first.results == ["failed"] * 3
     assert first.stats.failures == {"checksum": 3}
-    assert "9 of 54 slots do not hold the weights of their expert" in first.lines("ERROR", "EPLB audit")[0]
+    assert "9 of 54 slots do not hold the weights of their expert" in first.said("ERROR", "EPLB audit")[0]
     assert second.wrong_at
