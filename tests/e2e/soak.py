@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import os
 import platform
 import random
+import re
+import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,8 +33,10 @@ from typing import Any
 import httpx
 
 from examples.demo.reference import reference_tokens
-from examples.demo.server import REPOSITORY, Server
+from examples.demo.server import REPOSITORY, Server, ServerError
 from examples.tiny_moe.expert_load import read_prompts
+from vllm_ascend_eplb.process import OWNED_FOLDER
+from vllm_ascend_eplb.stats import STATS_VARIABLE
 
 DOMAINS = ("english", "python")
 PROMPTS = 12
@@ -70,13 +76,11 @@ class Answers:
 class Requests:
     """Keeps some requests under way; each answer is compared."""
 
-    def __init__(self, url: str, prompts: dict[str, list[str]], expected: dict[str, list[list[int]]]) -> None:
+    def __init__(self, url: str, prompts: list[tuple[str, list[int]]]) -> None:
         self.answers = Answers()
         self.pause = asyncio.Event()
         self.pause.set()
-        self._prompts = [
-            (text, its) for name in DOMAINS for text, its in zip(prompts[name], expected[name], strict=True)
-        ]
+        self._prompts = prompts
         self._client = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(240.0))
 
     async def stream(self, luck: random.Random, stopping: asyncio.Event) -> None:
@@ -254,12 +258,11 @@ class Faults:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-async def soak(
-    server: Server, minutes: float, seed: int, expected: dict[str, list[list[int]]], stats: Path
-) -> dict[str, Any]:
+async def soak(server: Server, minutes: float, seed: int, prompts: list[tuple[str, list[int]]]) -> dict[str, Any]:
+    """Faults for so long. ``prompts``: texts and the tokens that answer them."""
     luck, stopping = random.Random(seed), asyncio.Event()
-    requests = Requests(server.url, {name: read_prompts(name)[:PROMPTS] for name in DOMAINS}, expected)
-    faults = Faults(server, requests, stats, random.Random(seed + 1))
+    requests = Requests(server.url, prompts)
+    faults = Faults(server, requests, server._stats_path, random.Random(seed + 1))
     samples: list[dict[str, float]] = []
     streams = [asyncio.create_task(requests.stream(random.Random(luck.random()), stopping)) for _ in range(STREAMS)]
     await asyncio.sleep(5)  # the first requests warm everything up
@@ -315,7 +318,7 @@ def judge(result: dict[str, Any], left: list[str], log: str) -> list[str]:
         said.append(f"{answers.wrong} of {answers.tokens} tokens are wrong: {answers.first_wrong}")
     if not answers.requests:
         said.append("no request was answered")
-    for name, most in MOST_GROWTH.items():
+    for name, most in MOST_GROWTH.items() if "growth" in result else ():
         its = result["growth"][name]
         if its["last"] - its["first"] > most:
             said.append(f"{name} grew from {its['first']} to {its['last']}; at most {most} more are allowed")
@@ -325,7 +328,7 @@ def judge(result: dict[str, Any], left: list[str], log: str) -> list[str]:
         said.append(f"balancing went off: {stats.off_reason}")
     elif stats.audit_damaged or stats.audit_mended:
         said.append(f"an audit found {stats.audit_damaged} damaged slots and mended {stats.audit_mended}")
-    if 'File "' in log and "vllm_ascend_eplb/" in log.split('File "', 1)[1]:
+    if re.search(r'File "[^"]*vllm_ascend_eplb/', log):
         said.append("there is a traceback with our code in the log")
     return said + left
 
@@ -336,10 +339,10 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         "# Soak",
         "",
-        f"{result['seconds']:.0f} seconds on {result['machine']}, {result['parallel']} = 2, seed {result['seed']}: "
-        + ("**passed**" if not result["failures"] else "**failed**"),
+        f"{result['seconds']:.0f} seconds on {result['machine']}, {result['parallel']} 2, seed {result['seed']}, "
+        f"ended by {result['end']}: " + ("**passed**" if not result["failures"] else "**failed**"),
         "",
-        *(f"- {line}" for line in result["failures"]),
+        *(f"- {line}" for line in [*result["failures"], ""] if result["failures"]),
         "| what | count |",
         "| --- | --- |",
         f"| requests answered | {answers['requests']} |",
@@ -364,15 +367,81 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def reference(folder: Path) -> dict[str, list[list[int]]]:
-    """The answers to compare with; kept in the folder for the next run."""
+def reference(folder: Path) -> list[tuple[str, list[int]]]:
+    """Prompts and their answers, which are kept in the folder for the next run."""
     kept = folder / "reference.json"
-    if kept.exists():
-        answers: dict[str, list[list[int]]] = json.loads(kept.read_text())
-    else:
-        answers = reference_tokens(list(DOMAINS), TOKENS, 16)
-        kept.write_text(json.dumps(answers))
-    return {name: answers[name][:PROMPTS] for name in DOMAINS}
+    if not kept.exists():
+        kept.write_text(json.dumps(reference_tokens(list(DOMAINS), TOKENS, 16)))
+    answers = json.loads(kept.read_text())
+    return [
+        (text, tokens)
+        for name in DOMAINS
+        for text, tokens in list(zip(read_prompts(name), answers[name], strict=True))[:PROMPTS]
+    ]
+
+
+class PrivateServer(Server):
+    """A server that makes its own private folder for statistics, as it does for a user who sets nothing."""
+
+    def __init__(self, folder: Path, parallel: str = "tensor") -> None:
+        super().__init__(2, SETTINGS, folder, 16)
+        if parallel == "data":
+            self.command[self.command.index("--tensor-parallel-size")] = "--data-parallel-size"
+        self.temporary = Path(tempfile.mkdtemp(dir=folder, prefix="tmp-"))
+        del self._environment[STATS_VARIABLE]
+        self._environment["TMPDIR"] = str(self.temporary)
+
+    def start_and_wait(self) -> None:
+        self.start()
+        for _ in self.wait_until_ready(600):
+            pass
+        deadline = time.monotonic() + 60
+        while not (found := list(self.temporary.glob(f"{OWNED_FOLDER}*"))):
+            if time.monotonic() > deadline:
+                raise ServerError("the server made no folder for its statistics")
+            time.sleep(0.2)
+        self._stats_path = found[0] / "stats.json"
+
+    def open_to_others(self) -> list[str]:
+        """Files of the balancer that users other than the owner may read or write."""
+        folder = self._stats_path.parent
+        return [str(path) for path in [folder, *folder.iterdir()] if path.stat().st_mode & 0o077]
+
+    def end_by(self, number: int, prompts: list[tuple[str, list[int]]]) -> list[str]:
+        """Sends the front end a signal while it serves; what stays behind of us, in words."""
+        semaphores = {
+            Path(line.split(None, 5)[5])
+            for pid in self.processes()
+            for line in _lines(f"/proc/{pid}/maps")
+            if "/dev/shm/sem.mp-" in line
+        }
+        with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
+            for text, _ in prompts[:STREAMS]:
+                pool.submit(_ask_in_vain, self.url, text)
+            time.sleep(1.0)
+            assert self._process is not None
+            self._process.send_signal(number)
+            deadline = time.monotonic() + 90
+            while time.monotonic() < deadline and (self._process.poll() is None or self.processes()):
+                time.sleep(0.2)
+        left = self.stop(1.0)
+        left += [f"file {path}" for path in self.temporary.glob(f"{OWNED_FOLDER}*") if "flight" not in path.name]
+        return left + [f"semaphore {path}" for path in semaphores if path.exists()]
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _ask_in_vain(url: str, text: str) -> None:
+    with contextlib.suppress(httpx.HTTPError):
+        httpx.post(f"{url}/v1/completions", json=Requests._request(text) | {"max_tokens": 200}, timeout=60)
+
+
+ENDS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "crash": signal.SIGKILL}
 
 
 def main() -> int:
@@ -380,26 +449,32 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float(os.environ.get("SOAK_MINUTES", "30")))
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--parallel", choices=("tensor", "data"), default="tensor")
+    parser.add_argument("--end", choices=sorted(ENDS), default="interrupt", help="how the server is ended")
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "build" / "soak")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    expected = reference(folder)
-    server = Server(2, SETTINGS, folder, 16)
-    if arguments.parallel == "data":
-        server.command[server.command.index("--tensor-parallel-size")] = "--data-parallel-size"
+    prompts = reference(folder)
+    server = PrivateServer(folder, arguments.parallel)
     try:
-        server.start()
-        for _ in server.wait_until_ready(600):
-            pass
-        result = asyncio.run(soak(server, arguments.minutes, arguments.seed, expected, folder / "stats.json"))
+        server.start_and_wait()
+        open_to_others = server.open_to_others()
+        result = asyncio.run(soak(server, arguments.minutes, arguments.seed, prompts))
+        log = server.log_path.read_text(errors="replace")
+        left = [f"{path} is open to other users" for path in open_to_others]
+        left += server.end_by(ENDS[arguments.end], prompts)
     finally:
-        left = server.stop()
+        server.stop(1.0)
+        shutil.rmtree(server.temporary, ignore_errors=True)
     result.update(
-        growth=growth(result["samples"]), machine=f"{platform.machine()}, {os.cpu_count()} cores", seed=arguments.seed,
-        parallel=f"{arguments.parallel}-parallel size", settings=SETTINGS,
-    )  # fmt: skip
-    result["failures"] = judge(result, left, server.log_path.read_text(errors="replace"))
+        growth=growth(result["samples"]),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores",
+        seed=arguments.seed,
+        parallel=f"{arguments.parallel}-parallel size",
+        end=arguments.end,
+        settings=SETTINGS,
+    )
+    result["failures"] = judge(result, left, log)
     result["answers"] = vars(result["answers"])
     result["stats"] = json.loads(result["stats"].to_json()) if result["stats"] is not None else None
     (folder / "soak.json").write_text(json.dumps(result, indent=1))
