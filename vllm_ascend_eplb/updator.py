@@ -172,6 +172,8 @@ class EplbUpdator:
         )
         self._control.reserve(_most_plan_bytes(placement))
         self._loader.warm_up()
+        if self._rank == 0:
+            logger.info("%s %s", self._title, self._loader.describe())
         self._differing = self._loader.learn_checksums(placement)
         self._settings = CycleSettings(
             collect_steps=config.expert_heat_collection_interval,

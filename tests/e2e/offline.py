@@ -143,6 +143,7 @@ def main(job_path: str, result_path: str) -> None:
     if job.get("corrupt"):
         engine.rpc(probes.switch_maps_without_weights)
         result["corrupt_tokens"] = token_ids(ask())
+        result["corrupt_views"] = engine.rpc(probes.views_agree)
     engine.close()
     Path(result_path).write_text(json.dumps(result))
 

@@ -240,6 +240,7 @@ def report(worker: Any) -> dict[str, Any]:
         "failures": updator.state.failures,
         "phase": updator.state.phase.name,
         "stats": updator.stats.stats().to_json(),
+        "views": views_agree(worker),
     }
     probe = getattr(worker, "eplb_probe", None)
     if probe is not None:
@@ -253,3 +254,17 @@ def report(worker: Any) -> dict[str, Any]:
         result["counted"] = (np.sum(probe.taken, axis=0) + _counted(updator)).tolist()
         result["routed"] = (np.sum(probe.windows, axis=0) + probe.counts).sum(axis=1).tolist()
     return result
+
+
+def views_agree(worker: Any) -> bool:
+    """Whether the maps that vLLM's state API shows are those that vLLM itself makes of the placement shown."""
+    from vllm.distributed.eplb.eplb_state import compute_logical_maps
+
+    (its,) = _state(worker).model_states.values()
+    inverse, count = compute_logical_maps(its.physical_to_logical_map, its.model.num_logical_experts)
+    width = inverse.shape[-1]
+    return bool(
+        torch.equal(count, its.logical_replica_count)
+        and torch.equal(inverse, its.logical_to_physical_map[..., :width])
+        and (its.logical_to_physical_map[..., width:] == -1).all()
+    )

@@ -89,6 +89,28 @@ def test_compiled_model_gives_the_same_tokens(runs, reference):
     assert_equal_every_turn(run.result["tokens"], reference)
 
 
+def test_a_synchronous_engine_gives_the_same_tokens(runs, reference):
+    """Mode sync by one setting; beside it the state API of vLLM and the lines about balancedness."""
+    settings = {**BUSY, "mode": "sync", "expert_heat_collection_interval": 20, "log_balancedness_interval": 25}
+    run = runs("sync", ranks=2, eplb=settings, prompts=prompts(6), cycles=3, max_tokens=TOKENS)
+    assert run.code == 0, run.log[-6000:]
+    stats = json.loads(run.result["ranks"][0]["stats"])
+    assert (stats["mode"], stats["cycles_failed"]) == ("sync", 0)
+    assert stats["cycles_done"] >= 3
+    assert_equal_every_turn(run.result["tokens"], reference)
+    done = re.findall(r"EPLB cycle \d+: .* rounds, (\d+) steps after its load was taken", run.log)
+    assert len(done) >= 3
+    assert set(done) == {"0"}
+    assert [rank["views"] for rank in run.result["ranks"]] == [True, True]
+    lines = re.findall(
+        r"EPLB step: (\d+) for model .*: avg_tokens=([\d.]+), max_tokens=(\d+), balancedness=([\d.]+)", run.log
+    )
+    assert [int(step) for step, *_ in lines[:4]] == [25, 50, 75, 100]
+    for _, average, most, balancedness in lines:
+        assert float(average) / int(most) == pytest.approx(float(balancedness), abs=1e-3)
+    assert "expert transfers by gloo: staging of 2 x 64 experts" in run.log
+
+
 def lopsided(load: np.ndarray) -> Placement:
     """A placement of 64 experts on two ranks with 4 redundant ones: the first rank has the half with the most load."""
     order = np.argsort(-load, axis=1)
@@ -150,6 +172,8 @@ def test_maps_switched_without_weights_are_noticed(observed, reference):
     run, _ = observed
     equal, total = equal_tokens(run.result["corrupt_tokens"], reference)
     assert equal < total * 0.7
+    assert run.result["corrupt_views"] == [False, False]
+    assert [rank["views"] for rank in run.result["ranks"]] == [True, True]
 
 
 DIFFERENT_SETTINGS = """

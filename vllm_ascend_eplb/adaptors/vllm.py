@@ -14,13 +14,15 @@ import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..config import EplbConfig
+from ..eplb_state import MAX_MAP_WIDTH, EplbModelState, EplbState
 from ..load import LoadRecorder
 from ..maps import DispatchMaps
 from ..placement import Placement
@@ -35,9 +37,6 @@ from .vllm_loading import placement_loaded
 from .vllm_seams import missing_seams
 
 logger = logging.getLogger("vllm.eplb")
-
-MAX_MAP_WIDTH = 1024
-"""Most replicas that the routers' maps hold of one expert, as in vLLM."""
 
 
 class SeamError(RuntimeError):
@@ -304,6 +303,14 @@ class VllmAdaptor(EplbAdaptor):
         model.set_eplb_state(self.recorder.counts, *maps)
         self._weights = model.expert_weights
 
+    def model_state(self, model: Any, in_force: Callable[[], Placement]) -> EplbModelState:
+        """The model's maps and counters as vLLM's own EPLB shows them; ``in_force`` gives the placement."""
+
+        def slots() -> torch.Tensor:
+            return torch.from_numpy(in_force().physical_to_logical.astype(np.int64)).to(self.device)
+
+        return EplbModelState(model, self.name, self._maps, self.recorder.counts, slots)
+
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
         slots = range(self.placement.slots_per_rank)
         return [[[tensor.data[slot] for tensor in layer] for slot in slots] for layer in self._weights]
@@ -351,8 +358,8 @@ def _is_sequence_parallel(model: Any) -> bool:
     return any(config.is_sequence_parallel for config in configs)
 
 
-class VllmEplbState:
-    """What a vLLM runner takes for its ``EplbState``.
+class VllmEplbState(EplbState):
+    """What a vLLM runner takes for its ``EplbState``: maps and views as there, and the balancer that changes them.
 
     Attributes:
         should_record_tensor: bool [1], read by every router.
@@ -365,9 +372,7 @@ class VllmEplbState:
     is_async = False
 
     def __init__(self, parallel_config: Any, device: torch.device) -> None:
-        self.parallel_config = parallel_config
-        self.device = device
-        self.model_states: dict[str, Any] = {}
+        super().__init__(parallel_config, device)
         self.should_record_tensor: torch.Tensor | None = None
         self.num_unpadded_tokens = [torch.zeros((), dtype=torch.int32, device=device)]
         self.updator: EplbUpdator | None = None
@@ -382,11 +387,13 @@ class VllmEplbState:
 
         Raises:
             StartError: the ranks were started differently; names rank and field.
+            EpConfigurationError: a second model has another number of experts than the first.
             SeamError: a second model (a drafter with experts) came.
         """
         from vllm.config import get_current_vllm_config
         from vllm.distributed.eplb.eplb_state import EplbLayerState
 
+        self.validate_ep_configuration(model)
         if self._has_model:
             raise SeamError(
                 f"{model_name or model_config.model} is a second model with experts (a drafter); balancing two models "
@@ -407,6 +414,21 @@ class VllmEplbState:
             self.guard(model)
         else:
             require_equal_start(adaptor, config)
+        updator = self.updator
+        self.model_states[model_config.compute_hash()] = adaptor.model_state(
+            model, lambda: adaptor.placement if updator is None else updator.placement
+        )
+
+    def update_mapping(self, model_config: Any, expanded_physical_to_logical: torch.Tensor) -> None:
+        """Refused: the weights of a served model are where the balancer put them.
+
+        Raises:
+            SeamError: always.
+        """
+        raise SeamError(
+            f"the placement of {model_config.model} cannot be set from outside while it is served, because its weights "
+            "would stay where they are; start with expert_map_path, or let the balancer move them"
+        )
 
     def begin(self) -> None:
         """Warm-up is over on this rank: what comes now are steps. The engine calls it on all ranks before it serves."""
@@ -437,7 +459,9 @@ class VllmEplbState:
         self.num_unpadded_tokens[0].fill_(self.slice.real(num_unpadded_tokens, self._rows))
 
     def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
-        """A forward is over."""
+        """A forward is over. In a profile run nothing is to be done: staging, checksums and maps were allocated, and
+        every connection was used once, when the model was added, so vLLM finds that memory taken when it sizes its KV
+        cache. No expert moves there."""
         if self.updator is not None and self._began and not is_profile:
             self.updator.forward_end()
 
