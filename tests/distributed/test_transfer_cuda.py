@@ -117,3 +117,28 @@ def test_nccl_is_refused_where_it_could_deadlock() -> None:
     assert "NCCL_MAX_CTAS" in unbounded
     assert "DeepEP" in cooperative
     assert "process group of its own" in none
+
+
+def memory_while_serving(ranks: Ranks, transport: str) -> tuple[list[int], list[int], int]:
+    """Bytes that torch holds on the device, and bytes free on it, after start-up and after each of some cycles."""
+    driver = make_driver(ranks, transport, {})
+    held, free = [], []
+    for cycles in range(6):
+        driver.run(cycles)
+        torch.cuda.synchronize()
+        dist.barrier()
+        held.append(torch.cuda.memory_reserved())
+        free.append(torch.cuda.mem_get_info()[0])
+        dist.barrier()
+    return held, free, driver.outcome.commits
+
+
+@pytest.mark.parametrize("transport", ["auto", "gloo", "nccl"])
+def test_serving_takes_no_device_memory_that_start_up_did_not(transport: str) -> None:
+    """An engine sizes its KV cache after start-up: what balancing needs later must be there by then."""
+    if transport == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("NCCL needs a GPU per rank")
+    for held, free, commits in run_ranks(2, memory_while_serving, transport):
+        assert commits >= 10
+        assert max(held) == held[0]
+        assert min(free) >= free[0] - (2 << 20)  # one page of the driver
