@@ -38,6 +38,7 @@ from vllm_ascend_eplb.process import EplbProcess, plan_request
 from vllm_ascend_eplb.updator import EplbUpdator, start_balancer
 
 from . import policies
+from .model import Slots
 from .ranks import Ranks, run_ranks
 from .test_updator import EXPERTS, REDUNDANT, RoutingModel
 from .test_updator import Seen as _Seen
@@ -609,6 +610,33 @@ def test_an_audit_that_only_reports_changes_nothing() -> None:
     assert first.metrics["vllm_eplb_audit_mended_slots"] == 0
     assert len(first.said("ERROR", "EPLB audit at step")) == 1  # not again at each audit
     assert "answers may be wrong" in first.said("ERROR")[0]
+
+
+class NewWeights(Fault):
+    """All experts get other weights while the server runs, in the middle of whatever goes on."""
+
+    settings: ClassVar[dict[str, Any]] = {"audit_interval": 8, "audit_action": "repair"}
+    damages = True
+    cycles = 10
+
+    def before(self) -> None:
+        if self.step == 41:
+            with self.updator.new_weights():
+                for live, new in zip(
+                    self.model.slots.stacked, Slots(self.model.placement, self.ranks.rank).stacked, strict=True
+                ):
+                    for kind, value in zip(live, new, strict=True):
+                        kind.copy_(value)
+                    live[1] ^= 1
+
+
+def test_an_audit_knows_of_weights_that_were_loaded_anew() -> None:
+    first, second = run_all(NewWeights)
+    assert first.wrong_at
+    assert second.wrong_at  # they are others than at the start
+    assert first.metrics["vllm_eplb_audits"] >= 3
+    assert first.metrics["vllm_eplb_audit_damaged_slots"] == 0
+    assert first.said("ERROR") == []
 
 
 class SendDamaged(Fault):
