@@ -68,6 +68,7 @@ class LoadRecorder:
             is dropped. Irrelevant for T = 1.
         dtype: of ``counts``: int64 cannot overflow; int32 (what vLLM's own kernels count in) holds 2**31 - 1 tokens per
             slot between two flushes.
+        own_stream: whether a snapshot is copied to the host on a stream of its own.
 
     Attributes:
         counts: ``dtype`` [L, P], zero at first. Layer l of the model records into ``counts[l]``; the address stays.
@@ -89,6 +90,7 @@ class LoadRecorder:
         num_entries: int = 1,
         steps_per_entry: int = 1,
         dtype: torch.dtype = torch.int64,
+        own_stream: bool = True,
     ) -> None:
         for name, value in (
             ("num_layers", num_layers),
@@ -124,7 +126,7 @@ class LoadRecorder:
         self._maps = _SlotMaps(num_layers, num_experts, num_slots, self.device)
         self._placement: Placement | None = None
         self._dirty = False
-        self._snapshot = _Snapshot(self._window)
+        self._snapshot = _Snapshot(self._window, own_stream)
         self._oldest = 0
 
     def begin_step(self, placement: Placement, *, record: bool, phase: str = "all") -> None:
@@ -330,13 +332,16 @@ class _SlotMaps:
 
 
 class _Snapshot:
-    """A copy of the window on its way to the host, on a stream of its own."""
+    """A copy of the window on its way to the host, on a stream of its own, or else on the device's default one."""
 
-    def __init__(self, window: torch.Tensor) -> None:
+    def __init__(self, window: torch.Tensor, own_stream: bool) -> None:
         self._device = window.device
         self._host = _host_empty(tuple(window.shape), window.device)
         self._staged = torch.empty_like(window) if window.device.type != "cpu" else None
-        self._stream: Any = None if self._staged is None else torch.get_device_module(self._device).Stream(self._device)
+        self._stream: Any = None
+        if self._staged is not None:
+            module = torch.get_device_module(self._device)
+            self._stream = module.Stream(self._device) if own_stream else module.default_stream(self._device)
         self._done: Any = None
         self._pending = False
         self._started = False

@@ -125,6 +125,7 @@ class D2DExpertWeightLoader:
         channel: number of the loader among those that use ``group`` at the same time, 0..CHANNELS-1: the messages of
             each have tags of their own.
         deadline: seconds after which a transfer counts as failed; the group's own timeout is far above.
+        own_streams: whether transfers run on streams of their own, beside the engine's.
 
     Raises:
         TransferError: weights cannot be sliced per expert (not contiguous, unequal shapes, overlapping slots), an
@@ -148,6 +149,7 @@ class D2DExpertWeightLoader:
         cooperative_kernels: bool = False,
         channel: int = 0,
         deadline: float = 300.0,
+        own_streams: bool = True,
     ) -> None:
         if buffer_experts is not None and buffer_experts < 1:
             raise TransferError(f"a staging buffer of {buffer_experts} experts holds nothing; give at least 1")
@@ -170,7 +172,7 @@ class D2DExpertWeightLoader:
         if buffer_experts is None:
             buffer_experts = default_buffer_experts(self.num_layers, self.slots_per_rank, buffers=buffers)
         self.buffer_experts: int = buffer_experts
-        self._streams = Streams(self.device)
+        self._streams = Streams(self.device, own_streams)
         self._expert_bytes = [sum(tensor.numel() for tensor in layer[0]) for layer in self._slots]
         self._offsets = [_aligned_offsets(layer[0]) for layer in self._slots]
         row_bytes = max(offsets[-1] for offsets in self._offsets)

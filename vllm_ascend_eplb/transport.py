@@ -98,15 +98,25 @@ class Transport(ABC):
 
 
 class Streams:
-    """The streams and events of one device, or stand-ins that do nothing where the device has none (CPU)."""
+    """The streams and events of one device, or stand-ins that do nothing where the device has none (CPU).
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: where the weights live.
+        own: False to make no streams and use the device's default one, where an engine cannot run side streams.
+    """
+
+    def __init__(self, device: torch.device, own: bool = True) -> None:
         self.device = device
         self.module: Any = None if device.type == "cpu" else torch.get_device_module(device)
-        self.side: Any = None if self.module is None else self.module.Stream(device=device)
+        self.side: Any = self._stream(own)
         """Of the mover thread, and of it alone: what it enqueues must not wait behind a later round."""
-        self.entry: Any = None if self.module is None else self.module.Stream(device=device)
+        self.entry: Any = self._stream(own)
         """Of the step thread, for transfers that are enqueued when a round is issued."""
+
+    def _stream(self, own: bool) -> Any:
+        if self.module is None:
+            return None
+        return self.module.Stream(device=self.device) if own else self.module.default_stream(self.device)
 
     def event(self) -> Any:
         """An event whose host wait sleeps instead of spinning; None on a CPU."""

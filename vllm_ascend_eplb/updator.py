@@ -169,6 +169,7 @@ class EplbUpdator:
             device_group=adaptor.device_group,
             budget_bytes=int((config.transfer_budget_mb_per_step or 0) * 1e6),
             channel=adaptor.channel,
+            own_streams=not synchronous,
         )
         self._control.reserve(_most_plan_bytes(placement))
         self._loader.warm_up()

@@ -43,6 +43,8 @@ def drive(ranks: Ranks, transport: str, options: dict[str, Any]) -> tuple[str, O
     ("transport", "options"),
     [
         ("auto", {}),
+        ("auto", {"own_streams": False}),
+        ("gloo", {"own_streams": False}),
         ("pull", {"budget_bytes": 8192}),
         ("gloo", {}),
         ("gloo", {"budget_bytes": 8192, "buffers": 1}),

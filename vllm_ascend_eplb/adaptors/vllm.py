@@ -291,6 +291,7 @@ class VllmAdaptor(EplbAdaptor):
             num_entries=config.load_entries,
             steps_per_entry=-(-config.expert_heat_collection_interval // config.load_entries),
             dtype=torch.int64 if device.type == "cpu" else torch.int32,  # vLLM's own kernel counts in int32
+            own_stream=config.mode != "sync",
         )
         self._maps = DispatchMaps(self.placement, device, width=min(MAX_MAP_WIDTH, model.num_redundant_experts + 1))
         if config.weighted_dispatch:
