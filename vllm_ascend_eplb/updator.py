@@ -578,7 +578,7 @@ class EplbUpdator:
         placement, size = self._placement, self._placement.slots_per_rank
         damage = find_damage(sums, placement, table, self._adaptor.topology)
         rounds: list[Round] = []
-        if self._config.audit_action == "repair" and self._config.mode == "balance":
+        if self._config.audit_action == "repair" and self._config.mode != "observe":
             rounds = repair_rounds(damage, size, self._loader.buffer_experts)
         self._stats.audited(len(damage))
         if rounds:

@@ -575,6 +575,22 @@ class Damage(Fault):
             layers[0][2][1] += 1
 
 
+class DamageInSync(Damage):
+    """The same where a cycle, and so an audit and a repair, take place within one step."""
+
+    settings: ClassVar[dict[str, Any]] = {**Damage.settings, "mode": "sync"}
+    most_steps = 230
+
+
+def test_a_repair_takes_one_step_where_cycles_do() -> None:
+    first, second = run_all(DamageInSync)
+    assert second.wrong_at[0] == 60
+    assert second.wrong_at[-1] < 60 + 2 * 25 + 2  # its slot may have been summed just before
+    assert first.wrong_at[0] == 160
+    assert first.wrong_at[-1] < 160 + 2 * 25 + 2
+    assert first.metrics["vllm_eplb_audit_mended_slots"] == 3
+
+
 class DamageOnly(Damage):
     settings: ClassVar[dict[str, Any]] = {**Damage.settings, "audit_action": "report"}
     most_steps = 160
