@@ -66,6 +66,9 @@ class SlotAudit:
         self._next = 0
         self._under_way: list[tuple[int, int, int, Sums]] = []  # layer, slot, place, prepared sums
         self._event = streams.event()
+        for layer in slots:  # what the device's library sets aside is set aside before the engine serves
+            self._summer.enqueue(self._summer.prepare(0, layer[0]))
+        self._summer.fetch()
 
     def step(self) -> None:
         """Takes the sums of the last step in, and enqueues the next. Never waits."""
