@@ -12,14 +12,16 @@ import logging
 import os
 import threading
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from .expert_map import ExpertMapError, write_expert_map
+from .expert_map import ExpertMapError, read_expert_map, write_expert_map
 from .files import FileError, write_atomic
-from .placement import Placement
+from .placement import FloatArray, Placement
+from .traces import read_trace
 
 KEPT_WINDOWS = 32
 """Windows of load that are kept beside the map; 32 of 58 layers x 256 experts have 4 MB in memory."""
@@ -30,6 +32,34 @@ logger = logging.getLogger("vllm.eplb")  # only loggers under vllm have handlers
 def load_path(path: str | os.PathLike[str]) -> Path:
     """Where the load behind a recorded map stands: ``map.json`` has ``map.load.npz`` beside it."""
     return Path(path).with_suffix(".load.npz")
+
+
+@dataclass(frozen=True)
+class RecordedMap:
+    """What a server left: the placement last in force, and the load behind it.
+
+    Attributes:
+        placement: last in force.
+        load: float64 [T, L, E], tokens per logical expert in the last windows, newest last; None where there is none.
+    """
+
+    placement: Placement
+    load: FloatArray | None
+
+
+def read_recorded(path: str | os.PathLike[str]) -> RecordedMap:
+    """Reads a map file, and the load beside it if that belongs to the same layers and experts.
+
+    Raises:
+        ExpertMapError, TraceError: one of them cannot be read.
+    """
+    placement = read_expert_map(path, allow_duplicates=True)
+    beside = load_path(path)
+    if not beside.exists():
+        return RecordedMap(placement, None)
+    load = read_trace(beside).load
+    fits = load.shape[1:] == (placement.num_layers, placement.num_experts)
+    return RecordedMap(placement, load if fits else None)
 
 
 class MapRecorder:

@@ -226,12 +226,14 @@ def routing_that_is_refused(worker: Any) -> list[str]:
 def cycles_done(worker: Any) -> int:
     """Cycles that moved experts so far; 0 on all ranks but the first, and without balancing."""
     state = _state(worker)
-    return state.updator.stats.stats().cycles_done if state is not None else 0
+    return state.updator.stats.stats().cycles_done if state is not None and state.updator is not None else 0
 
 
 def report(worker: Any) -> dict[str, Any]:
     """What a worker knows at the end; plain values only."""
     updator = _state(worker).updator
+    if updator is None:  # a placement that stays
+        return {}
     result = {
         "part": updator._adaptor.part,
         "digest": updator.placement.digest,

@@ -25,7 +25,7 @@ from vllm_ascend_eplb.cli import app
 from vllm_ascend_eplb.cli.doctor import export_line
 from vllm_ascend_eplb.cli.output import CommandError
 from vllm_ascend_eplb.cli.watch import metrics_url, parse, sparkline
-from vllm_ascend_eplb.expert_map import read_expert_map
+from vllm_ascend_eplb.expert_map import read_expert_map, write_expert_map
 from vllm_ascend_eplb.metrics import EplbGauges
 from vllm_ascend_eplb.simulate import Simulation
 from vllm_ascend_eplb.stats import StatsKeeper
@@ -340,7 +340,7 @@ def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
     answer: dict[str, Any] = {
         "cuda": 0, "npu": 8, "vllm_version": "0.99.0", "checked": False, "checked_versions": ["0.32"],
-        "platform": "npu", "missing": ["vllm.x.Y (needed): no module"], "seams": 20,
+        "platform": "cuda", "missing": ["vllm.x.Y (needed): no module"], "seams": 20,
     }  # fmt: skip
     monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
     monkeypatch.setenv("VLLM_PLUGINS", "ascend")
@@ -354,6 +354,29 @@ def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "WRONG" in text
     monkeypatch.setattr(module, "probe", lambda with_vllm: {"probe_error": "it crashed"})
     assert "it crashed" in run("doctor", status=1)
+
+
+def test_doctor_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm_ascend_eplb.cli.doctor as module
+
+    monkeypatch.setattr(module, "_plugins", list)
+    monkeypatch.delenv("DYNAMIC_EPLB", raising=False)
+
+    def findings(**changes: object) -> dict[str, tuple[str, str]]:
+        known = {"ascend_version": "0.23.0.post1", "ascend_checked_versions": ["0.23.0.post1"]}
+        answer = {"npu": 8, "vllm_version": "0.23.0", "platform": "npu", "ascend_differences": [], **known, **changes}
+        monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
+        said = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
+        return {each["what"]: (each["status"], each["text"]) for each in said["findings"]}
+
+    well = findings()
+    assert well["vllm-ascend"][0] == well["vllm-ascend's runner"][0] == "ok"
+    assert findings(ascend_version="0.24.0")["vllm-ascend"] == ("note", "0.24.0; checked against 0.23.0.post1")
+    other = findings(ascend_differences=["it calls eplb_updator.turn"])["vllm-ascend's runner"]
+    assert other == ("wrong", "it calls eplb_updator.turn: its own EPLB stays in place")
+    assert "cannot be imported: no" in findings(ascend_error="no")["vllm-ascend"][1]
+    monkeypatch.setenv("DYNAMIC_EPLB", "false")
+    assert findings()["DYNAMIC_EPLB"][0] == "wrong"
 
 
 def test_doctor_checks_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -371,6 +394,10 @@ def test_doctor_checks_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     )
     assert "nearest that works: 0 or 4" in settings('{"dynamic_eplb": true, "num_redundant_experts": 3}', 1)
     assert "nothing is switched on" in settings("{}")
+    write_expert_map(tmp_path / "map.json", Placement.initial(2, 64, 4, 8))
+    kept = settings(json.dumps({"expert_map_path": str(tmp_path / "map.json")}))
+    assert kept.startswith("a placement that stays, from ")
+    assert kept.endswith("18 slots per rank and layer")
     (tmp_path / "c.json").write_text('{"eplb_config": {"dynamic_eplb": true, "mode": "observe"}}')
     assert "observing only" in settings(str(tmp_path / "c.json"))
     assert "did you mean" in run("doctor", "--config", '{"dynamic_epbl": true}', status=2)

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from vllm_ascend_eplb import Placement, plan
 from vllm_ascend_eplb.cli import app
 from vllm_ascend_eplb.cost import MACHINES, CostModel, model_of_shape
+from vllm_ascend_eplb.map_recorder import MapRecorder, load_path
 from vllm_ascend_eplb.report import make_page
 from vllm_ascend_eplb.report.charts import (
     DIVERGING,
@@ -220,6 +221,35 @@ def test_tables_of_ragged_rows_are_left_out(simulation: Simulation) -> None:
     assert "Load per layer and expert" not in read(make_page(None, ragged)).text
 
 
+def test_page_of_a_recorded_map(tmp_path: Path) -> None:
+    """As MapRecorder leaves it: the map, and beside it the load of the last windows."""
+    trace = read_trace(TRACE).load[:5].astype(np.int64)
+    placement = Placement(plan(trace[-1], Placement.initial(6, 64, 8, 8), 8).physical_to_logical, 64, 8)
+    recorder = MapRecorder(tmp_path / "map.json")
+    for window in trace:
+        recorder.record(placement, window)
+    recorder.close()
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "map.json"), "-o", str(page), "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["map"]
+    text = page.read_text()
+    reader = read(text)
+    assert "6 MoE layers of 64 experts on 8 ranks, 8 redundant experts per layer" in reader.text
+    assert f"this placement, window 4: {placement.par(trace[4]).mean():.3f}" in text
+    assert "Replicas per expert" in reader.text
+    image = pixels(re.findall(r'src="(data:[^"]*)" alt="load', text)[0])
+    assert image.shape == (6, 64, 3)
+    hottest = np.unravel_index(np.argmax(trace.sum(axis=0) / trace.sum(axis=(0, 2))[:, None]), (6, 64))
+    assert tuple(image[hottest]) == SEQUENTIAL[-1][1]
+    load_path(tmp_path / "map.json").unlink()
+    again = CliRunner().invoke(app, ["report", str(tmp_path / "map.json"), "-o", str(page)])
+    assert again.exit_code == 0
+    assert "There is no load of this map beside it" in read(page.read_text()).text
+    twice = CliRunner().invoke(app, ["report", *[str(tmp_path / "map.json")] * 2, "-o", str(page)])
+    assert "is a second map; give one of each kind" in twice.stderr
+
+
 def test_the_command(tmp_path: Path, simulation: Simulation) -> None:
     run, sim, page = tmp_path / "run.json", tmp_path / "sim.json", tmp_path / "page.html"
     StatsFile(run).write(run_statistics())
@@ -239,7 +269,7 @@ def test_the_command(tmp_path: Path, simulation: Simulation) -> None:
         ([sim, sim], "second simulation"),
         ([tmp_path / "none"], "does not exist"),
         ([tmp_path], "is a directory"),
-        ([tmp_path / "other.json"], "neither statistics of a run nor a simulation"),
+        ([tmp_path / "other.json"], "neither statistics of a run nor a map nor a simulation"),
         ([tmp_path / "cut.json"], "no simulation: "),
         ([run, "-o", tmp_path], "is a directory"),
         ([run, "-o", tmp_path / "no" / "page.html"], "create it first"),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -33,6 +32,8 @@ PLUGIN_GROUPS = (
 )
 ONLY_IF_NAMED = "vllm.endpoint_plugins"
 """Plugins of this group are loaded only where VLLM_PLUGINS names them."""
+
+PAGE = "eplb_page"
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,8 @@ def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
     if "platform" not in answer:
         return []
     version, where = answer["vllm_version"], answer["platform"]
+    if where == "npu":
+        return [Finding("vLLM", "ok", f"{version} on npu, through vllm-ascend"), *_ascend(answer)]
     findings = []
     if answer["checked"]:
         findings.append(Finding("vLLM", "ok", f"{version} on {where}, a version this package was checked against"))
@@ -217,8 +220,31 @@ def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
         findings += [Finding("seam", "wrong", f"missing: {line}") for line in missing]
     else:
         findings.append(Finding("seams", "ok", f"all {answer['seams']} places that the adaptor needs are there"))
-    if where == "npu" and importlib.util.find_spec("vllm_ascend_eplb.adaptors.ascend") is None:
-        findings.append(Finding("vllm-ascend", "wrong", "this version of the package has no adaptor for it"))
+    return findings
+
+
+def _ascend(answer: dict[str, Any]) -> list[Finding]:
+    """vllm-ascend: its version, its runner's call surface, and the environment variable that it asks for."""
+    version, checked = answer["ascend_version"], answer["ascend_checked_versions"]
+    if "ascend_error" in answer:
+        return [Finding("vllm-ascend", "wrong", f"{version}; its runner cannot be imported: {answer['ascend_error']}")]
+    findings = []
+    if version in checked:
+        findings.append(Finding("vllm-ascend", "ok", f"{version}, a version this package was checked against"))
+    else:
+        findings.append(Finding("vllm-ascend", "note", f"{version}; checked against {', '.join(checked)}"))
+    differences = answer["ascend_differences"]
+    if differences:
+        findings += [
+            Finding("vllm-ascend's runner", "wrong", f"{line}: its own EPLB stays in place") for line in differences
+        ]
+    else:
+        findings.append(Finding("vllm-ascend's runner", "ok", "calls its EPLB as the adaptor knows it"))
+    switch = os.environ.get("DYNAMIC_EPLB")
+    if switch is not None and switch.lower() not in ("true", "1"):
+        findings.append(
+            Finding("DYNAMIC_EPLB", "wrong", f"is {switch}; vllm-ascend then refuses dynamic_eplb: unset DYNAMIC_EPLB")
+        )
     return findings
 
 
@@ -232,7 +258,12 @@ def _plugins() -> list[Finding]:
     if current is not None and "eplb" not in [name.strip() for name in current.split(",")]:
         return [Finding("plugin", "wrong", f"VLLM_PLUGINS={current} leaves eplb out; see the line below")]
     named = "not set, all plugins are loaded" if current is None else current
-    return [Finding("plugin", "ok", f"eplb is installed; VLLM_PLUGINS: {named}")]
+    page = "on" if current is not None and PAGE in [name.strip() for name in current.split(",")] else "off"
+    how = "it is at /eplb" if page == "on" else f"the line below switches it on: vLLM wants {PAGE} to be named"
+    return [
+        Finding("plugin", "ok", f"eplb is installed; VLLM_PLUGINS: {named}"),
+        Finding("live page", "ok" if page == "on" else "note", f"{page}; {how}"),
+    ]
 
 
 def _check(settings: EplbConfig | None, experts: int | None, ranks: int | None) -> list[Finding]:
@@ -245,18 +276,15 @@ def _check(settings: EplbConfig | None, experts: int | None, ranks: int | None) 
     if experts is None or ranks is None:
         return [Finding("settings", "ok", "valid; give --experts and --ranks to check them against a model")]
     try:
-        settings.check_serving(num_experts=experts, ep_size=ranks, expert_parallel=True)
+        redundant = settings.check_serving(num_experts=experts, ep_size=ranks, expert_parallel=True)
     except EplbConfigError as error:
         return [Finding("settings", "wrong", str(error))]
+    slots = f"{(experts + redundant) // ranks} slots per rank and layer"
+    if not settings.dynamic:
+        return [Finding("settings", "ok", f"a placement that stays, from {settings.expert_map_path}, {slots}")]
     doing = "observing only" if settings.mode == "observe" else "balancing"
-    return [
-        Finding(
-            "settings",
-            "ok",
-            f"{doing}: policy {settings.policy_name}, a cycle every {settings.expert_heat_collection_interval} steps, "
-            f"{(experts + settings.num_redundant_experts) // ranks} slots per rank and layer",
-        )
-    ]
+    every = f"a cycle every {settings.expert_heat_collection_interval} steps"
+    return [Finding("settings", "ok", f"{doing}: policy {settings.policy_name}, {every}, {slots}")]
 
 
 def _verdict(findings: list[Finding], quick: bool) -> str:

@@ -6,8 +6,10 @@ The last line on standard output is one JSON object that begins with ``MARK``.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
+from importlib import metadata
 from typing import Any
 
 MARK = "vllm-ascend-eplb probe: "
@@ -40,6 +42,8 @@ def seams() -> dict[str, Any]:
         from ..adaptors.vllm_seams import CHECKED_VERSIONS, SEAMS, is_checked, missing_seams
 
         platform = str(current_platform.device_type)
+        if platform == "npu":
+            return {"vllm_version": str(vllm.__version__), "platform": platform, **ascend()}
         return {
             "vllm_version": str(vllm.__version__),
             "checked": is_checked(vllm.__version__),
@@ -52,6 +56,25 @@ def seams() -> dict[str, Any]:
         return {"vllm_error": f"not installed ({error})" if error.name == "vllm" else _line(error)}
     except Exception as error:
         return {"vllm_error": _line(error)}
+
+
+def ascend() -> dict[str, Any]:
+    """What vllm-ascend is installed, and what its runner does that our adaptor does not know."""
+    from vllm.plugins import load_general_plugins
+
+    from ..adaptors import ascend as adaptor
+
+    found: dict[str, Any] = {
+        "ascend_version": metadata.version("vllm-ascend"),
+        "ascend_checked_versions": list(adaptor.CHECKED_VERSIONS),
+    }
+    load_general_plugins()  # vllm-ascend's own, without which its runner cannot be imported
+    try:
+        importlib.import_module("vllm_ascend.ops")  # before the runner, as the worker does: they import each other
+        found["ascend_differences"] = adaptor.differences(importlib.import_module(adaptor.RUNNER))
+    except Exception as error:
+        found["ascend_error"] = _line(error)
+    return found
 
 
 def _line(error: BaseException) -> str:

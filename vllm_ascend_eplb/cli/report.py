@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``report``: one self-contained page about a run, a simulation, or both."""
+"""``report``: one self-contained page about a run, the map that it recorded, a simulation, or all of them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Annotated
 import typer
 
 from ..files import read_bounded, write_atomic
+from ..map_recorder import RecordedMap, read_recorded
 from ..report import make_page
 from ..simulate import MAX_SIMULATION_BYTES, Simulation, SimulationError
 from ..stats import EplbStats, StatsError
 from .output import CommandError, JsonOption, console, print_json, show_bytes, user_errors
 
+NAMES: dict[type, str] = {EplbStats: "statistics file", Simulation: "simulation", RecordedMap: "map"}
+
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Statistics file of a run, result of `simulate`, or both.")
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Statistics file of a run, map that it recorded, result of `simulate`."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Expert load balancing",
@@ -25,35 +29,39 @@ def report(
 ) -> None:
     """Draw a run as one HTML page that needs no network."""
     with user_errors(as_json):
-        stats: EplbStats | None = None
-        simulation: Simulation | None = None
+        found: dict[type, EplbStats | Simulation | RecordedMap] = {}
         for path in runs:
-            found = read_run(path)
-            if isinstance(found, EplbStats):
-                if stats is not None:
-                    raise CommandError(f"{path} is a second statistics file; give one, and one simulation at most")
-                stats = found
-            else:
-                if simulation is not None:
-                    raise CommandError(f"{path} is a second simulation; give one, and one statistics file at most")
-                simulation = found
-        page = make_page(stats, simulation, title).encode()
+            each = read_run(path)
+            if type(each) in found:
+                raise CommandError(f"{path} is a second {NAMES[type(each)]}; give one of each kind at most")
+            found[type(each)] = each
+        stats, simulation, recorded = (found.get(kind) for kind in NAMES)
+        page = make_page(stats, simulation, title, recorded).encode()  # type: ignore[arg-type]
         write_atomic(output, page)
     if as_json:
         print_json(
-            {"output": str(output), "bytes": len(page), "run": stats is not None, "simulation": simulation is not None}
+            {
+                "output": str(output),
+                "bytes": len(page),
+                "run": stats is not None,
+                "simulation": simulation is not None,
+                "map": recorded is not None,
+            }
         )
     else:
         console().print(f"written: {output} ({show_bytes(len(page))})", markup=False)
 
 
-def read_run(path: Path) -> EplbStats | Simulation:
+def read_run(path: Path) -> EplbStats | Simulation | RecordedMap:
     """What a file holds.
 
     Raises:
-        CommandError: neither statistics nor a simulation.
+        CommandError: neither statistics nor a simulation nor a map.
+        ExpertMapError, TraceError: a map, or the load beside it, that cannot be used.
     """
-    data = read_bounded(path, MAX_SIMULATION_BYTES, "statistics or simulation file")
+    data = read_bounded(path, MAX_SIMULATION_BYTES, "statistics, map or simulation file")
+    if data.startswith((b"PK", b"\x93NUMPY")) or b'"layer_list"' in data[:200]:
+        return read_recorded(path)
     try:
         return EplbStats.from_json(data)
     except StatsError as error:
@@ -62,4 +70,4 @@ def read_run(path: Path) -> EplbStats | Simulation:
         return Simulation.from_json(data)
     except SimulationError as error:
         reason = error if b'"vllm-ascend-eplb simulation"' in data[:200] else as_stats
-        raise CommandError(f"{path} is neither statistics of a run nor a simulation ({reason})") from None
+        raise CommandError(f"{path} is neither statistics of a run nor a map nor a simulation ({reason})") from None

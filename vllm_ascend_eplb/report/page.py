@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
+from ..map_recorder import RecordedMap
+from ..placement import Placement
 from ..simulate import Outcome, Simulation
 from ..stats import CycleRecord, EplbStats, Par
 from .charts import Line, bar_chart, heat_map, line_chart
@@ -20,16 +22,24 @@ MAX_TABLE_ROWS = 64
 _RESULT_STYLE = {"done": "s0", "skipped": "s2", "failed": "s1"}
 
 
-def make_page(stats: EplbStats | None, simulation: Simulation | None, title: str = "Expert load balancing") -> str:
+def make_page(
+    stats: EplbStats | None,
+    simulation: Simulation | None,
+    title: str = "Expert load balancing",
+    recorded: RecordedMap | None = None,
+) -> str:
     """The whole page.
 
     Args:
-        stats: of a run, or None. simulation: or None. At least one of them.
+        stats: of a run, or None. simulation, recorded: or None. At least one of them.
         title: heading of the page.
+        recorded: the map that a run left, with the load behind it.
     """
     parts = [f"<h1>{_text(title)}</h1>", subtitle(stats, simulation)]
     if stats is not None:
         parts += run_parts(stats)
+    if recorded is not None:
+        parts += _recorded(recorded)
     if simulation is not None:
         parts += _simulation(simulation)
     parts.append(
@@ -215,6 +225,45 @@ def _cycle_row(cycle: CycleRecord) -> tuple[str, ...]:
         f"{cycle.moved:,}",
         cycle.reason,
     )
+
+
+# --- a recorded map --------------------------------------------------------------------------------------------------
+
+
+def _recorded(recorded: RecordedMap) -> list[str]:
+    placement, load = recorded.placement, recorded.load
+    redundant = placement.num_slots - placement.num_experts
+    parts = [
+        "<h2>The recorded map</h2>",
+        f"<p>{placement.num_layers} MoE layers of {placement.num_experts} experts on {placement.num_ranks} ranks, "
+        f"{redundant} redundant experts per layer.</p>",
+    ]
+    figures = []
+    if load is not None:
+        start = Placement.initial(placement.num_layers, placement.num_experts, placement.num_ranks, redundant)
+        held = Line("this placement", "s0", [float(placement.par(window).mean()) for window in load])
+        plain = Line("vLLM's own, by number", "s1", [float(start.par(window).mean()) for window in load])
+        total = load.sum(axis=0)
+        relative = total / np.maximum(total.mean(axis=1, keepdims=True), 1e-30)
+        figures += [
+            _figure(
+                "PAR over recorded windows",
+                "mean of layers, as if the placement had been in force in all of them",
+                line_chart([plain, held], "window", "PAR"),
+            ),
+            _figure(
+                "Load per layer and expert",
+                f"{len(load)} windows, over the layer's mean",
+                heat_map(relative, "layers", "experts", "load / mean", low=0.0),
+            ),
+        ]
+    else:
+        parts.append('<p class="note">There is no load of this map beside it, so only the copies are shown.</p>')
+    if redundant:
+        copies = heat_map(placement.replica_count, "layers", "experts", "copies", low=0.0)
+        figures.append(_figure("Replicas per expert", "in this placement", copies))
+    parts.append(f'<div class="figures">{"".join(figures)}</div>')
+    return parts
 
 
 # --- a simulation ----------------------------------------------------------------------------------------------------

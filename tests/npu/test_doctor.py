@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``doctor`` beside the real vllm-ascend: what it looks through there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from . import npus
+from .serving import MISSING, environment
+
+pytestmark = [
+    pytest.mark.skipif(npus.REAL, reason="tests the emulated stack"),
+    pytest.mark.skipif(bool(MISSING), reason=MISSING),
+]
+
+
+def test_doctor_looks_through_vllm_ascend(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(npus.PYTHON), "-m", "vllm_ascend_eplb.cli", "doctor", "--json"],
+        cwd=npus.ROOT,
+        env=environment(tmp_path / "report", DYNAMIC_EPLB="false"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    findings = {each["what"]: each for each in json.loads(done.stdout)["findings"]}
+    assert findings["vllm-ascend"]["status"] == "ok", findings
+    assert findings["vllm-ascend's runner"]["status"] == "ok"
+    assert "8 NPU" in findings["devices"]["text"]
+    assert findings["DYNAMIC_EPLB"]["status"] == "wrong"  # and nothing else is
+    assert [each["what"] for each in findings.values() if each["status"] == "wrong"] == ["DYNAMIC_EPLB"]
