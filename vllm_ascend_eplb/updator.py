@@ -348,6 +348,7 @@ class EplbUpdator:
             self._title,
             self._state.step,
         )
+        self._record_map()
 
     def close(self) -> None:
         """Ends the planner and the threads. Serving may go on; nothing is balanced any more."""

@@ -6,6 +6,9 @@ The loader that is wrapped here stands for vLLM's: it takes a slot's id, and kno
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +20,7 @@ from vllm_ascend_eplb.placement import Placement
 
 EXPERTS, RANKS, REDUNDANT = 8, 4, 4
 PARTS = ("w1", "w2", "w3")
+ROOT = Path(__file__).parents[2]
 
 
 class Layer(torch.nn.Module):
@@ -128,3 +132,62 @@ def test_a_placement_for_another_model_is_refused() -> None:
     fused.moe_layers[0].routed_experts.expert_map_manager = SimpleNamespace(num_fused_shared_experts=1)
     with pytest.raises(LoadingError, match="shared experts fused"):
         load_by(fused, random_placement(0))
+
+
+RELOAD = """
+import sys
+import torch
+from types import SimpleNamespace
+from tests.unit.test_vllm_loading import Layer, checkpoint, random_placement
+from vllm_ascend_eplb.adaptors import vllm_loading
+from vllm.model_executor.model_loader import base_loader
+from vllm.model_executor.model_loader.reload import layerwise
+import vllm.model_executor.models.interfaces as interfaces
+
+class Model(torch.nn.Module):
+    num_physical_experts, num_moe_layers, num_logical_experts = 12, 3, 8
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([Layer(2, 12) for _ in range(3)])
+        for layer in self.experts:
+            del layer.constant
+    @property
+    def moe_layers(self):
+        return [SimpleNamespace(routed_experts=layer) for layer in self.experts]
+
+def build():
+    model = Model()
+    layerwise.record_metadata_for_reloading(model)  # as vLLM's own function does
+    return model
+
+def shown(model, placement):
+    own = placement.physical_to_logical.reshape(3, 4, -1)[:, 2].tolist()
+    return [layer.held() for layer in model.experts] == own
+
+base_loader.initialize_model = build
+interfaces.get_mixture_of_experts_model = lambda model: model
+placement = random_placement(3)
+with vllm_loading.loading_by(lambda layers, experts: placement):
+    model = base_loader.initialize_model()
+checkpoint(model)
+first = shown(model, placement)
+with vllm_loading.loading_anew(model, 2):
+    layerwise.initialize_layerwise_reload(model)
+    checkpoint(model)
+    layerwise.finalize_layerwise_processing(model, None)
+again = shown(model, placement)
+try:
+    with vllm_loading.loading_anew(model, 2):
+        pass
+    noticed = False
+except vllm_loading.LoadingError:
+    noticed = True
+print("RESULT", base_loader.initialize_model is build, first, again, noticed)
+"""
+
+
+def test_new_weights_go_to_the_same_slots() -> None:
+    """With vLLM's own reloading, which keeps the loaders that parameters had when the model was built."""
+    pytest.importorskip("vllm")
+    done = subprocess.run([sys.executable, "-c", RELOAD], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert "RESULT True True True True" in done.stdout, done.stderr[-3000:]

@@ -33,7 +33,7 @@ from ..updator import EplbUpdator, Stage, require_equal_start, start_balancer
 from . import vllm_cpu
 from .base import EplbAdaptor
 from .vllm_config import pipeline_parts
-from .vllm_loading import placement_loaded
+from .vllm_loading import loading_anew, placement_loaded
 from .vllm_seams import missing_seams
 
 logger = logging.getLogger("vllm.eplb")
@@ -378,7 +378,8 @@ class VllmEplbState(EplbState):
         self.num_unpadded_tokens = [torch.zeros((), dtype=torch.int32, device=device)]
         self.updator: EplbUpdator | None = None
         self.slice = Slice()
-        self._has_model = False
+        self._model: Any = None
+        self._adaptor: VllmAdaptor | None = None
         self._rows = 0
         self._began = False
         self._loading = False
@@ -395,14 +396,14 @@ class VllmEplbState(EplbState):
         from vllm.distributed.eplb.eplb_state import EplbLayerState
 
         self.validate_ep_configuration(model)
-        if self._has_model:
+        if self._adaptor is not None:
             raise SeamError(
                 f"{model_name or model_config.model} is a second model with experts (a drafter); balancing two models "
                 "is not supported in this version: leave eplb_config or the drafter out"
             )
-        self._has_model = True
         config = EplbConfig.from_additional_config(get_current_vllm_config().additional_config)
         adaptor = VllmAdaptor(model, model_name or model_config.model, self.device, config)
+        self._model, self._adaptor = model, adaptor
         self.should_record_tensor = adaptor.recorder.recording
         self.slice = adaptor.slice
         for layer in model.moe_layers:
@@ -479,7 +480,8 @@ class VllmEplbState(EplbState):
                 f"reload_weights with --data-parallel-size {self.parallel_config.data_parallel_size} is not supported "
                 "together with balancing (allowed: 1); restart the server, or leave eplb_config out"
             )
-        with contextlib.nullcontext() if self.updator is None else self.updator.new_weights():
+        anew = contextlib.nullcontext() if self._adaptor is None else loading_anew(self._model, self._adaptor.rank)
+        with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), anew:
             self._loading = True
             try:
                 yield

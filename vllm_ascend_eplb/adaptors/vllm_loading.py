@@ -62,6 +62,10 @@ class LayerSlots:
 
         return weight_loader
 
+    def forget(self) -> None:
+        """Weights come anew."""
+        self._loaded = {}
+
     def missing(self, local: range) -> list[int]:
         """Slots of ``local`` that lack a part of their expert; all of them where nothing was loaded."""
         parts = list(self._loaded.values())
@@ -76,6 +80,7 @@ def loading_by(read: Callable[[int, int], Placement | None]) -> Iterator[None]:
         read: gives the placement for so many MoE layers and logical experts, or None for vLLM's own order.
     """
     base_loader: Any = importlib.import_module("vllm.model_executor.model_loader.base_loader")
+    reload: Any = importlib.import_module("vllm.model_executor.model_loader.reload")
     initialize = base_loader.initialize_model
 
     @functools.wraps(initialize)
@@ -87,6 +92,7 @@ def loading_by(read: Callable[[int, int], Placement | None]) -> Iterator[None]:
         placement = read(moe.num_moe_layers, moe.num_logical_experts) if moe is not None else None
         if placement is not None:
             load_by(moe, placement)
+            reload.record_metadata_for_reloading(model)  # once more: new weights come through the loaders noted here
         return model
 
     base_loader.initialize_model = initialize_model
@@ -125,6 +131,20 @@ def load_by(moe: Any, placement: Placement) -> None:
                 parameter.weight_loader = layer_slots.loader(original)
         setattr(experts, _LAYER, layer_slots)
     setattr(moe, _MODEL, placement)
+
+
+@contextlib.contextmanager
+def loading_anew(moe: Any, rank: int) -> Iterator[None]:
+    """Around the loading of new weights into a model that may have been loaded by a placement.
+
+    Raises:
+        LoadingError: as for :func:`placement_loaded`; the model then holds a mixture of weights.
+    """
+    if getattr(moe, _MODEL, None) is not None:
+        for layer in moe.moe_layers:
+            getattr(_experts(layer), _LAYER).forget()
+    yield
+    placement_loaded(moe, rank)
 
 
 def placement_loaded(moe: Any, rank: int) -> Placement | None:

@@ -59,6 +59,7 @@ _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _RUNNER_2 = "vllm.v1.worker.gpu.model_runner"
 _EPLB_2 = "vllm.v1.worker.gpu.eplb_utils"
 _ROUTER = "vllm.model_executor.layers.fused_moe.router.base_router"
+_RELOAD = "vllm.model_executor.model_loader.reload"
 _LOADER = "vllm.model_executor.model_loader.base_loader"
 
 SEAMS = (
@@ -86,6 +87,7 @@ SEAMS = (
     Seam("vllm.distributed.parallel_state", "get_ep_group", "rank and size"),
     Seam("vllm.model_executor.models.interfaces", "get_mixture_of_experts_model", "the MoE part of a model"),
     Seam("vllm.model_executor.models.interfaces", "MixtureOfExperts.set_eplb_state", "hands maps and counters over"),
+    Seam(_RELOAD, "record_metadata_for_reloading", "notes loaders that heed the map"),
     Seam(_LOADER, "initialize_model", "a model is built, and not loaded yet: here its slots get experts by a map"),
     Seam(
         "vllm.model_executor.layers.fused_moe.runner.moe_runner",
