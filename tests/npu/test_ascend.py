@@ -50,7 +50,7 @@ OURS: dict[str, list[Any]] = {
     "owned": [True, True, 0, 100, ""],
     "owned, redundant": [True, True, 2, 100, ""],
     "gathered, redundant": [True, False, 2, 100, ""],
-    "killed planner": [True, True, 2, 100, "kill"],
+    "killed planner": [True, True, 2, 500, "kill"],
     "slow planner": [True, True, 2, 700, "slow", [400, 3]],
     "shortest intervals": [True, True, 2, 100, "", [1, 1]],
     "ranks in different stages": [True, True, 2, 150, "skew"],
