@@ -13,7 +13,7 @@ import math
 import reprlib
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import annotated_types
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -112,6 +112,13 @@ class EplbConfig(BaseModel):
     )
     planner_effort: Literal["fast", "thorough"] = Field(
         default="thorough", description="how long the planner searches for a plan with fewer moves"
+    )
+    rank_speed: list[Annotated[float, Field(ge=0.1, le=10.0)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="how fast each expert-parallel rank is, where they differ; only ratios count, a rank of twice the "
+        "speed gets twice the load, and PARs are of load over speed; with the policy incremental only; null for all "
+        "alike",
     )
     max_moves_per_cycle: int | None = Field(
         default=None,
@@ -290,6 +297,7 @@ class EplbConfig(BaseModel):
             self._check_redundancy(num_experts, ep_size)
         else:
             redundant = start.num_slots - num_experts
+        self._check_speed(ep_size)
         if self.expert_map_record_path is not None:
             _check_record_path(self.expert_map_record_path)
         return redundant
@@ -333,6 +341,21 @@ class EplbConfig(BaseModel):
                 f"{self.num_redundant_experts}; leave the number out, or use a map made for it"
             )
         return placement
+
+    def _check_speed(self, ep_size: int) -> None:
+        if self.rank_speed is None:
+            return
+        if len(self.rank_speed) != ep_size:
+            raise EplbConfigError(
+                f"eplb_config.rank_speed has {len(self.rank_speed)} numbers, the expert-parallel size is {ep_size}; "
+                "give one for each rank, or leave it out"
+            )
+        if self.policy_name != "incremental" or self.weighted_dispatch:
+            other = "weighted_dispatch" if self.weighted_dispatch else f"the policy {self.policy_name}"
+            raise EplbConfigError(
+                f"eplb_config.rank_speed = {_show(self.rank_speed)} is not supported together with {other}; "
+                'leave one of the two out (allowed: "policy": "incremental" without "weighted_dispatch")'
+            )
 
     def _check_redundancy(self, num_experts: int, ep_size: int) -> None:
         redundant, most = self.num_redundant_experts, num_experts * (ep_size - 1)
@@ -387,7 +410,7 @@ def _bad_value(key: str, value: object, field: FieldInfo) -> str:
     elif base is str:
         wrong = "not one of the choices" if _choices(field) else "no path"
     else:
-        wrong = "out of range"
+        wrong = "no list of such numbers" if base is list else "out of range"
     if isinstance(value, str):
         hint = _hint_for_text(value, field)
     elif isinstance(value, float) and base is int and math.isfinite(value) and value == int(value):
@@ -423,7 +446,8 @@ def _choices(field: FieldInfo) -> tuple[str, ...]:
 
 
 def _base_type(field: FieldInfo) -> Any:
-    return str if _choices(field) else _alternatives(field)[0]
+    only = _alternatives(field)[0]
+    return str if _choices(field) else typing.get_origin(only) or only
 
 
 def _allowed(field: FieldInfo) -> str:
@@ -439,6 +463,10 @@ def _allowed(field: FieldInfo) -> str:
         text = f"integer {low}..{high}"
     elif base is float:
         text = f"number {low}..{high}"
+    elif base is list:
+        entry = typing.get_args(typing.get_args(_alternatives(field)[0])[0])[1]
+        low, high = (next(getattr(m, name) for m in entry.metadata if hasattr(m, name)) for name in ("ge", "le"))
+        text = f"list of numbers {low}..{high}"
     else:
         text = "a path"
     return f"{text} | null" if type(None) in typing.get_args(field.annotation) else text

@@ -628,11 +628,11 @@ class EplbUpdator:
         self._stats.ranks_told(figures, rank_load, self._adaptor.topology.node_of_rank)
         self._stats.window_ended(
             rank_load,
-            self._start.rank_load(load),
-            observed.rank_load(load) if observed is not None else None,
+            self._over_speed(self._start.rank_load(load)),
+            self._over_speed(observed.rank_load(load)) if observed is not None else None,
         )
         if observed is not None:
-            would = float(observed.par(load).mean())
+            would = float(observed.par(load, self._config.rank_speed).mean())
             self._cycle.note = (
                 f"; the last plan would have brought PAR {would:.3f} instead of {self._cycle.window_par:.3f}"
             )
@@ -640,7 +640,8 @@ class EplbUpdator:
         if last is None:
             return
         # Load has gone on changing, so the plan is judged by what this same window would have been without it.
-        par, without = float(self._placement.par(load).mean()), float(last.before.par(load).mean())
+        speed = self._config.rank_speed
+        par, without = (float(each.par(load, speed).mean()) for each in (self._placement, last.before))
         paid = without - par > PAYS_FROM * last.promised_gain
         least = self._config.min_gain
         if paid:
@@ -652,11 +653,18 @@ class EplbUpdator:
             self._cycle.note += f", too little, so that a plan must now gain {self._threshold:.1%}"
 
     def _rank_load(self, load: npt.NDArray[np.int64]) -> FloatArray:
-        """[L, R] tokens per rank under the placement and the dispatch shares in force."""
+        """[L, R] tokens per rank under the placement and the dispatch shares in force, over its speed."""
         tables, placement = self._adaptor.dispatch, self._placement
         if tables is None:
-            return placement.rank_load(load)
+            return self._over_speed(placement.rank_load(load))
         return shared_rank_load(load, placement, tables.shares, placement.num_ranks)
+
+    def _over_speed(self, rank_load: FloatArray) -> FloatArray:
+        """[L, R] tokens per rank as a rank of average speed would have to have them to take as long."""
+        if self._config.rank_speed is None:
+            return rank_load
+        speed = np.array(self._config.rank_speed)
+        return np.asarray(rank_load * (speed.mean() / speed))
 
     def _look_for_answer(self) -> None:
         """On EP rank 0: takes the planner's answer, weighs it and packs it."""
@@ -936,6 +944,7 @@ def _limits(config: EplbConfig, cycle: int) -> dict[str, object]:
         "target_par": config.target_par,
         "effort": config.planner_effort,
         "max_moves": config.max_moves_per_cycle,
+        "rank_speed": config.rank_speed,
     }
 
 

@@ -120,6 +120,7 @@ class Seen:
     phase: str = ""
     final_par: float = 0.0
     first_par: float = 0.0
+    final_load: list[float] = field(default_factory=list)
     stats: Any = None
     step: int = 0
     lines: list[tuple[Any, ...]] = field(default_factory=list)
@@ -217,6 +218,7 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
     seen.step = updator.state.step
     seen.first_par = float(model.placement.par(model.routed).mean())
     seen.final_par = float(updator.placement.par(model.routed).mean())
+    seen.final_load = updator.placement.rank_load(model.routed).sum(axis=0).tolist()
     seen.stats = updator.stats.stats() if ranks.rank == 0 else None
     updator.close()
     return seen
@@ -283,6 +285,18 @@ def test_a_rank_that_cannot_prepare_drops_the_cycle_on_all(rank: int) -> None:
     stats = all_seen[0].stats
     assert stats.cycles_failed == 1
     assert stats.cycles_done >= 1
+
+
+def test_a_faster_rank_gets_more_load() -> None:
+    all_seen = run_ranks(2, serve, 400, {"rank_speed": [2, 1], "planner_effort": "fast"}, {"cycles": 4})
+    check_agreement(all_seen)
+    stats = all_seen[0].stats
+    assert stats.cycles_done >= 1
+    assert stats.cycles_failed == 0
+    slow, fast = all_seen[0].final_load[1], all_seen[0].final_load[0]
+    assert 1.7 < fast / slow < 2.3
+    assert stats.window.par.mean < 1.15  # of load over speed
+    assert stats.window.par_start.mean > 1.2  # even ranks are uneven in time
 
 
 def test_observing_moves_nothing_and_says_what_balancing_would_bring() -> None:

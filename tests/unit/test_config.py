@@ -357,6 +357,8 @@ def valid(name: str) -> st.SearchStrategy[object]:
     kinds = {type(None): st.none(), bool: st.booleans(), str: st.text(st.characters(codec="ascii"), min_size=1)}
     kinds[int] = st.integers(low or 0, high)
     kinds[float] = st.floats(low or 0.0, high) | st.just(low or 0)
+    if name == "rank_speed":
+        return st.none() | st.lists(st.floats(0.1, 10) | st.integers(1, 10), min_size=1, max_size=4)
     choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is not Literal else ()
     made = []
     for kind in choices or (field.annotation,):
@@ -416,3 +418,25 @@ def test_sizes_without_reason_end_in_one_line_and_at_once(depth: int) -> None:
 def test_the_readme_shows_this_table() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert settings_table() in readme
+
+
+def test_speeds_of_ranks() -> None:
+    assert parse(rank_speed=[1, 0.5]).rank_speed == [1.0, 0.5]
+    for value, wrong in (
+        ([0.0], "no list of such numbers"),
+        ("1,2", "a string"),
+        ([True], "no list"),
+        (2, "an integer"),
+    ):
+        message = refusal({"eplb_config": {"rank_speed": value}})
+        assert message.startswith("eplb_config.rank_speed = ")
+        assert wrong in message
+        assert "allowed: list of numbers 0.1..10.0 | null; leave it out for the default, null" in message
+    for chosen, wrong in (
+        ({"rank_speed": [1, 1, 2]}, "has 3 numbers, the expert-parallel size is 2"),
+        ({"rank_speed": [1, 2], "policy": "default"}, "together with the policy default"),
+        ({"rank_speed": [1, 2], "weighted_dispatch": True}, "together with weighted_dispatch"),
+    ):
+        with pytest.raises(EplbConfigError, match=wrong):
+            parse(dynamic_eplb=True, **chosen).check_serving(num_experts=8, ep_size=2, expert_parallel=True)
+    parse(dynamic_eplb=True, rank_speed=[1, 2]).check_serving(num_experts=8, ep_size=2, expert_parallel=True)
