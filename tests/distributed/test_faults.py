@@ -461,8 +461,8 @@ class Skewed(Fault):
             time.sleep(self.luck.random())
         if self.ranks.rank == 1 and self.cycle == 5 and self.phase is Phase.MOVE and not self.stopped:
             self.stopped = True
-            subprocess.Popen(["sh", "-c", f"kill -STOP {os.getpid()}; sleep 5; kill -CONT {os.getpid()}"])
-            time.sleep(0.5)
+            subprocess.Popen(["sh", "-c", f"sleep 5; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def test_ranks_apart_in_time_and_in_what_they_do_stay_together() -> None:
