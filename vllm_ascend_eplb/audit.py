@@ -155,7 +155,9 @@ class Damage:
         return f"layer {self.layer}, slot {self.slot} (rank {self.slot // slots_per_rank}, expert {self.expert})"
 
 
-def find_damage(sums: Int64Array, placement: Placement, table: ChecksumTable, topology: Topology) -> list[Damage]:
+def find_damage(
+    sums: Int64Array, placement: Placement, table: ChecksumTable, topology: Topology
+) -> tuple[list[Damage], int]:
     """Which slots are damaged, and where what belongs there can be had: on the same rank, else on the same node, else
     anywhere, undamaged replicas first.
 
@@ -164,14 +166,21 @@ def find_damage(sums: Int64Array, placement: Placement, table: ChecksumTable, to
         placement: the placement in force.
         table: the sums that the experts should have.
         topology: the node of each rank.
+
+    Returns:
+        The first ``MOST_REPAIRS`` damaged slots, and the number of all. Where there are more, only undamaged replicas
+        are sources: a slot whose turn has not come may need what another damaged one holds.
     """
     slots, size = placement.physical_to_logical, placement.slots_per_rank
     wrong = _wrong(sums, slots, table)
-    found = []
-    for layer, slot in np.argwhere(wrong).tolist():
+    found, places = [], np.argwhere(wrong)
+    for layer, slot in places[:MOST_REPAIRS].tolist():
         expert = int(slots[layer, slot])
         rank = slot // size
-        sources = np.flatnonzero(sums[layer] == table.sums[layer, expert]).tolist()
+        good = sums[layer] == table.sums[layer, expert]
+        if len(places) > MOST_REPAIRS:
+            good &= ~wrong[layer]
+        sources = np.flatnonzero(good).tolist()
         best = min(
             sources,
             key=lambda its: (
@@ -183,7 +192,7 @@ def find_damage(sums: Int64Array, placement: Placement, table: ChecksumTable, to
             default=-1,
         )
         found.append(Damage(layer, slot, expert, best))
-    return found
+    return found, len(places)
 
 
 def repair_rounds(damage: Sequence[Damage], slots_per_rank: int, buffer_experts: int) -> list[Round]:
@@ -193,18 +202,11 @@ def repair_rounds(damage: Sequence[Damage], slots_per_rank: int, buffer_experts:
     it is last read in, or later. A ring of such slots that does not fit into the buffer is left alone.
 
     Args:
-        damage: of which the first ``MOST_REPAIRS`` that have a source are mended.
+        damage: all that is to be mended; those without a source are left alone.
         slots_per_rank: S.
         buffer_experts: staging places of a rank per round.
     """
-    mendable = [each for each in damage if each.source >= 0]
-    left = {(each.layer, each.slot): each for each in mendable[:MOST_REPAIRS]}
-    later = mendable[MOST_REPAIRS:]
-    while later:  # what a later repair reads must stay as it is, and so must what that slot would have read
-        each = later.pop()
-        kept = left.pop((each.layer, each.source), None)
-        if kept is not None:
-            later.append(kept)
+    left = {(each.layer, each.slot): each for each in damage if each.source >= 0}
     rounds: list[Round] = []
     while left:
         readers = Counter((each.layer, each.source) for each in left.values())

@@ -577,30 +577,31 @@ class EplbUpdator:
         if self._planner is None or sums is None or table is None:
             return
         placement, size = self._placement, self._placement.slots_per_rank
-        damage = find_damage(sums, placement, table, self._adaptor.topology)
+        damage, count = find_damage(sums, placement, table, self._adaptor.topology)
         rounds: list[Round] = []
         if self._config.audit_action == "repair" and self._config.mode != "observe":
             rounds = repair_rounds(damage, size, self._loader.buffer_experts)
-        self._stats.audited(len(damage))
+        self._stats.audited(count)
         if rounds:
             cycle.message = _pack(self._state.cycle, placement.physical_to_logical, rounds_to_array(rounds), None)
         cycle.answer = PlanAnswer(self._state.cycle)
-        cycle.damaged = len(damage)
+        cycle.damaged = count
         mending = sum(len(each.moves) for each in rounds)
         if damage != self._last_damage or mending:
             self._last_damage = damage
-            shown = "; ".join(each.text(size) for each in damage[:8]) + ("; ..." if len(damage) > 8 else "")
-            if mending == len(damage):
+            shown = "; ".join(each.text(size) for each in damage[:8]) + ("; ..." if count > 8 else "")
+            if mending == count:
                 what = "good copies are being sent there"
             elif self._config.audit_action == "repair":
-                what = f"{mending} get good copies, the others have none: load the weights anew"
+                why = "the next ones follow" if count > len(damage) else "the others have none: load the weights anew"
+                what = f"{mending} get good copies, {why}"
             else:
                 what = 'answers may be wrong: load the weights anew, or set "audit_action": "repair" in eplb_config'
             logger.error(
                 "%s audit at step %d: %d of %d slots do not hold the weights of their expert: %s; %s",
                 self._title,
                 self._state.step,
-                len(damage),
+                count,
                 sums.size,
                 shown,
                 what,
