@@ -37,7 +37,7 @@ class Phase(IntEnum):
     SNAPSHOT = 2  # every rank copies its counts to the host
     REDUCE = 3  # the counts of all ranks are being summed on EP rank 0
     PLAN = 4  # the planner of EP rank 0 is at work
-    BROADCAST = 5  # the plan travels to all ranks; each checks it and cuts it into rounds
+    BROADCAST = 5  # the plan travels to all ranks; each checks it and prepares its first round
     MOVE = 6  # rounds are prepared, sent and committed
     DRAIN = 7  # after a failure: the rounds in flight arrive, then the cycle is dropped
     LISTEN = 8  # load is being counted; all ranks learn whether an operator ordered anything
@@ -429,8 +429,10 @@ def _broadcast(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tu
         return _fail(state, Failure.ROUNDS_DIFFER, settings)
     if agreed.max.rounds == 0:
         return _finish(state, settings)
-    moving = replace(_enter(state, Phase.MOVE), rounds=agreed.max.rounds, prepared=1)
-    return moving, (Action(Do.PREPARE, 0),)
+    # Ready means that the first round is prepared, too: it goes out at once.
+    several = agreed.max.rounds > 1
+    moving = replace(_enter(state, Phase.MOVE), rounds=agreed.max.rounds, prepared=1 + several, issued=1)
+    return moving, (Action(Do.ISSUE, 0), *((Action(Do.PREPARE, 1),) if several else ()))
 
 
 def _move(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:

@@ -429,8 +429,18 @@ class EplbUpdator:
                 cycle.unpacking = self._background.submit(self._unpack, message, self._placement)
             if cycle.unpacking is not None and cycle.unpacking.done():
                 cycle.rounds, cycle.placements, cycle.tables = cycle.unpacking.result()
-                return True
+                return not cycle.rounds or self._first_round_ready()
         return False
+
+    def _first_round_ready(self) -> bool:
+        """Prepares the first round as soon as the plan is checked; tells whether it may be issued."""
+        try:
+            if not self._cycle.preparing:
+                self._prepare(0)
+            return self._rounds_ready() > 0
+        except Exception as error:
+            self._fail(Failure.PREPARE, error)
+            return False
 
     def _rounds_ready(self) -> int:
         """Rounds prepared, as far as they may be issued now."""
@@ -733,6 +743,10 @@ class EplbUpdator:
         if number < len(cycle.preparing):  # it is sent again
             del cycle.preparing[number:]
             self._background.submit(self._adaptor.forget_prepared_maps)
+        self._prepare(number)
+
+    def _prepare(self, number: int) -> None:
+        cycle = self._cycle
         each, after = cycle.rounds[number], cycle.placements[number]
         self._loader.prepare(each)
         layers = np.unique(each.moves[:, LAYER]).tolist()

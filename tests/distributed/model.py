@@ -213,6 +213,10 @@ class Driver:
                 array = np.frombuffer(self.bulk.result(), dtype=np.int32).reshape(-1, 7)
                 self.rounds = rounds_from_array(array, self.placement.slots_per_rank)
                 check_rounds(self.placement, self.rounds, self.loader.buffer_experts)
+                if self.rounds:
+                    self.prepare(0)
+            if phase is Phase.BROADCAST and self.rounds:
+                ready = self.prepared > 0 and self.loader.ready(0)
         has_plan = self.ranks.rank == 0 and phase is Phase.PLAN and self.state.step >= self.plan_due
         ready_rounds = self.prepared
         while ready_rounds and not self.loader.ready(ready_rounds - 1):
@@ -246,11 +250,7 @@ class Driver:
         elif action.do is Do.BROADCAST:
             self.bulk = self.channel.broadcast(self.message or None, self.state.plan_length)
         elif action.do is Do.PREPARE:
-            if self.random.random() < self.trouble.prepare_fails:
-                self.failure = Failure.PREPARE
-                return
-            self.loader.prepare(self.rounds[action.round])
-            self.prepared = action.round + 1
+            self.prepare(action.round)
         elif action.do is Do.ISSUE:
             self.loader.issue(action.round)
         elif action.do is Do.COMMIT:
@@ -262,6 +262,13 @@ class Driver:
             self._clear()
         elif action.do is Do.SWITCH_OFF:
             self.loader.forget()
+
+    def prepare(self, number: int) -> None:
+        if self.random.random() < self.trouble.prepare_fails:
+            self.failure = Failure.PREPARE
+            return
+        self.loader.prepare(self.rounds[number])
+        self.prepared = number + 1
 
     def make_plan(self) -> None:
         layers, experts, slots = self.shape

@@ -112,7 +112,8 @@ def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> I
     fault = faults > 0 and not env.failure
     if state.phase in (Phase.SNAPSHOT, Phase.REDUCE, Phase.BROADCAST) and not env.ready and not env.failure:
         if state.phase is Phase.BROADCAST:
-            yield replace(env, ready=1, bulk=0, rounds=state.plan_length), 0
+            first = min(1, state.plan_length)  # a plan's first round is prepared, too
+            yield replace(env, ready=1, bulk=0, rounds=state.plan_length, asked=first, prepared=first), 0
         elif state.phase is Phase.REDUCE:
             yield replace(env, ready=1, bulk=0), 0
         elif not env.bulk:
