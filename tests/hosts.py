@@ -5,6 +5,7 @@ and IPC, so that nothing but the network joins them. Needs root and iproute2."""
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ def why_not() -> str:
     """Why there cannot be such hosts here; empty if there can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
+    if shutil.which("ip") is None or shutil.which("unshare") is None:
+        return "no ip and unshare (iproute2, util-linux) for network namespaces"
     try:
         for command in ("ip netns add eplbtry", "ip -n eplbtry link add name b type bridge"):
             subprocess.run(command.split(), check=True, capture_output=True)

@@ -453,6 +453,8 @@ class EplbUpdator:
         return len(self._cycle.preparing)
 
     def _fail(self, failure: Failure, error: Exception) -> None:
+        if self._cycle.failure is not Failure.NONE:
+            return
         self._cycle.failure = failure
         self._cycle.reason = f"{failure.text}: {type(error).__name__}: {error}"
         logger.warning("%s rank %d: %s", self._title, self._rank, self._cycle.reason)
