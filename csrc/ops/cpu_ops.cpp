@@ -34,7 +34,7 @@ constexpr int64_t kCopies = 4;               // of the bins, in turn: an add nee
 constexpr int64_t kTile = 256;               // entries mapped at a time: their buffers stay in the first-level cache
 constexpr int64_t kCacheLine = 64;           // what a vector store leaves over two of them is slow to read back
 constexpr int64_t kLargestCompact = 32768;   // elements of a compact table: 64 KiB
-constexpr int64_t kUsesOfCompact = 4;  // batch entries per element of a compact table for which it pays to make it
+constexpr int64_t kUsesOfCompact = 2;  // batch entries per element of a compact table for which it pays to make it
 
 int64_t scalar(const at::Tensor& t, int64_t i) {
     return t.scalar_type() == at::kInt ? t.const_data_ptr<int32_t>()[i] : t.const_data_ptr<int64_t>()[i];
@@ -217,24 +217,25 @@ uint64_t narrow_row(const int64_t* row, int64_t n, uint16_t* compact) {
     return highest;
 }
 
-// Makes rows of one width, a multiple of each row's replica count, with each replica repeated: the same fraction of the
-// interval chooses the same replica, and neither the replica count nor a wide element has to be read for a token.
-// Returns whether all replicas are slots that are counted and that fit.
+// Makes a table of 16-bit elements that holds replicas only. With `repeat` the rows' width is a multiple of each one's
+// replica count and each replica is repeated: the same fraction of the interval chooses the same replica, and the
+// replica count need not be looked up for a token. Returns whether all replicas are slots that are counted and that
+// fit.
 bool make_compact(const int64_t* table, int64_t row_stride, const std::vector<uint32_t>& valid, int64_t width,
-                  int64_t num_slots, std::vector<uint16_t>& compact) {
+                  bool repeat, int64_t num_slots, std::vector<uint16_t>& compact) {
     compact.resize(valid.size() * static_cast<size_t>(width));
     uint64_t highest = 0;
-    uint16_t* next = compact.data();
-    for (size_t expert = 0; expert < valid.size(); ++expert, table += row_stride) {
+    uint16_t* row = compact.data();
+    for (size_t expert = 0; expert < valid.size(); ++expert, table += row_stride, row += width) {
         const int64_t replicas = std::max<int64_t>(valid[expert], 1);  // none: the first entry, as entry_of has it
-        if (replicas == width) {
-            highest = std::max(highest, narrow_row(table, width, next));
-            next += width;
+        const int64_t times = repeat ? width / replicas : 1;
+        if (times == 1) {
+            highest = std::max(highest, narrow_row(table, replicas, row));
             continue;
         }
         for (int64_t i = 0; i < replicas; ++i) {
             highest = std::max(highest, static_cast<uint64_t>(table[i]));
-            next = std::fill_n(next, width / replicas, static_cast<uint16_t>(table[i]));
+            std::fill_n(row + i * times, times, static_cast<uint16_t>(table[i]));
         }
     }
     return highest < static_cast<uint64_t>(std::min<int64_t>(num_slots, 1 << 16));
@@ -298,8 +299,10 @@ at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::T
     const int64_t* const entries = table.const_data_ptr<int64_t>();
     const int64_t most = std::min(kLargestCompact, ids.numel() / kUsesOfCompact) / std::max<int64_t>(table.size(0), 1);
     const int64_t common = most >= 1 ? common_width(scratch.valid, most) : 0;
-    if (common > 0 && make_compact(entries, table.stride(0), scratch.valid, common, num_slots, scratch.compact)) {
-        map_all(static_cast<const uint16_t*>(scratch.compact.data()), common, common, true);
+    const int64_t compact_width = common > 0 ? common : width;
+    if (compact_width <= most &&
+        make_compact(entries, table.stride(0), scratch.valid, compact_width, common > 0, num_slots, scratch.compact)) {
+        map_all(static_cast<const uint16_t*>(scratch.compact.data()), compact_width, compact_width, common > 0);
     } else {
         map_all(entries, table.stride(0), width, uniform);
     }
