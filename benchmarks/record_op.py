@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -193,7 +194,8 @@ def time_in_turns(calls: dict[str, Call], rounds: int, turn: float = 0.008) -> d
 
 
 def measure_cpu(checks: Checks, rounds: int, tables: tuple[str, ...]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Times on the CPU, and the ratios that matter: other over op, medians over rounds."""
+    """Times on the CPU and the ratios that matter, other over op: medians over rounds, and of both's best rounds, which
+    other load on the machine changes least."""
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     all_threads = torch.get_num_threads()
@@ -214,6 +216,7 @@ def measure_cpu(checks: Checks, rounds: int, tables: tuple[str, ...]) -> tuple[l
                 for name in ("choose + index + bincount", "index + bincount", "identity + bincount", "bincount alone"):
                     of_rounds = [other / own for other, own in zip(times[name], times["op"], strict=True)]
                     ratios[f"{case}: {name} / op"] = statistics.median(of_rounds)
+                    ratios[f"{case}: {name} / op, best rounds"] = min(times[name]) / min(times["op"])
     torch.set_num_threads(all_threads)
     return rows, ratios
 
@@ -366,7 +369,7 @@ def print_rows(rows: list[dict[str, Any]], ratios: dict[str, float]) -> None:
             print(f"  {name:28s} {spent:10.2f}")
     print()
     for name, ratio in ratios.items():
-        print(f"{name:70s} {ratio:6.2f}")
+        print(f"{name:80s} {ratio:6.2f}")
 
 
 def main() -> int:
@@ -393,6 +396,7 @@ def main() -> int:
         if not arguments.quick:
             rows += measure_compiled(checks, "cuda", rounds)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine += f", load {os.getloadavg()[0]:.1f}"
     if has_cuda:
         machine += f", {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     kernels = {device: ops.kernel_for(device) for device in ("cpu", *(["cuda"] if has_cuda else []))}
