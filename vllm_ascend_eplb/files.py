@@ -133,6 +133,26 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
+def write_private(path: str | os.PathLike[str], text: str) -> None:
+    """Replaces a file that only its owner may read, so that readers see all or nothing. Does not wait for the disk to
+    have it: after a crash nobody asks for it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    target = Path(path)
+    # mkstemp: a new file of mode 0600 that no one else can have put there
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
 def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
     """The value of a JSON text; NaN, infinities and repeated keys are refused.
 

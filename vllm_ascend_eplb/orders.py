@@ -13,13 +13,14 @@ import logging
 import os
 import secrets
 import stat
-import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .files import write_private
 
 logger = logging.getLogger("vllm.eplb")
 
@@ -81,16 +82,7 @@ def write_order(path: str | os.PathLike[str], order: Order) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600, and nobody else's
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(order.model_dump_json())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+    write_private(path, order.model_dump_json())
 
 
 def read_order(path: str | os.PathLike[str]) -> Order | None:

@@ -10,7 +10,6 @@ set it beforehand to choose the place.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 import shutil
@@ -27,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .files import write_private
 from .placement import peak_to_average
 from .process import OWNED_FOLDER
 
@@ -508,16 +508,7 @@ class StatsFile:
         Raises:
             OSError: the file cannot be written.
         """
-        # mkstemp: a new file of mode 0600 that no one else can have put there
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(stats.to_json())
-            os.replace(name, self.path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        write_private(self.path, stats.to_json())
 
     def publish(self, stats: EplbStats) -> None:
         """Leaves statistics to the background thread. Never waits, never raises."""
