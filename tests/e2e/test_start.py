@@ -63,6 +63,11 @@ CASES = {
         {"set": {"parallel_config": {"enable_dbo": True}}},
         "--enable-dbo True is not supported",
     ),
+    "elastic": (
+        {"dynamic_eplb": True},
+        {"set": {"parallel_config": {"enable_elastic_ep": True}}},
+        "--enable-elastic-ep True is not supported",
+    ),
     "context parallel": (
         {"dynamic_eplb": True},
         {"set": {"parallel_config": {"prefill_context_parallel_size": 2}}},
