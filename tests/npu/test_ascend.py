@@ -19,7 +19,9 @@ pytestmark = [
 ]
 
 
-def run(function: str, ranks: int, args: list[Any], timeout: float = 400, check: bool = True) -> npus.Outcome:
+def run(
+    function: str, ranks: int, args: list[Any], timeout: float = 400, check: bool = True, **settings: str
+) -> npus.Outcome:
     return npus.run(
         "ascend",
         function,
@@ -29,6 +31,7 @@ def run(function: str, ranks: int, args: list[Any], timeout: float = 400, check:
         check=check,
         EMULATED_NPU_RACE="report",
         PYTHONPATH=f"{npus.ROOT}:{STACK / 'site'}:{STANDINS}",
+        **settings,
     )
 
 
@@ -119,12 +122,13 @@ def test_its_own_slow_planner_stops_every_rank_for_as_long(stock: dict[str, list
     [
         ("kill", [10, 3]),  # the step thread waits for ever for the dead planner's answer
         ("skew", [10, 3]),  # ranks count different steps, so that one gathers while another serves
-        ("", [0, 0]),  # passes its validation, and no step is the one that ends a collection
+        ("", [0, 3]),  # passes its validation; nobody asks the planner, and everybody waits for its answer
     ],
 )
-def test_its_own_eplb_freezes_or_never_balances(fault: str, intervals: list[int]) -> None:
-    """Not ours."""
-    outcome = run("balance", 2, [False, True, 0, 60, fault, intervals], timeout=120, check=False)
+def test_its_own_eplb_freezes(fault: str, intervals: list[int]) -> None:
+    """Not ours. Ranks that enter communicators in different orders hang, as they may on hardware."""
+    case = [False, True, 0, 60, fault, intervals]
+    outcome = run("balance", 2, case, timeout=120, check=False, EMULATED_NPU_COMM_ORDER="report")
     assert any(outcome.results), outcome.text()
     for result in outcome.results:
-        assert result is None or "frozen" in result or result["placements"] == 1, outcome.results
+        assert result is None or "frozen" in result, outcome.results
