@@ -311,6 +311,7 @@ class FixedPlanner:
         self._nothing = nothing, np.zeros((0, 7), dtype=np.int32)
         self._request: PlanRequest | None = None
         self.allowed = 0
+        self.starts = 1
 
     def submit(self, request: PlanRequest) -> None:
         self._request = request
