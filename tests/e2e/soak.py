@@ -409,11 +409,11 @@ class PrivateServer(Server):
 
     def end_by(self, number: int, prompts: list[tuple[str, list[int]]]) -> list[str]:
         """Sends the front end a signal while it serves; what stays behind of us, in words."""
-        semaphores = {
-            Path(line.split(None, 5)[5])
+        semaphores = {  # by inode: they were made under another name
+            int(line.split()[4])
             for pid in self.processes()
             for line in _lines(f"/proc/{pid}/maps")
-            if "/dev/shm/sem.mp-" in line
+            if "/dev/shm/sem." in line
         }
         with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
             for text, _ in prompts[:STREAMS]:
@@ -426,7 +426,9 @@ class PrivateServer(Server):
                 time.sleep(0.2)
         left = self.stop(1.0)
         left += [f"file {path}" for path in self.temporary.glob(f"{OWNED_FOLDER}*") if "flight" not in path.name]
-        return left + [f"semaphore {path}" for path in semaphores if path.exists()]
+        return left + [
+            f"semaphore {path}" for path in Path("/dev/shm").glob("sem.*") if path.stat().st_ino in semaphores
+        ]
 
 
 def _lines(path: str) -> list[str]:
