@@ -31,8 +31,10 @@ BUSY = {
     "transfer_buffer_experts": 64,
     "policy": "random",
     "min_gain": 0.0,
+    "allow_unchecked_vllm": True,
 }
-"""Settings under which a cycle follows a cycle and every one moves most experts."""
+"""Settings under which a cycle follows a cycle and every one moves most experts; also on a vLLM that is being checked
+(`make matrix`)."""
 
 PATTERN = r"[a-z]{2,9}( [a-z]{2,9}){3}: [0-9]{4}"
 """What structured answers look like."""
