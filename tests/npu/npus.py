@@ -7,6 +7,7 @@ scripts/setup_npu_env.sh), or, with NPU_TEST_REAL=1, with this Python on real NP
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -145,8 +146,8 @@ def run(
                 except subprocess.TimeoutExpired:
                     timeout = 1
         finally:
-            for process, _, _ in children:
-                if process.poll() is None:
+            for process, _, _ in children:  # and what they started: a session each
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
         for rank, (process, output, answer) in enumerate(children):
             outcome.codes.append(process.wait())
