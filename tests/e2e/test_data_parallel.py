@@ -1,19 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two data-parallel engines that share the experts: the same answers, also while one of them has nothing to do."""
+"""Two data-parallel engines that share the experts: the same answers, also while one of them has nothing to do, and
+every token counted once."""
 
 from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
 
 import pytest
 
 from examples.demo.server import Server
 
+from .audit import AUDIT
 from .conftest import BUSY, START_SECONDS, prompts
 from .test_server import complete
 
+TOP_K, NUM_LAYERS = 4, 6
+"""Experts per token and layers of the model."""
+
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(2, BUSY, tmp_path_factory.mktemp("server"), 16)
+def audit(tmp_path_factory) -> Path:
+    """Folder with a file for each process that made steps; see audit.py."""
+    return tmp_path_factory.mktemp("audit")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, audit):
+    start = tmp_path_factory.mktemp("start")
+    (start / "sitecustomize.py").write_text("import audit\naudit.audit_steps()\n")
+    paths = [str(start), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv(AUDIT, str(audit))
+        server = Server(2, BUSY, tmp_path_factory.mktemp("server"), 16)
     server.command[server.command.index("--tensor-parallel-size")] = "--data-parallel-size"
     server.start()
     for _ in server.wait_until_ready(START_SECONDS):
@@ -47,4 +68,21 @@ def test_an_idle_engine_stays_in_step(server, reference):
     assert after.cycles_done > before.cycles_done
     assert after.cycles_failed == 0
     # the idle engine's dummy batches count nothing: every counted token went to top-4 experts of 6 layers
-    assert after.window.tokens % (4 * 6) == 0
+    assert after.window.tokens % (TOP_K * NUM_LAYERS) == 0
+
+
+def test_each_step_counts_its_own_tokens_once_in_every_layer(server, audit, reference):
+    """After the tests above, which made steps with and without requests on both engines."""
+    texts = [text for batch in prompts(2) for text in batch]
+    complete(server, texts)
+    engines = [
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("]")] for path in audit.iterdir()
+    ]
+    assert len(engines) == 2
+    for steps in engines:
+        wrong = [step for step in steps if step[2] != [step[0] * TOP_K] * NUM_LAYERS]
+        assert wrong == []
+        assert all(recorded == (tokens > 0) for tokens, recorded, _ in steps)
+        assert len({tokens for tokens, *_ in steps}) > 5  # prompts, decoding, dummy batches: no number fits them all
+        assert sum(tokens for tokens, *_ in steps) > 1000
+    assert any(tokens == 0 for steps in engines for tokens, *_ in steps)

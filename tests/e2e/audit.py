@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An account of every step that a server's workers make. It is loaded as each process starts, so it imports little."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+AUDIT = "EPLB_TEST_AUDIT"
+"""Names the folder that the audit of a server's steps goes to; a worker in a server cannot be called from a test."""
+
+
+def audit_steps() -> None:
+    """In every process, as it starts: each worker writes a line of JSON for each of its steps: the tokens that the
+    scheduler gave it, whether they were to be recorded, and what the recorder then counted in every layer."""
+    from vllm_ascend_eplb.post_import import after_import
+
+    scheduled = [0]
+    file = Path(os.environ[AUDIT]) / str(os.getpid())
+
+    def watch_runner(module: Any) -> None:
+        execute, dummy = module.GPUModelRunner.execute_model, module.GPUModelRunner._dummy_run
+
+        def watched_execute(self: Any, scheduler_output: Any, *rest: Any, **names: Any) -> Any:
+            scheduled[0] = scheduler_output.total_num_scheduled_tokens
+            return execute(self, scheduler_output, *rest, **names)
+
+        def watched_dummy(self: Any, *rest: Any, **names: Any) -> Any:
+            scheduled[0] = 0
+            return dummy(self, *rest, **names)
+
+        module.GPUModelRunner.execute_model, module.GPUModelRunner._dummy_run = watched_execute, watched_dummy
+
+    def watch_state(module: Any) -> None:
+        before, step = module.VllmEplbState.forward_before, module.VllmEplbState.step
+
+        def sums(self: Any) -> Any:
+            return self.updator._recorder.counts.sum(dim=1)
+
+        def watched_before(self: Any, **names: Any) -> None:
+            before(self, **names)
+            self.audited = sums(self) if self._began else None
+
+        def watched_step(self: Any, *rest: Any, **names: Any) -> None:
+            if self._began and getattr(self, "audited", None) is not None:
+                line = [scheduled[0], bool(self.should_record_tensor), (sums(self) - self.audited).tolist()]
+                with file.open("a") as lines:
+                    lines.write(json.dumps(line) + "\n")
+            step(self, *rest, **names)
+
+        module.VllmEplbState.forward_before, module.VllmEplbState.step = watched_before, watched_step
+
+    after_import("vllm.v1.worker.gpu_model_runner", watch_runner)
+    after_import("vllm_ascend_eplb.adaptors.vllm", watch_state)
