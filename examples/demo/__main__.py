@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--ranks", type=int, default=4, help="expert-parallel size (default 4; 2 for small machines)")
     parser.add_argument("--output", type=Path, default=Path("demo.json"), help="where the figures go")
-    parser.add_argument("--windows", type=int, default=4, help="collection windows in each domain (at least 2)")
+    parser.add_argument("--windows", type=int, help="collection windows in each domain (default 4, with 2 ranks 3)")
     parser.add_argument("--interval", type=int, help="steps of a window (default 100, with 2 ranks 200)")
     parser.add_argument("--new-tokens", type=int, default=48, help="length of each answer")
     parser.add_argument("--policy", help="policy by name (default: the package's)")
@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.ranks < 2 or 64 % arguments.ranks:
         parser.error(f"--ranks {arguments.ranks}: allowed are 2, 4, 8, 16, 32 and 64, which divide 64 experts")
+    arguments.windows = arguments.windows or (3 if arguments.ranks == 2 else 4)
     if arguments.windows < 2:
         parser.error(f"--windows {arguments.windows}: at least 2 are needed, one before and one after")
     return arguments
