@@ -48,7 +48,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.ranks < 2 or 64 % arguments.ranks:
         parser.error(f"--ranks {arguments.ranks}: allowed are 2, 4, 8, 16, 32 and 64, which divide 64 experts")
-    arguments.windows = arguments.windows or (3 if arguments.ranks == 2 else 4)
+    if arguments.windows is None:
+        arguments.windows = 3 if arguments.ranks == 2 else 4
     if arguments.windows < 2:
         parser.error(f"--windows {arguments.windows}: at least 2 are needed, one before and one after")
     return arguments
