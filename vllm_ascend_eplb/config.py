@@ -12,7 +12,7 @@ import difflib
 import math
 import reprlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import annotated_types
@@ -372,6 +372,25 @@ class EplbConfig(BaseModel):
             raise EplbConfigError(
                 f"eplb_config.num_redundant_experts = {redundant}: {num_experts} experts + {redundant} cannot be "
                 f"shared evenly by {ep_size} ranks; nearest that works: {works}"
+            )
+
+
+def refuse_options(options: Iterable[tuple[str, object, object, str]], engine: str = "") -> None:
+    """Ways to start an engine for which this version has no proof that balancing is right.
+
+    Args:
+        options: name, value, allowed value and way out of each.
+        engine: whose, where it matters.
+
+    Raises:
+        EplbConfigError: one of them has another value than the allowed one.
+    """
+    beside = f" with {engine}" if engine else ""
+    for name, value, allowed, way_out in options:
+        if value != allowed:
+            raise EplbConfigError(
+                f"eplb_config together with {name} {value} is not supported{beside} in this version (allowed: "
+                f"{allowed}); {way_out}, or leave eplb_config out"
             )
 
 

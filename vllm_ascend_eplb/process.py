@@ -39,6 +39,9 @@ POLL_SECONDS = 0.05
 ORPHAN_SECONDS = 3.0
 """How long the child outlives a parent that ended without ending it."""
 
+STATS_VARIABLE = "EPLB_STATS_FILE"
+"""Environment variable that holds the path of the statistics file; vLLM warns of unknown names that begin with VLLM."""
+
 OWNED_FOLDER = "vllm-eplb-"
 """How the names of private folders begin; the id of the process that made the folder follows, and a hyphen."""
 
@@ -125,11 +128,10 @@ def serve(requests: Any, answers: Any, policy: Callable[[PlanRequest], Plan]) ->
         began = time.perf_counter()
         try:
             made = policy(request)
-            rounds = schedule_rounds(
-                request.placement, made.moves, Topology(request.node_of_rank), request.buffer_experts
-            )
+            start = request.placement
+            rounds = schedule_rounds(start, made.moves, Topology(request.node_of_rank), request.buffer_experts)
             target = Placement(made.physical_to_logical, request.num_experts, len(request.node_of_rank))
-            now, after = best_dispatch(request, request.placement), best_dispatch(request, target)
+            now, after = best_dispatch(request, start), best_dispatch(request, target)
             seconds = time.perf_counter() - began
             answer = PlanAnswer(request.number, replace(made, seconds=seconds), rounds_to_array(rounds), now, after)
         except Exception as error:
@@ -196,7 +198,7 @@ def _die_with(parent: int) -> None:
         if process is not None and os.getppid() == parent:
             process.join()
         time.sleep(ORPHAN_SECONDS)
-        remove_orphaned_folder(os.environ.get("EPLB_STATS_FILE", ""))
+        remove_orphaned_folder(os.environ.get(STATS_VARIABLE, ""))
         os._exit(0)
 
     threading.Thread(target=watch, name="eplb-parent-watch", daemon=True).start()

@@ -28,10 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .files import write_private
 from .placement import peak_to_average
-from .process import OWNED_FOLDER
-
-STATS_VARIABLE = "EPLB_STATS_FILE"
-"""Environment variable that holds the path of the statistics file; vLLM warns of unknown names that begin with VLLM."""
+from .process import OWNED_FOLDER, STATS_VARIABLE
 
 MAX_STATS_BYTES = 4 << 20
 KEPT_CYCLES = 64
@@ -349,8 +346,7 @@ class StatsKeeper:
             rank_load: [L, R] tokens per rank with the placement in force.
             node_of_rank: R integers.
         """
-        mean = rank_load.mean(axis=1, keepdims=True)
-        relative = np.divide(rank_load, mean, out=np.ones_like(rank_load), where=mean > 0)
+        relative = _over_mean(rank_load)
         self._ranks = tuple(
             RankRecord(
                 rank=rank,
@@ -480,9 +476,14 @@ def _one_line(text: str) -> str:
 def _relative(load: npt.NDArray[np.float64]) -> LoadTable:
     if load.size > MAX_TABLE_ENTRIES:
         return ()
+    return tuple(tuple(row) for row in _over_mean(load).round(4).tolist())
+
+
+def _over_mean(load: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """[L, R] load of each rank over its layer's mean; 1 in a layer without load."""
     mean = load.mean(axis=1, keepdims=True)
-    ratio = np.divide(load, mean, out=np.ones_like(load), where=mean > 0)
-    return tuple(tuple(row) for row in ratio.round(4).tolist())
+    ratio: npt.NDArray[np.float64] = np.divide(load, mean, out=np.ones_like(load), where=mean > 0)
+    return ratio
 
 
 class StatsFile:

@@ -55,12 +55,16 @@ def table_rows(placement: Placement, shares: npt.ArrayLike, entries: int) -> npt
     Raises:
         ShareError: no table can be made of the shares.
     """
-    counts = entry_counts(placement, shares, entries)
+    return _arranged(placement, entry_counts(placement, shares, entries))
+
+
+def _arranged(placement: Placement, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Rows [L, E, K] in which each slot stands as often as ``counts`` [L, P] says."""
     slots = placement.physical_to_logical
     layers, places = np.nonzero(counts)
     order = np.lexsort((places, slots[layers, places], layers))
     rows: npt.NDArray[np.int64] = np.repeat(places[order], counts[layers, places][order]).astype(np.int64)
-    return rows.reshape(len(slots), placement.num_experts, entries)
+    return rows.reshape(len(slots), placement.num_experts, -1)
 
 
 class DispatchTables:
@@ -96,14 +100,14 @@ class DispatchTables:
         self.entries, self.device = entries, torch.device(device)
         self._turn = rank * entries // num_ranks
         self.shares = even_shares(placement)
-        self.table = torch.from_numpy(self._rows(placement, self.shares)).to(device)
+        self.table = torch.from_numpy(self._rows(placement, entry_counts(placement, self.shares, entries))).to(device)
         shape = (placement.num_layers, placement.num_experts)
         self.count = torch.full(shape, entries, dtype=torch.int64, device=device)
         self._prepared: deque[TableRows] = deque()
         self._in_use: deque[tuple[torch.Tensor, torch.Event | None]] = deque()
 
-    def _rows(self, placement: Placement, shares: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        return np.ascontiguousarray(np.roll(table_rows(placement, shares, self.entries), -self._turn, axis=2))
+    def _rows(self, placement: Placement, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.ascontiguousarray(np.roll(_arranged(placement, counts), -self._turn, axis=2))
 
     def prepare(self, placement: Placement, layers: Sequence[int], shares: npt.ArrayLike | None = None) -> None:
         """Computes the rows of ``layers`` for the next commit that has none yet; from any thread, in order.
@@ -132,10 +136,9 @@ class DispatchTables:
 
     def _make(self, placement: Placement, layers: list[int], shares: npt.ArrayLike | None) -> TableRows:
         part = Placement(placement.physical_to_logical[layers], placement.num_experts, placement.num_ranks)
-        given = even_shares(part) if shares is None else shares
-        rows = torch.from_numpy(self._rows(part, given))
-        realised = entry_counts(part, given, self.entries) / self.entries
-        return TableRows(layers, rows.pin_memory() if self.device.type != "cpu" else rows, realised)
+        counts = entry_counts(part, even_shares(part) if shares is None else shares, self.entries)
+        rows = torch.from_numpy(self._rows(part, counts))
+        return TableRows(layers, rows.pin_memory() if self.device.type != "cpu" else rows, counts / self.entries)
 
     def commit(self) -> None:
         """Puts the oldest prepared rows in force; only enqueues copies on the current stream."""

@@ -140,7 +140,7 @@ class EplbUpdator:
         self._adaptor = adaptor
         self._config = config
         self._rank = adaptor.rank
-        self._title = f"EPLB {adaptor.part}".rstrip()
+        self._title = adaptor.title
         self._recorder = adaptor.recorder
         synchronous = config.mode == "sync"
         self._control = ControlChannel(
@@ -337,8 +337,8 @@ class EplbUpdator:
         self._forget_cycle()
         self._recorder.flush(self._placement)
         layers = list(range(self._start.num_layers))
-        self._background.submit(self._adaptor.prepare_maps, self._start, layers).result()
-        self._adaptor.commit_maps()
+        self._background.submit(self._prepare_maps, self._start, layers).result()
+        self._commit_maps()
         self._placement = self._start
         self._cycle = _Cycle(self._placement)
         self._last_plan = None
@@ -744,7 +744,7 @@ class EplbUpdator:
         cycle, number = self._cycle, action.round
         if number < len(cycle.preparing):  # it is sent again
             del cycle.preparing[number:]
-            self._background.submit(self._adaptor.forget_prepared_maps)
+            self._background.submit(self._forget_prepared_maps)
         self._prepare(number)
 
     def _prepare(self, number: int) -> None:
@@ -752,7 +752,23 @@ class EplbUpdator:
         each, after = cycle.rounds[number], cycle.placements[number]
         self._loader.prepare(each)
         layers = np.unique(each.moves[:, LAYER]).tolist()
-        cycle.preparing.append(self._background.submit(self._adaptor.prepare_maps, after, layers))
+        cycle.preparing.append(self._background.submit(self._prepare_maps, after, layers))
+
+    def _prepare_maps(self, placement: Placement, layers: list[int]) -> None:
+        """In the background: what the routers read of ``layers`` under ``placement``."""
+        self._adaptor.prepare_maps(placement, layers)
+        if self._adaptor.dispatch is not None:
+            self._adaptor.dispatch.prepare(placement, layers)
+
+    def _commit_maps(self) -> None:
+        self._adaptor.commit_maps()
+        if self._adaptor.dispatch is not None:
+            self._adaptor.dispatch.commit()
+
+    def _forget_prepared_maps(self) -> None:
+        self._adaptor.forget_prepared_maps()
+        if self._adaptor.dispatch is not None:
+            self._adaptor.dispatch.forget_prepared()
 
     def _do_issue(self, action: Action) -> None:
         began = time.perf_counter()
@@ -765,7 +781,7 @@ class EplbUpdator:
         after = self._cycle.placements[action.round]
         self._recorder.flush(self._placement)
         self._loader.commit(action.round)
-        self._adaptor.commit_maps()
+        self._commit_maps()
         if self._audit is not None:
             moves = self._cycle.rounds[action.round].moves
             owners, slots = np.divmod(moves[:, SLOT], after.slots_per_rank)
@@ -856,7 +872,7 @@ class EplbUpdator:
         """Nothing is in flight; what was prepared is dropped."""
         for future in self._cycle.preparing:
             future.cancel()
-        self._background.submit(self._adaptor.forget_prepared_maps)
+        self._background.submit(self._forget_prepared_maps)
         self._loader.forget()
         if self._cycle.repair or self._audit_error is not None:
             self._restart_audit()
@@ -897,8 +913,7 @@ def start_balancer(adaptor: EplbAdaptor, config: EplbConfig) -> EplbUpdator:
     record = config.expert_map_record_path if first else None
     if first:
         topology = adaptor.topology
-        title = f"EPLB {adaptor.part}".rstrip()
-        logger.info("%s: %d ranks on %d nodes share the experts", title, topology.num_ranks, topology.num_nodes)
+        logger.info("%s: %d ranks on %d nodes share the experts", adaptor.title, topology.num_ranks, topology.num_nodes)
     return EplbUpdator(
         adaptor,
         config,

@@ -93,18 +93,12 @@ class RoutingModel(EplbAdaptor):
 
     def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
         self.maps.prepare(placement, layers)
-        if self.dispatch is not None:
-            self.dispatch.prepare(placement, layers)
 
     def commit_maps(self) -> None:
         self.maps.commit()
-        if self.dispatch is not None:
-            self.dispatch.commit()
 
     def forget_prepared_maps(self) -> None:
         self.maps.forget_prepared()
-        if self.dispatch is not None:
-            self.dispatch.forget_prepared()
 
 
 @dataclass

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import EplbConfig, EplbConfigError
+from ..config import EplbConfig, EplbConfigError, refuse_options
 from ..expert_map import MAX_MAP_BYTES, ExpertMapError, read_expert_map
 from ..files import FileError, parse_json, read_bounded, show
 
@@ -90,13 +90,19 @@ def _check_map(path: str) -> None:
         raise EplbConfigError(f"eplb_config.expert_map_path: {error}") from None
 
 
+def contradiction() -> str | None:
+    """What the environment sets :data:`SWITCH` to, if vllm-ascend refuses ``dynamic_eplb`` because of it."""
+    value = os.environ.get(SWITCH)
+    return value if value is not None and value.lower() not in ("true", "1") else None
+
+
 def switch_on() -> None:
     """Sets the environment variable without which vllm-ascend refuses ``dynamic_eplb``.
 
     Raises:
         EplbConfigError: it is set to something else.
     """
-    if os.environ.get(SWITCH, "true").lower() not in ("true", "1"):
+    if contradiction() is not None:
         raise EplbConfigError(
             f"eplb_config.dynamic_eplb is true, but the environment says {SWITCH}={os.environ[SWITCH]}, with which "
             f"vllm-ascend refuses it; unset it, or: export {SWITCH}=true"
@@ -113,7 +119,7 @@ def refuse_what_is_not_supported(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     both = parallel.tensor_parallel_size > 1 and parallel.data_parallel_size > 1
     additional = vllm_config.additional_config
-    for name, value, allowed, way_out in (
+    options = (
         (
             "--tensor-parallel-size with --data-parallel-size",
             (parallel.tensor_parallel_size, parallel.data_parallel_size) if both else 1,
@@ -130,9 +136,5 @@ def refuse_what_is_not_supported(vllm_config: Any) -> None:
         ("--speculative-config", vllm_config.speculative_config is not None, False, "leave it out"),
         ("additional_config.mix_placement", bool(additional.get("mix_placement")), False, "leave it out"),
         ("additional_config.enable_fused_mc2", additional.get("enable_fused_mc2", 0), 0, "leave it out"),
-    ):
-        if value != allowed:
-            raise EplbConfigError(
-                f"eplb_config together with {name} {value} is not supported with vllm-ascend in this version (allowed: "
-                f"{allowed}); {way_out}, or leave eplb_config out"
-            )
+    )
+    refuse_options(options, engine="vllm-ascend")

@@ -32,8 +32,7 @@ class EplbAdaptor(ABC):
         device_group: process group with the device's backend that nothing else uses, or None.
         device: where the weights live.
         dispatch: the tables that the routers read where tokens are split by planned shares; None where they are split
-            evenly. Between placements the updator changes them; :meth:`prepare_maps` and :meth:`commit_maps` do for
-            the layers whose experts move.
+            evenly. The updator changes them, with the maps and between placements.
     """
 
     name: str
@@ -49,6 +48,11 @@ class EplbAdaptor(ABC):
     device_group: Any
     device: torch.device
     dispatch: DispatchTables | None = None
+
+    @property
+    def title(self) -> str:
+        """How lines in the log begin."""
+        return f"EPLB {self.part}".rstrip()
 
     @abstractmethod
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:

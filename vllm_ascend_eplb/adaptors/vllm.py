@@ -318,18 +318,12 @@ class VllmAdaptor(EplbAdaptor):
 
     def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
         self._maps.prepare(placement, layers)
-        if self.dispatch is not None:
-            self.dispatch.prepare(placement, layers)
 
     def commit_maps(self) -> None:
         self._maps.commit()
-        if self.dispatch is not None:
-            self.dispatch.commit()
 
     def forget_prepared_maps(self) -> None:
         self._maps.forget_prepared()
-        if self.dispatch is not None:
-            self.dispatch.forget_prepared()
 
 
 def _require_routing_of_own_tokens(model: Any) -> None:

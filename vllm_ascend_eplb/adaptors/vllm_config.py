@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 from .. import metrics
-from ..config import EplbConfig, EplbConfigError
+from ..config import EplbConfig, EplbConfigError, refuse_options
 from ..stats import provide_stats_path
 from . import ascend_config
 from .vllm_seams import CHECKED_VERSIONS, is_checked
@@ -202,7 +202,7 @@ def _expert_parallel_size(parallel: Any) -> int:
 def _refuse_what_is_not_supported(vllm_config: Any) -> None:
     """Ways to run a model for which this version has no proof that balancing is right."""
     drafter = vllm_config.speculative_config
-    for name, value, allowed, way_out in (
+    options = (
         (
             "--prefill-context-parallel-size",
             _value(vllm_config, "parallel_config.prefill_context_parallel_size", 1),
@@ -244,12 +244,8 @@ def _refuse_what_is_not_supported(vllm_config: Any) -> None:
             False,
             "it makes constants of weights that are to move",
         ),
-    ):
-        if value != allowed:
-            raise EplbConfigError(
-                f"eplb_config together with {name} {value} is not supported in this version (allowed: {allowed}); "
-                f"{way_out}, or leave eplb_config out"
-            )
+    )
+    refuse_options(options)
 
 
 def _value(config: Any, path: str, default: object) -> Any:

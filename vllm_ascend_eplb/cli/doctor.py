@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from .. import __version__
+from ..adaptors.ascend_config import SWITCH, contradiction
 from ..config import EplbConfig, EplbConfigError
 from .output import CommandError, JsonOption, console, print_json, table, user_errors
 from .probe import MARK
@@ -240,11 +241,9 @@ def _ascend(answer: dict[str, Any]) -> list[Finding]:
         ]
     else:
         findings.append(Finding("vllm-ascend's runner", "ok", "calls its EPLB as the adaptor knows it"))
-    switch = os.environ.get("DYNAMIC_EPLB")
-    if switch is not None and switch.lower() not in ("true", "1"):
-        findings.append(
-            Finding("DYNAMIC_EPLB", "wrong", f"is {switch}; vllm-ascend then refuses dynamic_eplb: unset DYNAMIC_EPLB")
-        )
+    switch = contradiction()
+    if switch is not None:
+        findings.append(Finding(SWITCH, "wrong", f"is {switch}; vllm-ascend then refuses dynamic_eplb: unset {SWITCH}"))
     return findings
 
 
