@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 
 from vllm_ascend_eplb.cycle import Phase
+from vllm_ascend_eplb.load import LoadRecorder
+from vllm_ascend_eplb.maps import DispatchMaps
+from vllm_ascend_eplb.ops import map_and_record
 
 from .model import Driver, Outcome, Trouble, expert_tensors
 from .ranks import Ranks, run_ranks
@@ -90,6 +93,92 @@ def test_a_captured_graph_sees_every_commit() -> None:
     for commits, wrong in run_ranks(2, drive_graph):
         assert wrong == ""
         assert commits >= 5
+
+
+class MoELayers:
+    """Layers whose experts are the first tensors of a driver's slots, captured as one graph: routed ids through the
+    mapping op, and this rank's part of every layer's answer."""
+
+    TOKENS, TOP_K, WIDTH = 64, 3, 512
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver, placement = driver, driver.placement
+        self.first = driver.ranks.rank * driver.slots.size
+        self.maps = DispatchMaps(placement, "cuda", placement.num_slots)
+        self.recorder = LoadRecorder(placement.num_layers, placement.num_experts, placement.num_slots, "cuda")
+        self.recorder.begin_step(placement, record=True)
+        self.x = torch.zeros((self.TOKENS, self.WIDTH), device="cuda")
+        self.ids = torch.zeros((placement.num_layers, self.TOKENS, self.TOP_K), dtype=torch.int32, device="cuda")
+        self.forward()  # warm-up
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.parts = self.forward()
+
+    def forward(self) -> list[torch.Tensor]:
+        """Per layer [N, K, A]: what this rank's slots make of each token's choices, and zero for other ranks'."""
+        parts = []
+        for layer, (weights, *_) in enumerate(self.driver.slots.stacked):
+            slots = map_and_record(
+                self.ids[layer],
+                self.maps.logical_to_physical[layer],
+                self.maps.replica_count[layer],
+                self.recorder.counts[layer],
+                self.recorder.recording,
+            )
+            local = slots.long() - self.first
+            mine = (local >= 0) & (local < len(weights))
+            answers = torch.einsum("nkah,nh->nka", weights[local.clamp(0, len(weights) - 1)], self.x)
+            parts.append(answers * mine[..., None])
+        return parts
+
+    def commit(self) -> None:
+        """Switches the maps over with the weights that were just committed."""
+        self.maps.prepare(self.driver.placement, list(range(self.driver.placement.num_layers)))
+        self.maps.commit()
+
+    def wrong(self, step: int) -> str:
+        """Replays the graph for other tokens; which layer's answer, summed over the ranks, is not that of the experts
+        that were asked for, or was not counted once."""
+        generator = torch.Generator().manual_seed(step)
+        self.x.copy_(torch.randn(self.x.shape, generator=generator))
+        self.ids.copy_(torch.randint(self.driver.placement.num_experts, self.ids.shape, generator=generator))
+        self.recorder.counts.zero_()
+        self.graph.replay()
+        for layer, part in enumerate(self.parts):
+            total = part.cpu()
+            dist.all_reduce(total, group=self.driver.ranks.control)
+            ids = self.ids[layer].cpu().long()
+            experts = torch.stack([expert_tensors(layer, expert)[0] for expert in range(int(ids.max()) + 1)])
+            wanted = torch.einsum("nkah,nh->nka", experts[ids], self.x.cpu())
+            if not torch.allclose(total, wanted, rtol=1e-4, atol=1e-3):
+                return f"step {step}, layer {layer}: another answer"
+            if int(self.recorder.counts[layer].sum()) != ids.numel():
+                return f"step {step}, layer {layer}: another count"
+        return ""
+
+
+def drive_layers(ranks: Ranks, maps_follow: bool) -> tuple[int, str]:
+    driver = make_driver(ranks, "auto", {})
+    layers, wrong, commits = MoELayers(driver), "", 0
+    while driver.outcome.cycles < 3 and driver.state.phase is not Phase.OFF and not wrong:
+        driver.step()
+        if driver.outcome.commits > commits and maps_follow:
+            layers.commit()
+        commits = driver.outcome.commits
+        wrong = layers.wrong(driver.state.step)
+    return commits, wrong or ("off" if driver.state.phase is Phase.OFF else "")
+
+
+def test_a_captured_graph_of_layers_answers_alike_across_commits() -> None:
+    for commits, wrong in run_ranks(2, drive_layers, True):
+        assert wrong == ""
+        assert commits >= 5
+
+
+def test_a_captured_graph_whose_maps_stay_behind_is_noticed() -> None:
+    """Negative control: the comparison above can fail."""
+    assert all("another answer" in wrong for _, wrong in run_ranks(2, drive_layers, False))
 
 
 def refuse(ranks: Ranks) -> list[str]:
