@@ -204,10 +204,11 @@ def _die_with(parent: int) -> None:
     threading.Thread(target=watch, name="eplb-parent-watch", daemon=True).start()
 
 
-def remove_orphaned_folder(stats_file: str) -> None:
+def remove_orphaned_folder(stats_file: str | os.PathLike[str]) -> None:
     """Removes the private folder of a statistics file whose front-end process was killed and so could not remove it.
 
-    The planner's process outlives the others, so it cleans up after them. It touches no folder that a user chose.
+    Called where the balancer ends in order, and in the planner's process, which outlives the others where they do not.
+    It touches no folder that a user chose.
     """
     folder = os.path.dirname(stats_file)
     match = re.fullmatch(re.escape(OWNED_FOLDER) + r"(\d{1,10})-\w+", os.path.basename(folder))

@@ -48,7 +48,7 @@ from .map_recorder import MapRecorder
 from .orders import NumberedOrder, OrderBox, orders_path
 from .placement import FloatArray, Placement, peak_to_average
 from .policy.dispatch import shared_rank_load
-from .process import Dispatch, EplbProcess, PlanAnswer, PlanRequest
+from .process import Dispatch, EplbProcess, PlanAnswer, PlanRequest, remove_orphaned_folder
 from .rounds import LAYER, SLOT, Round, check_rounds, rounds_from_array, rounds_to_array
 from .stats import RANK_FIGURES, StatsFile, StatsKeeper, stats_path
 from .tables import TableRows
@@ -360,6 +360,7 @@ class EplbUpdator:
         self._loader.close()
         if self._stats_file is not None:
             self._stats_file.close()
+            remove_orphaned_folder(self._stats_file.path)  # the planner, which would do it later, has just ended
         if self._map_recorder is not None:
             if self._state.active:  # some rounds of a cycle may be in force that it has not ended
                 self._record_map()

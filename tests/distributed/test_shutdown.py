@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server that ends, in order or not, in any phase of a cycle leaves nothing of ours behind.
+
+A process takes the part of vLLM's front end: it makes the private folder and has the ranks as children, which treat
+signals and the death of their parent as vLLM's workers do. Each rank stays in the phase asked for until it is ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from vllm_ascend_eplb import updator as updator_module
+from vllm_ascend_eplb.config import EplbConfig
+from vllm_ascend_eplb.cycle import Phase
+from vllm_ascend_eplb.process import OWNED_FOLDER, STATS_VARIABLE, EplbProcess
+from vllm_ascend_eplb.stats import provide_stats_path
+from vllm_ascend_eplb.updator import start_balancer
+
+from . import policies
+from . import ranks as ranks_module
+from .ranks import Ranks, run_ranks
+from .test_updator import REDUNDANT, RoutingModel
+
+pytestmark = pytest.mark.distributed
+
+PHASES = (Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST, Phase.MOVE, Phase.COLLECT)
+CYCLE = 2
+"""In which they end; by then there are statistics, a recorded map and experts that have moved."""
+
+
+def exit_once(number: int, _: Any) -> None:
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+def serve(ranks: Ranks, phase_name: str, folder: str, in_order: bool) -> None:
+    """Steps until the phase is reached in cycle 2, says so and stays there."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, exit_once)
+
+    def watch_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch_parent, daemon=True).start()
+    config = EplbConfig(
+        dynamic_eplb=True,
+        num_redundant_experts=REDUNDANT,
+        expert_heat_collection_interval=6,
+        algorithm_execution_interval=1,
+        policy="random",
+        min_gain=0.0,
+        transfer_buffer_experts=2,
+        expert_map_record_path=str(Path(folder, "map.json")),
+    )
+    model = RoutingModel(ranks)
+    updator_module.EplbProcess = partial(EplbProcess, policies.plan_slowly)  # at work when it ends
+    updator = start_balancer(model, config)
+    try:
+        while updator.state.cycle < CYCLE or updator.state.phase is not Phase[phase_name]:
+            updator.forward_before()
+            model.forward()
+            updator.forward_end()
+            dist.barrier()
+            time.sleep(0.05 if updator.state.phase is Phase.PLAN else 0.004)
+        time.sleep(0.1)  # what is under way in threads and in the planner's process goes on
+        Path(folder, f"rank{ranks.rank}").write_text(str(os.getpid()))
+        if not in_order:
+            time.sleep(600)
+    finally:
+        updator.close()
+
+
+def wait_for(value: Any, seconds: float = 60.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (its := value()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return its
+
+
+def front_ends(way: str, folder: str) -> None:
+    """One server for each phase, in a session and a folder of its own; writes with which status each ended."""
+    os.environ.pop(STATS_VARIABLE, None)
+    ranks_module._context = multiprocessing.get_context("fork")
+    phase_of = {}
+    for phase in PHASES:
+        own = Path(folder, phase.name)
+        (own / "tmp").mkdir(parents=True)
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            tempfile.tempdir = os.environ["TMPDIR"] = str(own / "tmp")
+            os.dup2(os.open(own / "said", os.O_WRONLY | os.O_CREAT), 2)
+            signal.signal(signal.SIGTERM, exit_once)  # as vLLM's server, which ends in order
+            provide_stats_path()
+            run_ranks(2, serve, phase.name, str(own), way == "in order")
+            return  # and ends as any program does
+        (own / "session").write_text(str(pid))
+        phase_of[pid] = phase.name
+    statuses = {phase_of[pid]: os.waitstatus_to_exitcode(status) for pid, status in (os.wait() for _ in PHASES)}
+    Path(folder, "statuses").write_text(json.dumps(statuses))
+
+
+def members(session: int) -> dict[int, str]:
+    """Command lines of the living processes of a session, by process id."""
+    assert session > 1, "not a session of ours"
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit():
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == session and fields[0] != "Z":
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                    found[int(entry.name)] = command.decode(errors="replace")
+    return found
+
+
+def text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def semaphores(pids: dict[int, str]) -> set[int]:
+    """Inodes of those that the processes have; they were made under other names."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+            found |= {int(line.split()[4]) for line in lines if "/dev/shm/sem." in line}
+    return found
+
+
+WAYS = ("in order", "Ctrl-C", "terminated", "front end killed", "first rank killed")
+
+
+def end(way: str, session: int, first_rank: int) -> None:
+    if way == "front end killed":
+        os.kill(session, signal.SIGKILL)
+    elif way == "first rank killed":
+        os.kill(first_rank, signal.SIGKILL)
+    elif way != "in order":
+        os.killpg(session, signal.SIGINT if way == "Ctrl-C" else signal.SIGTERM)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_server_that_ends_in_any_phase_leaves_nothing_of_ours(way: str, tmp_path: Path) -> None:
+    code = f"from {__name__} import front_ends; front_ends({way!r}, {str(tmp_path)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    sessions: dict[Phase, int] = {}
+    held: dict[Phase, set[int]] = {}
+    try:
+        for phase in PHASES:
+            own = tmp_path / phase.name
+            sessions[phase] = session = int(wait_for(lambda own=own: text(own / "session")))
+            wait_for(lambda own=own: text(own / "rank1"))
+            first_rank = int(wait_for(lambda own=own: text(own / "rank0")))
+            if way != "in order":
+                living = members(session)
+                held[phase] = semaphores(living)
+                assert sum("spawn_main" in command for command in living.values()) == 1, living  # the planner
+                assert held[phase]
+                assert len(list(own.glob(f"tmp/{OWNED_FOLDER}*/stats.json"))) == 1
+                end(way, session, first_rank)
+        process.wait(60)
+        statuses = json.loads((tmp_path / "statuses").read_text())
+        for phase in PHASES:
+            own = tmp_path / phase.name
+            assert (statuses[phase.name] == 0) == (way == "in order"), (own / "said").read_text()
+            wait_for(lambda phase=phase: not members(sessions[phase]), 30)
+            assert list((own / "tmp").glob(f"{OWNED_FOLDER}*")) == [], phase
+            left = {path.stat().st_ino for path in Path("/dev/shm").glob("sem.*")}
+            assert left.isdisjoint(held.get(phase, set())), phase
+            kept = {path.name for path in own.iterdir()} - {"tmp", "said", "session", "rank0", "rank1"}
+            assert kept == {"map.json", "map.load.npz"}, phase
+    finally:
+        process.kill()
+        for session in sessions.values():
+            for pid in members(session):  # of those that were started here
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
