@@ -83,6 +83,11 @@ CASES = {
         {"compilation_config": {"inductor_compile_config": {"freezing": True}}},
         "inductor_compile_config.freezing True is not supported",
     ),
+    "frozen by tuning": (
+        {"dynamic_eplb": True},
+        {"compilation_config": {"inductor_compile_config": {"max_autotune": True}}},
+        "inductor_compile_config.max_autotune True is not supported",
+    ),
 }
 
 CODE = """

@@ -177,13 +177,14 @@ def _has_experts(drafter: Any) -> bool:
     return bool(drafter.draft_model_config.get_num_experts())
 
 
-def _freezes(compilation: Any) -> bool:
-    """Whether inductor would bake weights into compiled code, so that it never sees an expert that moved."""
-    if compilation.mode == type(compilation.mode).NONE:
-        return False
+def _freezes(compilation: Any, option: str) -> bool:
+    """Whether inductor would bake weights into compiled code by an option, so that it never sees an expert that
+    moved. On a CPU vLLM turns freezing on with max_autotune."""
     from torch._inductor import config
 
-    return bool(compilation.inductor_compile_config.get("freezing", config.freezing))
+    default = option == "freezing" and config.freezing
+    compiled = compilation.mode != type(compilation.mode).NONE
+    return compiled and bool(compilation.inductor_compile_config.get(option, default))
 
 
 def pipeline_parts(stages: int) -> list[str]:
@@ -240,9 +241,15 @@ def _refuse_what_is_not_supported(vllm_config: Any) -> None:
         ),
         (
             "inductor_compile_config.freezing",
-            _freezes(vllm_config.compilation_config),
+            _freezes(vllm_config.compilation_config, "freezing"),
             False,
             "it makes constants of weights that are to move",
+        ),
+        (
+            "inductor_compile_config.max_autotune",
+            vllm_config.device_config.device_type == "cpu" and _freezes(vllm_config.compilation_config, "max_autotune"),
+            False,
+            "on a CPU it makes constants of weights that are to move",
         ),
     )
     refuse_options(options)
