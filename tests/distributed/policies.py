@@ -75,7 +75,20 @@ def talk_nonsense(request: PlanRequest) -> Plan:
         answer(rounds=rounds[:1])
     elif number == 25:  # more rows than the plan could ever have
         answer(rounds=np.tile(rounds, (50, 1)))
+    elif number == 27:  # useless, but right: an expert twice on a rank
+        return plan_duplicate(request)
     return good
+
+
+def plan_duplicate(request: PlanRequest) -> Plan:
+    """One move: an expert that has another copy gives way to a second copy of its neighbour's."""
+    target = request.physical_to_logical.copy()
+    row, size = target[0], request.placement.slots_per_rank
+    neighbour = [first + (slot + 1) % size for first in range(0, len(row), size) for slot in range(size)]
+    copies = np.bincount(row)
+    slot = next(slot for slot, other in enumerate(neighbour) if copies[row[slot]] > 1 and row[slot] != row[other])
+    row[slot] = row[neighbour[slot]]
+    return Plan.between(request.placement, target, request.load.sum(axis=0))
 
 
 def late_once(request: PlanRequest) -> Plan:

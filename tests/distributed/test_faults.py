@@ -290,7 +290,7 @@ class TalkNonsense(Fault):
     settings: ClassVar[dict[str, Any]] = {"max_failures": 100}
     policy = staticmethod(policies.talk_nonsense)
     planner_timeout = 8.0
-    cycles = 27
+    cycles = 28
     most_steps = 6000
 
 
@@ -298,11 +298,12 @@ def test_a_planner_that_talks_nonsense_costs_the_cycle_and_never_a_weight() -> N
     seen = run(TalkNonsense, timeout=300)
     by_number = dict(enumerate(seen.stats.cycles, 1))
     bad = {number for number in range(1, 27, 2) if number != 5}
-    results = {number: cycle.result for number, cycle in by_number.items() if number <= 26}
-    assert results == {number: "failed" if number in bad else "done" for number in range(1, 27)}, {
+    results = {number: cycle.result for number, cycle in by_number.items() if number <= 28}
+    assert results == {number: "failed" if number in bad else "done" for number in range(1, 29)}, {
         number: cycle.reason for number, cycle in by_number.items()
     }
     assert all(by_number[number].moved == 0 for number in bad)
+    assert by_number[27].moved == 1
     assert seen.said("ERROR") == []
     assert len(seen.said("WARNING", "dropped on all ranks")) == len(bad)
 
@@ -443,6 +444,7 @@ class Skewed(Fault):
 
     settings: ClassVar[dict[str, Any]] = {"eplb_heat_collection_stage": "prefill", "max_failures": 100}
     cycles = 12
+    stopped_for = 5
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -461,16 +463,23 @@ class Skewed(Fault):
             time.sleep(self.luck.random())
         if self.ranks.rank == 1 and self.cycle == 5 and self.phase is Phase.MOVE and not self.stopped:
             self.stopped = True
-            subprocess.Popen(["sh", "-c", f"sleep 5; kill -CONT {os.getpid()}"])
+            subprocess.Popen(["sh", "-c", f"sleep {self.stopped_for}; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def test_ranks_apart_in_time_and_in_what_they_do_stay_together() -> None:
-    seen = run(Skewed, num_ranks=3)
+class SkewedLong(Skewed):
+    stopped_for = 30
+
+
+@pytest.mark.parametrize("fault", [Skewed, pytest.param(SkewedLong, marks=pytest.mark.soak)])
+def test_ranks_apart_in_time_and_in_what_they_do_stay_together(fault: type[Skewed]) -> None:
+    seen = run(fault, num_ranks=3)
     assert seen.stats.cycles_failed == 0
     assert seen.stats.cycles_done >= 10
     assert seen.metrics["vllm_eplb_control_wait_longest_seconds"] > 0
-    assert seen.longest_forward > 4  # a rank that was stopped is waited for, because its forward is,
+    assert (
+        seen.longest_forward > fault.stopped_for - 1
+    )  # a rank that was stopped is waited for, because its forward is,
     assert seen.stats.longest_step_seconds < 1  # but not by the balancer
 
 
