@@ -52,7 +52,12 @@ def _counted(updator: Any) -> np.ndarray:
 
 
 def install(worker: Any) -> None:
-    from vllm.distributed.parallel_state import get_dp_group, get_ep_group, get_tensor_model_parallel_rank
+    from vllm.distributed.parallel_state import (
+        get_dp_group,
+        get_ep_group,
+        get_pp_group,
+        get_tensor_model_parallel_rank,
+    )
     from vllm.forward_context import get_forward_context
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
@@ -60,6 +65,11 @@ def install(worker: Any) -> None:
 
     runner, state = worker.model_runner, _state(worker)
     updator = state.updator
+    if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+        # vLLM makes these in its profile run, which its worker for CPUs leaves out of eager engines
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
     shape = (updator.placement.num_layers, updator.placement.num_experts)
     worker.eplb_probe = probe = Probe(shape)
     idle = [0]

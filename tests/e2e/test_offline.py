@@ -14,9 +14,12 @@ from vllm_ascend_eplb.placement import Placement
 from vllm_ascend_eplb.report import make_page
 from vllm_ascend_eplb.stats import EplbStats
 
-from .conftest import BUSY, prompts
+from .conftest import BUSY, PATTERN, prompts, reference_run
 
 TOKENS = 48
+CHUNK = 64
+"""Most tokens of one forward, where prompts come in chunks."""
+
 CYCLES = 12
 """Cycles that take place, where many are wanted; how many turns of the prompts that takes depends on the machine."""
 
@@ -78,15 +81,62 @@ def test_every_pair_is_computed_by_exactly_one_rank_with_its_experts_weights(pro
     assert [rank["wrong_experts"] for rank in probed.result["ranks"]] == [0, 0]
 
 
-def test_compiled_model_gives_the_same_tokens(runs, reference):
-    weighted = {**BUSY, "weighted_dispatch": True}  # so that tables change beside placements
-    run = runs("compiled", ranks=2, eplb=weighted, compile=True, prompts=prompts(6), cycles=CYCLES, max_tokens=TOKENS)
+@pytest.fixture(scope="module")
+def featured(runs):
+    """A compiled model with what users turn on: chunks of prompts, a prefix cache, guesses that are verified, answers
+    of a given shape; in the end, weights are loaded anew."""
+    run = runs(
+        "featured",
+        ranks=2,
+        eplb={**BUSY, "weighted_dispatch": True},  # so that tables change beside placements
+        compile=True,
+        arguments={
+            "max_num_batched_tokens": CHUNK,
+            "enable_prefix_caching": True,
+            "block_size": 32,  # prompts have about a hundred tokens, and whole blocks are kept
+            "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+        },
+        pattern=PATTERN,
+        reload=True,
+        prompts=prompts(6),
+        cycles=CYCLES,
+        max_tokens=TOKENS,
+    )
     assert run.code == 0, run.log[-6000:]
-    stats = json.loads(run.result["ranks"][0]["stats"])
+    assert re.search(r"'mode': <CompilationMode\.DYNAMO_TRACE_ONCE.*'backend': 'inductor'", run.log)
+    return run.result
+
+
+def test_compiled_model_with_chunks_prefix_cache_and_guesses_gives_the_same_tokens(featured, reference):
+    stats = json.loads(featured["ranks"][0]["stats"])
     assert stats["cycles_done"] >= 10
     assert stats["dispatch_updates"] >= 10
+    assert stats["cycles_failed"] == 0
     assert stats["window"]["tokens"] > 0
-    assert_equal_every_turn(run.result["tokens"], reference)
+    assert_equal_every_turn(featured["tokens"], reference)
+    # what was turned on did take place
+    assert featured["cached"] > 0
+    assert all(reload["drafts"] > 0 and reload["most_tokens"] <= CHUNK for reload in featured["reloads"])
+
+
+def test_answers_of_a_given_shape_are_the_same(featured, runs):
+    expected = reference_run(runs).result["texts"]
+    assert featured["texts"] == expected
+    assert all(re.fullmatch(PATTERN, text) for text in expected)
+    assert len(set(expected)) > 1
+
+
+def test_weights_are_loaded_anew_into_the_initial_placement(featured, reference):
+    first, second = featured["reloads"]
+    assert first["placement"] == second["placement"] != first["initial"]
+    for reload in (first, second):
+        assert reload["placement_after"] == reload["initial"]
+        assert reload["moved"] == 0
+        assert "use the worker's reload_weights" in reload["refused"]
+    assert_equal_every_turn(featured["tokens_after"], reference)
+    # and the experts go on moving, with the checksums of the new weights
+    assert featured["ranks"][0]["cycle"] > first["cycle"]
+    assert featured["ranks"][0]["digest"] != first["initial"]
 
 
 def test_a_synchronous_engine_gives_the_same_tokens(runs, reference):
@@ -109,6 +159,40 @@ def test_a_synchronous_engine_gives_the_same_tokens(runs, reference):
     for _, average, most, balancedness in lines:
         assert float(average) / int(most) == pytest.approx(float(balancedness), abs=1e-3)
     assert "expert transfers by gloo: staging of 2 x 64 experts" in run.log
+
+
+@pytest.fixture(scope="module")
+def staged(runs):
+    """Two pipeline stages of two ranks each."""
+    run = runs(
+        "staged",
+        ranks=2,
+        eplb=BUSY,
+        arguments={"pipeline_parallel_size": 2, "enable_prefix_caching": False},
+        probe=True,
+        prompts=prompts(6)[:2],
+        cycles=CYCLES,
+        max_tokens=TOKENS,
+    )
+    assert run.code == 0, run.log[-6000:]
+    return run.result
+
+
+def test_each_pipeline_stage_is_a_balancer_of_its_own(staged, reference):
+    assert_equal_every_turn(staged["tokens"], reference[:12])
+    assert [rank["part"] for rank in staged["ranks"]] == ["stage0", "stage0", "stage1", "stage1"]
+    for stage in (staged["ranks"][:2], staged["ranks"][2:]):
+        stats = json.loads(stage[0]["stats"])
+        assert stats["cycles_done"] >= 10
+        assert stats["cycles_failed"] == 0
+        assert stage[0]["history"] == stage[1]["history"]
+        assert [rank["wrong_experts"] for rank in stage] == [0, 0]
+        for mine, other in zip(stage[0]["masks"], stage[1]["masks"], strict=True):
+            np.testing.assert_array_equal(np.array(mine) + np.array(other), 1)
+        # three of the six layers, whose tokens the first rank counts
+        assert stage[0]["counted"] == [staged["computed"] * 4] * 3
+        assert stage[1]["counted"] == [0] * 3
+    assert staged["ranks"][0]["digest"] != staged["ranks"][2]["digest"]
 
 
 def lopsided(load: np.ndarray) -> Placement:

@@ -40,7 +40,16 @@ CASES = {
         "good.json has 2 redundant experts per layer, eplb_config.num_redundant_experts is 4",
     ),
     "record path": ({"expert_map_record_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
-    "pipeline": ({"dynamic_eplb": True}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2 is not supported"),
+    "pipeline of several engines": (
+        {"dynamic_eplb": True},
+        {"pipeline_parallel_size": 2, "data_parallel_size": 2},
+        "--pipeline-parallel-size with --data-parallel-size 2 is not supported",
+    ),
+    "map for a pipeline": (
+        {"expert_map_path": "MAPS/good.json"},
+        {"pipeline_parallel_size": 2},
+        "an expert_map_path or expert_map_record_path and --pipeline-parallel-size 2 is not supported",
+    ),
     "adapters": ({"dynamic_eplb": True}, {"enable_lora": True}, "--enable-lora True is not supported"),
     "weights on the host": ({"dynamic_eplb": True}, {"cpu_offload_gb": 1}, "--cpu-offload-gb 1.0 is not supported"),
     "layers on the host": (
@@ -151,6 +160,7 @@ def answers(tmp_path_factory):
     asked["off"] = ({}, {})
     asked["absent"] = (None, {})
     asked["on"] = ({"dynamic_eplb": True, "num_redundant_experts": 4}, {})
+    asked["stages"] = ({"dynamic_eplb": True}, {"pipeline_parallel_size": 2})
     asked["slices"] = ({"dynamic_eplb": True}, {"data_parallel_size": 2})
     guesses = {"method": "ngram", "num_speculative_tokens": 2}
     asked["guesses"] = ({"dynamic_eplb": True}, {"speculative_config": guesses})
@@ -196,7 +206,7 @@ def test_redundant_experts_come_from_the_map(answers):
     assert answers["map"]["redundant"] == 2
 
 
-@pytest.mark.parametrize("name", ["slices", "guesses"])
+@pytest.mark.parametrize("name", ["stages", "slices", "guesses"])
 def test_what_is_supported_beside_it_is_let_through(answers, name):
     assert answers[name].get("enable_eplb") is True, answers[name]
 

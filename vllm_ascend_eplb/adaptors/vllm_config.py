@@ -112,7 +112,7 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
         ascend_config.refuse_what_is_not_supported(vllm_config)
         _say_on(parallel, config, num_redundant)
         return
-    _refuse_what_is_not_supported(vllm_config)
+    _refuse_what_is_not_supported(vllm_config, config)
     if not is_checked(vllm.__version__) and not config.allow_unchecked_vllm:
         logger.warning(
             "EPLB stays off: it was checked against vLLM %s, and this is %s; to balance all the same, set "
@@ -200,9 +200,11 @@ def _expert_parallel_size(parallel: Any) -> int:
     )
 
 
-def _refuse_what_is_not_supported(vllm_config: Any) -> None:
+def _refuse_what_is_not_supported(vllm_config: Any, config: EplbConfig) -> None:
     """Ways to run a model for which this version has no proof that balancing is right."""
-    drafter = vllm_config.speculative_config
+    drafter, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    stages = parallel.pipeline_parallel_size
+    has_map = config.expert_map_path is not None or config.expert_map_record_path is not None
     options = (
         (
             "--prefill-context-parallel-size",
@@ -211,10 +213,16 @@ def _refuse_what_is_not_supported(vllm_config: Any) -> None:
             "leave it out",
         ),
         (
-            "--pipeline-parallel-size",
-            vllm_config.parallel_config.pipeline_parallel_size,
+            "--pipeline-parallel-size with --data-parallel-size",
+            parallel.data_parallel_size if stages > 1 else 1,
             1,
-            "use --tensor-parallel-size",
+            "use one of the two",
+        ),
+        (  # a map is of all layers of a model, and each stage has some of them
+            "an expert_map_path or expert_map_record_path and --pipeline-parallel-size",
+            stages if has_map else 1,
+            1,
+            "use one of the two",
         ),
         ("--enable-elastic-ep", _value(vllm_config, "parallel_config.enable_elastic_ep", False), False, "leave it out"),
         ("--enable-dbo", _value(vllm_config, "parallel_config.enable_dbo", False), False, "leave it out"),
