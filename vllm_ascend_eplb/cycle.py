@@ -37,7 +37,7 @@ class Phase(IntEnum):
     SNAPSHOT = 2  # every rank copies its counts to the host
     REDUCE = 3  # the counts of all ranks are being summed on EP rank 0
     PLAN = 4  # the planner of EP rank 0 is at work
-    BROADCAST = 5  # the plan travels to all ranks; each checks it and prepares its first round
+    BROADCAST = 5  # the plan travels to all ranks; each checks it and prepares its first rounds
     MOVE = 6  # rounds are prepared, sent and committed
     DRAIN = 7  # after a failure: the rounds in flight arrive, then the cycle is dropped
     LISTEN = 8  # load is being counted; all ranks learn whether an operator ordered anything
@@ -429,10 +429,13 @@ def _broadcast(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tu
         return _fail(state, Failure.ROUNDS_DIFFER, settings)
     if agreed.max.rounds == 0:
         return _finish(state, settings)
-    # Ready means that the first round is prepared, too: it goes out at once.
-    several = agreed.max.rounds > 1
-    moving = replace(_enter(state, Phase.MOVE), rounds=agreed.max.rounds, prepared=1 + several, issued=1)
-    return moving, (Action(Do.ISSUE, 0), *((Action(Do.PREPARE, 1),) if several else ()))
+    # Ready means that a round for each buffer is prepared, too: those that build on no other go out at once.
+    rounds = agreed.max.rounds
+    first = min(rounds, settings.buffers)
+    issued, prepared = min(agreed.min.rounds_ready, first), min(rounds, first + 1)
+    actions = [Action(Do.ISSUE, number) for number in range(issued)]
+    actions += [Action(Do.PREPARE, number) for number in range(first, prepared)]
+    return replace(_enter(state, Phase.MOVE), rounds=rounds, prepared=prepared, issued=issued), tuple(actions)
 
 
 def _move(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:

@@ -430,30 +430,33 @@ class EplbUpdator:
                 cycle.unpacking = self._background.submit(self._unpack, message, self._placement)
             if cycle.unpacking is not None and cycle.unpacking.done():
                 cycle.rounds, cycle.placements, cycle.tables = cycle.unpacking.result()
-                return not cycle.rounds or self._first_round_ready()
+                return not cycle.rounds or self._first_rounds_ready()
         return False
 
-    def _first_round_ready(self) -> bool:
-        """Prepares the first round as soon as the plan is checked; tells whether it may be issued."""
-        try:
-            if not self._cycle.preparing:
-                self._prepare(0)
-            return self._rounds_ready() > 0
-        except Exception as error:
-            self._fail(Failure.PREPARE, error)
-            return False
+    def _first_rounds_ready(self) -> bool:
+        """Prepares a round for each buffer as soon as the plan is checked; tells whether the first may be issued."""
+        cycle = self._cycle
+        if not cycle.preparing:
+            try:
+                for number in range(min(len(cycle.rounds), self._settings.buffers)):
+                    self._prepare(number)
+            except Exception as error:
+                self._fail(Failure.PREPARE, error)
+        return self._rounds_ready() > 0 and all(future.done() for future in cycle.preparing)
 
     def _rounds_ready(self) -> int:
         """Rounds prepared, as far as they may be issued now."""
         for number, future in enumerate(self._cycle.preparing):
             if not future.done():
                 return number
-            future.result()
+            if (error := future.exception()) is not None:
+                self._fail(Failure.PREPARE, error)
+                return number
             if number >= self._state.issued and not self._loader.ready(number):
                 return number
         return len(self._cycle.preparing)
 
-    def _fail(self, failure: Failure, error: Exception) -> None:
+    def _fail(self, failure: Failure, error: BaseException) -> None:
         if self._cycle.failure is not Failure.NONE:
             return
         self._cycle.failure = failure

@@ -213,8 +213,8 @@ class Driver:
                 array = np.frombuffer(self.bulk.result(), dtype=np.int32).reshape(-1, 7)
                 self.rounds = rounds_from_array(array, self.placement.slots_per_rank)
                 check_rounds(self.placement, self.rounds, self.loader.buffer_experts)
-                if self.rounds:
-                    self.prepare(0)
+                for number in range(min(self.settings.buffers, len(self.rounds))):
+                    self.prepare(number)
             if phase is Phase.BROADCAST and self.rounds:
                 ready = self.prepared > 0 and self.loader.ready(0)
         has_plan = self.ranks.rank == 0 and phase is Phase.PLAN and self.state.step >= self.plan_due

@@ -369,7 +369,7 @@ class NoMemory(Fault):
         def perhaps(*args: Any, **kwargs: Any) -> Any:
             number = (self.cycle - 1) // 2
             mine = point == "submit" or number % self.ranks.num_ranks == self.ranks.rank
-            late = point == "a later round" and self.updator.state.issued < 2
+            late = point == "a later round" and self.updator.state.committed < 1
             if self.cycle % 2 and self.points[number : number + 1] == (point,) and mine and not late:
                 raise MemoryError(f"planted at {point}")
             return original(*args, **kwargs)

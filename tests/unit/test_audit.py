@@ -19,19 +19,24 @@ from vllm_ascend_eplb.rounds import RoundError, check_rounds
 from vllm_ascend_eplb.topology import Topology
 from vllm_ascend_eplb.transfer import D2DExpertWeightLoader
 
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+)
 PLACEMENT = Placement([[0, 1, 2, 3, 0, 1]] * 3, num_experts=4, num_ranks=1)
 
 
-def weights() -> list[list[list[torch.Tensor]]]:
-    return [
-        [[torch.arange(24.0).view(4, 6) + 100 * layer + 7 * int(expert), torch.tensor([int(expert)])] for expert in row]
-        for layer, row in enumerate(PLACEMENT.physical_to_logical)
-    ]
+def weights(device: str = "cpu") -> list[list[list[torch.Tensor]]]:
+    def expert(layer: int, number: int) -> list[torch.Tensor]:
+        tensors = torch.arange(24.0).view(4, 6) + 100 * layer + 7 * number, torch.tensor([number])
+        return [tensor.to(device) for tensor in tensors]
+
+    rows = PLACEMENT.physical_to_logical.tolist()
+    return [[expert(layer, number) for number in row] for layer, row in enumerate(rows)]
 
 
-@pytest.fixture
-def slots():
-    return weights()
+@pytest.fixture(params=["cpu", CUDA])
+def slots(request):
+    return weights(request.param)
 
 
 @pytest.fixture
@@ -48,6 +53,8 @@ def complete(audit: SlotAudit, most: int = 100) -> int:
         if audit.complete:
             return steps
         audit.step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     raise AssertionError("the pass does not end")
 
 

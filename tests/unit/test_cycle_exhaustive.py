@@ -112,8 +112,10 @@ def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> I
     fault = faults > 0 and not env.failure
     if state.phase in (Phase.SNAPSHOT, Phase.REDUCE, Phase.BROADCAST) and not env.ready and not env.failure:
         if state.phase is Phase.BROADCAST:
-            first = min(1, state.plan_length)  # a plan's first round is prepared, too
-            yield replace(env, ready=1, bulk=0, rounds=state.plan_length, asked=first, prepared=first), 0
+            # A round for each buffer is prepared, too; the second may have to wait for the first one's commit.
+            first = min(case.settings.buffers, state.plan_length)
+            for prepared in range(min(1, first), first + 1):
+                yield replace(env, ready=1, bulk=0, rounds=state.plan_length, asked=first, prepared=prepared), 0
         elif state.phase is Phase.REDUCE:
             yield replace(env, ready=1, bulk=0), 0
         elif not env.bulk:

@@ -113,6 +113,37 @@ def test_rows_of_all_layers_are_put_in_force_at_once() -> None:
     assert np.abs(tables.shares - shares).max() <= 1 / 32
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_captured_step_routes_by_the_shares_that_are_put_in_force_between_its_replays() -> None:
+    rng = np.random.default_rng(5)
+    placement, shares = skewed(rng, 2, 12, 4, 4)
+    tables = DispatchTables(placement, "cuda", 32)
+    experts = torch.arange(12, device="cuda").repeat(1024)[torch.randperm(12288, device="cuda")].view(-1, 4)
+    counts = torch.zeros((2, placement.num_slots), dtype=torch.int64, device="cuda")
+    recording = torch.ones(1, dtype=torch.bool, device="cuda")
+
+    def step() -> None:
+        for layer in range(2):
+            ops.map_and_record(experts, tables.table[layer], tables.count[layer], counts[layer], recording)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    even = even_shares(placement)
+    for number, wanted in enumerate([even, shares, even, shares]):
+        if number:
+            tables.put(tables.rows_of(placement, wanted))  # replays follow without a wait of the host
+        counts.zero_()
+        for _ in range(3):
+            graph.replay()
+        assert np.array_equal(tables.table.cpu().numpy(), table_rows(placement, wanted, 32))
+        realised = counts.cpu().numpy() / (3 * 1024)
+        assert np.abs(realised - wanted).max() < 0.08
+    assert np.abs(shares - even).max() > 0.1
+
+
 def test_an_empty_slot_takes_nothing() -> None:
     placement = Placement([[0, 1, EMPTY, 0]], 2, 2)
     assert even_shares(placement).tolist() == [[0.5, 1.0, 0.0, 0.5]]
