@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from vllm_ascend_eplb.updator import _pack
 from .loads import LoadGenerator
 
 LAYERS, EXPERTS, BUFFER_EXPERTS, RANKS_PER_NODE = 58, 256, 16, 8
+STEP_MS = 10.0
 REDUNDANT = {8: 32, 16: 32, 32: 32, 64: 64, 128: 128, 320: 64}
 """Redundant experts by number of ranks, as such systems are configured."""
 
@@ -60,10 +60,11 @@ class Sizes:
 
 @dataclass
 class Times:
-    """Medians over the posts, in microseconds; ``steps`` posts a millisecond or more apart."""
+    """Medians over the posts, in microseconds; ``steps`` posts ``step_ms`` apart."""
 
     ranks: int
     steps: int
+    step_ms: float
     waited_at_once_us: float
     post_us: float
     read_after_a_step_us: float
@@ -122,12 +123,12 @@ def sizes_of(ranks: int) -> tuple[Sizes, int]:
     )
 
 
-def _rank(pipe: Any, rank: int, ranks: int, store: str, steps: int, plan_bytes: int) -> None:
+def _rank(pipe: Any, rank: int, ranks: int, port: int, steps: int, step_ms: float, plan_bytes: int) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", port, ranks), rank=rank, world_size=ranks)
     group = dist.new_group(list(range(ranks)), backend="gloo")
     channel = ControlChannel(group, rank, ranks)
     at_once, posts = [], []
@@ -141,7 +142,7 @@ def _rank(pipe: Any, rank: int, ranks: int, store: str, steps: int, plan_bytes: 
         channel.post(Facts(step=step))
         posts.append(channel.waiting.post_total - began)
         channel.read()
-        time.sleep(0.001 * max(1, ranks // 2))  # a step; longer where ranks share cores
+        time.sleep(step_ms / 1e3)
     reads = list(channel.waiting.recent)
     load = np.ones((1, LAYERS, EXPERTS), dtype=np.int64)
     bulk = []
@@ -163,31 +164,39 @@ def _rank(pipe: Any, rank: int, ranks: int, store: str, steps: int, plan_bytes: 
 
 def times_of(ranks: int, steps: int, plan_bytes: int) -> Times:
     """The collectives between ``ranks`` processes; the slowest rank's figures."""
+    from torch.distributed import TCPStore
+
+    step_ms = STEP_MS * max(1.0, 2 * ranks / cores())  # longer where ranks share cores
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "vllm_ascend_eplb.control"])
-    with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        for rank in range(ranks):
-            ours, theirs = context.Pipe(duplex=False)
-            arguments = (theirs, rank, ranks, str(Path(folder, "store")), steps, plan_bytes)
-            process = context.Process(target=_rank, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-        columns = zip(*(pipe.recv() for pipe in pipes), strict=True)
-        once, post, read, worst, reduce, broadcast = (max(column) for column in columns)
-        for process in processes:
-            process.join()
-    return Times(ranks, steps, 1e6 * once, 1e6 * post, 1e6 * read, 1e6 * worst, 1e3 * reduce, 1e3 * broadcast)
+    pipes, processes = [], []
+    for rank in range(ranks):
+        ours, theirs = context.Pipe(duplex=False)
+        arguments = (theirs, rank, ranks, store.port, steps, step_ms, plan_bytes)
+        process = context.Process(target=_rank, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    columns = zip(*(pipe.recv() for pipe in pipes), strict=True)
+    once, post, read, worst, reduce, broadcast = (max(column) for column in columns)
+    for process in processes:
+        process.join()
+    return Times(ranks, steps, step_ms, 1e6 * once, 1e6 * post, 1e6 * read, 1e6 * worst, 1e3 * reduce, 1e3 * broadcast)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--quick", action="store_true", help="fewer ranks and steps")
+    parser.add_argument("--ranks", type=int, nargs="+", help="processes to measure the collectives between")
     arguments = parser.parse_args()
-    results = Results({"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()})
+    results = Results({"machine": platform.machine(), "cores": cores(), "python": platform.python_version()})
     plan_bytes = 1 << 20
     print(f"status vector: {STATUS_BYTES} bytes; load: {8 * LAYERS * EXPERTS:,} bytes on any number of ranks")
     print("ranks nodes slots | cold: moves plan bytes rounds | drift: moves plan bytes rounds  within node  planned in")
@@ -200,14 +209,15 @@ def main() -> int:
             f"{its.within_node:11.0%} {its.plan_ms:8.1f} ms"
         )
     print("\nranks | at once  post  read after a step  worst read (us) | load reduce  plan broadcast (ms)")
-    for ranks in (2, 4) if arguments.quick else (2, 4, 8, 16):
+    for ranks in arguments.ranks or ((2, 4) if arguments.quick else (2, 4, 8, 16)):
         times = times_of(ranks, 50 if arguments.quick else 200, plan_bytes)
         results.times.append(times)
         print(
             f"{ranks:5} | {times.waited_at_once_us:7.0f} {times.post_us:5.0f} {times.read_after_a_step_us:18.0f} "
-            f"{times.worst_read_us:16.0f} | {times.reduce_load_ms:11.2f} {times.broadcast_plan_ms:15.2f}"
+            f"{times.worst_read_us:16.0f} | {times.reduce_load_ms:11.2f} {times.broadcast_plan_ms:15.2f}",
+            flush=True,
         )
-    arguments.json.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
     return 0
 
 
