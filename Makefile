@@ -29,11 +29,16 @@ e2e-test: setup  ## the ones with real vLLM engines
 matrix: setup  ## the ones with an offline engine on the other vLLM versions, each in an environment of its own
 	@scripts/matrix.sh 0.30.0 0.31.0
 
-.PHONY: emulated-npu-test npu-test
-emulated-npu-test:  ## the tests on NPUs: real torch_npu and vllm-ascend on emulated CANN, in .venv-npu
+.PHONY: npu-setup emulated-npu-test long-emulated-npu-test npu-test
+npu-setup:
 	@scripts/setup_npu_env.sh
 	@scripts/setup_npu_stack.sh
-	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest tests/npu
+
+emulated-npu-test: npu-setup  ## the tests on NPUs: real torch_npu and vllm-ascend on emulated CANN, in .venv-npu
+	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest tests/npu -m "not soak"
+
+long-emulated-npu-test: npu-setup  ## those that take long: served on more ranks
+	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest tests/npu -m soak
 
 npu-test:  ## the same tests on this machine's NPUs (two or more), with the Python that has torch_npu: PYTHON=python3
 	@NPU_TEST_REQUIRED=1 NPU_TEST_REAL=1 $(or $(PYTHON),python3) -m pytest tests/npu
@@ -59,7 +64,7 @@ soak: setup  ## a served model under random faults for SOAK_MINUTES (default 30)
 	@$(RUN) -m tests.e2e.soak --minutes $(SOAK_MINUTES)
 
 long-test: setup  ## the tests that take long and are not part of make test
-	@$(RUN) -m pytest -m soak
+	@$(RUN) -m pytest -m "soak and not npu"
 
 fuzz: setup  ## the planner's C++ boundary under AddressSanitizer and UndefinedBehaviorSanitizer
 	@cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DEPLB_BUILD_OPS=OFF \

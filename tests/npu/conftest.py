@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from . import npus
+from . import npus, serving
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -20,3 +20,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.npu)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def batches() -> list[list[str]]:
+    """Prompts of one domain after the other."""
+    return serving.prompts(3)
+
+
+@pytest.fixture(scope="session")
+def want(tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]]) -> list[list[list[int]]]:
+    """What transformers answers."""
+    texts = [text for batch in batches for text in batch]
+    flat = serving.transformers_tokens(tmp_path_factory.mktemp("transformers"), texts, serving.TOKENS)
+    return [flat[i : i + len(batches[0])] for i in range(0, len(flat), len(batches[0]))]

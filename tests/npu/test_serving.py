@@ -18,39 +18,13 @@ from vllm_ascend_eplb.expert_map import read_expert_map, write_expert_map
 from vllm_ascend_eplb.placement import Placement
 
 from . import npus, serving
-from .serving import MISSING, NpuServer
+from .serving import MISSING, SETTINGS, TOKENS, NpuServer, freeze_weights_until_noticed, serve_until
 
 pytestmark = [
     pytest.mark.skipif(npus.REAL, reason="tests the emulated stack"),
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
 ]
-TOKENS = 32
-SETTINGS: dict[str, object] = {
-    "dynamic_eplb": True,
-    "num_redundant_experts": 2,
-    "expert_heat_collection_interval": 12,
-    "algorithm_execution_interval": 2,
-    "transfer_buffer_experts": 16,
-    "target_par": 1.0,
-    "min_gain": 0.0,
-}
 PLATFORM = "ascend_eplb,eplb,ascend_kv_connector,ascend_model,ascend_model_loader,ascend_service_profiling"
-UPSTREAM = "vllm/v1/worker/gpu_model_runner.py:267 in __init__"
-"""AsyncGPUModelRunnerOutput of vLLM 0.23.0: the copy of the sampled tokens."""
-
-
-@pytest.fixture(scope="module")
-def batches() -> list[list[str]]:
-    """Prompts of one domain after the other."""
-    return serving.prompts(3)
-
-
-@pytest.fixture(scope="module")
-def want(tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]]) -> list[list[list[int]]]:
-    """What transformers answers."""
-    texts = [text for batch in batches for text in batch]
-    flat = serving.transformers_tokens(tmp_path_factory.mktemp("transformers"), texts, TOKENS)
-    return [flat[i : i + len(batches[0])] for i in range(0, len(flat), len(batches[0]))]
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +37,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
     ).started()
     yield server
     server.stop()
-
-
-def equal(got: list[list[int]], want: list[list[int]]) -> int:
-    return sum(a == b for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True))
-
-
-def serve_until(server: NpuServer, batches: list[list[str]], want: list[list[list[int]]], cycles: int) -> None:
-    """One domain after the other, three times each, until so many more cycles have moved experts; every token is
-    compared."""
-    until = server.cycles_done() + cycles
-    for number in range(60):
-        batch = number // 3 % len(batches)
-        assert server.complete(batches[batch], TOKENS) == want[batch]
-        if server.cycles_done() >= until:
-            return
-    raise AssertionError(f"{server.cycles_done()} of {until} cycles: {server.stats()}\n{server.log[-3000:]}")
 
 
 def test_tokens_are_those_of_transformers_while_experts_move(
@@ -120,28 +78,15 @@ def test_a_killed_planner_costs_no_request(
     assert server.planners() != planners
 
 
-def unexpected(server: NpuServer) -> list[str]:
-    """Races but those of vLLM's runner with itself: it copies the sampled tokens to the host on a stream of its own and
-    uses their memory for the next step's inputs meanwhile. Both sides of such a report are the runner's."""
-    return [race for race in server.races() if "data race" not in race or UPSTREAM not in race]
-
-
 def test_no_race_and_no_wrong_order(server: NpuServer) -> None:
-    assert not unexpected(server)[:3]
+    assert not server.unexpected_races()[:3]
 
 
 def test_the_comparison_notices_weights_that_did_not_move(
     server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """The negative control: from here on the server switches maps and leaves the weights. It is the last on it."""
-    assert server.call("probe_freeze_weights") == ["1", "1"]
-    until, pairs = server.cycles_done() + 2, 0
-    for number in range(40):
-        batch = number % len(batches)
-        pairs = equal(server.complete(batches[batch], TOKENS), want[batch])
-        if server.cycles_done() >= until and pairs < 0.7 * TOKENS * len(batches[0]):
-            return
-    raise AssertionError(f"{pairs} of {TOKENS * len(batches[0])} tokens equal")
+    """The last on this server."""
+    freeze_weights_until_noticed(server, batches, want)
 
 
 def test_the_server_ends_in_order(server: NpuServer) -> None:
@@ -175,7 +120,7 @@ def test_the_platform_ascend_eplb_ends_in_the_same_adaptor(
         assert "Platform plugin ascend_eplb is activated" in server.log
         assert f"starting from {given}" in server.log
         serve_until(server, batches, want, 3)
-        assert not unexpected(server)[:3]
+        assert not server.unexpected_races()[:3]
         deadline = time.monotonic() + 20
         while not recorded.exists() and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -202,7 +147,7 @@ def test_on_a3_ranks_route_their_own_tokens(
     try:
         serve_until(server, batches, want, 4)
         assert server.stats().cycles_failed == 0
-        assert not unexpected(server)[:3]
+        assert not server.unexpected_races()[:3]
     finally:
         server.stop()
 
@@ -212,6 +157,7 @@ def test_on_a3_ranks_route_their_own_tokens(
     [
         ({"num_redundant_experts": 3}, {}, "64 experts + 3 cannot be shared evenly by 2 ranks"),
         ({}, {"DYNAMIC_EPLB": "false"}, "export DYNAMIC_EPLB=true"),
+        ({}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}, "export VLLM_USE_V2_MODEL_RUNNER=0"),
     ],
 )
 def test_what_cannot_work_ends_the_start_with_one_line(

@@ -19,9 +19,11 @@ STOCK = {"dynamic_eplb", "expert_heat_collection_interval", "algorithm_execution
 
 @pytest.fixture(autouse=True)
 def switch(monkeypatch):
-    monkeypatch.delenv(ascend_config.SWITCH, raising=False)
+    for name in (ascend_config.SWITCH, ascend_config.SECOND_RUNNER):
+        monkeypatch.delenv(name, raising=False)
     yield
-    os.environ.pop(ascend_config.SWITCH, None)
+    for name in (ascend_config.SWITCH, ascend_config.SECOND_RUNNER):
+        os.environ.pop(name, None)
 
 
 def test_vllm_ascend_gets_its_own_keys_and_the_workers_get_ours():
@@ -35,6 +37,7 @@ def test_vllm_ascend_gets_its_own_keys_and_the_workers_get_ours():
     assert ascend_config.settings_of(changed) == ascend_config.settings_of(given)
     assert ascend_config.settings_of(json.loads(json.dumps(changed))).target_par == 1.1
     assert os.environ[ascend_config.SWITCH] == "true"
+    assert os.environ[ascend_config.SECOND_RUNNER] == "0"
     assert ascend_config.hand_over(changed) is changed  # once only
 
 
@@ -55,6 +58,14 @@ def test_an_environment_that_contradicts_is_an_error_with_the_line_to_export(mon
     with pytest.raises(EplbConfigError, match=r"DYNAMIC_EPLB=0, .* export DYNAMIC_EPLB=true"):
         ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
     os.environ[ascend_config.SWITCH] = "1"
+    ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
+
+
+def test_the_second_model_runner_is_an_error_with_the_line_to_export(monkeypatch):
+    monkeypatch.setenv(ascend_config.SECOND_RUNNER, "1")
+    with pytest.raises(EplbConfigError, match=r"VLLM_USE_V2_MODEL_RUNNER=1, .* export VLLM_USE_V2_MODEL_RUNNER=0"):
+        ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
+    os.environ[ascend_config.SECOND_RUNNER] = "0"
     ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
 
 

@@ -21,6 +21,10 @@ SETTINGS = "vllm_ascend_eplb"
 SWITCH = "DYNAMIC_EPLB"
 """Environment variable that vllm-ascend wants to be true before it accepts dynamic_eplb."""
 
+SECOND_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+"""Environment variable that chooses vLLM's second model runner. Only the first one of vllm-ascend is balanced; its main
+takes the second where nobody chooses, and that one knows other settings."""
+
 STOCK_KEYS = ("expert_heat_collection_interval", "algorithm_execution_interval", "num_redundant_experts")
 """What vllm-ascend is told besides ``dynamic_eplb`` and the map to load by. Not the policy: under its number 3 its
 layers count load in another form. Not the map to record: it would write to the same file."""
@@ -49,7 +53,7 @@ def settings_of(additional_config: object) -> EplbConfig:
 
 def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
     """The same configuration in the dialect that vllm-ascend accepts: its own keys in ``eplb_config``, all of ours
-    under :data:`SETTINGS`. Sets the environment variable that it asks for; processes started later inherit it.
+    under :data:`SETTINGS`. Sets the environment variables that this needs; processes started later inherit them.
 
     Raises:
         EplbConfigError: a setting cannot work, or the environment contradicts it.
@@ -97,17 +101,23 @@ def contradiction() -> str | None:
 
 
 def switch_on() -> None:
-    """Sets the environment variable without which vllm-ascend refuses ``dynamic_eplb``.
+    """Sets the environment variable without which vllm-ascend refuses ``dynamic_eplb``, and the one that chooses the
+    model runner.
 
     Raises:
-        EplbConfigError: it is set to something else.
+        EplbConfigError: one of them is set to something else.
     """
     if contradiction() is not None:
         raise EplbConfigError(
             f"eplb_config.dynamic_eplb is true, but the environment says {SWITCH}={os.environ[SWITCH]}, with which "
             f"vllm-ascend refuses it; unset it, or: export {SWITCH}=true"
         )
-    os.environ[SWITCH] = "true"
+    if os.environ.get(SECOND_RUNNER, "0") != "0":
+        raise EplbConfigError(
+            f"eplb_config.dynamic_eplb is true, but the environment says {SECOND_RUNNER}={os.environ[SECOND_RUNNER]}, "
+            f"and only vllm-ascend's first model runner is balanced; unset it, or: export {SECOND_RUNNER}=0"
+        )
+    os.environ[SWITCH], os.environ[SECOND_RUNNER] = "true", "0"
 
 
 def refuse_what_is_not_supported(vllm_config: Any) -> None:

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The unmodified vllm-ascend serves examples/tiny_moe with our balancer on more ranks: the real torch_npu on emulated
+CANN. One server for each way, in the order of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from . import npus
+from .serving import MISSING, SETTINGS, NpuServer, freeze_weights_until_noticed, serve_until
+
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(npus.REAL, reason="tests the emulated stack"),
+    pytest.mark.skipif(bool(MISSING), reason=MISSING),
+]
+WAYS: dict[str, dict[str, Any]] = {
+    "TP4": {"eplb_config": {**SETTINGS, "num_redundant_experts": 4}, "ranks": 4},
+}
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def server(way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
+    arguments = (*WAYS[way].get("arguments", ()), "--worker-extension-cls", "tests.npu.probe.Probe")
+    settings = {**WAYS[way], "arguments": arguments, "VLLM_SERVER_DEV_MODE": "1"}
+    server = NpuServer(folder=tmp_path_factory.mktemp("server"), **settings).started()
+    yield server
+    server.stop()
+
+
+def test_tokens_are_those_of_transformers_while_experts_move(
+    server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
+) -> None:
+    assert "EPLB is on: " in server.log
+    serve_until(server, batches, want, 10)
+    stats = server.stats()
+    assert stats is not None
+    assert stats.cycles_failed == 0
+    assert all(cycle.moved > 0 for cycle in stats.cycles if cycle.result == "done")
+
+
+def test_one_request_alone_moves_experts_too(
+    server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
+) -> None:
+    serve_until(server, [batch[:1] for batch in batches], [batch[:1] for batch in want], 2)
+
+
+def test_no_race_and_no_wrong_order(server: NpuServer) -> None:
+    assert not server.unexpected_races()[:3]
+
+
+def test_the_comparison_notices_weights_that_did_not_move(
+    server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
+) -> None:
+    """The last on this server."""
+    freeze_weights_until_noticed(server, batches, want)
+
+
+def test_the_server_ends_in_order(server: NpuServer) -> None:
+    assert server.stop() == []
+    assert server.processes() == []
