@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,17 +70,17 @@ def workers(job: dict[str, Any]) -> int:
     return job["ranks"] * arguments.get("data_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
 
 
-def run_offline(folder: Path, env: dict[str, str] | None = None, **job: Any) -> Finished:
-    """Runs offline.py with ``job`` and returns what it left behind."""
+def run_offline(folder: Path, paths: Sequence[str] = (), **job: Any) -> Finished:
+    """Runs offline.py with ``job`` and more ``paths`` to import from, and returns what it left behind."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job))
-    paths = os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([*paths, str(FOLDER), os.environ.get("PYTHONPATH", "")])
     with open(folder / "log", "w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
             [sys.executable, str(FOLDER / "offline.py"), str(folder / "job.json"), str(folder / "result.json")],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**environment(workers(job)), "PYTHONPATH": paths, **(env or {})},
+            env={**environment(workers(job)), "PYTHONPATH": path},
             start_new_session=True,
         )
         try:

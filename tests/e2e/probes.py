@@ -25,6 +25,7 @@ class Probe:
         padded_rows: rows that this rank routed beyond its tokens, in steps with requests.
         history: step, phase and placement of every step.
         idle: longest row of steps without a request.
+        ahead: steps that were scheduled before the tokens of the step before were known.
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
@@ -38,6 +39,7 @@ class Probe:
         self.padded_rows = 0
         self.history: list[tuple[int, int, int]] = []
         self.idle = 0
+        self.ahead = 0
 
 
 def _state(worker: Any) -> Any:
@@ -98,6 +100,7 @@ def install(worker: Any) -> None:
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         probe.tokens = scheduler_output.total_num_scheduled_tokens
         idle[0] = 0
+        probe.ahead += getattr(runner.input_batch, "prev_sampled_token_ids", None) is not None
         return execute(scheduler_output, *args, **kwargs)
 
     def dummy_run(*args: Any, **kwargs: Any) -> Any:
@@ -262,6 +265,7 @@ def report(worker: Any) -> dict[str, Any]:
         result["wrong_experts"] = probe.wrong_experts
         result["padded_rows"] = probe.padded_rows
         result["idle"] = probe.idle
+        result["ahead"] = probe.ahead
         result["history"] = probe.history
         result["counted"] = (np.sum(probe.taken, axis=0) + _counted(updator)).tolist()
         result["routed"] = (np.sum(probe.windows, axis=0) + probe.counts).sum(axis=1).tolist()

@@ -195,6 +195,49 @@ def test_each_pipeline_stage_is_a_balancer_of_its_own(staged, reference):
     assert staged["ranks"][0]["digest"] != staged["ranks"][2]["digest"]
 
 
+SCHEDULED_AHEAD = """
+import torch
+from vllm_ascend_eplb.post_import import after_import
+
+class Order:  # of streams and events; a CPU does one thing after the other
+    def __init__(self, *args, **kwargs):
+        pass
+    def nothing(self, *args):
+        pass
+    record = synchronize = wait_stream = nothing
+
+def keep(module):  # vLLM switches it off on a CPU
+    update = module.CpuPlatform.check_and_update_config.__func__
+    def kept(cls, vllm_config):
+        update(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+    module.CpuPlatform.check_and_update_config = classmethod(kept)
+
+def stand_in(module):
+    torch.cuda.Event, torch.cuda.Stream, torch.cuda.current_stream = Order, Order, Order
+
+after_import("vllm.platforms.cpu", keep)
+after_import("vllm.v1.worker.gpu_model_runner", stand_in)
+"""
+
+
+def test_steps_that_are_scheduled_ahead_give_the_same_tokens_and_counts(runs, reference, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SCHEDULED_AHEAD)
+    run = runs(
+        "ahead", ranks=2, eplb=BUSY, probe=True, prompts=prompts(6), cycles=6, max_tokens=TOKENS, paths=[str(tmp_path)]
+    )
+    assert run.code == 0, run.log[-6000:]
+    assert_equal_every_turn(run.result["tokens"], reference)
+    for rank in run.result["ranks"]:
+        assert rank["ahead"] > 200
+        assert (rank["failures"], rank["wrong_experts"]) == (0, 0)
+        np.testing.assert_array_equal(rank["windows"], run.result["ranks"][0]["windows"])
+    first = run.result["ranks"][0]
+    assert first["counted"] == first["routed"]
+    np.testing.assert_array_equal(first["loads"], first["windows"][: len(first["loads"])])
+    assert json.loads(first["stats"])["cycles_done"] >= 6
+
+
 def lopsided(load: np.ndarray) -> Placement:
     """A placement of 64 experts on two ranks with 4 redundant ones: the first rank has the half with the most load."""
     order = np.argsort(-load, axis=1)
@@ -285,7 +328,7 @@ def test_ranks_with_different_settings_do_not_start(runs, tmp_path):
         eplb=BUSY,
         prompts=prompts(1),
         max_tokens=4,
-        env={"PYTHONPATH": str(tmp_path)},
+        paths=[str(tmp_path)],
     )
     assert run.code != 0
     assert (
