@@ -23,10 +23,10 @@ import numpy as np
 
 from vllm_ascend_eplb.control import FIELDS, ControlChannel, Facts
 from vllm_ascend_eplb.placement import Placement
+from vllm_ascend_eplb.plan_message import pack_plan
 from vllm_ascend_eplb.policy import plan
 from vllm_ascend_eplb.rounds import SLOT, SOURCE, rounds_to_array, schedule_rounds
 from vllm_ascend_eplb.topology import Topology
-from vllm_ascend_eplb.updator import _pack
 
 from .loads import LoadGenerator
 
@@ -98,7 +98,7 @@ def sizes_of(ranks: int) -> tuple[Sizes, int]:
         near = (
             nodes[copies[:, SLOT] // placement.slots_per_rank] == nodes[copies[:, SOURCE] // placement.slots_per_rank]
         )
-        message = _pack(1, its.physical_to_logical, rows, None)
+        message = pack_plan(1, its.physical_to_logical, rows, None)
         made.append((its.num_moves, len(message), len(rounds), seconds, float(near.mean())))
         placement = Placement(its.physical_to_logical, EXPERTS, ranks)
         generator.drift("medium")

@@ -12,7 +12,6 @@ rounds, so also the same result.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import tempfile
@@ -27,7 +26,7 @@ import numpy.typing as npt
 
 from . import __version__
 from .adaptors.base import EplbAdaptor
-from .audit import Damage, SlotAudit, find_damage, repair_rounds
+from .auditor import Auditor
 from .balancedness import BalancednessLog
 from .config import EplbConfig
 from .control import Bulk, ControlChannel, ControlError, Facts, FlightRecorder, require_equal
@@ -44,12 +43,14 @@ from .cycle import (
     advance,
     early,
 )
+from .judge import PlanJudge
 from .map_recorder import MapRecorder
 from .orders import NumberedOrder, OrderBox, orders_path
 from .placement import FloatArray, Placement, peak_to_average
+from .plan_message import digest_of, most_plan_bytes, pack_plan, unpack_plan
 from .policy.dispatch import shared_rank_load
 from .process import Dispatch, EplbProcess, PlanAnswer, PlanRequest, remove_orphaned_folder
-from .rounds import LAYER, SLOT, Round, check_rounds, rounds_from_array, rounds_to_array
+from .rounds import LAYER, Round, check_rounds, rounds_to_array
 from .stats import RANK_FIGURES, StatsFile, StatsKeeper, stats_path
 from .tables import TableRows
 from .transfer import D2DExpertWeightLoader, default_buffer_experts, exchange_bytes
@@ -61,11 +62,9 @@ Stage = Literal["prefill", "decode"]
 LEAST_PLAN_AGE = 200
 """Steps that the planner has at least, in tests and trials with very short intervals, too."""
 
-PAYS_FROM = 0.25
-"""Part of the promised gain that a plan must bring in the next window, or the threshold rises."""
-
 LISTEN_STEPS = 64
 """Steps between two times at which all ranks learn of orders. Each costs lag + 1 posts of facts."""
+
 TURN_SECONDS = 0.0005
 """Mode sync: pause before the next turn where the last one changed nothing."""
 
@@ -106,14 +105,6 @@ class _Cycle:
     damaged: int = 0
     note: str = ""
     """What the log says beside it: how the last plan turned out."""
-
-
-@dataclass(frozen=True)
-class _LastPlan:
-    """The plan that was carried out last, until the next window shows whether it paid."""
-
-    before: Placement
-    promised_gain: float
 
 
 class EplbUpdator:
@@ -171,7 +162,7 @@ class EplbUpdator:
             channel=adaptor.channel,
             own_streams=not synchronous,
         )
-        self._control.reserve(_most_plan_bytes(placement))
+        self._control.reserve(most_plan_bytes(placement))
         self._loader.warm_up()
         if self._rank == 0:
             logger.info("%s %s", self._title, self._loader.describe())
@@ -188,10 +179,7 @@ class EplbUpdator:
             audit_steps=config.audit_interval,
             synchronous=synchronous,
         )
-        self._audit = self._loader.audit(config.audit_interval) if config.audit_interval else None
-        self._audit_error: Exception | None = None
-        self._audited_sums = self._loader.checksums
-        self._last_damage: list[Damage] = []
+        self._auditor = Auditor(self._loader, config, self._title) if config.audit_interval else None
         self._state = CycleState.start(self._settings)
         self._start = self._placement = adaptor.placement
         self._cycle = _Cycle(self._placement)
@@ -202,8 +190,7 @@ class EplbUpdator:
         self._orders = orders
         self._posted_orders: dict[int, NumberedOrder] = {}  # posted and perhaps not obeyed yet
         self._map_recorder = map_recorder
-        self._threshold = config.min_gain
-        self._last_plan: _LastPlan | None = None
+        self._judge = PlanJudge(config.min_gain, config.rank_speed)
         self._observed: Placement | None = None  # in mode observe: what the last plan would have led to
         self._load: npt.NDArray[np.int64] | None = None  # [L, E], on EP rank 0: of the last window
         self._balancedness = (
@@ -280,8 +267,8 @@ class EplbUpdator:
             self._recorder.flush(self._placement)  # no cycle does, and what counts on the device may overflow
         for action in actions:
             self._perform(action)
-        if self._audit is not None and self._state.phase in _BETWEEN_CYCLES:
-            self._audit_step(self._audit)
+        if self._auditor is not None and self._state.phase in _BETWEEN_CYCLES:
+            self._auditor.step()
 
     def forward_end(self) -> None:
         """After a forward. Decides nothing, because not every engine gets here."""
@@ -341,7 +328,7 @@ class EplbUpdator:
         self._commit_maps()
         self._placement = self._start
         self._cycle = _Cycle(self._placement)
-        self._last_plan = None
+        self._judge.forget()
         self._stats.placement_digest = self._start.digest
         logger.info(
             "%s: weights are loaded anew, from step %d on the placement is the initial one",
@@ -378,6 +365,7 @@ class EplbUpdator:
             except Exception as error:
                 self._fail(_FAILS_AS.get(state.phase, Failure.PREPARE), error)
         has_plan = state.phase is Phase.PLAN and cycle.answer is not None
+        audited = ready and state.phase is Phase.AUDIT
         given = self._orders.newest if self._orders is not None and state.phase is Phase.LISTEN else None
         if given is not None and given.number > state.order:
             self._posted_orders[given.number] = given
@@ -392,7 +380,7 @@ class EplbUpdator:
             poisoned=int(self._loader.poisoned),
             plan_number=state.cycle if has_plan else 0,
             plan_length=len(cycle.message) if has_plan else 0,
-            plan_digest=_digest(cycle.message) if has_plan and cycle.message else 0,
+            plan_digest=digest_of(cycle.message) if has_plan and cycle.message else 0,
             rounds=len(cycle.rounds),
             rounds_ready=rounds_ready,
             rounds_done=self._loader.rounds_done,
@@ -401,7 +389,7 @@ class EplbUpdator:
             order_command=Command[given.order.command.upper()] if given else 0,
             order_collect_steps=(given.order.collect_steps or 0) if given else 0,
             order_execution_steps=(given.order.execution_steps or 0) if given else 0,
-            damaged=self._damaged() if ready and state.phase is Phase.AUDIT else 0,
+            damaged=self._auditor.damaged(self._placement) if self._auditor is not None and audited else 0,
         )
 
     def _ready(self) -> bool:
@@ -415,12 +403,10 @@ class EplbUpdator:
         if phase is Phase.REDUCE:
             return cycle.reduction is not None and cycle.reduction.done()
         if phase is Phase.AUDIT:
-            if self._audit_error is not None:
-                raise self._audit_error
-            if self._audit is None or not self._audit.complete or self._control.bulk_busy:
+            if self._auditor is None or not self._auditor.complete() or self._control.bulk_busy:
                 return False
             if cycle.summand is None:
-                cycle.summand = self._sums_of_my_slots(self._audit)
+                cycle.summand = self._auditor.sums(self._placement)
             return True
         if phase is Phase.PLAN:
             self._look_for_answer()
@@ -539,38 +525,18 @@ class EplbUpdator:
     def _restoring(self) -> bool:
         return self._state.wanted is Command.RESTORE
 
+    @property
+    def _always_moves(self) -> bool:
+        return self._restoring or self._config.policy_name == "random"
+
     def _way_back(self) -> dict[str, object]:
         return {"target": self._start.physical_to_logical}
-
-    # --- the audit of the weights ------------------------------------------------------------------------------------
-
-    def _audit_step(self, audit: SlotAudit) -> None:
-        """Between cycles: sums a few slots. An exception is told to the others when the audit is agreed on."""
-        if self._audited_sums is not self._loader.checksums:  # the weights are others since a moment ago
-            self._audited_sums = self._loader.checksums
-            self._restart_audit()
-        if self._audit_error is None:
-            try:
-                audit.step()
-            except Exception as error:
-                self._audit_error = error
-
-    def _damaged(self) -> int:
-        """Slots of this rank that do not hold their expert."""
-        table = self._loader.checksums
-        if self._audit is None or table is None:
-            return 0
-        return self._audit.damaged(self._placement, table, self._rank)
 
     def _do_end_audit(self, _: Action) -> None:
         self._cycle = _Cycle(self._placement)
         self._stats.audited(0)
-        self._restart_audit()
-
-    def _restart_audit(self) -> None:
-        self._audit_error = None
-        if self._audit is not None:
-            self._audit.restart()
+        if self._auditor is not None:
+            self._auditor.restart()
 
     def _do_reduce_sums(self, _: Action) -> None:
         sums = self._cycle.summand
@@ -578,50 +544,18 @@ class EplbUpdator:
         self._cycle = _Cycle(self._placement, repair=True)
         self._cycle.reduction = self._control.reduce_load(sums)
 
-    def _sums_of_my_slots(self, audit: SlotAudit) -> npt.NDArray[np.int64]:
-        """[L, P], zero for the slots of other ranks: their sum over the ranks is the table of all slots."""
-        sums = np.zeros((self._placement.num_layers, self._placement.num_slots), dtype=np.int64)
-        first = self._rank * self._placement.slots_per_rank
-        sums[:, first : first + self._placement.slots_per_rank] = audit.sums
-        return sums
-
     def _do_plan_repair(self, _: Action) -> None:
         """On EP rank 0: says which slots are damaged, and plans to send good weights into them."""
         cycle = self._cycle
         sums = cycle.reduction.result() if cycle.reduction is not None else None
-        table = self._loader.checksums
-        if self._planner is None or sums is None or table is None:
+        if self._planner is None or sums is None or self._auditor is None:
             return
-        placement, size = self._placement, self._placement.slots_per_rank
-        damage, count = find_damage(sums, placement, table, self._adaptor.topology)
-        rounds: list[Round] = []
-        if self._config.audit_action == "repair" and self._config.mode != "observe":
-            rounds = repair_rounds(damage, size, self._loader.buffer_experts)
-        self._stats.audited(count)
+        cycle.damaged, rounds = self._auditor.plan_repair(sums, self._placement, self._state.step)
+        self._stats.audited(cycle.damaged)
         if rounds:
-            cycle.message = _pack(self._state.cycle, placement.physical_to_logical, rounds_to_array(rounds), None)
+            target = self._placement.physical_to_logical
+            cycle.message = pack_plan(self._state.cycle, target, rounds_to_array(rounds))
         cycle.answer = PlanAnswer(self._state.cycle)
-        cycle.damaged = count
-        mending = sum(len(each.moves) for each in rounds)
-        if damage != self._last_damage or mending:
-            self._last_damage = damage
-            shown = "; ".join(each.text(size) for each in damage[:8]) + ("; ..." if count > 8 else "")
-            if mending == count:
-                what = "good copies are being sent there"
-            elif self._config.audit_action == "repair":
-                why = "the next ones follow" if count > len(damage) else "the others have none: load the weights anew"
-                what = f"{mending} get good copies, {why}"
-            else:
-                what = 'answers may be wrong: load the weights anew, or set "audit_action": "repair" in eplb_config'
-            logger.error(
-                "%s audit at step %d: %d of %d slots do not hold the weights of their expert: %s; %s",
-                self._title,
-                self._state.step,
-                count,
-                sums.size,
-                shown,
-                what,
-            )
 
     def _end_repair(self) -> None:
         mended = self._moved_so_far()
@@ -641,7 +575,8 @@ class EplbUpdator:
         self._load = load
         observed, self._observed = self._observed, None
         rank_load = self._rank_load(load)
-        self._cycle.window_par = float(peak_to_average(rank_load).mean())
+        par = float(peak_to_average(rank_load).mean())
+        self._cycle.window_par = par
         self._stats.ranks_told(figures, rank_load, self._adaptor.topology.node_of_rank)
         self._stats.window_ended(
             rank_load,
@@ -650,24 +585,8 @@ class EplbUpdator:
         )
         if observed is not None:
             would = float(observed.par(load, self._config.rank_speed).mean())
-            self._cycle.note = (
-                f"; the last plan would have brought PAR {would:.3f} instead of {self._cycle.window_par:.3f}"
-            )
-        last, self._last_plan = self._last_plan, None
-        if last is None:
-            return
-        # Load has gone on changing, so the plan is judged by what this same window would have been without it.
-        speed = self._config.rank_speed
-        par, without = (float(each.par(load, speed).mean()) for each in (self._placement, last.before))
-        paid = without - par > PAYS_FROM * last.promised_gain
-        least = self._config.min_gain
-        if paid:
-            self._threshold = max(least, self._threshold / 2)
-        else:
-            self._threshold = min(max(least, 0.2), max(0.005, self._threshold * 2))
-        self._cycle.note = f"; the last plan brought PAR {par:.3f} instead of {without:.3f}"
-        if not paid:
-            self._cycle.note += f", too little, so that a plan must now gain {self._threshold:.1%}"
+            self._cycle.note = f"; the last plan would have brought PAR {would:.3f} instead of {par:.3f}"
+        self._cycle.note = self._judge.window_ended(load, self._placement) or self._cycle.note
 
     def _rank_load(self, load: npt.NDArray[np.int64]) -> FloatArray:
         """[L, R] tokens per rank under the placement and the dispatch shares in force, over its speed."""
@@ -707,20 +626,17 @@ class EplbUpdator:
             return
         if not plan.num_moves:
             self._skip(f"nothing to move at PAR {before:.3f}")
-        elif (
-            not self._restoring and self._config.policy_name != "random" and before - gained < self._threshold * before
-        ):
-            self._skip(f"PAR {before:.3f} to {gained:.3f} gains less than {self._threshold:.1%}")
-            self._threshold = max(self._config.min_gain, 0.9 * self._threshold)  # what was too little is tried again
+        elif not self._always_moves and (too_little := self._judge.refuses(before, gained)):
+            self._skip(too_little)
         else:
             self._cycle.new_shares = after
-            self._cycle.message = _pack(self._state.cycle, plan.physical_to_logical, answer.rounds, after)
+            self._cycle.message = pack_plan(self._state.cycle, plan.physical_to_logical, answer.rounds, after)
             return
         if now is not None and self._cycle.window_par - before > DISPATCH_GAIN * self._cycle.window_par:
             self._stats.planned(now.par, plan.seconds)  # of which nothing moves
             self._cycle.new_shares = now
             nothing = answer.rounds[:0]
-            self._cycle.message = _pack(self._state.cycle, self._placement.physical_to_logical, nothing, now)
+            self._cycle.message = pack_plan(self._state.cycle, self._placement.physical_to_logical, nothing, now)
 
     def _skip(self, reason: str) -> None:
         self._cycle.result, self._cycle.reason = "skipped", reason
@@ -732,9 +648,9 @@ class EplbUpdator:
     def _unpack(self, message: bytes, start: Placement) -> tuple[list[Round], list[Placement], TableRows | None]:
         """In the background: the rounds of the plan, checked against the placement in force, what they lead to, and the
         dispatch tables for the last of it."""
-        if _digest(message) != self._state.plan_digest:
+        if digest_of(message) != self._state.plan_digest:
             raise ValueError("the plan's hash differs from the agreed one")
-        rounds, target, counts = _unpack(message, self._state.cycle, start)
+        rounds, target, counts = unpack_plan(message, self._state.cycle, start)
         check_rounds(start, rounds, self._loader.buffer_experts, target, repair=self._cycle.repair)
         tables = self._adaptor.dispatch
         rows = tables.rows_of(target, counts) if tables is not None and counts is not None else None
@@ -786,10 +702,8 @@ class EplbUpdator:
         self._recorder.flush(self._placement)
         self._loader.commit(action.round)
         self._commit_maps()
-        if self._audit is not None:
-            moves = self._cycle.rounds[action.round].moves
-            owners, slots = np.divmod(moves[:, SLOT], after.slots_per_rank)
-            self._audit.written(moves[owners == self._rank, LAYER], slots[owners == self._rank])
+        if self._auditor is not None:
+            self._auditor.committed(self._cycle.rounds[action.round])
         self._placement = after
         self._stats.committed(time.perf_counter() - began)
         self._stats.placement_digest = after.digest
@@ -824,7 +738,10 @@ class EplbUpdator:
             logger.info("%s cycle %d at step %d: %s", self._title, state.cycle, state.step, text)
         elif plan is not None:
             gain = float(plan.par_before.mean() - plan.par_after.mean())
-            self._last_plan = _LastPlan(cycle.start, gain) if whole and plan.policy != "restore" else None
+            if whole and plan.policy != "restore":
+                self._judge.carried_out(cycle.start, gain)
+            else:
+                self._judge.forget()
             logger.info(
                 "%s cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
                 "%d steps after its load was taken; planned in %.1f ms%s%s",
@@ -878,8 +795,8 @@ class EplbUpdator:
             future.cancel()
         self._background.submit(self._forget_prepared_maps)
         self._loader.forget()
-        if self._cycle.repair or self._audit_error is not None:
-            self._restart_audit()
+        if self._auditor is not None and (self._cycle.repair or self._auditor.failed):
+            self._auditor.restart()
         self._cycle = _Cycle(self._placement)
 
     def _record_map(self) -> None:
@@ -982,42 +899,3 @@ def _limits(config: EplbConfig, cycle: int) -> dict[str, object]:
         "max_moves": config.max_moves_per_cycle,
         "rank_speed": config.rank_speed,
     }
-
-
-def _digest(message: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") >> 2 or 1
-
-
-def _most_plan_bytes(placement: Placement) -> int:
-    """What a plan may need as it travels, at two moves for each slot. A longer one takes memory of its own."""
-    return 24 + placement.num_layers * placement.num_slots * (4 + 2 * 28 + 1)
-
-
-def _pack(
-    number: int, target: npt.NDArray[np.int32], rounds: npt.NDArray[np.int32], dispatch: Dispatch | None
-) -> bytes:
-    """A plan as it travels: its number, the placement it leads to (int32 [L, P]), its rounds (int32 [N, 7]) and, where
-    tokens are split by planned shares, the entries of each slot (uint8 [L, P])."""
-    counts = b"" if dispatch is None else dispatch.counts.tobytes()
-    head = np.array([number, len(rounds), len(counts)], dtype="<i8").tobytes()
-    return head + target.astype("<i4").tobytes() + rounds.astype("<i4").tobytes() + counts
-
-
-def _unpack(
-    message: bytes, number: int, start: Placement
-) -> tuple[list[Round], Placement, npt.NDArray[np.uint8] | None]:
-    shape = (start.num_layers, start.num_slots)
-    head, target_bytes = 24, 4 * shape[0] * shape[1]
-    if len(message) < head + target_bytes:
-        raise ValueError(f"a plan of {len(message)} bytes; at least {head + target_bytes} are needed")
-    its_number, num_rows, num_counts = np.frombuffer(message, dtype="<i8", count=3).tolist()
-    if its_number != number:
-        raise ValueError(f"the plan of cycle {its_number} arrived in cycle {number}")
-    rows_end = head + target_bytes + 28 * num_rows
-    if num_rows < 0 or num_counts not in (0, shape[0] * shape[1]) or len(message) != rows_end + num_counts:
-        raise ValueError(f"a plan of {len(message)} bytes names {num_rows} moves and the shares of {num_counts} slots")
-    slots = np.frombuffer(message, dtype="<i4", count=target_bytes // 4, offset=head)
-    target = Placement(slots.reshape(shape), start.num_experts, start.num_ranks)
-    rows = np.frombuffer(message, dtype="<i4", count=7 * num_rows, offset=head + target_bytes).reshape(num_rows, 7)
-    counts = np.frombuffer(message, dtype=np.uint8, offset=rows_end).reshape(shape) if num_counts else None
-    return rounds_from_array(rows.astype(np.int32), start.slots_per_rank), target, counts

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from prometheus_client import CollectorRegistry, generate_latest
 
+from vllm_ascend_eplb import plan_message
 from vllm_ascend_eplb import process as process_module
 from vllm_ascend_eplb import updator as updator_module
 from vllm_ascend_eplb.config import EplbConfig
@@ -354,7 +355,7 @@ class NoMemory(Fault):
             ("snapshot", model.recorder, "snapshot"),
             ("take", model.recorder, "take"),
             ("submit", updator._planner, "submit"),
-            ("unpack", updator_module, "rounds_from_array"),
+            ("unpack", plan_message, "rounds_from_array"),
             ("check", updator_module, "check_rounds"),
             ("first round", updator._loader, "prepare"),
             ("a later round", updator._loader, "prepare"),
