@@ -319,6 +319,36 @@ vllm_cpu.replace_router_mapping()
 print("BY NAME", by_name.eplb_map_to_physical_and_record is vllm_cpu.eplb_map_to_physical_and_record)
 """
 
+COPIES = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+from vllm_ascend_eplb.plugin import register
+register()
+settings = {"dynamic_eplb": True, "num_redundant_experts": 4, "allow_unchecked_vllm": True}
+config = EngineArgs(model=sys.argv[1], tensor_parallel_size=2, enable_expert_parallel=True,
+                    additional_config={"eplb_config": settings}).create_engine_config()
+from vllm_ascend_eplb.adaptors import vllm
+for worker in (False, True):
+    if worker:
+        vllm.take_over()
+    try:
+        copy = config.with_hf_config(config.model_config.hf_config)
+        print("COPY", copy.parallel_config.enable_eplb, copy.parallel_config.eplb_config.num_redundant_experts)
+    except ValueError as error:
+        print("REFUSED", "load balancing is only supported on" in str(error))
+"""
+
+
+def test_a_worker_on_a_cpu_may_copy_its_configuration_as_multimodal_models_do():
+    done = subprocess.run(
+        [sys.executable, "-c", COPIES, str(MODEL)], capture_output=True, text=True, env=environment(2), timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [line for line in done.stdout.splitlines() if line.startswith(("COPY", "REFUSED"))] == [
+        "REFUSED True",
+        "COPY True 4",
+    ]
+
 
 def test_a_missing_seam_is_named_and_both_runners_step_at_the_right_point():
     done = subprocess.run(

@@ -61,12 +61,14 @@ def take_over() -> None:
     for runner in ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.eplb_utils"):  # V1, V2
         importlib.import_module(runner).EplbState = VllmEplbState  # type: ignore[attr-defined]
     if current_platform.is_cpu():
+        from vllm.config import parallel
         from vllm.distributed.device_communicators import cpu_communicator
         from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
         vllm_cpu.replace_experts(cpu_moe.CPUUnquantizedExperts)
         vllm_cpu.replace_router_mapping()
         vllm_cpu.add_collectives(cpu_communicator.CpuCommunicator)
+        vllm_cpu.let_configurations_be_copied(parallel)
 
 
 def start_placement(vllm_config: Any, num_layers: int, num_experts: int) -> Placement | None:

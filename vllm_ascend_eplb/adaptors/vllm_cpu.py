@@ -6,6 +6,9 @@ vLLM's CPU kernel for experts ignores the expert map: it takes every id for a lo
 expert) pairs of its own slots only, computes each as a batch of its own with one expert per row, and adds the results
 up per token in float32. The other ranks' pairs are theirs; the all-reduce after the layer sums the ranks.
 
+**The switch.** vLLM refuses its EPLB switch on a CPU. It is set behind that check, which runs once more where a worker
+copies its configuration for a part of a model, as multimodal ones have: there it is told that balancing is possible.
+
 **Data parallel.** vLLM gathers the ranks' tokens before its experts and scatters the sums after them; its communicator
 for CPUs lacks the two collectives for unequal numbers of tokens. Here they are made of equal ones.
 """
@@ -174,6 +177,23 @@ def replace_router_mapping() -> None:
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("vllm.") and name in vars(module):
             setattr(module, name, eplb_map_to_physical_and_record)
+
+
+def let_configurations_be_copied(parallel: Any) -> None:
+    """Lets the check in the module ``vllm.config.parallel`` pass with the EPLB switch on; idempotent.
+
+    Nothing else in that module asks for a GPU in this way.
+    """
+    platform = parallel.current_platform
+
+    class Platform:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(platform, name)
+
+        def is_cuda_alike(self) -> bool:
+            return True
+
+    parallel.current_platform = Platform()
 
 
 def add_collectives(communicator: Any) -> None:

@@ -82,6 +82,12 @@ SEAMS = (
     Seam(_RUNNER_2, "GPUModelRunner._dummy_run", "a dummy forward begins", runner="V2"),
     Seam("vllm.v1.worker.cpu_worker", "CPUWorker", "builds no EPLB state: ours does", ("cpu",)),
     Seam("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", "builds no EPLB state: ours does", ("cpu",)),
+    Seam(
+        "vllm.config.parallel",
+        "current_platform",
+        "whether balancing is possible, where a worker copies its configuration: it is",
+        ("cpu",),
+    ),
     Seam("vllm.distributed.eplb.eplb_state", "EplbLayerState", "what a router reads"),
     Seam("vllm.distributed.parallel_state", "get_eplb_group", "the groups for control and weights"),
     Seam("vllm.distributed.parallel_state", "get_ep_group", "rank and size"),
