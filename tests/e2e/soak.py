@@ -18,14 +18,16 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ import httpx
 from examples.demo.reference import reference_tokens
 from examples.demo.server import REPOSITORY, Server, ServerError
 from examples.tiny_moe.expert_load import read_prompts
+from vllm_ascend_eplb.expert_map import ExpertMapError, read_expert_map
 from vllm_ascend_eplb.process import OWNED_FOLDER
 from vllm_ascend_eplb.stats import STATS_VARIABLE
 
@@ -61,6 +64,10 @@ MOST_GROWTH = {"memory_mib": 48.0, "threads": 3, "files": 6, "sockets": 4, "shar
 """What the last quarter of the samples may have more than the first, by the median."""
 
 
+Pairs = list[tuple[str, list[int]]]
+"""Prompts and the tokens that answer them."""
+
+
 @dataclass
 class Answers:
     """What the requests got."""
@@ -76,17 +83,18 @@ class Answers:
 class Requests:
     """Keeps some requests under way; each answer is compared."""
 
-    def __init__(self, url: str, prompts: list[tuple[str, list[int]]]) -> None:
+    def __init__(self, url: str, pairs: Pairs) -> None:
         self.answers = Answers()
         self.pause = asyncio.Event()
         self.pause.set()
-        self._prompts = prompts
+        self._luck = random.Random(0)
+        self._pairs = pairs
         self._client = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(240.0))
 
     async def stream(self, luck: random.Random, stopping: asyncio.Event) -> None:
         while not stopping.is_set():
             await self.pause.wait()
-            text, expected = luck.choice(self._prompts)
+            text, expected = luck.choice(self._pairs)
             try:
                 response = await self._client.post("/v1/completions", json=self._request(text))
                 response.raise_for_status()
@@ -102,9 +110,10 @@ class Requests:
             if wrong and not self.answers.first_wrong:
                 self.answers.first_wrong = f"{text[:60]!r}: expected {expected}, got {got}"
 
-    async def abort(self, luck: random.Random) -> None:
+    async def abort(self) -> None:
         """Begins a request and goes away in the middle of its answer."""
-        request = self._request(luck.choice(self._prompts)[0]) | {"stream": True, "max_tokens": 200}
+        luck = self._luck
+        request = self._request(luck.choice(self._pairs)[0]) | {"stream": True, "max_tokens": 200}
         with contextlib.suppress(httpx.HTTPError):
             async with self._client.stream("POST", "/v1/completions", json=request) as response:
                 count = luck.randint(1, 20)
@@ -157,6 +166,28 @@ def workers(server: Server) -> list[int]:
     return [pid for pid in server.processes() if "Worker" in title(pid) or "EngineCore_DP" in title(pid)]
 
 
+def semaphores(server: Server) -> set[int]:
+    """Inodes of those that its processes have; they were made under other names."""
+    return {
+        int(line.split()[4])
+        for pid in server.processes()
+        for line in _lines(f"/proc/{pid}/maps")
+        if "/dev/shm/sem." in line
+    }
+
+
+def left_semaphores(held: set[int]) -> list[str]:
+    there = {entry.inode(): entry.path for entry in os.scandir("/dev/shm") if entry.name.startswith("sem.")}
+    return [f"semaphore {there[inode]}" for inode in held & there.keys()]
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
 def measure(server: Server) -> dict[str, float]:
     """What all processes of the server hold, the planner left out: it is another one every few seconds."""
     total: Counter[str] = Counter()
@@ -183,8 +214,8 @@ def measure(server: Server) -> dict[str, float]:
 class Faults:
     """One fault after the other, each undone before the next."""
 
-    def __init__(self, server: Server, requests: Requests, stats_path: Path, luck: random.Random) -> None:
-        self._server, self._requests, self._stats, self._luck = server, requests, stats_path, luck
+    def __init__(self, server: PrivateServer, requests: Requests, luck: random.Random) -> None:
+        self._server, self._requests, self._stats, self._luck = server, requests, server._stats_path, luck
         self.done: Counter[str] = Counter()
         self.kinds: dict[str, Callable[[], Any]] = {
             "planner killed (SIGKILL)": lambda: self._signal(planners, signal.SIGKILL),
@@ -197,6 +228,8 @@ class Faults:
             "statistics file deleted": self._delete_stats,
             "statistics file full of zeros": self._zero_stats,
         }
+        if server.small_disk:
+            self.kinds["disk of the recorded map full for 0.5 to 2 s"] = self._fill_disk
 
     async def run(self, stopping: asyncio.Event) -> None:
         names: list[str] = []
@@ -239,7 +272,7 @@ class Faults:
         return True
 
     async def _abort(self) -> None:
-        await asyncio.gather(*(self._requests.abort(self._luck) for _ in range(6)))
+        await asyncio.gather(*(self._requests.abort() for _ in range(6)))
 
     async def _idle(self) -> None:
         self._requests.pause.clear()
@@ -247,6 +280,10 @@ class Faults:
             await asyncio.sleep(self._luck.uniform(1, 3))
         finally:
             self._requests.pause.set()
+
+    async def _fill_disk(self) -> None:
+        with self._server.full_disk():
+            await asyncio.sleep(self._luck.uniform(0.5, 2))
 
     async def _delete_stats(self) -> None:
         self._stats.unlink(missing_ok=True)
@@ -258,44 +295,50 @@ class Faults:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-async def soak(server: Server, minutes: float, seed: int, prompts: list[tuple[str, list[int]]]) -> dict[str, Any]:
-    """Faults for so long. ``prompts``: texts and the tokens that answer them."""
-    luck, stopping = random.Random(seed), asyncio.Event()
-    requests = Requests(server.url, prompts)
-    faults = Faults(server, requests, server._stats_path, random.Random(seed + 1))
-    samples: list[dict[str, float]] = []
+async def under_load(server: Server, seed: int, pairs: Pairs, go: Callable[[Requests], Awaitable[object]]) -> Answers:
+    """Keeps requests under way until ``go(requests)`` is over; what they got."""
+    luck, stopping, requests = random.Random(seed), asyncio.Event(), Requests(server.url, pairs)
     streams = [asyncio.create_task(requests.stream(random.Random(luck.random()), stopping)) for _ in range(STREAMS)]
-    await asyncio.sleep(5)  # the first requests warm everything up
-    began = time.monotonic()
-    trouble = asyncio.create_task(faults.run(stopping))
     try:
-        while time.monotonic() - began < 60 * minutes:
-            await asyncio.sleep(SAMPLE_SECONDS)
-            server.check_alive()
-            samples.append(await asyncio.to_thread(measure, server))
-    except asyncio.CancelledError:  # Ctrl-C ends the run early, with a report of what there was
-        print(f"interrupted after {time.monotonic() - began:.0f} seconds", flush=True)
-    stopping.set()
-    requests.pause.set()
-    await trouble
-    await asyncio.gather(*streams)
-    seconds = time.monotonic() - began
-    last = None
-    for _ in range(100):  # the statistics come back by themselves after the last fault
-        with contextlib.suppress(Exception):
-            last = server.stats()
-        if last is not None and last.cycles_done:
-            break
-        await requests.abort(luck)
-        await asyncio.sleep(0.2)
-    await requests.close()
-    return {
-        "seconds": round(seconds, 1),
-        "answers": requests.answers,
-        "faults": faults.done,
-        "samples": samples,
-        "stats": last,
-    }
+        await go(requests)
+    finally:
+        stopping.set()
+        requests.pause.set()
+        await asyncio.gather(*streams)
+        await requests.close()
+    return requests.answers
+
+
+async def soak(server: PrivateServer, minutes: float, seed: int, pairs: Pairs) -> dict[str, Any]:
+    """Random faults for so long."""
+    samples: list[dict[str, float]] = []
+    result: dict[str, Any] = {"samples": samples, "stats": None}
+
+    async def go(requests: Requests) -> None:
+        await asyncio.sleep(5)  # the first requests warm everything up
+        began, stopping = time.monotonic(), asyncio.Event()
+        faults = Faults(server, requests, random.Random(seed + 1))
+        result["before"] = server.stats()
+        trouble = asyncio.create_task(faults.run(stopping))
+        try:
+            while time.monotonic() - began < 60 * minutes:
+                await asyncio.sleep(min(SAMPLE_SECONDS, 6 * minutes))
+                server.check_alive()
+                samples.append(await asyncio.to_thread(measure, server))
+        except asyncio.CancelledError:  # Ctrl-C ends the run early, with a report of what there was
+            print(f"interrupted after {time.monotonic() - began:.0f} seconds", flush=True)
+        stopping.set()
+        await trouble
+        result.update(faults=faults.done, seconds=round(time.monotonic() - began, 1))
+        for _ in range(100):  # the statistics come back by themselves after the last fault
+            with contextlib.suppress(ServerError):
+                result["stats"] = server.stats()
+            if result["stats"] is not None and result["stats"].cycles_done:
+                break
+            await asyncio.sleep(0.2)
+
+    result["answers"] = await under_load(server, seed, pairs, go)
+    return result
 
 
 def growth(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -312,6 +355,7 @@ def growth(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 def judge(result: dict[str, Any], left: list[str], log: str) -> list[str]:
     """What went wrong; empty if nothing did."""
     answers, stats, said = result["answers"], result["stats"], []
+    mended_before = result["before"].audit_mended if result["before"] is not None else 0
     if answers.failed:
         said.append(f"{len(answers.failed)} requests failed: {answers.failed[0]}")
     if answers.wrong:
@@ -326,7 +370,7 @@ def judge(result: dict[str, Any], left: list[str], log: str) -> list[str]:
         said.append("no cycle was done")
     elif stats.phase == "off":
         said.append(f"balancing went off: {stats.off_reason}")
-    elif stats.audit_damaged or stats.audit_mended:
+    elif stats.audit_damaged or stats.audit_mended > mended_before:
         said.append(f"an audit found {stats.audit_damaged} damaged slots and mended {stats.audit_mended}")
     if re.search(r'File "[^"]*vllm_ascend_eplb/', log):
         said.append("there is a traceback with our code in the log")
@@ -367,7 +411,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def reference(folder: Path) -> list[tuple[str, list[int]]]:
+def reference(folder: Path) -> Pairs:
     """Prompts and their answers, which are kept in the folder for the next run."""
     kept = folder / "reference.json"
     if not kept.exists():
@@ -381,20 +425,41 @@ def reference(folder: Path) -> list[tuple[str, list[int]]]:
 
 
 class PrivateServer(Server):
-    """A server that makes its own private folder for statistics, as it does for a user who sets nothing."""
+    """A server that makes its own private folder for statistics, as it does for a user who sets nothing, and records
+    its map on a small disk, which nobody else sees, where this machine allows one.
 
-    def __init__(self, folder: Path, parallel: str = "tensor") -> None:
-        super().__init__(2, SETTINGS, folder, 16)
+    Attributes:
+        small_disk: whether there is one.
+    """
+
+    def __init__(self, folder: Path, parallel: str = "tensor", settings: dict[str, object] = SETTINGS) -> None:
+        self.temporary = Path(tempfile.mkdtemp(dir=folder, prefix="tmp-"))
+        self.disk = self._mount_point = Path(tempfile.mkdtemp(dir=folder, prefix="disk-"))
+        super().__init__(2, {**settings, "expert_map_record_path": str(self.disk / "map.json")}, folder, 16)
+        # Few blocks, so that all have been written before memory is measured for the first time.
+        self.command += ["--num-gpu-blocks-override", "1024"]
         if parallel == "data":
             self.command[self.command.index("--tensor-parallel-size")] = "--data-parallel-size"
-        self.temporary = Path(tempfile.mkdtemp(dir=folder, prefix="tmp-"))
         del self._environment[STATS_VARIABLE]
         self._environment["TMPDIR"] = str(self.temporary)
+        own_mounts = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(self.disk)]
+        self.small_disk = (
+            shutil.which("unshare") is not None
+            and subprocess.run([*own_mounts, *mount], capture_output=True).returncode == 0
+        )
+        if self.small_disk:
+            self.command = [*own_mounts, "sh", "-c", f'{shlex.join(mount)} && exec "$@"', "sh", *self.command]
+        self._handle = -1
 
     def start_and_wait(self) -> None:
         self.start()
         for _ in self.wait_until_ready(600):
             pass
+        if self.small_disk:  # to be seen also when the server, and its mounts with it, are gone
+            assert self._process is not None
+            self._handle = os.open(f"/proc/{self._process.pid}/root{self._mount_point}", os.O_PATH | os.O_DIRECTORY)
+            self.disk = Path(f"/proc/{os.getpid()}/fd/{self._handle}")
         deadline = time.monotonic() + 60
         while not (found := list(self.temporary.glob(f"{OWNED_FOLDER}*"))):
             if time.monotonic() > deadline:
@@ -402,40 +467,61 @@ class PrivateServer(Server):
             time.sleep(0.2)
         self._stats_path = found[0] / "stats.json"
 
+    def remove(self) -> None:
+        """Ends what is still there, and removes what a server leaves in its folder but the log."""
+        self.stop(1.0)
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+        for folder in (self.temporary, self._mount_point):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def full_disk(self) -> Iterator[None]:
+        ballast = self.disk / "ballast"
+        try:
+            with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:  # to the last byte
+                    file.write(b"x" * 4096)
+            yield
+        finally:
+            ballast.unlink(missing_ok=True)
+
     def open_to_others(self) -> list[str]:
         """Files of the balancer that users other than the owner may read or write."""
         folder = self._stats_path.parent
         return [str(path) for path in [folder, *folder.iterdir()] if path.stat().st_mode & 0o077]
 
-    def end_by(self, number: int, prompts: list[tuple[str, list[int]]]) -> list[str]:
-        """Sends the front end a signal while it serves; what stays behind of us, in words."""
-        semaphores = {  # by inode: they were made under another name
-            int(line.split()[4])
-            for pid in self.processes()
-            for line in _lines(f"/proc/{pid}/maps")
-            if "/dev/shm/sem." in line
-        }
+    def end_by(self, number: int, pairs: Pairs) -> list[str]:
+        """Sends the front end a signal while it serves; what stays behind of us, or is not whole, in words.
+
+        vLLM's engine and workers outlive a front end that is killed, with or without us. Whoever supervises a service
+        terminates what is left of it then, and so does this.
+        """
+        held = semaphores(self)
         with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
-            for text, _ in prompts[:STREAMS]:
+            for text, _ in pairs[:STREAMS]:
                 pool.submit(_ask_in_vain, self.url, text)
             time.sleep(1.0)
             assert self._process is not None
             self._process.send_signal(number)
+            if number == signal.SIGKILL:
+                self._process.wait()
+                time.sleep(2.0)
+                for pid in self.processes():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
             deadline = time.monotonic() + 90
             while time.monotonic() < deadline and (self._process.poll() is None or self.processes()):
                 time.sleep(0.2)
         left = self.stop(1.0)
         left += [f"file {path}" for path in self.temporary.glob(f"{OWNED_FOLDER}*") if "flight" not in path.name]
-        return left + [
-            f"semaphore {path}" for path in Path("/dev/shm").glob("sem.*") if path.stat().st_ino in semaphores
-        ]
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(errors="replace").splitlines()
-    except OSError:
-        return []
+        left += left_semaphores(held)
+        try:
+            read_expert_map(self.disk / "map.json")
+        except ExpertMapError as error:
+            left.append(f"a recorded map that is not whole: {error}")
+        return left
 
 
 def _ask_in_vain(url: str, text: str) -> None:
@@ -456,18 +542,17 @@ def main() -> int:
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = reference(folder)
+    pairs = reference(folder)
     server = PrivateServer(folder, arguments.parallel)
     try:
         server.start_and_wait()
         open_to_others = server.open_to_others()
-        result = asyncio.run(soak(server, arguments.minutes, arguments.seed, prompts))
+        result = asyncio.run(soak(server, arguments.minutes, arguments.seed, pairs))
         log = server.log_path.read_text(errors="replace")
         left = [f"{path} is open to other users" for path in open_to_others]
-        left += server.end_by(ENDS[arguments.end], prompts)
+        left += server.end_by(ENDS[arguments.end], pairs)
     finally:
-        server.stop(1.0)
-        shutil.rmtree(server.temporary, ignore_errors=True)
+        server.remove()
     result.update(
         growth=growth(result["samples"]),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
@@ -479,6 +564,7 @@ def main() -> int:
     result["failures"] = judge(result, left, log)
     result["answers"] = vars(result["answers"])
     result["stats"] = json.loads(result["stats"].to_json()) if result["stats"] is not None else None
+    del result["before"]
     (folder / "soak.json").write_text(json.dumps(result, indent=1))
     text = report(result)
     (folder / "soak.md").write_text(text)

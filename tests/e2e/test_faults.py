@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults on the real server under requests: none is lost, none is answered wrongly, and nothing stays behind.
+
+What needs no engine is in tests/distributed/test_faults.py; random faults for half an hour are ``make soak``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_ascend_eplb.expert_map import read_expert_map
+from vllm_ascend_eplb.orders import Order, orders_path, write_order
+from vllm_ascend_eplb.stats import EplbStats
+
+from .conftest import prompts
+from .damage import DAMAGE
+from .soak import SETTINGS, Answers, Pairs, PrivateServer, Requests, judge, planners, soak, under_load, workers
+
+LONG = pytest.mark.soak
+
+
+@pytest.fixture(scope="module")
+def pairs(reference) -> Pairs:
+    texts = [text for batch in prompts(6) for text in batch]
+    return list(zip(texts, reference, strict=True))
+
+
+@pytest.fixture(scope="module")
+def english(pairs) -> Pairs:
+    return pairs[:6]
+
+
+@pytest.fixture(scope="module")
+def python(pairs) -> Pairs:
+    return pairs[12:18]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    settings = {**SETTINGS, "policy": "incremental", "target_par": 1.0, "expert_heat_collection_interval": 30}
+    server = PrivateServer(tmp_path_factory.mktemp("server"), settings=settings)
+    start = tmp_path_factory.mktemp("start")
+    (start / "sitecustomize.py").write_text("import damage\ndamage.damage_on_request()\n")
+    paths = [str(start), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    server._environment |= {"PYTHONPATH": os.pathsep.join(paths), DAMAGE: str(start / "request")}
+    try:
+        server.start_and_wait()
+        yield server
+    finally:
+        server.remove()
+
+
+def stats(server: PrivateServer) -> EplbStats:
+    its = server.stats()
+    assert its is not None
+    return its
+
+
+def planned(server: PrivateServer) -> int:
+    """Cycles in which the planner answered."""
+    return stats(server).cycles_done + stats(server).cycles_skipped
+
+
+def failures(server: PrivateServer) -> int:
+    """Cycles that failed because the planner did, in any way."""
+    return sum(count for kind, count in stats(server).failures.items() if kind.startswith("planner"))
+
+
+async def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s in vain: {what}"
+        await asyncio.sleep(0.2)
+
+
+async def until_balanced(server: PrivateServer) -> None:
+    """The planner has answered since now, and a window after that is balanced better than had nothing ever moved."""
+    before = planned(server)
+    await until(lambda: planned(server) > before, "an answer of the planner")
+    planned_at = stats(server).step
+
+    def balanced() -> bool:
+        window = stats(server).window
+        return window.step > planned_at and window.par.mean < 1 + (window.par_start.mean - 1) / 2
+
+    await until(balanced, "a balanced window")
+
+
+async def obey(server: PrivateServer, command: str) -> None:
+    order = Order(command=command)
+    write_order(orders_path(server._stats_path), order)
+    await until(lambda: stats(server).order == order.id, f"the effect of {command}")
+
+
+def run(server: PrivateServer, pairs: Pairs, go: Callable[[Requests], Any]) -> Answers:
+    answers = asyncio.run(under_load(server, 1, pairs, go))
+    assert answers.failed == []
+    assert answers.wrong == 0, answers.first_wrong
+    assert answers.requests > 0
+    return answers
+
+
+def lines(server: PrivateServer, part: str) -> int:
+    return sum(part in line for line in server.log_path.read_text(errors="replace").splitlines())
+
+
+def test_nobody_else_can_read_what_the_server_writes(server):
+    assert server.open_to_others() == []
+
+
+def test_a_stopped_planner_is_replaced_and_the_load_is_balanced_again(server, english, python):
+    async def stop_it(_: Requests) -> None:
+        await until(lambda: server.stats() is not None, "the first statistics")
+        await until_balanced(server)
+        (stopped,) = planners(server)
+        before = failures(server)
+        os.kill(stopped, signal.SIGSTOP)
+        await until(lambda: failures(server) > before, "the cycle is given up")
+        await until(lambda: planners(server) not in ([], [stopped]), "another planner")
+
+    async def recover(_: Requests) -> None:
+        await until_balanced(server)
+        await until(lambda: server.metrics().get("vllm_eplb_planner_starts", 0) >= 2, "the metric")
+
+    run(server, english, stop_it)
+    assert lines(server, "dropped on all ranks") == stats(server).cycles_failed
+    run(server, python, recover)
+
+
+@pytest.mark.parametrize("seconds", [4, pytest.param(30, marks=LONG)])
+def test_a_rank_that_stands_still_is_waited_for_and_costs_no_cycle(server, english, seconds):
+    async def pause(_: Requests) -> None:
+        failed = stats(server).cycles_failed
+        worker = workers(server)[1]
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        await until_balanced(server)
+        assert stats(server).cycles_failed == failed
+
+    run(server, english, pause)
+
+
+def test_all_requests_may_be_aborted_at_once(server, python):
+    async def abort(requests: Requests) -> None:
+        requests.pause.clear()
+        for _ in range(3):
+            await asyncio.gather(*(requests.abort() for _ in range(8)))
+            await asyncio.sleep(1)  # nobody asks for anything
+        requests.pause.set()
+        await until_balanced(server)
+
+    assert run(server, python, abort).aborted == 24
+
+
+def test_a_full_disk_is_said_and_disturbs_nobody(server, english, python):
+    """The statistics' file on one is in tests/unit/test_file_faults.py."""
+    if not server.small_disk:
+        pytest.skip("this machine lets nobody mount a small disk")
+    path = server.disk / "map.json"
+
+    async def fill(_: Requests) -> None:
+        with server.full_disk():
+            await until(lambda: lines(server, "EPLB: the expert map is not recorded to"), "the line")
+            before = path.stat().st_mtime_ns
+            await until_balanced(server)
+            assert path.stat().st_mtime_ns == before
+        await until(lambda: path.stat().st_mtime_ns > before, "a map after the disk was full")
+
+    run(server, english, lambda _: until_balanced(server))
+    run(server, python, fill)
+    read_expert_map(path, num_layers=6, num_experts=64, num_ranks=2)
+
+
+def test_a_damaged_weight_is_found_and_mended(server, english):
+    async def damage(_: Requests) -> None:
+        await obey(
+            server, "pause"
+        )  # or a plan may take away the good copy before the audit sees that it is the only one
+        Path(server._environment[DAMAGE]).touch()
+        await until(lambda: stats(server).audit_mended, "the repair", 60)
+        await obey(server, "resume")
+
+    assert stats(server).audits > 0
+    assert stats(server).audit_mended == 0
+    answers = asyncio.run(under_load(server, 1, english, damage))
+    assert answers.failed == []  # wrong answers are what a damaged weight brings
+    assert lines(server, "slots do not hold the weights of their expert") == 1
+    assert lines(server, "EPLB audit: 1 of 1 damaged slots were mended") == 1
+    run(server, english, lambda _: until_balanced(server))
+
+
+def test_random_faults_cost_no_request_and_a_crash_of_the_front_end_leaves_nothing(server, pairs):
+    """The last one of this server."""
+    result = asyncio.run(soak(server, 0.4, 7, pairs))
+    assert sum(result["faults"].values()) >= 3
+    log = server.log_path.read_text(errors="replace")
+    left = server.end_by(signal.SIGKILL, pairs)
+    assert judge(result, left, log) == []
