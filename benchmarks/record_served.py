@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What recording costs a served model: ``python -m benchmarks.record_served --json PATH``.
+
+vLLM runs the tiny model on two expert-parallel CPU ranks with the balancer on. From step to step recording is on and
+off in turn, and in both cases the time of all layers' mapping calls is taken. The difference of their medians is what
+recording costs a step; mapping without recording, which every balancer with redundant experts needs, is reported apart.
+The exit status is 1 if a step counted nothing while recording was on, or anything while it was off. PATH may be a pipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RANKS, REQUESTS, TOKENS, TURNS = 2, 16, 400, 3
+SETTINGS = {
+    "dynamic_eplb": True,
+    "num_redundant_experts": 4,
+    "expert_heat_collection_interval": 1_000_000,
+}
+
+
+def watch(worker: Any) -> None:
+    """In a worker: takes the times, and turns recording on and off."""
+    from vllm_ascend_eplb.adaptors import vllm as adaptor
+    from vllm_ascend_eplb.adaptors import vllm_cpu
+
+    recorder = worker.model_runner.eplb_state.updator._recorder
+    worker.watched = steps = []
+    spent = [0.0]
+    mapped = vllm_cpu.eplb_map_to_physical_and_record
+
+    def timed(*arguments: Any, **names: Any) -> Any:
+        began = time.perf_counter()
+        out = mapped(*arguments, **names)
+        spent[0] += time.perf_counter() - began
+        return out
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("vllm.") and vars(module).get(mapped.__name__) is mapped:
+            setattr(module, mapped.__name__, timed)
+
+    before = adaptor.VllmEplbState.forward_before
+
+    def switched(self: Any, *, stage: Any, **names: Any) -> None:
+        now = time.perf_counter()
+        if steps:
+            counted = int(recorder.counts.sum())
+            steps[-1] |= {"seconds": now - steps[-1].pop("began"), "mapping": spent[0], "counted": counted}
+        before(self, stage=stage, **names)
+        recorder.counts.zero_()
+        on = len(steps) % 2 == 0
+        recorder.set_recording(on)
+        spent[0] = 0.0
+        steps.append({"began": now, "recording": on, "stage": str(stage)})
+
+    adaptor.VllmEplbState.forward_before = switched  # type: ignore[method-assign]
+
+
+def watched(worker: Any) -> list[dict[str, Any]]:
+    """What a worker saw of each step but the last, which may not be over."""
+    steps: list[dict[str, Any]] = worker.watched[:-1]
+    return steps
+
+
+def serve() -> list[dict[str, Any]]:
+    """The steps of EP rank 0 in which all requests decode."""
+    from examples.demo.server import MODEL, cpu_environment
+
+    os.environ.update(cpu_environment(RANKS) | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})  # for our own functions
+    from vllm import LLM, SamplingParams
+
+    from benchmarks import record_served as here  # by a name that workers can import
+
+    engine = LLM(
+        str(MODEL),
+        dtype="float32",
+        seed=0,
+        max_model_len=512,
+        max_num_seqs=REQUESTS,
+        tensor_parallel_size=RANKS,
+        enforce_eager=True,
+        enable_expert_parallel=True,
+        additional_config={"eplb_config": SETTINGS},
+    )
+    engine.collective_rpc(here.watch)
+    lines = [line for path in sorted((MODEL / "prompts").glob("*.jsonl")) for line in path.read_text().splitlines()]
+    texts = [json.loads(line)["prompt"][:120] for line in lines[:REQUESTS]]
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    for _ in range(TURNS):
+        engine.generate(texts, sampling, use_tqdm=False)
+    steps = engine.collective_rpc(here.watched)[0]
+    engine.llm_engine.engine_core.shutdown()
+    return [step for step in steps if "decode" in step["stage"]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, help="where to write the results; may be a pipe")
+    arguments = parser.parse_args()
+    steps, busy = serve(), os.getloadavg()[0]
+
+    full = max(step["counted"] for step in steps)
+    wrong = sum((step["counted"] > 0) != step["recording"] for step in steps)
+    on = [step["mapping"] for step in steps if step["recording"] and step["counted"] == full]
+    off = [step["mapping"] for step in steps if not step["recording"]]
+    step, recorded, mapped = statistics.median(step["seconds"] for step in steps), *map(statistics.median, (on, off))
+    report = {
+        "benchmark": "record_served",
+        "machine": f"{os.cpu_count()} cores, load {busy:.1f}",
+        "ranks": RANKS,
+        "requests": REQUESTS,
+        "steps": len(steps),
+        "step_us": 1e6 * step,
+        "mapping_us": 1e6 * mapped,
+        "mapping_and_recording_us": 1e6 * recorded,
+        "mapping_over_step": mapped / step,
+        "recording_over_step": (recorded - mapped) / step,
+        "wrong": wrong,
+    }
+    print(json.dumps(report, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if wrong or not on or not off else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
