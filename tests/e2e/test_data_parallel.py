@@ -8,9 +8,11 @@ import json
 import os
 from pathlib import Path
 
+import httpx
 import pytest
 
 from examples.demo.server import Server
+from vllm_ascend_eplb.stats import EplbStats
 
 from .audit import AUDIT
 from .conftest import BUSY, START_SECONDS, prompts
@@ -36,6 +38,7 @@ def server(tmp_path_factory, audit):
         patch.setenv(AUDIT, str(audit))
         server = Server(2, BUSY, tmp_path_factory.mktemp("server"), 16)
     server.command[server.command.index("--tensor-parallel-size")] = "--data-parallel-size"
+    server._environment["VLLM_PLUGINS"] = "eplb,eplb_page"
     server.start()
     for _ in server.wait_until_ready(START_SECONDS):
         pass
@@ -54,6 +57,8 @@ def test_answers_are_those_of_one_process_while_experts_move(server, reference):
     assert stats.cycles_failed == 0
     assert [each.rank for each in stats.ranks] == [0, 1]  # of both engines
     assert all(each.longest_step_seconds > 0 for each in stats.ranks)
+    shown = EplbStats.from_json(httpx.get(f"{server.url}/eplb/stats", timeout=30).text)
+    assert [each.rank for each in shown.ranks] == [0, 1]
 
 
 def test_an_idle_engine_stays_in_step(server, reference):
