@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unmodified vllm-ascend serves examples/tiny_moe with our balancer on more ranks: the real torch_npu on emulated
-CANN. One server for each way, in the order of this file.
+"""The unmodified vllm-ascend serves examples/tiny_moe with our balancer on more ranks, and on ranks that are engines of
+their own: the real torch_npu on emulated CANN. One server for each way, in the order of this file.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ pytestmark = [
     pytest.mark.skipif(npus.REAL, reason="tests the emulated stack"),
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
 ]
+DATA_PARALLEL = ("--data-parallel-size", "2")
 WAYS: dict[str, dict[str, Any]] = {
     "TP4": {"eplb_config": {**SETTINGS, "num_redundant_experts": 4}, "ranks": 4},
+    "DP2": {"eplb_config": SETTINGS, "ranks": 1, "arguments": DATA_PARALLEL},
 }
 
 
@@ -51,6 +53,7 @@ def test_tokens_are_those_of_transformers_while_experts_move(
 def test_one_request_alone_moves_experts_too(
     server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
+    """With data parallelism one of the engines runs dummy batches meanwhile."""
     serve_until(server, [batch[:1] for batch in batches], [batch[:1] for batch in want], 2)
 
 
