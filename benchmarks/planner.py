@@ -2,12 +2,13 @@
 """Every policy and every peer on the same loads: ``python -m benchmarks.planner --json PATH``.
 
 One table of plans (balance on the planned and on the next window, moves, bytes, time), one of drifting loads, one of
-dispatch shares, one of large models, and without ``--quick`` one of small instances against a mixed-integer program;
-``--parts`` chooses among them.
+dispatch shares, one of the rounds that whole plans take, one of large models, and without ``--quick`` one of small
+instances against a mixed-integer program; ``--parts`` chooses among them.
 Writes everything as JSON to PATH (which may be a pipe) and draws the trade-off of balance against moves (``--plot``).
 Loads come from ``--loads`` DIR (JSON files with ``logical_count``), from a trace, and from a generator with the
 statistics of a large model in service. The exit status is 1 if a check fails: a plan that is not valid, one that misses
-its target, a difference from vLLM's planner, a plan that depends on the number of threads, shares off the optimum.
+its target, a difference from vLLM's planner, a plan that depends on the number of threads, shares off the optimum, many
+more rounds than the busiest receiver needs.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ import numpy.typing as npt
 from benchmarks import loads, planner_optimum, planner_peers
 from vllm_ascend_eplb.placement import Placement, peak_to_average
 from vllm_ascend_eplb.policy import dispatch_shares, dispatch_tables, plan, shared_rank_load
+from vllm_ascend_eplb.rounds import receive_bound, schedule_rounds
+from vllm_ascend_eplb.topology import Topology
+from vllm_ascend_eplb.transfer import default_buffer_experts
 
 EXPERT_BYTES = 44_000_000
 """An expert of DeepSeek-V3 in int8."""
 
 TRACE = Path(__file__).resolve().parent.parent / "examples/tiny_moe/load_trace.npz"
 
-PARTS = ("plans", "drift", "dispatch", "scale", "optimum")
+PARTS = ("plans", "drift", "dispatch", "rounds", "scale", "optimum")
 
 SPREAD_OF_NEXT_WINDOW = 0.07
 """Standard deviation of the log ratio between the planned and the next window where the load has no next one: mild."""
@@ -88,6 +92,7 @@ class Results:
     drift: list[dict[str, Any]] = field(default_factory=list)
     dispatch: list[dict[str, Any]] = field(default_factory=list)
     scale: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
     optimum: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -421,6 +426,32 @@ def run_dispatch(results: Results, cases: list[Case]) -> None:
         )
 
 
+def run_rounds(results: Results, cases: list[Case]) -> None:
+    print("\nrounds of whole plans, with the default staging buffer, over the fewest that the busiest receiver allows")
+    for case in cases:
+        layers, slots_per_rank = len(case.slots), case.slots.shape[1] // case.num_ranks
+        if case.num_ranks < 16:
+            continue
+        buffer = default_buffer_experts(layers, slots_per_rank)
+        moves = plan(case.load, case.slots, case.num_ranks).moves
+        topology = Topology.even(case.num_ranks, case.num_ranks // 8)
+        began = time.perf_counter()
+        rounds = schedule_rounds(case.placement, moves, topology, buffer)
+        milliseconds = 1e3 * (time.perf_counter() - began)
+        bound = receive_bound(case.placement, rounds, buffer) if rounds else 0
+        results.check(len(rounds) <= max(bound + 1, 1.1 * bound), f"{case.name}: {len(rounds)} rounds, bound {bound}")
+        row = {
+            "case": case.name, "moves": len(moves), "buffer": buffer, "rounds": len(rounds), "bound": bound,
+            "milliseconds": milliseconds,
+        }  # fmt: skip
+        results.rounds.append(row)
+        print(
+            f"  {case.name:45s} {len(moves):5d} moves, buffer {buffer}: {len(rounds):3d} rounds, bound {bound:3d}, "
+            f"{milliseconds:.0f} ms",
+            flush=True,
+        )
+
+
 def run_scale(results: Results) -> None:
     print("\nlarge models, generated load, one descent")
     for num_layers, num_experts, num_ranks, per_rank, target in (
@@ -577,6 +608,8 @@ def main() -> int:
         )
     if "dispatch" in parts:
         run_dispatch(results, [case for case in cases if not case.name.endswith(("1.05", "1.005", "1.012"))])
+    if "rounds" in parts:
+        run_rounds(results, cases)
     if "scale" in parts:
         run_scale(results)
     if "optimum" in parts:

@@ -128,7 +128,8 @@ def schedule_rounds(
         rounds = _Scheduler(placement, groups, topology, buffer_experts, most_sends, overlap, relay).run()
         if best is None or len(rounds) < len(best):
             best = rounds
-        if len(best) <= TOLERANCE * receive_bound(placement, best, buffer_experts) + 1:
+        bound = receive_bound(placement, best, buffer_experts)
+        if len(best) <= max(bound + 1, TOLERANCE * bound):
             break
     return best or []
 
