@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods that a test adds to the workers (``--worker-extension-cls``): to look, and to break something on purpose."""
 
+import hashlib
 from typing import Any
 
 import torch
@@ -22,3 +23,17 @@ class Probe:
 
         loader.commit = commit_maps_only
         return 1
+
+    def probe_experts(self) -> dict[str, list[str]]:
+        """What the slots of this rank hold: for each expert ("layer expert") a digest of the tensors of each copy."""
+        balancer: Any = self.model_runner.eplb_updator.balancer  # type: ignore[attr-defined]
+        placement, found = balancer.placement, {}
+        first = balancer._rank * placement.slots_per_rank
+        for layer, slots in enumerate(balancer._adaptor.expert_tensors()):
+            for slot, tensors in enumerate(slots):
+                digest = hashlib.sha256()
+                for tensor in tensors:
+                    digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                expert = placement.physical_to_logical[layer, first + slot]
+                found.setdefault(f"{layer} {expert}", []).append(digest.hexdigest())
+        return found

@@ -216,26 +216,67 @@ def fused() -> dict[str, str]:
                     want[token] += want_weights[token, n] * ((torch.nn.functional.silu(a) * b) @ w2[e])
         check(f"experts {first}..{last - 1}", out, want)
 
+    # The same in int8: rows are quantised one by one, weights by output column.
+    def int8(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = v.abs().amax(-1, keepdim=True) / 127
+        return torch.round(v / scale), scale
+
+    rows, scale = torch_npu.npu_dynamic_quant(h.npu())
+    check("dynamic quantisation", rows.float(), int8(h)[0])
+    check("dynamic quantisation, scale", scale, int8(h)[1].squeeze(-1))
+    w8 = [int8(w.t()) for w in w13]  # [2 * inner, hidden] and [2 * inner, 1]
+    sorted_rows, _, counts, sorted_scale = torch_npu.npu_moe_init_routing_v2(
+        h.npu(),
+        ids,
+        active_num=tokens * k,
+        expert_num=experts,
+        expert_tokens_num_type=1,
+        expert_tokens_num_flag=True,
+        active_expert_range=[0, experts],
+        quant_mode=1,
+    )
+    products = torch_npu.npu_grouped_matmul(
+        [sorted_rows],
+        [w.t().contiguous().to(torch.int8).npu() for w, _ in w8],
+        scale=[s.squeeze(-1).npu() for _, s in w8],
+        per_token_scale=[sorted_scale],
+        split_item=2,
+        group_list_type=1,
+        group_type=0,
+        group_list=counts,
+        output_dtype=torch.float32,
+    )[0]
+    order = torch.argsort(want_ids.flatten(), stable=True)
+    want = torch.stack(
+        [
+            (int8(h)[0][pair // k] @ w8[e][0].t()) * int8(h)[1][pair // k] * w8[e][1].squeeze(-1)
+            for pair in order.tolist()
+            for e in [int(want_ids.flatten()[pair])]
+        ]
+    )
+    check("int8 products", products, want)
+
     # Two sequences of 3 and 1 new tokens behind 4 and 6 old ones, 4 query heads over 2 key heads, pages of 4 places.
     lengths, kv_lengths, size = [3, 1], [7, 7], 4
     q = torch.randn(4, 4, 8, generator=g)
     cache_k, cache_v = torch.randn(5, size, 16, generator=g), torch.randn(5, size, 16, generator=g)
     table = torch.tensor([[3, 1], [0, 4]], dtype=torch.int32)
-    got, _ = torch_npu.npu_fused_infer_attention_score(
-        q.npu(),
-        cache_k.npu(),
-        cache_v.npu(),
-        atten_mask=torch.ones(2048, 2048, dtype=torch.int8).triu(1).npu(),
-        actual_seq_lengths=[3, 4],
-        actual_seq_lengths_kv=kv_lengths,
-        block_table=table.npu(),
-        num_heads=4,
-        num_key_value_heads=2,
-        scale=0.3,
-        input_layout="TND",
-        block_size=size,
-        sparse_mode=3,
-    )
+    arguments = {
+        "query": q.npu(),
+        "key": cache_k.npu(),
+        "value": cache_v.npu(),
+        "atten_mask": torch.ones(2048, 2048, dtype=torch.int8).triu(1).npu(),
+        "actual_seq_lengths": [3, 4],
+        "actual_seq_lengths_kv": kv_lengths,
+        "block_table": table.npu(),
+        "num_heads": 4,
+        "num_key_value_heads": 2,
+        "scale": 0.3,
+        "input_layout": "TND",
+        "block_size": size,
+        "sparse_mode": 3,
+    }
+    got, _ = torch_npu.npu_fused_infer_attention_score(**arguments)
     begin, parts = 0, []
     for n, new in enumerate(lengths):
         keys = cache_k[table[n].long()].reshape(-1, 2, 8)[: kv_lengths[n]].repeat_interleave(2, 1)

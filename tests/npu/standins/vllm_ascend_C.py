@@ -77,6 +77,28 @@ def _moe_gating_top_k(
     )
 
 
+@_operator(
+    "grouped_matmul_swiglu_quant_weight_nz_tensor_list(Tensor x, Tensor[] weight, Tensor[] weight_scale, "
+    "Tensor x_scale, Tensor group_list, *, Tensor? bias=None, Tensor? offset=None, float swiglu_limit=0.0) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+def _grouped_matmul_swiglu_quant(x, weight, weight_scale, x_scale, group_list, **unused):
+    """int8 rows in, int8 rows and their scales out; group_list: prefix sums."""
+    (both,) = torch_npu.npu_grouped_matmul(
+        x=[x],
+        weight=weight,
+        scale=weight_scale,
+        per_token_scale=[x_scale],
+        group_list=group_list,
+        split_item=2,
+        group_type=0,
+        group_list_type=0,
+        output_dtype=torch.float32,
+    )
+    rows, scales = torch_npu.npu_dynamic_quant(torch_npu.npu_swiglu(both))
+    return rows, scales, torch.empty_like(scales)
+
+
 def _rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox_style):
     """In place. cos_sin_cache [positions, rotary size]: cosines, then sines."""
     cos, sin = cos_sin_cache[positions.reshape(-1).to(torch.int64)].chunk(2, -1)
@@ -106,6 +128,7 @@ def _reshape_and_cache(key, value, key_cache, value_cache, slot_indices):
 _register_atb_extensions()  # once only; what follows stays
 torch_npu._npu_rotary_embedding = _rotary_embedding
 torch_npu._npu_reshape_and_cache = _reshape_and_cache
+torch_npu.npu_format_cast = lambda tensor, layout: tensor  # internal formats (NZ) are not emulated
 torch_npu._npu_matmul_add_fp32 = lambda *tensors: (
     None
 )  # vllm-ascend calls it once, to warm ATB up, and drops the result
@@ -132,10 +155,18 @@ _block_table._compute_slot_mapping_kernel = _ComputeSlotMapping()
 
 
 def _moe_distribute_dispatch(
-    x, expert_ids, moe_expert_num, ep_world_size, ep_rank_id, expert_token_nums_type, x_active_mask=None, **unused
+    x,
+    expert_ids,
+    moe_expert_num,
+    ep_world_size,
+    ep_rank_id,
+    expert_token_nums_type,
+    x_active_mask=None,
+    quant_mode=0,
+    **unused,
 ):
     """The first half of MC2, a fused operator of CANN, in terms of collectives: every token to the ranks that hold its
-    slots, ordered by slot. x [N, H], expert_ids [N, K], N equal on all ranks."""
+    slots, ordered by slot. x [N, H], expert_ids [N, K], N equal on all ranks. With a quant_mode they travel as int8."""
     group = _mc2_group()
 
     def gathered(tensor):
@@ -146,6 +177,10 @@ def _moe_distribute_dispatch(
     ids = expert_ids.to(torch.int64)
     if x_active_mask is not None:
         ids = ids.masked_fill(~x_active_mask[: ids.shape[0]].unsqueeze(1), -1)
+    scales = None
+    if quant_mode:
+        x, scales = torch_npu.npu_dynamic_quant(x)
+        scales = gathered(scales)
     tokens, ids = gathered(x), gathered(ids)
     size = moe_expert_num // ep_world_size
     local = ids.flatten() - ep_rank_id * size
@@ -155,7 +190,8 @@ def _moe_distribute_dispatch(
     counts.scatter_add_(0, local[mine], torch.ones_like(mine))
     numbers = counts if expert_token_nums_type == 1 else counts.cumsum(0)
     nothing = torch.empty(0, dtype=torch.int32, device=x.device)
-    return tokens[pairs // ids.shape[1]], nothing, pairs, numbers, nothing, nothing, nothing
+    rows = pairs // ids.shape[1]
+    return tokens[rows], nothing if scales is None else scales[rows], pairs, numbers, nothing, nothing, nothing
 
 
 def _moe_distribute_combine(

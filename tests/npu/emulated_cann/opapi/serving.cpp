@@ -29,6 +29,13 @@ std::vector<int64_t> group_ends(const Tensor& list, int64_t type) {
     return ends;
 }
 
+// Rows as int8, and per row what they are to be multiplied with; the largest magnitude of a row becomes 127.
+std::pair<Tensor, Tensor> quantised(const Tensor& x) {
+    Tensor wide = x.to(at::kFloat);
+    Tensor scale = wide.abs().amax(-1, true) / 127;
+    return {at::round(wide / scale.clamp_min(1e-30)).to(at::kChar), scale.squeeze(-1)};
+}
+
 // One sequence: q [n, H, D], k and v [m, Hkv, D]; causal: the last query sees everything.
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal) {
     const int64_t repeat = q.size(1) / k.size(1);
@@ -85,8 +92,8 @@ ACLNN(aclnnMoeGatingTopKSoftmax, [](In x, In, int64_t k, Out y, Out experts, Out
 ACLNN(aclnnMoeInitRoutingV3, [](In x, In experts, In scale, In, int64_t active, int64_t, int64_t, int64_t drop,
                                 int64_t count_type, bool count, int64_t quant, Ints range, int64_t row_type,
                                 Out expanded, Out places, Out counts, Out scales) {
-    if (drop || quant != -1)
-        throw emulated::Error(200001, "not emulated: aclnnMoeInitRoutingV3 with quantisation or capacity");
+    if (drop || quant < -1 || quant > 1 || quant == 0)
+        throw emulated::Error(200001, "not emulated: aclnnMoeInitRoutingV3 with capacity or static quantisation");
     const int64_t k = experts.size(1), pairs = experts.numel();
     Tensor flat = experts.reshape(-1).to(at::kLong);
     const int64_t first = range.size() == 2 ? range[0] : 0, last = range.size() == 2 ? range[1] : int64_t{1} << 40;
@@ -96,8 +103,14 @@ ACLNN(aclnnMoeInitRoutingV3, [](In x, In experts, In scale, In, int64_t active, 
     Tensor kept = order.narrow(0, 0, taken);
     expanded.tensor.zero_();
     const int64_t rows = std::min(taken, expanded.tensor.size(0));
-    expanded.tensor.narrow(0, 0, rows).copy_(x.index_select(0, at::floor_divide(kept.narrow(0, 0, rows), k)));
-    if (scale.given() && scales.given() && scales.tensor.numel()) {
+    Tensor values = x.index_select(0, at::floor_divide(kept.narrow(0, 0, rows), k));
+    if (quant == 1 && rows > 0) {
+        auto [small, factors] = quantised(values);
+        values = small;
+        scales.tensor.reshape(-1).narrow(0, 0, rows).copy_(factors);
+    }
+    if (rows > 0) expanded.tensor.narrow(0, 0, rows).copy_(values);
+    if (quant == -1 && scale.given() && scales.given() && scales.tensor.numel()) {
         scales.tensor.reshape(-1)
             .narrow(0, 0, rows)
             .copy_(scale.reshape(-1).index_select(0, at::floor_divide(kept.narrow(0, 0, rows), k)));
@@ -142,9 +155,21 @@ ACLNN(aclnnMoeTokenUnpermute, [](In permuted, In sorted, In probs, bool, Ints, O
     out = at::where(weights == 0, at::zeros_like(rows), rows * weights).sum(1);
 });
 
-static void grouped_matmul(const Ins& x, const Ins& weight, const Ins& bias, const In& list, int64_t list_type,
-                           Outs& out) {
+ACLNN(aclnnDynamicQuant, [](In x, In smooth, Out y, Out scale) {
+    if (smooth.given()) throw emulated::Error(200001, "not emulated: aclnnDynamicQuant with smooth scales");
+    if (!x.numel()) return;
+    auto [small, factors] = quantised(x);
+    y = small;
+    assign(scale, factors);
+});
+
+// Integers are multiplied exactly; scale is per output column, row_scale per row.
+static void grouped_matmul(const Ins& x, const Ins& weight, const Ins& bias, const Ins& scale, const Ins& row_scale,
+                           const In& list, int64_t list_type, Outs& out) {
     if (x.size() != 1 || !list.given()) throw emulated::Error(200001, "not emulated: grouped matmul of several inputs");
+    const bool integers = x[0].scalar_type() == at::kChar;
+    if (integers ? !bias.empty() : !scale.empty() || !row_scale.empty())
+        throw emulated::Error(200001, "not emulated: grouped matmul of int8 with bias, or of floats with scales");
     auto ends = group_ends(list, list_type);
     Tensor result = out[0].tensor;
     result.zero_();
@@ -152,21 +177,25 @@ static void grouped_matmul(const Ins& x, const Ins& weight, const Ins& bias, con
     for (size_t group = 0; group < ends.size(); ++group) {
         const int64_t rows = ends[group] - begin;
         if (rows > 0) {
-            Tensor w =
-                weight.size() == 1 && weight[0].dim() == 3 ? weight[0][static_cast<int64_t>(group)] : weight[group];
-            Tensor y = at::matmul(x[0].narrow(0, begin, rows), w);
-            if (!bias.empty()) y = y + (bias.size() == 1 ? bias[0][static_cast<int64_t>(group)] : bias[group]);
+            auto of_group = [group](const Ins& list, int64_t dims) {
+                return list.size() == 1 && list[0].dim() > dims ? list[0][static_cast<int64_t>(group)] : list[group];
+            };
+            Tensor mine = x[0].narrow(0, begin, rows), w = of_group(weight, 2);
+            Tensor y = integers ? at::matmul(mine.to(at::kDouble), w.to(at::kDouble)) : at::matmul(mine, w);
+            if (!scale.empty()) y = y.to(at::kFloat) * of_group(scale, 1).to(at::kFloat);
+            if (!row_scale.empty()) y = y * row_scale[0].narrow(0, begin, rows).unsqueeze(1);
+            if (!bias.empty()) y = y + of_group(bias, 1);
             result.narrow(0, begin, rows).copy_(y);
         }
         begin = ends[group];
     }
 }
-ACLNN(aclnnGroupedMatmulV4,
-      [](Ins x, Ins weight, Ins bias, Ins, Ins, Ins, Ins, Ins, In list, Ins, Ins, Ins, int64_t, int64_t,
-         int64_t list_type, int64_t, Outs out, Outs, Outs) { grouped_matmul(x, weight, bias, list, list_type, out); });
-ACLNN(aclnnGroupedMatmulV5, [](Ins x, Ins weight, Ins bias, Ins, Ins, Ins, Ins, Ins, In list, Ins, Ins, Ins, int64_t,
-                               int64_t, int64_t list_type, int64_t, Ints, Outs out, Outs,
-                               Outs) { grouped_matmul(x, weight, bias, list, list_type, out); });
+ACLNN(aclnnGroupedMatmulV4, [](Ins x, Ins weight, Ins bias, Ins scale, Ins, Ins, Ins, Ins row_scale, In list, Ins, Ins,
+                               Ins, int64_t, int64_t, int64_t list_type, int64_t, Outs out, Outs,
+                               Outs) { grouped_matmul(x, weight, bias, scale, row_scale, list, list_type, out); });
+ACLNN(aclnnGroupedMatmulV5, [](Ins x, Ins weight, Ins bias, Ins scale, Ins, Ins, Ins, Ins row_scale, In list, Ins, Ins,
+                               Ins, int64_t, int64_t, int64_t list_type, int64_t, Ints, Outs out, Outs,
+                               Outs) { grouped_matmul(x, weight, bias, scale, row_scale, list, list_type, out); });
 
 // Layout TND: query [T, H, D]; lengths of queries are prefix sums. Keys and values: paged, [blocks, size, Hkv * D],
 // with lengths per sequence; or [T, Hkv, D] with prefix sums.

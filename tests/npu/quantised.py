@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""examples/tiny_moe with experts in W8A8, in the form that vllm-ascend reads (ModelSlim's ``W8A8_DYNAMIC``), and what
+such a model answers, computed with transformers in float32 on the CPU: nothing of vLLM, nothing of torch_npu.
+
+    python -m tests.npu.quantised make FOLDER
+    python -m tests.npu.quantised answer FOLDER JOB.json ANSWER.json
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe"
+EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight$")
+
+
+def int8_rows(values: torch.Tensor, scale_type: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row as integers and their unit; the largest magnitude of a row becomes 127.
+
+    Args:
+        values: [..., columns].
+        scale_type: what the unit is rounded to.
+
+    Returns:
+        float32 [..., columns] of whole numbers, scale_type [..., 1].
+    """
+    scale = (values.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30).to(scale_type)
+    return torch.round(values.float() / scale.float()).clamp(-127, 127), scale
+
+
+def make(folder: Path) -> None:
+    """Writes the quantised model into an empty folder; scales are such that float16 holds them."""
+    for path in MODEL.iterdir():
+        if path.suffix == ".json":
+            (folder / path.name).symlink_to(path)
+    tensors, description = {}, {"model_quant_type": "W8A8_DYNAMIC"}
+    for name, tensor in load_file(MODEL / "model.safetensors").items():
+        description[name] = "FLOAT"
+        tensors[name] = tensor
+        if EXPERT.match(name):
+            whole, scale = int8_rows(tensor, torch.float16)
+            tensors[name] = whole.to(torch.int8)
+            tensors[f"{name}_scale"] = scale.float()
+            tensors[f"{name}_offset"] = torch.zeros_like(scale.float())
+            description |= dict.fromkeys((name, f"{name}_scale", f"{name}_offset"), "W8A8_DYNAMIC")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "quant_model_description.json").write_text(json.dumps(description))
+
+
+def _experts(self: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """transformers' loop over experts, with rows rounded to int8 in front of each product."""
+
+    def rounded(rows: torch.Tensor) -> torch.Tensor:
+        whole, scale = int8_rows(rows, torch.float32)
+        return whole * scale
+
+    out = torch.zeros_like(hidden)
+    for expert in index.unique().tolist():
+        token, place = torch.where(index == expert)
+        gate, up = torch.nn.functional.linear(rounded(hidden[token]), self.gate_up_proj[expert]).chunk(2, dim=-1)
+        result = torch.nn.functional.linear(rounded(self.act_fn(gate) * up), self.down_proj[expert])
+        out.index_add_(0, token, result * weights[token, place, None])
+    return out
+
+
+def answer(folder: Path, texts: list[str], tokens: int) -> list[list[int]]:
+    """Greedy tokens of the quantised model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    layers = model.model.layers
+    type(layers[0].mlp.experts).forward = _experts
+    tensors = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if found := EXPERT.match(name):
+                experts = layers[int(found[1])].mlp.experts
+                value, expert = tensor.float() * tensors[f"{name}_scale"], int(found[2])
+                if found[3] == "down":
+                    experts.down_proj[expert] = value
+                else:
+                    experts.gate_up_proj[expert].chunk(2)[found[3] == "up"].copy_(value)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    answers = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, max_new_tokens=tokens
+        )
+        answers.append(out[0, ids.shape[1] :].tolist())
+    return answers
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "make":
+        make(Path(sys.argv[2]))
+    else:
+        job = json.loads(Path(sys.argv[3]).read_text())
+        Path(sys.argv[4]).write_text(json.dumps(answer(Path(sys.argv[2]), job["texts"], job["tokens"])))
