@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds for all tests."""
 
+import contextlib
 import multiprocessing.util
 import os
 import signal
 import tempfile
 
 import pytest
+
+with contextlib.suppress(ImportError):  # those on real NPUs do without it
+    import hypothesis
+
+    hypothesis.settings.register_profile("busy machine", deadline=None)  # no test depends on how long something takes
+    hypothesis.settings.load_profile("busy machine")
 
 # A shell that starts a job in the background makes it ignore Ctrl-C, and its children inherit that. Tests interrupt
 # programs, so they must not depend on how they were started themselves.

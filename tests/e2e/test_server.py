@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import httpx
@@ -25,6 +24,7 @@ from vllm_ascend_eplb.placement import Placement
 from vllm_ascend_eplb.stats import EplbStats
 
 from .conftest import BUSY, START_SECONDS, prompts, wait_until
+from .soak import left_semaphores, semaphores
 
 TOKENS = 48
 
@@ -47,12 +47,6 @@ def start(server: Server) -> Server:
     for _ in server.wait_until_ready(START_SECONDS):
         pass
     return server
-
-
-def leftovers() -> set[str]:
-    """What a server could leave on the machine: shared memory, semaphores and our temporary folders. vLLM's own
-    sockets and the shared memory of its communicator stay behind whoever serves; the demo's Server removes those."""
-    return {str(path) for path in [*Path("/dev/shm").iterdir(), *Path(tempfile.gettempdir()).glob("vllm-eplb*")]}
 
 
 @pytest.fixture(scope="module")
@@ -210,11 +204,11 @@ def test_the_server_ends_in_order_and_starts_again_from_its_recorded_map(server,
     with np.load(load_path(map_file)) as archive:
         assert archive["load"][-1].sum() == server.stats().window.tokens
         assert int(archive["digest"]) == recorded.digest
-    before = leftovers()
     again = start(Server(2, {"expert_map_path": str(map_file)}, tmp_path, 16))
     try:
         assert complete(again, texts) == reference
         assert again.stats() is None  # nothing is counted, and nothing moves
+        shared, counted = again.shared_memory(), semaphores(again)
         assert httpx.get(f"{again.url}/eplb", timeout=30).status_code == 404  # not named
     finally:
         assert again.stop() == []
@@ -223,7 +217,8 @@ def test_the_server_ends_in_order_and_starts_again_from_its_recorded_map(server,
     assert f"EPLB is on: a placement that stays, 4 redundant experts, starting from {map_file}" in log
     # vLLM's own shutdown may log that its engine is gone; nothing of ours may be in a traceback
     assert not re.search(r'File "[^"]*vllm_ascend_eplb', log)
-    assert leftovers() <= before
+    # other programs' come and go; vLLM's own sockets and shared memory the demo's Server removes
+    assert [path for path in shared if path.exists()] + left_semaphores(counted) == []
 
 
 def test_a_bad_setting_ends_the_server_before_any_worker_starts(tmp_path):
