@@ -98,7 +98,7 @@ def sizes_of(ranks: int) -> tuple[Sizes, int]:
         near = (
             nodes[copies[:, SLOT] // placement.slots_per_rank] == nodes[copies[:, SOURCE] // placement.slots_per_rank]
         )
-        message = pack_plan(1, its.physical_to_logical, rows, None)
+        message = pack_plan(1, its.physical_to_logical, rows)
         made.append((its.num_moves, len(message), len(rounds), seconds, float(near.mean())))
         placement = Placement(its.physical_to_logical, EXPERTS, ranks)
         generator.drift("medium")

@@ -72,6 +72,7 @@ def watched(worker: Any) -> list[dict[str, Any]]:
 def serve() -> list[dict[str, Any]]:
     """The steps of EP rank 0 in which all requests decode."""
     from examples.demo.server import MODEL, cpu_environment
+    from examples.tiny_moe.expert_load import read_prompts
 
     os.environ.update(cpu_environment(RANKS) | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})  # for our own functions
     from vllm import LLM, SamplingParams
@@ -90,8 +91,7 @@ def serve() -> list[dict[str, Any]]:
         additional_config={"eplb_config": SETTINGS},
     )
     engine.collective_rpc(here.watch)
-    lines = [line for path in sorted((MODEL / "prompts").glob("*.jsonl")) for line in path.read_text().splitlines()]
-    texts = [json.loads(line)["prompt"][:120] for line in lines[:REQUESTS]]
+    texts = [prompt[:120] for prompt in read_prompts("english")[:REQUESTS]]
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     for _ in range(TURNS):
         engine.generate(texts, sampling, use_tqdm=False)

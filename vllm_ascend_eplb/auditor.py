@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .audit import Damage, find_damage, repair_rounds
 from .config import EplbConfig
-from .placement import Placement
+from .placement import Int32Array, Placement
 from .rounds import LAYER, SLOT, Round
 from .transfer import D2DExpertWeightLoader
 
@@ -71,11 +71,11 @@ class Auditor:
         self._error = None
         self._slots.restart()
 
-    def committed(self, moves: Round) -> None:
-        """Slots of this rank that the round wrote are summed again."""
-        owners, slots = np.divmod(moves.moves[:, SLOT], self._loader.slots_per_rank)
+    def committed(self, moves: Int32Array) -> None:
+        """Slots of this rank that the moves [N, 5] of a round wrote are summed again."""
+        owners, slots = np.divmod(moves[:, SLOT], self._loader.slots_per_rank)
         mine = owners == self._loader.rank
-        self._slots.written(moves.moves[mine, LAYER], slots[mine])
+        self._slots.written(moves[mine, LAYER], slots[mine])
 
     def damaged(self, placement: Placement) -> int:
         """Slots of this rank that do not hold their expert; the pass is complete."""

@@ -703,7 +703,7 @@ class EplbUpdator:
         self._loader.commit(action.round)
         self._commit_maps()
         if self._auditor is not None:
-            self._auditor.committed(self._cycle.rounds[action.round])
+            self._auditor.committed(self._cycle.rounds[action.round].moves)
         self._placement = after
         self._stats.committed(time.perf_counter() - began)
         self._stats.placement_digest = after.digest

@@ -31,6 +31,7 @@ from vllm_ascend_eplb.process import OWNED_FOLDER, STATS_VARIABLE, EplbProcess
 from vllm_ascend_eplb.stats import provide_stats_path
 from vllm_ascend_eplb.updator import start_balancer
 
+from ..processes import left_semaphores, semaphores, session_members, title
 from . import policies
 from . import ranks as ranks_module
 from .ranks import Ranks, run_ranks
@@ -120,32 +121,8 @@ def front_ends(way: str, folder: str) -> None:
     Path(folder, "statuses").write_text(json.dumps(statuses))
 
 
-def members(session: int) -> dict[int, str]:
-    """Command lines of the living processes of a session, by process id."""
-    assert session > 1, "not a session of ours"
-    found = {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit():
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == session and fields[0] != "Z":
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
-                    found[int(entry.name)] = command.decode(errors="replace")
-    return found
-
-
 def text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
-
-
-def semaphores(pids: dict[int, str]) -> set[int]:
-    """Inodes of those that the processes have; they were made under other names."""
-    found = set()
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
-            found |= {int(line.split()[4]) for line in lines if "/dev/shm/sem." in line}
-    return found
 
 
 WAYS = ("in order", "Ctrl-C", "terminated", "front end killed", "first rank killed")
@@ -173,9 +150,10 @@ def test_a_server_that_ends_in_any_phase_leaves_nothing_of_ours(way: str, tmp_pa
             wait_for(lambda own=own: text(own / "rank1"))
             first_rank = int(wait_for(lambda own=own: text(own / "rank0")))
             if way != "in order":
-                living = members(session)
+                living = [session, *session_members(session)]
                 held[phase] = semaphores(living)
-                assert sum("spawn_main" in command for command in living.values()) == 1, living  # the planner
+                titles = [title(pid) for pid in living]
+                assert sum("spawn_main" in each for each in titles) == 1, titles  # the planner
                 assert held[phase]
                 assert len(list(own.glob(f"tmp/{OWNED_FOLDER}*/stats.json"))) == 1
                 end(way, session, first_rank)
@@ -184,15 +162,14 @@ def test_a_server_that_ends_in_any_phase_leaves_nothing_of_ours(way: str, tmp_pa
         for phase in PHASES:
             own = tmp_path / phase.name
             assert (statuses[phase.name] == 0) == (way == "in order"), (own / "said").read_text()
-            wait_for(lambda phase=phase: not members(sessions[phase]), 30)
+            wait_for(lambda phase=phase: not session_members(sessions[phase]), 30)
             assert list((own / "tmp").glob(f"{OWNED_FOLDER}*")) == [], phase
-            left = {entry.inode() for entry in os.scandir("/dev/shm") if entry.name.startswith("sem.")}
-            assert left.isdisjoint(held.get(phase, set())), phase
+            assert left_semaphores(held.get(phase, set())) == [], phase
             kept = {path.name for path in own.iterdir()} - {"tmp", "said", "session", "rank0", "rank1"}
             assert kept == {"map.json", "map.load.npz"}, phase
     finally:
         process.kill()
         for session in sessions.values():
-            for pid in members(session):  # of those that were started here
+            for pid in [session, *session_members(session)]:  # of those that were started here
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from ..processes import session_members
 from .offline import MODEL, environment
 
 FOLDER = Path(__file__).parent
@@ -91,20 +92,6 @@ def run_offline(folder: Path, paths: Sequence[str] = (), **job: Any) -> Finished
         text = log.read()
     result = folder / "result.json"
     return Finished(code, text, json.loads(result.read_text()) if result.exists() else {})
-
-
-def session_members(leader: int) -> list[int]:
-    """Processes of the session that ``leader`` began, itself left out. Zombies do not count."""
-    members = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != leader:
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == leader and fields[0] != "Z":
-                members.append(int(entry.name))
-    return members
 
 
 def kill_session(leader: int) -> None:

@@ -41,6 +41,8 @@ from vllm_ascend_eplb.expert_map import ExpertMapError, read_expert_map
 from vllm_ascend_eplb.process import OWNED_FOLDER
 from vllm_ascend_eplb.stats import STATS_VARIABLE
 
+from ..processes import left_semaphores, parent, semaphores, title
+
 DOMAINS = ("english", "python")
 PROMPTS = 12
 TOKENS = 48
@@ -151,18 +153,6 @@ class Requests:
 # --- the server's processes -------------------------------------------------------------------------------------------
 
 
-def title(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return ""
-
-
-def parent(pid: int) -> int:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
-
-
 def planners(server: Server) -> list[int]:
     """The planner is the spawned child of a worker, or of an engine that is its own worker."""
     return [
@@ -174,28 +164,6 @@ def planners(server: Server) -> list[int]:
 
 def workers(server: Server) -> list[int]:
     return [pid for pid in server.processes() if "Worker" in title(pid) or "EngineCore_DP" in title(pid)]
-
-
-def semaphores(server: Server) -> set[int]:
-    """Inodes of those that its processes have; they were made under other names."""
-    return {
-        int(line.split()[4])
-        for pid in server.processes()
-        for line in _lines(f"/proc/{pid}/maps")
-        if "/dev/shm/sem." in line
-    }
-
-
-def left_semaphores(held: set[int]) -> list[str]:
-    there = {entry.inode(): entry.path for entry in os.scandir("/dev/shm") if entry.name.startswith("sem.")}
-    return [f"semaphore {there[inode]}" for inode in held & there.keys()]
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def measure(server: Server) -> dict[str, float]:
@@ -510,7 +478,7 @@ class PrivateServer(Server):
         vLLM's engine and workers outlive a front end that is killed, with or without us. Whoever supervises a service
         terminates what is left of it then, and so does this.
         """
-        held = semaphores(self)
+        held = semaphores(self.processes())
         with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
             for text, _ in pairs[:STREAMS]:
                 pool.submit(_ask_in_vain, self.url, text)

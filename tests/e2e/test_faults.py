@@ -24,8 +24,6 @@ from .conftest import prompts
 from .damage import DAMAGE
 from .soak import SETTINGS, Answers, Pairs, PrivateServer, Requests, judge, planners, soak, under_load, workers
 
-LONG = pytest.mark.soak
-
 
 @pytest.fixture(scope="module")
 def pairs(reference) -> Pairs:
@@ -135,7 +133,7 @@ def test_a_stopped_planner_is_replaced_and_the_load_is_balanced_again(server, en
     run(server, python, recover)
 
 
-@pytest.mark.parametrize("seconds", [4, pytest.param(30, marks=LONG)])
+@pytest.mark.parametrize("seconds", [4, pytest.param(30, marks=pytest.mark.soak)])
 def test_a_rank_that_stands_still_is_waited_for_and_costs_no_cycle(server, english, seconds):
     async def pause(_: Requests) -> None:
         failed = stats(server).cycles_failed
@@ -184,9 +182,8 @@ def test_a_full_disk_is_said_and_disturbs_nobody(server, english, python):
 
 def test_a_damaged_weight_is_found_and_mended(server, english):
     async def damage(_: Requests) -> None:
-        await obey(
-            server, "pause"
-        )  # or a plan may take away the good copy before the audit sees that it is the only one
+        # Else a plan may take the good copy away before the audit sees that it is the only one.
+        await obey(server, "pause")
         Path(server._environment[DAMAGE]).touch()
         await until(lambda: stats(server).audit_mended, "the repair", 60)
         await obey(server, "resume")

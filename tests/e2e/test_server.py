@@ -23,8 +23,8 @@ from vllm_ascend_eplb.map_recorder import load_path
 from vllm_ascend_eplb.placement import Placement
 from vllm_ascend_eplb.stats import EplbStats
 
+from ..processes import left_semaphores, semaphores
 from .conftest import BUSY, START_SECONDS, prompts, wait_until
-from .soak import left_semaphores, semaphores
 
 TOKENS = 48
 
@@ -208,7 +208,7 @@ def test_the_server_ends_in_order_and_starts_again_from_its_recorded_map(server,
     try:
         assert complete(again, texts) == reference
         assert again.stats() is None  # nothing is counted, and nothing moves
-        shared, counted = again.shared_memory(), semaphores(again)
+        shared, counted = again.shared_memory(), semaphores(again.processes())
         assert httpx.get(f"{again.url}/eplb", timeout=30).status_code == 404  # not named
     finally:
         assert again.stop() == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..config import EplbConfig, EplbConfigError, refuse_options
@@ -24,6 +25,23 @@ SWITCH = "DYNAMIC_EPLB"
 SECOND_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 """Environment variable that chooses vLLM's second model runner. Only the first one of vllm-ascend is balanced; its main
 takes the second where nobody chooses, and that one knows other settings."""
+
+
+@dataclass(frozen=True)
+class Needed:
+    """An environment variable: what it is set to, what it may have been set to, and why nothing else will do."""
+
+    name: str
+    value: str
+    accepted: tuple[str, ...]
+    because: str
+
+
+NEEDED = (
+    Needed(SWITCH, "true", ("true", "1"), "with which vllm-ascend refuses it"),
+    Needed(SECOND_RUNNER, "0", ("0",), "and only vllm-ascend's first model runner is balanced"),
+)
+"""What dynamic balancing needs to have in the environment."""
 
 STOCK_KEYS = ("expert_heat_collection_interval", "algorithm_execution_interval", "num_redundant_experts")
 """What vllm-ascend is told besides ``dynamic_eplb`` and the map to load by. Not the policy: under its number 3 its
@@ -94,30 +112,23 @@ def _check_map(path: str) -> None:
         raise EplbConfigError(f"eplb_config.expert_map_path: {error}") from None
 
 
-def contradiction() -> str | None:
-    """What the environment sets :data:`SWITCH` to, if vllm-ascend refuses ``dynamic_eplb`` because of it."""
-    value = os.environ.get(SWITCH)
-    return value if value is not None and value.lower() not in ("true", "1") else None
+def contradictions() -> list[Needed]:
+    """What the environment sets otherwise than dynamic balancing on vllm-ascend needs it."""
+    return [its for its in NEEDED if os.environ.get(its.name, its.value).lower() not in its.accepted]
 
 
 def switch_on() -> None:
-    """Sets the environment variable without which vllm-ascend refuses ``dynamic_eplb``, and the one that chooses the
-    model runner.
+    """Sets what dynamic balancing on vllm-ascend needs to have in the environment.
 
     Raises:
-        EplbConfigError: one of them is set to something else.
+        EplbConfigError: something of it is set to something else.
     """
-    if contradiction() is not None:
+    for its in contradictions():
         raise EplbConfigError(
-            f"eplb_config.dynamic_eplb is true, but the environment says {SWITCH}={os.environ[SWITCH]}, with which "
-            f"vllm-ascend refuses it; unset it, or: export {SWITCH}=true"
+            f"eplb_config.dynamic_eplb is true, but the environment says {its.name}={os.environ[its.name]}, "
+            f"{its.because}; unset it, or: export {its.name}={its.value}"
         )
-    if os.environ.get(SECOND_RUNNER, "0") != "0":
-        raise EplbConfigError(
-            f"eplb_config.dynamic_eplb is true, but the environment says {SECOND_RUNNER}={os.environ[SECOND_RUNNER]}, "
-            f"and only vllm-ascend's first model runner is balanced; unset it, or: export {SECOND_RUNNER}=0"
-        )
-    os.environ[SWITCH], os.environ[SECOND_RUNNER] = "true", "0"
+    os.environ.update({its.name: its.value for its in NEEDED})
 
 
 def refuse_what_is_not_supported(vllm_config: Any) -> None:

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from .. import __version__
-from ..adaptors.ascend_config import SWITCH, contradiction
+from ..adaptors.ascend_config import contradictions
 from ..config import EplbConfig, EplbConfigError
 from .output import CommandError, JsonOption, console, print_json, table, user_errors
 from .probe import MARK
@@ -225,7 +225,7 @@ def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
 
 
 def _ascend(answer: dict[str, Any]) -> list[Finding]:
-    """vllm-ascend: its version, its runner's call surface, and the environment variable that it asks for."""
+    """vllm-ascend: its version, its runner's call surface, and what it needs to have in the environment."""
     version, checked = answer["ascend_version"], answer["ascend_checked_versions"]
     if "ascend_error" in answer:
         return [Finding("vllm-ascend", "wrong", f"{version}; its runner cannot be imported: {answer['ascend_error']}")]
@@ -241,9 +241,10 @@ def _ascend(answer: dict[str, Any]) -> list[Finding]:
         ]
     else:
         findings.append(Finding("vllm-ascend's runner", "ok", "calls its EPLB as the adaptor knows it"))
-    switch = contradiction()
-    if switch is not None:
-        findings.append(Finding(SWITCH, "wrong", f"is {switch}; vllm-ascend then refuses dynamic_eplb: unset {SWITCH}"))
+    findings += [
+        Finding(its.name, "wrong", f"dynamic_eplb is refused: it is {os.environ[its.name]}, {its.because}; unset it")
+        for its in contradictions()
+    ]
     return findings
 
 
