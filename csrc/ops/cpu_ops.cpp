@@ -12,6 +12,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include "arguments.h"
 #include "index_rule.h"
 
@@ -25,6 +29,7 @@ namespace {
 // One version per instruction set, chosen when the library is loaded; elsewhere the baseline's vectors serve.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
 #define EPLB_PER_INSTRUCTION_SET __attribute__((target_clones("avx512f", "avx2", "default")))
+#define EPLB_BYTE_PERMUTATIONS __attribute__((target("avx512f,avx512bw,avx512vbmi")))
 #else
 #define EPLB_PER_INSTRUCTION_SET
 #endif
@@ -35,6 +40,7 @@ constexpr int64_t kTile = 256;               // entries mapped at a time: their 
 constexpr int64_t kCacheLine = 64;           // what a vector store leaves over two of them is slow to read back
 constexpr int64_t kLargestCompact = 32768;   // elements of a compact table: 64 KiB
 constexpr int64_t kUsesOfCompact = 2;  // batch entries per element of a compact table for which it pays to make it
+constexpr int64_t kUsesOfCompactBesideBytes = 16;  // the same where replica counts are cheap to look up
 
 int64_t scalar(const at::Tensor& t, int64_t i) {
     return t.scalar_type() == at::kInt ? t.const_data_ptr<int32_t>()[i] : t.const_data_ptr<int64_t>()[i];
@@ -65,6 +71,45 @@ bool narrow(const int32_t* ids, int64_t n, uint64_t num_experts, uint32_t* exper
     return bad == 0;
 }
 
+constexpr int64_t kBytes = 256;  // experts and entries of a row up to which replica counts are looked up as bytes
+
+// Valid entries of each one's row, for a tile of experts 0..kBytes-1: 64 look-ups by a few instructions. All of the
+// tile's buffers may be read and written, whatever n.
+#ifdef EPLB_BYTE_PERMUTATIONS
+bool has_byte_permutations() {
+    static const bool has = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw");
+    return has;
+}
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 takes its own header's "undefined" vectors for that
+EPLB_BYTE_PERMUTATIONS
+void look_up_bytes(const uint8_t* table, const uint32_t* experts, int64_t n, uint32_t* found) {
+    __m512i quarters[4];
+    for (int q = 0; q < 4; ++q) quarters[q] = _mm512_loadu_si512(table + 64 * q);
+    for (int64_t j = 0; j < n; j += 64) {
+        __m128i bytes[4];
+        for (int q = 0; q < 4; ++q) bytes[q] = _mm512_cvtepi32_epi8(_mm512_load_si512(experts + j + 16 * q));
+        __m512i expert = _mm512_castsi128_si512(bytes[0]);
+        expert = _mm512_inserti32x4(expert, bytes[1], 1);
+        expert = _mm512_inserti32x4(expert, bytes[2], 2);
+        expert = _mm512_inserti32x4(expert, bytes[3], 3);
+        const __m512i low = _mm512_permutex2var_epi8(quarters[0], expert, quarters[1]);
+        const __m512i high = _mm512_permutex2var_epi8(quarters[2], expert, quarters[3]);
+        const __m512i byte = _mm512_mask_blend_epi8(_mm512_movepi8_mask(expert), low, high);
+        _mm512_store_si512(found + j, _mm512_cvtepu8_epi32(_mm512_castsi512_si128(byte)));
+        _mm512_store_si512(found + j + 16, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(byte, 1)));
+        _mm512_store_si512(found + j + 32, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(byte, 2)));
+        _mm512_store_si512(found + j + 48, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(byte, 3)));
+    }
+}
+#pragma GCC diagnostic pop
+#else
+bool has_byte_permutations() { return false; }
+
+void look_up_bytes(const uint8_t*, const uint32_t*, int64_t, uint32_t*) {}
+#endif
+
 // Element of the dispatch table for each entry of a tile. `angles`: of each one's token, from that of the tile's first
 // token on. `valid`: valid entries of each one's row; null: `width` each.
 EPLB_PER_INSTRUCTION_SET
@@ -85,6 +130,7 @@ void index_tile(const uint32_t* experts, const uint32_t* angles, const uint32_t*
 struct Scratch {
     std::vector<uint32_t> bins;     // [parts, copies, slots], tokens of this call
     std::vector<uint32_t> valid;    // [experts]
+    std::vector<uint8_t> bytes;     // [kBytes], the same where they fit
     std::vector<uint16_t> compact;  // [experts, common width]
 };
 
@@ -101,6 +147,7 @@ struct Batch {
     uint32_t width;
     uint64_t num_experts;
     const uint32_t* valid;  // [experts], valid entries of each row
+    const uint8_t* bytes;   // [kBytes], the same to be looked up as bytes; null: not to be
     bool uniform;           // all of them equal `width`
     uint64_t num_slots;
     int64_t copy_stride;  // from one copy of the bins to the next; 0: there is only one
@@ -137,7 +184,11 @@ struct Batch {
             index_tile(experts, angles, nullptr, n, first_angle, width, row_stride, index);
         } else {
             alignas(kCacheLine) uint32_t valid_of[kTile];
-            for (int64_t j = 0; j < n; ++j) valid_of[j] = valid[experts[j]];
+            if (bytes != nullptr) {
+                look_up_bytes(bytes, experts, n, valid_of);
+            } else {
+                for (int64_t j = 0; j < n; ++j) valid_of[j] = valid[experts[j]];
+            }
             index_tile(experts, angles, valid_of, n, first_angle, width, row_stride, index);
         }
         if (known) {
@@ -264,6 +315,12 @@ at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::T
         replicas.scalar_type() == at::kInt
             ? narrow_valid(replicas.const_data_ptr<int32_t>(), table.size(0), width, scratch.valid.data())
             : narrow_valid(replicas.const_data_ptr<int64_t>(), table.size(0), width, scratch.valid.data());
+    const bool as_bytes =
+        !uniform && has_byte_permutations() && table.size(0) <= kBytes && width < kBytes && ids.numel() >= kBytes;
+    if (as_bytes) {
+        scratch.bytes.resize(kBytes);
+        std::copy(scratch.valid.begin(), scratch.valid.end(), scratch.bytes.begin());
+    }
     const int64_t stride = (num_slots + 15) / 16 * 16;  // whole cache lines
     const int64_t copies = ids.numel() < 2 * num_slots ? 1 : kCopies;
     const int64_t parts = std::clamp<int64_t>(ids.numel() / kEntriesPerThread, 1, at::get_num_threads());
@@ -281,6 +338,7 @@ at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::T
             static_cast<uint32_t>(row_width),
             static_cast<uint64_t>(table.size(0)),
             scratch.valid.data(),
+            as_bytes ? scratch.bytes.data() : nullptr,
             one_width,
             static_cast<uint64_t>(num_slots),
             copies == 1 ? 0 : stride};
@@ -297,7 +355,8 @@ at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::T
         }
     };
     const int64_t* const entries = table.const_data_ptr<int64_t>();
-    const int64_t most = std::min(kLargestCompact, ids.numel() / kUsesOfCompact) / std::max<int64_t>(table.size(0), 1);
+    const int64_t uses = as_bytes ? kUsesOfCompactBesideBytes : kUsesOfCompact;
+    const int64_t most = std::min(kLargestCompact, ids.numel() / uses) / std::max<int64_t>(table.size(0), 1);
     const int64_t common = most >= 1 ? common_width(scratch.valid, most) : 0;
     const int64_t compact_width = common > 0 ? common : width;
     if (compact_width <= most &&

@@ -89,7 +89,7 @@ def test_map_and_record_equals_the_oracle(path, device, batch):
 
 
 def model_batch(num_tokens, device, dtype=torch.int64, num_experts=256, top_k=8, num_slots=288, width=16, seed=0):
-    """A batch of a model's size: distinct experts per token, 1 to 3 replicas each, some of them in the table twice."""
+    """A batch of a model's size: distinct experts per token, 1 to ``width`` replicas each, some in the table twice."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k).indices.to(dtype)
     table = torch.randint(0, num_slots, (num_experts, width), generator=generator)
@@ -157,6 +157,18 @@ def test_every_form_of_table(device, replica_counts, odd, dtype):
     out, expected = reference(ids, table, replicas, counts, record)
     assert torch.equal(ops.map_and_record(ids, table, replicas, counts, record).cpu(), out)
     assert torch.equal(counts.cpu(), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [31, 32, 37, 3000])
+@pytest.mark.parametrize("num_experts", [8, 128, 256, 257])
+@pytest.mark.parametrize("width", [7, 255, 256])
+@pytest.mark.parametrize("device", DEVICES)
+def test_replica_counts_of_all_sizes(device, width, num_experts, num_tokens):
+    """A CPU may look them up as bytes, where neither experts nor replicas are too many for that."""
+    batch = model_batch(num_tokens, device, num_experts=num_experts, width=width)
+    out, counts = reference(*batch)
+    assert torch.equal(ops.map_and_record(*batch).cpu(), out)
+    assert torch.equal(batch[3].cpu(), counts)
 
 
 @pytest.mark.parametrize("path", ["op", "aten"])
