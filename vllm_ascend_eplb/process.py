@@ -13,8 +13,6 @@ import ctypes
 import logging
 import multiprocessing
 import os
-import re
-import shutil
 import signal
 import sys
 import threading
@@ -28,6 +26,7 @@ import numpy.typing as npt
 
 from .placement import Placement, peak_to_average
 from .plans import Plan
+from .private_folder import remove_orphaned_folder
 from .rounds import rounds_to_array, schedule_rounds
 from .topology import Topology
 
@@ -41,9 +40,6 @@ ORPHAN_SECONDS = 3.0
 
 STATS_VARIABLE = "EPLB_STATS_FILE"
 """Environment variable that holds the path of the statistics file; vLLM warns of unknown names that begin with VLLM."""
-
-OWNED_FOLDER = "vllm-eplb-"
-"""How the names of private folders begin; the id of the process that made the folder follows, and a hyphen."""
 
 KEPT_ANSWERS = 4
 """Answers of one child that are kept until somebody asks for them; one is enough for a child that behaves."""
@@ -202,24 +198,6 @@ def _die_with(parent: int) -> None:
         os._exit(0)
 
     threading.Thread(target=watch, name="eplb-parent-watch", daemon=True).start()
-
-
-def remove_orphaned_folder(stats_file: str | os.PathLike[str]) -> None:
-    """Removes the private folder of a statistics file whose front-end process was killed and so could not remove it.
-
-    Called where the balancer ends in order, and in the planner's process, which outlives the others where they do not.
-    It touches no folder that a user chose.
-    """
-    folder = os.path.dirname(stats_file)
-    match = re.fullmatch(re.escape(OWNED_FOLDER) + r"(\d{1,10})-\w+", os.path.basename(folder))
-    if match is None or os.path.islink(folder):
-        return
-    try:
-        os.kill(int(match.group(1)), 0)
-    except ProcessLookupError:
-        shutil.rmtree(folder, ignore_errors=True)
-    except OSError:  # it is there, or is somebody else's
-        pass
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import stat
-import tempfile
 import threading
 import time
 from collections import deque
@@ -28,7 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .files import write_private
 from .placement import peak_to_average
-from .process import OWNED_FOLDER, STATS_VARIABLE
+from .private_folder import make_private_folder
+from .process import STATS_VARIABLE
 
 MAX_STATS_BYTES = 4 << 20
 KEPT_CYCLES = 64
@@ -579,13 +579,12 @@ def provide_stats_path() -> Path:
     """In the front-end process: the path that all processes of this server share.
 
     Makes a private folder for it unless the environment variable is set. The process that made it removes it when it
-    exits; if that was killed, the planner's process does (process.py).
+    exits; if that was killed, the planner's process does (process.py), or else the next server's start.
     """
     existing = stats_path()
     if existing is not None:
         return existing
-    owner = os.getpid()
-    folder = tempfile.mkdtemp(prefix=f"{OWNED_FOLDER}{owner}-")  # mode 0700
+    owner, folder = os.getpid(), make_private_folder()
 
     def remove() -> None:
         if os.getpid() == owner:  # not in a forked child
@@ -593,6 +592,6 @@ def provide_stats_path() -> Path:
             os.environ.pop(STATS_VARIABLE, None)
 
     atexit.register(remove)
-    path = Path(folder) / "stats.json"
+    path = folder / "stats.json"
     os.environ[STATS_VARIABLE] = str(path)
     return path

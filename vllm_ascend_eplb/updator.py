@@ -49,7 +49,8 @@ from .orders import NumberedOrder, OrderBox, orders_path
 from .placement import FloatArray, Placement, peak_to_average
 from .plan_message import digest_of, most_plan_bytes, pack_plan, unpack_plan
 from .policy.dispatch import shared_rank_load
-from .process import Dispatch, EplbProcess, PlanAnswer, PlanRequest, remove_orphaned_folder
+from .private_folder import remove_orphaned_folder
+from .process import Dispatch, EplbProcess, PlanAnswer, PlanRequest
 from .rounds import LAYER, Round, check_rounds, rounds_to_array
 from .stats import RANK_FIGURES, StatsFile, StatsKeeper, stats_path
 from .tables import TableRows

@@ -27,7 +27,8 @@ import torch.distributed as dist
 from vllm_ascend_eplb import updator as updator_module
 from vllm_ascend_eplb.config import EplbConfig
 from vllm_ascend_eplb.cycle import Phase
-from vllm_ascend_eplb.process import OWNED_FOLDER, STATS_VARIABLE, EplbProcess
+from vllm_ascend_eplb.private_folder import OWNED_FOLDER
+from vllm_ascend_eplb.process import STATS_VARIABLE, EplbProcess
 from vllm_ascend_eplb.stats import provide_stats_path
 from vllm_ascend_eplb.updator import start_balancer
 

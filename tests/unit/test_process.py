@@ -16,7 +16,7 @@ import pytest
 
 from vllm_ascend_eplb.placement import Placement
 from vllm_ascend_eplb.plans import Plan
-from vllm_ascend_eplb.process import EplbProcess, PlanAnswer, PlanRequest, remove_orphaned_folder
+from vllm_ascend_eplb.process import EplbProcess, PlanAnswer, PlanRequest
 
 PLACEMENT = Placement.initial(num_layers=2, num_experts=8, num_ranks=2, num_redundant=2)
 
@@ -220,24 +220,6 @@ def test_nobody_else_can_reach_what_parent_and_child_say_to_each_other(process):
         assert not stat.S_ISSOCK(os.stat(link).st_mode)
     for path in Path("/dev/shm").glob("sem.mp-*"):
         assert path.stat().st_mode & 0o077 == 0
-
-
-def test_the_folder_of_a_killed_front_end_is_removed_and_no_other(tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    ours, living, foreign = (
-        tmp_path / name for name in (f"vllm-eplb-{dead.pid}-ab_1", f"vllm-eplb-{os.getpid()}-cd", "my")
-    )
-    link = tmp_path / f"vllm-eplb-{dead.pid}-link"
-    for folder in (ours, living, foreign):
-        folder.mkdir()
-        (folder / "stats.json").write_text("{}")
-    link.symlink_to(foreign)
-    for folder in (ours, living, foreign, link):
-        remove_orphaned_folder(str(folder / "stats.json"))
-    remove_orphaned_folder("")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, foreign.name, link.name])
-    assert (foreign / "stats.json").exists()
 
 
 def test_the_folder_goes_with_the_last_process_of_a_killed_server():
