@@ -1,36 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damages weights of a running server on request. It is loaded as each process starts, so it imports little."""
+"""Damages weights of a running server, or kills its planner in a given phase, on request. It is loaded as each process
+starts, so it imports little."""
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
-DAMAGE = "EPLB_TEST_DAMAGE"
-"""Names the file that, once it is there, has expert-parallel rank 1 damage one weight, and remove the file."""
+REQUESTS = "EPLB_TEST_REQUESTS"
+"""Names the folder of the requests: files that are removed as they are fulfilled."""
+
+DAMAGE = "damage a weight"
+"""Expert-parallel rank 1 damages one weight."""
+
+
+def kill_in(phase: str) -> str:
+    """The planner is killed at the next step that begins in this phase of a cycle."""
+    return f"kill the planner in {phase}"
 
 
 def damage_on_request() -> None:
-    """In every process, as it starts: the first weight of an expert that has another copy grows by half."""
+    """In every process, as it starts: the first weight of an expert that has another copy grows by half, or the planner
+    is killed."""
     from vllm_ascend_eplb.post_import import after_import
 
-    request = Path(os.environ[DAMAGE])
+    requests = Path(os.environ[REQUESTS])
 
     def patch(module: Any) -> None:
         before = module.EplbUpdator.forward_before
 
         def watched_before(self: Any, **names: Any) -> None:
-            if self._rank == 1 and self.state.phase.name == "COLLECT" and request.exists():
-                request.unlink()
+            phase = self.state.phase.name
+            if self._rank == 1 and phase == "COLLECT" and taken(requests / DAMAGE):
                 layer, slot = replicated(self.placement)
                 weight = self._adaptor.expert_tensors()[layer][slot][0]
                 weight[(0,) * weight.dim()] *= 1.5
+            planner = self._planner.pid if self._planner is not None else None
+            if planner is not None and taken(requests / kill_in(phase)):
+                os.kill(planner, signal.SIGKILL)
             before(self, **names)
 
         module.EplbUpdator.forward_before = watched_before
 
     after_import("vllm_ascend_eplb.updator", patch)
+
+
+def taken(request: Path) -> bool:
+    """Whether there is such a request; it is gone now."""
+    try:
+        request.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def replicated(placement: Any) -> tuple[int, int]:

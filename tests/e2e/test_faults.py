@@ -21,7 +21,7 @@ from vllm_ascend_eplb.orders import Order, orders_path, write_order
 from vllm_ascend_eplb.stats import EplbStats
 
 from .conftest import prompts
-from .damage import DAMAGE
+from .damage import DAMAGE, REQUESTS, kill_in
 from .soak import SETTINGS, Answers, Pairs, PrivateServer, Requests, judge, planners, soak, under_load, workers
 
 
@@ -48,7 +48,7 @@ def server(tmp_path_factory):
     start = tmp_path_factory.mktemp("start")
     (start / "sitecustomize.py").write_text("import damage\ndamage.damage_on_request()\n")
     paths = [str(start), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    server._environment |= {"PYTHONPATH": os.pathsep.join(paths), DAMAGE: str(start / "request")}
+    server._environment |= {"PYTHONPATH": os.pathsep.join(paths), REQUESTS: str(tmp_path_factory.mktemp("requests"))}
     try:
         server.start_and_wait()
         yield server
@@ -98,6 +98,13 @@ async def obey(server: PrivateServer, command: str) -> None:
     await until(lambda: stats(server).order == order.id, f"the effect of {command}")
 
 
+def ask(server: PrivateServer, fault: str) -> Path:
+    """Asks for a fault that damage.py makes; the file is gone when it is made."""
+    request = Path(server._environment[REQUESTS], fault)
+    request.touch()
+    return request
+
+
 def run(server: PrivateServer, pairs: Pairs, go: Callable[[Requests], Any]) -> Answers:
     answers = asyncio.run(under_load(server, 1, pairs, go))
     assert answers.failed == []
@@ -133,6 +140,24 @@ def test_a_stopped_planner_is_replaced_and_the_load_is_balanced_again(server, en
     run(server, python, recover)
 
 
+def test_a_planner_killed_in_any_phase_is_replaced_and_the_load_is_balanced_again(server, pairs):
+    killed = "the planner process ended (exit code -9); it is started again"
+
+    async def kill(_: Requests) -> None:
+        for phase in ("SNAPSHOT", "REDUCE", "PLAN", "BROADCAST", "MOVE", "COLLECT"):
+            before, answered = lines(server, killed), planned(server)
+            request = ask(server, kill_in(phase))
+            await until(lambda request=request: not request.exists(), f"a planner to kill in {phase}")
+            await until(lambda before=before: lines(server, killed) > before, "the line")
+            await until(lambda answered=answered: planned(server) > answered, "an answer of the planner")
+
+    starts = stats(server).planner_starts
+    run(server, pairs, kill)
+    run(server, pairs, lambda _: until_balanced(server))
+    assert stats(server).planner_starts >= starts + 6
+    assert stats(server).phase != "off"
+
+
 @pytest.mark.parametrize("seconds", [4, pytest.param(30, marks=pytest.mark.soak)])
 def test_a_rank_that_stands_still_is_waited_for_and_costs_no_cycle(server, english, seconds):
     async def pause(_: Requests) -> None:
@@ -162,7 +187,6 @@ def test_all_requests_may_be_aborted_at_once(server, python):
 
 
 def test_a_full_disk_is_said_and_disturbs_nobody(server, english, python):
-    """The statistics' file on one is in tests/unit/test_file_faults.py."""
     if not server.small_disk:
         pytest.skip("this machine lets nobody mount a small disk")
     path = server.disk / "map.json"
@@ -180,11 +204,29 @@ def test_a_full_disk_is_said_and_disturbs_nobody(server, english, python):
     read_expert_map(path, num_layers=6, num_experts=64, num_ranks=2)
 
 
+def test_a_full_disk_for_the_statistics_is_said_and_disturbs_nobody(server, pairs):
+    if not server.small_disk:
+        pytest.skip("this machine lets nobody mount a small disk")
+
+    async def fill(_: Requests) -> None:
+        with server.full_statistics_disk():
+            await until(lambda: lines(server, "EPLB statistics cannot be written to"), "the line")
+            step, cycles = stats(server).step, lines(server, "EPLB cycle")
+            await until(lambda: lines(server, "EPLB cycle") >= cycles + 2, "two cycles")
+            assert stats(server).step == step
+        await until(lambda: stats(server).step > step, "statistics after the disk was full")
+
+    run(server, pairs, fill)
+    assert lines(server, "EPLB statistics cannot be written to") == 1
+    run(server, pairs, lambda _: until_balanced(server))
+    assert server.open_to_others() == []
+
+
 def test_a_damaged_weight_is_found_and_mended(server, english):
     async def damage(_: Requests) -> None:
         # Else a plan may take the good copy away before the audit sees that it is the only one.
         await obey(server, "pause")
-        Path(server._environment[DAMAGE]).touch()
+        ask(server, DAMAGE)
         await until(lambda: stats(server).audit_mended, "the repair", 60)
         await obey(server, "resume")
 
