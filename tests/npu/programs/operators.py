@@ -182,9 +182,10 @@ def fused() -> dict[str, str]:
     want_weights = want_weights / want_weights.sum(-1, keepdim=True)
     check("gating", weights, want_weights)
     check("gating, experts", ids.to(torch.int64), want_ids)
-    for first, last in ((0, 8), (0, 4), (4, 8)):
-        mine = (want_ids >= first) & (want_ids < last)
-        rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
+
+    def routed(first: int, last: int, quant_mode: int) -> list[torch.Tensor]:
+        """Rows by expert, their places, how many each expert has, their scales."""
+        return torch_npu.npu_moe_init_routing_v2(
             h.npu(),
             ids,
             active_num=tokens * k,
@@ -192,8 +193,12 @@ def fused() -> dict[str, str]:
             expert_tokens_num_type=1,
             expert_tokens_num_flag=True,
             active_expert_range=[first, last],
-            quant_mode=-1,
+            quant_mode=quant_mode,
         )
+
+    for first, last in ((0, 8), (0, 4), (4, 8)):
+        mine = (want_ids >= first) & (want_ids < last)
+        rows, places, counts, _ = routed(first, last, -1)
         check(f"counts {first}", counts, torch.bincount(want_ids[mine] - first, minlength=last - first))
         inner_rows = torch_npu.npu_grouped_matmul(
             [rows], [w13[first:last].npu()], split_item=2, group_list_type=1, group_type=0, group_list=counts
@@ -225,16 +230,7 @@ def fused() -> dict[str, str]:
     check("dynamic quantisation", rows.float(), int8(h)[0])
     check("dynamic quantisation, scale", scale, int8(h)[1].squeeze(-1))
     w8 = [int8(w.t()) for w in w13]  # [2 * inner, hidden] and [2 * inner, 1]
-    sorted_rows, _, counts, sorted_scale = torch_npu.npu_moe_init_routing_v2(
-        h.npu(),
-        ids,
-        active_num=tokens * k,
-        expert_num=experts,
-        expert_tokens_num_type=1,
-        expert_tokens_num_flag=True,
-        active_expert_range=[0, experts],
-        quant_mode=1,
-    )
+    sorted_rows, _, counts, sorted_scale = routed(0, experts, 1)
     products = torch_npu.npu_grouped_matmul(
         [sorted_rows],
         [w.t().contiguous().to(torch.int8).npu() for w, _ in w8],
@@ -277,6 +273,9 @@ def fused() -> dict[str, str]:
         "sparse_mode": 3,
     }
     got, _ = torch_npu.npu_fused_infer_attention_score(**arguments)
+    captured = [torch.empty_like(got), torch.empty(1).npu()]  # as where a graph is captured
+    workspace = torch_npu._npu_fused_infer_attention_score_get_max_workspace(**arguments)
+    torch_npu.npu_fused_infer_attention_score.out(**arguments, workspace=workspace, out=captured)
     begin, parts = 0, []
     for n, new in enumerate(lengths):
         keys = cache_k[table[n].long()].reshape(-1, 2, 8)[: kv_lengths[n]].repeat_interleave(2, 1)
@@ -287,4 +286,5 @@ def fused() -> dict[str, str]:
             parts.append(torch.einsum("hm,mhd->hd", scores.softmax(-1), values[:seen]))
         begin += new
     check("attention", got, torch.stack(parts))
+    check("attention with a workspace", captured[0], torch.stack(parts))
     return wrong

@@ -218,6 +218,8 @@ EMULATED_EXPORT int aclDestroyScalarList(const aclScalarList* value) {
     }
     return delete value, 0;
 }
+// Of an operator that was asked for its workspace only; a launch consumes the executor.
+EMULATED_EXPORT int aclDestroyAclOpExecutor(aclOpExecutor* executor) { return delete executor, 0; }
 EMULATED_EXPORT int aclGetViewShape(const aclTensor* tensor, int64_t** sizes, uint64_t* dims) {
     const auto& shape = tensor->view->empty() ? tensor->sizes : *tensor->view;
     *dims = shape.size();

@@ -311,6 +311,13 @@ struct Operator<Body, void (Body::*)(P...) const> {
     }                                                                                                                 \
     static_assert(true)
 
+// Operators whose arguments change between replays are asked for the workspace of the largest; ours need none.
+#define ACLNN_MAX_WORKSPACE(NAME)                                                                   \
+    extern "C" {                                                                                    \
+    EMULATED_EXPORT void NAME##GetMaxWorkspaceSize() __attribute__((ifunc(#NAME "_find_prepare"))); \
+    }                                                                                               \
+    static_assert(true)
+
 using emulated::Bools;
 using emulated::Floats;
 using emulated::In;

@@ -229,3 +229,4 @@ ACLNN(aclnnFusedInferAttentionScoreV3,
               begin = end;
           }
       });
+ACLNN_MAX_WORKSPACE(aclnnFusedInferAttentionScoreV3);
