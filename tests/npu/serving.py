@@ -73,51 +73,38 @@ def prompts(per_domain: int, characters: int = 160) -> list[list[str]]:
     return batches
 
 
-def quantised_model(folder: Path, texts: list[str], tokens: int) -> list[list[int]]:
-    """Writes the model in W8A8 into a folder (see quantised.py), and says what it answers greedily."""
+def quantised_model(folder: Path) -> None:
+    """Writes the model in W8A8 into a new folder (see quantised.py)."""
     folder.mkdir()
-    job, answer = folder.with_suffix(".job"), folder.with_suffix(".answer")
+    _on_the_cpu("tests.npu.quantised", folder)
+
+
+def transformers_tokens(folder: Path, texts: list[str], tokens: int, quantised: Path | None = None) -> list[list[int]]:
+    """Greedy tokens of the model in transformers (see reference.py).
+
+    Args:
+        folder: for the question and the answer.
+        texts, tokens: prompts, and how many tokens to answer each with.
+        quantised: folder of the same model in W8A8, if that is to answer.
+    """
+    job, answer = folder / "transformers.json", folder / "transformers-answer.json"
     job.write_text(json.dumps({"texts": texts, "tokens": tokens}))
-    for arguments in (["make", folder], ["answer", folder, job, answer]):
-        subprocess.run(
-            [str(npus.PYTHON), "-m", "tests.npu.quantised", *map(str, arguments)],
-            cwd=npus.ROOT,
-            env=npus.environment(
-                TORCH_DEVICE_BACKEND_AUTOLOAD="0", HF_HUB_OFFLINE="1", PYTHONPATH=f"{npus.ROOT}:{STANDINS}"
-            ),
-            check=True,
-            timeout=300,
-        )
+    _on_the_cpu("tests.npu.reference", job, answer, *(() if quantised is None else (quantised,)))
     return json.loads(answer.read_text())
 
 
-def transformers_tokens(folder: Path, texts: list[str], tokens: int) -> list[list[int]]:
-    """Greedy tokens of the model in transformers, in float32 on the CPU: nothing of vLLM, nothing of torch_npu."""
-    job, answer = folder / "transformers.json", folder / "transformers-answer.json"
-    job.write_text(json.dumps({"texts": texts, "tokens": tokens}))
-    program = (
-        "import json, sys, torch\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "job = json.load(open(sys.argv[2]))\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "answers = []\n"
-        "for text in job['texts']:\n"
-        "    ids = tokenizer(text, return_tensors='pt').input_ids\n"
-        "    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,\n"
-        "                         max_new_tokens=job['tokens'])\n"
-        "    answers.append(out[0, ids.shape[1]:].tolist())\n"
-        "json.dump(answers, open(sys.argv[3], 'w'))\n"
-    )
+def _on_the_cpu(module: str, *arguments: Path) -> None:
     result = subprocess.run(
-        [str(npus.PYTHON), "-c", program, str(MODEL), str(job), str(answer)],
-        env=npus.environment(TORCH_DEVICE_BACKEND_AUTOLOAD="0", HF_HUB_OFFLINE="1", PYTHONPATH=str(STANDINS)),
+        [str(npus.PYTHON), "-m", module, *map(str, arguments)],
+        cwd=npus.ROOT,
+        env=npus.environment(
+            TORCH_DEVICE_BACKEND_AUTOLOAD="0", HF_HUB_OFFLINE="1", PYTHONPATH=f"{npus.ROOT}:{STANDINS}"
+        ),
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert answer.exists(), result.stderr[-4000:]
-    return json.loads(answer.read_text())
+    assert result.returncode == 0, result.stderr[-4000:]
 
 
 class NpuServer(Server):

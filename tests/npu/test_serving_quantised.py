@@ -29,9 +29,11 @@ LEAST, MOST = 0.97, 0.95
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]]) -> tuple[Path, list[list[list[int]]]]:
     """The model, and what it answers."""
-    folder = tmp_path_factory.mktemp("quantised") / "model"
-    flat = serving.quantised_model(folder, [text for batch in batches for text in batch], TOKENS)
-    return folder, [flat[i : i + len(batches[0])] for i in range(0, len(flat), len(batches[0]))]
+    folder = tmp_path_factory.mktemp("quantised")
+    model = folder / "model"
+    serving.quantised_model(model)
+    flat = serving.transformers_tokens(folder, [text for batch in batches for text in batch], TOKENS, model)
+    return model, [flat[i : i + len(batches[0])] for i in range(0, len(flat), len(batches[0]))]
 
 
 @pytest.fixture(scope="module", params=["A2"])

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What examples/tiny_moe answers greedily, computed with transformers in float32 on the CPU: nothing of vLLM, nothing
+of torch_npu. With a folder of quantised.py, what it answers with experts in W8A8.
+
+    python -m tests.npu.reference JOB.json ANSWER.json [FOLDER]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .quantised import MODEL, quantise
+
+
+def answer(texts: list[str], tokens: int, quantised: Path | None) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    if quantised is not None:
+        quantise(model, quantised)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    answers = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, max_new_tokens=tokens
+        )
+        answers.append(out[0, ids.shape[1] :].tolist())
+    return answers
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    folder = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+    Path(sys.argv[2]).write_text(json.dumps(answer(job["texts"], job["tokens"], folder)))
