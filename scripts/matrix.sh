@@ -1,18 +1,20 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Runs the end-to-end tests of an offline engine, and those of starting one, on other vLLM versions than .venv's.
+# Runs the end-to-end tests of starting and serving on other vLLM versions than .venv's, and the search for every place
+# that the package takes hold of.
 #
 #   scripts/matrix.sh VERSION...   for example 0.30.0 0.31.0
 #
 # Each version gets an environment of its own in build/vllm-VERSION; the package is the one in this checkout, with the
 # libraries that .venv built (all versions here go with the same torch).
 #
-#   MATRIX_TESTS=...   what to run (default: tests/e2e/test_offline.py tests/e2e/test_start.py); "none" only installs
+#   MATRIX_TESTS=...   what to run instead of the tests below, split at spaces; "none" only installs
 set -eu
 
 cd "$(dirname "$0")/.."
 torch_version=2.13.0
-tests=${MATRIX_TESTS:-tests/e2e/test_offline.py tests/e2e/test_start.py}
+e2e=tests/e2e
+tests=${MATRIX_TESTS:-tests/unit/test_seams.py $e2e/test_start.py $e2e/test_offline.py $e2e/test_data_parallel.py $e2e/test_server.py}
 
 say() { printf '[matrix] %s\n' "$*"; }
 
@@ -50,6 +52,6 @@ for version in "$@"; do
     [ "$tests" = none ] && continue
     say "vLLM $version: $tests"
     # shellcheck disable=SC2086
-    "$folder/bin/python" -m pytest $tests || failed="$failed $version"
+    "$folder/bin/python" -m pytest -m "not soak" $tests || failed="$failed $version"
 done
 [ -z "$failed" ] || { say "failed on$failed"; exit 1; }
