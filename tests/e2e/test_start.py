@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 
@@ -25,17 +26,17 @@ CASES = {
     "no expert parallelism": ({"dynamic_eplb": True}, {"enable_expert_parallel": False}, "--enable-expert-parallel"),
     "one rank": ({"dynamic_eplb": True}, {"tensor_parallel_size": 1}, "needs 2 or more ranks"),
     "vLLM's own": ({"dynamic_eplb": True}, {"enable_eplb": True}, "--enable-eplb turns on vLLM's own balancer"),
-    "not a MoE model": ({"dynamic_eplb": True}, {"dense": True}, "without experts"),
+    "not a MoE model": ({"dynamic_eplb": True}, {"model": "FILES/dense"}, "without experts"),
     "map path": ({"expert_map_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
-    "map for other ranks": ({"expert_map_path": "MAPS/4ranks.json"}, {}, "is for 4 devices, the server has 2 ranks"),
-    "map with other layers": ({"expert_map_path": "MAPS/7layers.json"}, {}, "has 7 MoE layers, the model has 6"),
+    "map for other ranks": ({"expert_map_path": "FILES/4ranks.json"}, {}, "is for 4 devices, the server has 2 ranks"),
+    "map with other layers": ({"expert_map_path": "FILES/7layers.json"}, {}, "has 7 MoE layers, the model has 6"),
     "map of other experts": (
-        {"expert_map_path": "MAPS/66experts.json"},
+        {"expert_map_path": "FILES/66experts.json"},
         {},
         "layer 0, device 1, slot 31 holds expert 64; the model has experts 0..63",
     ),
     "map of other redundancy": (
-        {"expert_map_path": "MAPS/good.json", "num_redundant_experts": 4, "dynamic_eplb": True},
+        {"expert_map_path": "FILES/good.json", "num_redundant_experts": 4, "dynamic_eplb": True},
         {},
         "good.json has 2 redundant experts per layer, eplb_config.num_redundant_experts is 4",
     ),
@@ -46,7 +47,7 @@ CASES = {
         "--pipeline-parallel-size with --data-parallel-size 2 is not supported",
     ),
     "map for a pipeline": (
-        {"expert_map_path": "MAPS/good.json"},
+        {"expert_map_path": "FILES/good.json"},
         {"pipeline_parallel_size": 2},
         "an expert_map_path or expert_map_record_path and --pipeline-parallel-size 2 is not supported",
     ),
@@ -67,6 +68,11 @@ CASES = {
         {"set": {"model_config": {"enable_sleep_mode": True}}},
         "--enable-sleep-mode True is not supported",
     ),
+    "micro-batches of one's own size": (
+        {"dynamic_eplb": True},
+        {"set": {"parallel_config": {"ubatch_size": 2}}},
+        "--ubatch-size 2 is not supported",
+    ),
     "micro-batches": (
         {"dynamic_eplb": True},
         {"set": {"parallel_config": {"enable_dbo": True}}},
@@ -82,10 +88,35 @@ CASES = {
         {"set": {"parallel_config": {"prefill_context_parallel_size": 2}}},
         "--prefill-context-parallel-size 2 is not supported",
     ),
+    "context parallel in decoding": (
+        {"dynamic_eplb": True},
+        {"set": {"parallel_config": {"decode_context_parallel_size": 2}}},
+        "--decode-context-parallel-size 2 is not supported",
+    ),
     "drafter with experts": (
         {"dynamic_eplb": True},
         {"speculative_config": {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}},
-        "a drafter that has experts, of method draft_model is not supported",
+        "--speculative-config with a drafter that has experts, of method draft_model is not supported",
+    ),
+    "drafter in the checkpoint": (
+        {"dynamic_eplb": True},
+        {"model": "FILES/mtp", "speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
+        "--speculative-config with a drafter that has experts, of method mtp is not supported",
+    ),
+    "Ray": (
+        {"dynamic_eplb": True},
+        {"set": {"parallel_config": {"distributed_executor_backend": "ray"}}},
+        "--distributed-executor-backend ray is not supported",
+    ),
+    "Ray for the engines": (
+        {"dynamic_eplb": True},
+        {"set": {"parallel_config": {"data_parallel_backend": "ray"}}},
+        "--data-parallel-backend ray is not supported",
+    ),
+    "launched from outside": (
+        {"dynamic_eplb": True},
+        {"set": {"parallel_config": {"distributed_executor_backend": "external_launcher"}}},
+        "--distributed-executor-backend external_launcher is not supported",
     ),
     "frozen weights": (
         {"dynamic_eplb": True},
@@ -98,6 +129,21 @@ CASES = {
         "inductor_compile_config.max_autotune True is not supported",
     ),
 }
+
+WITH_DRAFTER = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "vocab_size": 4096,
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+}
+"""A model whose checkpoint holds a drafter (multi-token prediction), which has experts, too."""
 
 CODE = """
 import json, sys
@@ -120,8 +166,6 @@ register()  # vLLM may load plugins twice
 answers = {}
 for name, (settings, arguments) in json.loads(sys.stdin.read()).items():
     given = dict(model=sys.argv[1], tensor_parallel_size=2, enable_expert_parallel=True, dtype="float32")
-    if arguments.pop("dense", False):
-        given.update(model=sys.argv[2])
     changes = arguments.pop("set", {})
     given.update(arguments)
     if settings is not None:
@@ -144,19 +188,20 @@ print("ANSWERS" + json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    dense = tmp_path_factory.mktemp("dense")
-    config = json.loads((MODEL / "config.json").read_text())
-    config = {key: value for key, value in config.items() if "expert" not in key and "moe" not in key}
-    config.update(architectures=["Qwen3ForCausalLM"], model_type="qwen3")
-    (dense / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (dense / name).write_bytes((MODEL / name).read_bytes())
-    maps = tmp_path_factory.mktemp("maps")
+    files = tmp_path_factory.mktemp("files")
+    ours = json.loads((MODEL / "config.json").read_text())
+    dense = {key: value for key, value in ours.items() if "expert" not in key and "moe" not in key}
+    configs = {"dense": {**dense, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "mtp": WITH_DRAFTER}
+    for folder, config in configs.items():
+        (files / folder).mkdir()
+        (files / folder / "config.json").write_text(json.dumps(config))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(MODEL / name, files / folder)
     for name, shape in (("4ranks", (6, 64, 4, 4)), ("7layers", (7, 64, 2)), ("66experts", (6, 66, 2))):
-        write_expert_map(maps / f"{name}.json", Placement.initial(*shape))
-    write_expert_map(maps / "good.json", Placement.initial(6, 64, 2, 2))
+        write_expert_map(files / f"{name}.json", Placement.initial(*shape))
+    write_expert_map(files / "good.json", Placement.initial(6, 64, 2, 2))
     asked = {name: (settings, arguments) for name, (settings, arguments, _) in CASES.items()}
-    asked["map"] = ({"expert_map_path": "MAPS/good.json"}, {})
+    asked["map"] = ({"expert_map_path": "FILES/good.json"}, {})
     asked["off"] = ({}, {})
     asked["absent"] = (None, {})
     asked["on"] = ({"dynamic_eplb": True, "num_redundant_experts": 4}, {})
@@ -165,8 +210,8 @@ def answers(tmp_path_factory):
     guesses = {"method": "ngram", "num_speculative_tokens": 2}
     asked["guesses"] = ({"dynamic_eplb": True}, {"speculative_config": guesses})
     done = subprocess.run(
-        [sys.executable, "-c", CODE, str(MODEL), str(dense)],
-        input=json.dumps(asked).replace("MAPS/", f"{maps}/"),
+        [sys.executable, "-c", CODE, str(MODEL)],
+        input=json.dumps(asked).replace("FILES/", f"{files}/"),
         capture_output=True,
         text=True,
         env=environment(2),

@@ -177,6 +177,12 @@ def _has_experts(drafter: Any) -> bool:
     return bool(drafter.draft_model_config.get_num_experts())
 
 
+def _executor(parallel: Any) -> str:
+    """What runs the workers, by vLLM's name for it; a class of somebody else's by its own."""
+    backend = parallel.distributed_executor_backend
+    return backend if isinstance(backend, str) else getattr(backend, "__name__", str(backend))
+
+
 def _freezes(compilation: Any, option: str) -> bool:
     """Whether inductor would bake weights into compiled code by an option, so that it never sees an expert that
     moved. On a CPU vLLM turns freezing on with max_autotune."""
@@ -224,8 +230,22 @@ def _refuse_what_is_not_supported(vllm_config: Any, config: EplbConfig) -> None:
             1,
             "use one of the two",
         ),
+        (
+            "--decode-context-parallel-size",
+            _value(vllm_config, "parallel_config.decode_context_parallel_size", 1),
+            1,
+            "leave it out",
+        ),
+        ("--distributed-executor-backend", _executor(parallel), "mp", "leave it out"),
+        (
+            "--data-parallel-backend",
+            _value(vllm_config, "parallel_config.data_parallel_backend", "mp"),
+            "mp",
+            "over several hosts use --data-parallel-address",
+        ),
         ("--enable-elastic-ep", _value(vllm_config, "parallel_config.enable_elastic_ep", False), False, "leave it out"),
         ("--enable-dbo", _value(vllm_config, "parallel_config.enable_dbo", False), False, "leave it out"),
+        ("--ubatch-size", _value(vllm_config, "parallel_config.ubatch_size", 0), 0, "leave it out"),
         ("--enable-lora", vllm_config.lora_config is not None, False, "leave it out"),
         ("--enable-sleep-mode", _value(vllm_config, "model_config.enable_sleep_mode", False), False, "leave it out"),
         (
