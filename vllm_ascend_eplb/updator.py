@@ -280,6 +280,11 @@ class EplbUpdator:
         """What is computed until the next step serves nobody (warm-up, profiling, capturing)."""
         self._recorder.set_recording(False)
 
+    @property
+    def differing(self) -> int:
+        """Experts whose copies differed from each other when the weights were loaded first."""
+        return self._differing
+
     @contextlib.contextmanager
     def new_weights(self) -> Iterator[None]:
         """Around an engine's loading of other weights; all ranks together, at the same step, between two forwards.

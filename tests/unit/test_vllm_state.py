@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ascend_eplb.adaptors.vllm import SeamError, Slice, VllmEplbState, require_known_slice
+from vllm_ascend_eplb.adaptors.vllm import SeamError, Slice, VllmEplbState, require_known_slice, require_loaded_copies
 
 
 @given(st.integers(1, 9), st.integers(1, 300), st.data())
@@ -52,6 +52,13 @@ def test_a_runner_that_does_not_say_the_rows_is_refused_where_batches_are_sliced
     require_known_slice(SimpleNamespace(eplb_state=sliced, _determine_batch_execution_and_padding=None))
     with pytest.raises(SeamError, match="not supported with vLLM's V2 model runner"):
         require_known_slice(SimpleNamespace(eplb_state=sliced))
+
+
+def test_redundant_slots_that_were_left_without_weights_end_the_start() -> None:
+    require_loaded_copies(0, "auto")
+    require_loaded_copies(8, "dummy")
+    with pytest.raises(SeamError, match=r"copies of 8 experts differ.*; set num_redundant_experts to 0"):
+        require_loaded_copies(8, "auto")
 
 
 def test_weights_are_not_loaded_anew_where_several_engines_share_the_experts() -> None:

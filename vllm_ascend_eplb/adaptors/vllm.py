@@ -328,6 +328,25 @@ class VllmAdaptor(EplbAdaptor):
         self._maps.forget_prepared()
 
 
+def require_loaded_copies(differing: int, load_format: str) -> None:
+    """vLLM leaves slots of redundant experts without weights where a checkpoint has all experts of a layer in one
+    tensor; tokens that are sent there would be answered wrongly.
+
+    Args:
+        differing: experts whose copies differ from each other once the model is loaded.
+        load_format: with vLLM's "dummy" every slot gets weights of its own, which is no fault.
+
+    Raises:
+        SeamError: copies differ that should not.
+    """
+    if differing and load_format != "dummy":
+        raise SeamError(
+            f"copies of {differing} experts differ from each other once the weights are loaded, so tokens would be "
+            "answered wrongly: vLLM does not fill redundant slots from a checkpoint with all experts of a layer in one "
+            "tensor; set num_redundant_experts to 0, or leave eplb_config out"
+        )
+
+
 def _require_routing_of_own_tokens(model: Any) -> None:
     """Where tokens are gathered from other ranks before they are routed, every rank would count everybody's, padding
     included; where a kernel routes by itself, nobody counts and no map is heeded.
@@ -386,7 +405,7 @@ class VllmEplbState(EplbState):
         Raises:
             StartError: the ranks were started differently; names rank and field.
             EpConfigurationError: a second model has another number of experts than the first.
-            SeamError: a second model (a drafter with experts) came.
+            SeamError: a second model (a drafter with experts) came, or redundant slots were left without weights.
         """
         from vllm.config import get_current_vllm_config
         from vllm.distributed.eplb.eplb_state import EplbLayerState
@@ -397,7 +416,8 @@ class VllmEplbState(EplbState):
                 f"{model_name or model_config.model} is a second model with experts (a drafter); balancing two models "
                 "is not supported in this version: leave eplb_config or the drafter out"
             )
-        config = EplbConfig.from_additional_config(get_current_vllm_config().additional_config)
+        vllm_config = get_current_vllm_config()
+        config = EplbConfig.from_additional_config(vllm_config.additional_config)
         adaptor = VllmAdaptor(model, model_name or model_config.model, self.device, config)
         self._model, self._adaptor = model, adaptor
         self.should_record_tensor = adaptor.recorder.recording
@@ -409,6 +429,7 @@ class VllmEplbState(EplbState):
                 layer_state.num_unpadded_tokens_tensors = self.num_unpadded_tokens
         if config.dynamic:
             self.updator = start_balancer(adaptor, config)
+            require_loaded_copies(self.updator.differing, str(vllm_config.load_config.load_format))
             self.guard(model)
         else:
             require_equal_start(adaptor, config)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model of text and images with experts in its language part: text only, because images need torchvision."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .conftest import BUSY
+from .offline import MODEL
+
+pytestmark = pytest.mark.soak
+
+TOKENS = 24
+STANDINS = Path(__file__).parents[1] / "npu" / "standins"
+"""Has a torchvision whose functions are imported and never called."""
+
+TEXT = {
+    "vocab_size": 4096,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True},
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.3,
+}
+VISION = {
+    "depth": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 4,
+    "out_hidden_size": 128,
+    "deepstack_visual_indexes": [0, 1],
+    "num_position_embeddings": 256,
+}
+
+
+def make_model(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """A checkpoint with random weights, laid out as published ones are, and what it answers without vLLM."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = Qwen3VLMoeConfig(
+        text_config=TEXT,
+        vision_config=VISION,
+        image_token_id=4090,
+        video_token_id=4091,
+        vision_start_token_id=4092,
+        vision_end_token_id=4093,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3VLMoeForConditionalGeneration(config).float().eval()
+    model.save_pretrained(folder)
+    (path,) = folder.glob("*.safetensors")
+    weights = load_file(path)
+    for name in weights:
+        if ".mlp.experts." in name:  # all experts of a layer; transformers writes them the other way round
+            weights[name] = weights[name].transpose(1, 2).contiguous()
+    save_file(weights, path, metadata={"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, folder / name)
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        done = model.generate(ids, do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS)
+        answers.append(done[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The checkpoint, prompts, and what it answers to them."""
+    folder = tmp_path_factory.mktemp("model")
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(10, 4000, size=length).tolist() for length in (5, 12, 23, 31)]
+    return folder, prompts, make_model(folder, prompts)
+
+
+def serve(runs, model, name, redundant):
+    folder, prompts, _ = model
+    return runs(
+        name,
+        ranks=2,
+        eplb={**BUSY, "num_redundant_experts": redundant},
+        arguments={"model": str(folder), "language_model_only": True},
+        paths=[str(STANDINS)],
+        probe=True,
+        prompts=[[{"prompt_token_ids": prompt} for prompt in prompts]],
+        cycles=6,
+        max_tokens=TOKENS,
+    )
+
+
+def test_text_of_a_multimodal_model_is_the_same_while_experts_move(runs, model):
+    run, expected = serve(runs, model, "multimodal", 0), model[2]
+    assert run.code == 0, run.log[-6000:]
+    turns = len(run.result["tokens"]) // len(expected)
+    assert run.result["tokens"] == expected * turns
+    assert len({token for answer in expected for token in answer}) > 10
+    stats = json.loads(run.result["ranks"][0]["stats"])
+    assert stats["cycles_done"] >= 6
+    assert [rank["wrong_experts"] for rank in run.result["ranks"]] == [0, 0]
+    assert run.result["ranks"][0]["counted"] == run.result["ranks"][0]["routed"]
+
+
+def test_redundant_experts_that_vllm_left_without_weights_end_the_start(runs, model):
+    run = serve(runs, model, "unfilled", 4)
+    assert run.code != 0
+    assert "copies of 8 experts differ from each other once the weights are loaded" in run.log
