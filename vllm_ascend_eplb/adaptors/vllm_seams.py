@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-CHECKED_VERSIONS = ("0.31", "0.32")
+CHECKED_VERSIONS = ("0.30", "0.31", "0.32")
 """Releases whose sources were read and on which the end-to-end tests ran."""
 
 
