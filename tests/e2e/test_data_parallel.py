@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import httpx
 import pytest
 
-from examples.demo.server import Server
 from vllm_ascend_eplb.stats import EplbStats
 
 from .audit import AUDIT
-from .conftest import BUSY, START_SECONDS, prompts
+from .conftest import BUSY, prompts
+from .soak import PrivateServer
 from .test_server import complete
 
 TOP_K, NUM_LAYERS = 4, 6
@@ -33,17 +34,13 @@ def server(tmp_path_factory, audit):
     start = tmp_path_factory.mktemp("start")
     (start / "sitecustomize.py").write_text("import audit\naudit.audit_steps()\n")
     paths = [str(start), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
-        patch.setenv(AUDIT, str(audit))
-        server = Server(2, BUSY, tmp_path_factory.mktemp("server"), 16)
-    server.command[server.command.index("--tensor-parallel-size")] = "--data-parallel-size"
-    server._environment["VLLM_PLUGINS"] = "eplb,eplb_page"
-    server.start()
-    for _ in server.wait_until_ready(START_SECONDS):
-        pass
-    yield server
-    assert server.stop() == []
+    server = PrivateServer(tmp_path_factory.mktemp("server"), "data", BUSY)
+    server._environment |= {"PYTHONPATH": os.pathsep.join(paths), AUDIT: str(audit), "VLLM_PLUGINS": "eplb,eplb_page"}
+    try:
+        server.start_and_wait()
+        yield server
+    finally:
+        server.remove()
 
 
 def test_answers_are_those_of_one_process_while_experts_move(server, reference):
@@ -91,3 +88,9 @@ def test_each_step_counts_its_own_tokens_once_in_every_layer(server, audit, refe
         assert len({tokens for tokens, *_ in steps}) > 5  # prompts, decoding, dummy batches: no number fits them all
         assert sum(tokens for tokens, *_ in steps) > 1000
     assert any(tokens == 0 for steps in engines for tokens, *_ in steps)
+
+
+def test_a_server_terminated_under_requests_ends_and_leaves_nothing(server, reference):
+    """The last one of this server."""
+    texts = [text for batch in prompts(6) for text in batch]
+    assert server.end_by(signal.SIGTERM, list(zip(texts, reference, strict=True))) == []

@@ -246,3 +246,16 @@ def test_random_faults_cost_no_request_and_a_crash_of_the_front_end_leaves_nothi
     log = server.log_path.read_text(errors="replace")
     left = server.end_by(signal.SIGKILL, pairs)
     assert judge(result, left, log) == []
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_ended_under_requests_leaves_nothing(tmp_path, pairs, number):
+    """Two data-parallel engines are ended so in test_data_parallel.py."""
+    server = PrivateServer(tmp_path)
+    try:
+        server.start_and_wait()
+        run(server, pairs, lambda _: until(lambda: (its := server.stats()) and its.cycles_done >= 3, "three cycles"))
+        assert server.end_by(number, pairs) == []
+    finally:
+        server.remove()
