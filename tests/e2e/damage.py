@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damages weights of a running server, or kills its planner in a given phase, on request. It is loaded as each process
-starts, so it imports little."""
+"""Damages weights of a running server, kills its planner in a given phase, or lets a transfer fail, on request. It is
+loaded as each process starts, so it imports little."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ REQUESTS = "EPLB_TEST_REQUESTS"
 DAMAGE = "damage a weight"
 """Expert-parallel rank 1 damages one weight."""
 
+NO_MEMORY = "no memory for a round"
+"""Expert-parallel rank 1 runs out of memory as it prepares a round, before anything of it is sent."""
+
+NO_ISSUE = "a round that is not issued"
+"""Expert-parallel rank 1 throws as it issues a round, whose bytes the other rank waits for."""
+
 
 def kill_in(phase: str) -> str:
     """The planner is killed at the next step that begins in this phase of a cycle."""
@@ -22,8 +28,8 @@ def kill_in(phase: str) -> str:
 
 
 def damage_on_request() -> None:
-    """In every process, as it starts: the first weight of an expert that has another copy grows by half, or the planner
-    is killed."""
+    """In every process, as it starts: the first weight of an expert that has another copy grows by half, the planner is
+    killed, or a round of transfers throws."""
     from vllm_ascend_eplb.post_import import after_import
 
     requests = Path(os.environ[REQUESTS])
@@ -44,7 +50,22 @@ def damage_on_request() -> None:
 
         module.EplbUpdator.forward_before = watched_before
 
+    def throw(module: Any, name: str, request: Path, error: Exception) -> None:
+        before = getattr(module.D2DExpertWeightLoader, name)
+
+        def perhaps(self: Any, *args: Any) -> None:
+            if self.rank == 1 and taken(request):
+                raise error
+            before(self, *args)
+
+        setattr(module.D2DExpertWeightLoader, name, perhaps)
+
+    def patch_transfers(module: Any) -> None:
+        throw(module, "prepare", requests / NO_MEMORY, MemoryError("planted before the gate"))
+        throw(module, "_issue_part", requests / NO_ISSUE, RuntimeError("planted behind the gate"))
+
     after_import("vllm_ascend_eplb.updator", patch)
+    after_import("vllm_ascend_eplb.transfer", patch_transfers)
 
 
 def taken(request: Path) -> bool:

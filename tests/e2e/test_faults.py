@@ -7,10 +7,11 @@ What needs no engine is in tests/distributed/test_faults.py; random faults for h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vllm_ascend_eplb.orders import Order, orders_path, write_order
 from vllm_ascend_eplb.stats import EplbStats
 
 from .conftest import prompts
-from .damage import DAMAGE, REQUESTS, kill_in
+from .damage import DAMAGE, NO_ISSUE, NO_MEMORY, REQUESTS, kill_in
 from .soak import SETTINGS, Answers, Pairs, PrivateServer, Requests, judge, planners, soak, under_load, workers
 
 
@@ -41,19 +42,28 @@ def python(pairs) -> Pairs:
     return pairs[12:18]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[PrivateServer]:
+    """A server that takes requests for faults (damage.py)."""
     settings = {**SETTINGS, "policy": "incremental", "target_par": 1.0, "expert_heat_collection_interval": 30}
-    server = PrivateServer(tmp_path_factory.mktemp("server"), settings=settings)
-    start = tmp_path_factory.mktemp("start")
+    own, start, requests = (folder / name for name in ("server", "start", "requests"))
+    for each in (own, start, requests):
+        each.mkdir()
+    server = PrivateServer(own, settings=settings)
     (start / "sitecustomize.py").write_text("import damage\ndamage.damage_on_request()\n")
     paths = [str(start), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    server._environment |= {"PYTHONPATH": os.pathsep.join(paths), REQUESTS: str(tmp_path_factory.mktemp("requests"))}
+    server._environment |= {"PYTHONPATH": os.pathsep.join(paths), REQUESTS: str(requests)}
     try:
         server.start_and_wait()
         yield server
     finally:
         server.remove()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("served")) as server:
+        yield server
 
 
 def stats(server: PrivateServer) -> EplbStats:
@@ -158,6 +168,20 @@ def test_a_planner_killed_in_any_phase_is_replaced_and_the_load_is_balanced_agai
     assert stats(server).phase != "off"
 
 
+def test_a_rank_without_memory_for_a_round_costs_a_cycle_and_the_next_one_works(server, pairs):
+    async def fail(_: Requests) -> None:
+        failed = stats(server).failures.get("prepare", 0)
+        request = ask(server, NO_MEMORY)
+        await until(lambda: not request.exists(), "a round to prepare")
+        await until(lambda: stats(server).failures.get("prepare", 0) == failed + 1, "the failed cycle")
+        done = stats(server).cycles_done
+        await until(lambda: stats(server).cycles_done > done, "the next cycle")
+
+    run(server, pairs, fail)
+    assert lines(server, "planted before the gate") >= 1
+    run(server, pairs, lambda _: until_balanced(server))
+
+
 @pytest.mark.parametrize("seconds", [4, pytest.param(30, marks=pytest.mark.soak)])
 def test_a_rank_that_stands_still_is_waited_for_and_costs_no_cycle(server, english, seconds):
     async def pause(_: Requests) -> None:
@@ -259,3 +283,19 @@ def test_a_server_that_is_ended_under_requests_leaves_nothing(tmp_path, pairs, n
         assert server.end_by(number, pairs) == []
     finally:
         server.remove()
+
+
+@pytest.mark.soak
+def test_a_transfer_that_fails_behind_the_gate_ends_balancing_and_nothing_else(tmp_path, pairs):
+    async def fail(_: Requests) -> None:
+        await until(lambda: (its := server.stats()) and its.cycles_done >= 3, "three cycles")
+        ask(server, NO_ISSUE)
+        await until(lambda: stats(server).phase == "off", "the end of balancing")
+
+    with served(tmp_path) as server:
+        run(server, pairs, fail)
+        assert stats(server).failures["transfer"] == 1
+        assert lines(server, "is off from step") == 1
+        assert lines(server, "a transfer failed or did not end") >= 1
+        run(server, pairs, lambda _: asyncio.sleep(5))
+        assert server.end_by(signal.SIGTERM, pairs) == []
