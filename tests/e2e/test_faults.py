@@ -61,8 +61,10 @@ def served(folder: Path) -> Iterator[PrivateServer]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory, pairs):
     with served(tmp_path_factory.mktemp("served")) as server:
+        # Any of the tests may be the first one.
+        run(server, pairs, lambda _: until(lambda: server.stats() is not None, "the first statistics"))
         yield server
 
 
@@ -133,7 +135,6 @@ def test_nobody_else_can_read_what_the_server_writes(server):
 
 def test_a_stopped_planner_is_replaced_and_the_load_is_balanced_again(server, english, python):
     async def stop_it(_: Requests) -> None:
-        await until(lambda: server.stats() is not None, "the first statistics")
         await until_balanced(server)
         (stopped,) = planners(server)
         before = failures(server)
