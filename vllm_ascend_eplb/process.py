@@ -41,6 +41,9 @@ ORPHAN_SECONDS = 3.0
 STATS_VARIABLE = "EPLB_STATS_FILE"
 """Environment variable that holds the path of the statistics file; vLLM warns of unknown names that begin with VLLM."""
 
+PATIENCE_SECONDS = 1.0
+"""How long a child is given for a plan that nobody waits for any more. A new child takes as long to be there."""
+
 KEPT_ANSWERS = 4
 """Answers of one child that are kept until somebody asks for them; one is enough for a child that behaves."""
 
@@ -323,24 +326,28 @@ class EplbProcess:
     def _run(self) -> None:
         self._start_child()
         while not self._stopping:
-            self._wake.wait()
-            self._wake.clear()
             with self._lock:
                 request, self._request = self._request, None
-            if request is not None and not self._stopping:
-                try:
-                    answer = self._ask(request)
-                except Exception as error:  # whatever it is, this thread must be there for the next request
-                    self._end_child()
-                    answer = PlanAnswer(request.number, error=f"{type(error).__name__}: {error}", died=True)
-                with self._lock:
-                    if self._request is None:  # a newer request makes this answer worthless
-                        self._answer = answer
+            if request is not None:
+                self._handle(request)
             elif self._child is not None and self._child.gone:
                 self._bury_child()
             if self._child is None:
                 self._start_child()
+            if request is None:  # or else there may be a newer one, whose wake-up was taken for the answer's
+                self._wake.wait()
+                self._wake.clear()
         self._end_child()
+
+    def _handle(self, request: PlanRequest) -> None:
+        try:
+            answer = self._ask(request)
+        except Exception as error:  # whatever it is, this thread must be there for the next request
+            self._end_child()
+            answer = PlanAnswer(request.number, error=f"{type(error).__name__}: {error}", died=True)
+        with self._lock:
+            if self._request is None:  # a newer request makes this answer worthless
+                self._answer = answer
 
     def _ask(self, request: PlanRequest) -> PlanAnswer | None:
         """Has the child answer; replaces it when it died, hangs, or is busy with what nobody waits for any more.
@@ -357,7 +364,7 @@ class EplbProcess:
         if child is None:
             return PlanAnswer(request.number, error="the planner process cannot be started", died=True)
         child.ask(request)
-        deadline = time.monotonic() + self._timeout
+        asked = time.monotonic()
         while not self._stopping:
             self._wake.wait(POLL_SECONDS)
             self._wake.clear()
@@ -369,8 +376,7 @@ class EplbProcess:
                     return answer
             with self._lock:
                 overtaken = self._request is not None
-            if overtaken:  # the child works on, or hangs in, a plan that is too old
-                self._wake.set()
+            if overtaken and time.monotonic() > asked + PATIENCE_SECONDS:  # it hangs, or takes too long to wait for
                 self._end_child()
                 return None
             if died:
@@ -378,7 +384,7 @@ class EplbProcess:
                 if not is_new and not self._stopping:
                     return self._ask(request)
                 return PlanAnswer(request.number, error=f"the planner process died (exit code {code})", died=True)
-            if time.monotonic() > deadline:
+            if time.monotonic() > asked + self._timeout:
                 self._end_child()
                 logger.warning("EPLB: the planner process did not answer within %g s; it is replaced", self._timeout)
                 return PlanAnswer(request.number, error=f"the planner did not answer within {self._timeout:g} s")

@@ -30,6 +30,8 @@ def reverse(request: PlanRequest) -> Plan:
         os.kill(os.getpid(), signal.SIGKILL)
     if order == 3:
         time.sleep(3600)
+    if order == 5:
+        time.sleep(0.2)
     if order == 4:
         assert "torch" not in sys.modules
         assert "vllm" not in sys.modules
@@ -113,6 +115,31 @@ def test_a_newer_request_overtakes_one_that_hangs(process):
     process.submit(request(2))
     assert wait_for_answer(process, 2).plan is not None
     assert process.answer(1) is None
+
+
+def test_a_newer_request_overtakes_one_that_takes_its_time_without_a_new_child(process):
+    process.submit(request(1, order=5))
+    wait_until(lambda: process._request is None)  # the child has it
+    process.submit(request(2))
+    assert wait_for_answer(process, 2).plan is not None
+    assert process.answer(1) is None
+    assert process.starts == 1
+
+
+def test_a_request_given_while_the_answer_to_the_last_one_arrives_is_answered(process, monkeypatch):
+    wait_until(lambda: process._child is not None)
+    child, ask = process._child, process._child.ask
+
+    def ask_and_overtake(first: PlanRequest) -> None:
+        monkeypatch.setattr(child, "ask", ask)
+        ask(first)
+        wait_until(lambda: child.answers)
+        process.submit(request(2))  # as a step thread may, before this thread has looked at the answer
+
+    monkeypatch.setattr(child, "ask", ask_and_overtake)
+    process.submit(request(1))
+    assert wait_for_answer(process, 2).plan is not None
+    assert process.starts == 1
 
 
 def test_a_hanging_child_is_replaced_after_the_timeout():
