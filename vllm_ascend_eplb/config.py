@@ -185,7 +185,8 @@ class EplbConfig(BaseModel):
         default=32, ge=16, le=64, description="entries per expert of the dispatch table: the resolution of the shares"
     )
     allow_unchecked_vllm: bool = Field(
-        default=False, description="balances also on a vLLM version that this package was not checked against"
+        default=False,
+        description="balances also on a version of vLLM or vllm-ascend that this package was not checked against",
     )
 
     @classmethod

@@ -53,6 +53,18 @@ def test_without_the_flag_nothing_changes(given):
     assert ascend_config.settings_of(given) == EplbConfig()
 
 
+def test_an_unchecked_release_is_served_without_balancing_unless_asked_for(monkeypatch, caplog):
+    monkeypatch.setattr(ascend_config, "installed_version", lambda: "0.30.0rc2")
+    given = {"other": 1, "eplb_config": {"dynamic_eplb": True}}
+    assert ascend_config.hand_over(given) == {"other": 1}
+    assert ascend_config.SWITCH not in os.environ
+    assert "checked against vllm-ascend 0.23.0.post1, and this is 0.30.0rc2" in caplog.text
+    caplog.clear()
+    given["eplb_config"]["allow_unchecked_vllm"] = True
+    assert ascend_config.settings_of(ascend_config.hand_over(given)).active
+    assert not caplog.text
+
+
 def test_an_environment_that_contradicts_is_an_error_with_the_line_to_export(monkeypatch):
     monkeypatch.setenv(ascend_config.SWITCH, "0")
     with pytest.raises(EplbConfigError, match=r"DYNAMIC_EPLB=0, .* export DYNAMIC_EPLB=true"):

@@ -371,7 +371,9 @@ def test_doctor_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
 
     well = findings()
     assert well["vllm-ascend"][0] == well["vllm-ascend's runner"][0] == "ok"
-    assert findings(ascend_version="0.24.0")["vllm-ascend"] == ("note", "0.24.0; checked against 0.23.0.post1")
+    status, text = findings(ascend_version="0.24.0")["vllm-ascend"]
+    assert status == "wrong"
+    assert text.startswith("0.24.0; checked against 0.23.0.post1: balancing stays off unless ")
     other = findings(ascend_differences=["it calls eplb_updator.turn"])["vllm-ascend's runner"]
     assert other == ("wrong", "it calls eplb_updator.turn: its own EPLB stays in place")
     assert "cannot be imported: no" in findings(ascend_error="no")["vllm-ascend"][1]

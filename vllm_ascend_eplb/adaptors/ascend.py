@@ -51,13 +51,10 @@ from ..post_import import after_import
 from ..topology import Topology, host_identity
 from ..transfer import exchange_bytes
 from ..updator import EplbUpdator, Stage, require_equal_start, start_balancer
-from .ascend_config import settings_of, switch_on
+from .ascend_config import CHECKED_VERSIONS, settings_of, switch_on
 from .base import EplbAdaptor
 
 logger = logging.getLogger("vllm.eplb")
-
-CHECKED_VERSIONS = ("0.23.0.post1",)
-"""Releases of vllm-ascend whose sources were read and on which the tests ran."""
 
 RUNNER = "vllm_ascend.worker.model_runner_v1"
 DISPATCHER = "vllm_ascend.ops.fused_moe.token_dispatcher"

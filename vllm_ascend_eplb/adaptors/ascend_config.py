@@ -7,6 +7,8 @@ and leaves what vllm-ascend accepts; in the workers, ``settings_of`` reads them 
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +17,11 @@ from typing import Any
 from ..config import EplbConfig, EplbConfigError, refuse_options
 from ..expert_map import MAX_MAP_BYTES, ExpertMapError, read_expert_map
 from ..files import FileError, parse_json, read_bounded, show
+
+logger = logging.getLogger("vllm.eplb")
+
+CHECKED_VERSIONS = ("0.23.0.post1",)
+"""Releases of vllm-ascend whose sources were read and on which the tests ran."""
 
 SETTINGS = "vllm_ascend_eplb"
 """Key of additional_config under which our settings travel to the workers; vllm-ascend ignores it."""
@@ -55,6 +62,14 @@ def on_ascend() -> bool:
     return str(current_platform.device_type) == "npu"
 
 
+def installed_version() -> str:
+    """Of vllm-ascend; empty where it is not installed."""
+    try:
+        return importlib.metadata.version("vllm-ascend")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def settings_of(additional_config: object) -> EplbConfig:
     """Our settings, wherever they stand.
 
@@ -71,7 +86,8 @@ def settings_of(additional_config: object) -> EplbConfig:
 
 def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
     """The same configuration in the dialect that vllm-ascend accepts: its own keys in ``eplb_config``, all of ours
-    under :data:`SETTINGS`. Sets the environment variables that this needs; processes started later inherit them.
+    under :data:`SETTINGS`. Sets the environment variables that this needs; processes started later inherit them. On a
+    release that was not checked it is the configuration without ``eplb_config``, unless the settings say otherwise.
 
     Raises:
         EplbConfigError: a setting cannot work, or the environment contradicts it.
@@ -79,6 +95,15 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
     config = settings_of(additional_config)
     if not config.active or SETTINGS in additional_config:
         return additional_config
+    version = installed_version()
+    if version not in ("", *CHECKED_VERSIONS) and not config.allow_unchecked_vllm:
+        logger.warning(
+            "EPLB stays off: it was checked against vllm-ascend %s, and this is %s; to balance all the same, set "
+            '"allow_unchecked_vllm": true in eplb_config',
+            ", ".join(CHECKED_VERSIONS),
+            version,
+        )
+        return {key: value for key, value in additional_config.items() if key != "eplb_config"}
     if config.weighted_dispatch:
         raise EplbConfigError(
             "eplb_config.weighted_dispatch = true is not supported on Ascend in this version (allowed: false); "

@@ -101,6 +101,8 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     """
     import vllm
 
+    if ascend_config.on_ascend() and not ascend_config.settings_of(vllm_config.additional_config).active:
+        return  # a release that was not checked
     parallel = vllm_config.parallel_config
     num_redundant = config.check_serving(
         num_experts=vllm_config.model_config.get_num_experts(),

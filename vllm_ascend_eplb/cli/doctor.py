@@ -233,7 +233,8 @@ def _ascend(answer: dict[str, Any]) -> list[Finding]:
     if version in checked:
         findings.append(Finding("vllm-ascend", "ok", f"{version}, a version this package was checked against"))
     else:
-        findings.append(Finding("vllm-ascend", "note", f"{version}; checked against {', '.join(checked)}"))
+        stays_off = f"checked against {', '.join(checked)}: balancing stays off unless "
+        findings.append(Finding("vllm-ascend", "wrong", f'{version}; {stays_off}"allow_unchecked_vllm": true'))
     differences = answer["ascend_differences"]
     if differences:
         findings += [

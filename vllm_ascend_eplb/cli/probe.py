@@ -63,10 +63,11 @@ def ascend() -> dict[str, Any]:
     from vllm.plugins import load_general_plugins
 
     from ..adaptors import ascend as adaptor
+    from ..adaptors import ascend_config
 
     found: dict[str, Any] = {
         "ascend_version": metadata.version("vllm-ascend"),
-        "ascend_checked_versions": list(adaptor.CHECKED_VERSIONS),
+        "ascend_checked_versions": list(ascend_config.CHECKED_VERSIONS),
     }
     load_general_plugins()  # vllm-ascend's own, without which its runner cannot be imported
     try:
