@@ -24,6 +24,19 @@ class Probe:
         loader.commit = commit_maps_only
         return 1
 
+    def probe_replays(self) -> int:
+        """How often this rank has replayed a captured graph since this was first asked."""
+        graph: Any = torch.npu.NPUGraph  # type: ignore[attr-defined]
+        if not hasattr(graph, "replays"):
+            graph.replays, replay = 0, graph.replay
+
+            def counted(self: Any) -> None:
+                graph.replays += 1
+                replay(self)
+
+            graph.replay = counted
+        return int(graph.replays)
+
     def probe_experts(self) -> dict[str, list[str]]:
         """What the slots of this rank hold: for each expert ("layer expert") a digest of the tensors of each copy."""
         balancer: Any = self.model_runner.eplb_updator.balancer  # type: ignore[attr-defined]

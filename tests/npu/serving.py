@@ -16,6 +16,7 @@ import httpx
 
 from examples.demo.server import MAX_TOKENS_PER_REQUEST, MODEL, Server
 
+from ..processes import parent, title
 from . import npus
 
 STACK = npus.ROOT / "build" / "stack"
@@ -34,8 +35,20 @@ SETTINGS: dict[str, object] = {
     "target_par": 1.0,
     "min_gain": 0.0,
 }
+COMPILING = {
+    "TORCHDYNAMO_DISABLE": "0",
+    "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+    "VLLM_USE_AOT_COMPILE": "0",
+    "VLLM_DISABLE_COMPILE_CACHE": "1",
+}
+"""vllm-ascend captures graphs of compiled models only. The caches fail: torch 2.13 cannot keep its operators."""
+
 UPSTREAM = "vllm/v1/worker/gpu_model_runner.py:267 in __init__"
 """AsyncGPUModelRunnerOutput of vLLM 0.23.0: the copy of the sampled tokens."""
+
+
+def python_path() -> str:
+    return f"{npus.ROOT}:{STACK / 'site'}:{STANDINS}"
 
 
 def environment(report: Path, device: str = "A2", **settings: str) -> dict[str, str]:
@@ -48,7 +61,7 @@ def environment(report: Path, device: str = "A2", **settings: str) -> dict[str, 
     if npus.REAL:
         return npus.environment(**settings)
     values = npus.environment(
-        PYTHONPATH=f"{npus.ROOT}:{STACK / 'site'}:{STANDINS}",
+        PYTHONPATH=python_path(),
         EMULATED_NPU_RACE="report",
         EMULATED_NPU_COMM_ORDER="report",
         EMULATED_NPU_MEMORY_MB="2048",
@@ -115,6 +128,9 @@ class NpuServer(Server):
         folder: an empty folder for its log, statistics and reports.
         ranks: tensor-parallel and expert-parallel size.
         device, dtype, model: what is emulated, and what it serves.
+        graphs: batch sizes for which graphs are captured of the compiled model; without any it is eager.
+        graph_mode: what is captured, in vLLM's words.
+        probe: serves the methods of tests.npu.probe.Probe, for :meth:`call`.
         arguments: further arguments for ``vllm serve``.
         settings: environment variables.
     """
@@ -127,23 +143,33 @@ class NpuServer(Server):
         device: str = "A2",
         dtype: str = "float32",
         model: str = str(MODEL),
+        graphs: tuple[int, ...] = (),
+        graph_mode: str = "FULL_DECODE_ONLY",
+        probe: bool = False,
         arguments: tuple[str, ...] = (),
         **settings: str,
     ) -> None:
         super().__init__(ranks, {}, folder, 16)
         self.report = folder / "races.txt"
         port = self.url.rpartition(":")[2]
+        captured = {"cudagraph_mode": graph_mode, "cudagraph_capture_sizes": graphs}
         self.command = [
             *(sys.executable if npus.REAL else str(npus.PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", model),
-            *("--served-model-name", "tiny-moe", "--dtype", dtype, "--enforce-eager"),
+            *("--served-model-name", "tiny-moe", "--dtype", dtype),
+            *(("--compilation-config", json.dumps(captured)) if graphs else ("--enforce-eager",)),
             *("--host", "127.0.0.1", "--port", port, "--uvicorn-log-level", "warning"),
             *("--tensor-parallel-size", str(ranks), "--enable-expert-parallel"),
             *("--max-model-len", str(MAX_TOKENS_PER_REQUEST), "--max-num-seqs", "16"),
             "--no-enable-prefix-caching",
             *(() if npus.REAL else ("--num-gpu-blocks-override", "256")),
             *(() if eplb_config is None else ("--additional-config", json.dumps({"eplb_config": eplb_config}))),
+            *(("--worker-extension-cls", "tests.npu.probe.Probe") if probe else ()),
             *arguments,
         ]
+        if graphs:
+            settings |= COMPILING
+        if probe:
+            settings["VLLM_SERVER_DEV_MODE"] = "1"  # serves /collective_rpc
         own = {key: self._environment[key] for key in ("EPLB_STATS_FILE", "VLLM_RPC_BASE_PATH")}
         self._environment = environment(self.report, device, **own, **settings)
 
@@ -170,16 +196,11 @@ class NpuServer(Server):
 
     def planners(self) -> list[int]:
         """The planner is the spawned child of a worker."""
-        found = []
-        for process in self.processes():
-            try:
-                command = Path(f"/proc/{process}/cmdline").read_bytes()
-                parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
-                if b"spawn_main" in command and b"Worker" in Path(f"/proc/{parent}/cmdline").read_bytes():
-                    found.append(process)
-            except OSError:
-                continue  # it has just ended
-        return found
+        return [
+            process
+            for process in self.processes()
+            if "spawn_main" in title(process) and "Worker" in title(parent(process))
+        ]
 
     def races(self) -> list[str]:
         """What the race detector reported so far."""

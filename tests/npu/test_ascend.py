@@ -11,7 +11,7 @@ import pytest
 
 from . import npus
 from .programs import slow
-from .serving import MISSING, STACK, STANDINS
+from .serving import MISSING, python_path
 
 pytestmark = [
     pytest.mark.skipif(npus.REAL, reason="vllm-ascend's modules are unpacked for the emulated stack"),
@@ -30,7 +30,7 @@ def run(
         timeout=timeout,
         check=check,
         EMULATED_NPU_RACE="report",
-        PYTHONPATH=f"{npus.ROOT}:{STACK / 'site'}:{STANDINS}",
+        PYTHONPATH=python_path(),
         **settings,
     )
 
@@ -58,7 +58,9 @@ OURS: dict[str, list[Any]] = {
     "shortest intervals": [True, True, 2, 100, "", [1, 1]],
     "ranks in different stages": [True, True, 2, 150, "skew"],
     "a placement that stays": [True, False, 2, 30, "map"],
-    "W8A8 with scales": [True, True, 2, 100, "", [10, 3], True],
+    "W8A8 with scales": [True, True, 2, 100, "", [10, 3], "W8A8"],
+    "MXFP8 with exponents": [True, True, 2, 100, "", [10, 3], "MXFP8"],
+    "MXFP4 with exponents": [True, True, 2, 100, "", [10, 3], "MXFP4"],
 }
 STOCK: dict[str, list[Any]] = {
     "owned": [False, True, 0, 60, ""],
@@ -91,6 +93,12 @@ def test_moves_change_no_output(ours: dict[str, list[dict[str, Any]]], case: str
         assert result["phase"] != "OFF"
         if case == "slow planner":
             assert result["slowest"] < slow.SECONDS / 2  # no step waits for it
+
+
+def test_experts_whose_tensors_vllm_ascend_does_not_name_are_refused() -> None:
+    outcome = run("balance", 2, [True, True, 2, 10, "", [10, 3], "W4A8"], check=False)
+    assert outcome.results == [None, None]
+    assert "EPLB not support QuantType.W4A8 with fused MC2 False" in outcome.text()
 
 
 def test_on_four_ranks() -> None:

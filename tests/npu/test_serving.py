@@ -6,6 +6,8 @@ torch_npu on emulated CANN. Most of it on one server, in the order of this file.
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -29,12 +31,7 @@ PLATFORM = "ascend_eplb,eplb,ascend_kv_connector,ascend_model,ascend_model_loade
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
-    server = NpuServer(
-        SETTINGS,
-        tmp_path_factory.mktemp("server"),
-        arguments=("--worker-extension-cls", "tests.npu.probe.Probe"),
-        VLLM_SERVER_DEV_MODE="1",  # serves /collective_rpc, for the negative control
-    ).started()
+    server = NpuServer(SETTINGS, tmp_path_factory.mktemp("server"), probe=True).started()
     yield server
     server.stop()
 
@@ -148,6 +145,47 @@ def test_on_a3_ranks_route_their_own_tokens(
         serve_until(server, batches, want, 4)
         assert server.stats().cycles_failed == 0
         assert not server.unexpected_races()[:3]
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    "graph_mode", ["FULL_DECODE_ONLY", pytest.param("PIECEWISE", marks=pytest.mark.soak)], ids=str.lower
+)
+def test_captured_graphs_replay_with_the_experts_that_moved(
+    tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]], graph_mode: str
+) -> None:
+    """ACL graphs of a compiled model: what decoding replays was captured before the first expert moved."""
+    server = NpuServer(SETTINGS, tmp_path, graphs=(1, 2, 4), graph_mode=graph_mode, probe=True).started()
+    try:
+        assert set(server.call("probe_replays")) == {"0"}
+        answers = serve_until(server, batches, want, 4)
+        steps = (TOKENS - 1) * len(answers) // len(batches[0])  # of decoding, if all requests of a batch share them
+        assert min(map(int, server.call("probe_replays"))) > steps / 2
+        assert server.stats().cycles_failed == 0
+        assert not server.unexpected_races()[:3]
+        freeze_weights_until_noticed(server, batches, want)
+    finally:
+        server.stop()
+
+
+def test_a_release_that_was_not_checked_is_served_without_balancing(
+    tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]]
+) -> None:
+    """Only its number differs."""
+    (known,) = serving.STACK.glob("site/vllm_ascend-*.dist-info")
+    unknown = tmp_path / "site" / "vllm_ascend-0.99.0.dist-info"
+    shutil.copytree(known, unknown)
+    metadata = (unknown / "METADATA").read_text()
+    (unknown / "METADATA").write_text(re.sub("(?m)^Version: .*", "Version: 0.99.0", metadata))
+    (tmp_path / "server").mkdir()
+    path = f"{unknown.parent}:{serving.python_path()}"
+    server = NpuServer(SETTINGS, tmp_path / "server", PYTHONPATH=path).started()
+    try:
+        assert server.complete(batches[0], TOKENS) == want[0]
+        assert "EPLB stays off: it was checked against vllm-ascend 0.23.0.post1, and this is 0.99.0" in server.log
+        assert "EPLB is on" not in server.log
+        assert server.planners() == []
     finally:
         server.stop()
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The unmodified vllm-ascend serves a model whose experts are quantised (W8A8, ModelSlim's form) with our balancer: the
-real torch_npu on emulated CANN. In the order of this file.
+real torch_npu on emulated CANN. One server for each generation of NPUs, in the order of this file.
 
 vllm-ascend refuses float32 with quantised weights, and float16 rounds otherwise than the float32 of the reference (and
 otherwise for each placement, as ranks add in another order), so tokens are compared by share; what is in the slots is
@@ -36,7 +36,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]]
     return model, [flat[i : i + len(batches[0])] for i in range(0, len(flat), len(batches[0]))]
 
 
-@pytest.fixture(scope="module", params=["A2"])
+@pytest.fixture(scope="module", params=["A2", "A3"])
 def server(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -48,8 +48,7 @@ def server(
         device=request.param,
         dtype="float16",
         model=str(quantised[0]),
-        arguments=("--worker-extension-cls", "tests.npu.probe.Probe"),
-        VLLM_SERVER_DEV_MODE="1",
+        probe=True,
     ).started()
     yield server
     server.stop()

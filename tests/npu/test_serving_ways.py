@@ -22,6 +22,7 @@ DATA_PARALLEL = ("--data-parallel-size", "2")
 WAYS: dict[str, dict[str, Any]] = {
     "TP4": {"eplb_config": {**SETTINGS, "num_redundant_experts": 4}, "ranks": 4},
     "DP2": {"eplb_config": SETTINGS, "ranks": 1, "arguments": DATA_PARALLEL},
+    "DP2 on A3": {"eplb_config": SETTINGS, "ranks": 1, "arguments": DATA_PARALLEL, "device": "A3"},
 }
 
 
@@ -32,9 +33,7 @@ def way(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def server(way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
-    arguments = (*WAYS[way].get("arguments", ()), "--worker-extension-cls", "tests.npu.probe.Probe")
-    settings = {**WAYS[way], "arguments": arguments, "VLLM_SERVER_DEV_MODE": "1"}
-    server = NpuServer(folder=tmp_path_factory.mktemp("server"), **settings).started()
+    server = NpuServer(folder=tmp_path_factory.mktemp("server"), probe=True, **WAYS[way]).started()
     yield server
     server.stop()
 

@@ -80,7 +80,7 @@ def _runner_module(ours: bool) -> ModuleType:
 class Layer:
     """What AscendFusedMoE is to its EPLB: maps, weights by name, received tokens."""
 
-    def __init__(self, number: int, config: Any, owned: bool, quantised: bool) -> None:
+    def __init__(self, number: int, config: Any, owned: bool, quantised: str) -> None:
         from vllm_ascend.eplb.core.eplb_utils import init_eplb_config
         from vllm_ascend.quantization.quant_type import QuantType
 
@@ -90,28 +90,38 @@ class Layer:
             config, number, moe, tp_size=None if owned else SIZE
         )
         self.local_num_experts, self.ep_rank = (EXPERTS + redundant) // SIZE, RANK
-        self.quant_type = QuantType.W8A8 if quantised else QuantType.NONE
+        self.quant_type = QuantType[quantised or "NONE"]
         self.moe_load = torch.zeros(self.local_num_experts, dtype=torch.int64, device="npu")
         held = [int(torch.nonzero(self.expert_map == slot)[0]) for slot in range(self.local_num_experts)]
-        if quantised:  # a tensor for each expert, and one for its scales
-            self.w13_weight_list = [expert_weights(number, e)[0].to(torch.int8).npu() for e in held]
-            self.w2_weight_list = [expert_weights(number, e)[1].to(torch.int8).npu() for e in held]
-            self.w13_weight_scale_fp32_list = [torch.full((2 * INNER,), scale_of(e), device="npu") for e in held]
-            self.w2_weight_scale_list = [torch.full((HIDDEN,), 1.0 / 8 + e, device="npu") for e in held]
+        w13, w2 = zip(*(expert_weights(number, e) for e in held), strict=True)
+        first, second = zip(*(scales(e, quantised) for e in held), strict=True)
+        if quantised == "W8A8":  # a tensor for each expert, and one for its scales
+            self.w13_weight_list = [weight.to(torch.int8).npu() for weight in w13]
+            self.w2_weight_list = [weight.to(torch.int8).npu() for weight in w2]
+            self.w13_weight_scale_fp32_list = [torch.full((2 * INNER,), scale, device="npu") for scale in first]
+            self.w2_weight_scale_list = [torch.full((HIDDEN,), scale, device="npu") for scale in second]
+        elif quantised:  # one tensor for all experts, and one for their scales, which are exponents
+            self.w13_weight = mx_codes(torch.stack(w13), quantised).npu()
+            self.w2_weight = mx_codes(torch.stack(w2), quantised).npu()
+            self.w13_weight_scale = mx_exponents(first, 2 * INNER).npu()
+            self.w2_weight_scale = mx_exponents(second, HIDDEN).npu()
         else:
-            self.w13_weight = torch.stack([expert_weights(number, e)[0] for e in held]).npu()
-            self.w2_weight = torch.stack([expert_weights(number, e)[1] for e in held]).npu()
+            self.w13_weight = torch.stack(w13).npu()
+            self.w2_weight = torch.stack(w2).npu()
 
     def weight_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What ``forward`` needs of both weights: [slots, HIDDEN] each."""
+        if self.quantised == "W8A8":
+            w13 = zip(self.w13_weight_list, self.w13_weight_scale_fp32_list, strict=True)
+            w2 = zip(self.w2_weight_list, self.w2_weight_scale_list, strict=True)
+            return (
+                torch.stack([(weight.float() * scale.unsqueeze(1)).sum(0) for weight, scale in w13]),
+                torch.stack([weight.float().sum(1) * scale for weight, scale in w2]),
+            )
         if not self.quantised:
             return self.w13_weight.sum(1), self.w2_weight.sum(2)
-        w13 = zip(self.w13_weight_list, self.w13_weight_scale_fp32_list, strict=True)
-        w2 = zip(self.w2_weight_list, self.w2_weight_scale_list, strict=True)
-        return (
-            torch.stack([(weight.float() * scale.unsqueeze(1)).sum(0) for weight, scale in w13]),
-            torch.stack([weight.float().sum(1) * scale for weight, scale in w2]),
-        )
+        w13 = mx_values(self.w13_weight, self.w13_weight_scale, self.quantised)
+        return w13.sum(1), mx_values(self.w2_weight, self.w2_weight_scale, self.quantised).sum(2)
 
     def get_log2phy_map(self) -> Any:
         return self.log2phy
@@ -146,17 +156,52 @@ def expert_weights(layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]
     return w13, torch.randint(-3, 4, (HIDDEN, INNER), generator=generator).float()
 
 
-def scale_of(expert: int) -> float:
-    """The scale of an expert's first weight; that of the second is expert + 1/8. All sums stay exact."""
-    return 2.0 ** (expert % 3)
+def scales(expert: int, quantised: str) -> tuple[float, float]:
+    """Of an expert's two weights. All sums stay exact."""
+    if not quantised:
+        return 1.0, 1.0
+    return 2.0 ** (expert % 3), 1.0 / 8 + expert if quantised == "W8A8" else 2.0 ** -(expert % 4)
 
 
-def reference(layer: int, x: torch.Tensor, ids: torch.Tensor, quantised: bool) -> torch.Tensor:
+def mx_table(quantised: str) -> torch.Tensor:
+    """float32 [256, values per byte], what the bytes of OCP's microscaling formats stand for; in E2M1 the low half
+    comes first."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    if quantised == "MXFP8":
+        return codes.view(torch.float8_e4m3fn).float().unsqueeze(1)
+    e2m1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    e2m1 = torch.cat([e2m1, -e2m1])
+    return torch.stack([e2m1[codes.long() % 16], e2m1[codes.long() // 16]], 1)
+
+
+def mx_codes(weights: torch.Tensor, quantised: str) -> torch.Tensor:
+    """The weights [..., n] as bytes: uint8 [..., n / 2] for E2M1, float8 [..., n] for E4M3."""
+    if quantised == "MXFP8":
+        return weights.to(torch.float8_e4m3fn)
+    table = mx_table(quantised)[:16, 0]
+    halves = (weights.unsqueeze(-1) == table).to(torch.uint8).argmax(-1).to(torch.uint8)
+    return halves[..., 0::2] | halves[..., 1::2] << 4
+
+
+def mx_exponents(scales: tuple[float, ...], rows: int) -> torch.Tensor:
+    """uint8 [experts, rows, 1], E8M0: one block to a row."""
+    exponents = torch.log2(torch.tensor(scales)).round() + 127
+    return exponents.to(torch.uint8).view(-1, 1, 1).repeat(1, rows, 1)
+
+
+def mx_values(codes: torch.Tensor, exponents: torch.Tensor, quantised: str) -> torch.Tensor:
+    """The weights that ``mx_codes`` and ``mx_exponents`` made of, scaled."""
+    values = mx_table(quantised).npu()[codes.view(torch.uint8).long()].flatten(-2)
+    powers = torch.pow(2.0, torch.arange(-127.0, 129.0)).npu()
+    return values * powers[exponents.long()]
+
+
+def reference(layer: int, x: torch.Tensor, ids: torch.Tensor, quantised: str) -> torch.Tensor:
     factors = []
     for expert in range(EXPERTS):
         w13, w2 = (weight.double() for weight in expert_weights(layer, expert))
-        scale = scale_of(expert) * (1.0 / 8 + expert) if quantised else 1.0
-        factors.append(w13.sum(0) * w2.sum(1) * scale)
+        first, second = scales(expert, quantised)
+        factors.append(w13.sum(0) * w2.sum(1) * first * second)
     return (x.double().unsqueeze(1) * torch.stack(factors)[ids]).sum(1).float()
 
 
@@ -198,7 +243,7 @@ def balance(
     steps: int,
     fault: str,
     intervals: tuple[int, int] = (10, 3),
-    quantised: bool = False,
+    quantised: str = "",
 ) -> dict[str, Any]:
     """The runner's calls over ``steps`` forwards of skewed load.
 
@@ -209,7 +254,7 @@ def balance(
             same step for different stages, and one stage is counted. "map": weights are loaded by a map and stay.
             Or nothing.
         intervals: expert_heat_collection_interval and algorithm_execution_interval.
-        quantised: weights are W8A8's, int8 with scales, in lists of tensors.
+        quantised: weights are W8A8's (int8 with scales, in lists of tensors), MXFP4's or MXFP8's (all experts' in one).
 
     A step that takes FROZEN_SECONDS ends the process; the answer is then {"frozen": the step}.
     """

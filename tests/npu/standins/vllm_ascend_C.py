@@ -35,6 +35,13 @@ def _add_rms_norm_bias(x1, x2, gamma, beta, epsilon):
     return (y if beta is None else y + beta), deviation, x
 
 
+def _add_rms_norm_bias_shapes(x1, x2, gamma, beta, epsilon):
+    return torch.empty_like(x1), x1.new_empty((*x1.shape[:-1], 1), dtype=torch.float32), torch.empty_like(x1)
+
+
+_library.impl("npu_add_rms_norm_bias", _add_rms_norm_bias_shapes, "Meta")  # compiled models call it
+
+
 @_operator(
     "npu_moe_init_routing_custom(Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, "
     "int active_num=-1, int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, int expert_tokens_num_type=0, "
