@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import inspect
 import logging
 import re
@@ -51,7 +50,7 @@ from ..post_import import after_import
 from ..topology import Topology, host_identity
 from ..transfer import exchange_bytes
 from ..updator import EplbUpdator, Stage, require_equal_start, start_balancer
-from .ascend_config import CHECKED_VERSIONS, settings_of, switch_on
+from .ascend_config import CHECKED_VERSIONS, installed_version, settings_of, switch_on
 from .base import EplbAdaptor
 
 logger = logging.getLogger("vllm.eplb")
@@ -148,7 +147,7 @@ def take_over(runner: ModuleType) -> None:
     are left alone, with a warning that says why."""
     if getattr(runner, "_eplb", False):
         return
-    version = importlib.metadata.version("vllm-ascend")
+    version = installed_version()
     found = differences(runner)
     if found:
         logger.warning(

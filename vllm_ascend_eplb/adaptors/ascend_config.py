@@ -62,6 +62,17 @@ def on_ascend() -> bool:
     return str(current_platform.device_type) == "npu"
 
 
+def warn_of_unchecked(what: str, checked: tuple[str, ...], version: str) -> None:
+    """Says that balancing stays off with this version of vLLM or vllm-ascend, and how to have it all the same."""
+    logger.warning(
+        "EPLB stays off: it was checked against %s %s, and this is %s; to balance all the same, set "
+        '"allow_unchecked_vllm": true in eplb_config',
+        what,
+        ", ".join(checked),
+        version,
+    )
+
+
 def installed_version() -> str:
     """Of vllm-ascend; empty where it is not installed."""
     try:
@@ -97,12 +108,7 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
         return additional_config
     version = installed_version()
     if version not in ("", *CHECKED_VERSIONS) and not config.allow_unchecked_vllm:
-        logger.warning(
-            "EPLB stays off: it was checked against vllm-ascend %s, and this is %s; to balance all the same, set "
-            '"allow_unchecked_vllm": true in eplb_config',
-            ", ".join(CHECKED_VERSIONS),
-            version,
-        )
+        warn_of_unchecked("vllm-ascend", CHECKED_VERSIONS, version)
         return {key: value for key, value in additional_config.items() if key != "eplb_config"}
     if config.weighted_dispatch:
         raise EplbConfigError(

@@ -116,12 +116,7 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
         return
     _refuse_what_is_not_supported(vllm_config, config)
     if not is_checked(vllm.__version__) and not config.allow_unchecked_vllm:
-        logger.warning(
-            "EPLB stays off: it was checked against vLLM %s, and this is %s; to balance all the same, set "
-            '"allow_unchecked_vllm": true in eplb_config',
-            ", ".join(CHECKED_VERSIONS),
-            vllm.__version__,
-        )
+        ascend_config.warn_of_unchecked("vLLM", CHECKED_VERSIONS, vllm.__version__)
         return
     # The models build redundant slots and routers with a placement only where vLLM's own switch is on. Its validation
     # has run by now, so on a CPU, where it would refuse, the switch can be set all the same.

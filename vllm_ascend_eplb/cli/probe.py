@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from importlib import metadata
 from typing import Any
 
 MARK = "vllm-ascend-eplb probe: "
@@ -66,7 +65,7 @@ def ascend() -> dict[str, Any]:
     from ..adaptors import ascend_config
 
     found: dict[str, Any] = {
-        "ascend_version": metadata.version("vllm-ascend"),
+        "ascend_version": ascend_config.installed_version(),
         "ascend_checked_versions": list(ascend_config.CHECKED_VERSIONS),
     }
     load_general_plugins()  # vllm-ascend's own, without which its runner cannot be imported
