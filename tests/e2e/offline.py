@@ -5,9 +5,9 @@ The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config 
 (more of the engine's), ``max_tokens``, ``prompts`` (a list of batches), ``cycles`` (the prompts are repeated until so
 many cycles are done), ``parts`` (which data-parallel part gets them, turn by turn), ``pattern`` (a regular expression
 that the answers to the first batch must match in the end), ``reload`` (in the end weights are loaded anew), ``routing``
-(in the end layers are asked for what is refused) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is
-corrupted after all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how many
-tokens went through the model if none came from a cache.
+(in the end layers are asked for what is refused), ``drafter`` (it is watched, and it is what gets corrupted) and
+``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after all that, for one more turn). The result
+holds the token ids of every prompt, turn by turn, and how many tokens went through the model if none came from a cache.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ def main(job_path: str, result_path: str) -> None:
         engine.rpc(probes.install)
     if job.get("reload"):
         engine.rpc(probes.remember_weights)
+    if job.get("drafter"):
+        engine.rpc(probes.watch_drafter)
     tokens, computed, cached = [], 0, 0
     parts = job.get("parts", [None])
 
@@ -140,10 +142,14 @@ def main(job_path: str, result_path: str) -> None:
         result["routing"] = engine.rpc(probes.routing_that_is_refused)
     if job["eplb"] is not None:
         result["ranks"] = engine.rpc(probes.report)
+    if job.get("drafter"):
+        result["drafters"] = engine.rpc(probes.report_of_drafter)
     if job.get("corrupt"):
-        engine.rpc(probes.switch_maps_without_weights)
+        engine.rpc(probes.switch_maps_without_weights, bool(job.get("drafter")))
         result["corrupt_tokens"] = token_ids(ask())
         result["corrupt_views"] = engine.rpc(probes.views_agree)
+        if job.get("drafter"):
+            result["corrupt_guesses"] = engine.rpc(probes.report_of_drafter)[0]["guesses"]
     engine.close()
     Path(result_path).write_text(json.dumps(result))
 

@@ -157,9 +157,72 @@ def _has_router(module: Any, kind: type) -> bool:
     return isinstance(getattr(module, "router", None), kind)
 
 
-def switch_maps_without_weights(worker: Any) -> None:
+def watch_drafter(worker: Any) -> None:
+    """Keeps what a drafter guesses, and what its routers choose for tokens that are no padding, per window."""
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    drafter, state = worker.model_runner.drafter, _state(worker)
+    worker.eplb_guesses, worker.eplb_windows, worker.eplb_loads = [], [], []
+    propose = drafter.propose
+
+    def watched_propose(*args: Any, **kwargs: Any) -> Any:
+        guesses = propose(*args, **kwargs)
+        worker.eplb_guesses.append(guesses.tolist())
+        return guesses
+
+    drafter.propose = watched_propose
+    if state is None:
+        return
+    updator, tokens = state.drafter.updator, [0]
+    counts = np.zeros((updator.placement.num_layers, updator.placement.num_experts), dtype=np.int64)
+    prepare, snapshot = state.prepare_forward, updator._recorder.snapshot
+
+    def watched_prepare(model_config: Any, num_unpadded_tokens: int, *args: Any, **kwargs: Any) -> None:
+        prepare(model_config, num_unpadded_tokens, *args, **kwargs)
+        if model_config is drafter.draft_model_config:
+            tokens[0] = num_unpadded_tokens
+
+    def watched_snapshot(placement: Any) -> None:
+        worker.eplb_windows.append(counts.tolist())
+        counts[:] = 0
+        snapshot(placement)
+
+    def captured(layer: int, ids: torch.Tensor) -> None:
+        np.add.at(counts[layer], ids[: tokens[0]].reshape(-1).long().numpy(), 1)
+
+    routers = [module.router for module in drafter.model.modules() if _has_router(module, BaseRouter)]
+    for layer, router in enumerate({id(router): router for router in routers}.values()):
+        router.set_capture_fn(lambda ids, layer=layer: captured(layer, ids))
+    state.prepare_forward, updator._recorder.snapshot = watched_prepare, watched_snapshot
+    if updator._planner is not None:
+        submit = updator._planner.submit
+
+        def watched_submit(request: Any) -> None:
+            worker.eplb_loads.append(request.load.sum(axis=0).tolist())
+            submit(request)
+
+        updator._planner.submit = watched_submit
+
+
+def report_of_drafter(worker: Any) -> dict[str, Any]:
+    """What was watched since the last report, and what the drafter's balancer knows."""
+    result = {"guesses": worker.eplb_guesses, "windows": worker.eplb_windows, "loads": worker.eplb_loads}
+    worker.eplb_guesses = []
+    state = _state(worker)
+    if state is not None:
+        updator = state.drafter.updator
+        result |= {
+            "part": updator._adaptor.part,
+            "digest": updator.placement.digest,
+            "step": updator.state.step,
+            "stats": updator.stats.stats().to_json(),
+        }
+    return result
+
+
+def switch_maps_without_weights(worker: Any, of_drafter: bool = False) -> None:
     """The negative control: the routing of a placement whose weights were never moved."""
-    updator = _state(worker).updator
+    updator = _state(worker).drafter.updator if of_drafter else _state(worker).updator
     start = updator.placement
     turned = type(start)(np.roll(start.physical_to_logical, 1, axis=1), start.num_experts, start.num_ranks)
     updator._adaptor.prepare_maps(turned, list(range(start.num_layers)))
@@ -276,11 +339,13 @@ def views_agree(worker: Any) -> bool:
     """Whether the maps that vLLM's state API shows are those that vLLM itself makes of the placement shown."""
     from vllm.distributed.eplb.eplb_state import compute_logical_maps
 
-    (its,) = _state(worker).model_states.values()
-    inverse, count = compute_logical_maps(its.physical_to_logical_map, its.model.num_logical_experts)
-    width = inverse.shape[-1]
-    return bool(
-        torch.equal(count, its.logical_replica_count)
-        and torch.equal(inverse, its.logical_to_physical_map[..., :width])
-        and (its.logical_to_physical_map[..., width:] == -1).all()
-    )
+    def agree(its: Any) -> bool:
+        inverse, count = compute_logical_maps(its.physical_to_logical_map, its.model.num_logical_experts)
+        width = inverse.shape[-1]
+        return bool(
+            torch.equal(count, its.logical_replica_count)
+            and torch.equal(inverse, its.logical_to_physical_map[..., :width])
+            and (its.logical_to_physical_map[..., width:] == -1).all()
+        )
+
+    return all(agree(its) for its in _state(worker).model_states.values())

@@ -14,7 +14,11 @@ import pytest
 from vllm_ascend_eplb.expert_map import write_expert_map
 from vllm_ascend_eplb.placement import Placement
 
+from .mtp_model import CONFIG
 from .offline import MODEL, environment
+
+DRAFTED = {"model": "FILES/mtp", "speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+"""A model whose checkpoint holds a drafter (multi-token prediction), which has experts, too."""
 
 CASES = {
     "unknown key": ({"dynamic_eplb": True, "num_redundnt_experts": 2}, {}, "num_redundnt_experts"),
@@ -98,10 +102,15 @@ CASES = {
         {"speculative_config": {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}},
         "--speculative-config with a drafter that has experts, of method draft_model is not supported",
     ),
-    "drafter in the checkpoint": (
+    "drafter and several engines": (
         {"dynamic_eplb": True},
-        {"model": "FILES/mtp", "speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
-        "--speculative-config with a drafter that has experts, of method mtp is not supported",
+        {**DRAFTED, "data_parallel_size": 2},
+        "a drafter that has experts, and several engines or pipeline stages, 2 is not supported",
+    ),
+    "drafter and a map": (
+        {"dynamic_eplb": True, "expert_map_record_path": "FILES/new.json"},
+        DRAFTED,
+        "an expert_map_path or expert_map_record_path, and a drafter that has experts, True is not supported",
     ),
     "Ray": (
         {"dynamic_eplb": True},
@@ -129,21 +138,6 @@ CASES = {
         "inductor_compile_config.max_autotune True is not supported",
     ),
 }
-
-WITH_DRAFTER = {
-    "architectures": ["Glm4MoeForCausalLM"],
-    "model_type": "glm4_moe",
-    "vocab_size": 4096,
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
-    "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 1,
-}
-"""A model whose checkpoint holds a drafter (multi-token prediction), which has experts, too."""
 
 CODE = """
 import json, sys
@@ -191,7 +185,7 @@ def answers(tmp_path_factory):
     files = tmp_path_factory.mktemp("files")
     ours = json.loads((MODEL / "config.json").read_text())
     dense = {key: value for key, value in ours.items() if "expert" not in key and "moe" not in key}
-    configs = {"dense": {**dense, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "mtp": WITH_DRAFTER}
+    configs = {"dense": {**dense, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "mtp": CONFIG}
     for folder, config in configs.items():
         (files / folder).mkdir()
         (files / folder / "config.json").write_text(json.dumps(config))
@@ -209,6 +203,7 @@ def answers(tmp_path_factory):
     asked["slices"] = ({"dynamic_eplb": True}, {"data_parallel_size": 2})
     guesses = {"method": "ngram", "num_speculative_tokens": 2}
     asked["guesses"] = ({"dynamic_eplb": True}, {"speculative_config": guesses})
+    asked["drafter"] = ({"dynamic_eplb": True}, DRAFTED)
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(MODEL)],
         input=json.dumps(asked).replace("FILES/", f"{files}/"),
@@ -251,7 +246,7 @@ def test_redundant_experts_come_from_the_map(answers):
     assert answers["map"]["redundant"] == 2
 
 
-@pytest.mark.parametrize("name", ["stages", "slices", "guesses"])
+@pytest.mark.parametrize("name", ["stages", "slices", "guesses", "drafter"])
 def test_what_is_supported_beside_it_is_let_through(answers, name):
     assert answers[name].get("enable_eplb") is True, answers[name]
 

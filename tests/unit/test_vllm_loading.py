@@ -167,7 +167,7 @@ def shown(model, placement):
 base_loader.initialize_model = build
 interfaces.get_mixture_of_experts_model = lambda model: model
 placement = random_placement(3)
-with vllm_loading.loading_by(lambda layers, experts: placement):
+with vllm_loading.loading_by(lambda layers, experts, config: placement):
     model = base_loader.initialize_model()
 checkpoint(model)
 first = shown(model, placement)

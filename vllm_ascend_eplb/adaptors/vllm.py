@@ -32,7 +32,7 @@ from ..transfer import exchange_bytes
 from ..updator import EplbUpdator, Stage, require_equal_start, start_balancer
 from . import vllm_cpu
 from .base import EplbAdaptor
-from .vllm_config import pipeline_parts
+from .vllm_config import DRAFTER, pipeline_parts
 from .vllm_loading import loading_anew, placement_loaded
 from .vllm_seams import missing_seams
 
@@ -71,18 +71,28 @@ def take_over() -> None:
         vllm_cpu.let_configurations_be_copied(parallel)
 
 
-def start_placement(vllm_config: Any, num_layers: int, num_experts: int) -> Placement | None:
-    """The placement that a worker's model is to be loaded by; None for vLLM's own.
+def start_placement(vllm_config: Any, num_layers: int, num_experts: int, model_config: Any) -> Placement | None:
+    """The placement that a worker's model is to be loaded by; None for vLLM's own. For a drafter it is vLLM's own, too,
+    but said: vLLM loads one slot for each expert of a drafter (GLM's, in 0.32) and leaves those of copies empty.
 
     Raises:
         EplbConfigError: the map file, which the front end has checked, is another here.
     """
     from vllm.distributed.parallel_state import get_ep_group
 
-    config = EplbConfig.from_additional_config(vllm_config.additional_config)
-    return config.read_start_placement(
-        num_layers=num_layers, num_experts=num_experts, num_ranks=get_ep_group().world_size
-    )
+    config, num_ranks = EplbConfig.from_additional_config(vllm_config.additional_config), get_ep_group().world_size
+    if is_drafter(vllm_config, model_config):
+        redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
+        return Placement.initial(num_layers, num_experts, num_ranks, redundant)
+    return config.read_start_placement(num_layers=num_layers, num_experts=num_experts, num_ranks=num_ranks)
+
+
+def is_drafter(vllm_config: Any, model_config: Any) -> bool:
+    """Whether this is the configuration of the drafter, not of the model. A drafter without weights has the model's."""
+    speculative = vllm_config.speculative_config
+    if speculative is None or model_config is vllm_config.model_config:
+        return False
+    return model_config is speculative.draft_model_config
 
 
 def ensure_state(runner: Any, vllm_config: Any) -> None:
@@ -103,7 +113,22 @@ def ensure_state(runner: Any, vllm_config: Any) -> None:
     with set_current_vllm_config(vllm_config):
         state = VllmEplbState(vllm_config.parallel_config, runner.device)
         state.add_model(model, runner.model_config)
+        _add_drafter(runner, vllm_config, state)
     runner.eplb_state, runner._moe_model = state, model
+
+
+def _add_drafter(runner: Any, vllm_config: Any, state: VllmEplbState) -> None:
+    """Balances a drafter that has experts of its own, too, as vLLM's runner for GPUs does."""
+    from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
+
+    drafter = getattr(runner, "drafter", None)
+    if drafter is None or not hasattr(drafter, "model"):
+        return
+    model = get_mixture_of_experts_model(drafter.model)
+    if model is not None:
+        config = vllm_config.speculative_config.draft_model_config
+        state.add_model(model, config, f"{config.model} (draft)")
+        drafter.set_eplb_state(state)
 
 
 def require_known_slice(runner: Any) -> None:
@@ -247,7 +272,9 @@ class VllmAdaptor(EplbAdaptor):
         slice: the part of a batch that this rank routes.
     """
 
-    def __init__(self, model: Any, name: str, device: torch.device, config: EplbConfig) -> None:
+    def __init__(
+        self, model: Any, name: str, device: torch.device, config: EplbConfig, *, is_drafter: bool = False
+    ) -> None:
         from vllm.distributed.parallel_state import (
             get_dp_group,
             get_ep_group,
@@ -260,7 +287,8 @@ class VllmAdaptor(EplbAdaptor):
         group = get_eplb_group()
         self.name = name
         stages = pipeline_parts(get_pp_group().world_size)
-        self.part = stages[get_pp_group().rank_in_group] if stages else ""
+        self.part = stages[get_pp_group().rank_in_group] if stages else DRAFTER if is_drafter else ""
+        self.channel = int(is_drafter)  # they share the process groups
         self.rank = get_ep_group().rank_in_group
         self.device = device
         self.control_group = group.cpu_group
@@ -328,6 +356,21 @@ class VllmAdaptor(EplbAdaptor):
         self._maps.forget_prepared()
 
 
+@dataclass(frozen=True)
+class _Drafter:
+    """A second model that runs in the same forwards.
+
+    Attributes:
+        model_config: by which its forwards are told from the model's.
+        num_unpadded_tokens: int32 [], tokens of its coming forward that are no padding.
+        updator: its balancer; None where its placement stays as it is.
+    """
+
+    model_config: Any
+    num_unpadded_tokens: torch.Tensor
+    updator: EplbUpdator | None
+
+
 def require_loaded_copies(differing: int, load_format: str) -> None:
     """vLLM leaves slots of redundant experts without weights where a checkpoint has all experts of a layer in one
     tensor; tokens that are sent there would be answered wrongly.
@@ -377,12 +420,16 @@ def _is_sequence_parallel(model: Any) -> bool:
 class VllmEplbState(EplbState):
     """What a vLLM runner takes for its ``EplbState``: maps and views as there, and the balancer that changes them.
 
+    A drafter with experts is a second model: with maps, counters and a balancer of its own, which steps with the
+    model's, since both run in the same forward of the engine.
+
     Attributes:
-        should_record_tensor: bool [1], read by every router.
+        should_record_tensor: bool [1], read by every router of the model.
         num_unpadded_tokens: int32, the tokens that are no padding, of those that this rank routes; one per
             micro-batch.
         slice: the part of each batch that this rank routes.
-        updator: the balancer; None before a model was added, and where its placement stays as it is.
+        updator: the model's balancer; None before a model was added, and where its placement stays as it is.
+        drafter: the drafter's; None where there is none with experts.
     """
 
     is_async = False
@@ -392,6 +439,7 @@ class VllmEplbState(EplbState):
         self.should_record_tensor: torch.Tensor | None = None
         self.num_unpadded_tokens = [torch.zeros((), dtype=torch.int32, device=device)]
         self.updator: EplbUpdator | None = None
+        self.drafter: _Drafter | None = None
         self.slice = Slice()
         self._model: Any = None
         self._adaptor: VllmAdaptor | None = None
@@ -404,36 +452,43 @@ class VllmEplbState(EplbState):
 
         Raises:
             StartError: the ranks were started differently; names rank and field.
-            EpConfigurationError: a second model has another number of experts than the first.
-            SeamError: a second model (a drafter with experts) came, or redundant slots were left without weights.
+            EpConfigurationError: a drafter has another number of experts than the model.
+            SeamError: there is such a model already, or redundant slots were left without weights.
         """
         from vllm.config import get_current_vllm_config
         from vllm.distributed.eplb.eplb_state import EplbLayerState
 
         self.validate_ep_configuration(model)
-        if self._adaptor is not None:
-            raise SeamError(
-                f"{model_name or model_config.model} is a second model with experts (a drafter); balancing two models "
-                "is not supported in this version: leave eplb_config or the drafter out"
-            )
         vllm_config = get_current_vllm_config()
+        name, drafts = model_name or model_config.model, is_drafter(vllm_config, model_config)
+        if (self.drafter if drafts else self._adaptor) is not None:
+            raise SeamError(
+                f"{name} is a second model with experts of its kind; balancing it is not supported in this version: "
+                "leave eplb_config or that model out"
+            )
         config = EplbConfig.from_additional_config(vllm_config.additional_config)
-        adaptor = VllmAdaptor(model, model_name or model_config.model, self.device, config)
-        self._model, self._adaptor = model, adaptor
-        self.should_record_tensor = adaptor.recorder.recording
-        self.slice = adaptor.slice
+        adaptor = VllmAdaptor(model, name, self.device, config, is_drafter=drafts)
+        tokens = self.num_unpadded_tokens
+        if drafts:
+            tokens = [torch.zeros((), dtype=torch.int32, device=self.device)]
         for layer in model.moe_layers:
             layer_state = getattr(layer, "eplb_state", None)
             if isinstance(layer_state, EplbLayerState):
-                layer_state.should_record_tensor = self.should_record_tensor
-                layer_state.num_unpadded_tokens_tensors = self.num_unpadded_tokens
+                layer_state.should_record_tensor = adaptor.recorder.recording
+                layer_state.num_unpadded_tokens_tensors = tokens
+        updator = None
         if config.dynamic:
-            self.updator = start_balancer(adaptor, config)
-            require_loaded_copies(self.updator.differing, str(vllm_config.load_config.load_format))
+            updator = start_balancer(adaptor, config)
+            require_loaded_copies(updator.differing, str(vllm_config.load_config.load_format))
             self.guard(model)
         else:
             require_equal_start(adaptor, config)
-        updator = self.updator
+        if drafts:
+            self.drafter = _Drafter(model_config, tokens[0], updator)
+        else:
+            self._model, self._adaptor, self.updator = model, adaptor, updator
+            self.should_record_tensor = adaptor.recorder.recording
+            self.slice = adaptor.slice
         self.model_states[model_config.compute_hash()] = adaptor.model_state(
             model, lambda: adaptor.placement if updator is None else updator.placement
         )
@@ -457,41 +512,62 @@ class VllmEplbState(EplbState):
         """One step of the balancer, on every rank, before each real or dummy forward of ``rows`` tokens, padding
         included."""
         self._rows = rows
-        if self.updator is None or not self._began:
+        if not self._began:
             return
         if not serving:
-            self.num_unpadded_tokens[0].fill_(0)
+            self._no_tokens()
         # The runner works in inference mode; tensors made here live longer than that.
         with torch.inference_mode(False), torch.no_grad():
-            self.updator.forward_before(serving=serving, stage=stage)
+            for updator in self._updators():
+                updator.forward_before(serving=serving, stage=stage)
 
     def count_nothing(self) -> None:
         """What follows serves nobody."""
+        self._no_tokens()
+        for updator in self._updators():
+            updator.pause_recording()
+
+    def _no_tokens(self) -> None:
         self.num_unpadded_tokens[0].fill_(0)
-        if self.updator is not None:
-            self.updator.pause_recording()
+        if self.drafter is not None:
+            self.drafter.num_unpadded_tokens.fill_(0)
+
+    def _updators(self) -> list[EplbUpdator]:
+        both = (self.updator, self.drafter.updator if self.drafter is not None else None)
+        return [updator for updator in both if updator is not None]
 
     def prepare_forward(
         self, model_config: Any, num_unpadded_tokens: int, ubatch_slices: list[Any] | None = None
     ) -> None:
-        """How many tokens of the coming batch are no padding; called by the runner for real batches."""
+        """How many tokens of the coming batch are no padding; called by the runner, and by its drafter for each of its
+        forwards, for real batches."""
+        if self.drafter is not None and model_config is self.drafter.model_config:
+            self.drafter.num_unpadded_tokens.fill_(num_unpadded_tokens)
+            return
         self.num_unpadded_tokens[0].fill_(self.slice.real(num_unpadded_tokens, self._rows))
 
     def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
         """A forward is over. In a profile run nothing is to be done: staging, checksums and maps were allocated, and
         every connection was used once, when the model was added, so vLLM finds that memory taken when it sizes its KV
         cache. No expert moves there."""
-        if self.updator is not None and self._began and not is_profile:
-            self.updator.forward_end()
+        if self._began and not is_profile:
+            for updator in self._updators():
+                updator.forward_end()
 
     @contextlib.contextmanager
     def new_weights(self) -> Iterator[None]:
         """Around vLLM's loading of other weights, on all workers of an engine.
 
         Raises:
-            RuntimeError: the server has several engines. Each gets the call at another step, so their ranks, which
-                share the experts, cannot go back to the initial placement together.
+            RuntimeError: the server has several engines: each gets the call at another step, so their ranks, which
+                share the experts, cannot go back to the initial placement together. Or there is a drafter with
+                experts, which vLLM does not load anew.
         """
+        if self.drafter is not None:
+            raise RuntimeError(
+                "reload_weights with a drafter that has experts is not supported together with balancing; restart the "
+                "server, or leave eplb_config out"
+            )
         if self.parallel_config.data_parallel_size > 1:
             raise RuntimeError(
                 f"reload_weights with --data-parallel-size {self.parallel_config.data_parallel_size} is not supported "
@@ -524,5 +600,5 @@ class VllmEplbState(EplbState):
         """vLLM's own state starts a thread here; ours has what it needs."""
 
     def close(self) -> None:
-        if self.updator is not None:
-            self.updator.close()
+        for updator in self._updators():
+            updator.close()

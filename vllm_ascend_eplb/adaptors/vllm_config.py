@@ -112,7 +112,7 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     )
     if ascend_config.on_ascend():
         ascend_config.refuse_what_is_not_supported(vllm_config)
-        _say_on(parallel, config, num_redundant)
+        _say_on(_parts(vllm_config), config, num_redundant)
         return
     _refuse_what_is_not_supported(vllm_config, config)
     if not is_checked(vllm.__version__) and not config.allow_unchecked_vllm:
@@ -123,17 +123,21 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     parallel.eplb_config = _eplb_config(parallel.eplb_config, num_redundant)
     parallel.enable_eplb = True
     parallel.worker_cls = worker_class_name(parallel.worker_cls)
-    _say_on(parallel, config, num_redundant)
+    _say_on(_parts(vllm_config), config, num_redundant)
 
 
-def _say_on(parallel: Any, config: EplbConfig, num_redundant: int) -> None:
-    """Opens what other processes are told through, and says in the log what is on."""
+def _say_on(parts: list[str], config: EplbConfig, num_redundant: int) -> None:
+    """Opens what other processes are told through, and says in the log what is on.
+
+    Args:
+        parts: the server's balancers, where it has several.
+    """
     from vllm.platforms import current_platform
 
     doing = "a placement that stays"
     if config.dynamic:
         provide_stats_path()
-        metrics.watch(pipeline_parts(parallel.pipeline_parallel_size))
+        metrics.watch(parts)
         doing = f"{config.policy_name} policy, a cycle every {config.expert_heat_collection_interval} steps"
         if config.mode == "observe":
             doing += " (observing only)"
@@ -190,9 +194,20 @@ def _freezes(compilation: Any, option: str) -> bool:
     return compiled and bool(compilation.inductor_compile_config.get(option, default))
 
 
+DRAFTER = "drafter"
+"""What the balancer of a drafter with experts is called, beside the model's, which has no name."""
+
+
 def pipeline_parts(stages: int) -> list[str]:
     """What the balancers of a model's pipeline stages are called; none where there is one stage."""
     return [f"stage{stage}" for stage in range(stages)] if stages > 1 else []
+
+
+def _parts(vllm_config: Any) -> list[str]:
+    """The balancers of a server, where it has several."""
+    if _has_experts(vllm_config.speculative_config):
+        return ["", DRAFTER]
+    return pipeline_parts(vllm_config.parallel_config.pipeline_parallel_size)
 
 
 def _expert_parallel_size(parallel: Any) -> int:
@@ -260,9 +275,21 @@ def _refuse_what_is_not_supported(vllm_config: Any, config: EplbConfig) -> None:
         ),
         (
             "--speculative-config with a drafter that has experts, of method",
-            drafter.method if _has_experts(drafter) else "none",
-            "none",
+            drafter.method if _has_experts(drafter) else "mtp",
+            "mtp",
             "use a drafter without experts",
+        ),
+        (
+            "a drafter that has experts, and several engines or pipeline stages,",
+            max(parallel.data_parallel_size, stages) if _has_experts(drafter) else 1,
+            1,
+            "use one of the two",
+        ),
+        (  # a map is of the layers of one model
+            "an expert_map_path or expert_map_record_path, and a drafter that has experts,",
+            has_map and _has_experts(drafter),
+            False,
+            "use one of the two",
         ),
         (
             "inductor_compile_config.freezing",

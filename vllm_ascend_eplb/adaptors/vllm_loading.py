@@ -73,11 +73,12 @@ class LayerSlots:
 
 
 @contextlib.contextmanager
-def loading_by(read: Callable[[int, int], Placement | None]) -> Iterator[None]:
+def loading_by(read: Callable[[int, int, Any], Placement | None]) -> Iterator[None]:
     """While this is open, models that are built are loaded by a placement.
 
     Args:
-        read: gives the placement for so many MoE layers and logical experts, or None for vLLM's own order.
+        read: gives the placement for so many MoE layers and logical experts of a model of this configuration, or None
+            for vLLM's own order.
     """
     base_loader: Any = importlib.import_module("vllm.model_executor.model_loader.base_loader")
     reload: Any = importlib.import_module("vllm.model_executor.model_loader.reload")
@@ -89,7 +90,8 @@ def loading_by(read: Callable[[int, int], Placement | None]) -> Iterator[None]:
 
         model = initialize(*args, **kwargs)
         moe: Any = get_mixture_of_experts_model(model)
-        placement = read(moe.num_moe_layers, moe.num_logical_experts) if moe is not None else None
+        config = kwargs.get("model_config")
+        placement = read(moe.num_moe_layers, moe.num_logical_experts, config) if moe is not None else None
         if placement is not None:
             load_by(moe, placement)
             reload.record_metadata_for_reloading(model)  # once more: new weights come through the loaders noted here

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small model with a drafter in its checkpoint (multi-token prediction), both with experts: GLM-4.5's architecture,
+random weights. What it says means nothing, but every token depends on the experts that it was sent to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .offline import MODEL
+
+HIDDEN, HEADS, GROUPS, HEAD, DENSE, INNER, EXPERTS = 128, 4, 2, 32, 256, 64, 16
+CONFIG = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "vocab_size": 4096,
+    "hidden_size": HIDDEN,
+    "intermediate_size": DENSE,
+    "moe_intermediate_size": INNER,
+    "num_hidden_layers": 3,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "head_dim": HEAD,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+def write_mtp_model(folder: Path) -> Path:
+    """Writes the model into a new folder, with the tokenizer of examples/tiny_moe; the same weights every time."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, folder)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "float32"}))
+    save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+    def mlp(inner: int) -> dict[str, torch.Tensor]:
+        up = {f"{name}_proj.weight": matrix(inner, HIDDEN) for name in ("gate", "up")}
+        return {**up, "down_proj.weight": matrix(HIDDEN, inner)}
+
+    def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+    def norm(name: str) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": torch.ones(HIDDEN)}
+
+    def layer(with_experts: bool) -> dict[str, torch.Tensor]:
+        found = {**norm("input_layernorm"), **norm("post_attention_layernorm")}
+        for name, rows in (("q", HEADS), ("k", GROUPS), ("v", GROUPS)):
+            found[f"self_attn.{name}_proj.weight"] = matrix(rows * HEAD, HIDDEN)
+        found["self_attn.o_proj.weight"] = matrix(HIDDEN, HEADS * HEAD)
+        if not with_experts:
+            return {**found, **under("mlp", mlp(DENSE))}
+        found["mlp.gate.weight"] = matrix(EXPERTS, HIDDEN)
+        found["mlp.gate.e_score_correction_bias"] = torch.zeros(EXPERTS)
+        for expert in range(EXPERTS):
+            found |= under(f"mlp.experts.{expert}", mlp(INNER))
+        return {**found, **under("mlp.shared_experts", mlp(INNER))}
+
+    embedding, head = torch.randn(4096, HIDDEN, generator=generator), matrix(4096, HIDDEN)
+    found = {"model.embed_tokens.weight": embedding, "lm_head.weight": head, **norm("model.norm")}
+    for number in range(3):
+        found |= under(f"model.layers.{number}", layer(with_experts=number > 0))
+    drafter = {**layer(with_experts=True), **norm("enorm"), **norm("hnorm"), **norm("shared_head.norm")}
+    drafter |= {"eh_proj.weight": matrix(HIDDEN, 2 * HIDDEN)}
+    drafter |= {"embed_tokens.weight": embedding.clone(), "shared_head.head.weight": head.clone()}
+    return {**found, **under("model.layers.3", drafter)}

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real vLLM engine with a drafter that has experts (multi-token prediction): the model's and the drafter's move, each
+by a balancer of its own, and neither the tokens nor the guesses change."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from .conftest import BUSY, GUESSES, prompts
+from .mtp_model import write_mtp_model
+
+pytestmark = pytest.mark.skipif(not GUESSES, reason="this vLLM cannot verify guesses on a CPU")
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """The same of both engines. One prompt at a time, so that steps are the same, too."""
+    model = write_mtp_model(tmp_path_factory.mktemp("mtp") / "model")
+    return {
+        "arguments": {
+            "model": str(model),
+            "speculative_config": {"method": "mtp", "num_speculative_tokens": 2},
+            "enable_prefix_caching": False,
+        },
+        "drafter": True,
+        "prompts": [[text] for batch in prompts(2) for text in batch],
+        "max_tokens": TOKENS,
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(runs, asked):
+    run = runs("plain with drafter", ranks=1, eplb=None, **asked)
+    assert run.code == 0, run.log[-6000:]
+    return run.result
+
+
+@pytest.fixture(scope="module")
+def drafted(runs, asked):
+    run = runs("drafted", ranks=2, eplb=BUSY, cycles=12, corrupt=True, **asked)
+    assert run.code == 0, run.log[-6000:]
+    return run.result
+
+
+def test_neither_tokens_nor_guesses_change(drafted, plain):
+    turns = len(drafted["tokens"]) // len(plain["tokens"])
+    assert drafted["tokens"] == plain["tokens"] * turns
+    for rank in drafted["drafters"]:
+        assert rank["guesses"] == plain["drafters"][0]["guesses"] * turns
+    assert len({tuple(guess) for step in plain["drafters"][0]["guesses"] for guess in step}) > 20
+
+
+def test_the_experts_of_both_move(drafted):
+    for stats in (json.loads(drafted["ranks"][0]["stats"]), json.loads(drafted["drafters"][0]["stats"])):
+        assert stats["cycles_done"] >= 10
+        assert stats["cycles_failed"] == 0
+        assert stats["experts_moved"] > 100
+    first, second = drafted["drafters"]
+    assert (first["part"], first["digest"], first["step"]) == (second["part"], second["digest"], second["step"])
+    assert first["part"] == "drafter"
+    assert first["digest"] != drafted["ranks"][0]["digest"]
+    assert first["step"] == drafted["ranks"][0]["step"]  # one clock
+    assert [rank["views"] for rank in drafted["ranks"]] == [True, True]
+
+
+def test_the_drafters_load_is_its_routers_own_choice(drafted):
+    first, second = drafted["drafters"]
+    loads, windows = np.array(first["loads"]), np.array(first["windows"])
+    assert len(loads) >= 10
+    np.testing.assert_array_equal(loads, windows[: len(loads)])
+    assert loads.sum() > 0
+    np.testing.assert_array_equal(np.array(second["windows"]), windows)  # the ranks route the same tokens
+    assert second["loads"] == []
+
+
+def test_guesses_notice_maps_without_weights(drafted, plain):
+    """Only the drafter's: the model still verifies each of its guesses, so the tokens are right."""
+    assert drafted["corrupt_tokens"] == plain["tokens"]
+    assert drafted["corrupt_guesses"] != plain["drafters"][0]["guesses"]
