@@ -96,7 +96,7 @@ def run_offline(folder: Path, paths: Sequence[str] = (), **job: Any) -> Finished
             [sys.executable, str(FOLDER / "offline.py"), str(folder / "job.json"), str(folder / "result.json")],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**environment(workers(job)), "PYTHONPATH": path},
+            env={**environment(workers(job)), **job.get("variables", {}), "PYTHONPATH": path},
             start_new_session=True,
         )
         try:

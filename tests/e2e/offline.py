@@ -2,12 +2,13 @@
 """One offline vLLM engine in a process of its own: ``python offline.py JOB.json RESULT.json``.
 
 The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config or null), ``compile``, ``arguments``
-(more of the engine's), ``max_tokens``, ``prompts`` (a list of batches), ``cycles`` (the prompts are repeated until so
-many cycles are done), ``parts`` (which data-parallel part gets them, turn by turn), ``pattern`` (a regular expression
-that the answers to the first batch must match in the end), ``reload`` (in the end weights are loaded anew), ``routing``
-(in the end layers are asked for what is refused), ``drafter`` (it is watched, and it is what gets corrupted) and
-``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after all that, for one more turn). The result
-holds the token ids of every prompt, turn by turn, and how many tokens went through the model if none came from a cache.
+(more of the engine's), ``variables`` (of its environment), ``max_tokens``, ``prompts`` (a list of batches), ``cycles``
+(the prompts are repeated until so many cycles are done), ``parts`` (which data-parallel part gets them, turn by turn),
+``pattern`` (a regular expression that the answers to the first batch must match in the end), ``reload`` (in the end
+weights are loaded anew), ``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is watched, and
+it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after all that,
+for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went through the
+model if none came from a cache.
 """
 
 from __future__ import annotations

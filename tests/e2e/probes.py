@@ -50,7 +50,7 @@ def _counted(updator: Any) -> np.ndarray:
     """[L] pairs that the recorder has counted since the last snapshot."""
     recorder = updator._recorder
     recorder.flush(updator.placement)
-    return recorder._window.sum(dim=(0, 1, 3)).numpy().copy()
+    return recorder._window.sum(dim=(0, 1, 3)).cpu().numpy().copy()
 
 
 def install(worker: Any) -> None:
@@ -62,8 +62,7 @@ def install(worker: Any) -> None:
     )
     from vllm.forward_context import get_forward_context
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
-
-    from vllm_ascend_eplb.adaptors import vllm_cpu
+    from vllm.platforms import current_platform
 
     runner, state = worker.model_runner, _state(worker)
     updator = state.updator
@@ -88,19 +87,20 @@ def install(worker: Any) -> None:
         if probe.tokens:
             probe.padded_rows += len(ids) - real
         chosen[layer] = ids.clone()
-        np.add.at(probe.counts[layer], ids[:real].reshape(-1).long().numpy(), 1)
+        np.add.at(probe.counts[layer], ids[:real].reshape(-1).long().cpu().numpy(), 1)
 
     for layer, router in enumerate(routers):
         router.set_capture_fn(lambda ids, layer=layer: captured(layer, ids))
 
-    snapshot, compute, step = updator._recorder.snapshot, vllm_cpu.cpu_local_experts, updator.forward_before
+    snapshot, step = updator._recorder.snapshot, updator.forward_before
     execute, dummy = runner.execute_model, runner._dummy_run
     calls = [0]
 
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         probe.tokens = scheduler_output.total_num_scheduled_tokens
         idle[0] = 0
-        probe.ahead += getattr(runner.input_batch, "prev_sampled_token_ids", None) is not None
+        batch = getattr(runner, "input_batch", None)  # the V2 runner has none
+        probe.ahead += getattr(batch, "prev_sampled_token_ids", None) is not None
         return execute(scheduler_output, *args, **kwargs)
 
     def dummy_run(*args: Any, **kwargs: Any) -> Any:
@@ -142,7 +142,11 @@ def install(worker: Any) -> None:
     runner.execute_model, runner._dummy_run = execute_model, dummy_run
     updator.forward_before = watched_step
     updator._recorder.snapshot = counted_snapshot
-    vllm_cpu.cpu_local_experts = watched_compute
+    if current_platform.is_cpu():  # where the experts are computed in Python
+        from vllm_ascend_eplb.adaptors import vllm_cpu
+
+        compute = vllm_cpu.cpu_local_experts
+        vllm_cpu.cpu_local_experts = watched_compute
     if updator._planner is not None:
         submit = updator._planner.submit
 
@@ -225,8 +229,8 @@ def switch_maps_without_weights(worker: Any, of_drafter: bool = False) -> None:
     updator = _state(worker).drafter.updator if of_drafter else _state(worker).updator
     start = updator.placement
     turned = type(start)(np.roll(start.physical_to_logical, 1, axis=1), start.num_experts, start.num_ranks)
-    updator._adaptor.prepare_maps(turned, list(range(start.num_layers)))
-    updator._adaptor.commit_maps()
+    updator._prepare_maps(turned, list(range(start.num_layers)))
+    updator._commit_maps()
 
 
 def remember_weights(worker: Any) -> None:
@@ -340,12 +344,11 @@ def views_agree(worker: Any) -> bool:
     from vllm.distributed.eplb.eplb_state import compute_logical_maps
 
     def agree(its: Any) -> bool:
-        inverse, count = compute_logical_maps(its.physical_to_logical_map, its.model.num_logical_experts)
+        shown, copies = its.logical_to_physical_map.cpu(), its.logical_replica_count.cpu()
+        inverse, count = compute_logical_maps(its.physical_to_logical_map.cpu(), its.model.num_logical_experts)
         width = inverse.shape[-1]
         return bool(
-            torch.equal(count, its.logical_replica_count)
-            and torch.equal(inverse, its.logical_to_physical_map[..., :width])
-            and (its.logical_to_physical_map[..., width:] == -1).all()
+            torch.equal(count, copies) and torch.equal(inverse, shown[..., :width]) and (shown[..., width:] == -1).all()
         )
 
     return all(agree(its) for its in _state(worker).model_states.values())
