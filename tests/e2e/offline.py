@@ -59,8 +59,16 @@ class Engine:
         """``function(worker, *args)`` in every worker; what each returned, in rank order."""
         if self.parts == 1:
             return self._llm.collective_rpc(function, args=args)
-        call = self._many.engine_core.call_utility_all_async("collective_rpc", function, None, args, None)
-        return [result for part in self._loop.run_until_complete(call) for result in part]
+        return [result for part in self._loop.run_until_complete(self._call(function, args)) for result in part]
+
+    async def _call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[list[Any]]:
+        """What each data-parallel part answers; vLLM before 0.32 has no name of its own for asking them all."""
+        core = self._many.engine_core
+        asked = (
+            core._call_utility_async("collective_rpc", function, None, args, None, engine=engine)
+            for engine in core.core_engines
+        )
+        return await asyncio.gather(*asked)
 
     def generate(self, prompts: list[str], sampling: Any, part: int | None = None) -> list[Any]:
         """Answers to all prompts, asked at the same time, of one data-parallel part or of whichever is free."""
