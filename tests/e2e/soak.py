@@ -446,6 +446,14 @@ class PrivateServer(Server):
             self.command = [*own_mounts, "sh", "-c", f'{shlex.join(mount)} && exec "$@"', "sh", *self.command]
         self._handle = -1
 
+    def run_first(self, code: str, **environment: str) -> None:
+        """Before it is started: every process of it begins with ``code``, which may import what stands beside this
+        file, and has these variables in its environment."""
+        start = Path(tempfile.mkdtemp(dir=self.temporary.parent, prefix="start-"))
+        (start / "sitecustomize.py").write_text(code)
+        paths = [str(start), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        self._environment |= {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+
     def start_and_wait(self) -> None:
         self.start()
         for _ in self.wait_until_ready(600):

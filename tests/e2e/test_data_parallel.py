@@ -5,7 +5,6 @@ every token counted once."""
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -31,11 +30,8 @@ def audit(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, audit):
-    start = tmp_path_factory.mktemp("start")
-    (start / "sitecustomize.py").write_text("import audit\naudit.audit_steps()\n")
-    paths = [str(start), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     server = PrivateServer(tmp_path_factory.mktemp("server"), "data", BUSY)
-    server._environment |= {"PYTHONPATH": os.pathsep.join(paths), AUDIT: str(audit), "VLLM_PLUGINS": "eplb,eplb_page"}
+    server.run_first("import audit\naudit.audit_steps()\n", **{AUDIT: str(audit), "VLLM_PLUGINS": "eplb,eplb_page"})
     try:
         server.start_and_wait()
         yield server

@@ -46,13 +46,11 @@ def python(pairs) -> Pairs:
 def served(folder: Path) -> Iterator[PrivateServer]:
     """A server that takes requests for faults (damage.py)."""
     settings = {**SETTINGS, "policy": "incremental", "target_par": 1.0, "expert_heat_collection_interval": 30}
-    own, start, requests = (folder / name for name in ("server", "start", "requests"))
-    for each in (own, start, requests):
-        each.mkdir()
+    own, requests = folder / "server", folder / "requests"
+    own.mkdir()
+    requests.mkdir()
     server = PrivateServer(own, settings=settings)
-    (start / "sitecustomize.py").write_text("import damage\ndamage.damage_on_request()\n")
-    paths = [str(start), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    server._environment |= {"PYTHONPATH": os.pathsep.join(paths), REQUESTS: str(requests)}
+    server.run_first("import damage\ndamage.damage_on_request()\n", **{REQUESTS: str(requests)})
     try:
         server.start_and_wait()
         yield server
