@@ -97,6 +97,8 @@ def install(worker: Any) -> None:
     calls = [0]
 
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("dummy_run"):  # of the V2 runner, whose dummy run goes this way
+            return execute(scheduler_output, *args, **kwargs)
         probe.tokens = scheduler_output.total_num_scheduled_tokens
         idle[0] = 0
         batch = getattr(runner, "input_batch", None)  # the V2 runner has none
@@ -165,13 +167,16 @@ def watch_drafter(worker: Any) -> None:
     """Keeps what a drafter guesses, and what its routers choose for tokens that are no padding, per window."""
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-    drafter, state = worker.model_runner.drafter, _state(worker)
+    runner, state = worker.model_runner, _state(worker)
+    drafter = runner.drafter if hasattr(runner, "drafter") else runner.speculator  # of the V1 and the V2 runner
+    draft_config = worker.vllm_config.speculative_config.draft_model_config
     worker.eplb_guesses, worker.eplb_windows, worker.eplb_loads = [], [], []
     propose = drafter.propose
 
     def watched_propose(*args: Any, **kwargs: Any) -> Any:
         guesses = propose(*args, **kwargs)
-        worker.eplb_guesses.append(guesses.tolist())
+        if not kwargs.get("dummy_run"):  # the V2 runner's dummy batches have guesses, too
+            worker.eplb_guesses.append(guesses.tolist())
         return guesses
 
     drafter.propose = watched_propose
@@ -179,11 +184,19 @@ def watch_drafter(worker: Any) -> None:
         return
     updator, tokens = state.drafter.updator, [0]
     counts = np.zeros((updator.placement.num_layers, updator.placement.num_experts), dtype=np.int64)
-    prepare, snapshot = state.prepare_forward, updator._recorder.snapshot
+    prepare, snapshot, dummy = state.prepare_forward, updator._recorder.snapshot, runner._dummy_run
+
+    def dummy_run(*args: Any, **kwargs: Any) -> Any:
+        tokens[0] = 0
+        state.prepare_forward = prepare  # the V2 runner's drafter calls it for dummy batches, too
+        try:
+            return dummy(*args, **kwargs)
+        finally:
+            state.prepare_forward = watched_prepare
 
     def watched_prepare(model_config: Any, num_unpadded_tokens: int, *args: Any, **kwargs: Any) -> None:
         prepare(model_config, num_unpadded_tokens, *args, **kwargs)
-        if model_config is drafter.draft_model_config:
+        if model_config is draft_config:
             tokens[0] = num_unpadded_tokens
 
     def watched_snapshot(placement: Any) -> None:
@@ -192,11 +205,12 @@ def watch_drafter(worker: Any) -> None:
         snapshot(placement)
 
     def captured(layer: int, ids: torch.Tensor) -> None:
-        np.add.at(counts[layer], ids[: tokens[0]].reshape(-1).long().numpy(), 1)
+        np.add.at(counts[layer], ids[: tokens[0]].reshape(-1).long().cpu().numpy(), 1)
 
     routers = [module.router for module in drafter.model.modules() if _has_router(module, BaseRouter)]
     for layer, router in enumerate({id(router): router for router in routers}.values()):
         router.set_capture_fn(lambda ids, layer=layer: captured(layer, ids))
+    runner._dummy_run = dummy_run
     state.prepare_forward, updator._recorder.snapshot = watched_prepare, watched_snapshot
     if updator._planner is not None:
         submit = updator._planner.submit
@@ -323,6 +337,7 @@ def report(worker: Any) -> dict[str, Any]:
         "phase": updator.state.phase.name,
         "stats": updator.stats.stats().to_json(),
         "views": views_agree(worker),
+        "async_scheduling": bool(worker.vllm_config.scheduler_config.async_scheduling),
     }
     probe = getattr(worker, "eplb_probe", None)
     if probe is not None:

@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from .conftest import BUSY, prompts
+from .test_drafter import (  # noqa: F401  the tests, with the engines of this module
+    drafting,
+    in_parallel,
+    test_data_parallel_engines_draft_the_same_while_experts_of_both_move,
+    test_guesses_notice_maps_without_weights,
+    test_neither_tokens_nor_guesses_change,
+    test_the_drafters_load_is_its_routers_own_choice,
+    test_the_experts_of_both_move,
+)
 from .test_offline import TOKENS, assert_equal_every_turn, equal_tokens
+from .test_sequence_parallel import TOP_K
 
 pytestmark = [
     pytest.mark.cuda,
@@ -26,13 +36,24 @@ ARGUMENTS = {
     "disable_custom_all_reduce": True,
 }
 WHOLE = {"TRITON_F32_DEFAULT": "ieee"}
-"""Triton would round to TF32 before it multiplies. Sums come in another order once experts have moved, and what that
-changes in the last bit would grow until a token changes here and there."""
+"""Triton would round to TF32 before it multiplies. Sums come in another order on two GPUs and once experts have moved;
+what that changes in the last bit would change a token where two are nearly as likely, also without balancing."""
+
+PARALLEL = {
+    "ranks": 1,
+    "arguments": {**ARGUMENTS, "data_parallel_size": 2, "enable_prefix_caching": False},
+    "parts": [None, 0, 1, None],
+}
 
 V2 = {"V1": "0", "V2": "1"}
 """VLLM_USE_V2_MODEL_RUNNER for each of the two."""
 
 CYCLES = 12
+
+
+@pytest.fixture(scope="module", params=list(V2))
+def runner(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +65,74 @@ def expected(runs) -> list[list[int]]:
     return run.result["tokens"]
 
 
-@pytest.fixture(scope="module", params=list(V2))
-def eager(request, runs):
-    return _balanced(runs, request.param, BUSY, probe=True)
+@pytest.fixture(scope="module")
+def eager(runner, runs):
+    return _balanced(runs, runner, BUSY, probe=True)
 
 
-@pytest.fixture(scope="module", params=list(V2))
-def captured(request, runs):
-    return _balanced(runs, request.param, {**BUSY, "weighted_dispatch": True}, compile=True)
+@pytest.fixture(scope="module")
+def captured(runner, runs):
+    return _balanced(runs, runner, {**BUSY, "weighted_dispatch": True}, compile=True)
 
 
-def _balanced(runs, runner: str, config, **more):
+@pytest.fixture(scope="module")
+def workers_of_ray(runner, runs):
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    arguments = {**ARGUMENTS, "distributed_executor_backend": "ray"}
+    return _balanced(runs, runner, BUSY, probe=True, compile=False, arguments=arguments)
+
+
+@pytest.fixture(scope="module")
+def drafter_job(tmp_path_factory):
+    return drafting(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def plain(runner, runs, drafter_job):
+    return _drafted(runs, drafter_job, runner, ranks=1, eplb=None)
+
+
+@pytest.fixture(scope="module")
+def drafted(runner, runs, drafter_job):
+    return _drafted(runs, drafter_job, runner, ranks=2, eplb=BUSY, cycles=CYCLES, corrupt=True)
+
+
+@pytest.fixture(scope="module")
+def drafted_in_parallel(runner, runs, drafter_job):
+    return _drafted(runs, in_parallel(drafter_job), runner, ranks=1, eplb=BUSY, cycles=CYCLES)
+
+
+def _drafted(runs, job, runner: str, **more):
+    """A model and its drafter, both with experts."""
+    arguments = {**ARGUMENTS, **job["arguments"]}
+    variables = {**WHOLE, "VLLM_USE_V2_MODEL_RUNNER": V2[runner]}
     run = runs(
-        f"{runner} {more}",
-        ranks=2,
+        f"drafter {runner} {list(more)} {list(job['arguments'])}",
+        **{**job, **more, "arguments": arguments, "variables": variables},
+    )
+    assert run.code == 0, run.log[-6000:]
+    assert ("Using V2 Model Runner" in run.log) is (runner == "V2")
+    return run.result
+
+
+@pytest.fixture(scope="module")
+def parallel(runner, runs):
+    """Two data-parallel engines. Turn by turn both, the first, the second and both of them get the prompts."""
+    return _balanced(runs, runner, BUSY, probe=True, **PARALLEL)
+
+
+@pytest.fixture(scope="module")
+def parallel_captured(runner, runs):
+    return _balanced(runs, runner, {**BUSY, "weighted_dispatch": True}, compile=True, **PARALLEL)
+
+
+def _balanced(runs, runner: str, config, ranks: int = 2, arguments=ARGUMENTS, **more):
+    run = runs(
+        f"{runner} {ranks} {list(more)}",
+        ranks=ranks,
         eplb=config,
-        arguments=ARGUMENTS,
+        arguments=arguments,
         variables={**WHOLE, "VLLM_USE_V2_MODEL_RUNNER": V2[runner]},
         prompts=prompts(6),
         cycles=CYCLES,
@@ -69,7 +142,7 @@ def _balanced(runs, runner: str, config, **more):
     )
     assert run.code == 0, run.log[-6000:]
     assert ("Using V2 Model Runner" in run.log) is (runner == "V2")
-    assert ("Graph capturing finished" in run.log) is ("compile" in more)
+    assert ("Graph capturing finished" in run.log) is more.get("compile", False)
     return run.result
 
 
@@ -84,9 +157,10 @@ def assert_balanced(result, expected) -> None:
         assert first[key] == second[key]
     assert first["views"]
     assert second["views"]
+    assert first["async_scheduling"]  # steps are scheduled ahead of the device
     assert_equal_every_turn(result["tokens"], expected)
     same, total = equal_tokens(result["corrupt_tokens"], expected)
-    assert same < total / 2
+    assert same < total * 0.9  # the next cycle's commits mend the maps
 
 
 def test_tokens_are_those_of_one_gpu_whatever_moved(eager, expected):
@@ -98,6 +172,14 @@ def test_captured_graphs_are_replayed_while_experts_move(captured, expected):
     assert json.loads(captured["ranks"][0]["stats"])["dispatch_updates"] >= 10
 
 
+def test_captured_graphs_of_data_parallel_engines_are_replayed_while_experts_move(parallel_captured, expected):
+    assert_balanced(parallel_captured, expected)
+
+
+def test_workers_of_ray_answer_as_one_gpu_whatever_moved(workers_of_ray, expected):
+    assert_balanced(workers_of_ray, expected)
+
+
 def test_the_recorded_load_is_the_routers_own_choice(eager):
     first, second = eager["ranks"]
     loads, windows = np.array(first["loads"]), np.array(first["windows"])
@@ -105,3 +187,25 @@ def test_the_recorded_load_is_the_routers_own_choice(eager):
     np.testing.assert_array_equal(loads, windows[: len(loads)])
     assert len(set(loads.sum(axis=2).ravel().tolist())) > 1
     np.testing.assert_array_equal(np.array(second["windows"]), windows)
+
+
+def test_data_parallel_engines_answer_as_one_gpu_whatever_moved(parallel, expected):
+    assert_balanced(parallel, expected)
+
+
+def test_data_parallel_engines_count_every_pair_once(parallel):
+    ranks = parallel["ranks"]
+    for rank in ranks:
+        assert rank["counted"] == rank["routed"]
+        assert rank["counted"][0] > 0
+    np.testing.assert_array_equal(np.sum([rank["counted"] for rank in ranks], axis=0), parallel["computed"] * TOP_K)
+    loads = np.array(ranks[0]["loads"])
+    assert len(loads) >= 10
+    np.testing.assert_array_equal(loads, np.sum([rank["windows"] for rank in ranks], axis=0)[: len(loads)])
+
+
+def test_data_parallel_engines_stay_in_step_while_one_is_idle(parallel):
+    first, second = parallel["ranks"]
+    assert first["history"] == second["history"]
+    assert len(first["history"]) > 350
+    assert all(rank["idle"] > 90 for rank in (first, second))

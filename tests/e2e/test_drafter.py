@@ -5,6 +5,7 @@ by a balancer of its own, and neither the tokens nor the guesses change."""
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,12 @@ TOKENS = 40
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """The same of both engines. One prompt at a time, so that steps are the same, too."""
+def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return drafting(tmp_path_factory)
+
+
+def drafting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What is asked of both engines. One prompt at a time, so that steps are the same, too."""
     model = write_mtp_model(tmp_path_factory.mktemp("mtp") / "model")
     return {
         "arguments": {
@@ -44,6 +49,18 @@ def drafted(runs, asked):
     run = runs("drafted", ranks=2, eplb=BUSY, cycles=12, corrupt=True, **asked)
     assert run.code == 0, run.log[-6000:]
     return run.result
+
+
+@pytest.fixture(scope="module")
+def drafted_in_parallel(runs, asked):
+    """Two data-parallel engines that take turns; the other one makes dummy batches, also of the drafter."""
+    run = runs("drafted in parallel", ranks=1, eplb=BUSY, cycles=12, **in_parallel(asked))
+    assert run.code == 0, run.log[-6000:]
+    return run.result
+
+
+def in_parallel(asked: dict[str, Any]) -> dict[str, Any]:
+    return {**asked, "arguments": {**asked["arguments"], "data_parallel_size": 2}, "parts": [0, 1]}
 
 
 def test_neither_tokens_nor_guesses_change(drafted, plain):
@@ -75,6 +92,22 @@ def test_the_drafters_load_is_its_routers_own_choice(drafted):
     assert loads.sum() > 0
     np.testing.assert_array_equal(np.array(second["windows"]), windows)  # the ranks route the same tokens
     assert second["loads"] == []
+
+
+def test_data_parallel_engines_draft_the_same_while_experts_of_both_move(drafted_in_parallel, plain):
+    turns = len(drafted_in_parallel["tokens"]) // len(plain["tokens"])
+    assert drafted_in_parallel["tokens"] == plain["tokens"] * turns
+    first, second = drafted_in_parallel["drafters"]
+    assert first["guesses"] == plain["drafters"][0]["guesses"] * (turns - turns // 2)
+    assert second["guesses"] == plain["drafters"][0]["guesses"] * (turns // 2)
+    for stats in (json.loads(drafted_in_parallel["ranks"][0]["stats"]), json.loads(first["stats"])):
+        assert stats["cycles_done"] >= 10
+        assert stats["cycles_failed"] == 0
+    assert (first["digest"], first["step"]) == (second["digest"], second["step"])
+    loads = np.array(first["loads"])
+    windows = np.array(first["windows"]) + np.array(second["windows"])
+    assert len(loads) >= 10
+    np.testing.assert_array_equal(loads, windows[: len(loads)])
 
 
 def test_guesses_notice_maps_without_weights(drafted, plain):

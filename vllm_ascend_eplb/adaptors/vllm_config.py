@@ -178,9 +178,15 @@ def _has_experts(drafter: Any) -> bool:
     return bool(drafter.draft_model_config.get_num_experts())
 
 
-def _executor(parallel: Any) -> str:
-    """What runs the workers, by vLLM's name for it; a class of somebody else's by its own."""
-    backend = parallel.distributed_executor_backend
+def _executor(vllm_config: Any) -> str:
+    """What runs the workers, by vLLM's name for it; a class of somebody else's by its own. Workers on GPUs that Ray
+    started are those of "mp" in every respect, also in what they find in the environment."""
+    from vllm import envs
+
+    backend = vllm_config.parallel_config.distributed_executor_backend
+    on_gpus = vllm_config.device_config.device_type == "cuda"
+    if backend == "ray" and on_gpus and envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND:
+        return "mp"
     return backend if isinstance(backend, str) else getattr(backend, "__name__", str(backend))
 
 
@@ -248,7 +254,7 @@ def _refuse_what_is_not_supported(vllm_config: Any, config: EplbConfig) -> None:
             1,
             "leave it out",
         ),
-        ("--distributed-executor-backend", _executor(parallel), "mp", "leave it out"),
+        ("--distributed-executor-backend", _executor(vllm_config), "mp", "leave it out"),
         (
             "--data-parallel-backend",
             _value(vllm_config, "parallel_config.data_parallel_backend", "mp"),
@@ -280,8 +286,14 @@ def _refuse_what_is_not_supported(vllm_config: Any, config: EplbConfig) -> None:
             "use a drafter without experts",
         ),
         (
-            "a drafter that has experts, and several engines or pipeline stages,",
-            max(parallel.data_parallel_size, stages) if _has_experts(drafter) else 1,
+            "a drafter that has experts, and --pipeline-parallel-size",
+            stages if _has_experts(drafter) else 1,
+            1,
+            "use one of the two",
+        ),
+        (  # each rank would route a slice of the drafter's batch, whose length with padding it does not say
+            "a drafter that has experts, and --data-parallel-size with --tensor-parallel-size",
+            parallel.tensor_parallel_size if _has_experts(drafter) and parallel.data_parallel_size > 1 else 1,
             1,
             "use one of the two",
         ),
