@@ -47,6 +47,9 @@ ACLNN(aclnnGeluV2, [](In self, int64_t approximate, Out out) { out = at::gelu(se
 ACLNN(aclnnIsFinite, [](In self, Out out) { out = at::isfinite(self); });
 ACLNN(aclnnIsNegInf, [](In self, Out out) { out = at::isneginf(self); });
 ACLNN(aclnnIsPosInf, [](In self, Out out) { out = at::isposinf(self); });
+ACLNN(aclnnNanToNum, [](In self, float nan, float inf, float negative_inf, Out out) {
+    out = at::nan_to_num(self, nan, inf, negative_inf);
+});
 ACLNN(aclnnSoftplus, [](In self, Num beta, Num threshold, Out out) { out = at::softplus(self, beta, threshold); });
 ACLNN(aclnnLeakyRelu, [](In self, Num slope, Out out) { out = at::leaky_relu(self, slope); });
 

@@ -46,9 +46,8 @@ ACLNN(aclnnIndexCopy, [](In self, int64_t dim, In index, In source, Out out) {
 ACLNN(aclnnInplaceIndexCopy,
       [](Out self, int64_t dim, In index, In source) { self.tensor.index_copy_(dim, long_index(index), source); });
 // The index of index_fill is an array here, the value a scalar or a tensor.
-ACLNN(aclnnInplaceIndexFill, [](Out self, int64_t dim, Ints index, Num value) {
-    self.tensor.index_fill_(dim, at::tensor(static_cast<const std::vector<int64_t>&>(index)), value);
-});
+ACLNN(aclnnInplaceIndexFill,
+      [](Out self, int64_t dim, In index, Num value) { self.tensor.index_fill_(dim, long_index(index), value); });
 ACLNN(aclnnGather, [](In self, int64_t dim, In index, Out out) { out = at::gather(self, dim, long_index(index)); });
 ACLNN(aclnnScatter, [](In self, int64_t dim, In index, In src, int64_t reduction, Out out) {
     Tensor result = self.clone();
