@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small model with a drafter in its checkpoint (multi-token prediction), both with experts: GLM-4.5's architecture,
-random weights. What it says means nothing, but every token depends on the experts that it was sent to."""
+random weights. What it says means nothing, but every token depends on the experts that it was sent to.
+
+    python -m tests.e2e.mtp_model FOLDER
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -84,3 +88,7 @@ def _weights() -> dict[str, torch.Tensor]:
     drafter |= {"eh_proj.weight": matrix(HIDDEN, 2 * HIDDEN)}
     drafter |= {"embed_tokens.weight": embedding.clone(), "shared_head.head.weight": head.clone()}
     return {**found, **under("model.layers.3", drafter)}
+
+
+if __name__ == "__main__":
+    write_mtp_model(Path(sys.argv[1]))

@@ -2,19 +2,25 @@
 """Methods that a test adds to the workers (``--worker-extension-cls``): to look, and to break something on purpose."""
 
 import hashlib
+import importlib
 from typing import Any
 
+import numpy as np
 import torch
 
 
 class Probe:
-    def probe_freeze_weights(self) -> int:
-        """The negative control: from now on commits switch the maps, and leave the weights where they are."""
+    def probe_freeze_weights(self, first: int = 0) -> int:
+        """The negative control: from now on commits switch the maps, and leave the weights where they are.
+
+        Args:
+            first: layer from which on they do.
+        """
         loader: Any = self.model_runner.eplb_updator.balancer._loader  # type: ignore[attr-defined]
         commit = loader.commit
 
         def commit_maps_only(number: int) -> None:
-            slots = [tensor for layer in loader._slots for slot in layer for tensor in slot]
+            slots = [tensor for layer in loader._slots[first:] for slot in layer for tensor in slot]
             kept = [tensor.clone() for tensor in slots]
             commit(number)
             with torch.no_grad():
@@ -50,3 +56,76 @@ class Probe:
                 expert = placement.physical_to_logical[layer, first + slot]
                 found.setdefault(f"{layer} {expert}", []).append(digest.hexdigest())
         return found
+
+    def probe_watch(self) -> int:
+        """To be called before the first request. From then on this rank keeps, for each window of load: what the
+        routers chose (int [L, E], in vllm-ascend's own code, before anything of ours) and how many tokens were
+        scheduled; the loads that were planned with; and what the drafter guesses."""
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        self.watched: dict[str, list[Any]] = {"windows": [], "rows": [], "loads": [], "guesses": []}
+        if hasattr(runner.drafter, "_propose"):
+            propose = runner.drafter._propose
+
+            def watched_propose(*args: Any, **kwargs: Any) -> Any:
+                guesses = propose(*args, **kwargs)
+                self.watched["guesses"].append(guesses.tolist())
+                return guesses
+
+            runner.drafter._propose = watched_propose
+        if not runner.dynamic_eplb:
+            return 1
+        balancer, layers = runner.eplb_updator.balancer, runner.eplb_updator.adaptor.moe_layers
+        routing = importlib.import_module("vllm_ascend.ops.fused_moe.fused_moe")
+        chosen = np.zeros((balancer.placement.num_layers, balancer.placement.num_experts), dtype=np.int64)
+        rows, layer_at_work = [0], [-1]
+        select, execute, snapshot = routing.select_experts, runner.execute_model, balancer._recorder.snapshot
+
+        def watched_select(*args: Any, **kwargs: Any) -> Any:
+            weights, ids = select(*args, **kwargs)
+            np.add.at(chosen[layer_at_work[0]], ids.cpu().numpy(), 1)
+            return weights, ids
+
+        def watch_layer(number: int, method: Any) -> None:
+            apply = method.apply
+
+            def watched_apply(*args: Any, **kwargs: Any) -> Any:
+                layer_at_work[0] = number
+                return apply(*args, **kwargs)
+
+            method.apply = watched_apply
+
+        def watched_execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            result = execute(scheduler_output, *args, **kwargs)
+            rows[0] += scheduler_output.total_num_scheduled_tokens  # its load is in the window that is open now
+            return result
+
+        def watched_snapshot(placement: Any) -> None:
+            self.watched["windows"].append(chosen.tolist())
+            self.watched["rows"].append(rows[0])
+            chosen[:], rows[0] = 0, 0
+            snapshot(placement)
+
+        for number, layer in enumerate(layers):
+            watch_layer(number, layer.quant_method)
+        routing.select_experts, runner.execute_model = watched_select, watched_execute
+        balancer._recorder.snapshot = watched_snapshot
+        if balancer._planner is not None:
+            submit = balancer._planner.submit
+
+            def watched_submit(request: Any) -> None:
+                self.watched["loads"].append(request.load.sum(axis=0).tolist())
+                submit(request)
+
+            balancer._planner.submit = watched_submit
+        return 1
+
+    def probe_watched(self) -> dict[str, list[Any]]:
+        """What was kept, and the placement in force (int [L, P])."""
+        updator = getattr(self.model_runner, "eplb_updator", None)  # type: ignore[attr-defined]
+        placement = [] if updator is None else updator.balancer.placement.physical_to_logical.tolist()
+        return {**self.watched, "placement": placement}
+
+    def probe_guesses(self) -> dict[str, list[Any]]:
+        """What the drafter has guessed since this was last asked, step by step."""
+        guesses, self.watched["guesses"] = self.watched["guesses"], []
+        return {"guesses": guesses}

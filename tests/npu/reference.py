@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What examples/tiny_moe answers greedily, computed with transformers in float32 on the CPU: nothing of vLLM, nothing
-of torch_npu. With a folder of quantised.py, what it answers with experts in W8A8.
+"""What a model answers greedily, computed with transformers in float32 on the CPU: nothing of vLLM, nothing of
+torch_npu. With a folder of quantised.py, what examples/tiny_moe answers with experts in W8A8.
 
     python -m tests.npu.reference JOB.json ANSWER.json [FOLDER]
 """
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .quantised import MODEL, quantise
+from .quantised import quantise
 
 
-def answer(texts: list[str], tokens: int, quantised: Path | None) -> list[list[int]]:
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+def answer(texts: list[str], tokens: int, folder: Path, quantised: Path | None) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if quantised is not None:
         quantise(model, quantised)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     answers = []
     for text in texts:
         ids = tokenizer(text, return_tensors="pt").input_ids
@@ -34,5 +34,5 @@ def answer(texts: list[str], tokens: int, quantised: Path | None) -> list[list[i
 
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
-    folder = Path(sys.argv[3]) if len(sys.argv) > 3 else None
-    Path(sys.argv[2]).write_text(json.dumps(answer(job["texts"], job["tokens"], folder)))
+    quantised = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+    Path(sys.argv[2]).write_text(json.dumps(answer(job["texts"], job["tokens"], Path(job["model"]), quantised)))

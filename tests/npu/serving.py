@@ -46,8 +46,11 @@ COMPILING = {
 its operators return what they were given, of which torch warns, and which it refuses where CI is set.
 """
 
-UPSTREAM = "vllm/v1/worker/gpu_model_runner.py:267 in __init__"
-"""AsyncGPUModelRunnerOutput of vLLM 0.23.0: the copy of the sampled tokens."""
+UPSTREAM = (
+    "vllm/v1/worker/gpu_model_runner.py:267 in __init__",
+    "vllm_ascend/worker/model_runner_v1.py:1655 in _copy_valid_sampled_token_count",
+)
+"""Copies of vllm-ascend 0.23.0.post1's runner to the host: of sampled tokens, and of how many guesses were right."""
 
 
 def python_path() -> str:
@@ -95,16 +98,24 @@ def quantised_model(folder: Path) -> None:
     _on_the_cpu("tests.npu.quantised", folder)
 
 
-def transformers_tokens(folder: Path, texts: list[str], tokens: int, quantised: Path | None = None) -> list[list[int]]:
-    """Greedy tokens of the model in transformers (see reference.py).
+def model_with_drafter(folder: Path) -> None:
+    """Writes a model whose checkpoint holds a drafter with experts into a new folder (see e2e/mtp_model.py)."""
+    _on_the_cpu("tests.e2e.mtp_model", folder)
+
+
+def transformers_tokens(
+    folder: Path, texts: list[str], tokens: int, quantised: Path | None = None, model: Path = MODEL
+) -> list[list[int]]:
+    """Greedy tokens of a model in transformers (see reference.py).
 
     Args:
         folder: for the question and the answer.
         texts, tokens: prompts, and how many tokens to answer each with.
         quantised: folder of the same model in W8A8, if that is to answer.
+        model: folder of the model.
     """
     job, answer = folder / "transformers.json", folder / "transformers-answer.json"
-    job.write_text(json.dumps({"texts": texts, "tokens": tokens}))
+    job.write_text(json.dumps({"texts": texts, "tokens": tokens, "model": str(model)}))
     _on_the_cpu("tests.npu.reference", job, answer, *(() if quantised is None else (quantised,)))
     return json.loads(answer.read_text())
 
@@ -211,9 +222,9 @@ class NpuServer(Server):
         return [part for part in text.split("\n[") if part.strip()]
 
     def unexpected_races(self) -> list[str]:
-        """Races but those of vLLM's runner with itself: it copies the sampled tokens to the host on a stream of its own
-        and uses their memory for the next step's inputs meanwhile. Both sides of such a report are the runner's."""
-        return [race for race in self.races() if "data race" not in race or UPSTREAM not in race]
+        """Races but those of vLLM's runner: it copies the sampled tokens to the host on a stream of its own and gives
+        their memory back meanwhile, to whatever is computed next."""
+        return [race for race in self.races() if "data race" not in race or not any(its in race for its in UPSTREAM)]
 
     def complete(self, texts: list[str], tokens: int) -> list[list[int]]:
         """Greedy answers to all texts, asked at the same time."""
@@ -227,9 +238,15 @@ class NpuServer(Server):
         with concurrent.futures.ThreadPoolExecutor(len(texts)) as pool:
             return list(pool.map(ask, texts))
 
-    def call(self, method: str) -> list[Any]:
+    def metric(self, name: str) -> float:
+        """The sum of a counter on ``/metrics``."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
+
+    def call(self, method: str, *arguments: int) -> list[Any]:
         """Calls a method of tests.npu.probe.Probe on all workers."""
-        response = httpx.post(f"{self.url}/collective_rpc", json={"method": method}, timeout=60)
+        request = {"method": method, "args": arguments}
+        response = httpx.post(f"{self.url}/collective_rpc", json=request, timeout=60)
         response.raise_for_status()
         return response.json()["results"]
 

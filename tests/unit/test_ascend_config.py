@@ -131,6 +131,19 @@ def served(**changes):
     return config
 
 
+def drafted(method, num_experts=8):
+    """The speculative configuration of a drafter with weights of its own."""
+    model = SimpleNamespace(get_num_experts=lambda: num_experts)
+    return SimpleNamespace(method=method, draft_model_config=model, target_model_config=SimpleNamespace())
+
+
+def test_guesses_are_allowed():
+    model = SimpleNamespace(get_num_experts=lambda: 8)
+    without_weights = SimpleNamespace(method="ngram", draft_model_config=model, target_model_config=model)
+    for drafter in (without_weights, drafted("mtp"), drafted("draft_model", num_experts=0)):
+        ascend_config.refuse_what_is_not_supported(served(speculative_config=drafter))
+
+
 def test_what_is_not_supported_is_refused_by_name():
     ascend_config.refuse_what_is_not_supported(served())
     ascend_config.refuse_what_is_not_supported(
@@ -140,7 +153,22 @@ def test_what_is_not_supported_is_refused_by_name():
         ({"parallel_config__data_parallel_size": 2}, "--data-parallel-size"),
         ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
         ({"model_config__enable_sleep_mode": True}, "--enable-sleep-mode True"),
-        ({"speculative_config": object()}, "--speculative-config"),
+        ({"speculative_config": drafted("draft_model")}, "drafter that has experts, of method draft_model"),
+        (
+            {
+                "speculative_config": drafted("mtp"),
+                "parallel_config__tensor_parallel_size": 1,
+                "parallel_config__data_parallel_size": 2,
+            },
+            "a drafter that has experts, and --data-parallel-size 2",
+        ),
+        (
+            {
+                "speculative_config": drafted("mtp"),
+                "additional_config": {"eplb_config": {"expert_map_record_path": "map.json"}},
+            },
+            "expert_map_record_path, and a drafter that has experts, True",
+        ),
         ({"additional_config": {"mix_placement": True}}, "mix_placement"),
         ({"additional_config": {"enable_fused_mc2": 1}}, "enable_fused_mc2 1"),
     ):

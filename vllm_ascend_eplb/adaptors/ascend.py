@@ -24,6 +24,9 @@ fails as soon as there are redundant experts. ``look_up_slots`` gives it one tha
 
 **Load** comes from the layers' ``moe_load``, which counts what the slots of a rank have received, whatever way the
 tokens came. It is made a view of the recorder's counters.
+
+**A drafter with experts** registers its layers where the model has registered its own: all are layers of one placement,
+the drafter's last. It guesses between the two calls of a step, so by the same maps and into the same load.
 """
 
 from __future__ import annotations
@@ -387,7 +390,7 @@ def ranks_own_their_tokens() -> bool:
 
 
 class AscendAdaptor(EplbAdaptor):
-    """The MoE layers of a vllm-ascend model on this rank.
+    """The MoE layers of a vllm-ascend model on this rank, and behind them those of its drafter.
 
     Args:
         layers: vllm-ascend's adaptor, which knows the layers and, by quantisation, the tensors of an expert.

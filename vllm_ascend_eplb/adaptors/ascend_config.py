@@ -17,6 +17,7 @@ from typing import Any
 from ..config import EplbConfig, EplbConfigError, refuse_options
 from ..expert_map import MAX_MAP_BYTES, ExpertMapError, read_expert_map
 from ..files import FileError, parse_json, read_bounded, show
+from .drafter import has_experts
 
 logger = logging.getLogger("vllm.eplb")
 
@@ -170,7 +171,9 @@ def refuse_what_is_not_supported(vllm_config: Any) -> None:
     """
     parallel = vllm_config.parallel_config
     both = parallel.tensor_parallel_size > 1 and parallel.data_parallel_size > 1
-    additional = vllm_config.additional_config
+    additional, drafter = vllm_config.additional_config, vllm_config.speculative_config
+    config = settings_of(additional)
+    has_map = config.expert_map_path is not None or config.expert_map_record_path is not None
     options = (
         (
             "--tensor-parallel-size with --data-parallel-size",
@@ -185,7 +188,24 @@ def refuse_what_is_not_supported(vllm_config: Any) -> None:
         ("--enable-lora", vllm_config.lora_config is not None, False, "leave it out"),
         ("--enable-sleep-mode", vllm_config.model_config.enable_sleep_mode, False, "leave it out"),
         ("--weight-transfer-config", vllm_config.weight_transfer_config is not None, False, "leave it out"),
-        ("--speculative-config", vllm_config.speculative_config is not None, False, "leave it out"),
+        (
+            "--speculative-config with a drafter that has experts, of method",
+            drafter.method if has_experts(drafter) else "mtp",
+            "mtp",
+            "use a drafter without experts",
+        ),
+        (
+            "a drafter that has experts, and --data-parallel-size",
+            parallel.data_parallel_size if has_experts(drafter) else 1,
+            1,
+            "use --tensor-parallel-size",
+        ),
+        (  # a map is of the layers of one model
+            "an expert_map_path or expert_map_record_path, and a drafter that has experts,",
+            has_map and has_experts(drafter),
+            False,
+            "use one of the two",
+        ),
         ("additional_config.mix_placement", bool(additional.get("mix_placement")), False, "leave it out"),
         ("additional_config.enable_fused_mc2", additional.get("enable_fused_mc2", 0), 0, "leave it out"),
     )

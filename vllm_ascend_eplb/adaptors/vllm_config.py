@@ -12,6 +12,7 @@ from .. import metrics
 from ..config import EplbConfig, EplbConfigError, refuse_options
 from ..stats import provide_stats_path
 from . import ascend_config
+from .drafter import has_experts
 from .vllm_seams import CHECKED_VERSIONS, is_checked
 from .vllm_worker import worker_class_name
 
@@ -112,7 +113,7 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     )
     if ascend_config.on_ascend():
         ascend_config.refuse_what_is_not_supported(vllm_config)
-        _say_on(_parts(vllm_config), config, num_redundant)
+        _say_on([], config, num_redundant)  # the layers of a drafter are balanced among the model's
         return
     _refuse_what_is_not_supported(vllm_config, config)
     if not is_checked(vllm.__version__) and not config.allow_unchecked_vllm:
@@ -170,14 +171,6 @@ def moe_layers(model_config: Any) -> int | None:
     return None
 
 
-def _has_experts(drafter: Any) -> bool:
-    """Whether a drafter is a model of its own with experts. Without weights of its own it carries the model's
-    configuration."""
-    if drafter is None or drafter.draft_model_config in (None, drafter.target_model_config):
-        return False
-    return bool(drafter.draft_model_config.get_num_experts())
-
-
 def _executor(vllm_config: Any) -> str:
     """What runs the workers, by vLLM's name for it; a class of somebody else's by its own. Workers on GPUs that Ray
     started are those of "mp" in every respect, also in what they find in the environment."""
@@ -211,7 +204,7 @@ def pipeline_parts(stages: int) -> list[str]:
 
 def _parts(vllm_config: Any) -> list[str]:
     """The balancers of a server, where it has several."""
-    if _has_experts(vllm_config.speculative_config):
+    if has_experts(vllm_config.speculative_config):
         return ["", DRAFTER]
     return pipeline_parts(vllm_config.parallel_config.pipeline_parallel_size)
 
@@ -281,25 +274,25 @@ def _refuse_what_is_not_supported(vllm_config: Any, config: EplbConfig) -> None:
         ),
         (
             "--speculative-config with a drafter that has experts, of method",
-            drafter.method if _has_experts(drafter) else "mtp",
+            drafter.method if has_experts(drafter) else "mtp",
             "mtp",
             "use a drafter without experts",
         ),
         (
             "a drafter that has experts, and --pipeline-parallel-size",
-            stages if _has_experts(drafter) else 1,
+            stages if has_experts(drafter) else 1,
             1,
             "use one of the two",
         ),
         (  # each rank would route a slice of the drafter's batch, whose length with padding it does not say
             "a drafter that has experts, and --data-parallel-size with --tensor-parallel-size",
-            parallel.tensor_parallel_size if _has_experts(drafter) and parallel.data_parallel_size > 1 else 1,
+            parallel.tensor_parallel_size if has_experts(drafter) and parallel.data_parallel_size > 1 else 1,
             1,
             "use one of the two",
         ),
         (  # a map is of the layers of one model
             "an expert_map_path or expert_map_record_path, and a drafter that has experts,",
-            has_map and _has_experts(drafter),
+            has_map and has_experts(drafter),
             False,
             "use one of the two",
         ),

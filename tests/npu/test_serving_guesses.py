@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The unmodified vllm-ascend guesses tokens ahead (speculative decoding) and is balanced all the same, on 2 ranks: the
+real torch_npu on emulated CANN. One server guesses from n-grams of the text, one by a drafter in the model's checkpoint
+(MTP) that has experts, too. Each in the order of this file.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from . import npus, serving
+from .serving import MISSING, SETTINGS, TOKENS, NpuServer, freeze_weights_until_noticed, serve_until
+
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(npus.REAL, reason="tests the emulated stack"),
+    pytest.mark.skipif(bool(MISSING), reason=MISSING),
+]
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
+MTP = {"method": "mtp", "num_speculative_tokens": 2}
+MODEL_LAYERS = 2
+"""MoE layers of the model with a drafter; the drafter's layer comes behind them."""
+
+
+def guessing(speculative: dict[str, object]) -> tuple[str, str]:
+    return "--speculative-config", json.dumps(speculative)
+
+
+def check_load(server: NpuServer, layers: int, experts_per_token: int) -> None:
+    """The loads that were planned with are what the routers chose, and all scheduled tokens are in them.
+
+    Args:
+        layers: of the model, without the drafter's.
+        experts_per_token: K.
+    """
+    first, second = server.call("probe_watched")
+    loads, windows = np.array(first["loads"]), np.array(first["windows"])
+    assert len(loads) >= 10
+    np.testing.assert_array_equal(loads, windows[: len(loads)])
+    np.testing.assert_array_equal(np.array(second["windows"]), windows)  # the ranks route the same tokens
+    scheduled = np.array(first["rows"])[: len(loads)]
+    for layer in range(layers):
+        np.testing.assert_array_equal(loads[:, layer].sum(axis=1), scheduled * experts_per_token)
+    assert scheduled.sum() > 0
+
+
+# --- guesses from n-grams ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ngrams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
+    folder = tmp_path_factory.mktemp("ngrams")
+    server = NpuServer(SETTINGS, folder, probe=True, arguments=guessing(NGRAM)).started()
+    server.call("probe_watch")
+    yield server
+    server.stop()
+
+
+def test_with_ngrams_tokens_are_those_of_transformers_while_experts_move(
+    ngrams: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
+) -> None:
+    assert "EPLB is on: " in ngrams.log
+    serve_until(ngrams, batches, want, 10)
+    stats = ngrams.stats()
+    assert stats is not None
+    assert stats.cycles_failed == 0
+    assert stats.experts_moved > 50
+
+
+def test_with_ngrams_load_counts_right_and_wrong_guesses(ngrams: NpuServer) -> None:
+    guessed, right = (ngrams.metric(f"vllm:spec_decode_num_{name}_tokens_total") for name in ("draft", "accepted"))
+    assert 50 < right < guessed - 50
+    check_load(ngrams, layers=6, experts_per_token=4)
+
+
+def test_with_ngrams_no_race_and_no_wrong_order(ngrams: NpuServer) -> None:
+    assert not ngrams.unexpected_races()[:3]
+
+
+def test_with_ngrams_the_comparison_notices_weights_that_did_not_move(
+    ngrams: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
+) -> None:
+    """The last on this server."""
+    freeze_weights_until_noticed(ngrams, batches, want)
+    assert ngrams.stop() == []
+
+
+# --- a drafter in the model's checkpoint ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prompts(batches: list[list[str]]) -> list[str]:
+    """Asked one after the other, so that steps are the same with and without balancing."""
+    return [text for batch in batches for text in batch[:2]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mtp") / "model"
+    serving.model_with_drafter(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory, model: Path, prompts: list[str]) -> list[list[int]]:
+    """What transformers answers, which leaves the drafter out."""
+    return serving.transformers_tokens(tmp_path_factory.mktemp("transformers"), prompts, TOKENS, model=model)
+
+
+def ask(server: NpuServer, prompt: str) -> tuple[list[int], list[object]]:
+    """The answer, and what the drafter guessed on the way, step by step."""
+    (tokens,) = server.complete([prompt], TOKENS)
+    first, second = server.call("probe_guesses")
+    assert first == second
+    return tokens, first["guesses"]
+
+
+@pytest.fixture(scope="module")
+def guesses(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, prompts: list[str], answers: list[list[int]]
+) -> list[list[object]]:
+    """Those of a server without balancing, for each prompt."""
+    folder = tmp_path_factory.mktemp("plain")
+    server = NpuServer(None, folder, model=str(model), probe=True, arguments=guessing(MTP)).started()
+    try:
+        server.call("probe_watch")
+        found = [ask(server, prompt) for prompt in prompts]
+    finally:
+        server.stop()
+    assert [tokens for tokens, _ in found] == answers
+    return [guessed for _, guessed in found]
+
+
+@pytest.fixture(scope="module")
+def drafted(tmp_path_factory: pytest.TempPathFactory, model: Path, guesses: list[list[object]]) -> Iterator[NpuServer]:
+    """Started when the server without balancing is gone."""
+    folder = tmp_path_factory.mktemp("drafted")
+    server = NpuServer(SETTINGS, folder, model=str(model), probe=True, arguments=guessing(MTP)).started()
+    server.call("probe_watch")
+    yield server
+    server.stop()
+
+
+def test_with_a_drafter_neither_tokens_nor_guesses_change_while_the_experts_of_both_move(
+    drafted: NpuServer, prompts: list[str], answers: list[list[int]], guesses: list[list[object]]
+) -> None:
+    start = np.array(drafted.call("probe_watched")[0]["placement"])
+    assert len(start) == MODEL_LAYERS + 1
+    changed = np.zeros(len(start), dtype=int)
+    for turn in range(60):
+        number = turn % len(prompts)
+        assert ask(drafted, prompts[number]) == (answers[number], guesses[number])
+        first, second = (np.array(each["placement"]) for each in drafted.call("probe_watched"))
+        np.testing.assert_array_equal(first, second)
+        changed += (first != start).any(axis=1)
+        start = first
+        if drafted.cycles_done() >= 10 and turn >= len(prompts):
+            break
+    stats = drafted.stats()
+    assert stats is not None
+    assert stats.cycles_done >= 10
+    assert stats.cycles_failed == 0
+    assert changed.min() >= 3, changed  # in each layer, the drafter's among them
+    assert len({str(step) for prompt in guesses for step in prompt}) > 20
+
+
+def test_with_a_drafter_load_is_its_routers_own_choice_too(drafted: NpuServer) -> None:
+    assert drafted.metric("vllm:spec_decode_num_draft_tokens_total") > 100
+    check_load(drafted, layers=MODEL_LAYERS, experts_per_token=4)
+    loads = np.array(drafted.call("probe_watched")[0]["loads"])
+    assert (loads[:, MODEL_LAYERS].sum(axis=1) >= loads[:, 0].sum(axis=1)).all()  # once for all rows, and once more
+
+
+def test_with_a_drafter_no_race_and_no_wrong_order(drafted: NpuServer) -> None:
+    assert not drafted.unexpected_races()[:3]
+
+
+def test_guesses_notice_weights_of_the_drafter_that_did_not_move(
+    drafted: NpuServer, prompts: list[str], answers: list[list[int]], guesses: list[list[object]]
+) -> None:
+    """The last on this server. The model verifies each guess, so the tokens stay right."""
+    assert set(drafted.call("probe_freeze_weights", MODEL_LAYERS)) == {"1"}
+    for turn in range(40):
+        number = turn % len(prompts)
+        tokens, guessed = ask(drafted, prompts[number])
+        assert tokens == answers[number]
+        if guessed != guesses[number]:
+            break
+    else:
+        raise AssertionError("all guesses are the same")
+    assert drafted.stop() == []
+
+
+def test_a_drafter_and_data_parallelism_end_the_start_with_one_line(tmp_path: Path, model: Path) -> None:
+    arguments = ("--data-parallel-size", "2", *guessing(MTP))
+    server = NpuServer(SETTINGS, tmp_path, ranks=1, model=str(model), arguments=arguments)
+    server.start()
+    try:
+        deadline = time.monotonic() + serving.START_SECONDS
+        while server.running() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert not server.running()
+    finally:
+        server.stop(5)
+    assert "a drafter that has experts, and --data-parallel-size 2 is not supported with vllm-ascend" in server.log
+    assert "EngineCore" not in server.log
