@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,6 +122,21 @@ def ask(server: NpuServer, prompt: str) -> tuple[list[int], list[object]]:
     return tokens, first["guesses"]
 
 
+def freeze_drafter_until_noticed(
+    server: NpuServer, prompts: list[str], answers: list[list[int]], guesses: list[list[object]]
+) -> None:
+    """The negative control: from here on the drafter's maps are switched and its weights left; its guesses must show
+    it. The model verifies each of them, so the tokens stay right."""
+    assert set(server.call("probe_freeze_weights", MODEL_LAYERS)) == {"1"}
+    for turn in range(40):
+        number = turn % len(prompts)
+        tokens, guessed = ask(server, prompts[number])
+        assert tokens == answers[number]
+        if guessed != guesses[number]:
+            return
+    raise AssertionError("all guesses are the same")
+
+
 @pytest.fixture(scope="module")
 def guesses(
     tmp_path_factory: pytest.TempPathFactory, model: Path, prompts: list[str], answers: list[list[int]]
@@ -184,17 +200,43 @@ def test_with_a_drafter_no_race_and_no_wrong_order(drafted: NpuServer) -> None:
 def test_guesses_notice_weights_of_the_drafter_that_did_not_move(
     drafted: NpuServer, prompts: list[str], answers: list[list[int]], guesses: list[list[object]]
 ) -> None:
-    """The last on this server. The model verifies each guess, so the tokens stay right."""
-    assert set(drafted.call("probe_freeze_weights", MODEL_LAYERS)) == {"1"}
-    for turn in range(40):
-        number = turn % len(prompts)
-        tokens, guessed = ask(drafted, prompts[number])
-        assert tokens == answers[number]
-        if guessed != guesses[number]:
-            break
-    else:
-        raise AssertionError("all guesses are the same")
+    """The last on this server."""
+    freeze_drafter_until_noticed(drafted, prompts, answers, guesses)
     assert drafted.stop() == []
+
+
+@pytest.mark.parametrize(
+    "way", [{"device": "A3"}, {"graphs": (3, 6, 12)}], ids=["A3: ranks route their own tokens", "captured graphs"]
+)
+def test_neither_tokens_nor_guesses_change_in_other_ways(
+    tmp_path: Path,
+    model: Path,
+    prompts: list[str],
+    answers: list[list[int]],
+    guesses: list[list[object]],
+    way: dict[str, Any],
+) -> None:
+    """The graphs are of the model, for steps that verify guesses; GLM's drafters are not captured by vllm-ascend."""
+    server = NpuServer(SETTINGS, tmp_path, model=str(model), probe=True, arguments=guessing(MTP), **way).started()
+    try:
+        server.call("probe_watch")
+        assert set(server.call("probe_replays")) == {"0"}
+        verified = 0
+        for turn in range(60):
+            number = turn % len(prompts)
+            assert ask(server, prompts[number]) == (answers[number], guesses[number])
+            verified += len(guesses[number]) - 1  # the first step reads the prompt
+            if server.cycles_done() >= 6:
+                break
+        stats = server.stats()
+        assert stats is not None
+        assert stats.cycles_done >= 6
+        assert stats.cycles_failed == 0
+        assert min(map(int, server.call("probe_replays"))) >= (0.9 * verified if "graphs" in way else 0)
+        assert not server.unexpected_races()[:3]
+        freeze_drafter_until_noticed(server, prompts, answers, guesses)
+    finally:
+        server.stop()
 
 
 def test_a_drafter_and_data_parallelism_end_the_start_with_one_line(tmp_path: Path, model: Path) -> None:
