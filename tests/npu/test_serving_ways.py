@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from . import npus
@@ -34,6 +35,7 @@ def way(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def server(way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
     server = NpuServer(folder=tmp_path_factory.mktemp("server"), probe=True, **WAYS[way]).started()
+    server.call("probe_watch")
     yield server
     server.stop()
 
@@ -54,6 +56,19 @@ def test_one_request_alone_moves_experts_too(
 ) -> None:
     """With data parallelism one of the engines runs dummy batches meanwhile."""
     serve_until(server, [batch[:1] for batch in batches], [batch[:1] for batch in want], 2)
+
+
+def test_every_token_is_counted_in_every_layer_whoever_is_idle(server: NpuServer, way: str) -> None:
+    """Load is what slots receive, also those of an engine without requests. Where ranks gather each other's tokens
+    before they are routed (A2), each sees all of the load."""
+    first, *_ = server.call("probe_watched")  # of the first engine
+    loads, windows = np.array(first["loads"]), np.array(first["windows"])
+    assert len(loads) >= 10
+    sums = loads.sum(axis=2)
+    assert sums.sum() > 0
+    np.testing.assert_array_equal(sums, sums[:, :1].repeat(sums.shape[1], axis=1))
+    if "A3" not in way:
+        np.testing.assert_array_equal(loads, windows[: len(loads)])
 
 
 def test_no_race_and_no_wrong_order(server: NpuServer) -> None:

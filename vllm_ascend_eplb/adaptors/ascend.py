@@ -206,6 +206,9 @@ def _hook_runner(runner: Any) -> None:
         forward = getattr(self, "_eplb_forward", None)
         if forward is not None and getattr(self, "dynamic_eplb", False):
             self._eplb_forward = None
+            across = result[3]  # int [D], tokens of each data-parallel engine; None where there is one
+            if across is not None:
+                forward = forward_of_all(across, self.eplb_pd_thresholds)
             self.eplb_updator.step(*forward)
         return result
 
@@ -350,6 +353,19 @@ class _Updator:
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
+
+
+def forward_of_all(tokens_of_engines: torch.Tensor, most_in_decode: int) -> tuple[bool, Stage]:
+    """What data-parallel engines make of a forward together: whether it serves requests, and its stage.
+
+    A slot receives tokens of all engines, also while its own has no request, so all of them count, and by the same
+    stage. They make dummy batches only while one of them serves; the token of such a batch is counted, too.
+
+    Args:
+        tokens_of_engines: int [D], the same on all ranks.
+        most_in_decode: tokens of a batch that only decodes, at most; vllm-ascend's own bound between its stages.
+    """
+    return True, "prefill" if int(tokens_of_engines.max()) > most_in_decode else "decode"
 
 
 class ReceivedTokens(LoadRecorder):
