@@ -2,6 +2,7 @@
 """What holds for all tests."""
 
 import contextlib
+import logging
 import multiprocessing.util
 import os
 import signal
@@ -26,3 +27,9 @@ def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> None:
     goes when all pass."""
     multiprocessing.util.get_temp_dir()  # this process's own, which it removes at its very end
     tempfile.tempdir = os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
+
+
+@pytest.fixture(autouse=True)
+def logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once vLLM is imported, its loggers, ours below them, end at its own handler."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)

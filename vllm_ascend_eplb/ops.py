@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.eplb")
 
 TOKEN_STEP = 2654435769
 """2^32 / golden ratio; csrc/ops/index_rule.h holds the same constants."""

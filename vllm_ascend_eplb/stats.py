@@ -36,7 +36,7 @@ MAX_RANKS = 4096
 MAX_TABLE_ENTRIES = 4096
 """Rank loads are kept per layer up to this many numbers (layers x ranks); beyond that they are left out."""
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.eplb")
 
 Count: TypeAlias = Annotated[int, Field(ge=0, le=2**62)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.0, le=1e12)]

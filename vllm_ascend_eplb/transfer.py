@@ -56,7 +56,7 @@ from .transport import (
     Transport,
 )
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.eplb")
 
 TRANSPORTS = ("auto", "gloo", "pull", "nccl", "hccl")
 ALIGNMENT = 256

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The core knows nothing of an engine, and the planner's side nothing of torch."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import vllm_ascend_eplb
 
 CORE = """
     checksum config control cycle load maps ops placement plans policy process rounds stats topology transfer
@@ -40,13 +44,25 @@ def test_the_check_can_fail():
 
 @pytest.mark.parametrize("name", ["plan", "dispatch_shares", "Placement"])
 def test_public_names(name):
-    import vllm_ascend_eplb
-
     assert callable(getattr(vllm_ascend_eplb, name))
 
 
 def test_unknown_names_are_attribute_errors():
-    import vllm_ascend_eplb
-
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = vllm_ascend_eplb.no_such_name
+
+
+def loggers(source):
+    """Names of the loggers that it asks for; None where the name is worked out."""
+    for call in ast.walk(ast.parse(source)):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "getLogger":
+            yield call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else None
+
+
+def test_every_logger_is_one_that_a_server_shows():
+    """vLLM gives handlers to the loggers under its own name only; what becomes of others depends on the release."""
+    package = Path(vllm_ascend_eplb.__file__).parent
+    names = [(path.name, name) for path in package.rglob("*.py") for name in loggers(path.read_text())]
+    assert len(names) > 10
+    assert [each for each in names if not str(each[1]).startswith("vllm.eplb")] == []
+    assert list(loggers("import logging\nlogging.getLogger(__name__)")) == [None]
