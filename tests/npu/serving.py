@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The unmodified vllm-ascend, as its users start it: ``vllm serve`` with one flag for the balancer. On emulated NPUs it
-is the one unpacked in build/stack, on real ones the one installed.
+is the one unpacked in build/stack, or, with NPU_TEST_ASCEND=0.30.0rc2, that release candidate in build/stack-0.30.0rc2;
+on real ones the one installed.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +21,12 @@ from examples.demo.server import MAX_TOKENS_PER_REQUEST, MODEL, Server
 from ..processes import parent, title
 from . import npus
 
-STACK = npus.ROOT / "build" / "stack"
+RELEASE = "0.23.0.post1"
+ASCEND = os.environ.get("NPU_TEST_ASCEND", RELEASE)
+"""Which vllm-ascend is tested."""
+STACK = npus.ROOT / "build" / ("stack" if ASCEND == RELEASE else f"stack-{ASCEND}")
 STANDINS = npus.ROOT / "tests" / "npu" / "standins"
-MISSING = "" if (STACK / ".stamp").exists() else "no vllm-ascend: run scripts/setup_npu_stack.sh"
+MISSING = "" if (STACK / ".stamp").exists() else f"no vllm-ascend: run scripts/setup_npu_stack.sh {ASCEND}"
 START_SECONDS = 400
 SOC = {"A2": "Ascend910B3", "A3": "Ascend910_9391"}
 TOKENS = 32
@@ -54,7 +59,7 @@ UPSTREAM = (
 
 
 def python_path() -> str:
-    return f"{npus.ROOT}:{STACK / 'site'}:{STANDINS}"
+    return f"{npus.ROOT}:{STACK / 'site'}:{STACK / 'packages'}:{STANDINS}"
 
 
 def environment(report: Path, device: str = "A2", **settings: str) -> dict[str, str]:
@@ -243,7 +248,7 @@ class NpuServer(Server):
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
 
-    def call(self, method: str, *arguments: int) -> list[Any]:
+    def call(self, method: str, *arguments: int | str) -> list[Any]:
         """Calls a method of tests.npu.probe.Probe on all workers."""
         request = {"method": method, "args": arguments}
         response = httpx.post(f"{self.url}/collective_rpc", json=request, timeout=60)

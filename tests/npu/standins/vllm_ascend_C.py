@@ -17,6 +17,8 @@ for _schema in (
     "get_masked_input_and_mask(Tensor input, int a, int b, int c, int d, int e) -> (Tensor, Tensor)",
     "bgmv_expand(Tensor x, Tensor weight, Tensor indices, Tensor(a!) y, int offset, int size) -> Tensor",
     "sgmv_expand(Tensor x, Tensor weight, Tensor i, Tensor n, Tensor(a!) y, int offset, int size) -> Tensor",
+    "device_print(str message) -> ()",
+    "device_print_tensor(Tensor tensor) -> ()",
 ):
     _library.define(_schema)
 
@@ -132,9 +134,28 @@ def _reshape_and_cache(key, value, key_cache, value_cache, slot_indices):
     value_cache.view(places, *value_cache.shape[2:]).index_copy_(0, slots, value.view(-1, *value_cache.shape[2:]))
 
 
+def _mrope(positions, query, key, cos_sin_cache, head_size, *, mrope_section, rotary_mode="half", cache_mode="default"):
+    """Without sections it is the plain rotary embedding, not in place."""
+    assert not any(mrope_section), "not emulated: npu_mrope with sections"
+    query, key = query.clone(), key.clone()
+    _rotary_embedding(positions, query, key, head_size, cos_sin_cache, rotary_mode == "half")
+    return query, key
+
+
+def _scatter_pa_kv_cache(key, value, key_cache, value_cache, slot_mapping, *, cache_mode="Norm"):
+    """The same into caches that may lie side by side in one tensor."""
+    assert cache_mode == "Norm", "not emulated: npu_scatter_pa_kv_cache in internal formats"
+    slots = slot_mapping.to(torch.int64).clamp(min=0)
+    block, place = slots // key_cache.shape[1], slots % key_cache.shape[1]
+    key_cache[block, place] = key.view(-1, *key_cache.shape[2:])
+    value_cache[block, place] = value.view(-1, *value_cache.shape[2:])
+
+
 _register_atb_extensions()  # once only; what follows stays
 torch_npu._npu_rotary_embedding = _rotary_embedding
 torch_npu._npu_reshape_and_cache = _reshape_and_cache
+torch_npu.npu_mrope = _mrope
+torch_npu.npu_scatter_pa_kv_cache = _scatter_pa_kv_cache
 torch_npu.npu_format_cast = lambda tensor, layout: tensor  # internal formats (NZ) are not emulated
 torch_npu._npu_matmul_add_fp32 = lambda *tensors: (
     None
@@ -158,7 +179,12 @@ class _ComputeSlotMapping:
         return launch
 
 
-_block_table._compute_slot_mapping_kernel = _ComputeSlotMapping()
+if hasattr(_block_table, "_compute_slot_mapping_kernel"):
+    _block_table._compute_slot_mapping_kernel = _ComputeSlotMapping()
+else:  # 0.30.0rc2 has one of its own, called alike
+    import vllm_ascend.ops.triton.compute_slot_mapping as _slot_mapping
+
+    _slot_mapping._compute_slot_mapping_kernel = _ComputeSlotMapping()
 
 
 def _moe_distribute_dispatch(
