@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 
 class Probe:
@@ -57,6 +58,37 @@ class Probe:
                 found.setdefault(f"{layer} {expert}", []).append(digest.hexdigest())
         return found
 
+    def probe_checkpoint(self, path: str) -> dict[str, Any]:
+        """Compares the slots of this rank with the experts of an unquantised checkpoint that the placement puts there.
+
+        Args:
+            path: the file of weights.
+
+        Returns:
+            class: of the MoE layers. wrong, right: slots. placement: in force, of the first layer (int [P]).
+        """
+        updator: Any = self.model_runner.eplb_updator  # type: ignore[attr-defined]
+        balancer, right, wrong = updator.balancer, 0, 0
+        weights = load_file(path)
+        first = balancer._rank * balancer.placement.slots_per_rank
+        for layer, slots in enumerate(balancer._adaptor.expert_tensors()):
+            for slot, (w13, w2) in enumerate(slots):
+                expert = balancer.placement.physical_to_logical[layer, first + slot]
+                gate, up, down = (
+                    weights[f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"].to(w13.dtype)
+                    for name in ("gate", "up", "down")
+                )
+                if torch.equal(w13.cpu(), torch.cat([gate, up]).T) and torch.equal(w2.cpu(), down.T):
+                    right += 1
+                else:
+                    wrong += 1
+        return {
+            "class": type(updator.adaptor.moe_layers[0]).__name__,
+            "right": right,
+            "wrong": wrong,
+            "placement": balancer.placement.physical_to_logical[0].tolist(),
+        }
+
     def probe_watch(self) -> int:
         """To be called before the first request. From then on this rank keeps, for each window of load: what the
         routers chose (int [L, E], in vllm-ascend's own code, before anything of ours) and how many tokens were
@@ -78,12 +110,15 @@ class Probe:
         routing = importlib.import_module("vllm_ascend.ops.fused_moe.fused_moe")
         chosen = np.zeros((balancer.placement.num_layers, balancer.placement.num_experts), dtype=np.int64)
         rows, layer_at_work = [0], [-1]
-        select, execute, snapshot = routing.select_experts, runner.execute_model, balancer._recorder.snapshot
+        execute, snapshot = runner.execute_model, balancer._recorder.snapshot
 
-        def watched_select(*args: Any, **kwargs: Any) -> Any:
-            weights, ids = select(*args, **kwargs)
-            np.add.at(chosen[layer_at_work[0]], ids.cpu().numpy(), 1)
-            return weights, ids
+        def watched(select: Any, number: int | None = None) -> Any:
+            def watched_select(*args: Any, **kwargs: Any) -> Any:
+                weights, ids = select(*args, **kwargs)
+                np.add.at(chosen[layer_at_work[0] if number is None else number], ids.cpu().numpy(), 1)
+                return weights, ids
+
+            return watched_select
 
         def watch_layer(number: int, method: Any) -> None:
             apply = method.apply
@@ -106,8 +141,13 @@ class Probe:
             snapshot(placement)
 
         for number, layer in enumerate(layers):
-            watch_layer(number, layer.quant_method)
-        routing.select_experts, runner.execute_model = watched_select, watched_execute
+            if hasattr(routing, "select_experts"):
+                watch_layer(number, layer.quant_method)
+            else:  # since 0.30
+                layer.router._select_experts = watched(layer.router._select_experts, number)
+        if hasattr(routing, "select_experts"):
+            routing.select_experts = watched(routing.select_experts)
+        runner.execute_model = watched_execute
         balancer._recorder.snapshot = watched_snapshot
         if balancer._planner is not None:
             submit = balancer._planner.submit

@@ -11,7 +11,7 @@ import pytest
 
 from . import npus
 from .programs import slow
-from .serving import MISSING, python_path
+from .serving import ASCEND, MISSING, RELEASE, python_path
 
 pytestmark = [
     pytest.mark.skipif(npus.REAL, reason="vllm-ascend's modules are unpacked for the emulated stack"),
@@ -62,6 +62,8 @@ OURS: dict[str, list[Any]] = {
     "MXFP8 with exponents": [True, True, 2, 100, "", [10, 3], "MXFP8"],
     "MXFP4 with exponents": [True, True, 2, 100, "", [10, 3], "MXFP4"],
 }
+if ASCEND != RELEASE:  # refused there: weights are loaded in vLLM's order whatever a map says
+    del OURS["a placement that stays"]
 STOCK: dict[str, list[Any]] = {
     "owned": [False, True, 0, 60, ""],
     "gathered, redundant": [False, False, 2, 10, ""],
@@ -96,9 +98,10 @@ def test_moves_change_no_output(ours: dict[str, list[dict[str, Any]]], case: str
 
 
 def test_experts_whose_tensors_vllm_ascend_does_not_name_are_refused() -> None:
-    outcome = run("balance", 2, [True, True, 2, 10, "", [10, 3], "W4A8"], check=False)
+    unnamed = "W4A8" if ASCEND == RELEASE else "W4A8MXFP"
+    outcome = run("balance", 2, [True, True, 2, 10, "", [10, 3], unnamed], check=False)
     assert outcome.results == [None, None]
-    assert "EPLB not support QuantType.W4A8 with fused MC2 False" in outcome.text()
+    assert f"EPLB not support QuantType.{unnamed}" in outcome.text()
 
 
 def test_on_four_ranks() -> None:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings on their way through vllm-ascend, without it."""
 
+import copy
 import json
 import os
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,19 +33,31 @@ def test_vllm_ascend_gets_its_own_keys_and_the_workers_get_ours():
     before = json.dumps(given)
     changed = ascend_config.hand_over(given)
     assert json.dumps(given) == before
+    assert set(changed) == {"other", "eplb_config"}  # no key that vllm-ascend does not know
     assert set(changed["eplb_config"]) == STOCK
     assert changed["eplb_config"]["dynamic_eplb"] is True
     assert changed["other"] == 1
-    assert ascend_config.settings_of(changed) == ascend_config.settings_of(given)
-    assert ascend_config.settings_of(json.loads(json.dumps(changed))).target_par == 1.1
     assert os.environ[ascend_config.SWITCH] == "true"
     assert os.environ[ascend_config.SECOND_RUNNER] == "0"
     assert ascend_config.hand_over(changed) is changed  # once only
 
+    config = served(additional_config=changed)
+    ascend_config.keep(config, ascend_config.settings_of(given))
+    for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert ascend_config.kept(copied) == ascend_config.settings_of(given)
+        assert copied.additional_config == changed
+
 
 def test_what_was_left_out_stays_left_out():
-    changed = ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
-    assert ascend_config.settings_of(changed).model_fields_set == {"dynamic_eplb"}
+    config = served()
+    ascend_config.keep(config, ascend_config.settings_of({"eplb_config": {"dynamic_eplb": True}}))
+    assert ascend_config.kept(config).model_fields_set == {"dynamic_eplb"}
+
+
+def test_a_configuration_that_was_not_handed_over_says_itself_what_is_on():
+    assert not ascend_config.kept(served()).active
+    config = served(additional_config={"eplb_config": {"dynamic_eplb": True, "target_par": 1.1}})
+    assert ascend_config.kept(config).target_par == 1.1
 
 
 @pytest.mark.parametrize("given", [{}, {"eplb_config": {}}, {"eplb_config": {"dynamic_eplb": False}}])
@@ -54,14 +68,16 @@ def test_without_the_flag_nothing_changes(given):
 
 
 def test_an_unchecked_release_is_served_without_balancing_unless_asked_for(monkeypatch, caplog):
-    monkeypatch.setattr(ascend_config, "installed_version", lambda: "0.30.0rc2")
+    monkeypatch.setattr(ascend_config, "installed_version", lambda: "0.99.0")
     given = {"other": 1, "eplb_config": {"dynamic_eplb": True}}
     assert ascend_config.hand_over(given) == {"other": 1}
     assert ascend_config.SWITCH not in os.environ
-    assert "checked against vllm-ascend 0.23.0.post1, and this is 0.30.0rc2" in caplog.text
+    assert f"checked against vllm-ascend {', '.join(ascend_config.CHECKED_VERSIONS)}, and this is 0.99.0" in caplog.text
     caplog.clear()
     given["eplb_config"]["allow_unchecked_vllm"] = True
-    assert ascend_config.settings_of(ascend_config.hand_over(given)).active
+    changed = ascend_config.hand_over(given)
+    assert ascend_config.settings_of(changed).active
+    assert ascend_config.hand_over(changed) is changed  # the platform does so once more
     assert not caplog.text
 
 
@@ -98,6 +114,15 @@ def test_a_map_is_handed_over_in_vllm_ascends_form_only(tmp_path):
             stock = ascend_config.hand_over(given)["eplb_config"]
             assert stock["expert_map_path"] == str(path)
             assert stock["dynamic_eplb"] is True
+
+
+def test_a_map_that_a_release_would_not_load_by_is_refused(monkeypatch):
+    monkeypatch.setattr(ascend_config, "installed_version", lambda: "0.30.0rc2")
+    given = {"eplb_config": {"expert_map_path": "map.json", "allow_unchecked_vllm": True}}
+    with pytest.raises(
+        EplbConfigError, match=r"map\.json.* with vllm-ascend 0\.30\.0rc2.*\(allowed: null\); leave it out"
+    ):
+        ascend_config.hand_over(given)
 
 
 def test_an_expert_twice_on_a_device_is_refused(tmp_path):

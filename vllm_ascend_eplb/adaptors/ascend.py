@@ -20,7 +20,11 @@ replicas. Where ranks may gather tokens before routing (AllGather), every rank t
 computed once; vllm-ascend's own tables differ between ranks there.
 
 **Slots under AllGather.** Its AllGather dispatcher looks up slots in a map that is indexed by logical experts, which
-fails as soon as there are redundant experts. ``look_up_slots`` gives it one that is indexed by slots.
+fails as soon as there are redundant experts. ``look_up_slots`` gives it one that is indexed by slots. Since 0.30 layers
+map experts themselves and the dispatchers see slots only; there ``route_by`` gives the layers such a map.
+
+**Loading.** Since 0.30 weights are loaded in vLLM's own order, experts 0..E-1 and then the copies. That this
+is what the layers' maps say is checked, and that copies are equal.
 
 **Load** comes from the layers' ``moe_load``, which counts what the slots of a rank have received, whatever way the
 tokens came. It is made a view of the recorder's counters.
@@ -53,7 +57,7 @@ from ..post_import import after_import
 from ..topology import Topology, host_identity
 from ..transfer import exchange_bytes
 from ..updator import EplbUpdator, Stage, require_equal_start, start_balancer
-from .ascend_config import CHECKED_VERSIONS, installed_version, settings_of, switch_on
+from .ascend_config import CHECKED_VERSIONS, installed_version, kept, switch_on
 from .base import EplbAdaptor
 
 logger = logging.getLogger("vllm.eplb")
@@ -90,7 +94,7 @@ def balanced(base: type) -> type:
         _eplb = True
 
         def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-            prepare(vllm_config.additional_config)
+            prepare(vllm_config)
             super().__init__(vllm_config, *args, **kwargs)
 
         def compile_or_warm_up_model(self) -> Any:
@@ -114,13 +118,13 @@ def _updator_of(worker: Any) -> _Updator | None:
     return updator if isinstance(updator, _Updator) else None
 
 
-def prepare(additional_config: Any) -> None:
+def prepare(vllm_config: Any) -> None:
     """In a worker's process, before its runner is built: takes the names over if the settings turn the balancer on."""
-    config = settings_of(additional_config)
+    config = kept(vllm_config)
     if not config.active:
         return
     switch_on()  # a worker on another machine has not inherited it
-    _Updator.settings = config
+    _Updator.settings, _Updator.load_format = config, str(vllm_config.load_config.load_format)
     take_over(importlib.import_module(RUNNER))
 
 
@@ -267,6 +271,21 @@ class SlotTable:
         return self._table[experts * self._width + entries].to(ids.dtype)
 
 
+def maps_itself(layer: Any) -> bool:
+    """Whether a layer turns experts into slots before it calls a dispatcher, as layers do since 0.30. Such layers are
+    loaded in vLLM's own order, whatever their maps say."""
+    return hasattr(layer, "ascend_expert_map")
+
+
+def route_by(layer: Any, table: SlotTable) -> None:
+    """Puts a table in place of a layer's own."""
+    del layer.log2phy  # a buffer since 0.30, which would take tensors only
+    layer.log2phy = table
+    if maps_itself(layer):
+        # All that the dispatchers get: a map to look up slots in, and how many there are beyond its length.
+        layer.ascend_expert_map, layer.global_redundant_expert_num = table.local_slots, 0
+
+
 class _Manager:
     """vllm-ascend's planner shares a dictionary through a process of its own; here nothing reads it."""
 
@@ -308,6 +327,7 @@ class _Updator:
     """EplbUpdator under the calls of vllm-ascend's runner."""
 
     settings = EplbConfig()
+    load_format = "auto"
 
     def __init__(self, eplb_config: Any, loader: Any, eplb_process: Any, process: Any) -> None:
         self.adaptor: Any = None
@@ -325,6 +345,7 @@ class _Updator:
             adaptor = AscendAdaptor(self.adaptor, self.settings)
             if self.settings.dynamic:
                 self.balancer = start_balancer(adaptor, self.settings)
+                require_loaded_copies(self.balancer.differing, self.load_format)
             else:
                 require_equal_start(adaptor, self.settings)
 
@@ -350,6 +371,25 @@ class _Updator:
     def shutdown(self) -> None:
         if self.balancer is not None:
             self.balancer.close()
+
+
+def require_loaded_copies(differing: int, load_format: str) -> None:
+    """A model that loads its experts by itself may leave redundant slots empty; tokens that are sent there would be
+    answered wrongly.
+
+    Args:
+        differing: experts whose copies differ from each other once the model is loaded.
+        load_format: with vLLM's "dummy" every slot gets weights of its own, which is no fault.
+
+    Raises:
+        AscendError: copies differ that should not.
+    """
+    if differing and load_format != "dummy":
+        raise AscendError(
+            f"copies of {differing} experts differ from each other once the weights are loaded, so tokens would be "
+            "answered wrongly: this model's loader does not fill redundant slots; set num_redundant_experts to 0, or "
+            "leave eplb_config out"
+        )
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -398,6 +438,11 @@ def placement_of(global_expert_maps: list[np.ndarray], slots_per_rank: int) -> P
     return Placement(slots, experts, ranks)
 
 
+def vllm_order(experts: int, slots: int, ranks: int, layers: int) -> Placement:
+    """The placement that vLLM loads by: experts 0..E-1, then copies of 0, 1, ..."""
+    return Placement(np.tile(np.arange(slots, dtype=np.int32) % experts, (layers, 1)), experts, ranks)
+
+
 def ranks_own_their_tokens() -> bool:
     """Whether every token is routed by one rank only, for batches of any size (MC2, All2All)."""
     from vllm_ascend.utils import AscendDeviceType, get_ascend_device_type
@@ -436,6 +481,13 @@ class AscendAdaptor(EplbAdaptor):
             )
         self.placement = placement_of(maps, size)
         num_ranks = self.placement.num_ranks
+        if maps_itself(moe_layers[0]):
+            loaded = vllm_order(self.placement.num_experts, self.placement.num_slots, num_ranks, len(maps))
+            if loaded != self.placement:
+                raise AscendError(
+                    f"the experts of {self.name} were loaded in vLLM's order, and the layers' maps say otherwise; "
+                    "leave eplb_config.expert_map_path out"
+                )
         hosts = exchange_bytes(self.control_group, num_ranks, host_identity().encode())
         self.topology = Topology(tuple(hosts.index(host) for host in hosts))
         self.num_groups = max(1, int(getattr(layers.config, "n_group", 1) or 1))
@@ -458,7 +510,7 @@ class AscendAdaptor(EplbAdaptor):
         offset = self.rank * 40503 if ranks_own_their_tokens() else 0
         for number, layer in enumerate(moe_layers):
             layer.moe_load = self.recorder.counts[number, first : first + size]
-            layer.log2phy = SlotTable(self._maps, number, local, offset)
+            route_by(layer, SlotTable(self._maps, number, local, offset))
 
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
         return [

@@ -2,7 +2,8 @@
 """The settings on their way through vllm-ascend, which knows a part of ``eplb_config`` and refuses the rest.
 
 In the front-end process, before vLLM builds its configuration, ``hand_over`` takes our settings out of ``eplb_config``
-and leaves what vllm-ascend accepts; in the workers, ``settings_of`` reads them again.
+and leaves what vllm-ascend accepts. ``keep`` leaves them with the configuration that vLLM built; in the workers,
+``kept`` reads them again. Not in ``additional_config``: since 0.30 vllm-ascend refuses every key that it does not know.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,14 @@ from .drafter import has_experts
 
 logger = logging.getLogger("vllm.eplb")
 
-CHECKED_VERSIONS = ("0.23.0.post1",)
+CHECKED_VERSIONS = ("0.23.0.post1", "0.30.0rc2")
 """Releases of vllm-ascend whose sources were read and on which the tests ran."""
 
-SETTINGS = "vllm_ascend_eplb"
-"""Key of additional_config under which our settings travel to the workers; vllm-ascend ignores it."""
+DEAF_TO_MAPS = ("0.30.0rc2",)
+"""Releases that load weights in vLLM's order, whatever ``expert_map_path`` says, and route by the map all the same."""
+
+KEPT = "_vllm_ascend_eplb"
+"""Attribute of vLLM's configuration, with which our settings travel to the workers: they get a pickled copy of it."""
 
 SWITCH = "DYNAMIC_EPLB"
 """Environment variable that vllm-ascend wants to be true before it accepts dynamic_eplb."""
@@ -56,6 +59,10 @@ STOCK_KEYS = ("expert_heat_collection_interval", "algorithm_execution_interval",
 layers count load in another form. Not the map to record: it would write to the same file."""
 
 
+class HandedOver(dict[str, Any]):
+    """``eplb_config`` as :func:`hand_over` left it, which does so once only."""
+
+
 def on_ascend() -> bool:
     """Whether vLLM runs on vllm-ascend's platform."""
     from vllm.platforms import current_platform
@@ -83,29 +90,45 @@ def installed_version() -> str:
 
 
 def settings_of(additional_config: object) -> EplbConfig:
-    """Our settings, wherever they stand.
+    """The settings as the user gave them.
 
     Args:
-        additional_config: vLLM's dictionary, before or after :func:`hand_over`.
+        additional_config: vLLM's dictionary.
 
     Raises:
         EplbConfigError: a key or value that is not allowed.
     """
-    if isinstance(additional_config, Mapping) and SETTINGS in additional_config:
-        return EplbConfig.from_additional_config({"eplb_config": additional_config[SETTINGS]})
     return EplbConfig.from_additional_config(additional_config)
 
 
+def keep(vllm_config: Any, config: EplbConfig) -> None:
+    """Leaves our settings with vLLM's configuration, which goes to the workers."""
+    # Only what was given: some defaults depend on what is left out.
+    object.__setattr__(vllm_config, KEPT, config.model_dump(exclude_unset=True))
+
+
+def kept(vllm_config: Any) -> EplbConfig:
+    """Our settings, as :func:`keep` left them; where it did not, those that vllm-ascend got.
+
+    Raises:
+        EplbConfigError: a key or value that is not allowed.
+    """
+    given = vllm_config.__dict__.get(KEPT)
+    if given is None:
+        return settings_of(vllm_config.additional_config)
+    return EplbConfig.from_additional_config({"eplb_config": given})
+
+
 def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
-    """The same configuration in the dialect that vllm-ascend accepts: its own keys in ``eplb_config``, all of ours
-    under :data:`SETTINGS`. Sets the environment variables that this needs; processes started later inherit them. On a
-    release that was not checked it is the configuration without ``eplb_config``, unless the settings say otherwise.
+    """The same configuration in the dialect that vllm-ascend accepts: its own keys in ``eplb_config``, none of ours.
+    Sets the environment variables that this needs; processes started later inherit them. On a release that was not
+    checked it is the configuration without ``eplb_config``, unless the settings say otherwise.
 
     Raises:
         EplbConfigError: a setting cannot work, or the environment contradicts it.
     """
     config = settings_of(additional_config)
-    if not config.active or SETTINGS in additional_config:
+    if not config.active or isinstance(additional_config["eplb_config"], HandedOver):
         return additional_config
     version = installed_version()
     if version not in ("", *CHECKED_VERSIONS) and not config.allow_unchecked_vllm:
@@ -118,12 +141,16 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
         )
     switch_on()
     # Also for a placement that stays: only then does its runner build what ours stands in for, and route by our tables.
-    stock = {"dynamic_eplb": True, **{key: getattr(config, key) for key in STOCK_KEYS}}
+    stock = HandedOver(dynamic_eplb=True, **{key: getattr(config, key) for key in STOCK_KEYS})
     if config.expert_map_path is not None:
+        if version in DEAF_TO_MAPS:
+            raise EplbConfigError(
+                f"eplb_config.expert_map_path = {show(config.expert_map_path)} cannot be used with vllm-ascend "
+                f"{version}, which loads weights in vLLM's order whatever a map says (allowed: null); leave it out"
+            )
         _check_map(config.expert_map_path)
         stock["expert_map_path"] = config.expert_map_path
-    # Only what was given: some defaults depend on what is left out.
-    return {**additional_config, "eplb_config": stock, SETTINGS: config.model_dump(exclude_unset=True)}
+    return {**additional_config, "eplb_config": stock}
 
 
 def _check_map(path: str) -> None:
@@ -172,7 +199,7 @@ def refuse_what_is_not_supported(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     both = parallel.tensor_parallel_size > 1 and parallel.data_parallel_size > 1
     additional, drafter = vllm_config.additional_config, vllm_config.speculative_config
-    config = settings_of(additional)
+    config = kept(vllm_config)
     has_map = config.expert_map_path is not None or config.expert_map_record_path is not None
     options = (
         (

@@ -112,6 +112,7 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
         expert_parallel=parallel.enable_expert_parallel,
     )
     if ascend_config.on_ascend():
+        ascend_config.keep(vllm_config, config)
         ascend_config.refuse_what_is_not_supported(vllm_config)
         _say_on([], config, num_redundant)  # the layers of a drafter are balanced among the model's
         return

@@ -4,6 +4,8 @@ that are small enough to be compared exactly."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import sys
@@ -77,6 +79,21 @@ def _runner_module(ours: bool) -> ModuleType:
     return runner
 
 
+def stock_config(values: dict[str, Any]) -> Any:
+    """vllm-ascend's own settings; it calls for a dictionary, or, since 0.30, for names."""
+    from vllm_ascend.ascend_config import EplbConfig
+
+    return EplbConfig(**values) if dataclasses.is_dataclass(EplbConfig) else EplbConfig(values)
+
+
+def _quant_type(quantised: str, known: Any) -> str:
+    """vllm-ascend's name for it."""
+    if not quantised:
+        return "NONE"
+    since_0_30 = {"MXFP8": "W8A8MXFP", "MXFP4": "W4A4MXFP"}
+    return quantised if quantised in known else since_0_30[quantised]
+
+
 class Layer:
     """What AscendFusedMoE is to its EPLB: maps, weights by name, received tokens."""
 
@@ -90,7 +107,7 @@ class Layer:
             config, number, moe, tp_size=None if owned else SIZE
         )
         self.local_num_experts, self.ep_rank = (EXPERTS + redundant) // SIZE, RANK
-        self.quant_type = QuantType[quantised or "NONE"]
+        self.quant_type = QuantType[_quant_type(quantised, QuantType.__members__)]
         self.moe_load = torch.zeros(self.local_num_experts, dtype=torch.int64, device="npu")
         held = [int(torch.nonzero(self.expert_map == slot)[0]) for slot in range(self.local_num_experts)]
         w13, w2 = zip(*(expert_weights(number, e) for e in held), strict=True)
@@ -269,9 +286,7 @@ def balance(
         "algorithm_execution_interval": intervals[1],
     }
     stage = {"eplb_heat_collection_stage": "decode" if fault == "skew" else "all"}
-    from vllm_ascend.ascend_config import EplbConfig
-
-    config = EplbConfig({**settings, **stage, "eplb_policy_type": 2})
+    config = stock_config({**settings, **stage, "eplb_policy_type": 2})
     if ours:
         from vllm_ascend_eplb.adaptors import ascend, ascend_config
 
@@ -280,10 +295,10 @@ def balance(
             write_expert_map(path, _some_placement(redundant))
             settings = {"expert_map_path": str(path)}
             dist.barrier()
-        changed = ascend_config.hand_over({"eplb_config": {**settings, **stage, "transport": "hccl"}})
-        config = EplbConfig(changed["eplb_config"])
+        given = {"eplb_config": {**settings, **stage, "transport": "hccl"}}
+        config = stock_config(ascend_config.hand_over(given)["eplb_config"])
         assert config.dynamic_eplb
-        runner.EplbUpdator.settings = ascend_config.settings_of(changed)
+        runner.EplbUpdator.settings = ascend_config.settings_of(given)
         ascend.ranks_own_their_tokens = lambda: owned  # type: ignore[assignment]
     layers = [Layer(number, config, owned, quantised) for number in range(LAYERS)]
     torch.npu.synchronize()
@@ -394,8 +409,6 @@ def _some_placement(redundant: int) -> Placement:
 def surface() -> dict[str, Any]:
     """Whose classes the runner has, and what our settings become for vllm-ascend."""
     runner = _runner_module(True)
-    from vllm_ascend.ascend_config import EplbConfig
-
     from vllm_ascend_eplb.adaptors import ascend_config
 
     modules = [
@@ -405,11 +418,14 @@ def surface() -> dict[str, Any]:
     given = {"eplb_config": {"dynamic_eplb": True, "target_par": 1.1, "eplb_policy_type": 3, "transport": "hccl"}}
     changed = ascend_config.hand_over(given)
     wrong = ""
-    if not EplbConfig(changed["eplb_config"]).dynamic_eplb or os.environ["DYNAMIC_EPLB"] != "true":
+    if not stock_config(changed["eplb_config"]).dynamic_eplb or os.environ["DYNAMIC_EPLB"] != "true":
         wrong = "vllm-ascend would not balance"
-    if ascend_config.settings_of(changed).target_par != 1.1 or ascend_config.settings_of(changed).transport != "hccl":
+    vllm_config = SimpleNamespace(additional_config=changed)
+    ascend_config.keep(vllm_config, ascend_config.settings_of(given))
+    kept = ascend_config.kept(copy.deepcopy(vllm_config))
+    if kept.target_par != 1.1 or kept.transport != "hccl":
         wrong = "our settings were lost"
-    if "target_par" in changed["eplb_config"] or len(given["eplb_config"]) != 4:
+    if set(changed) != {"eplb_config"} or "target_par" in changed["eplb_config"] or len(given["eplb_config"]) != 4:
         wrong = "the settings were not split"
     return {"modules": modules, "settings": wrong}
 
