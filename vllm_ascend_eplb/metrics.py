@@ -8,6 +8,7 @@ totals too, because with several API servers each of them shows the same file (`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -34,6 +35,7 @@ class EplbGauges:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, parts: Sequence[str] = ()) -> None:
         self.parts = tuple(parts)
+        self._registry = registry
         common = ("part",) if parts else ()
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:
@@ -98,6 +100,13 @@ class EplbGauges:
             "audit_mended": gauge("audit_mended_slots", "Damaged slots that were mended so far."),
             "updated_at": gauge("updated_timestamp_seconds", "When the statistics were written, seconds since 1970."),
         }
+
+    def register(self) -> None:
+        """Puts gauges back that somebody took out of the registry: vLLM 0.23, vllm-ascend's, empties it of all that has
+        "vllm" in its name when an engine starts."""
+        for gauge in self.gauges():
+            with contextlib.suppress(ValueError):  # still there
+                self._registry.register(gauge)
 
     def gauges(self) -> list[Gauge]:
         return [*self._par.values(), self._cycles, self._failures, self._phase, self._info, *self._numbers.values()]
@@ -193,6 +202,7 @@ class StatsWatcher:
 
     def _run(self) -> None:
         while not self._closing.wait(self._interval):
+            self._gauges.register()
             self.look()
 
 

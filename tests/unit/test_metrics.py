@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,6 +136,23 @@ def test_each_pipeline_stage_has_a_file_and_a_label_of_its_own(tmp_path: Path, m
         own = {"part": f"stage{step}"}
         assert registry.get_sample_value("vllm_eplb_steps", own) == step + 1
         assert registry.get_sample_value("vllm_eplb_cycles", {**own, "result": "done"}) == step + 3
+
+
+def test_gauges_come_back_that_vllm_has_taken_out(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    gauges = EplbGauges(registry)
+    path = tmp_path / "stats.json"
+    StatsFile(path).write(EplbStats(step=7))
+    for gauge in gauges.gauges():  # as vLLM 0.23 does, in which an engine starts after the gauges were made
+        registry.unregister(gauge)
+    assert not shown(registry)
+    watcher = StatsWatcher(path, gauges, interval=0.01)
+    watcher.start()
+    deadline = time.monotonic() + 20
+    while shown(registry).get("vllm_eplb_steps") != 7 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    watcher.close()
+    assert shown(registry)["vllm_eplb_steps"] == 7
 
 
 def test_several_api_servers_show_the_newest(tmp_path: Path) -> None:
