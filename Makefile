@@ -37,7 +37,7 @@ npu-setup:
 emulated-npu-test: npu-setup  ## the tests on NPUs: real torch_npu and vllm-ascend on emulated CANN, in .venv-npu
 	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest tests/npu -m "not soak"
 
-long-emulated-npu-test: npu-setup  ## those that take long: more ranks, data-parallel (also on A3), guesses, W8A8 experts (also on A3)
+long-emulated-npu-test: npu-setup  ## those that take long: more ranks, data-parallel (also on A3), pipeline stages, guesses, W8A8 experts (also on A3)
 	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest tests/npu -m soak
 
 .PHONY: candidate-npu-test

@@ -91,10 +91,17 @@ class Probe:
 
     def probe_watch(self) -> int:
         """To be called before the first request. From then on this rank keeps, for each window of load: what the
-        routers chose (int [L, E], in vllm-ascend's own code, before anything of ours) and how many tokens were
-        scheduled; the loads that were planned with; and what the drafter guesses."""
+        routers chose (int [L, E], in vllm-ascend's own code, before anything of ours), how many tokens were scheduled,
+        and the batches (tokens of each data-parallel engine, step by step); the loads that were planned with; and what
+        the drafter guesses."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        self.watched: dict[str, list[Any]] = {"windows": [], "rows": [], "loads": [], "guesses": []}
+        self.watched: dict[str, list[Any]] = {
+            "windows": [],
+            "rows": [],
+            "batches": [],
+            "loads": [],
+            "guesses": [],
+        }
         if hasattr(runner.drafter, "_propose"):
             propose = runner.drafter._propose
 
@@ -110,7 +117,9 @@ class Probe:
         routing = importlib.import_module("vllm_ascend.ops.fused_moe.fused_moe")
         chosen = np.zeros((balancer.placement.num_layers, balancer.placement.num_experts), dtype=np.int64)
         rows, layer_at_work = [0], [-1]
+        batches: list[list[int]] = []
         execute, snapshot = runner.execute_model, balancer._recorder.snapshot
+        determine = runner._determine_batch_execution_and_padding
 
         def watched(select: Any, number: int | None = None) -> Any:
             def watched_select(*args: Any, **kwargs: Any) -> Any:
@@ -134,10 +143,17 @@ class Probe:
             rows[0] += scheduler_output.total_num_scheduled_tokens  # its load is in the window that is open now
             return result
 
+        def watched_determine(*args: Any, **kwargs: Any) -> Any:
+            result = determine(*args, **kwargs)  # in it the step begins, and perhaps a window
+            batches.append([result[1].num_tokens] if result[3] is None else result[3].tolist())
+            return result
+
         def watched_snapshot(placement: Any) -> None:
             self.watched["windows"].append(chosen.tolist())
             self.watched["rows"].append(rows[0])
+            self.watched["batches"].append(batches.copy())
             chosen[:], rows[0] = 0, 0
+            batches.clear()
             snapshot(placement)
 
         for number, layer in enumerate(layers):
@@ -148,6 +164,7 @@ class Probe:
         if hasattr(routing, "select_experts"):
             routing.select_experts = watched(routing.select_experts)
         runner.execute_model = watched_execute
+        runner._determine_batch_execution_and_padding = watched_determine
         balancer._recorder.snapshot = watched_snapshot
         if balancer._planner is not None:
             submit = balancer._planner.submit

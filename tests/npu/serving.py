@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 
 from examples.demo.server import MAX_TOKENS_PER_REQUEST, MODEL, Server
+from vllm_ascend_eplb.stats import EplbStats, read_stats
 
 from ..processes import parent, title
 from . import npus
@@ -151,6 +153,7 @@ class NpuServer(Server):
         graph_mode: what is captured, in vLLM's words.
         probe: serves the methods of tests.npu.probe.Probe, for :meth:`call`.
         arguments: further arguments for ``vllm serve``.
+        parts: what its balancers are called, where it has several.
         settings: environment variables.
     """
 
@@ -166,10 +169,12 @@ class NpuServer(Server):
         graph_mode: str = "FULL_DECODE_ONLY",
         probe: bool = False,
         arguments: tuple[str, ...] = (),
+        parts: tuple[str, ...] = (),
         **settings: str,
     ) -> None:
         super().__init__(ranks, {}, folder, 16)
         self.report = folder / "races.txt"
+        self.parts = parts
         port = self.url.rpartition(":")[2]
         captured = {"cudagraph_mode": graph_mode, "cudagraph_capture_sizes": graphs}
         self.command = [
@@ -209,9 +214,14 @@ class NpuServer(Server):
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def all_stats(self) -> list[EplbStats | None]:
+        """What each of its balancers last reported."""
+        path = self._stats_path
+        return [read_stats(path.with_stem(f"{path.stem}-{part}")) for part in self.parts] or [self.stats()]
+
     def cycles_done(self) -> int:
-        stats = self.stats()
-        return stats.cycles_done if stats else 0
+        """The fewest of its balancers."""
+        return min(stats.cycles_done if stats else 0 for stats in self.all_stats())
 
     def planners(self) -> list[int]:
         """The planner is the spawned child of a worker."""
@@ -231,22 +241,29 @@ class NpuServer(Server):
         their memory back meanwhile, to whatever is computed next."""
         return [race for race in self.races() if "data race" not in race or not any(its in race for its in UPSTREAM)]
 
-    def complete(self, texts: list[str], tokens: int) -> list[list[int]]:
-        """Greedy answers to all texts, asked at the same time."""
+    def complete(self, texts: list[str], tokens: int, engine: int | None = None) -> list[list[int]]:
+        """Greedy answers to all texts, asked at the same time.
+
+        Args:
+            engine: which of the data-parallel engines answers; None leaves it to vLLM.
+        """
+        headers = {} if engine is None else {"X-data-parallel-rank": str(engine)}
 
         def ask(text: str) -> list[int]:
             request = {"model": "tiny-moe", "prompt": text, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-            response = httpx.post(f"{self.url}/v1/completions", json={**request, "return_token_ids": True}, timeout=300)
+            request["return_token_ids"] = True
+            response = httpx.post(f"{self.url}/v1/completions", json=request, headers=headers, timeout=300)
             response.raise_for_status()
             return response.json()["choices"][0]["token_ids"]
 
         with concurrent.futures.ThreadPoolExecutor(len(texts)) as pool:
             return list(pool.map(ask, texts))
 
-    def metric(self, name: str) -> float:
-        """The sum of a counter on ``/metrics``."""
+    def metric(self, name: str, *labels: str) -> float:
+        """The sum of a metric on ``/metrics``, or of what of it has all these labels (``name="value"``)."""
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
+        lines = [line for line in lines if line.startswith(f"{name}{{") and all(label in line for label in labels)]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     def call(self, method: str, *arguments: int | str) -> list[Any]:
         """Calls a method of tests.npu.probe.Probe on all workers."""
@@ -278,7 +295,18 @@ def serve_until(
         pairs += zip(got, want[batch], strict=True)
         if server.cycles_done() >= until:
             return pairs
-    raise AssertionError(f"{server.cycles_done()} of {until} cycles: {server.stats()}\n{server.log[-3000:]}")
+    raise AssertionError(f"{server.cycles_done()} of {until} cycles: {server.all_stats()}\n{server.log[-3000:]}")
+
+
+def rows_computed(windows: list[list[list[int]]], padded: bool) -> np.ndarray:
+    """int [T], what a MoE layer computed in each window.
+
+    Args:
+        windows: for each window, the tokens of each data-parallel engine, step by step (probe.py).
+        padded: whether engines fill their batches up to the longest before they gather them.
+    """
+    sums = [[max(step) * len(step) if padded else sum(step) for step in window] for window in windows]
+    return np.array([sum(window) for window in sums])
 
 
 def agreement(pairs: Pairs) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from . import npus
-from .serving import MISSING, SETTINGS, NpuServer, freeze_weights_until_noticed, serve_until
+from .serving import MISSING, SETTINGS, NpuServer, freeze_weights_until_noticed, rows_computed, serve_until
 
 pytestmark = [
     pytest.mark.soak,
@@ -23,7 +23,20 @@ DATA_PARALLEL = ("--data-parallel-size", "2")
 WAYS: dict[str, dict[str, Any]] = {
     "TP4": {"eplb_config": {**SETTINGS, "num_redundant_experts": 4}, "ranks": 4},
     "DP2": {"eplb_config": SETTINGS, "ranks": 1, "arguments": DATA_PARALLEL},
+    "DP2 TP2": {"eplb_config": {**SETTINGS, "num_redundant_experts": 4}, "ranks": 2, "arguments": DATA_PARALLEL},
+    "PP2 TP2": {
+        "eplb_config": SETTINGS,
+        "ranks": 2,
+        "arguments": ("--pipeline-parallel-size", "2"),
+        "parts": ("stage0", "stage1"),
+    },
     "DP2 on A3": {"eplb_config": SETTINGS, "ranks": 1, "arguments": DATA_PARALLEL, "device": "A3"},
+    "DP2 TP2 on A3": {
+        "eplb_config": {**SETTINGS, "num_redundant_experts": 4},
+        "ranks": 2,
+        "arguments": DATA_PARALLEL,
+        "device": "A3",
+    },
 }
 
 
@@ -45,10 +58,10 @@ def test_tokens_are_those_of_transformers_while_experts_move(
 ) -> None:
     assert "EPLB is on: " in server.log
     serve_until(server, batches, want, 10)
-    stats = server.stats()
-    assert stats is not None
-    assert stats.cycles_failed == 0
-    assert all(cycle.moved > 0 for cycle in stats.cycles if cycle.result == "done")
+    for stats in server.all_stats():
+        assert stats is not None
+        assert stats.cycles_failed == 0
+        assert all(cycle.moved > 0 for cycle in stats.cycles if cycle.result == "done")
 
 
 def test_one_request_alone_moves_experts_too(
@@ -58,17 +71,38 @@ def test_one_request_alone_moves_experts_too(
     serve_until(server, [batch[:1] for batch in batches], [batch[:1] for batch in want], 2)
 
 
-def test_every_token_is_counted_in_every_layer_whoever_is_idle(server: NpuServer, way: str) -> None:
+def test_every_token_is_counted_once_in_every_layer_whoever_is_idle(server: NpuServer, way: str) -> None:
     """Load is what slots receive, also those of an engine without requests. Where ranks gather each other's tokens
-    before they are routed (A2), each sees all of the load."""
-    first, *_ = server.call("probe_watched")  # of the first engine
-    loads, windows = np.array(first["loads"]), np.array(first["windows"])
-    assert len(loads) >= 10
-    sums = loads.sum(axis=2)
-    assert sums.sum() > 0
-    np.testing.assert_array_equal(sums, sums[:, :1].repeat(sums.shape[1], axis=1))
-    if "A3" not in way:
-        np.testing.assert_array_equal(loads, windows[: len(loads)])
+    before they are routed (A2), each sees all of the load, and batches are padded to the longest."""
+    workers = server.call("probe_watched")  # of the first engine
+    for first in workers[:: WAYS[way]["ranks"]]:  # of each stage
+        loads, windows = np.array(first["loads"]), np.array(first["windows"])
+        assert len(loads) >= 10
+        computed = rows_computed(first["batches"][: len(loads)], padded="A3" not in way)
+        assert computed.min() > 0
+        np.testing.assert_array_equal(loads.sum(axis=2), computed[:, None].repeat(loads.shape[1], axis=1) * 4)
+        if "A3" not in way:
+            np.testing.assert_array_equal(loads, windows[: len(loads)])
+
+
+def test_each_balancer_has_a_planner_and_shows_what_it_did(server: NpuServer) -> None:
+    """There is one, or one for each pipeline stage."""
+    parts = [f'part="{part}"' for part in server.parts] or ['result="done"']
+    assert len(server.planners()) == len(parts)
+    for part in parts:
+        assert server.metric("vllm_eplb_cycles", 'result="done"', part) >= 10
+
+
+def test_pipeline_stages_see_the_same_steps_and_route_by_themselves(server: NpuServer) -> None:
+    if not server.parts:
+        pytest.skip("one stage")
+    first, second, third, fourth = server.call("probe_watched")
+    for one, other in ((first, second), (third, fourth)):
+        assert one["placement"] == other["placement"]
+        assert one["windows"] == other["windows"]
+        assert len(one["placement"]) == 3  # of six layers
+    assert first["placement"] != third["placement"]
+    assert first["windows"][0] != third["windows"][0]
 
 
 def test_no_race_and_no_wrong_order(server: NpuServer) -> None:

@@ -170,13 +170,18 @@ def test_guesses_are_allowed():
 
 
 def test_what_is_not_supported_is_refused_by_name():
-    ascend_config.refuse_what_is_not_supported(served())
-    ascend_config.refuse_what_is_not_supported(
-        served(parallel_config__tensor_parallel_size=1, parallel_config__data_parallel_size=2)
-    )
+    recorded = {"additional_config": {"eplb_config": {"expert_map_record_path": "map.json"}}}
+    stages = {"parallel_config__pipeline_parallel_size": 2}
+    engines = {"parallel_config__data_parallel_size": 2}
+    for change in ({}, engines, stages, recorded):
+        ascend_config.refuse_what_is_not_supported(served(**change))
     for change, words in (
-        ({"parallel_config__data_parallel_size": 2}, "--data-parallel-size"),
-        ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({**stages, **engines}, "--pipeline-parallel-size with --data-parallel-size 2"),
+        ({**stages, **recorded}, "an expert_map_path or expert_map_record_path and --pipeline-parallel-size 2"),
+        (
+            {**stages, "speculative_config": drafted("mtp")},
+            "a drafter that has experts, and --pipeline-parallel-size 2",
+        ),
         ({"model_config__enable_sleep_mode": True}, "--enable-sleep-mode True"),
         ({"speculative_config": drafted("draft_model")}, "drafter that has experts, of method draft_model"),
         (

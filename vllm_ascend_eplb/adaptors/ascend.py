@@ -31,6 +31,9 @@ tokens came. It is made a view of the recorder's counters.
 
 **A drafter with experts** registers its layers where the model has registered its own: all are layers of one placement,
 the drafter's last. It guesses between the two calls of a step, so by the same maps and into the same load.
+
+**Pipeline stages** are balancers of their own: vllm-ascend's groups of ranks that share experts, and the layers that it
+registers, are those of one stage.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ from ..transfer import exchange_bytes
 from ..updator import EplbUpdator, Stage, require_equal_start, start_balancer
 from .ascend_config import CHECKED_VERSIONS, installed_version, kept, switch_on
 from .base import EplbAdaptor
+from .vllm_config import pipeline_parts
 
 logger = logging.getLogger("vllm.eplb")
 
@@ -462,11 +466,13 @@ class AscendAdaptor(EplbAdaptor):
     """
 
     def __init__(self, layers: Any, config: EplbConfig) -> None:
-        from vllm.distributed.parallel_state import get_ep_group
+        from vllm.distributed.parallel_state import get_ep_group, get_pp_group
         from vllm_ascend.distributed.parallel_state import get_dynamic_eplb_group
 
         group, expert_parallel = get_dynamic_eplb_group(), get_ep_group()
         self.name = type(layers.model).__name__
+        stages = pipeline_parts(get_pp_group().world_size)
+        self.part = stages[get_pp_group().rank_in_group] if stages else ""
         self.rank = int(group.rank_in_group)
         self.control_group, self.device_group = group.cpu_group, group.device_group
         self.transfer_group = expert_parallel.cpu_group

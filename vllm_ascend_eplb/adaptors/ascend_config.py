@@ -197,18 +197,29 @@ def refuse_what_is_not_supported(vllm_config: Any) -> None:
         EplbConfigError: one of them is asked for.
     """
     parallel = vllm_config.parallel_config
-    both = parallel.tensor_parallel_size > 1 and parallel.data_parallel_size > 1
+    stages = parallel.pipeline_parallel_size
     additional, drafter = vllm_config.additional_config, vllm_config.speculative_config
     config = kept(vllm_config)
     has_map = config.expert_map_path is not None or config.expert_map_record_path is not None
     options = (
         (
-            "--tensor-parallel-size with --data-parallel-size",
-            (parallel.tensor_parallel_size, parallel.data_parallel_size) if both else 1,
+            "--pipeline-parallel-size with --data-parallel-size",
+            parallel.data_parallel_size if stages > 1 else 1,
             1,
             "use one of the two",
         ),
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size, 1, "use --tensor-parallel-size"),
+        (  # a map is of all layers of a model, and each stage has some of them
+            "an expert_map_path or expert_map_record_path and --pipeline-parallel-size",
+            stages if has_map else 1,
+            1,
+            "use one of the two",
+        ),
+        (
+            "a drafter that has experts, and --pipeline-parallel-size",
+            stages if has_experts(drafter) else 1,
+            1,
+            "use one of the two",
+        ),
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size, 1, "leave it out"),
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size, 1, "leave it out"),
         ("--enable-elastic-ep", getattr(parallel, "enable_elastic_ep", False), False, "leave it out"),

@@ -114,7 +114,8 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     if ascend_config.on_ascend():
         ascend_config.keep(vllm_config, config)
         ascend_config.refuse_what_is_not_supported(vllm_config)
-        _say_on([], config, num_redundant)  # the layers of a drafter are balanced among the model's
+        # The layers of a drafter are balanced among the model's.
+        _say_on(pipeline_parts(parallel.pipeline_parallel_size), config, num_redundant)
         return
     _refuse_what_is_not_supported(vllm_config, config)
     if not is_checked(vllm.__version__) and not config.allow_unchecked_vllm:
