@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The unmodified vllm-ascend guesses tokens ahead (speculative decoding) and is balanced all the same, on 2 ranks: the
-real torch_npu on emulated CANN. One server guesses from n-grams of the text, one by a drafter in the model's checkpoint
-(MTP) that has experts, too. Each in the order of this file.
+real torch_npu on emulated CANN. One server guesses from n-grams of the text, the others by a drafter in the model's
+checkpoint (MTP) that has experts, too. Each in the order of this file.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vllm_ascend_eplb.expert_map import read_expert_map, write_expert_map
+from vllm_ascend_eplb.placement import Placement
+
 from . import npus, serving
-from .serving import MISSING, SETTINGS, TOKENS, NpuServer, freeze_weights_until_noticed, serve_until
+from .serving import MISSING, SETTINGS, TOKENS, NpuServer, freeze_weights_until_noticed, rows_computed, serve_until
 
 pytestmark = [
     pytest.mark.soak,
@@ -114,23 +116,27 @@ def answers(tmp_path_factory: pytest.TempPathFactory, model: Path, prompts: list
     return serving.transformers_tokens(tmp_path_factory.mktemp("transformers"), prompts, TOKENS, model=model)
 
 
-def ask(server: NpuServer, prompt: str) -> tuple[list[int], list[object]]:
-    """The answer, and what the drafter guessed on the way, step by step."""
-    (tokens,) = server.complete([prompt], TOKENS)
-    first, second = server.call("probe_guesses")
-    assert first == second
+def ask(server: NpuServer, prompt: str, engine: int | None = None) -> tuple[list[int], list[object]]:
+    """The answer, and what the drafter (of the first engine, if there are several) guessed on the way, step by step."""
+    (tokens,) = server.complete([prompt], TOKENS, engine)
+    first, *others = server.call("probe_guesses")
+    assert all(other == first for other in others)
     return tokens, first["guesses"]
 
 
 def freeze_drafter_until_noticed(
-    server: NpuServer, prompts: list[str], answers: list[list[int]], guesses: list[list[object]]
+    server: NpuServer,
+    prompts: list[str],
+    answers: list[list[int]],
+    guesses: list[list[object]],
+    engine: int | None = None,
 ) -> None:
     """The negative control: from here on the drafter's maps are switched and its weights left; its guesses must show
     it. The model verifies each of them, so the tokens stay right."""
     assert set(server.call("probe_freeze_weights", MODEL_LAYERS)) == {"1"}
     for turn in range(40):
         number = turn % len(prompts)
-        tokens, guessed = ask(server, prompts[number])
+        tokens, guessed = ask(server, prompts[number], engine)
         assert tokens == answers[number]
         if guessed != guesses[number]:
             return
@@ -239,16 +245,80 @@ def test_neither_tokens_nor_guesses_change_in_other_ways(
         server.stop()
 
 
-def test_a_drafter_and_data_parallelism_end_the_start_with_one_line(tmp_path: Path, model: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2], ids=["DP2", "DP2 TP2"])
+def test_two_engines_share_the_experts_of_model_and_drafter(
+    tmp_path: Path, model: Path, prompts: list[str], answers: list[list[int]], guesses: list[list[object]], ranks: int
+) -> None:
+    """One engine answers while the other makes dummy batches, in turns, and then both at once. The guesses of the first
+    one are seen."""
     arguments = ("--data-parallel-size", "2", *guessing(MTP))
-    server = NpuServer(SETTINGS, tmp_path, ranks=1, model=str(model), arguments=arguments)
-    server.start()
+    settings = {**SETTINGS, "num_redundant_experts": 2 * ranks}
+    server = NpuServer(settings, tmp_path, ranks, model=str(model), probe=True, arguments=arguments).started()
     try:
-        deadline = time.monotonic() + serving.START_SECONDS
-        while server.running() and time.monotonic() < deadline:
-            time.sleep(0.5)
-        assert not server.running()
+        server.call("probe_watch")
+        start = np.array(server.call("probe_watched")[0]["placement"])
+        changed = np.zeros(len(start), dtype=int)
+        for turn in range(80):
+            number, engine = turn % len(prompts), turn // len(prompts) % 2
+            expected = answers[number], guesses[number] if engine == 0 else []
+            assert ask(server, prompts[number], engine) == expected
+            placement = np.array(server.call("probe_watched")[0]["placement"])
+            changed += (placement != start).any(axis=1)
+            start = placement
+            if server.cycles_done() >= 10 and turn >= 2 * len(prompts):
+                break
+        assert server.complete(prompts, TOKENS) == answers
+        stats = server.stats()
+        assert stats is not None
+        assert stats.cycles_done >= 10
+        assert stats.cycles_failed == 0
+        assert changed.min() >= 3, changed  # in each layer, the drafter's among them
+        first, *_ = server.call("probe_watched")
+        loads = np.array(first["loads"])
+        np.testing.assert_array_equal(loads, np.array(first["windows"])[: len(loads)])
+        computed = rows_computed(first["batches"][: len(loads)], padded=True)
+        for layer in range(MODEL_LAYERS):
+            np.testing.assert_array_equal(loads[:, layer].sum(axis=1), computed * 4)
+        assert not server.unexpected_races()[:3]
+        freeze_drafter_until_noticed(server, prompts, answers, guesses, engine=0)
     finally:
-        server.stop(5)
-    assert "a drafter that has experts, and --data-parallel-size 2 is not supported with vllm-ascend" in server.log
-    assert "EngineCore" not in server.log
+        server.stop()
+
+
+def test_maps_hold_the_layers_of_the_model_and_behind_them_the_drafters(
+    tmp_path: Path, model: Path, prompts: list[str], answers: list[list[int]], guesses: list[list[object]]
+) -> None:
+    """A server starts from a map of the model alone; another one from the map that the first recorded."""
+    given, recorded = tmp_path / "given.json", tmp_path / "recorded.json"
+    order = np.arange(16)[::-1]
+    slots = np.concatenate([order[:8], order[8:9], order[8:], order[:1]]).astype(np.int32)
+    write_expert_map(given, Placement(np.tile(slots, (MODEL_LAYERS, 1)), 16, 2))
+    settings = {key: value for key, value in SETTINGS.items() if key != "num_redundant_experts"}
+
+    def serve(folder: Path, placement: np.ndarray, **maps: str) -> None:
+        folder.mkdir()
+        arguments = guessing(MTP)
+        server = NpuServer({**settings, **maps}, folder, model=str(model), probe=True, arguments=arguments).started()
+        try:
+            server.call("probe_watch")
+            for worker in server.call("probe_watched"):
+                assert len(worker["placement"]) == MODEL_LAYERS + 1
+                np.testing.assert_array_equal(np.array(worker["placement"])[: len(placement)], placement)
+            for turn in range(60):
+                number = turn % len(prompts)
+                assert ask(server, prompts[number]) == (answers[number], guesses[number])
+                if server.cycles_done() >= 3 and turn >= len(prompts):
+                    break
+            stats = server.stats()
+            assert stats is not None
+            assert stats.cycles_done >= 3
+            assert stats.cycles_failed == 0
+        finally:
+            server.stop()
+
+    start = read_expert_map(given).physical_to_logical
+    serve(tmp_path / "first", start, expert_map_path=str(given), expert_map_record_path=str(recorded))
+    found = read_expert_map(recorded).physical_to_logical
+    assert found.shape == (MODEL_LAYERS + 1, 18)
+    assert (found[:MODEL_LAYERS] != start).any()
+    serve(tmp_path / "second", found, expert_map_path=str(recorded))

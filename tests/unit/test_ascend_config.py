@@ -156,9 +156,9 @@ def served(**changes):
     return config
 
 
-def drafted(method, num_experts=8):
+def drafted(method, num_experts=8, layers=1):
     """The speculative configuration of a drafter with weights of its own."""
-    model = SimpleNamespace(get_num_experts=lambda: num_experts)
+    model = SimpleNamespace(get_num_experts=lambda: num_experts, hf_config=SimpleNamespace(n_predict=layers))
     return SimpleNamespace(method=method, draft_model_config=model, target_model_config=SimpleNamespace())
 
 
@@ -173,7 +173,7 @@ def test_what_is_not_supported_is_refused_by_name():
     recorded = {"additional_config": {"eplb_config": {"expert_map_record_path": "map.json"}}}
     stages = {"parallel_config__pipeline_parallel_size": 2}
     engines = {"parallel_config__data_parallel_size": 2}
-    for change in ({}, engines, stages, recorded):
+    for change in ({}, engines, stages, {**engines, "speculative_config": drafted("mtp")}, recorded):
         ascend_config.refuse_what_is_not_supported(served(**change))
     for change, words in (
         ({**stages, **engines}, "--pipeline-parallel-size with --data-parallel-size 2"),
@@ -184,26 +184,25 @@ def test_what_is_not_supported_is_refused_by_name():
         ),
         ({"model_config__enable_sleep_mode": True}, "--enable-sleep-mode True"),
         ({"speculative_config": drafted("draft_model")}, "drafter that has experts, of method draft_model"),
-        (
-            {
-                "speculative_config": drafted("mtp"),
-                "parallel_config__tensor_parallel_size": 1,
-                "parallel_config__data_parallel_size": 2,
-            },
-            "a drafter that has experts, and --data-parallel-size 2",
-        ),
-        (
-            {
-                "speculative_config": drafted("mtp"),
-                "additional_config": {"eplb_config": {"expert_map_record_path": "map.json"}},
-            },
-            "expert_map_record_path, and a drafter that has experts, True",
-        ),
         ({"additional_config": {"mix_placement": True}}, "mix_placement"),
         ({"additional_config": {"enable_fused_mc2": 1}}, "enable_fused_mc2 1"),
     ):
         with pytest.raises(EplbConfigError, match=words):
             ascend_config.refuse_what_is_not_supported(served(**change))
+
+
+@pytest.mark.parametrize(
+    ("in_map", "of_drafter", "wanted"),
+    [(4, None, 4), (3, None, 4), (4, 1, 4), (5, 1, 5), (3, 1, 5), (4, 2, 6), (6, 2, 6), (4, "?", None)],
+)
+def test_a_map_is_of_the_layers_of_the_model_and_of_its_drafter(tmp_path, in_map, of_drafter, wanted):
+    """vllm-ascend takes a map of the model alone, too, where the drafter has one layer."""
+    path = tmp_path / "map.json"
+    write_expert_map(path, Placement.initial(in_map, 8, 2, 2))
+    config = ascend_config.settings_of({"eplb_config": {"expert_map_path": str(path)}})
+    drafter = None if of_drafter is None else drafted("mtp", layers=of_drafter)
+    assert ascend_config.layers_of_map(config, 4, drafter) == wanted
+    assert ascend_config.layers_of_map(config, None, drafter) is None
 
 
 def test_the_platform_is_there_for_those_who_name_it(monkeypatch):

@@ -27,7 +27,7 @@ map experts themselves and the dispatchers see slots only; there ``route_by`` gi
 is what the layers' maps say is checked, and that copies are equal.
 
 **Load** comes from the layers' ``moe_load``, which counts what the slots of a rank have received, whatever way the
-tokens came. It is made a view of the recorder's counters.
+tokens came. It is made a view of the recorder's counters, and added to in every forward.
 
 **A drafter with experts** registers its layers where the model has registered its own: all are layers of one placement,
 the drafter's last. It guesses between the two calls of a step, so by the same maps and into the same load.
@@ -68,6 +68,7 @@ logger = logging.getLogger("vllm.eplb")
 
 RUNNER = "vllm_ascend.worker.model_runner_v1"
 DISPATCHER = "vllm_ascend.ops.fused_moe.token_dispatcher"
+FORWARD_CONTEXT = "vllm_ascend.ascend_forward_context"
 
 CALLS = {
     "eplb_loader": {"set_adator"},
@@ -177,6 +178,7 @@ def take_over(runner: ModuleType) -> None:
     runner.Manager = _Manager  # type: ignore[attr-defined]
     _hook_runner(runner.NPUModelRunner)
     after_import(DISPATCHER, look_up_slots)
+    after_import(FORWARD_CONTEXT, count_in_every_forward)
     runner._eplb = True  # type: ignore[attr-defined]
 
 
@@ -247,6 +249,12 @@ def look_up_slots(dispatcher: ModuleType) -> None:
 
     token_dispatch._eplb = True  # type: ignore[attr-defined]
     cls.token_dispatch = token_dispatch
+
+
+def count_in_every_forward(context: ModuleType) -> None:
+    """Lets the layers count whatever runs them; the recorder knows what is to be kept. vllm-ascend leaves a drafter's
+    dummy batches out, in which the slots of an idle engine receive the other engines' tokens; idempotent."""
+    type(context._EXTRA_CTX).eplb_heat_collection_status = property(lambda self: True)
 
 
 class SlotTable:

@@ -17,7 +17,7 @@ from typing import Any
 from ..config import EplbConfig, EplbConfigError, refuse_options
 from ..expert_map import MAX_MAP_BYTES, ExpertMapError, read_expert_map
 from ..files import FileError, parse_json, read_bounded, show
-from .drafter import has_experts
+from .drafter import drafter_layers, has_experts
 
 logger = logging.getLogger("vllm.eplb")
 
@@ -171,6 +171,27 @@ def _check_map(path: str) -> None:
         raise EplbConfigError(f"eplb_config.expert_map_path: {error}") from None
 
 
+def layers_of_map(config: EplbConfig, layers: int | None, drafter: Any) -> int | None:
+    """How many layers ``expert_map_path`` must have: those of the model and behind them its drafter's, as a server that
+    balances both records them. A map of the model alone is taken, too, where the drafter has one layer: vllm-ascend
+    then spreads the experts of that layer as without a map.
+
+    Args:
+        layers: of the model with experts; None where that is not known.
+        drafter: vLLM's speculative configuration.
+
+    Returns:
+        None where that is not known.
+    """
+    if config.expert_map_path is None or layers is None or not has_experts(drafter):
+        return layers
+    further = drafter_layers(drafter)
+    if further is None:
+        return None
+    alone = further == 1 and read_expert_map(config.expert_map_path).num_layers == layers
+    return layers if alone else layers + further
+
+
 def contradictions() -> list[Needed]:
     """What the environment sets otherwise than dynamic balancing on vllm-ascend needs it."""
     return [its for its in NEEDED if os.environ.get(its.name, its.value).lower() not in its.accepted]
@@ -231,18 +252,6 @@ def refuse_what_is_not_supported(vllm_config: Any) -> None:
             drafter.method if has_experts(drafter) else "mtp",
             "mtp",
             "use a drafter without experts",
-        ),
-        (
-            "a drafter that has experts, and --data-parallel-size",
-            parallel.data_parallel_size if has_experts(drafter) else 1,
-            1,
-            "use --tensor-parallel-size",
-        ),
-        (  # a map is of the layers of one model
-            "an expert_map_path or expert_map_record_path, and a drafter that has experts,",
-            has_map and has_experts(drafter),
-            False,
-            "use one of the two",
         ),
         ("additional_config.mix_placement", bool(additional.get("mix_placement")), False, "leave it out"),
         ("additional_config.enable_fused_mc2", additional.get("enable_fused_mc2", 0), 0, "leave it out"),

@@ -16,3 +16,14 @@ def has_experts(drafter: Any) -> bool:
     if drafter is None or drafter.draft_model_config in (None, drafter.target_model_config):
         return False
     return bool(drafter.draft_model_config.get_num_experts())
+
+
+def drafter_layers(drafter: Any) -> int | None:
+    """How many layers with experts a drafter in the model's checkpoint (MTP) has; None where its configuration does not
+    say it.
+
+    Args:
+        drafter: vLLM's speculative configuration, of a drafter that has experts.
+    """
+    layers = getattr(drafter.draft_model_config.hf_config, "n_predict", None)
+    return layers if isinstance(layers, int) else None

@@ -84,6 +84,8 @@ def _explain(engine_args: Any, config: EplbConfig) -> None:
     try:
         model = engine_args.create_model_config()
         num_experts, num_layers = model.get_num_experts(), moe_layers(model)
+        if ascend_config.on_ascend() and engine_args.speculative_config is not None:
+            num_layers = None  # a map may be of the drafter's layers, too
     except Exception:  # vLLM's own error says what is wrong with the model
         return
     config.check_serving(
@@ -105,9 +107,12 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     if ascend_config.on_ascend() and not ascend_config.settings_of(vllm_config.additional_config).active:
         return  # a release that was not checked
     parallel = vllm_config.parallel_config
+    num_layers = moe_layers(vllm_config.model_config)
+    if ascend_config.on_ascend():
+        num_layers = ascend_config.layers_of_map(config, num_layers, vllm_config.speculative_config)
     num_redundant = config.check_serving(
         num_experts=vllm_config.model_config.get_num_experts(),
-        num_layers=moe_layers(vllm_config.model_config),
+        num_layers=num_layers,
         ep_size=_expert_parallel_size(parallel),
         expert_parallel=parallel.enable_expert_parallel,
     )
