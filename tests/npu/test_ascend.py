@@ -39,6 +39,7 @@ def test_the_four_names_are_taken_over() -> None:
     (result,) = run("surface", 1, []).results
     assert result["modules"] == ["vllm_ascend_eplb.adaptors.ascend"] * 4
     assert result["settings"] == ""
+    assert result["counts"] is True  # in every forward
 
 
 def test_a_runner_that_calls_more_keeps_its_own_classes() -> None:

@@ -68,7 +68,6 @@ logger = logging.getLogger("vllm.eplb")
 
 RUNNER = "vllm_ascend.worker.model_runner_v1"
 DISPATCHER = "vllm_ascend.ops.fused_moe.token_dispatcher"
-FORWARD_CONTEXT = "vllm_ascend.ascend_forward_context"
 
 CALLS = {
     "eplb_loader": {"set_adator"},
@@ -136,7 +135,8 @@ def prepare(vllm_config: Any) -> None:
 def differences(runner: ModuleType) -> list[str]:
     """What the runner's module lacks or does that these classes do not know; empty where they fit."""
     found = []
-    for name in ("D2DExpertWeightLoader", "EplbProcess", "EplbUpdator", "VllmEplbAdaptor", "NPUModelRunner"):
+    classes = ("D2DExpertWeightLoader", "EplbProcess", "EplbUpdator", "VllmEplbAdaptor", "NPUModelRunner")
+    for name in (*classes, "_EXTRA_CTX"):
         if not hasattr(runner, name):
             found.append(f"{name} is missing")
     if found:
@@ -178,7 +178,7 @@ def take_over(runner: ModuleType) -> None:
     runner.Manager = _Manager  # type: ignore[attr-defined]
     _hook_runner(runner.NPUModelRunner)
     after_import(DISPATCHER, look_up_slots)
-    after_import(FORWARD_CONTEXT, count_in_every_forward)
+    count_in_every_forward(runner)
     runner._eplb = True  # type: ignore[attr-defined]
 
 
@@ -251,10 +251,10 @@ def look_up_slots(dispatcher: ModuleType) -> None:
     cls.token_dispatch = token_dispatch
 
 
-def count_in_every_forward(context: ModuleType) -> None:
+def count_in_every_forward(runner: ModuleType) -> None:
     """Lets the layers count whatever runs them; the recorder knows what is to be kept. vllm-ascend leaves a drafter's
     dummy batches out, in which the slots of an idle engine receive the other engines' tokens; idempotent."""
-    type(context._EXTRA_CTX).eplb_heat_collection_status = property(lambda self: True)
+    type(runner._EXTRA_CTX).eplb_heat_collection_status = property(lambda self: True)
 
 
 class SlotTable:

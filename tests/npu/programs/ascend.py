@@ -427,7 +427,8 @@ def surface() -> dict[str, Any]:
         wrong = "our settings were lost"
     if set(changed) != {"eplb_config"} or "target_par" in changed["eplb_config"] or len(given["eplb_config"]) != 4:
         wrong = "the settings were not split"
-    return {"modules": modules, "settings": wrong}
+    counts = runner._EXTRA_CTX.eplb_heat_collection_status
+    return {"modules": modules, "settings": wrong, "counts": counts}
 
 
 def strange_runner() -> dict[str, Any]:
