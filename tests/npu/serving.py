@@ -31,6 +31,8 @@ STANDINS = npus.ROOT / "tests" / "npu" / "standins"
 MISSING = "" if (STACK / ".stamp").exists() else f"no vllm-ascend: run scripts/setup_npu_stack.sh {ASCEND}"
 START_SECONDS = 400
 SOC = {"A2": "Ascend910B3", "A3": "Ascend910_9391"}
+MAX_SEQUENCES = 16
+"""Served at a time; decoding them all is the most that vllm-ascend sends by MC2."""
 TOKENS = 32
 """Tokens asked for with each prompt."""
 SETTINGS: dict[str, object] = {
@@ -172,7 +174,7 @@ class NpuServer(Server):
         parts: tuple[str, ...] = (),
         **settings: str,
     ) -> None:
-        super().__init__(ranks, {}, folder, 16)
+        super().__init__(ranks, {}, folder, MAX_SEQUENCES)
         self.report = folder / "races.txt"
         self.parts = parts
         port = self.url.rpartition(":")[2]
@@ -183,7 +185,7 @@ class NpuServer(Server):
             *(("--compilation-config", json.dumps(captured)) if graphs else ("--enforce-eager",)),
             *("--host", "127.0.0.1", "--port", port, "--uvicorn-log-level", "warning"),
             *("--tensor-parallel-size", str(ranks), "--enable-expert-parallel"),
-            *("--max-model-len", str(MAX_TOKENS_PER_REQUEST), "--max-num-seqs", "16"),
+            *("--max-model-len", str(MAX_TOKENS_PER_REQUEST), "--max-num-seqs", str(MAX_SEQUENCES)),
             "--no-enable-prefix-caching",
             *(() if npus.REAL else ("--num-gpu-blocks-override", "256")),
             *(() if eplb_config is None else ("--additional-config", json.dumps({"eplb_config": eplb_config}))),
@@ -298,15 +300,22 @@ def serve_until(
     raise AssertionError(f"{server.cycles_done()} of {until} cycles: {server.all_stats()}\n{server.log[-3000:]}")
 
 
-def rows_computed(windows: list[list[list[int]]], padded: bool) -> np.ndarray:
+def rows_computed(windows: list[list[list[int]]], ranks: int = 1, gathered: bool = True) -> np.ndarray:
     """int [T], what a MoE layer computed in each window.
 
     Args:
         windows: for each window, the tokens of each data-parallel engine, step by step (probe.py).
-        padded: whether engines fill their batches up to the longest before they gather them.
+        ranks: of an engine.
+        gathered: whether engines gather their batches, filled up to the longest (A2). Otherwise (A3) each rank sends
+            its part; where a batch is too large for MC2, All2All gives each rank of an engine a row at least.
     """
-    sums = [[max(step) * len(step) if padded else sum(step) for step in window] for window in windows]
-    return np.array([sum(window) for window in sums])
+
+    def rows(step: list[int]) -> int:
+        if gathered:
+            return max(step) * len(step)
+        return sum(max(tokens, ranks) if max(step) > MAX_SEQUENCES else tokens for tokens in step)
+
+    return np.array([sum(map(rows, window)) for window in windows])
 
 
 def agreement(pairs: Pairs) -> float:

@@ -276,7 +276,7 @@ def test_two_engines_share_the_experts_of_model_and_drafter(
         first, *_ = server.call("probe_watched")
         loads = np.array(first["loads"])
         np.testing.assert_array_equal(loads, np.array(first["windows"])[: len(loads)])
-        computed = rows_computed(first["batches"][: len(loads)], padded=True)
+        computed = rows_computed(first["batches"][: len(loads)])
         for layer in range(MODEL_LAYERS):
             np.testing.assert_array_equal(loads[:, layer].sum(axis=1), computed * 4)
         assert not server.unexpected_races()[:3]
