@@ -68,6 +68,7 @@ logger = logging.getLogger("vllm.eplb")
 
 RUNNER = "vllm_ascend.worker.model_runner_v1"
 DISPATCHER = "vllm_ascend.ops.fused_moe.token_dispatcher"
+FORWARD_CONTEXT = "vllm_ascend.ascend_forward_context"
 
 CALLS = {
     "eplb_loader": {"set_adator"},
@@ -135,10 +136,11 @@ def prepare(vllm_config: Any) -> None:
 def differences(runner: ModuleType) -> list[str]:
     """What the runner's module lacks or does that these classes do not know; empty where they fit."""
     found = []
-    classes = ("D2DExpertWeightLoader", "EplbProcess", "EplbUpdator", "VllmEplbAdaptor", "NPUModelRunner")
-    for name in (*classes, "_EXTRA_CTX"):
+    for name in ("D2DExpertWeightLoader", "EplbProcess", "EplbUpdator", "VllmEplbAdaptor", "NPUModelRunner"):
         if not hasattr(runner, name):
             found.append(f"{name} is missing")
+    if not hasattr(importlib.import_module(FORWARD_CONTEXT), "_EXTRA_CTX"):
+        found.append("_EXTRA_CTX is missing")
     if found:
         return found
     for name in ("execute_model", "_dummy_run", "_determine_batch_execution_and_padding"):
@@ -178,7 +180,7 @@ def take_over(runner: ModuleType) -> None:
     runner.Manager = _Manager  # type: ignore[attr-defined]
     _hook_runner(runner.NPUModelRunner)
     after_import(DISPATCHER, look_up_slots)
-    count_in_every_forward(runner)
+    count_in_every_forward(importlib.import_module(FORWARD_CONTEXT))
     runner._eplb = True  # type: ignore[attr-defined]
 
 
@@ -251,10 +253,10 @@ def look_up_slots(dispatcher: ModuleType) -> None:
     cls.token_dispatch = token_dispatch
 
 
-def count_in_every_forward(runner: ModuleType) -> None:
+def count_in_every_forward(context: ModuleType) -> None:
     """Lets the layers count whatever runs them; the recorder knows what is to be kept. vllm-ascend leaves a drafter's
     dummy batches out, in which the slots of an idle engine receive the other engines' tokens; idempotent."""
-    type(runner._EXTRA_CTX).eplb_heat_collection_status = property(lambda self: True)
+    type(context._EXTRA_CTX).eplb_heat_collection_status = property(lambda self: True)
 
 
 class SlotTable:

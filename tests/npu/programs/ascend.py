@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -409,7 +410,7 @@ def _some_placement(redundant: int) -> Placement:
 def surface() -> dict[str, Any]:
     """Whose classes the runner has, and what our settings become for vllm-ascend."""
     runner = _runner_module(True)
-    from vllm_ascend_eplb.adaptors import ascend_config
+    from vllm_ascend_eplb.adaptors import ascend, ascend_config
 
     modules = [
         getattr(runner, name).__module__
@@ -427,7 +428,7 @@ def surface() -> dict[str, Any]:
         wrong = "our settings were lost"
     if set(changed) != {"eplb_config"} or "target_par" in changed["eplb_config"] or len(given["eplb_config"]) != 4:
         wrong = "the settings were not split"
-    counts = runner._EXTRA_CTX.eplb_heat_collection_status
+    counts = importlib.import_module(ascend.FORWARD_CONTEXT)._EXTRA_CTX.eplb_heat_collection_status
     return {"modules": modules, "settings": wrong, "counts": counts}
 
 
