@@ -42,22 +42,14 @@ def test_vllm_ascend_gets_its_own_keys_and_the_workers_get_ours():
     assert ascend_config.hand_over(changed) is changed  # once only
 
     config = served(additional_config=changed)
-    ascend_config.keep(config, ascend_config.settings_of(given))
     for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
-        assert ascend_config.kept(copied) == ascend_config.settings_of(given)
+        assert ascend_config.settings_of(copied.additional_config) == ascend_config.settings_of(given)
         assert copied.additional_config == changed
 
 
 def test_what_was_left_out_stays_left_out():
-    config = served()
-    ascend_config.keep(config, ascend_config.settings_of({"eplb_config": {"dynamic_eplb": True}}))
-    assert ascend_config.kept(config).model_fields_set == {"dynamic_eplb"}
-
-
-def test_a_configuration_that_was_not_handed_over_says_itself_what_is_on():
-    assert not ascend_config.kept(served()).active
-    config = served(additional_config={"eplb_config": {"dynamic_eplb": True, "target_par": 1.1}})
-    assert ascend_config.kept(config).target_par == 1.1
+    changed = ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
+    assert ascend_config.settings_of(changed).model_fields_set == {"dynamic_eplb"}
 
 
 @pytest.mark.parametrize("given", [{}, {"eplb_config": {}}, {"eplb_config": {"dynamic_eplb": False}}])

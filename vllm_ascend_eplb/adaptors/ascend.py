@@ -60,7 +60,7 @@ from ..post_import import after_import
 from ..topology import Topology, host_identity
 from ..transfer import exchange_bytes
 from ..updator import EplbUpdator, Stage, require_equal_start, start_balancer
-from .ascend_config import CHECKED_VERSIONS, KEPT, installed_version, kept, switch_on
+from .ascend_config import CHECKED_VERSIONS, installed_version, settings_of, switch_on
 from .base import EplbAdaptor
 from .vllm_config import pipeline_parts
 
@@ -125,8 +125,7 @@ def _updator_of(worker: Any) -> _Updator | None:
 
 def prepare(vllm_config: Any) -> None:
     """In a worker's process, before its runner is built: takes the names over if the settings turn the balancer on."""
-    config = kept(vllm_config)
-    vllm_config.__dict__.pop(KEPT, None)  # vLLM copies the configuration for a drafter, and takes no other fields
+    config = settings_of(vllm_config.additional_config)
     if not config.active:
         return
     switch_on()  # a worker on another machine has not inherited it

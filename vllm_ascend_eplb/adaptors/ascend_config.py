@@ -2,8 +2,9 @@
 """The settings on their way through vllm-ascend, which knows a part of ``eplb_config`` and refuses the rest.
 
 In the front-end process, before vLLM builds its configuration, ``hand_over`` takes our settings out of ``eplb_config``
-and leaves what vllm-ascend accepts. ``keep`` leaves them with the configuration that vLLM built; in the workers,
-``kept`` reads them again. Not in ``additional_config``: since 0.30 vllm-ascend refuses every key that it does not know.
+and leaves what vllm-ascend accepts; in the workers, ``settings_of`` reads them again. They travel as an attribute of
+that dictionary (:class:`HandedOver`): since 0.30 vllm-ascend refuses every key that it does not know, and vLLM copies
+its own configuration field by field.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +28,6 @@ CHECKED_VERSIONS = ("0.23.0.post1", "0.30.0rc2")
 
 DEAF_TO_MAPS = ("0.30.0rc2",)
 """Releases that load weights in vLLM's order, whatever ``expert_map_path`` says, and route by the map all the same."""
-
-KEPT = "_vllm_ascend_eplb"
-"""Attribute of vLLM's configuration, with which our settings travel to the workers: they get a pickled copy of it."""
 
 SWITCH = "DYNAMIC_EPLB"
 """Environment variable that vllm-ascend wants to be true before it accepts dynamic_eplb."""
@@ -60,7 +59,18 @@ layers count load in another form. Not the map to record: it would write to the 
 
 
 class HandedOver(dict[str, Any]):
-    """``eplb_config`` as :func:`hand_over` left it, which does so once only."""
+    """``eplb_config`` as :func:`hand_over` left it: what vllm-ascend is told, and our settings beside it. Copies of it,
+    pickled ones too, have them as well.
+
+    Args:
+        stock: vllm-ascend's own keys.
+        settings: ours, as the user gave them.
+    """
+
+    def __init__(self, stock: Mapping[str, Any], settings: EplbConfig) -> None:
+        super().__init__(stock)
+        # Only what was given: some defaults depend on what is left out.
+        self.settings = settings.model_dump(exclude_unset=True)
 
 
 def on_ascend() -> bool:
@@ -90,7 +100,7 @@ def installed_version() -> str:
 
 
 def settings_of(additional_config: object) -> EplbConfig:
-    """The settings as the user gave them.
+    """Our settings, before or after :func:`hand_over`.
 
     Args:
         additional_config: vLLM's dictionary.
@@ -98,25 +108,10 @@ def settings_of(additional_config: object) -> EplbConfig:
     Raises:
         EplbConfigError: a key or value that is not allowed.
     """
+    given = additional_config.get("eplb_config") if isinstance(additional_config, Mapping) else None
+    if isinstance(given, HandedOver):
+        return EplbConfig.from_additional_config({"eplb_config": given.settings})
     return EplbConfig.from_additional_config(additional_config)
-
-
-def keep(vllm_config: Any, config: EplbConfig) -> None:
-    """Leaves our settings with vLLM's configuration, which goes to the workers."""
-    # Only what was given: some defaults depend on what is left out.
-    object.__setattr__(vllm_config, KEPT, config.model_dump(exclude_unset=True))
-
-
-def kept(vllm_config: Any) -> EplbConfig:
-    """Our settings, as :func:`keep` left them; where it did not, those that vllm-ascend got.
-
-    Raises:
-        EplbConfigError: a key or value that is not allowed.
-    """
-    given = vllm_config.__dict__.get(KEPT)
-    if given is None:
-        return settings_of(vllm_config.additional_config)
-    return EplbConfig.from_additional_config({"eplb_config": given})
 
 
 def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +136,7 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
         )
     switch_on()
     # Also for a placement that stays: only then does its runner build what ours stands in for, and route by our tables.
-    stock = HandedOver(dynamic_eplb=True, **{key: getattr(config, key) for key in STOCK_KEYS})
+    stock = {"dynamic_eplb": True, **{key: getattr(config, key) for key in STOCK_KEYS}}
     if config.expert_map_path is not None:
         if version in DEAF_TO_MAPS:
             raise EplbConfigError(
@@ -150,7 +145,7 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
             )
         _check_map(config.expert_map_path)
         stock["expert_map_path"] = config.expert_map_path
-    return {**additional_config, "eplb_config": stock}
+    return {**additional_config, "eplb_config": HandedOver(stock, config)}
 
 
 def _check_map(path: str) -> None:
@@ -220,7 +215,7 @@ def refuse_what_is_not_supported(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     stages = parallel.pipeline_parallel_size
     additional, drafter = vllm_config.additional_config, vllm_config.speculative_config
-    config = kept(vllm_config)
+    config = settings_of(additional)
     has_map = config.expert_map_path is not None or config.expert_map_record_path is not None
     options = (
         (

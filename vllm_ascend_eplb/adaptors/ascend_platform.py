@@ -24,10 +24,8 @@ class EplbNPUPlatform(NPUPlatform):  # type: ignore[misc]
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
         """Hands the settings over in vllm-ascend's dialect, and sets the worker class."""
-        config = ascend_config.kept(vllm_config)
         vllm_config.additional_config = ascend_config.hand_over(vllm_config.additional_config)
         super().check_and_update_config(vllm_config)
         parallel = vllm_config.parallel_config
         if ascend_config.settings_of(vllm_config.additional_config).active:
-            ascend_config.keep(vllm_config, config)
             parallel.worker_cls = _WORKERS.get(parallel.worker_cls, parallel.worker_cls)

@@ -117,7 +117,6 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
         expert_parallel=parallel.enable_expert_parallel,
     )
     if ascend_config.on_ascend():
-        ascend_config.keep(vllm_config, config)
         ascend_config.refuse_what_is_not_supported(vllm_config)
         # The layers of a drafter are balanced among the model's.
         _say_on(pipeline_parts(parallel.pipeline_parallel_size), config, num_redundant)

@@ -421,10 +421,8 @@ def surface() -> dict[str, Any]:
     wrong = ""
     if not stock_config(changed["eplb_config"]).dynamic_eplb or os.environ["DYNAMIC_EPLB"] != "true":
         wrong = "vllm-ascend would not balance"
-    vllm_config = SimpleNamespace(additional_config=changed)
-    ascend_config.keep(vllm_config, ascend_config.settings_of(given))
-    kept = ascend_config.kept(copy.deepcopy(vllm_config))
-    if kept.target_par != 1.1 or kept.transport != "hccl":
+    ours = ascend_config.settings_of(copy.deepcopy(changed))
+    if ours.target_par != 1.1 or ours.transport != "hccl":
         wrong = "our settings were lost"
     if set(changed) != {"eplb_config"} or "target_par" in changed["eplb_config"] or len(given["eplb_config"]) != 4:
         wrong = "the settings were not split"
