@@ -225,6 +225,10 @@ class NpuServer(Server):
         """The fewest of its balancers."""
         return min(stats.cycles_done if stats else 0 for stats in self.all_stats())
 
+    def cycles_tried(self) -> int:
+        """Also those that were dropped, of the balancer with the fewest."""
+        return min(stats.cycles_done + stats.cycles_failed if stats else 0 for stats in self.all_stats())
+
     def planners(self) -> list[int]:
         """The planner is the spawned child of a worker."""
         return [
@@ -329,10 +333,11 @@ def freeze_weights_until_noticed(server: NpuServer, batches: list[list[str]], wa
     """The negative control: from here on the server switches maps and leaves the weights; the tokens must show it. Soon
     afterwards checksums end the balancing, as slots do not hold what they should."""
     assert set(server.call("probe_freeze_weights")) == {"1"}
-    before, same = server.cycles_done(), 0
+    before, same = server.cycles_tried(), 0
     for number in range(40):
         batch = number % len(batches)
         same = equal(server.complete(batches[batch], TOKENS), want[batch])
-        if server.cycles_done() > before and same < 0.7 * TOKENS * len(batches[0]):
+        # Checksums may drop the first cycle already, behind a round whose maps were switched.
+        if server.cycles_tried() > before and same < 0.7 * TOKENS * len(batches[0]):
             return
     raise AssertionError(f"{same} of {TOKENS * len(batches[0])} tokens equal")
