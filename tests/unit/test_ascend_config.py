@@ -89,6 +89,31 @@ def test_the_second_model_runner_is_an_error_with_the_line_to_export(monkeypatch
     ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
 
 
+@pytest.fixture
+def second_runner(monkeypatch):
+    monkeypatch.setattr(ascend_config, "installed_version", lambda: ascend_config.SECOND_RUNNER_VERSIONS[0])
+    monkeypatch.setenv(ascend_config.SECOND_RUNNER, "1")
+
+
+def test_where_the_second_model_runner_is_balanced_it_gets_no_key_and_no_switch(second_runner):
+    given = {"eplb_config": {"dynamic_eplb": True, "target_par": 1.1, "expert_map_path": "any-form.npy"}}
+    changed = ascend_config.hand_over(given)
+    assert changed["eplb_config"] == {}
+    assert ascend_config.SWITCH not in os.environ
+    assert ascend_config.hand_over(changed) is changed
+    sent = pickle.loads(pickle.dumps(changed))
+    assert ascend_config.settings_of(sent) == ascend_config.settings_of(given)
+
+
+def test_the_second_model_runner_does_not_start_with_the_first_ones_switch(second_runner, monkeypatch):
+    monkeypatch.setenv(ascend_config.SWITCH, "true")
+    with pytest.raises(EplbConfigError, match=r"DYNAMIC_EPLB=true, .* export DYNAMIC_EPLB=false"):
+        ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
+    assert [its.name for its in ascend_config.contradictions()] == [ascend_config.SWITCH]
+    os.environ[ascend_config.SWITCH] = "false"
+    assert ascend_config.contradictions() == []
+
+
 def test_a_map_is_handed_over_in_vllm_ascends_form_only(tmp_path):
     placement = Placement.initial(2, 4, 2, 2)
     for name, form, words in (
@@ -181,6 +206,15 @@ def test_what_is_not_supported_is_refused_by_name():
     ):
         with pytest.raises(EplbConfigError, match=words):
             ascend_config.refuse_what_is_not_supported(served(**change))
+
+
+def test_maps_and_drafters_with_experts_exclude_each_other_under_the_second_model_runner(second_runner):
+    recorded = {"eplb_config": {"dynamic_eplb": True, "expert_map_record_path": "map.json"}}
+    drafter = {"speculative_config": drafted("mtp")}
+    for additional, changes in ((recorded, {}), ({}, drafter)):
+        ascend_config.refuse_what_is_not_supported(served(additional_config=additional, **changes))
+    with pytest.raises(EplbConfigError, match="VLLM_USE_V2_MODEL_RUNNER=1"):
+        ascend_config.refuse_what_is_not_supported(served(additional_config=recorded, **drafter))
 
 
 @pytest.mark.parametrize(

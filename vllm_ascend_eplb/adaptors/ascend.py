@@ -60,7 +60,7 @@ from ..post_import import after_import
 from ..topology import Topology, host_identity
 from ..transfer import exchange_bytes
 from ..updator import EplbUpdator, Stage, require_equal_start, start_balancer
-from .ascend_config import CHECKED_VERSIONS, installed_version, settings_of, switch_on
+from .ascend_config import CHECKED_VERSIONS, installed_version, second_runner, settings_of, switch_on
 from .base import EplbAdaptor
 from .vllm_config import pipeline_parts
 
@@ -126,7 +126,7 @@ def _updator_of(worker: Any) -> _Updator | None:
 def prepare(vllm_config: Any) -> None:
     """In a worker's process, before its runner is built: takes the names over if the settings turn the balancer on."""
     config = settings_of(vllm_config.additional_config)
-    if not config.active:
+    if not config.active or second_runner():
         return
     switch_on()  # a worker on another machine has not inherited it
     _Updator.settings, _Updator.load_format = config, str(vllm_config.load_config.load_format)
@@ -464,6 +464,12 @@ def ranks_own_their_tokens() -> bool:
     return bool(get_ascend_device_type() == AscendDeviceType.A3)
 
 
+def rows_ahead(rank: int) -> int:
+    """How many rows further on a rank's tables begin. Where each rank routes its own tokens they differ by rank, so
+    that those with few tokens take different copies of an expert; elsewhere they must agree."""
+    return rank * 40503 if ranks_own_their_tokens() else 0
+
+
 class AscendAdaptor(EplbAdaptor):
     """The MoE layers of a vllm-ascend model on this rank, and behind them those of its drafter.
 
@@ -523,7 +529,7 @@ class AscendAdaptor(EplbAdaptor):
         local = torch.full((self.placement.num_slots,), -1, dtype=torch.int32)
         local[first : first + size] = torch.arange(size, dtype=torch.int32)
         local = local.to(self.device)
-        offset = self.rank * 40503 if ranks_own_their_tokens() else 0
+        offset = rows_ahead(self.rank)
         for number, layer in enumerate(moe_layers):
             layer.moe_load = self.recorder.counts[number, first : first + size]
             route_by(layer, SlotTable(self._maps, number, local, offset))

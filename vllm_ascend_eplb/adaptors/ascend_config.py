@@ -33,8 +33,10 @@ SWITCH = "DYNAMIC_EPLB"
 """Environment variable that vllm-ascend wants to be true before it accepts dynamic_eplb."""
 
 SECOND_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-"""Environment variable that chooses vLLM's second model runner. Only the first one of vllm-ascend is balanced; its main
-takes the second where nobody chooses, and that one knows other settings."""
+"""Environment variable that chooses vLLM's second model runner, which knows other settings than the first."""
+
+SECOND_RUNNER_VERSIONS = ("0.30.0rc2",)
+"""Releases of vllm-ascend whose second model runner is balanced, too."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,12 @@ class Needed:
 
 NEEDED = (
     Needed(SWITCH, "true", ("true", "1"), "with which vllm-ascend refuses it"),
-    Needed(SECOND_RUNNER, "0", ("0",), "and only vllm-ascend's first model runner is balanced"),
+    Needed(SECOND_RUNNER, "0", ("0", "false"), "and only the first model runner of this vllm-ascend is balanced"),
 )
-"""What dynamic balancing needs to have in the environment."""
+"""What dynamic balancing needs to have in the environment for the first model runner."""
+
+NEEDED_BY_SECOND = (Needed(SWITCH, "false", ("false", "0"), "with which its second model runner does not start"),)
+"""And for the second."""
 
 STOCK_KEYS = ("expert_heat_collection_interval", "algorithm_execution_interval", "num_redundant_experts")
 """What vllm-ascend is told besides ``dynamic_eplb`` and the map to load by. Not the policy: under its number 3 its
@@ -134,6 +139,9 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
             "eplb_config.weighted_dispatch = true is not supported on Ascend in this version (allowed: false); "
             "leave it out"
         )
+    if second_runner():
+        _require(NEEDED_BY_SECOND)
+        return {**additional_config, "eplb_config": HandedOver({}, config)}
     switch_on()
     # Also for a placement that stays: only then does its runner build what ours stands in for, and route by our tables.
     stock = {"dynamic_eplb": True, **{key: getattr(config, key) for key in STOCK_KEYS}}
@@ -187,23 +195,36 @@ def layers_of_map(config: EplbConfig, layers: int | None, drafter: Any) -> int |
     return layers if alone else layers + further
 
 
+def second_runner() -> bool:
+    """Whether the second model runner is chosen, on a vllm-ascend where it is balanced."""
+    return installed_version() in SECOND_RUNNER_VERSIONS and os.environ.get(SECOND_RUNNER, "").lower() in ("1", "true")
+
+
 def contradictions() -> list[Needed]:
     """What the environment sets otherwise than dynamic balancing on vllm-ascend needs it."""
-    return [its for its in NEEDED if os.environ.get(its.name, its.value).lower() not in its.accepted]
+    return _unmet(NEEDED_BY_SECOND if second_runner() else NEEDED)
+
+
+def _unmet(needed: tuple[Needed, ...]) -> list[Needed]:
+    return [its for its in needed if os.environ.get(its.name, its.value).lower() not in its.accepted]
 
 
 def switch_on() -> None:
-    """Sets what dynamic balancing on vllm-ascend needs to have in the environment.
+    """Sets what dynamic balancing by the first model runner needs to have in the environment.
 
     Raises:
         EplbConfigError: something of it is set to something else.
     """
-    for its in contradictions():
+    _require(NEEDED)
+    os.environ.update({its.name: its.value for its in NEEDED})
+
+
+def _require(needed: tuple[Needed, ...]) -> None:
+    for its in _unmet(needed):
         raise EplbConfigError(
             f"eplb_config.dynamic_eplb is true, but the environment says {its.name}={os.environ[its.name]}, "
             f"{its.because}; unset it, or: export {its.name}={its.value}"
         )
-    os.environ.update({its.name: its.value for its in NEEDED})
 
 
 def refuse_what_is_not_supported(vllm_config: Any) -> None:
@@ -234,6 +255,12 @@ def refuse_what_is_not_supported(vllm_config: Any) -> None:
             "a drafter that has experts, and --pipeline-parallel-size",
             stages if has_experts(drafter) else 1,
             1,
+            "use one of the two",
+        ),
+        (  # there it is a model of its own, and a map is of the layers of one
+            f"an expert_map_path or expert_map_record_path, and a drafter that has experts, with {SECOND_RUNNER}=1",
+            has_map and has_experts(drafter) and second_runner(),
+            False,
             "use one of the two",
         ),
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size, 1, "leave it out"),

@@ -31,6 +31,7 @@ from ..topology import Topology, host_identity
 from ..transfer import exchange_bytes
 from ..updator import EplbUpdator, Stage, require_equal_start, start_balancer
 from . import vllm_cpu
+from .ascend_config import settings_of
 from .base import EplbAdaptor
 from .vllm_config import DRAFTER, pipeline_parts
 from .vllm_loading import loading_anew, placement_loaded
@@ -60,6 +61,10 @@ def take_over() -> None:
         )
     for runner in ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.eplb_utils"):  # V1, V2
         importlib.import_module(runner).EplbState = VllmEplbState  # type: ignore[attr-defined]
+    if current_platform.device_type == "npu":
+        from . import ascend_v2
+
+        ascend_v2.take_over()
     if current_platform.is_cpu():
         from vllm.config import parallel
         from vllm.distributed.device_communicators import cpu_communicator
@@ -80,7 +85,7 @@ def start_placement(vllm_config: Any, num_layers: int, num_experts: int, model_c
     """
     from vllm.distributed.parallel_state import get_ep_group
 
-    config, num_ranks = EplbConfig.from_additional_config(vllm_config.additional_config), get_ep_group().world_size
+    config, num_ranks = settings_of(vllm_config.additional_config), get_ep_group().world_size
     if is_drafter(vllm_config, model_config):
         redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
         return Placement.initial(num_layers, num_experts, num_ranks, redundant)
@@ -270,7 +275,10 @@ class VllmAdaptor(EplbAdaptor):
 
     Attributes:
         slice: the part of a batch that this rank routes.
+        counts_received: whether layers count what a rank's slots received, after dispatch, and not what it routes.
     """
+
+    counts_received = False
 
     def __init__(
         self, model: Any, name: str, device: torch.device, config: EplbConfig, *, is_drafter: bool = False
@@ -299,7 +307,8 @@ class VllmAdaptor(EplbAdaptor):
         hosts = exchange_bytes(group.cpu_group, num_ranks, host_identity().encode())
         self.topology = Topology(tuple(hosts.index(host) for host in hosts))
         self.num_groups = max(1, model.num_expert_groups or 1)
-        _require_routing_of_own_tokens(model)
+        if not self.counts_received:
+            _require_routing_of_own_tokens(model)
         sequence_parallel, tp_rank = _is_sequence_parallel(model), get_tensor_model_parallel_rank()
         self.slice = Slice(tp_rank, get_tensor_model_parallel_world_size()) if sequence_parallel else Slice()
         loaded = placement_loaded(model, self.rank)
@@ -316,7 +325,7 @@ class VllmAdaptor(EplbAdaptor):
             self.placement.num_experts,
             self.placement.num_slots,
             device,
-            contributes=sequence_parallel or tp_rank == 0,
+            contributes=self.counts_received or sequence_parallel or tp_rank == 0,
             phases=("all",) if config.eplb_heat_collection_stage == "all" else (config.eplb_heat_collection_stage,),
             num_entries=config.load_entries,
             steps_per_entry=-(-config.expert_heat_collection_interval // config.load_entries),
@@ -433,6 +442,7 @@ class VllmEplbState(EplbState):
     """
 
     is_async = False
+    adaptor_class = VllmAdaptor
 
     def __init__(self, parallel_config: Any, device: torch.device) -> None:
         super().__init__(parallel_config, device)
@@ -466,8 +476,8 @@ class VllmEplbState(EplbState):
                 f"{name} is a second model with experts of its kind; balancing it is not supported in this version: "
                 "leave eplb_config or that model out"
             )
-        config = EplbConfig.from_additional_config(vllm_config.additional_config)
-        adaptor = VllmAdaptor(model, name, self.device, config, is_drafter=drafts)
+        config = settings_of(vllm_config.additional_config)
+        adaptor = self.adaptor_class(model, name, self.device, config, is_drafter=drafts)
         tokens = self.num_unpadded_tokens
         if drafts:
             tokens = [torch.zeros((), dtype=torch.int32, device=self.device)]

@@ -56,6 +56,9 @@ def _with_switch(engine_args: Any, config: EplbConfig) -> Any:
     if ascend_config.on_ascend():
         switched = copy.copy(engine_args)
         switched.additional_config = ascend_config.hand_over(engine_args.additional_config)
+        if ascend_config.second_runner() and ascend_config.settings_of(switched.additional_config).active:
+            switched.enable_eplb = True
+            switched.eplb_config = _eplb_config(switched.eplb_config, config.num_redundant_experts, use_async=True)
         return switched
     unchecked = not is_checked(vllm.__version__) and not config.allow_unchecked_vllm
     if current_platform.is_cpu() or unchecked or not engine_args.enable_expert_parallel:
@@ -66,11 +69,15 @@ def _with_switch(engine_args: Any, config: EplbConfig) -> Any:
     return switched
 
 
-def _eplb_config(given: Any, num_redundant: int) -> Any:
-    """vLLM's settings of its own balancer, as ours needs them; a copy, because others hold the same object."""
+def _eplb_config(given: Any, num_redundant: int, use_async: bool = False) -> Any:
+    """vLLM's settings of its own balancer, as ours needs them; a copy, because others hold the same object.
+
+    Args:
+        use_async: what vllm-ascend turns on in any case, with a warning.
+    """
     made = copy.copy(given)
     made.num_redundant_experts = num_redundant
-    made.use_async = False
+    made.use_async = use_async
     made.communicator = made.communicator or "torch_gloo"
     return made
 
@@ -118,6 +125,11 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     )
     if ascend_config.on_ascend():
         ascend_config.refuse_what_is_not_supported(vllm_config)
+        if ascend_config.second_runner():
+            parallel.eplb_config = _eplb_config(parallel.eplb_config, num_redundant, use_async=True)
+            parallel.worker_cls = worker_class_name(parallel.worker_cls)
+            _say_on(_parts(vllm_config), config, num_redundant)
+            return
         # The layers of a drafter are balanced among the model's.
         _say_on(pipeline_parts(parallel.pipeline_parallel_size), config, num_redundant)
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +120,13 @@ SEAMS = (
 
 def missing_seams(platform: str) -> list[str]:
     """The seams that this vLLM lacks, as lines that name the place and its use."""
+    return not_found(seam for seam in SEAMS if not seam.platforms or platform in seam.platforms)
+
+
+def not_found(seams: Iterable[Seam]) -> list[str]:
+    """Those of them that are not there, as such lines."""
     missing = []
-    for seam in SEAMS:
-        if seam.platforms and platform not in seam.platforms:
-            continue
+    for seam in seams:
         try:
             seam.find()
         except (ImportError, AttributeError) as error:
