@@ -35,6 +35,7 @@ esac
 key=$({
     pwd
     cat scripts/setup_npu_stack.sh .venv-npu/.environment.stamp pyproject.toml tests/npu/standins/vllm_ascend_C.py
+    cat tests/npu/standins/triton_ascend/*.py
 } | cksum)
 lock_environment
 if [ "$(cat "$stack/.stamp" 2>/dev/null || true)" = "$key" ]; then exit 0; fi
@@ -69,6 +70,22 @@ END
 } >"$stack/requirements.txt"
 # shellcheck disable=SC2086 # no target, no words
 uv pip install --quiet $target --overrides "$stack/overrides.txt" -r "$stack/requirements.txt"
+
+if [ "$ascend_version" = 0.30.0rc2 ]; then
+    say "installing Triton, with stand-ins for what triton-ascend adds"
+    # Its second model runner is made of Triton kernels. Only the interpreter is used: without the compilers for GPUs.
+    triton=$stack/triton
+    uv pip install --quiet --no-deps --target "$triton" "triton==3.6.0"
+    rm -r "$triton"/triton/backends/nvidia "$triton"/triton/backends/amd "$triton"/triton-*.dist-info/entry_points.txt
+    mkdir -p "$triton/triton/backends/npu" "$triton/triton/language/extra/cann" "$triton/triton_ascend-3.2.2.dist-info"
+    touch "$triton/triton/backends/npu/__init__.py" "$triton/triton/language/extra/cann/__init__.py"
+    cp tests/npu/standins/triton_ascend/driver.py tests/npu/standins/triton_ascend/compiler.py \
+        "$triton/triton/backends/npu/"
+    cp tests/npu/standins/triton_ascend/extension.py "$triton/triton/language/extra/cann/"
+    printf 'Metadata-Version: 2.1\nName: triton-ascend\nVersion: 3.2.2\n' \
+        >"$triton/triton_ascend-3.2.2.dist-info/METADATA"
+    printf '[triton.backends]\nnpu = triton.backends.npu\n' >"$triton/triton_ascend-3.2.2.dist-info/entry_points.txt"
+fi
 
 say "putting them on one path, with the metadata that they ask for"
 link() {

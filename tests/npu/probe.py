@@ -11,13 +11,26 @@ from safetensors.torch import load_file
 
 
 class Probe:
+    """Under vllm-ascend's first model runner and, where that has no ``eplb_updator``, its second."""
+
+    def _balancer(self) -> Any:
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        return runner.eplb_updator.balancer if hasattr(runner, "eplb_updator") else runner.eplb_state.updator
+
+    def _moe_layers(self) -> list[Any]:
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        if hasattr(runner, "eplb_updator"):
+            return list(runner.eplb_updator.adaptor.moe_layers)
+        models = [state.model for state in runner.eplb_state.model_states.values()]
+        return [layer.routed_experts for model in models for layer in model.moe_layers]
+
     def probe_freeze_weights(self, first: int = 0) -> int:
         """The negative control: from now on commits switch the maps, and leave the weights where they are.
 
         Args:
             first: layer from which on they do.
         """
-        loader: Any = self.model_runner.eplb_updator.balancer._loader  # type: ignore[attr-defined]
+        loader: Any = self._balancer()._loader
         commit = loader.commit
 
         def commit_maps_only(number: int) -> None:
@@ -46,7 +59,7 @@ class Probe:
 
     def probe_experts(self) -> dict[str, list[str]]:
         """What the slots of this rank hold: for each expert ("layer expert") a digest of the tensors of each copy."""
-        balancer: Any = self.model_runner.eplb_updator.balancer  # type: ignore[attr-defined]
+        balancer: Any = self._balancer()
         placement, found = balancer.placement, {}
         first = balancer._rank * placement.slots_per_rank
         for layer, slots in enumerate(balancer._adaptor.expert_tensors()):
@@ -67,8 +80,7 @@ class Probe:
         Returns:
             class: of the MoE layers. wrong, right: slots. placement: in force, of the first layer (int [P]).
         """
-        updator: Any = self.model_runner.eplb_updator  # type: ignore[attr-defined]
-        balancer, right, wrong = updator.balancer, 0, 0
+        balancer, right, wrong = self._balancer(), 0, 0
         weights = load_file(path)
         first = balancer._rank * balancer.placement.slots_per_rank
         for layer, slots in enumerate(balancer._adaptor.expert_tensors()):
@@ -78,12 +90,13 @@ class Probe:
                     weights[f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"].to(w13.dtype)
                     for name in ("gate", "up", "down")
                 )
-                if torch.equal(w13.cpu(), torch.cat([gate, up]).T) and torch.equal(w2.cpu(), down.T):
+                both = torch.cat([gate, up]).T
+                if torch.equal(w13.cpu(), both.reshape(w13.shape)) and torch.equal(w2.cpu(), down.T.reshape(w2.shape)):
                     right += 1
                 else:
                     wrong += 1
         return {
-            "class": type(updator.adaptor.moe_layers[0]).__name__,
+            "class": type(self._moe_layers()[0]).__name__,
             "right": right,
             "wrong": wrong,
             "placement": balancer.placement.physical_to_logical[0].tolist(),
@@ -102,7 +115,7 @@ class Probe:
             "loads": [],
             "guesses": [],
         }
-        if hasattr(runner.drafter, "_propose"):
+        if hasattr(getattr(runner, "drafter", None), "_propose"):
             propose = runner.drafter._propose
 
             def watched_propose(*args: Any, **kwargs: Any) -> Any:
@@ -111,15 +124,15 @@ class Probe:
                 return guesses
 
             runner.drafter._propose = watched_propose
-        if not runner.dynamic_eplb:
+        first_runner = hasattr(runner, "_determine_batch_execution_and_padding")
+        if first_runner and not runner.dynamic_eplb:
             return 1
-        balancer, layers = runner.eplb_updator.balancer, runner.eplb_updator.adaptor.moe_layers
+        balancer, layers = self._balancer(), self._moe_layers()
         routing = importlib.import_module("vllm_ascend.ops.fused_moe.fused_moe")
         chosen = np.zeros((balancer.placement.num_layers, balancer.placement.num_experts), dtype=np.int64)
         rows, layer_at_work = [0], [-1]
         batches: list[list[int]] = []
         execute, snapshot = runner.execute_model, balancer._recorder.snapshot
-        determine = runner._determine_batch_execution_and_padding
 
         def watched(select: Any, number: int | None = None) -> Any:
             def watched_select(*args: Any, **kwargs: Any) -> Any:
@@ -143,10 +156,12 @@ class Probe:
             rows[0] += scheduler_output.total_num_scheduled_tokens  # its load is in the window that is open now
             return result
 
-        def watched_determine(*args: Any, **kwargs: Any) -> Any:
-            result = determine(*args, **kwargs)  # in it the step begins, and perhaps a window
-            batches.append([result[1].num_tokens] if result[3] is None else result[3].tolist())
-            return result
+        def watched_mapping(map_to_slots: Any, number: int) -> Any:
+            def watched_map(ids: torch.Tensor) -> Any:
+                np.add.at(chosen[number], ids.cpu().numpy(), 1)
+                return map_to_slots(ids)
+
+            return watched_map
 
         def watched_snapshot(placement: Any) -> None:
             self.watched["windows"].append(chosen.tolist())
@@ -159,12 +174,14 @@ class Probe:
         for number, layer in enumerate(layers):
             if hasattr(routing, "select_experts"):
                 watch_layer(number, layer.quant_method)
+            elif not first_runner:
+                layer.router._apply_eplb_mapping = watched_mapping(layer.router._apply_eplb_mapping, number)
             else:  # since 0.30
                 layer.router._select_experts = watched(layer.router._select_experts, number)
         if hasattr(routing, "select_experts"):
             routing.select_experts = watched(routing.select_experts)
         runner.execute_model = watched_execute
-        runner._determine_batch_execution_and_padding = watched_determine
+        self._watch_batches(batches)
         balancer._recorder.snapshot = watched_snapshot
         if balancer._planner is not None:
             submit = balancer._planner.submit
@@ -176,10 +193,41 @@ class Probe:
             balancer._planner.submit = watched_submit
         return 1
 
+    def _watch_batches(self, batches: list[list[int]]) -> None:
+        """Appends the tokens of each data-parallel engine, in every forward behind the point where its step begins."""
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        if hasattr(runner, "_determine_batch_execution_and_padding"):
+            determine = runner._determine_batch_execution_and_padding
+
+            def watched_determine(*args: Any, **kwargs: Any) -> Any:
+                result = determine(*args, **kwargs)  # in it the step begins, and perhaps a window
+                batches.append([result[1].num_tokens] if result[3] is None else result[3].tolist())
+                return result
+
+            runner._determine_batch_execution_and_padding = watched_determine
+            return
+        module: Any = importlib.import_module("vllm.v1.worker.gpu.model_runner")
+        dispatch, prepare = module.dispatch_cg_and_sync_dp, runner.eplb.prepare_forward
+        agreed: list[list[int]] = []
+
+        def watched_dispatch(*args: Any, **kwargs: Any) -> Any:
+            batch, across = dispatch(*args, **kwargs)
+            agreed[:] = [[batch.num_tokens] if across is None else across.num_tokens_across_dp.tolist()]
+            return batch, across
+
+        def watched_prepare(*args: Any, **kwargs: Any) -> Any:
+            result = prepare(*args, **kwargs)
+            batches.extend(agreed)
+            agreed.clear()
+            return result
+
+        module.dispatch_cg_and_sync_dp, runner.eplb.prepare_forward = watched_dispatch, watched_prepare
+
     def probe_watched(self) -> dict[str, list[Any]]:
         """What was kept, and the placement in force (int [L, P])."""
-        updator = getattr(self.model_runner, "eplb_updator", None)  # type: ignore[attr-defined]
-        placement = [] if updator is None else updator.balancer.placement.physical_to_logical.tolist()
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        balanced = hasattr(runner, "eplb_updator") or runner.eplb_state is not None
+        placement = self._balancer().placement.physical_to_logical.tolist() if balanced else []
         return {**self.watched, "placement": placement}
 
     def probe_guesses(self) -> dict[str, list[Any]]:

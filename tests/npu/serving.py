@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The unmodified vllm-ascend, as its users start it: ``vllm serve`` with one flag for the balancer. On emulated NPUs it
 is the one unpacked in build/stack, or, with NPU_TEST_ASCEND=0.30.0rc2, that release candidate in build/stack-0.30.0rc2;
-on real ones the one installed.
+on real ones the one installed. With NPU_TEST_RUNNER=V2 the candidate serves by its second model runner.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ RELEASE = "0.23.0.post1"
 ASCEND = os.environ.get("NPU_TEST_ASCEND", RELEASE)
 """Which vllm-ascend is tested."""
 STACK = npus.ROOT / "build" / ("stack" if ASCEND == RELEASE else f"stack-{ASCEND}")
+SECOND_RUNNER = os.environ.get("NPU_TEST_RUNNER") == "V2"
+"""Whether it serves by its second model runner."""
 STANDINS = npus.ROOT / "tests" / "npu" / "standins"
 MISSING = "" if (STACK / ".stamp").exists() else f"no vllm-ascend: run scripts/setup_npu_stack.sh {ASCEND}"
 START_SECONDS = 400
@@ -58,12 +60,15 @@ its operators return what they were given, of which torch warns, and which it re
 UPSTREAM = (
     "vllm/v1/worker/gpu_model_runner.py:267 in __init__",
     "vllm_ascend/worker/model_runner_v1.py:1655 in _copy_valid_sampled_token_count",
+    "vllm/v1/worker/gpu/async_utils.py:254 in async_copy_to_np",
 )
-"""Copies of vllm-ascend 0.23.0.post1's runner to the host: of sampled tokens, and of how many guesses were right."""
+"""Copies to the host in vllm-ascend 0.23.0.post1's runner, of sampled tokens and of how many guesses were right, and in
+vLLM 0.30's second runner, of what was sampled."""
 
 
 def python_path() -> str:
-    return f"{npus.ROOT}:{STACK / 'site'}:{STACK / 'packages'}:{STANDINS}"
+    path = f"{npus.ROOT}:{STACK / 'site'}:{STACK / 'packages'}:{STANDINS}"
+    return f"{path}:{STACK / 'triton'}" if SECOND_RUNNER else path
 
 
 def environment(report: Path, device: str = "A2", **settings: str) -> dict[str, str]:
@@ -89,6 +94,8 @@ def environment(report: Path, device: str = "A2", **settings: str) -> dict[str, 
     )
     values.pop("VLLM_PLUGINS", None)
     values.pop("DYNAMIC_EPLB", None)
+    if SECOND_RUNNER:
+        values.update(VLLM_USE_V2_MODEL_RUNNER="1", TRITON_INTERPRET="1")
     return {**values, **settings}
 
 

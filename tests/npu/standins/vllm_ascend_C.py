@@ -187,6 +187,67 @@ else:  # 0.30.0rc2 has one of its own, called alike
     _slot_mapping._compute_slot_mapping_kernel = _ComputeSlotMapping()
 
 
+class _Kernel:
+    """A Triton kernel in terms of torch_npu: ``kernel[grid](...)``."""
+
+    def __init__(self, function):
+        self._function = function
+
+    def __getitem__(self, grid):
+        return self._function
+
+
+def _rope(
+    q, q_stride, k, k_stride, cos, cos_stride, sin, sin_stride, cos_sin, cos_sin_stride, positions, tokens,
+    q_heads, k_heads, head_size, rotary_size, *unused, **constants,
+):  # fmt: skip
+    """In place. cos_sin [positions, rotary size]: cosines, then sines; or a row of each for every token."""
+    neox = constants["IS_NEOX_STYLE"]
+    if constants["USE_COS_SIN"]:
+        cos, sin = cos_sin[positions[:tokens].to(torch.int64), :rotary_size].chunk(2, -1)
+    cos, sin = cos[:tokens].float().unsqueeze(1), sin[:tokens].float().unsqueeze(1)
+    for tensor, heads in ((q, q_heads), (k, k_heads)):
+        rows = tensor.as_strided((tokens, heads, head_size), (tensor.stride(0), head_size, 1))[..., :rotary_size]
+        a, b = rows.float().chunk(2, -1) if neox else (rows[..., 0::2].float(), rows[..., 1::2].float())
+        turned = (a * cos - b * sin, b * cos + a * sin)
+        together = torch.cat(turned, -1) if neox else torch.stack(turned, -1).flatten(-2)
+        rows.copy_(together.to(tensor.dtype))
+
+
+def _map_to_physical(ids, table, slots, experts, pairs, top, rows, **unused):
+    """ids int [N, K]; table int32 [rows, E]; slots [N, K], written: -1 where there is no such expert."""
+    wanted = ids.reshape(-1).to(torch.int64)
+    row = torch.div(torch.arange(pairs, device=ids.device), top, rounding_mode="floor") % rows
+    known = (wanted >= 0) & (wanted < experts)
+    taken = table.view(-1)[row * experts + wanted * known]
+    slots.view(-1).copy_(torch.where(known, taken, -1))
+
+
+def _record_expert_tokens(tokens, load, enabled, slots, first, *, group_list_type, **unused):
+    """Adds counts (group_list_type 1) or prefix sums of them to load[first:], if that is enabled."""
+    counts = tokens[:slots].to(torch.int64)
+    if group_list_type != 1:
+        counts = torch.cat([counts[:1], counts[1:] - counts[:-1]])
+    load[first : first + slots].add_((counts * (enabled != 0)).to(load.dtype))
+
+
+def _replace_kernels_of_layers():
+    """Those in every layer: they are called often, and in graphs that are captured; the other kernels of the second
+    model runner are run by Triton's interpreter, which waits for the device."""
+    from vllm.triton_utils import HAS_TRITON
+
+    if HAS_TRITON:
+        import vllm_ascend.ops.triton.eplb as eplb
+        import vllm_ascend.ops.triton.rope as rope
+
+        rope._triton_rope = _Kernel(_rope)
+        eplb._map_to_physical_kernel = _Kernel(_map_to_physical)
+        eplb._record_expert_tokens_kernel = _Kernel(_record_expert_tokens)
+
+
+_replace_kernels_of_layers()
+
+
 def _moe_distribute_dispatch(
     x,
     expert_ids,
