@@ -40,6 +40,10 @@ _MOVED_INTO_EPLB_CONFIG = {
 """Settings that once stood at the top level of additional_config, and where they stand now."""
 
 _RENAMED = {old: new for old, new in _MOVED_INTO_EPLB_CONFIG.items() if old != new}
+_RENAMED["load_collection_phase"] = "eplb_heat_collection_stage"
+
+_OF_OTHERS = {"load_collection_phase", "stair_config"}
+"""Settings of vllm-ascend's own EPLB under its second model runner, which stand at the same place."""
 
 PolicyName = Literal["incremental", "default", "random"]
 _POLICY_OF_TYPE: tuple[PolicyName, ...] = ("random", "default", "incremental", "incremental")
@@ -216,6 +220,8 @@ class EplbConfig(BaseModel):
                 f"additional_config.eplb_config = {_show(settings)} is {_kind(settings)}; it must be a dictionary such "
                 f'as {{"dynamic_eplb": true}}, or left out'
             )
+        if settings and settings.keys() <= _OF_OTHERS:
+            return cls()
         for key in settings:
             if key not in cls.model_fields:
                 raise EplbConfigError(_unknown_key(key, tuple(cls.model_fields)))
@@ -415,7 +421,8 @@ def _check_record_path(path: str) -> None:
 def _unknown_key(key: object, known: tuple[str, ...]) -> str:
     name = key if isinstance(key, str) else ""
     if name in _RENAMED:
-        return f"eplb_config.{name} is an old name; write {_RENAMED[name]} instead"
+        whose = "the name of another EPLB's setting" if name in _OF_OTHERS else "an old name"
+        return f"eplb_config.{name} is {whose}; write {_RENAMED[name]} instead"
     near = difflib.get_close_matches(name[:200].lower().replace("-", "_"), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
     return f"eplb_config has no setting {_show(key)}; {hint}"

@@ -105,6 +105,27 @@ ROUTING_ROWS = 1024
 """Rows of a routing table, as many as in vllm-ascend's own."""
 
 
+def rows_by_token(
+    slots: npt.NDArray[np.signedinteger], valid: npt.NDArray[np.signedinteger], offset: int = 0
+) -> npt.NDArray[np.int32]:
+    """A routing table of what :func:`~vllm_ascend_eplb.ops.entries_of` takes, token by token.
+
+    Args:
+        slots: int [L, E, W], slots that take an expert's tokens in turn.
+        valid: int [L, E], entries of each row of it, 1..W.
+        offset: added to a token's row.
+
+    Returns:
+        int32 [L, ROUTING_ROWS, E].
+    """
+    tokens = np.arange(offset, offset + ROUTING_ROWS, dtype=np.int64)[:, None]
+    experts = np.arange(slots.shape[1], dtype=np.int64)[None, :]
+    fraction = ((tokens * TOKEN_STEP + experts * EXPERT_STEP) & 0xFFFFFFFF) >> 16
+    entries = (fraction * valid[:, None].astype(np.int64)) >> 16
+    taken: npt.NDArray[np.signedinteger] = np.take_along_axis(slots.transpose(0, 2, 1), entries, axis=1)
+    return np.ascontiguousarray(taken, dtype=np.int32)
+
+
 class RoutingTables:
     """Maps by the row of a token in its batch, of all layers on the device: token n takes
     ``table[layer, n % ROUTING_ROWS, expert]``.
@@ -125,14 +146,8 @@ class RoutingTables:
         self._prepared = _Prepared(self.table)
 
     def _rows(self, placement: Placement) -> npt.NDArray[np.int32]:
-        """int32 [L, ROUTING_ROWS, E]: what :func:`~vllm_ascend_eplb.ops.entries_of` takes, row by row."""
-        rows = np.arange(self._offset, self._offset + ROUTING_ROWS, dtype=np.int64)[:, None]
-        experts = np.arange(placement.num_experts, dtype=np.int64)[None, :]
-        fraction = ((rows * TOKEN_STEP + experts * EXPERT_STEP) & 0xFFFFFFFF) >> 16
-        counts = placement.replica_count.astype(np.int64)
-        slots = placement.logical_to_physical(int(counts.max())).transpose(0, 2, 1)  # [L, W, E]
-        taken: npt.NDArray[np.int32] = np.take_along_axis(slots, (fraction * counts[:, None]) >> 16, axis=1)
-        return np.ascontiguousarray(taken, dtype=np.int32)
+        counts = placement.replica_count
+        return rows_by_token(placement.logical_to_physical(int(counts.max())), counts, self._offset)
 
     def prepare(self, placement: Placement, layers: list[int]) -> None:
         """Computes the tables of ``layers`` under ``placement`` for the next commit that has none yet; from any thread,

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .maps import rows_by_token
 from .placement import EMPTY, FloatArray, Placement
 from .policy.dispatch import ShareError, entry_counts
 
@@ -106,7 +107,7 @@ class DispatchTables:
         self._prepared: deque[TableRows] = deque()
         self._in_use: deque[tuple[torch.Tensor, torch.Event | None]] = deque()
 
-    def _rows(self, placement: Placement, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _rows(self, placement: Placement, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.signedinteger]:
         return np.ascontiguousarray(np.roll(_arranged(placement, counts), -self._turn, axis=2))
 
     def prepare(self, placement: Placement, layers: Sequence[int], shares: npt.ArrayLike | None = None) -> None:
@@ -163,9 +164,21 @@ class DispatchTables:
         self._prepared.clear()
 
 
+class RoutingDispatchTables(DispatchTables):
+    """The same for routers that read a row of slots for each token (:class:`~vllm_ascend_eplb.maps.RoutingTables`).
+
+    Attributes:
+        table: int32 [L, ROUTING_ROWS, E], slots.
+    """
+
+    def _rows(self, placement: Placement, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.signedinteger]:
+        rows = super()._rows(placement, counts)
+        return rows_by_token(rows, np.full(rows.shape[:2], self.entries))
+
+
 @dataclass(frozen=True)
 class TableRows:
-    """New rows: the layers they are for, int64 [len(layers), E, K], and the shares they realise [len(layers), P]."""
+    """New rows: the layers they are for, what a table has of each, and the shares they realise [len(layers), P]."""
 
     layers: list[int]
     rows: torch.Tensor

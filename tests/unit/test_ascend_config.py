@@ -52,7 +52,12 @@ def test_what_was_left_out_stays_left_out():
     assert ascend_config.settings_of(changed).model_fields_set == {"dynamic_eplb"}
 
 
-@pytest.mark.parametrize("given", [{}, {"eplb_config": {}}, {"eplb_config": {"dynamic_eplb": False}}])
+OTHERS = {"load_collection_phase": "decode", "stair_config": {"some": 1}}
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"eplb_config": {}}, {"eplb_config": {"dynamic_eplb": False}}, {"eplb_config": OTHERS}]
+)
 def test_without_the_flag_nothing_changes(given):
     assert ascend_config.hand_over(given) is given
     assert ascend_config.SWITCH not in os.environ
@@ -103,6 +108,17 @@ def test_where_the_second_model_runner_is_balanced_it_gets_no_key_and_no_switch(
     assert ascend_config.hand_over(changed) is changed
     sent = pickle.loads(pickle.dumps(changed))
     assert ascend_config.settings_of(sent) == ascend_config.settings_of(given)
+
+
+def test_weighted_dispatch_is_the_second_model_runners(second_runner, monkeypatch):
+    given = {"eplb_config": {"dynamic_eplb": True, "weighted_dispatch": True, "num_redundant_experts": 2}}
+    assert ascend_config.settings_of(ascend_config.hand_over(given)).weighted_dispatch
+    monkeypatch.delenv(ascend_config.SECOND_RUNNER)
+    with pytest.raises(EplbConfigError, match=r"weighted_dispatch = true .* or: export VLLM_USE_V2_MODEL_RUNNER=1"):
+        ascend_config.hand_over(given)
+    monkeypatch.setattr(ascend_config, "installed_version", lambda: "0.23.0.post1")
+    with pytest.raises(EplbConfigError, match=r"weighted_dispatch = true .*\(allowed: false\); leave it out$"):
+        ascend_config.hand_over(given)
 
 
 def test_the_second_model_runner_does_not_start_with_the_first_ones_switch(second_runner, monkeypatch):

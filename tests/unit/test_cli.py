@@ -376,6 +376,10 @@ def test_doctor_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.startswith("0.24.0; checked against 0.23.0.post1: balancing stays off unless ")
     other = findings(ascend_differences=["it calls eplb_updator.turn"])["vllm-ascend's runner"]
     assert other == ("wrong", "it calls eplb_updator.turn: its own EPLB stays in place")
+    second = findings(ascend_missing=[])["vllm-ascend's runner"]
+    assert second == ("ok", "the second one; all places that the adaptor needs are there")
+    gone = findings(ascend_missing=["a.b (its use): gone"])["vllm-ascend's runner"]
+    assert gone == ("wrong", "missing: a.b (its use): gone: the start ends with this line")
     assert "cannot be imported: no" in findings(ascend_error="no")["vllm-ascend"][1]
     monkeypatch.setenv("DYNAMIC_EPLB", "false")
     assert findings()["DYNAMIC_EPLB"][0] == "wrong"

@@ -116,6 +116,11 @@ def test_bad_value(key: str, value: object, expected: str) -> None:
         ({"eplb_config": {"dynamic-eplb": True}}, "did you mean dynamic_eplb?"),
         ({"eplb_config": {"zzzz": 5}}, "has no setting 'zzzz'; known are dynamic_eplb, "),
         ({"eplb_config": {7: 5}}, "has no setting 7; known are "),
+        (
+            {"eplb_config": {"dynamic_eplb": True, "load_collection_phase": "all"}},
+            "write eplb_heat_collection_stage instead",
+        ),
+        ({"eplb_config": {"dynamic_eplb": True, "stair_config": {}}}, "no setting 'stair_config'"),
         ({"eplb_config": {"init_redundancy_expert": 5}}, "old name; write num_redundant_experts instead"),
         ({"num_iterations_eplb_update": 400}, '{"eplb_config": {"expert_heat_collection_interval": 400}}'),
         ({"num_wait_worker_iterations": 30}, '{"eplb_config": {"algorithm_execution_interval": 30}}'),

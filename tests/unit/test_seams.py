@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_ascend_eplb.adaptors import ascend_v2
 from vllm_ascend_eplb.adaptors.vllm_seams import CHECKED_VERSIONS, READ_VERSIONS, SEAMS, is_checked, patch_points
 
 REPOSITORY = Path(__file__).parents[2]
@@ -163,6 +164,7 @@ def test_versions() -> None:
 def test_the_page_shows_this_table() -> None:
     page = (REPOSITORY / "docs" / "patch_points.md").read_text(encoding="utf-8")
     assert patch_points() in page
+    assert patch_points(ascend_v2.SEAMS) in page
     for version in READ_VERSIONS:
         assert version in page
     for module in BY_NAME:

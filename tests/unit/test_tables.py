@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ascend_eplb import ops
+from vllm_ascend_eplb.maps import ROUTING_ROWS
 from vllm_ascend_eplb.placement import EMPTY, Placement
 from vllm_ascend_eplb.policy.dispatch import ShareError, entry_counts
-from vllm_ascend_eplb.tables import DispatchTables, TableError, even_shares, table_rows
+from vllm_ascend_eplb.tables import DispatchTables, RoutingDispatchTables, TableError, even_shares, table_rows
 
 
 def skewed(rng: np.random.Generator, layers: int, experts: int, ranks: int, slots: int) -> tuple[Placement, np.ndarray]:
@@ -47,6 +48,32 @@ def test_rows_realise_shares_to_within_one_entry(seed: int, entries: int) -> Non
         for expert in range(10):
             assert (placement.physical_to_logical[layer, rows[layer, expert]] == expert).all()
             assert (np.diff(rows[layer, expert]) >= 0).all()
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_by_token_they_take_the_same_entries_as_the_op(rank: int) -> None:
+    """Also after a commit, and after new shares."""
+    placement, shares = skewed(np.random.default_rng(2), 3, 20, 4, 7)
+    other, other_shares = skewed(np.random.default_rng(3), 3, 20, 4, 7)
+    both = [kind(placement, "cpu", 32, rank=rank, num_ranks=4) for kind in (DispatchTables, RoutingDispatchTables)]
+    tokens, experts = torch.arange(ROUTING_ROWS)[:, None], torch.arange(20)[None]
+    address = both[1].table.data_ptr()
+
+    def equal() -> bool:
+        entries = ops.entries_of(tokens, experts, torch.full((1, 1), 32))
+        wanted = torch.stack([layer.T.gather(0, entries) for layer in both[0].table])
+        return both[1].table.dtype == torch.int32 and torch.equal(both[1].table.long(), wanted)
+
+    assert equal()
+    for tables in both:
+        tables.put(tables.rows_of(placement, shares))
+    assert equal()
+    for tables in both:
+        tables.prepare(other, [0, 2], other_shares[[0, 2]])
+        tables.commit()
+    assert equal()
+    np.testing.assert_array_equal(both[0].shares, both[1].shares)
+    assert both[1].table.data_ptr() == address
 
 
 @pytest.mark.parametrize(("tokens", "most"), [(1, 0.06), (4, 0.05), (16, 0.02), (64, 0.015)])

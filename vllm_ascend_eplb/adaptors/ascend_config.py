@@ -134,14 +134,14 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
     if version not in ("", *CHECKED_VERSIONS) and not config.allow_unchecked_vllm:
         warn_of_unchecked("vllm-ascend", CHECKED_VERSIONS, version)
         return {key: value for key, value in additional_config.items() if key != "eplb_config"}
-    if config.weighted_dispatch:
-        raise EplbConfigError(
-            "eplb_config.weighted_dispatch = true is not supported on Ascend in this version (allowed: false); "
-            "leave it out"
-        )
     if second_runner():
         _require(NEEDED_BY_SECOND)
         return {**additional_config, "eplb_config": HandedOver({}, config)}
+    if config.weighted_dispatch:
+        raise EplbConfigError(
+            "eplb_config.weighted_dispatch = true is not supported by vllm-ascend's first model runner in this version "
+            f"(allowed: false); leave it out{_or_the_second_runner(version)}"
+        )
     switch_on()
     # Also for a placement that stays: only then does its runner build what ours stands in for, and route by our tables.
     stock = {"dynamic_eplb": True, **{key: getattr(config, key) for key in STOCK_KEYS}}
@@ -154,6 +154,10 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
         _check_map(config.expert_map_path)
         stock["expert_map_path"] = config.expert_map_path
     return {**additional_config, "eplb_config": HandedOver(stock, config)}
+
+
+def _or_the_second_runner(version: str) -> str:
+    return f", or: export {SECOND_RUNNER}=1" if version in SECOND_RUNNER_VERSIONS else ""
 
 
 def _check_map(path: str) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,8 +26,9 @@ import torch
 from ..config import EplbConfig
 from ..maps import RoutingTables
 from ..placement import Placement
+from ..tables import RoutingDispatchTables
 from ..updator import Stage
-from .ascend import forward_of_all, rows_ahead
+from .ascend import forward_of_all, ranks_own_their_tokens, rows_ahead
 from .vllm import SeamError, Slice, VllmAdaptor, VllmEplbState
 from .vllm_seams import Seam, not_found
 
@@ -37,13 +37,16 @@ EPLB_STATE = "vllm.distributed.eplb.eplb_state"
 RUNNER = "vllm.v1.worker.gpu.model_runner"
 EXPERTS = "vllm_ascend.ops.fused_moe.routed_experts"
 
-SEAMS = (
-    Seam(CONTROLLER, "AscendEplbState", "our state takes its place"),
-    Seam(CONTROLLER, "AscendEPLBController.prepare_forward", "the point of forward_before"),
-    Seam("vllm_ascend.distributed.eplb.eplb_state", "AscendEplbLayerState", "holds a layer's routing table"),
-    Seam(EXPERTS, "_record_v2_eplb_load", "counts what slots received"),
-    Seam(EPLB_STATE, "EplbState.build_initial_global_physical_to_logical_map", "the order that experts are loaded in"),
-    Seam(RUNNER, "dispatch_cg_and_sync_dp", "tokens of each data-parallel engine"),
+SEAMS = tuple(
+    Seam(module, name, use, ("npu",), "V2")
+    for module, name, use in (
+        (CONTROLLER, "AscendEplbState", "our state takes its place"),
+        (CONTROLLER, "AscendEPLBController.prepare_forward", "the point of forward_before"),
+        ("vllm_ascend.distributed.eplb.eplb_state", "AscendEplbLayerState", "holds a layer's routing table: ours"),
+        (EXPERTS, "_record_v2_eplb_load", "counts what slots received, in our counters"),
+        (EPLB_STATE, "EplbState.build_initial_global_physical_to_logical_map", "order of loading: vLLM's, put back"),
+        (RUNNER, "dispatch_cg_and_sync_dp", "tokens of each data-parallel engine are noted"),
+    )
 )
 """Places in vllm-ascend, and in vLLM, besides those of the adaptor for vLLM."""
 
@@ -56,23 +59,36 @@ class AscendV2Adaptor(VllmAdaptor):
     def __init__(
         self, model: Any, name: str, device: torch.device, config: EplbConfig, *, is_drafter: bool = False
     ) -> None:
+        self._tables: RoutingTables | None = None  # none where tokens are split by planned shares
         super().__init__(model, name, device, config, is_drafter=is_drafter)
         self.slice = Slice()  # who routes what does not matter to counts of what was received
-        self._tables = RoutingTables(self.placement, device, rows_ahead(self.rank))
+
+    def _let_route(self, model: Any, config: EplbConfig, sequence_parallel: bool) -> None:
+        model.set_eplb_state(self.recorder.counts, self._maps.logical_to_physical, self._maps.replica_count)
+        if config.weighted_dispatch:
+            turn = {"rank": self.rank, "num_ranks": self.placement.num_ranks} if ranks_own_their_tokens() else {}
+            self.dispatch = RoutingDispatchTables(self.placement, self.device, config.dispatch_table_entries, **turn)
+            table = self.dispatch.table
+        else:
+            self._tables = RoutingTables(self.placement, self.device, rows_ahead(self.rank))
+            table = self._tables.table
         for number, layer in enumerate(model.moe_layers):
-            layer.eplb_state.expert_replica_routing_table = self._tables.table[number]
+            layer.eplb_state.expert_replica_routing_table = table[number]
 
     def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
         super().prepare_maps(placement, layers)
-        self._tables.prepare(placement, layers)
+        if self._tables is not None:
+            self._tables.prepare(placement, layers)
 
     def commit_maps(self) -> None:
         super().commit_maps()
-        self._tables.commit()
+        if self._tables is not None:
+            self._tables.commit()
 
     def forget_prepared_maps(self) -> None:
         super().forget_prepared_maps()
-        self._tables.forget_prepared()
+        if self._tables is not None:
+            self._tables.forget_prepared()
 
 
 class AscendV2EplbState(VllmEplbState):
@@ -86,6 +102,7 @@ class AscendV2EplbState(VllmEplbState):
     def __init__(self, parallel_config: Any, device: torch.device, policy: Any = None) -> None:
         super().__init__(parallel_config, device)
         self._most_in_decode = 0
+        note_tokens_across()
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
         from vllm.config import get_current_vllm_config
@@ -124,7 +141,6 @@ def take_over() -> None:
     importlib.import_module(CONTROLLER).AscendEplbState = AscendV2EplbState  # type: ignore[attr-defined]
     state: Any = importlib.import_module(EPLB_STATE).EplbState
     state.build_initial_global_physical_to_logical_map = staticmethod(vllm_order)
-    _note_tokens_across(importlib.import_module(RUNNER))
 
 
 def vllm_order(num_routed_experts: int, num_redundant_experts: int) -> list[int]:
@@ -132,8 +148,10 @@ def vllm_order(num_routed_experts: int, num_redundant_experts: int) -> list[int]
     return [slot % num_routed_experts for slot in range(num_routed_experts + num_redundant_experts)]
 
 
-def _note_tokens_across(runner: ModuleType) -> None:
-    """Lets the state know how many tokens each data-parallel engine brings to a forward."""
+def note_tokens_across() -> None:
+    """Lets the state know how many tokens each data-parallel engine brings to a forward. Not before the runner is
+    there: vllm-ascend puts a function of its own in that place while a worker is made."""
+    runner: Any = importlib.import_module(RUNNER)
     dispatch: Callable[..., Any] = runner.dispatch_cg_and_sync_dp
     if getattr(dispatch, "_eplb", False):
         return
@@ -144,4 +162,4 @@ def _note_tokens_across(runner: ModuleType) -> None:
         return result
 
     dispatch_and_note._eplb = True  # type: ignore[attr-defined]
-    runner.dispatch_cg_and_sync_dp = dispatch_and_note  # type: ignore[attr-defined]
+    runner.dispatch_cg_and_sync_dp = dispatch_and_note

@@ -284,7 +284,6 @@ class VllmAdaptor(EplbAdaptor):
         self, model: Any, name: str, device: torch.device, config: EplbConfig, *, is_drafter: bool = False
     ) -> None:
         from vllm.distributed.parallel_state import (
-            get_dp_group,
             get_ep_group,
             get_eplb_group,
             get_pp_group,
@@ -333,15 +332,20 @@ class VllmAdaptor(EplbAdaptor):
             own_stream=config.mode != "sync",
         )
         self._maps = DispatchMaps(self.placement, device, width=min(MAX_MAP_WIDTH, model.num_redundant_experts + 1))
+        self._let_route(model, config, sequence_parallel)
+        self._weights = model.expert_weights
+
+    def _let_route(self, model: Any, config: EplbConfig, sequence_parallel: bool) -> None:
+        """Gives the layers the counters, and maps or dispatch tables."""
+        from vllm.distributed.parallel_state import get_dp_group, get_ep_group
+
+        maps = self._maps.logical_to_physical, self._maps.replica_count
         if config.weighted_dispatch:
             routing = get_ep_group() if sequence_parallel else get_dp_group()  # whose ranks route different tokens
             turn = {"rank": routing.rank_in_group, "num_ranks": routing.world_size}
-            self.dispatch = DispatchTables(self.placement, device, config.dispatch_table_entries, **turn)
+            self.dispatch = DispatchTables(self.placement, self.device, config.dispatch_table_entries, **turn)
             maps = self.dispatch.table, self.dispatch.count
-        else:
-            maps = self._maps.logical_to_physical, self._maps.replica_count
         model.set_eplb_state(self.recorder.counts, *maps)
-        self._weights = model.expert_weights
 
     def model_state(self, model: Any, in_force: Callable[[], Placement]) -> EplbModelState:
         """The model's maps and counters as vLLM's own EPLB shows them; ``in_force`` gives the placement."""

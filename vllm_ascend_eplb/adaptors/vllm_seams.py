@@ -134,10 +134,10 @@ def not_found(seams: Iterable[Seam]) -> list[str]:
     return missing
 
 
-def patch_points() -> str:
-    """All seams as a Markdown table: place, use, where it is needed."""
+def patch_points(seams: Iterable[Seam] = SEAMS) -> str:
+    """Seams as a Markdown table: place, use, where it is needed."""
     rows = ["| place in vLLM | what the balancer does there | needed on | runner |", "| --- | --- | --- | --- |"]
-    for seam in SEAMS:
+    for seam in seams:
         where = ", ".join(seam.platforms) or "all"
         rows.append(f"| `{seam.module}` `{seam.name}` | {seam.use} | {where} | {seam.runner or 'both'} |")
     return "\n".join(rows) + "\n"

@@ -235,13 +235,14 @@ def _ascend(answer: dict[str, Any]) -> list[Finding]:
     else:
         stays_off = f"checked against {', '.join(checked)}: balancing stays off unless "
         findings.append(Finding("vllm-ascend", "wrong", f'{version}; {stays_off}"allow_unchecked_vllm": true'))
-    differences = answer["ascend_differences"]
-    if differences:
-        findings += [
-            Finding("vllm-ascend's runner", "wrong", f"{line}: its own EPLB stays in place") for line in differences
-        ]
-    else:
-        findings.append(Finding("vllm-ascend's runner", "ok", "calls its EPLB as the adaptor knows it"))
+    wrong = [f"{line}: its own EPLB stays in place" for line in answer.get("ascend_differences", [])]
+    wrong += [f"missing: {line}: the start ends with this line" for line in answer.get("ascend_missing", [])]
+    right = "calls its EPLB as the adaptor knows it"
+    if "ascend_missing" in answer:
+        right = "the second one; all places that the adaptor needs are there"
+    findings += [Finding("vllm-ascend's runner", "wrong", line) for line in wrong]
+    if not wrong:
+        findings.append(Finding("vllm-ascend's runner", "ok", right))
     findings += [
         Finding(its.name, "wrong", f"dynamic_eplb is refused: it is {os.environ[its.name]}, {its.because}; unset it")
         for its in contradictions()

@@ -58,11 +58,12 @@ def seams() -> dict[str, Any]:
 
 
 def ascend() -> dict[str, Any]:
-    """What vllm-ascend is installed, and what its runner does that our adaptor does not know."""
+    """What vllm-ascend is installed, and what the model runner that is chosen does that our adaptor does not know."""
     from vllm.plugins import load_general_plugins
 
     from ..adaptors import ascend as adaptor
-    from ..adaptors import ascend_config
+    from ..adaptors import ascend_config, ascend_v2
+    from ..adaptors.vllm_seams import missing_seams, not_found
 
     found: dict[str, Any] = {
         "ascend_version": ascend_config.installed_version(),
@@ -71,7 +72,10 @@ def ascend() -> dict[str, Any]:
     load_general_plugins()  # vllm-ascend's own, without which its runner cannot be imported
     try:
         importlib.import_module("vllm_ascend.ops")  # before the runner, as the worker does: they import each other
-        found["ascend_differences"] = adaptor.differences(importlib.import_module(adaptor.RUNNER))
+        if ascend_config.second_runner():
+            found["ascend_missing"] = [*missing_seams("npu"), *not_found(ascend_v2.SEAMS)]
+        else:
+            found["ascend_differences"] = adaptor.differences(importlib.import_module(adaptor.RUNNER))
     except Exception as error:
         found["ascend_error"] = _line(error)
     return found
