@@ -41,10 +41,13 @@ long-emulated-npu-test: npu-setup  ## those that take long: more ranks, data-par
 	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest tests/npu -m soak
 
 .PHONY: candidate-npu-test
-candidate-npu-test: npu-setup  ## those with vllm-ascend, and the release candidate 0.30.0rc2 (with vLLM 0.30.0) in its place
+candidate-npu-test: npu-setup  ## those with vllm-ascend, and the release candidate 0.30.0rc2 (with vLLM 0.30.0) in its place, by both of its runners
 	@scripts/setup_npu_stack.sh 0.30.0rc2
 	@NPU_TEST_REQUIRED=1 NPU_TEST_ASCEND=0.30.0rc2 .venv-npu/bin/python -m pytest tests/npu/test_ascend.py \
 	    tests/npu/test_serving.py tests/npu/test_serving_ways.py tests/npu/test_doctor.py
+	@NPU_TEST_REQUIRED=1 NPU_TEST_ASCEND=0.30.0rc2 NPU_TEST_RUNNER=V2 .venv-npu/bin/python -m pytest \
+	    tests/npu/test_second_runner.py tests/npu/test_serving.py tests/npu/test_serving_ways.py \
+	    tests/npu/test_serving_guesses.py tests/npu/test_doctor.py
 
 npu-test:  ## the same tests on this machine's NPUs (two or more), with the Python that has torch_npu: PYTHON=python3
 	@NPU_TEST_REQUIRED=1 NPU_TEST_REAL=1 $(or $(PYTHON),python3) -m pytest tests/npu

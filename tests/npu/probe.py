@@ -13,35 +13,45 @@ from safetensors.torch import load_file
 class Probe:
     """Under vllm-ascend's first model runner and, where that has no ``eplb_updator``, its second."""
 
-    def _balancer(self) -> Any:
-        runner: Any = self.model_runner  # type: ignore[attr-defined]
-        return runner.eplb_updator.balancer if hasattr(runner, "eplb_updator") else runner.eplb_state.updator
-
-    def _moe_layers(self) -> list[Any]:
+    def _parts(self) -> list[tuple[Any, list[Any]]]:
+        """Each balancer with the MoE layers that it balances. Under the first runner there is one; under the second a
+        drafter has its own, behind the model's. None without balancing."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         if hasattr(runner, "eplb_updator"):
-            return list(runner.eplb_updator.adaptor.moe_layers)
-        models = [state.model for state in runner.eplb_state.model_states.values()]
-        return [layer.routed_experts for model in models for layer in model.moe_layers]
+            return [(runner.eplb_updator.balancer, list(runner.eplb_updator.adaptor.moe_layers))]
+        state = runner.eplb_state
+        if state is None:
+            return []
+        parts = [(state.updator, state._model.moe_layers)]
+        if state.drafter is not None:
+            drafter = state.model_states[state.drafter.model_config.compute_hash()]
+            parts.append((state.drafter.updator, drafter.model.moe_layers))
+        return [(balancer, [layer.routed_experts for layer in layers]) for balancer, layers in parts]
 
     def probe_freeze_weights(self, first: int = 0) -> int:
         """The negative control: from now on commits switch the maps, and leave the weights where they are.
 
         Args:
-            first: layer from which on they do.
+            first: layer from which on they do, a drafter's behind the model's.
         """
-        loader: Any = self._balancer()._loader
-        commit = loader.commit
 
-        def commit_maps_only(number: int) -> None:
-            slots = [tensor for layer in loader._slots[first:] for slot in layer for tensor in slot]
-            kept = [tensor.clone() for tensor in slots]
-            commit(number)
-            with torch.no_grad():
-                for tensor, before in zip(slots, kept, strict=True):
-                    tensor.copy_(before)
+        def freeze(loader: Any, first_layer: int) -> None:
+            commit = loader.commit
 
-        loader.commit = commit_maps_only
+            def commit_maps_only(number: int) -> None:
+                slots = [tensor for layer in loader._slots[first_layer:] for slot in layer for tensor in slot]
+                kept = [tensor.clone() for tensor in slots]
+                commit(number)
+                with torch.no_grad():
+                    for tensor, before in zip(slots, kept, strict=True):
+                        tensor.copy_(before)
+
+            loader.commit = commit_maps_only
+
+        before = 0
+        for balancer, layers in self._parts():
+            freeze(balancer._loader, max(0, first - before))
+            before += len(layers)
         return 1
 
     def probe_replays(self) -> int:
@@ -57,9 +67,17 @@ class Probe:
             graph.replay = counted
         return int(graph.replays)
 
+    def probe_tables(self) -> str:
+        """A digest of the tables by which the layers of this rank route, under the second runner."""
+        digest = hashlib.sha256()
+        for _, layers in self._parts():
+            for layer in layers:
+                digest.update(layer.router.eplb_state.expert_replica_routing_table.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def probe_experts(self) -> dict[str, list[str]]:
         """What the slots of this rank hold: for each expert ("layer expert") a digest of the tensors of each copy."""
-        balancer: Any = self._balancer()
+        balancer: Any = self._parts()[0][0]
         placement, found = balancer.placement, {}
         first = balancer._rank * placement.slots_per_rank
         for layer, slots in enumerate(balancer._adaptor.expert_tensors()):
@@ -80,7 +98,7 @@ class Probe:
         Returns:
             class: of the MoE layers. wrong, right: slots. placement: in force, of the first layer (int [P]).
         """
-        balancer, right, wrong = self._balancer(), 0, 0
+        (balancer, layers), right, wrong = self._parts()[0], 0, 0
         weights = load_file(path)
         first = balancer._rank * balancer.placement.slots_per_rank
         for layer, slots in enumerate(balancer._adaptor.expert_tensors()):
@@ -96,39 +114,45 @@ class Probe:
                 else:
                     wrong += 1
         return {
-            "class": type(self._moe_layers()[0]).__name__,
+            "class": type(layers[0]).__name__,
             "right": right,
             "wrong": wrong,
             "placement": balancer.placement.physical_to_logical[0].tolist(),
         }
 
     def probe_watch(self) -> int:
-        """To be called before the first request. From then on this rank keeps, for each window of load: what the
-        routers chose (int [L, E], in vllm-ascend's own code, before anything of ours), how many tokens were scheduled,
-        and the batches (tokens of each data-parallel engine, step by step); the loads that were planned with; and what
-        the drafter guesses."""
+        """To be called before the first request. From then on this rank keeps what the drafter guesses and, for each
+        balancer and window of load: what the routers chose (int [L, E], in vllm-ascend's own code, before anything of
+        ours), how many tokens were scheduled, and the batches (tokens of each data-parallel engine, step by step); and
+        the loads that were planned with."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        self.watched: dict[str, list[Any]] = {
-            "windows": [],
-            "rows": [],
-            "batches": [],
-            "loads": [],
-            "guesses": [],
-        }
-        if hasattr(getattr(runner, "drafter", None), "_propose"):
-            propose = runner.drafter._propose
+        self.guesses: list[Any] = []
+        self.watched: list[dict[str, list[Any]]] = []
+        for drafter, name in (
+            (getattr(runner, "drafter", None), "_propose"),
+            (getattr(runner, "speculator", None), "propose"),
+        ):
+            if hasattr(drafter, name):
+                setattr(drafter, name, self._watched_propose(getattr(drafter, name)))
+        for balancer, layers in self._parts():
+            self._watch_load(balancer, layers)
+        return 1
 
-            def watched_propose(*args: Any, **kwargs: Any) -> Any:
-                guesses = propose(*args, **kwargs)
-                self.watched["guesses"].append(guesses.tolist())
-                return guesses
+    def _watched_propose(self, propose: Any) -> Any:
+        def watched_propose(*args: Any, **kwargs: Any) -> Any:
+            guesses = propose(*args, **kwargs)
+            if not kwargs.get("dummy_run"):
+                self.guesses.append(guesses.tolist())
+            return guesses
 
-            runner.drafter._propose = watched_propose
-        first_runner = hasattr(runner, "_determine_batch_execution_and_padding")
-        if first_runner and not runner.dynamic_eplb:
-            return 1
-        balancer, layers = self._balancer(), self._moe_layers()
+        return watched_propose
+
+    def _watch_load(self, balancer: Any, layers: list[Any]) -> None:
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        kept: dict[str, list[Any]] = {"windows": [], "rows": [], "batches": [], "loads": []}
+        self.watched.append(kept)
         routing = importlib.import_module("vllm_ascend.ops.fused_moe.fused_moe")
+        first_runner = hasattr(runner, "_determine_batch_execution_and_padding")
         chosen = np.zeros((balancer.placement.num_layers, balancer.placement.num_experts), dtype=np.int64)
         rows, layer_at_work = [0], [-1]
         batches: list[list[int]] = []
@@ -151,11 +175,6 @@ class Probe:
 
             method.apply = watched_apply
 
-        def watched_execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            result = execute(scheduler_output, *args, **kwargs)
-            rows[0] += scheduler_output.total_num_scheduled_tokens  # its load is in the window that is open now
-            return result
-
         def watched_mapping(map_to_slots: Any, number: int) -> Any:
             def watched_map(ids: torch.Tensor) -> Any:
                 np.add.at(chosen[number], ids.cpu().numpy(), 1)
@@ -163,10 +182,15 @@ class Probe:
 
             return watched_map
 
+        def watched_execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            result = execute(scheduler_output, *args, **kwargs)
+            rows[0] += scheduler_output.total_num_scheduled_tokens  # its load is in the window that is open now
+            return result
+
         def watched_snapshot(placement: Any) -> None:
-            self.watched["windows"].append(chosen.tolist())
-            self.watched["rows"].append(rows[0])
-            self.watched["batches"].append(batches.copy())
+            kept["windows"].append(chosen.tolist())
+            kept["rows"].append(rows[0])
+            kept["batches"].append(batches.copy())
             chosen[:], rows[0] = 0, 0
             batches.clear()
             snapshot(placement)
@@ -187,11 +211,10 @@ class Probe:
             submit = balancer._planner.submit
 
             def watched_submit(request: Any) -> None:
-                self.watched["loads"].append(request.load.sum(axis=0).tolist())
+                kept["loads"].append(request.load.sum(axis=0).tolist())
                 submit(request)
 
             balancer._planner.submit = watched_submit
-        return 1
 
     def _watch_batches(self, batches: list[list[int]]) -> None:
         """Appends the tokens of each data-parallel engine, in every forward behind the point where its step begins."""
@@ -223,14 +246,15 @@ class Probe:
 
         module.dispatch_cg_and_sync_dp, runner.eplb.prepare_forward = watched_dispatch, watched_prepare
 
-    def probe_watched(self) -> dict[str, list[Any]]:
-        """What was kept, and the placement in force (int [L, P])."""
-        runner: Any = self.model_runner  # type: ignore[attr-defined]
-        balanced = hasattr(runner, "eplb_updator") or runner.eplb_state is not None
-        placement = self._balancer().placement.physical_to_logical.tolist() if balanced else []
-        return {**self.watched, "placement": placement}
+    def probe_watched(self) -> dict[str, Any]:
+        """What was kept of the first balancer, and of a drafter's own; and the placements in force (int [L, P]), one
+        after the other."""
+        placements = [
+            layer for balancer, _ in self._parts() for layer in balancer.placement.physical_to_logical.tolist()
+        ]
+        return {**self.watched[0], "placement": placements, "drafter": self.watched[1:]}
 
     def probe_guesses(self) -> dict[str, list[Any]]:
         """What the drafter has guessed since this was last asked, step by step."""
-        guesses, self.watched["guesses"] = self.watched["guesses"], []
+        guesses, self.guesses = self.guesses, []
         return {"guesses": guesses}

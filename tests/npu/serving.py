@@ -61,9 +61,10 @@ UPSTREAM = (
     "vllm/v1/worker/gpu_model_runner.py:267 in __init__",
     "vllm_ascend/worker/model_runner_v1.py:1655 in _copy_valid_sampled_token_count",
     "vllm/v1/worker/gpu/async_utils.py:254 in async_copy_to_np",
+    "vllm_ascend/worker/v2/model_runner.py:1101 in _copy_num_computed_tokens_to_cpu",
 )
-"""Copies to the host in vllm-ascend 0.23.0.post1's runner, of sampled tokens and of how many guesses were right, and in
-vLLM 0.30's second runner, of what was sampled."""
+"""Copies to the host in vllm-ascend 0.23.0.post1's runner, of sampled tokens and of how many guesses were right; and in
+0.30.0rc2's second one, of what was sampled and of how many tokens are computed."""
 
 
 def python_path() -> str:
@@ -226,7 +227,7 @@ class NpuServer(Server):
     def all_stats(self) -> list[EplbStats | None]:
         """What each of its balancers last reported."""
         path = self._stats_path
-        return [read_stats(path.with_stem(f"{path.stem}-{part}")) for part in self.parts] or [self.stats()]
+        return [read_stats(path.with_stem(f"{path.stem}-{part}".rstrip("-"))) for part in self.parts] or [self.stats()]
 
     def cycles_done(self) -> int:
         """The fewest of its balancers."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from . import npus
-from .serving import MISSING, environment
+from .serving import MISSING, SECOND_RUNNER, environment
 
 pytestmark = [
     pytest.mark.skipif(npus.REAL, reason="tests the emulated stack"),
@@ -22,7 +22,7 @@ def test_doctor_looks_through_vllm_ascend(tmp_path: Path) -> None:
     done = subprocess.run(
         [str(npus.PYTHON), "-m", "vllm_ascend_eplb.cli", "doctor", "--json"],
         cwd=npus.ROOT,
-        env=environment(tmp_path / "report", DYNAMIC_EPLB="false"),
+        env=environment(tmp_path / "report", DYNAMIC_EPLB="true" if SECOND_RUNNER else "false"),
         capture_output=True,
         text=True,
         timeout=300,
@@ -30,6 +30,7 @@ def test_doctor_looks_through_vllm_ascend(tmp_path: Path) -> None:
     findings = {each["what"]: each for each in json.loads(done.stdout)["findings"]}
     assert findings["vllm-ascend"]["status"] == "ok", findings
     assert findings["vllm-ascend's runner"]["status"] == "ok"
+    assert ("the second one" in findings["vllm-ascend's runner"]["text"]) == SECOND_RUNNER
     assert "8 NPU" in findings["devices"]["text"]
     assert findings["DYNAMIC_EPLB"]["status"] == "wrong"  # and nothing else is
     assert [each["what"] for each in findings.values() if each["status"] == "wrong"] == ["DYNAMIC_EPLB"]

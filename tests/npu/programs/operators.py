@@ -66,6 +66,7 @@ def _cases() -> dict[str, Callable[[Callable], torch.Tensor]]:
         "cat": lambda t: torch.cat([t(x), t(y)], dim=1),
         "stack": lambda t: torch.stack([t(x), t(y)], dim=1),
         "split": lambda t: torch.cat([p * k for k, p in enumerate(t(x).split([1, 2, 3]))]),
+        "lists added": lambda t: torch.cat(torch._foreach_add([t(x), t(y)], [t(y), t(x)], alpha=2)),
         "repeat": lambda t: t(x).repeat(2, 3),
         "repeat interleave": lambda t: t(x).repeat_interleave(2, dim=0),
         "repeat interleave tensor": lambda t: torch.repeat_interleave(t(torch.arange(6)), t(torch.arange(6))),

@@ -9,6 +9,9 @@ ACLNN(aclnnCast, [](In self, aclDataType, Out out) { out = self; });
 ACLNN(aclnnForeachCopy, [](Ins src, Outs dst) {
     for (size_t i = 0; i < src.size(); ++i) dst[i] = src[i];
 });
+ACLNN(aclnnForeachAddList, [](Ins self, Ins other, In alpha, Outs out) {
+    for (size_t i = 0; i < out.size(); ++i) out[i] = at::add(self[i], other[i], alpha.item());
+});
 
 #define UNARY(NAME, function)                                           \
     ACLNN(aclnn##NAME, [](In self, Out out) { out = function(self); }); \

@@ -7,7 +7,7 @@ interpreter needs here:
   streams are reading meanwhile, which a compiled kernel does not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,14 @@ def _missing(name: str) -> Callable[..., Any]:
 
 insert_slice = _missing("insert_slice")
 extract_slice = _missing("extract_slice")
-get_element = _missing("get_element")
+
+
+def get_element(src: Any, indice: Sequence[Any], **unused: Any) -> Any:
+    """The element of a tensor at an index of numbers or scalars."""
+    index = tuple(int(each.handle.data.item()) if isinstance(each, tl.tensor) else int(each) for each in indice)
+    element = np.array([src.handle.data[index]])
+    return tl.tensor(interpreter.TensorHandle(element, src.dtype.scalar), src.dtype.scalar)
+
 
 _COMPARISONS = {
     "LT": np.less,

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vllm-ascend's second model runner without this package, and the stand-ins by which it runs here: NPU_TEST_RUNNER=V2.
+How it serves with our balancer is tested by test_serving.py and the files beside it, under the same variable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from . import npus
+from .serving import (
+    MISSING,
+    SECOND_RUNNER,
+    SETTINGS,
+    TOKENS,
+    NpuServer,
+    freeze_weights_until_noticed,
+    python_path,
+    serve_until,
+)
+
+pytestmark = [
+    pytest.mark.skipif(npus.REAL, reason="tests the emulated stack"),
+    pytest.mark.skipif(bool(MISSING), reason=MISSING),
+    pytest.mark.skipif(not SECOND_RUNNER, reason="of the second model runner; set NPU_TEST_RUNNER=V2"),
+]
+
+
+def run(function: str) -> Any:
+    outcome = npus.run("second_runner", function, PYTHONPATH=python_path(), TRITON_INTERPRET="1")
+    return outcome.results[0]
+
+
+@pytest.mark.parametrize("device", ["A2", "A3"])
+def test_tokens_are_split_by_planned_shares(
+    tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]], device: str
+) -> None:
+    """Weighted dispatch, which the first runner has not: tables change with and between placements. Ranks that route
+    the same tokens have the same tables."""
+    settings = {**SETTINGS, "weighted_dispatch": True, "num_redundant_experts": 8}
+    server = NpuServer(settings, tmp_path, device=device, probe=True).started()
+    try:
+        server.call("probe_watch")
+        serve_until(server, batches, want, 4)
+        stats = server.stats()
+        assert stats is not None
+        assert stats.cycles_failed == 0
+        assert stats.dispatch_updates > 0
+        first, second = server.call("probe_tables")
+        assert (first == second) == (device == "A2")
+        if device == "A2":
+            loads = np.array(server.call("probe_watched")[0]["loads"])
+            windows = np.array(server.call("probe_watched")[0]["windows"])
+            np.testing.assert_array_equal(loads, windows[: len(loads)])
+        assert not server.unexpected_races()[:3]
+        freeze_weights_until_noticed(server, batches, want)
+    finally:
+        server.stop()
+
+
+def test_stand_ins_do_what_the_kernels_do() -> None:
+    assert run("kernels") == {"map": [True] * 6, "record": [True] * 4, "rope": [True] * 4}
+
+
+def test_its_own_tables_name_other_copies_on_each_rank() -> None:
+    """Not ours: where ranks route the same gathered tokens, each computes such a token, or none does."""
+    assert run("tables") == [0, 1024]
+
+
+@pytest.mark.parametrize("copies", [0, 2])
+def test_its_own_eplb_answers_rightly_without_copies_only(
+    tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]], copies: int
+) -> None:
+    """Not ours, on A2. From the start, before anything has moved."""
+    settings = json.dumps({"num_redundant_experts": copies, "window_size": 12, "step_interval": 12, "use_async": True})
+    server = NpuServer(None, tmp_path, arguments=("--enable-eplb", "--eplb-config", settings)).started()
+    try:
+        assert (server.complete(batches[0], TOKENS) == want[0]) == (copies == 0)
+        assert ([server.complete(batch, TOKENS) for batch in batches] == want) == (copies == 0)
+        assert "Ascend async EPLB cycle committed" in server.log
+        assert "EPLB is on" not in server.log
+    finally:
+        server.stop()
