@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .ops import EXPERT_STEP, TOKEN_STEP
+from .ops import entries_of
 from .placement import Placement
 
 
@@ -118,11 +118,9 @@ def rows_by_token(
     Returns:
         int32 [L, ROUTING_ROWS, E].
     """
-    tokens = np.arange(offset, offset + ROUTING_ROWS, dtype=np.int64)[:, None]
-    experts = np.arange(slots.shape[1], dtype=np.int64)[None, :]
-    fraction = ((tokens * TOKEN_STEP + experts * EXPERT_STEP) & 0xFFFFFFFF) >> 16
-    entries = (fraction * valid[:, None].astype(np.int64)) >> 16
-    taken: npt.NDArray[np.signedinteger] = np.take_along_axis(slots.transpose(0, 2, 1), entries, axis=1)
+    tokens, experts = torch.arange(offset, offset + ROUTING_ROWS).unsqueeze(1), torch.arange(slots.shape[1])
+    entries = entries_of(tokens, experts, torch.from_numpy(valid.astype(np.int64)).unsqueeze(1))
+    taken: npt.NDArray[np.signedinteger] = np.take_along_axis(slots.transpose(0, 2, 1), entries.numpy(), axis=1)
     return np.ascontiguousarray(taken, dtype=np.int32)
 
 

@@ -58,8 +58,8 @@ def test_dispatchers_of_a_layer_that_maps_itself_look_slots_up_by_slot(table: as
 
 
 def test_vllms_order_is_all_experts_and_then_copies() -> None:
-    assert ascend.vllm_order(4, 6, 2, 1) == PLACEMENT
-    assert ascend.vllm_order(4, 4, 2, 1).physical_to_logical.tolist() == [[0, 1, 2, 3]]
+    assert Placement.initial(1, 4, 2, 2) == PLACEMENT
+    assert Placement.initial(1, 4, 2).physical_to_logical.tolist() == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize(

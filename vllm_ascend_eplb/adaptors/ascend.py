@@ -452,11 +452,6 @@ def placement_of(global_expert_maps: list[np.ndarray], slots_per_rank: int) -> P
     return Placement(slots, experts, ranks)
 
 
-def vllm_order(experts: int, slots: int, ranks: int, layers: int) -> Placement:
-    """The placement that vLLM loads by: experts 0..E-1, then copies of 0, 1, ..."""
-    return Placement(np.tile(np.arange(slots, dtype=np.int32) % experts, (layers, 1)), experts, ranks)
-
-
 def ranks_own_their_tokens() -> bool:
     """Whether every token is routed by one rank only, for batches of any size (MC2, All2All)."""
     from vllm_ascend.utils import AscendDeviceType, get_ascend_device_type
@@ -504,8 +499,8 @@ class AscendAdaptor(EplbAdaptor):
         self.placement = placement_of(maps, size)
         num_ranks = self.placement.num_ranks
         if maps_itself(moe_layers[0]):
-            loaded = vllm_order(self.placement.num_experts, self.placement.num_slots, num_ranks, len(maps))
-            if loaded != self.placement:
+            experts = self.placement.num_experts
+            if self.placement != Placement.initial(len(maps), experts, num_ranks, self.placement.num_slots - experts):
                 raise AscendError(
                     f"the experts of {self.name} were loaded in vLLM's order, and the layers' maps say otherwise; "
                     "leave eplb_config.expert_map_path out"

@@ -51,7 +51,7 @@ class Needed:
 
 NEEDED = (
     Needed(SWITCH, "true", ("true", "1"), "with which vllm-ascend refuses it"),
-    Needed(SECOND_RUNNER, "0", ("0", "false"), "and only the first model runner of this vllm-ascend is balanced"),
+    Needed(SECOND_RUNNER, "0", ("0",), "and only the first model runner of this vllm-ascend is balanced"),
 )
 """What dynamic balancing needs to have in the environment for the first model runner."""
 
@@ -201,7 +201,7 @@ def layers_of_map(config: EplbConfig, layers: int | None, drafter: Any) -> int |
 
 def second_runner() -> bool:
     """Whether the second model runner is chosen, on a vllm-ascend where it is balanced."""
-    return installed_version() in SECOND_RUNNER_VERSIONS and os.environ.get(SECOND_RUNNER, "").lower() in ("1", "true")
+    return installed_version() in SECOND_RUNNER_VERSIONS and os.environ.get(SECOND_RUNNER) == "1"
 
 
 def contradictions() -> list[Needed]:

@@ -25,11 +25,10 @@ import torch
 
 from ..config import EplbConfig
 from ..maps import RoutingTables
-from ..placement import Placement
 from ..tables import RoutingDispatchTables
 from ..updator import Stage
 from .ascend import forward_of_all, ranks_own_their_tokens, rows_ahead
-from .vllm import SeamError, Slice, VllmAdaptor, VllmEplbState
+from .vllm import SeamError, VllmAdaptor, VllmEplbState
 from .vllm_seams import Seam, not_found
 
 CONTROLLER = "vllm_ascend.worker.v2.eplb"
@@ -56,13 +55,6 @@ class AscendV2Adaptor(VllmAdaptor):
 
     counts_received = True
 
-    def __init__(
-        self, model: Any, name: str, device: torch.device, config: EplbConfig, *, is_drafter: bool = False
-    ) -> None:
-        self._tables: RoutingTables | None = None  # none where tokens are split by planned shares
-        super().__init__(model, name, device, config, is_drafter=is_drafter)
-        self.slice = Slice()  # who routes what does not matter to counts of what was received
-
     def _let_route(self, model: Any, config: EplbConfig, sequence_parallel: bool) -> None:
         model.set_eplb_state(self.recorder.counts, self._maps.logical_to_physical, self._maps.replica_count)
         if config.weighted_dispatch:
@@ -70,25 +62,11 @@ class AscendV2Adaptor(VllmAdaptor):
             self.dispatch = RoutingDispatchTables(self.placement, self.device, config.dispatch_table_entries, **turn)
             table = self.dispatch.table
         else:
-            self._tables = RoutingTables(self.placement, self.device, rows_ahead(self.rank))
-            table = self._tables.table
+            tables = RoutingTables(self.placement, self.device, rows_ahead(self.rank))
+            self._switched.append(tables)
+            table = tables.table
         for number, layer in enumerate(model.moe_layers):
             layer.eplb_state.expert_replica_routing_table = table[number]
-
-    def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
-        super().prepare_maps(placement, layers)
-        if self._tables is not None:
-            self._tables.prepare(placement, layers)
-
-    def commit_maps(self) -> None:
-        super().commit_maps()
-        if self._tables is not None:
-            self._tables.commit()
-
-    def forget_prepared_maps(self) -> None:
-        super().forget_prepared_maps()
-        if self._tables is not None:
-            self._tables.forget_prepared()
 
 
 class AscendV2EplbState(VllmEplbState):

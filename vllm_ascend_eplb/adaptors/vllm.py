@@ -24,7 +24,7 @@ import torch
 from ..config import EplbConfig
 from ..eplb_state import MAX_MAP_WIDTH, EplbModelState, EplbState
 from ..load import LoadRecorder
-from ..maps import DispatchMaps
+from ..maps import DispatchMaps, RoutingTables
 from ..placement import Placement
 from ..tables import DispatchTables
 from ..topology import Topology, host_identity
@@ -308,7 +308,9 @@ class VllmAdaptor(EplbAdaptor):
         self.num_groups = max(1, model.num_expert_groups or 1)
         if not self.counts_received:
             _require_routing_of_own_tokens(model)
-        sequence_parallel, tp_rank = _is_sequence_parallel(model), get_tensor_model_parallel_rank()
+        # Where slots are counted it does not matter who routes what.
+        sequence_parallel = not self.counts_received and _is_sequence_parallel(model)
+        tp_rank = get_tensor_model_parallel_rank()
         self.slice = Slice(tp_rank, get_tensor_model_parallel_world_size()) if sequence_parallel else Slice()
         loaded = placement_loaded(model, self.rank)
         if loaded is None and config.expert_map_path is not None:
@@ -332,6 +334,7 @@ class VllmAdaptor(EplbAdaptor):
             own_stream=config.mode != "sync",
         )
         self._maps = DispatchMaps(self.placement, device, width=min(MAX_MAP_WIDTH, model.num_redundant_experts + 1))
+        self._switched: list[DispatchMaps | RoutingTables] = [self._maps]
         self._let_route(model, config, sequence_parallel)
         self._weights = model.expert_weights
 
@@ -360,13 +363,16 @@ class VllmAdaptor(EplbAdaptor):
         return [[[tensor.data[slot] for tensor in layer] for slot in slots] for layer in self._weights]
 
     def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
-        self._maps.prepare(placement, layers)
+        for its in self._switched:
+            its.prepare(placement, layers)
 
     def commit_maps(self) -> None:
-        self._maps.commit()
+        for its in self._switched:
+            its.commit()
 
     def forget_prepared_maps(self) -> None:
-        self._maps.forget_prepared()
+        for its in self._switched:
+            its.forget_prepared()
 
 
 @dataclass(frozen=True)

@@ -53,31 +53,25 @@ def _with_switch(engine_args: Any, config: EplbConfig) -> Any:
     import vllm
     from vllm.platforms import current_platform
 
-    if ascend_config.on_ascend():
-        switched = copy.copy(engine_args)
-        switched.additional_config = ascend_config.hand_over(engine_args.additional_config)
-        if ascend_config.second_runner() and ascend_config.settings_of(switched.additional_config).active:
-            switched.enable_eplb = True
-            switched.eplb_config = _eplb_config(switched.eplb_config, config.num_redundant_experts, use_async=True)
-        return switched
-    unchecked = not is_checked(vllm.__version__) and not config.allow_unchecked_vllm
-    if current_platform.is_cpu() or unchecked or not engine_args.enable_expert_parallel:
-        return engine_args
     switched = copy.copy(engine_args)
+    if ascend_config.on_ascend():
+        switched.additional_config = ascend_config.hand_over(engine_args.additional_config)
+        if not (ascend_config.second_runner() and ascend_config.settings_of(switched.additional_config).active):
+            return switched
+    else:
+        unchecked = not is_checked(vllm.__version__) and not config.allow_unchecked_vllm
+        if current_platform.is_cpu() or unchecked or not engine_args.enable_expert_parallel:
+            return engine_args
     switched.enable_eplb = True
     switched.eplb_config = _eplb_config(switched.eplb_config, config.num_redundant_experts)
     return switched
 
 
-def _eplb_config(given: Any, num_redundant: int, use_async: bool = False) -> Any:
-    """vLLM's settings of its own balancer, as ours needs them; a copy, because others hold the same object.
-
-    Args:
-        use_async: what vllm-ascend turns on in any case, with a warning.
-    """
+def _eplb_config(given: Any, num_redundant: int) -> Any:
+    """vLLM's settings of its own balancer, as ours needs them; a copy, because others hold the same object."""
     made = copy.copy(given)
     made.num_redundant_experts = num_redundant
-    made.use_async = use_async
+    made.use_async = ascend_config.on_ascend()  # which vllm-ascend turns on in any case, with a warning
     made.communicator = made.communicator or "torch_gloo"
     return made
 
@@ -125,18 +119,15 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     )
     if ascend_config.on_ascend():
         ascend_config.refuse_what_is_not_supported(vllm_config)
-        if ascend_config.second_runner():
-            parallel.eplb_config = _eplb_config(parallel.eplb_config, num_redundant, use_async=True)
-            parallel.worker_cls = worker_class_name(parallel.worker_cls)
-            _say_on(_parts(vllm_config), config, num_redundant)
+        if not ascend_config.second_runner():
+            # The layers of a drafter are balanced among the model's.
+            _say_on(pipeline_parts(parallel.pipeline_parallel_size), config, num_redundant)
             return
-        # The layers of a drafter are balanced among the model's.
-        _say_on(pipeline_parts(parallel.pipeline_parallel_size), config, num_redundant)
-        return
-    _refuse_what_is_not_supported(vllm_config, config)
-    if not is_checked(vllm.__version__) and not config.allow_unchecked_vllm:
-        ascend_config.warn_of_unchecked("vLLM", CHECKED_VERSIONS, vllm.__version__)
-        return
+    else:
+        _refuse_what_is_not_supported(vllm_config, config)
+        if not is_checked(vllm.__version__) and not config.allow_unchecked_vllm:
+            ascend_config.warn_of_unchecked("vLLM", CHECKED_VERSIONS, vllm.__version__)
+            return
     # The models build redundant slots and routers with a placement only where vLLM's own switch is on. Its validation
     # has run by now, so on a CPU, where it would refuse, the switch can be set all the same.
     parallel.eplb_config = _eplb_config(parallel.eplb_config, num_redundant)
