@@ -72,7 +72,7 @@ def test_pages_name_the_tests_behind_their_claims() -> None:
 def modules_and_targets(text: str) -> tuple[set[str], set[str]]:
     """What a page tells to run: modules of this repository by ``python -m``, and targets of ``make``."""
     modules = set(re.findall(r"python3? -m ((?:benchmarks|examples|tests|vllm_ascend_eplb)[\w.]*)", text))
-    targets = set(re.findall(r"(?:`|^ {4,})make ([a-z-]+)", text, re.MULTILINE))
+    targets = set(re.findall(r"(?:`|^ {4,})make ([a-z0-9-]+)", text, re.MULTILINE))
     return modules, targets
 
 
@@ -83,7 +83,7 @@ def is_module(name: str) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_that_a_page_names_exist(page: Path) -> None:
-    known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    known = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     modules, targets = modules_and_targets(page.read_text(encoding="utf-8"))
     assert sorted(name for name in modules if not is_module(name)) == []
     assert sorted(targets - known) == []
