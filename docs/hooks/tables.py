@@ -35,4 +35,5 @@ def label_cells(table: str) -> str:
         )
 
     kind = "figures" if len(heads) >= FIGURE_COLUMNS else "words"
-    return re.sub(r"<tr>.*?</tr>", label_row, table, flags=re.DOTALL).replace("<table>", f'<table data-wide="{kind}">', 1)
+    labelled = re.sub(r"<tr>.*?</tr>", label_row, table, flags=re.DOTALL)
+    return labelled.replace("<table>", f'<table data-wide="{kind}">', 1)

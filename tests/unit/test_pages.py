@@ -47,7 +47,7 @@ def long_cells(text: str, limit: int = CELL_WORDS) -> list[str]:
 
 
 def refused_options(text: str) -> set[str]:
-    """The options of all rows whose behaviour is "unsupported" for vLLM, and that stand there as a command writes them."""
+    """The options, as a command writes them, of all rows whose behaviour with vLLM is "unsupported"."""
     upstream = text.split("\n## On Ascend")[0]
     rows = re.findall(r"^\| ([^|]*) \| unsupported \|", upstream, re.MULTILINE)
     return {option for row in rows for option in re.findall(r"`(--[\w-]+|[\w-]+\.[\w.-]+)[^`]*`", row)}
@@ -59,8 +59,8 @@ def test_paths_that_a_page_names_exist(page: Path) -> None:
 
 
 def test_a_path_that_is_gone_is_noticed() -> None:
-    text = "`tests/unit/test_nothing.py`, `vllm_ascend_eplb/placement/`, `docs/`, `pytest -m cuda tests/e2e/test_gone.py`"
-    assert missing_paths(text) == ["tests/e2e/test_gone.py", "tests/unit/test_nothing.py", "vllm_ascend_eplb/placement/"]
+    text = "`tests/unit/test_gone.py`, `vllm_ascend_eplb/gone/`, `docs/`, `pytest -m cuda tests/e2e/test_gone.py`"
+    assert missing_paths(text) == ["tests/e2e/test_gone.py", "tests/unit/test_gone.py", "vllm_ascend_eplb/gone/"]
 
 
 def test_pages_name_the_tests_behind_their_claims() -> None:
