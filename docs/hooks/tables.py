@@ -11,7 +11,7 @@ LEAST_COLUMNS = 3
 """Tables with fewer columns fit on a phone as they are."""
 
 FIGURE_COLUMNS = 5
-"""Tables with that many columns hold figures: on a card the first cell needs its head as well."""
+"""Tables with that many columns, or with numbers in front, hold figures: on a card the first cell needs its head, too."""
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -34,6 +34,7 @@ def label_cells(table: str) -> str:
             flags=re.DOTALL,
         )
 
-    kind = "figures" if len(heads) >= FIGURE_COLUMNS else "words"
+    numbered = re.search(r"<tr>\s*<td[^>]*>[\d.,]+</td>", table) is not None
+    kind = "figures" if numbered or len(heads) >= FIGURE_COLUMNS else "words"
     labelled = re.sub(r"<tr>.*?</tr>", label_row, table, flags=re.DOTALL)
     return labelled.replace("<table>", f'<table data-wide="{kind}">', 1)
