@@ -76,7 +76,7 @@ class EplbConfig(BaseModel):
         default=2,
         ge=0,
         le=3,
-        description="policy by vllm-ascend's number: 0 random, 1 default, 2 and 3 incremental; `policy` takes precedence",
+        description="policy by vllm-ascend's number: 0 random, 1 default, 2 and 3 incremental; `policy` overrides it",
     )
     eplb_heat_collection_stage: Literal["all", "prefill", "decode"] = Field(
         default="all", description="steps whose tokens are counted"
@@ -147,7 +147,7 @@ class EplbConfig(BaseModel):
         default=0,
         ge=0,
         le=10_000_000,
-        description="steps in which all slots are summed once and compared with their checksums from start-up; 0: never",
+        description="steps in which all slots are compared once with their checksums from start-up; 0: never",
     )
     audit_action: Literal["report", "repair"] = Field(
         default="report",
@@ -155,7 +155,7 @@ class EplbConfig(BaseModel):
     )
     weighted_dispatch: bool = Field(
         default=False,
-        description="splits an expert's tokens over its replicas by planned shares instead of evenly; needs no transfer",
+        description="splits an expert's tokens over its replicas by planned shares, not evenly; needs no transfer",
     )
     log_balancedness_interval: int | None = Field(
         default=None,
