@@ -176,7 +176,7 @@ def _would_bring(stats: EplbStats) -> list[str]:
 def _run_par(cycles: Sequence[CycleRecord]) -> str:
     lines = [
         Line("in the window", "s0", [_mean(c.par) for c in cycles]),
-        Line("with the start placement", "s1", [_mean(c.par_start) if c.par_start != c.par else None for c in cycles]),
+        Line("start placement", "s1", [_mean(c.par_start) if c.par_start != c.par else None for c in cycles]),
         Line("as the plan predicted", "s2", [_mean(c.par_predicted) for c in cycles]),
         Line("with the plan of the window before", "s3", [None, *(_mean(c.par_observed) for c in cycles[:-1])]),
     ]
