@@ -100,22 +100,22 @@ CASES = {
     "drafter with experts": (
         {"dynamic_eplb": True},
         {"speculative_config": {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}},
-        "--speculative-config with a drafter that has experts, of method draft_model is not supported",
+        "--speculative-config with a draft model that has experts, of method draft_model is not supported",
     ),
     "drafter and pipeline stages": (
         {"dynamic_eplb": True},
         {**DRAFTED, "set": {"parallel_config": {"pipeline_parallel_size": 2}}},
-        "a drafter that has experts, and --pipeline-parallel-size 2 is not supported",
+        "a draft model that has experts, and --pipeline-parallel-size 2 is not supported",
     ),
     "drafter and several engines of several ranks": (
         {"dynamic_eplb": True},
         {**DRAFTED, "data_parallel_size": 2},
-        "a drafter that has experts, and --data-parallel-size with --tensor-parallel-size 2 is not supported",
+        "a draft model that has experts, and --data-parallel-size with --tensor-parallel-size 2 is not supported",
     ),
     "drafter and a map": (
         {"dynamic_eplb": True, "expert_map_record_path": "FILES/new.json"},
         DRAFTED,
-        "an expert_map_path or expert_map_record_path, and a drafter that has experts, True is not supported",
+        "an expert_map_path or expert_map_record_path, and a draft model that has experts, True is not supported",
     ),
     "Ray": (
         {"dynamic_eplb": True},
