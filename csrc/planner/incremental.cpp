@@ -50,17 +50,17 @@ void append_segments(const OrderedMoves& ordered, const std::vector<double>& mov
     }
 }
 
-// The cost of each move: 1 within the node, `far_cost` where the node held no copy at the start.
-std::vector<double> costs_of(const OrderedMoves& ordered, const int32_t* slots, Shape shape, const Goal& goal) {
-    std::vector<double> cost(ordered.moves.size(), 1.0);
-    if (goal.nodes <= 1) return cost;
-    const int per_node = shape.slots / goal.nodes;
-    for (size_t i = 0; i < cost.size(); ++i) {
+// Whether each move brings an expert of which the receiving node held no copy at the start.
+std::vector<char> crossing(const OrderedMoves& ordered, const int32_t* slots, Shape shape, int nodes) {
+    std::vector<char> crosses(ordered.moves.size(), 0);
+    if (nodes <= 1) return crosses;
+    const int per_node = shape.slots / nodes;
+    for (size_t i = 0; i < crosses.size(); ++i) {
         const Move& move = ordered.moves[i];
         const int32_t* first = slots + move.slot / per_node * per_node;
-        if (std::find(first, first + per_node, move.expert) == first + per_node) cost[i] = goal.far_cost;
+        crosses[i] = std::find(first, first + per_node, move.expert) == first + per_node;
     }
-    return cost;
+    return crosses;
 }
 
 }  // namespace
@@ -114,10 +114,13 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
     }
 
     std::vector<Segment> segments;
+    std::vector<std::vector<char>> crosses(num_layers);
     for (int l = 0; l < num_layers; ++l) {
         const double* row = load + static_cast<size_t>(l) * shape.experts;
         const double mean = std::accumulate(row, row + shape.experts, 0.0) / shape.ranks;
-        const auto cost = costs_of(ordered[l], slots + static_cast<size_t>(l) * shape.slots, shape, goal);
+        crosses[l] = crossing(ordered[l], slots + static_cast<size_t>(l) * shape.slots, shape, goal.nodes);
+        std::vector<double> cost;
+        for (const char far : crosses[l]) cost.push_back(far ? goal.far_cost : 1.0);
         append_segments(ordered[l], cost, l, start_peak[l], mean, segments);
     }
     std::stable_sort(segments.begin(), segments.end(),
@@ -127,14 +130,16 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
     plan.slots.assign(slots, slots + static_cast<size_t>(num_layers) * shape.slots);
     std::vector<char> closed(num_layers, 0);
     std::vector<int64_t> received(shape.ranks, 0);
-    int64_t total = 0;
+    int64_t total = 0, total_far = 0;
     int32_t group_number = 0;
     for (const Segment& segment : segments) {
         const OrderedMoves& from = ordered[segment.layer];
-        if (segment.slope() < goal.least_gain) closed[segment.layer] = 1;
         for (int g = segment.first; g < segment.last && !closed[segment.layer]; ++g) {
             const int first = g == 0 ? 0 : from.groups[g - 1].end, last = from.groups[g].end;
-            bool fits = goal.max_moves < 0 || total + last - first <= goal.max_moves;
+            const auto begin_far = crosses[segment.layer].begin();
+            const int64_t far = std::count(begin_far + first, begin_far + last, 1);
+            bool fits = (goal.max_moves < 0 || total + last - first <= goal.max_moves) &&
+                        (goal.max_moves_between_nodes < 0 || total_far + far <= goal.max_moves_between_nodes);
             for (int i = first; i < last; ++i) {
                 const int64_t n = ++received[from.moves[i].slot / shape.per_rank()];
                 if (goal.max_moves_per_rank >= 0 && n > goal.max_moves_per_rank) fits = false;
@@ -150,6 +155,7 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
                 plan.moves.insert(plan.moves.end(), {segment.layer, move.slot, move.expert, group_number});
             }
             total += last - first;
+            total_far += far;
             ++group_number;
         }
     }

@@ -68,11 +68,11 @@ bool LayerPlanner::keep_if_better() {
     const bool reached = peak <= target_ + kSame / 2;
     lowest_ = std::min(lowest_, peak);
     const double enough = lowest_ + std::max(slack_, kSame / 2);
-    const bool better = best_.slots.empty()        ? true
-                        : reached != best_.reached ? reached
-                        : reached                  ? search_.cost() < best_.cost
-                        : peak > enough            ? false
-                        : best_.peak > enough      ? true
+    const bool better = best_.slots.empty()            ? true
+                        : reached != best_.reached     ? reached
+                        : reached                      ? search_.cost() < best_.cost
+                        : peak > enough                ? false
+                        : best_.peak > enough          ? true
                         : search_.cost() == best_.cost ? peak < best_.peak
                                                        : search_.cost() < best_.cost;
     if (better) best_ = {search_.slots(), peak, search_.cost(), reached};
@@ -91,8 +91,7 @@ void LayerPlanner::descend() {
         double share = 1.0 - room;
         if (variance_ != nullptr) share = std::min(share, kNearLeast * search_.smallest_largest_share());
         // With one slot per rank a replica is a rank's load: the least largest share is the best there is.
-        if (!search_.split_heavy(share) && shape.per_rank() == 1)
-            search_.split_heavy(search_.smallest_largest_share());
+        if (!search_.split_heavy(share) && shape.per_rank() == 1) search_.split_heavy(search_.smallest_largest_share());
         search_.descend();
         keep_if_better();
         if (best_.reached) return;
@@ -139,7 +138,7 @@ void LayerPlanner::try_from_scratch(Random* noise) {
 void LayerPlanner::anneal(int steps) {
     std::vector<int32_t> slots = best_.slots;
     if (Annealing(search_).run(slots, steps, std::max(target_, floor_), random_) >= best_.peak - kSame) return;
-    if (true) lay_over_start(search_, slots);
+    if (search_.alike()) lay_over_start(search_, slots);
     search_.adopt(slots);
     keep_if_better();
 }
@@ -148,7 +147,7 @@ void LayerPlanner::improve_once(int round) {
     const bool small = search_.shape().slots <= kFewSlots;
     const double square = kSearchSquares[random_.below(std::size(kSearchSquares))];
     const bool exact = small && random_.below(kExactEvery) == 0;
-    if (small && !best_.reached && best_.peak > floor_ + kSame && round % 4 == 3) {
+    if (small && search_.confined_nodes() == 1 && !best_.reached && best_.peak > floor_ + kSame && round % 4 == 3) {
         anneal(1000);
         return;
     }

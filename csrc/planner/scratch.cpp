@@ -59,6 +59,31 @@ class Packer {
   public:
     Packer(int bins, int size, const std::vector<int64_t>& share) : share_(share), held_(bins, size) {}
 
+    // The same for bins that are not alike: each copy goes where it is done first, with `slowness` by bin.
+    bool pack(const std::vector<std::pair<int32_t, int32_t>>& items, const std::vector<double>& slowness) {
+        std::vector<double> load(held_.number, 0.0);
+        for (const auto& [expert, copies] : items) {
+            const auto share = static_cast<double>(share_[expert]);
+            taken_.clear();
+            for (int left = copies; left > 0; --left) {
+                int best = -1;
+                for (int bin = 0; bin < held_.number; ++bin) {
+                    if (held_.full(bin) || held_.holds(bin, expert)) continue;
+                    if (best < 0 || (load[bin] + share) * slowness[bin] < (load[best] + share) * slowness[best])
+                        best = bin;
+                }
+                if (best < 0) {
+                    for (int bin = 0; bin < held_.number; ++bin) taken_.push_back({0, bin});
+                    if (!make_room(expert)) return false;
+                    continue;
+                }
+                held_.put(best, expert);
+                load[best] += share;
+            }
+        }
+        return true;
+    }
+
     // items: experts and copies of each in falling order of share. False where the bins cannot be filled so.
     bool pack(const std::vector<std::pair<int32_t, int32_t>>& items) {
         std::vector<Entry> entries(held_.number);
@@ -186,9 +211,9 @@ class Matching {
     uint8_t& common(int bin, int r) { return common_[static_cast<size_t>(bin) * bins_ + r]; }
 
     const int bins_;
-    std::vector<uint8_t> common_, tried_;      // [bins, ranks] experts in common; [ranks]
-    std::vector<std::vector<int32_t>> near_;   // [bins] ranks with any expert in common
-    std::vector<int32_t> rank_of_, bin_of_;    // [bins], [ranks]
+    std::vector<uint8_t> common_, tried_;     // [bins, ranks] experts in common; [ranks]
+    std::vector<std::vector<int32_t>> near_;  // [bins] ranks with any expert in common
+    std::vector<int32_t> rank_of_, bin_of_;   // [bins], [ranks]
 };
 
 void lay_over(const Search& search, const std::vector<int32_t>& ranks, const Bins& bins, std::vector<int32_t>& slots) {
@@ -330,11 +355,11 @@ class Repacking {
     const int64_t limit_;
     const int size_;
     const std::vector<int32_t> sorted_;  // experts, heaviest replica first
-    Bins kept_;                      // by rank
-    std::vector<int64_t> load_;      // [R] of what is kept
-    std::vector<int32_t> lacking_;   // [E]
-    std::vector<int32_t> order_;     // ranks
-    int must_ = 0;                   // the first of them
+    Bins kept_;                          // by rank
+    std::vector<int64_t> load_;          // [R] of what is kept
+    std::vector<int32_t> lacking_;       // [E]
+    std::vector<int32_t> order_;         // ranks
+    int must_ = 0;                       // the first of them
     Bins found_;
     int last_ = -1;  // ranks of found_
 };
@@ -355,13 +380,23 @@ std::vector<int32_t> place_from_scratch(const Search& search, Random* noise) {
         if (copies.empty()) return {};
         const auto share = shares_of(weight, copies);
         Packer packer(ranks, shape.per_rank(), share);
-        if (!packer.pack(items_of(by_share(block.experts, share), copies))) return {};
-        lay_over(search, block.ranks, packer.bins(), slots);
+        const auto items = items_of(by_share(block.experts, share), copies);
+        if (search.alike()) {
+            if (!packer.pack(items)) return {};
+            lay_over(search, block.ranks, packer.bins(), slots);
+            continue;
+        }
+        std::vector<double> slowness;
+        for (const int r : block.ranks) slowness.push_back(1.0 / search.speed(r));
+        if (!packer.pack(items, slowness)) return {};
+        std::copy(packer.bins().expert.begin(), packer.bins().expert.end(),
+                  slots.begin() + block.ranks.front() * shape.per_rank());
     }
     return slots;
 }
 
 std::vector<int32_t> repack(const Search& search, double limit) {
+    if (!search.alike()) return {};
     const Shape& shape = search.shape();
     std::vector<int64_t> weight;
     for (int e = 0; e < shape.experts; ++e) weight.push_back(search.weight(e));

@@ -18,7 +18,7 @@ std::vector<int32_t> place_from_scratch(const Search& search, Random* noise);
 
 // The same for the ranks that need it only: those above `limit` when experts have the copies that they would get from
 // scratch, those that lose or get a copy, and as many of the lightest as it takes for all to end up below the limit.
-// Empty where the limit cannot be kept so.
+// Empty where the limit cannot be kept so, or where ranks are not equally fast.
 std::vector<int32_t> repack(const Search& search, double limit);
 
 // Slots [P] with the contents of ranks exchanged, each laid over the rank that holds most of its experts at the start.

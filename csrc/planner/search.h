@@ -81,6 +81,7 @@ class Search {
     int count(int expert) const { return count_[expert]; }
     int32_t weight(int expert) const { return weight_[expert]; }  // in units of which a rank has 2^20 on average
     static double unit();                                         // that many
+    bool alike() const { return speed_.empty(); }                 // all ranks are equally fast
     double speed(int rank) const { return speed_.empty() ? 1.0 : speed_[rank]; }
     int confined_nodes() const { return near_.empty() || far_ > 0.0F ? 1 : nodes_; }  // experts never leave theirs
     bool is_near(int node, int expert) const {
