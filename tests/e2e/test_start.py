@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 
-from vllm_ascend_eplb.expert_map import write_expert_map
-from vllm_ascend_eplb.placement import Placement
+from vllm_ascend_eplb.files.expert_map import write_expert_map
+from vllm_ascend_eplb.values.placement import Placement
 
 from .conftest import run_forked, run_script
 from .mtp_model import CONFIG
@@ -178,7 +178,7 @@ for name, (settings, arguments) in json.load(open(sys.argv[2])).items():
             "enable_eplb": parallel.enable_eplb,
             "worker_cls": parallel.worker_cls,
             "redundant": parallel.eplb_config.num_redundant_experts,
-            "adaptor": "vllm_ascend_eplb.adaptors.vllm" in sys.modules,
+            "adaptor": "vllm_ascend_eplb.adaptors.vllm.state" in sys.modules,
         }
 print("ANSWERS" + json.dumps(answers))
 """
