@@ -24,7 +24,7 @@ import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 FOLDER = Path(__file__).parent
 
@@ -112,21 +112,30 @@ class Nursery:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what modules print as they are imported
     for name in PRELOADED:
         with contextlib.suppress(ImportError):  # other versions of vLLM lack some
             importlib.import_module(name)
     children: set[int] = set()
+    try:
+        _serve(answers, children)
+    finally:  # the tests are over, or were killed
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        os._exit(0)  # at once, without the end of every module
+
+
+def _serve(answers: TextIO, children: set[int]) -> None:
+    """Forks a process for each job, until there is no standard input any more."""
     while True:
         readable, _, _ = select.select([0], [], [], 0.1 if children else None)
         if readable:
             line = _line()
-            if not line:  # the tests are over, or were killed
-                for pid in children:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(pid, signal.SIGKILL)
-                os._exit(0)  # at once, without the end of every module
+            if not line:
+                return
             pid = os.fork()
             if pid == 0:
                 _run(json.loads(line))
@@ -155,6 +164,7 @@ def _run(job: dict[str, Any]) -> None:
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for target, source in ((0, nothing), (1, output), (2, output)):
@@ -169,6 +179,7 @@ def _run(job: dict[str, Any]) -> None:
             if first.exists():
                 exec(compile(first.read_text(), str(first), "exec"), {"__name__": "sitecustomize"})
         _fork_everything()
+        _wait_without_spinning()
         module, _, name = job["function"].partition(":")
         getattr(importlib.import_module(module), name)(*job["arguments"])
         code = 0
@@ -205,6 +216,16 @@ def _fork_everything() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.") and "get_mp_context" in vars(module):
             module.get_mp_context = get_mp_context  # type: ignore[attr-defined]
+
+
+def _wait_without_spinning() -> None:
+    """vLLM's tensor-parallel ranks on a CPU wait for each other in a loop, which takes the core that the other rank
+    needs: where other processes run, a step then takes a hundred times as long. They take sockets instead, as vLLM's
+    own ranks do where they share no memory."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    if hasattr(CpuCommunicator, "_all_group_ranks_share_shm_group_name"):  # vLLM 0.32
+        CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def assert_equal_every_turn(tokens: list[list[int]], reference: list[list[int]])
 
 SCHEDULED_AHEAD = """
 import torch
-from vllm_ascend_eplb.post_import import after_import
+from vllm_ascend_eplb.adaptors.post_import import after_import
 
 class Order:  # of streams and events; a CPU does one thing after the other
     def __init__(self, *args, **kwargs):
@@ -328,7 +328,7 @@ def test_maps_switched_without_weights_are_noticed(observed, reference):
 
 DIFFERENT_SETTINGS = """
 import os
-from vllm_ascend_eplb.post_import import after_import
+from vllm_ascend_eplb.adaptors.post_import import after_import
 
 def change(module):
     parse = module.EplbConfig.from_additional_config.__func__
