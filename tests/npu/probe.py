@@ -79,7 +79,7 @@ class Probe:
         """What the slots of this rank hold: for each expert ("layer expert") a digest of the tensors of each copy."""
         balancer: Any = self._parts()[0][0]
         placement, found = balancer.placement, {}
-        first = balancer._rank * placement.slots_per_rank
+        first = balancer.parts.rank * placement.slots_per_rank
         for layer, slots in enumerate(balancer.parts.adaptor.expert_tensors()):
             for slot, tensors in enumerate(slots):
                 digest = hashlib.sha256()
@@ -100,7 +100,7 @@ class Probe:
         """
         (balancer, layers), right, wrong = self._parts()[0], 0, 0
         weights = load_file(path)
-        first = balancer._rank * balancer.placement.slots_per_rank
+        first = balancer.parts.rank * balancer.placement.slots_per_rank
         for layer, slots in enumerate(balancer.parts.adaptor.expert_tensors()):
             for slot, (w13, w2) in enumerate(slots):
                 expert = balancer.placement.physical_to_logical[layer, first + slot]
