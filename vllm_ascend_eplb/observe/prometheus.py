@@ -104,12 +104,10 @@ class EplbGauges:
             "paused": gauge("paused", "1 while paused: cycles begin only when an operator orders one."),
             "audits": gauge("audits", "Audits of the weights in all slots so far."),
             "audit_damaged": gauge("audit_damaged_slots", "Damaged slots that the last audit found."),
-            "audit_mended": gauge("audit_repaired_slots", "Damaged slots that were repaired so far."),
+            "audit_repaired": gauge("audit_repaired_slots", "Damaged slots that were repaired so far."),
+            "audit_mended": gauge("audit_mended_slots", "Old name of vllm_eplb_audit_repaired_slots, for one release."),
             "updated_at": gauge("updated_timestamp_seconds", "Time of the last report, in seconds since 1970."),
         }
-
-        # of metrics that were renamed; they stay for one release
-        self._old_names = {"audit_mended": gauge("audit_mended_slots", "Old name of vllm_eplb_audit_repaired_slots.")}
 
     def register(self) -> None:
         """Puts gauges back that somebody took out of the registry: vLLM 0.23, vllm-ascend's, empties it of all that has
@@ -119,15 +117,7 @@ class EplbGauges:
                 self._registry.register(gauge)
 
     def gauges(self) -> list[Gauge]:
-        return [
-            *self._par.values(),
-            self._cycles,
-            self._failures,
-            self._phase,
-            self._info,
-            *self._numbers.values(),
-            *self._old_names.values(),
-        ]
+        return [*self._par.values(), self._cycles, self._failures, self._phase, self._info, *self._numbers.values()]
 
     def show(self, stats: EplbStats, part: str = "") -> None:
         """Sets all gauges, or those of one part."""
@@ -155,7 +145,7 @@ class EplbGauges:
         for phase in get_args(PhaseName):
             self._phase.labels(phase=phase, **own).set(phase == stats.phase)
         self._info.labels(version=stats.version, policy=stats.policy, mode=stats.mode, **own).set(1)
-        for name, number in (*self._numbers.items(), *self._old_names.items()):
+        for name, number in self._numbers.items():
             (number.labels(**own) if own else number).set(getattr(stats, name))
 
 

@@ -190,7 +190,7 @@ class EplbStats(_Frozen):
         paused: whether cycles begin only when ordered.
         collect_steps, execution_steps: the intervals in force, in steps.
         audits: passes over the weights of all slots so far.
-        audit_damaged: slots that the last one found damaged; ``audit_mended``: slots mended so far.
+        audit_damaged: slots that the last one found damaged; ``audit_mended``: slots repaired so far.
         window: the last finished window.
         ranks: all ranks, as of the end of that window.
         cycles: the last cycles, oldest first, at most ``KEPT_CYCLES``.
@@ -238,6 +238,11 @@ class EplbStats(_Frozen):
     window: Window | None = None
     ranks: Annotated[tuple[RankRecord, ...], Field(max_length=MAX_RANKS)] = ()
     cycles: Annotated[tuple[CycleRecord, ...], Field(max_length=KEPT_CYCLES)] = ()
+
+    @property
+    def audit_repaired(self) -> int:
+        """Slots repaired so far. The field keeps its old name for one release, for readers of the file."""
+        return self.audit_mended
 
     def to_json(self) -> str:
         return self.model_dump_json()
