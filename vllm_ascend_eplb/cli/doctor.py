@@ -19,6 +19,7 @@ from rich.console import Console
 from .. import __version__
 from ..adaptors.ascend.hand_over import contradictions
 from ..settings.config import EplbConfig
+from ..settings.fit import ModelShape, ServerShape, fit
 from ..settings.messages import EplbConfigError
 from .output import CommandError, JsonOption, console, print_json, table, user_errors
 from .probe import MARK
@@ -283,7 +284,7 @@ def _check(settings: EplbConfig | None, experts: int | None, ranks: int | None) 
     if experts is None or ranks is None:
         return [Finding("settings", "ok", "valid; give --experts and --ranks to check them against a model")]
     try:
-        redundant = settings.check_serving(num_experts=experts, ep_size=ranks, expert_parallel=True)
+        redundant = fit(settings, ModelShape(experts), ServerShape(ranks))
     except EplbConfigError as error:
         return [Finding("settings", "wrong", str(error))]
     slots = f"{(experts + redundant) // ranks} slots per rank and layer"

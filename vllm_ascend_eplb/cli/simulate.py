@@ -20,6 +20,7 @@ from .. import __version__
 from ..files.disk import check_place, write_atomic
 from ..files.traces import Trace, read_trace
 from ..settings.config import EplbConfig
+from ..settings.fit import ModelShape, ServerShape, fit
 from ..settings.messages import EplbConfigError
 from ..simulate.cost import LINK_EFFICIENCY, MACHINES, CostModel, Machine, MoeShape, model_of_shape
 from ..simulate.replay import grid, replays
@@ -198,9 +199,8 @@ def show(result: Simulation, out: Console) -> None:
 def refusal(result: Simulation) -> str:
     """Why this version would not serve with the best setting; empty where it would."""
     try:
-        EplbConfig.from_additional_config({"eplb_config": result.eplb_config() or {}}).check_serving(
-            num_experts=result.num_experts, ep_size=result.num_ranks, expert_parallel=True
-        )
+        config = EplbConfig.from_additional_config({"eplb_config": result.eplb_config() or {}})
+        fit(config, ModelShape(result.num_experts), ServerShape(result.num_ranks))
     except EplbConfigError as error:
         return str(error)
     return ""

@@ -10,7 +10,7 @@ import stat
 import threading
 from pathlib import Path
 
-from ..files.disk import write_private
+from ..files.disk import expand_user, write_private
 from ..files.run_folder import STATS_VARIABLE, make_private_folder
 from .stats import MAX_STATS_BYTES, EplbStats, StatsError, logger
 
@@ -100,7 +100,7 @@ def stats_path(part: str = "") -> Path | None:
     name = os.environ.get(STATS_VARIABLE, "")
     if not name:
         return None
-    path = Path(name)
+    path = Path(expand_user(name))
     return path.with_stem(f"{path.stem}-{part}") if part else path
 
 
