@@ -2,8 +2,8 @@
 """Configuration: what stands in ``additional_config["eplb_config"]``, parsed once into a typed, checked object.
 
 The keys that vllm-ascend knows keep its names and defaults; the others are this package's own, in the same dictionary.
-Values are taken in every form that vLLM and vllm-ascend take (see reading.py), and in no form that could mean two things.
-What stands beside ``eplb_config`` and was meant to stand in it is refused (see beside.py).
+Values are taken in every form that vLLM and vllm-ascend take, and in no form that could mean two things (reading.py).
+What stands beside ``eplb_config`` and was meant to stand in it is refused (beside.py).
 """
 
 from __future__ import annotations

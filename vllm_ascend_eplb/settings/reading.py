@@ -82,9 +82,10 @@ def _plain(value: object) -> object:
         return value.tolist()
     if type(value) in (bool, int, float, str):
         return value
+    scalar: Any = value
     if isinstance(value, np.generic) or getattr(value, "shape", None) == ():
         try:
-            return value.item()  # type: ignore[union-attr]
+            return scalar.item()
         except Exception:  # an object of somebody's that only looks like a scalar
             return value
     return str(value) if isinstance(value, str) else value
