@@ -217,7 +217,7 @@ def parse_npy(data: bytes, path: str | os.PathLike[str]) -> npt.NDArray[Any]:
         if version not in _READ_HEADER:
             raise ValueError(f"format version {version}")
         shape, fortran, dtype = _READ_HEADER[version](stream)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+    except Exception as error:  # NumPy parses the header as Python, and its tokenizer has errors of its own
         raise FileError(f"{show(path)} is no NumPy array ({show(str(error))}); save it with numpy.save") from None
     if dtype.hasobject or dtype.kind not in "iufb":
         raise FileError(f"{show(path)} holds {dtype}; give an array of numbers")

@@ -26,7 +26,6 @@ from .reading import is_something, says_off
 OF_NEIGHBOURS = frozenset(
     [
         "SLO_limits_for_dynamic_batch",
-        "additional_config",
         "ascend_compilation_config",
         "ascend_fusion_config",
         "ascend_log_path",
@@ -102,7 +101,7 @@ OF_NEIGHBOURS = frozenset(
         "weight_prefetch_config",
         "xlite_graph_config",
     ]
-) - {"additional_config"}
+)
 """Top-level keys of vllm-ascend 0.23.0.post1 and 0.30.0rc2 and of vLLM, read from their sources."""
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..values.defaults import EFFORT, TARGET_PAR
 from .beside import misplaced
 from .messages import (
     OF_OTHERS,
@@ -91,13 +92,13 @@ class EplbConfig(BaseModel):
         "offline jobs",
     )
     target_par: float = Field(
-        default=1.02,
+        default=TARGET_PAR,
         ge=1.0,
         le=10.0,
         description="peak-to-average ratio of rank load at which a layer is good enough; 1.0 is perfect",
     )
     planner_effort: Literal["fast", "thorough"] = Field(
-        default="thorough", description="how long the planner searches for a plan with fewer moves"
+        default=EFFORT, description="how long the planner searches for a plan with fewer moves"
     )
     rank_speed: list[Annotated[float, Field(ge=0.1, le=10.0)]] | None = Field(
         default=None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings beside ``eplb_config``: no key of ours is ignored at a wrong place, and no key of a neighbour is refused.
+"""Settings beside ``eplb_config``: no key of ours is ignored at a wrong place, no key of a neighbour is refused.
 
 Where this kind can occur: the top level of ``additional_config`` (a setting, an old name, a misspelling, another case, a
 dot in place of a brace), inside another key (``additional_config`` written twice, another plugin's table),

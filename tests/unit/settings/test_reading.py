@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values as other programs hand them over: what vLLM and vllm-ascend take is taken here, or the line says what to write.
+"""Values as other programs hand them over: what vLLM and vllm-ascend take is taken, or the line says what to write.
 
 Where this kind can occur: every setting, by its type. Booleans come as words and as 0 and 1 (vllm-ascend's own tests
 write ``"true"``), numbers as text (YAML reads ``1e-2`` as a string) and as integral floats, all of them as NumPy's and
