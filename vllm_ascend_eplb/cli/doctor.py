@@ -18,6 +18,8 @@ from rich.console import Console
 
 from .. import __version__
 from ..adaptors.ascend.hand_over import contradictions
+from ..files.disk import FileError, read_bounded, show
+from ..files.json_cause import json_cause
 from ..settings.config import EplbConfig
 from ..settings.fit import ModelShape, ServerShape, fit
 from ..settings.messages import EplbConfigError
@@ -37,6 +39,8 @@ ONLY_IF_NAMED = "vllm.endpoint_plugins"
 """Plugins of this group are loaded only where VLLM_PLUGINS names them."""
 
 PAGE = "eplb_page"
+
+MAX_CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -149,17 +153,21 @@ def _installed_plugins() -> dict[str, list[str]]:
 def _settings(text: str | None) -> EplbConfig | None:
     if text is None:
         return None
+    where = "--config"
     if not text.lstrip().startswith("{"):
+        where = f"--config: {show(text)}"
         try:
-            text = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError, ValueError) as error:
-            raise CommandError(
-                f"--config: {text[:200]} is neither JSON nor a file that can be read ({error})"
-            ) from None
+            text = read_bounded(text, MAX_CONFIG_BYTES, "settings").decode("utf-8")
+        except UnicodeDecodeError:
+            raise CommandError(f"{where} is no text in UTF-8; give settings as JSON") from None
+        except FileError as error:
+            raise CommandError(f"--config is neither JSON nor a file: {error}") from None
     try:
         value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CommandError(f"{where} is no JSON: {json_cause(text, error)} (character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:
-        raise CommandError(f"--config is no JSON ({error}); give it in single quotes") from None
+        raise CommandError(f"{where} is no JSON ({show(str(error))})") from None
     if isinstance(value, dict) and "eplb_config" not in value:
         value = {"eplb_config": value}
     return EplbConfig.from_additional_config(value)

@@ -23,6 +23,8 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from .json_cause import json_cause
+
 MAX_JSON_DEPTH = 16
 
 
@@ -199,9 +201,10 @@ def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(data, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            place = f"line {error.lineno}, column {error.colno}"
+            raise FileError(f"{show(path)} is no JSON: {json_cause(error.doc, error)} ({place})") from None
         reason = str(error) or "nested too deeply"
-        if isinstance(error, json.JSONDecodeError) and error.pos >= len(data.rstrip()) - 1:
-            reason = f"it ends too early, {reason}"
         raise FileError(f"{show(path)} is no JSON ({show(reason)}); copy or write it anew") from None
 
 
