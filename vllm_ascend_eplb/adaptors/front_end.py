@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 from ..observe import prometheus as metrics
-from ..observe.stats_file import provide_stats_path
+from ..observe.stats_file import note_first_rank, provide_stats_path
 from ..settings.config import EplbConfig, remarks
 from ..settings.fit import ModelShape, ServerShape, fit, refuse_vllms_own
 from ..settings.messages import EplbConfigError
@@ -110,6 +110,7 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     if ascend_config.on_ascend() and not settings_of(vllm_config.additional_config).active:
         return  # a release that was not checked
     parallel = vllm_config.parallel_config
+    note_first_rank(parallel.data_parallel_rank)
     num_layers = moe_layers(vllm_config.model_config)
     if ascend_config.on_ascend():
         num_layers = ascend_refusals.layers_of_map(config, num_layers, vllm_config.speculative_config)

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from ..observe.stats import EplbStats, StatsError
-from ..observe.stats_file import read_stats, stats_path
+from ..observe.stats_file import ELSEWHERE, read_stats, reported_elsewhere, stats_path
 from .page import document, run_parts, subtitle
 
 _SCRIPT = """
@@ -119,6 +119,9 @@ class StatsReader:
                     raise FileNotFoundError
                 self._seen, self._stats, self._body = seen, stats, None
         except FileNotFoundError:
+            rank = reported_elsewhere()
+            if rank is not None:
+                raise NoStatsError(ELSEWHERE.format(rank=rank)) from None
             raise NoStatsError(
                 "the balancer has not reported yet: its first report comes with its first steps"
             ) from None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings beside ``eplb_config``: no key of ours is ignored at a wrong place, no key of a neighbour is refused.
 
-Where this kind can occur: the top level of ``additional_config`` (a setting, an old name, a misspelling, another case, a
-dot in place of a brace), inside another key (``additional_config`` written twice, another plugin's table),
+Where this kind can occur: the top level of ``additional_config`` (a setting, an old name, a misspelling, another case,
+a dot in place of a brace), inside another key (``additional_config`` written twice, another plugin's table),
 ``eplb_config`` itself under another name, ``eplb_config`` without its switch, and vLLM's own ``--enable-eplb`` and
 ``--eplb-config``. Not here: environment variables of vllm-ascend, which tests/unit/adaptors/test_ascend_config.py has.
 """
