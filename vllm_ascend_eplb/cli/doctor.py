@@ -78,7 +78,14 @@ def doctor(
     else:
         with out.status("importing torch and vLLM"):
             answer = probe(not quick)
-    findings = [*_package(), *_devices(answer), *_engine(answer, quick), *_plugins(), *_check(settings, experts, ranks)]
+    findings = [
+        *_package(),
+        *_devices(answer),
+        *_engine(answer, quick),
+        *_plugins(),
+        *_loaded(answer),
+        *_check(settings, experts, ranks),
+    ]
     export = export_line(_installed_plugins(), os.environ.get("VLLM_PLUGINS"))
     verdict = _verdict(findings, quick)
     works = not any(finding.status == "wrong" for finding in findings)
@@ -135,7 +142,7 @@ def export_line(plugins: dict[str, list[str]], current: str | None) -> str | Non
     """
     ours = {group: [name for name in names if name.startswith("eplb")] for group, names in plugins.items()}
     wanted = [name for group in PLUGIN_GROUPS for name in ours.get(group, [])]
-    named = [] if current is None else [name.strip() for name in current.split(",") if name.strip()]
+    named = [] if current is None else [name for name in current.split(",") if name]
     if current is None:
         if not ours.get(ONLY_IF_NAMED):
             return None
@@ -143,7 +150,7 @@ def export_line(plugins: dict[str, list[str]], current: str | None) -> str | Non
         named = [name for group in PLUGIN_GROUPS if group != ONLY_IF_NAMED for name in plugins.get(group, [])]
     if set(wanted) <= set(named):
         return None
-    return "export VLLM_PLUGINS=" + ",".join(dict.fromkeys([*named, *wanted]))
+    return "export VLLM_PLUGINS=" + ",".join(dict.fromkeys([name.strip() for name in named] + wanted))
 
 
 def _installed_plugins() -> dict[str, list[str]]:
@@ -271,15 +278,31 @@ def _plugins() -> list[Finding]:
         return [
             Finding("plugin", "wrong", "vLLM does not see the entry point eplb; install the package: pip install .")
         ]
-    if current is not None and "eplb" not in [name.strip() for name in current.split(",")]:
+    if current is not None and "eplb" not in current.split(","):
         return [Finding("plugin", "wrong", f"VLLM_PLUGINS={current} leaves eplb out; see the line below")]
     named = "not set, so all plugins are loaded" if current is None else current
-    page = "on" if current is not None and PAGE in [name.strip() for name in current.split(",")] else "off"
+    page = "on" if current is not None and PAGE in current.split(",") else "off"
     how = "at /eplb" if page == "on" else f"the line below switches it on: VLLM_PLUGINS must name {PAGE}"
     return [
         Finding("plugin", "ok", f"eplb is installed; VLLM_PLUGINS: {named}"),
         Finding("live page", "ok" if page == "on" else "note", f"{page}; {how}"),
     ]
+
+
+def _loaded(answer: dict[str, Any]) -> list[Finding]:
+    """What vLLM's own loading of plugins did, where it was asked."""
+    if "plugin_in_place" not in answer:
+        return []
+    if answer["plugin_in_place"]:
+        return [Finding("plugin in vLLM", "ok", "vLLM's own loading puts it in place")]
+    named = answer.get("plugins_named")
+    reason = answer.get("plugin_error") or (
+        "it loads all plugins" if named is None else f"it reads VLLM_PLUGINS as {json.dumps(named)}"
+    )
+    hint = ""
+    if named is not None and "eplb" in [name.strip() for name in named] and "eplb" not in named:
+        hint = ": a space in VLLM_PLUGINS is a part of the name; take it out"
+    return [Finding("plugin in vLLM", "wrong", f"vLLM's own loading does not put it in place ({reason}){hint}")]
 
 
 def _check(settings: EplbConfig | None, experts: int | None, ranks: int | None) -> list[Finding]:

@@ -207,5 +207,9 @@ def kind(value: object) -> str:
         return f"a list of {len(value)}"
     if isinstance(value, dict):
         return "an object"
-    text = json.dumps(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of more than 40 digits"
+    text = (
+        json.dumps(value, default=str)
+        if not isinstance(value, int) or abs(value) < 10**40
+        else "a number of more than 40 digits"
+    )
     return show(text if len(text) <= 80 else text[:77] + "...")

@@ -97,6 +97,7 @@ BAD_TRTLLM = {
     "layer": ("initial_global_assignments: {-1: [0, 1]}\n", "has a layer -1"),
     "layer twice": ('initial_global_assignments: {0: [0, 1], "0": [1, 0]}\n', 'has a layer "0"'),
     "truncated": ("num_slots: 4\ninitial_global_assignments:\n  3: [0, 1, 2", "is no YAML"),
+    "a date": ("initial_global_assignments: {0: [0, 2001-01-01]}\n", 'slot 1 is "2001-01-01"'),
     "tag": ("num_slots: !!python/object/apply:os.system ['true']\n", "is no YAML"),
     "tab": ("num_slots: 4\n\tinitial_global_assignments: 3\n", "is no YAML"),
     "deep": ("num_slots: " + "[" * 50_000, "nested more than"),
