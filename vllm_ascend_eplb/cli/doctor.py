@@ -262,11 +262,11 @@ def _ascend(answer: dict[str, Any]) -> list[Finding]:
         findings.append(Finding("vllm-ascend's runner", "ok", right))
     findings += [
         Finding(
-            its.name,
+            needed.name,
             "wrong",
-            f"is {os.environ[its.name]}, so dynamic_eplb is refused: {its.because}; unset it",
+            f"is {os.environ[needed.name]}, so dynamic_eplb is refused: {needed.because}; unset it",
         )
-        for its in contradictions()
+        for needed in contradictions()
     ]
     return findings
 

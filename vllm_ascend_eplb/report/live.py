@@ -14,7 +14,8 @@ from fastapi import FastAPI, Request, Response
 
 from ..observe.stats import EplbStats, StatsError
 from ..observe.stats_file import ELSEWHERE, read_stats, reported_elsewhere, stats_path
-from .page import document, run_parts, subtitle
+from .page import document, subtitle
+from .run import run_parts
 
 _SCRIPT = """
 "use strict";
