@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -81,6 +80,7 @@ def doctor(
     findings = [
         *_package(),
         *_devices(answer),
+        *_kernels(answer),
         *_engine(answer, quick),
         *_plugins(),
         *_loaded(answer),
@@ -181,21 +181,25 @@ def _settings(text: str | None) -> EplbConfig | None:
 
 
 def _package() -> list[Finding]:
-    findings = []
     try:
         from .. import _planner  # noqa: F401
-
-        findings.append(Finding("planner (C++)", "ok", "built"))
     except ImportError as error:
-        findings.append(Finding("planner (C++)", "wrong", f"cannot be loaded ({error}); build it: pip install ."))
-    folder = Path(__file__).resolve().parent.parent
-    libraries = sorted(path.name for path in folder.glob("*.so") if "_planner" not in path.name)
-    if libraries:
-        findings.append(Finding("recording ops", "ok", ", ".join(libraries)))
-    else:
-        findings.append(
-            Finding("recording ops", "note", "not built; load is recorded by ATen operators, which is slower")
-        )
+        return [Finding("planner (C++)", "wrong", f"cannot be loaded ({error}); build it: pip install .")]
+    return [Finding("planner (C++)", "ok", "built")]
+
+
+def _kernels(answer: dict[str, Any]) -> list[Finding]:
+    if "kernels_error" in answer:
+        return [Finding("recording op", "wrong", f"cannot be imported: {answer['kernels_error']}")]
+    findings = []
+    for device, kernel in answer.get("kernels", {}).items():
+        if kernel != "aten":
+            findings.append(Finding("recording op", "ok", f"the C++ kernel for {device} is in use"))
+        else:
+            why = answer["no_kernel"].get(device, "it has no kernel")
+            findings.append(
+                Finding("recording op", "note", f"ATen operators on {device}, which are slower, are in use: {why}")
+            )
     return findings
 
 

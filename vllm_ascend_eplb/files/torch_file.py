@@ -55,9 +55,9 @@ def read_torch(data: bytes, path: str | os.PathLike[str], limit: int) -> Any:
     except FileError:
         raise
     except Exception as error:  # whatever a damaged archive makes zipfile raise
-        raise FileError(f"{name} is damaged ({show(str(error))}); copy or write it anew") from None
+        raise FileError(f"{name} is damaged ({show(str(error))}); copy or write it again") from None
     if damaged is not None:
-        raise FileError(f"{name} is damaged (in {show(damaged)}); copy or write it anew")
+        raise FileError(f"{name} is damaged (in {show(damaged)}); copy or write it again")
     try:
         import torch
     except ImportError:

@@ -106,9 +106,7 @@ def _would_bring(stats: EplbStats) -> list[str]:
 def _run_par(cycles: Sequence[CycleRecord]) -> str:
     lines = [
         Line("in the window", "s0", [mean_of(c.par) for c in cycles]),
-        Line(
-            "with the start placement", "s1", [mean_of(c.par_start) if c.par_start != c.par else None for c in cycles]
-        ),
+        Line("start placement", "s1", [mean_of(c.par_start) if c.par_start != c.par else None for c in cycles]),
         Line("as the plan predicted", "s2", [mean_of(c.par_predicted) for c in cycles]),
         Line("with the plan of the window before", "s3", [None, *(mean_of(c.par_observed) for c in cycles[:-1])]),
     ]
