@@ -24,7 +24,8 @@ from ..planning.message import pack_plan
 from ..transfer.checksum import ChecksumTable, Summer, Sums, wrong_slots
 from ..transfer.transport import Streams
 from ..values.placement import Int32Array, Int64Array, Placement
-from ..values.rounds import LAYER, SLOT, Round, rounds_to_array
+from ..values.plan import LAYER, SLOT
+from ..values.rounds import Round, rounds_to_array
 from .repair import Damage, find_damage, repair_rounds
 from .work import Parts, Work
 

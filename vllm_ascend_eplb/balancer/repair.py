@@ -107,7 +107,7 @@ def repair_rounds(damage: Sequence[Damage], slots_per_rank: int, buffer_experts:
         for each in chosen:
             del left[each.layer, each.slot]
         number = len(rounds)
-        rows = [(each.layer, each.slot, each.expert, each.source, number) for each in chosen]
+        rows = [(each.layer, each.slot, each.expert, number, each.source) for each in chosen]
         rounds.append(Round(number, np.array(rows, dtype=np.int32), slots_per_rank, number - 1))
     return rounds
 

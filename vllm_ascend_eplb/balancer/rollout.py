@@ -20,7 +20,8 @@ from ..agreement.phases import CycleState, Failure
 from ..planning.message import digest_of, unpack_plan
 from ..routing.weighted import TableRows
 from ..values.placement import Placement
-from ..values.rounds import LAYER, Round, check_rounds
+from ..values.plan import LAYER
+from ..values.rounds import Round, check_rounds
 from .served_model import EplbAdaptor
 from .work import Parts, Work
 

@@ -293,7 +293,7 @@ class _Scheduler:
         candidates = [self._best_sources(layer, slot, expert) for (layer, slot, expert), _ in moves]
         sources = level_senders(candidates, self.size, len(self.left), [move[1] for move, _ in moves])
         rows = np.array(
-            [(*move, source, order) for (move, order), source in zip(moves, sources, strict=True)], dtype=np.int32
+            [(*move, order, source) for (move, order), source in zip(moves, sources, strict=True)], dtype=np.int32
         )
         after = max(
             self.written.get((layer, its), NONE)

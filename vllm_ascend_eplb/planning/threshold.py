@@ -47,7 +47,10 @@ class PlanJudge:
         self._before = None
 
     def window_ended(self, window: WindowLoad, placement: Placement) -> str:
-        """Judges the last plan, which led to ``placement``, by the window that followed it; what the log says of it, empty if there is none.
+        """Judges the last plan, which led to ``placement``, by the window that followed it.
+
+        Returns:
+            What the log says of the plan; empty if there is none.
 
         Load has gone on changing, so the plan is judged by what this same window would have been without it.
         """

@@ -39,7 +39,8 @@ import torch
 
 from ..agreement.exchange import exchange_bytes
 from ..values.placement import Int32Array, Placement
-from ..values.rounds import LAYER, SLOT, SOURCE, Round
+from ..values.plan import EXPERT, LAYER, SLOT
+from ..values.rounds import SOURCE, Round
 from ..values.topology import Topology
 from .checksum import ChecksumTable, Summer
 from .flight import CHUNK, MOST_PARTS, Flight, cut_parts
@@ -484,7 +485,10 @@ class D2DExpertWeightLoader:
         if len(mine) > self.buffer_experts:
             raise TransferError(f"round {round.number} brings {len(mine)} experts, staging holds {self.buffer_experts}")
         buffer = round.number % self.num_buffers
-        places = [(layer, slot - self.rank * size, expert) for layer, slot, expert in moves[mine, :SOURCE].tolist()]
+        places = [
+            (layer, slot - self.rank * size, expert)
+            for layer, slot, expert in moves[mine][:, [LAYER, SLOT, EXPERT]].tolist()
+        ]
         staged = [self._views(layer, buffer, place) for place, (layer, _, _) in enumerate(places)]
         summer = self._summers[buffer]
         sums = [summer.prepare(place, each) for place, each in enumerate(staged)] if self.checksums is not None else []

@@ -314,7 +314,7 @@ def bystander(transport: str) -> dict[str, Any]:
     for number in range(2):
         size = placement.slots_per_rank
         held = placement.physical_to_logical[0]
-        swap = np.array([[0, 0, held[size], size, 0], [0, size, held[0], 0, 0]], dtype=np.int32)
+        swap = np.array([[0, 0, held[size], 0, size], [0, size, held[0], 0, 0]], dtype=np.int32)
         each = Round(number, swap, size, after=number - 1)
         loader.prepare(each)
         while not loader.ready(number):
