@@ -70,7 +70,7 @@ class SlotAudit:
         self._under_way: list[tuple[int, int, int, Sums]] = []  # layer, slot, place, prepared sums
         self._event = streams.event()
         for layer in slots:  # what the device's library sets aside is set aside before the engine serves
-            self._summer.enqueue(self._summer.prepare(0, layer[0]))
+            self._summer.enqueue(self._summer.place(0, layer[0]))
         self._summer.fetch()
 
     def step(self) -> None:
@@ -83,7 +83,7 @@ class SlotAudit:
             if todo is None or (place and (nbytes > STEP_BYTES or time.perf_counter() - began > STEP_SECONDS)):
                 break
             tensors = self._slots[todo[0]][todo[1]]
-            sums = self._summer.prepare(place, tensors)
+            sums = self._summer.place(place, tensors)
             self._summer.enqueue(sums)
             self._under_way.append((*todo, place, sums))
             self._next += 1
