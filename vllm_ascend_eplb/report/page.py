@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page: what it shows of a run and of a simulation, and its words."""
+"""The page: what it shows of a run and of a simulation, and its words.
+
+One file, because the sections stand here in the order in which the page shows them, and share its words and tables.
+"""
 
 from __future__ import annotations
 

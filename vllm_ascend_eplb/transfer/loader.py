@@ -21,8 +21,8 @@ in flight while round k is being agreed; ``Round.after`` says when it must wait 
 What a device can do by itself is enqueued by ``issue``: copies, checksums, an event. One mover thread per rank does
 what would block: it waits for events and sockets, compares the sums, and sets flags that ``rounds_done`` reads.
 
-One file, because the step thread and the mover thread share the flags of a flight: the order in which both touch them
-can be read in one place.
+One file, because the step thread and the mover thread share the flags of a flight: in which order they touch them is
+read in one place.
 
 Order on a device: a transfer waits, on its stream, for the event of the last commit that concerns its slots or its
 staging buffer; the compute stream waits for the event of the transfer before it commits.
