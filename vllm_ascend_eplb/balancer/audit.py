@@ -113,7 +113,7 @@ class SlotAudit:
         """These local slots got other weights: what was summed of them counts no more."""
         self._sums[layers, slots] = _NOT_YET
         gone = set(zip(layers.tolist(), slots.tolist(), strict=True))
-        self._under_way = [each for each in self._under_way if each[:2] not in gone]
+        self._under_way = [pending for pending in self._under_way if pending[:2] not in gone]
         self._next = 0
 
     def restart(self) -> None:
@@ -282,7 +282,7 @@ class Auditor:
         rounds: list[Round] = []
         if config.audit_action == "repair" and config.mode != "observe":
             rounds = repair_rounds(damage, placement.slots_per_rank, self._loader.buffer_experts)
-        mending = sum(len(each.moves) for each in rounds)
+        mending = sum(len(round.moves) for round in rounds)
         if mending or damage != self._last_damage:
             self._last_damage = damage
             logger.error(
@@ -291,7 +291,7 @@ class Auditor:
                 step,
                 count,
                 sums.size,
-                "; ".join(each.text(placement.slots_per_rank) for each in damage[:SHOWN])
+                "; ".join(damaged.text(placement.slots_per_rank) for damaged in damage[:SHOWN])
                 + ("; ..." if count > SHOWN else ""),
                 self._what_is_done(mending, count, len(damage)),
             )

@@ -96,7 +96,7 @@ class StatsKeeper:
     def figures(self) -> npt.NDArray[np.int64]:
         """int64 [len(RANK_FIGURES)]: this rank's own, in microseconds."""
         seconds = (self._control, self._transfer, self._commit, self._longest_step)
-        return np.array([round(1e6 * each) for each in seconds], dtype=np.int64)
+        return np.array([round(1e6 * value) for value in seconds], dtype=np.int64)
 
     def ranks_told(self, figures: npt.NDArray[np.int64], rank_load: RankLoad, node_of_rank: Sequence[int]) -> None:
         """All ranks' figures are known, with the load of the window.

@@ -57,7 +57,7 @@ class PlanJudge:
         last, self._before = self._before, None
         if last is None:
             return ""
-        par, without = (float(window.under(each).par.mean()) for each in (placement, last))
+        par, without = (float(window.under(place).par.mean()) for place in (placement, last))
         said = f"; the last plan brought PAR {par:.3f} instead of {without:.3f}"
         if without - par > PAYS_FROM * self._promised:
             self.threshold = max(self._least, self.threshold / 2)

@@ -32,7 +32,7 @@ class _Prepared:
 
     def add(self, layers: list[int], *rows: npt.NDArray[np.signedinteger]) -> None:
         """For each tensor [len(layers), ...], for the next commit that has none yet; from any thread."""
-        self._waiting.append((layers, [self._pinned.rows(each) for each in rows]))
+        self._waiting.append((layers, [self._pinned.rows(row) for row in rows]))
 
     def commit(self) -> None:
         """Puts the oldest in force; only enqueues copies on the current stream."""

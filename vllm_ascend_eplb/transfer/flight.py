@@ -173,8 +173,8 @@ class FlightPlanner:
         receivers: Int32Array,
         staged_of: dict[int, tuple[torch.Tensor, ...]],
     ) -> list[Batch]:
-        sends: dict[Transport, list[Piece]] = {each: [] for each in self._transports}
-        receives: dict[Transport, list[Piece]] = {each: [] for each in self._transports}
+        sends: dict[Transport, list[Piece]] = {carrier: [] for carrier in self._transports}
+        receives: dict[Transport, list[Piece]] = {carrier: [] for carrier in self._transports}
         local: list[tuple[torch.Tensor, torch.Tensor]] = []
         count: dict[tuple[int, int], int] = {}
         for move, start, end in part:
@@ -187,7 +187,7 @@ class FlightPlanner:
                 continue
             at = count.get((sender, receiver), 0)
             count[sender, receiver] = at + len(ranges)
-            transport = next(each for each in self._transports if each.reaches(sender, receiver))
+            transport = next(carrier for carrier in self._transports if carrier.reaches(sender, receiver))
             tensors = self._slots.live[layer][slot] if sender == self._rank else staged_of[move]
             views = tuple(tensors[i][a:b] for i, a, b in ranges)
             if sender == self._rank:
@@ -197,5 +197,7 @@ class FlightPlanner:
                 flight.nbytes += end - start
         batches: list[Batch] = [Copies(local, enters=self._on_device)] if local else []
         return batches + [
-            each.batch(sends[each], receives[each]) for each in self._transports if sends[each] or receives[each]
+            carrier.batch(sends[carrier], receives[carrier])
+            for carrier in self._transports
+            if sends[carrier] or receives[carrier]
         ]

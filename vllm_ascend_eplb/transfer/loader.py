@@ -136,7 +136,7 @@ class D2DExpertWeightLoader:
             self._streams,
             cooperative_kernels=cooperative_kernels,
         )
-        self._one_sided = any(each.one_sided for each in self._transports)
+        self._one_sided = any(transport.one_sided for transport in self._transports)
         self._planner = FlightPlanner(store, self._transports, self._summers, rank, self.num_ranks, budget_bytes)
 
         self._serial = channel
@@ -163,7 +163,7 @@ class D2DExpertWeightLoader:
     @property
     def transport(self) -> str:
         """The transports in use, for example "pull" or "pull+gloo"."""
-        return "+".join(each.name for each in self._transports) or "local"
+        return "+".join(transport.name for transport in self._transports) or "local"
 
     @property
     def buffer_bytes(self) -> int:
@@ -172,7 +172,9 @@ class D2DExpertWeightLoader:
 
     def describe(self) -> str:
         """One line about the memory taken, for the log."""
-        pinned = sum(each.pinned_bytes for each in self._transports if isinstance(each, StagedGlooTransport))
+        pinned = sum(
+            transport.pinned_bytes for transport in self._transports if isinstance(transport, StagedGlooTransport)
+        )
         return (
             f"expert transfers by {self.transport}: staging of {self.num_buffers} x {self.buffer_experts} experts of "
             f"{self._store.row_bytes / 2**20:.1f} MiB takes {self.buffer_bytes / 2**20:.1f} MiB on {self.device}"

@@ -52,14 +52,17 @@ def flat_views(weights: Weights) -> tuple[list[list[tuple[torch.Tensor, ...]]], 
                 if tensor.numel():
                     taken.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, slot))
         taken.sort()
-        for (_, end, one), (start, _, other) in pairwise(taken):
-            if start < end and one != other:
+        for (_, end, slot), (start, _, later) in pairwise(taken):
+            if start < end and slot != later:
                 raise TransferError(
-                    f"layer {number}: slots {one} and {other} share memory; weights that are packed over experts "
+                    f"layer {number}: slots {slot} and {later} share memory; weights that are packed over experts "
                     "cannot be moved: switch dynamic EPLB off for this model"
                 )
         result.append(
-            [tuple(tensor.detach().view(-1).view(torch.uint8) for tensor in its if tensor.numel()) for its in layer]
+            [
+                tuple(tensor.detach().view(-1).view(torch.uint8) for tensor in tensors if tensor.numel())
+                for tensors in layer
+            ]
         )
     return result, device
 

@@ -44,8 +44,8 @@ class Round:
 def receive_bound(placement: Placement, rounds: Sequence[Round], buffer_experts: int) -> int:
     """The fewest rounds that could carry the same moves: ceil(staging places the busiest rank needs / buffer)."""
     places = np.zeros(placement.num_ranks, dtype=np.int64)
-    for each in rounds:
-        np.add.at(places, each.moves[:, SLOT] // each.slots_per_rank, 1)
+    for round in rounds:
+        np.add.at(places, round.moves[:, SLOT] // round.slots_per_rank, 1)
     return -(-int(places.max()) // buffer_experts)
 
 
@@ -72,10 +72,12 @@ def check_rounds(
     """
     row_of, slots_per_rank = placement.physical_to_logical.copy(), placement.slots_per_rank
     written = np.full(row_of.shape, NONE, dtype=np.int64)
-    for number, each in enumerate(rounds):
-        name, moves = f"round {number}", each.moves
-        if each.number != number or each.slots_per_rank != slots_per_rank or not NONE <= each.after < number:
-            raise RoundError(f"{name} calls itself {each.number}, of {each.slots_per_rank} slots, after {each.after}")
+    for number, round in enumerate(rounds):
+        name, moves = f"round {number}", round.moves
+        if round.number != number or round.slots_per_rank != slots_per_rank or not NONE <= round.after < number:
+            raise RoundError(
+                f"{name} calls itself {round.number}, of {round.slots_per_rank} slots, after {round.after}"
+            )
         if moves.ndim != 2 or moves.shape[1] != 5 or moves.dtype != np.int32 or not len(moves):
             raise RoundError(f"{name} has moves of shape {moves.shape}, {moves.dtype}; expected int32 [n >= 1, 5]")
         limits = (placement.num_layers, placement.num_slots, placement.num_experts, placement.num_slots)
@@ -95,8 +97,8 @@ def check_rounds(
                 f"{name}: slot {sources[at]} of layer {layers[at]} holds expert {row_of[layers[at], sources[at]]}, "
                 f"not {experts[at]}"
             )
-        if max(written[layers, sources].max(), written[layers, slots].max()) > each.after:
-            raise RoundError(f"{name} uses a slot that a round later than {each.after} writes")
+        if max(written[layers, sources].max(), written[layers, slots].max()) > round.after:
+            raise RoundError(f"{name} uses a slot that a round later than {round.after} writes")
         row_of[layers, slots] = experts
         written[layers, slots] = number
         for layer in np.unique(layers):
@@ -110,8 +112,8 @@ def check_rounds(
 def rounds_to_array(rounds: Sequence[Round]) -> Int32Array:
     """int32 [N, 7]: all moves of all rounds, each behind its round's number and ``after``; for broadcasts."""
     parts = [
-        np.column_stack([np.full((len(each.moves), 2), (each.number, each.after), dtype=np.int32), each.moves])
-        for each in rounds
+        np.column_stack([np.full((len(round.moves), 2), (round.number, round.after), dtype=np.int32), round.moves])
+        for round in rounds
     ]
     return np.concatenate(parts).astype(np.int32) if parts else np.zeros((0, 7), dtype=np.int32)
 
