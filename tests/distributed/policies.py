@@ -64,9 +64,9 @@ def talk_nonsense(request: PlanRequest) -> Plan:
     elif number == 13:  # an expert that does not exist
         answer(rounds=changed(4, request.num_experts))
     elif number == 15:  # a source that holds another expert
-        answer(rounds=changed(5, int(rounds[0, 5]) ^ 1))
+        answer(rounds=changed(6, int(rounds[0, 6]) ^ 1))
     elif number == 17:  # moves that lose an expert
-        row = np.array([[0, -1, 0, slot, 1, 1, 0] for slot in (0, 12)], dtype=np.int32)
+        row = np.array([[0, -1, 0, slot, 1, 0, 1] for slot in (0, 12)], dtype=np.int32)
         answer(rounds=row)
     elif number == 19:  # not a number
         answer(plan=replace(good, par_after=good.par_after * np.nan))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from tests.windows import rank_window
 from vllm_ascend_eplb.files.run_folder import STATS_VARIABLE
 from vllm_ascend_eplb.observe import prometheus as metrics
 from vllm_ascend_eplb.observe.keeper import StatsKeeper
@@ -25,10 +26,10 @@ from vllm_ascend_eplb.observe.stats_file import StatsFile, stats_path
 def sample_stats() -> EplbStats:
     keeper = StatsKeeper("1.0", "default", "balance")
     keeper.step = 40
-    keeper.window_ended([[30.0, 10.0]], [[40.0, 0.0]])
+    keeper.window_ended(rank_window([[30.0, 10.0]], [[40.0, 0.0]]))
     keeper.planned([1.0], 0.5, 6)
     keeper.cycle_ended("done", moved=6)
-    keeper.window_ended([[22.0, 18.0]], [[40.0, 0.0]], [[21.0, 19.0]])
+    keeper.window_ended(rank_window([[22.0, 18.0]], [[40.0, 0.0]], [[21.0, 19.0]]))
     keeper.cycle_ended("skipped")
     keeper.phase = "move"
     keeper.committed(0.25)
