@@ -14,7 +14,10 @@ uv=$PWD/$venv/bin/uv
 configure_uv
 unset UV_PYTHON
 
-tests="tests/unit/planning tests/unit/values tests/unit/settings tests/unit/files tests/unit/observe tests/unit/simulate
+# Those ignored import torch, or a server, through the benchmarks or the page's plugin.
+tests="--ignore tests/unit/planning/test_plan_message.py --ignore tests/unit/planning/test_planner.py
+    --ignore tests/unit/planning/test_planner_dispatch.py --ignore tests/unit/planning/test_planner_optimum.py
+    --ignore tests/unit/report/test_endpoint.py tests/unit/planning tests/unit/values tests/unit/settings tests/unit/files tests/unit/observe tests/unit/simulate
     tests/unit/report tests/unit/cli"
 failed=
 for version in ${*:-3.10 3.12 3.13}; do
@@ -36,10 +39,10 @@ for version in ${*:-3.10 3.12 3.13}; do
     "$uv" pip install --quiet --python "$folder/bin/python" --resolution "$resolution" --reinstall-package \
         vllm-ascend-eplb . 'setuptools>=77' 'pybind11>=2.13'
     # Not pinned: the pinned ones are not for 3.10.
-    "$uv" pip install --quiet --python "$folder/bin/python" pytest hypothesis scipy
+    "$uv" pip install --quiet --python "$folder/bin/python" pytest hypothesis scipy pyyaml httpx
     # The tests beside the installed package, not beside this checkout's.
     rm -rf "$folder/tests"
-    cp -r tests pyproject.toml "$folder/"
+    cp -r tests benchmarks pyproject.toml "$folder/"
     mkdir -p "$folder/examples"
     cp -r examples/tiny_moe "$folder/examples/"
     # shellcheck disable=SC2086
