@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from prometheus_client import CollectorRegistry, generate_latest
 
+from vllm_ascend_eplb import __version__
 from vllm_ascend_eplb.agreement.channel import ControlError
 from vllm_ascend_eplb.agreement.exchange import StartError
 from vllm_ascend_eplb.agreement.phases import AgreementError, Phase
@@ -512,8 +513,12 @@ def test_clocks_that_jump_change_nothing() -> None:
 # --- ranks that were started differently ------------------------------------------------------------------------------
 
 
-def start_differently(ranks: Ranks, values: dict[str, Any], placement: bool) -> tuple[str, list[str]]:
+def start_differently(
+    ranks: Ranks, values: dict[str, Any], placement: bool, version: str | None
+) -> tuple[str, list[str]]:
     model = RoutingModel(ranks)
+    if version is not None and ranks.rank == ranks.num_ranks - 1:
+        start_module.__version__ = version  # as if this host had another package installed
     settings: ClassVar[dict[str, Any]] = {**BUSY, **(values if ranks.rank == ranks.num_ranks - 1 else {})}
     if placement and ranks.rank == ranks.num_ranks - 1:
         turned = np.roll(model.placement.physical_to_logical, 1, axis=1)
@@ -528,15 +533,18 @@ def start_differently(ranks: Ranks, values: dict[str, Any], placement: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("values", "placement", "named"),
+    ("values", "placement", "version", "named"),
     [
-        ({"control_lag": 2}, False, "eplb_config.control_lag: 2 against 1"),
-        ({"expert_map_path": "/other.json"}, False, "eplb_config.expert_map_path: /other.json against None"),
-        ({}, True, "initial placement"),
+        ({"control_lag": 2}, False, None, "eplb_config.control_lag: 2 against 1"),
+        ({"expert_map_path": "/other.json"}, False, None, "eplb_config.expert_map_path: /other.json against None"),
+        ({}, True, None, "initial placement"),
+        ({}, False, "0.0.1", f"package version: 0.0.1 against {__version__}"),
     ],
 )
-def test_ranks_started_differently_do_not_start(values: dict[str, Any], placement: bool, named: str) -> None:
-    for error, left in run_ranks(3, start_differently, values, placement):
+def test_ranks_started_differently_do_not_start(
+    values: dict[str, Any], placement: bool, version: str | None, named: str
+) -> None:
+    for error, left in run_ranks(3, start_differently, values, placement, version):
         assert "expert-parallel rank 2 differs from rank 0 in" in error
         assert named in error
         assert "\n" not in error

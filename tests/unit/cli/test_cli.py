@@ -343,7 +343,10 @@ def test_doctor_names_the_kernels_in_use() -> None:
     cpu, cuda = module._kernels(answer)
     assert (cpu.status, cuda.status) == ("ok", "note")
     assert "C++ kernel for cpu is in use" in cpu.text
-    assert cuda.text.endswith("the package was built without nvcc")
+    assert "the package was built without nvcc; a server does without" in cuda.text
+    (slow,) = module._kernels({"kernels": {"cpu": "aten"}, "no_kernel": {"cpu": "_ops.so is missing"}})
+    assert slow.status == "note"
+    assert slow.text.endswith("in use: _ops.so is missing")
     assert module._kernels({"kernels_error": "ImportError: no"})[0].status == "wrong"
 
 
