@@ -53,7 +53,7 @@ class PatientPlanner(EplbProcess):
 
 def settle(updator: EplbUpdator, planner: PatientPlanner | None) -> None:
     """Waits until the plan that was asked for is there, and all rounds that were issued have arrived."""
-    state, loader = updator.state, updator._loader
+    state, loader = updator.state, updator.parts.loader
     if planner is not None and state.phase is Phase.PLAN and planner.asked == state.cycle:
         wait_for(lambda: planner.answer(state.cycle) is not None, f"the plan of cycle {state.cycle}")
     wait_for(lambda: not loader.in_flight or loader.poisoned, "the rounds that were issued")
