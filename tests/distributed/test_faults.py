@@ -683,8 +683,8 @@ def test_a_flipped_bit_and_swapped_slots_are_mended() -> None:
     assert "layer 1, slot 7 (rank 0, expert 7); layer 1, slot 8 (rank 0, expert 8); good copies" in errors[1]
     assert "layer 0, slot 10 (rank 1, expert 10); 0 get good copies, the others have none" in errors[2]
     assert [line.partition(" by step")[0] for line in first.said("WARNING", "EPLB audit")] == [
-        "EPLB audit: 1 of 1 damaged slots were mended",
-        "EPLB audit: 2 of 2 damaged slots were mended",
+        "EPLB audit: 1 of 1 damaged slots were repaired",
+        "EPLB audit: 2 of 2 damaged slots were repaired",
     ]
     assert first.metrics["vllm_eplb_audit_mended_slots"] == 3
     assert first.metrics["vllm_eplb_audit_damaged_slots"] == 1

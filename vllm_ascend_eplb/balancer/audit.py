@@ -250,7 +250,7 @@ class Auditor:
         self._parts.stats.mended(slots)
         if self._parts.rank == 0 and slots:
             logger.warning(
-                "%s audit: %d of %d damaged slots were mended by step %d",
+                "%s audit: %d of %d damaged slots were repaired by step %d",
                 self._title,
                 slots,
                 self._damaged,
@@ -301,6 +301,6 @@ class Auditor:
         if mending == count:
             return "good copies are being sent there"
         if self._config.audit_action == "repair":
-            why = "the next ones follow" if count > known else "the others have none: load the weights anew"
+            why = "the next ones follow" if count > known else "the others have none: reload the weights"
             return f"{mending} get good copies, {why}"
-        return 'answers may be wrong: load the weights anew, or set "audit_action": "repair" in eplb_config'
+        return 'answers may be wrong: reload the weights, or set "audit_action": "repair" in eplb_config'

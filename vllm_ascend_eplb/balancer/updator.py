@@ -343,7 +343,7 @@ class EplbUpdator:
         self._forget()
         self.rollout.back_to(self.parts.start)
         logger.info(
-            "%s: weights are loaded anew, from step %d on the placement is the initial one",
+            "%s: weights are reloaded; from step %d on the placement is the initial one",
             self.parts.title,
             self.state.step,
         )

@@ -106,6 +106,13 @@ def test_off_means_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made == []
 
 
+def test_old_names_of_metrics_show_the_same_value() -> None:
+    registry = CollectorRegistry()
+    EplbGauges(registry).show(EplbStats(audit_mended=7))
+    assert registry.get_sample_value("vllm_eplb_audit_repaired_slots") == 7
+    assert registry.get_sample_value("vllm_eplb_audit_mended_slots") == 7
+
+
 def test_two_engines_share_one_watcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = CollectorRegistry()
     made: list[EplbGauges] = []
