@@ -239,11 +239,6 @@ class EplbStats(_Frozen):
     ranks: Annotated[tuple[RankRecord, ...], Field(max_length=MAX_RANKS)] = ()
     cycles: Annotated[tuple[CycleRecord, ...], Field(max_length=KEPT_CYCLES)] = ()
 
-    @property
-    def audit_repaired(self) -> int:
-        """Slots repaired so far. The field keeps its old name for one release, for readers of the file."""
-        return self.audit_mended
-
     def to_json(self) -> str:
         return self.model_dump_json()
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from tests.windows import rank_window
 from vllm_ascend_eplb.files.run_folder import STATS_VARIABLE
 from vllm_ascend_eplb.observe import prometheus as metrics
 from vllm_ascend_eplb.observe.keeper import StatsKeeper
@@ -25,10 +26,10 @@ from vllm_ascend_eplb.observe.stats_file import StatsFile, stats_path
 def sample_stats() -> EplbStats:
     keeper = StatsKeeper("1.0", "default", "balance")
     keeper.step = 40
-    keeper.window_ended([[30.0, 10.0]], [[40.0, 0.0]])
+    keeper.window_ended(rank_window([[30.0, 10.0]], [[40.0, 0.0]]))
     keeper.planned([1.0], 0.5, 6)
     keeper.cycle_ended("done", moved=6)
-    keeper.window_ended([[22.0, 18.0]], [[40.0, 0.0]], [[21.0, 19.0]])
+    keeper.window_ended(rank_window([[22.0, 18.0]], [[40.0, 0.0]], [[21.0, 19.0]]))
     keeper.cycle_ended("skipped")
     keeper.phase = "move"
     keeper.committed(0.25)
@@ -152,8 +153,10 @@ def test_gauges_come_back_that_vllm_has_taken_out(tmp_path: Path) -> None:
     registry = CollectorRegistry()
     gauges = EplbGauges(registry)
     path = tmp_path / "stats.json"
+    gauges.show(EplbStats(step=3))
+    assert shown(registry)["vllm_eplb_steps"] == 3
     StatsFile(path).write(EplbStats(step=7))
-    for gauge in gauges.gauges():  # as vLLM 0.23 does, in which an engine starts after the gauges were made
+    for gauge in list(registry._collector_to_names):  # as vLLM 0.23 does, in which an engine starts after that
         registry.unregister(gauge)
     assert not shown(registry)
     watcher = StatsWatcher(path, gauges, interval=0.01)
