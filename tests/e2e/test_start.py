@@ -259,6 +259,7 @@ def test_the_flag_turns_it_on(answers):
     assert answers["on"]["enable_eplb"] is True
     assert answers["on"]["redundant"] == 4
     assert answers["on"]["worker_cls"].count("vllm_ascend_eplb.") == 1
+    assert answers["on in words"] == {**answers["on"], "adaptor": answers["on in words"]["adaptor"]}
 
 
 def test_redundant_experts_come_from_the_map(answers):
