@@ -174,9 +174,12 @@ class EplbGauges:
             "paused": gauge("paused", "1 while paused: cycles begin only when an operator orders one."),
             "audits": gauge("audits", "Audits of the weights in all slots so far."),
             "audit_damaged": gauge("audit_damaged_slots", "Damaged slots that the last audit found."),
-            "audit_mended": gauge("audit_mended_slots", "Damaged slots that were repaired so far."),
+            "audit_mended": gauge("audit_repaired_slots", "Damaged slots that were repaired so far."),
             "updated_at": gauge("updated_timestamp_seconds", "Time of the last report, in seconds since 1970."),
         }
+
+        # of metrics that were renamed; they stay for one release
+        self._old_names = {"audit_mended": gauge("audit_mended_slots", "Old name of vllm_eplb_audit_repaired_slots.")}
 
     def register(self) -> None:
         """Puts gauges back that somebody took out of the registry: vLLM 0.23, vllm-ascend's, empties it of all that has
@@ -193,6 +196,7 @@ class EplbGauges:
             self._info,
             *self._numbers.values(),
             self._elsewhere,
+            *self._old_names.values(),
         ]
 
     def show_elsewhere(self, rank: int) -> None:
@@ -234,7 +238,7 @@ class EplbGauges:
         self._shown_info[part] = info
         self._info.set(1, **info, **own)
         absent = _without_value(stats)
-        for name, number in self._numbers.items():
+        for name, number in (*self._numbers.items(), *self._old_names.items()):
             number.set(None if name in absent else getattr(stats, name), **own)
         rank = reported_elsewhere()
         if rank is not None:

@@ -230,7 +230,7 @@ class EplbConfig(BaseModel):
     @property
     def dynamic(self) -> bool:
         """Whether load is counted and plans are made. A map to record turns it on, as it does in vllm-ascend; a map to
-        start from alone is a placement that stays."""
+        start from alone is a static placement."""
         return self.dynamic_eplb or self.expert_map_record_path is not None
 
     @property

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from tests.windows import rank_window
 from vllm_ascend_eplb.files.run_folder import STATS_VARIABLE
 from vllm_ascend_eplb.observe import prometheus as metrics
 from vllm_ascend_eplb.observe.keeper import StatsKeeper
@@ -25,10 +26,10 @@ from vllm_ascend_eplb.observe.stats_file import StatsFile, stats_path
 def sample_stats() -> EplbStats:
     keeper = StatsKeeper("1.0", "default", "balance")
     keeper.step = 40
-    keeper.window_ended([[30.0, 10.0]], [[40.0, 0.0]])
+    keeper.window_ended(rank_window([[30.0, 10.0]], [[40.0, 0.0]]))
     keeper.planned([1.0], 0.5, 6)
     keeper.cycle_ended("done", moved=6)
-    keeper.window_ended([[22.0, 18.0]], [[40.0, 0.0]], [[21.0, 19.0]])
+    keeper.window_ended(rank_window([[22.0, 18.0]], [[40.0, 0.0]], [[21.0, 19.0]]))
     keeper.cycle_ended("skipped")
     keeper.phase = "move"
     keeper.committed(0.25)
@@ -103,6 +104,13 @@ def test_off_means_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "EplbGauges", lambda **_: made.append(1))
     metrics.watch()
     assert made == []
+
+
+def test_old_names_of_metrics_show_the_same_value() -> None:
+    registry = CollectorRegistry()
+    EplbGauges(registry).show(EplbStats(audit_mended=7))
+    assert registry.get_sample_value("vllm_eplb_audit_repaired_slots") == 7
+    assert registry.get_sample_value("vllm_eplb_audit_mended_slots") == 7
 
 
 def test_two_engines_share_one_watcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
