@@ -88,7 +88,7 @@ def _without_value(stats: EplbStats) -> set[str]:
     if stats.cycles_done == 0:
         absent |= {"experts_moved_last", "control_wait_last_cycle_seconds"}
     if stats.audits == 0:
-        absent |= {"audit_damaged", "audit_mended"}
+        absent.add("audit_damaged")
     return absent
 
 
