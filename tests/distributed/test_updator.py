@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import time
 import zlib
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -25,7 +24,6 @@ from vllm_ascend_eplb.balancer.served_model import EplbAdaptor
 from vllm_ascend_eplb.balancer.start import build_updator
 from vllm_ascend_eplb.load import ops
 from vllm_ascend_eplb.load.recorder import LoadRecorder
-from vllm_ascend_eplb.planning.process import EplbProcess
 from vllm_ascend_eplb.planning.request import PlanRequest, plan_request
 from vllm_ascend_eplb.routing.maps import DispatchMaps
 from vllm_ascend_eplb.routing.weighted import DispatchTables
@@ -35,6 +33,7 @@ from vllm_ascend_eplb.values.plan import Plan
 from vllm_ascend_eplb.values.topology import Topology
 
 from .model import Slots
+from .pace import PatientPlanner, settle
 from .ranks import Ranks, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -167,7 +166,8 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
     seen = Seen(first_par=0.0)
     balancedness.logger.addFilter(lambda record: seen.lines.append(record.args) or True)
     balancedness.logger.setLevel(logging.INFO)
-    updator = build_updator(model, config, EplbProcess(policy) if ranks.rank == 0 else None)
+    planner = PatientPlanner(policy) if ranks.rank == 0 else None
+    updator = build_updator(model, config, planner)
     if "cut_after" in options:
         updator.parts.settings = replace(updator.parts.settings, cut_after=options["cut_after"])
     if options.get("prepare_fails_on") == ranks.rank:
@@ -204,8 +204,7 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
             if updator.state.phase is Phase.COLLECT and updator.state.cycle not in seen.after:
                 seen.after[updator.state.cycle] = updator.placement.digest, model.slots.digest()
             dist.barrier()  # a forward's collectives keep the ranks together
-            # An engine's step takes longer; while the planner works, as long as a busy machine may need.
-            time.sleep(0.05 if updator.state.phase is Phase.PLAN else 0.004)
+            settle(updator, planner)
             if updator.state.cycle > options.get("cycles", steps):
                 break
     except (AgreementError, ControlError) as error:

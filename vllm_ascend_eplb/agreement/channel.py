@@ -37,7 +37,7 @@ MAX_LAG = 8
 
 
 class ControlError(RuntimeError):
-    """Agreement broke down: a peer is gone, or the channel was used out of order. This rank cannot go on balancing."""
+    """The control channel failed: a peer exited, or calls were made out of order. This rank cannot go on balancing."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Agreed:
 
 def agree(facts: list[Facts]) -> Agreed:
     """What the channel gives all ranks when they post ``facts``; for tests, replays and a single rank."""
-    table = np.array([_as_tuple(each) for each in facts], dtype=np.int64)
+    table = np.array([_as_tuple(posted) for posted in facts], dtype=np.int64)
     return Agreed(Facts(*table.min(axis=0).tolist()), Facts(*table.max(axis=0).tolist()))
 
 

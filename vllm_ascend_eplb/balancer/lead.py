@@ -6,16 +6,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..agreement.phases import Command, Failure
 from ..files.run_folder import remove_orphaned_folder
 from ..planning.message import pack_plan
-from ..planning.request import Dispatch, PlanAnswer, PlanRequest
+from ..planning.options import PlanOptions
+from ..planning.request import Dispatch, PlanAnswer, PlanRequest, Rebalance, Restore
 from ..planning.shares import shared_rank_load
 from ..planning.threshold import PlanJudge
-from ..settings.config import EplbConfig
-from ..values.placement import FloatArray, Int64Array, Placement, peak_to_average
+from ..values.placement import Int64Array, Placement
+from ..values.window import WindowLoad
 from .gather import Gathered
 from .work import Parts, Work
 
@@ -32,6 +31,7 @@ class _Case:
 
     Attributes:
         start: the placement in force when it was asked for.
+        task: what was asked for.
         window_par: mean PAR of the window, as the tokens fell.
         note: what the log says beside the cycle: how the last plan turned out.
         answer: of the planner, once it is there.
@@ -40,6 +40,7 @@ class _Case:
     """
 
     start: Placement
+    task: Rebalance | Restore
     window_par: float
     note: str
     answer: PlanAnswer | None = None
@@ -52,7 +53,7 @@ class Lead:
 
     def __init__(self, parts: Parts, work: Work) -> None:
         self._parts, self._work = parts, work
-        self._judge = PlanJudge(parts.config.min_gain, parts.config.rank_speed)
+        self._judge = PlanJudge(parts.config.min_gain)
         self._observed: Placement | None = None  # in mode observe: what the last plan would have led to
         self._load: Int64Array | None = None  # [L, E] of the last window, until the map recorder has it
         self._case: _Case | None = None
@@ -64,8 +65,8 @@ class Lead:
         parts, state, placement = self._parts, self._work.state, self._work.placement
         if parts.planner is None:
             return
-        self._take_stock(gathered)
-        config, tables = parts.config, parts.adaptor.dispatch
+        case = self._case = self._take_stock(gathered)
+        tables = parts.adaptor.dispatch
         parts.planner.submit(
             PlanRequest(
                 number=state.cycle,
@@ -75,51 +76,42 @@ class Lead:
                 node_of_rank=parts.adaptor.topology.node_of_rank,
                 num_groups=parts.adaptor.num_groups,
                 buffer_experts=parts.loader.buffer_experts,
-                policy="restore" if self._restoring else config.policy_name,
-                limits=_limits(config, state.cycle) if not self._restoring else self._way_back(),
+                task=case.task,
                 dispatch_entries=tables.entries if tables is not None else 0,
             )
         )
 
-    @property
-    def _restoring(self) -> bool:
-        return self._work.state.wanted is Command.RESTORE
+    def _task(self) -> Rebalance | Restore:
+        config = self._parts.config
+        if self._work.state.wanted is Command.RESTORE:
+            return Restore(self._parts.start.physical_to_logical)
+        if config.policy_name == "random":
+            return Rebalance("random", PlanOptions(seed=self._work.state.cycle))
+        if config.policy_name != "incremental":
+            return Rebalance(config.policy_name)
+        options = PlanOptions(
+            target_par=config.target_par, effort=config.planner_effort, max_moves=config.max_moves_per_cycle
+        )
+        return Rebalance("incremental", options, config.rank_speed)
 
-    def _way_back(self) -> dict[str, object]:
-        return {"target": self._parts.start.physical_to_logical}
-
-    def _take_stock(self, gathered: Gathered) -> None:
+    def _take_stock(self, gathered: Gathered) -> _Case:
         """What the window was like, and whether the last plan kept its promise in it."""
         parts, placement = self._parts, self._work.placement
-        self._load = load = gathered.load.sum(axis=0)
         observed, self._observed = self._observed, None
-        rank_load = self._rank_load(load)
-        par = float(peak_to_average(rank_load).mean())
-        parts.stats.ranks_told(gathered.figures, rank_load, parts.adaptor.topology.node_of_rank)
-        parts.stats.window_ended(
-            rank_load,
-            self._over_speed(parts.start.rank_load(load)),
-            self._over_speed(observed.rank_load(load)) if observed is not None else None,
-        )
-        note = ""
-        if observed is not None:
-            would = float(observed.par(load, parts.config.rank_speed).mean())
+        load = gathered.load.sum(axis=0)
+        tables, speed = parts.adaptor.dispatch, parts.config.rank_speed
+        tokens = None
+        if tables is not None:
+            tokens = shared_rank_load(load, placement, tables.shares, placement.num_ranks)
+        window = WindowLoad.of(load, placement, parts.start, observed, tokens=tokens, rank_speed=speed)
+        self._load = load
+        parts.stats.ranks_told(gathered.figures, window.in_force, parts.adaptor.topology.node_of_rank)
+        parts.stats.window_ended(window)
+        note, par = "", float(window.in_force.par.mean())
+        if window.observed is not None:
+            would = float(window.observed.par.mean())
             note = f"; the last plan would have brought PAR {would:.3f} instead of {par:.3f}"
-        self._case = _Case(placement, par, self._judge.window_ended(load, placement) or note)
-
-    def _rank_load(self, load: Int64Array) -> FloatArray:
-        """[L, R] tokens per rank under the placement and the dispatch shares in force, over its speed."""
-        tables, placement = self._parts.adaptor.dispatch, self._work.placement
-        if tables is None:
-            return self._over_speed(placement.rank_load(load))
-        return shared_rank_load(load, placement, tables.shares, placement.num_ranks)
-
-    def _over_speed(self, rank_load: FloatArray) -> FloatArray:
-        """[L, R] tokens per rank as a rank of average speed would have to have them to take as long."""
-        if self._parts.config.rank_speed is None:
-            return rank_load
-        speed = np.array(self._parts.config.rank_speed)
-        return np.asarray(rank_load * (speed.mean() / speed))
+        return _Case(placement, self._task(), par, self._judge.window_ended(window, placement) or note)
 
     # --- it weighs ----------------------------------------------------------------------------------------------------
 
@@ -153,7 +145,7 @@ class Lead:
             self._observed = Placement(plan.physical_to_logical, work.placement.num_experts, work.placement.num_ranks)
             case.skipped = f"observing only: {plan.num_moves} moves would bring PAR from {before:.3f} to {gained:.3f}"
             return b""
-        case.skipped = self._not_worth_it(plan.num_moves, before, gained)
+        case.skipped = self._not_worth_it(case, plan.num_moves, before, gained)
         if not case.skipped:
             case.new_shares = after
             return pack_plan(work.state.cycle, plan.physical_to_logical, rounds, after)
@@ -163,11 +155,11 @@ class Lead:
             return pack_plan(work.state.cycle, work.placement.physical_to_logical, rounds[:0], now)
         return b""
 
-    def _not_worth_it(self, num_moves: int, before: float, after: float) -> str:
+    def _not_worth_it(self, case: _Case, num_moves: int, before: float, after: float) -> str:
         """Why a plan that brings the mean PAR from ``before`` to ``after`` is not carried out; empty if it is."""
         if not num_moves:
             return f"nothing to move at PAR {before:.3f}"
-        if self._restoring or self._parts.config.policy_name == "random":
+        if isinstance(case.task, Restore) or case.task.policy == "random":
             return ""
         return self._judge.refuses(before, after)
 
@@ -197,7 +189,7 @@ class Lead:
     def _tell_of_plan(self, case: _Case, answer: PlanAnswer, moved: int, cut: str) -> None:
         plan, state = answer.plan, self._work.state
         assert plan is not None
-        if cut or plan.policy == "restore":
+        if cut or isinstance(case.task, Restore):
             self._judge.forget()
         else:
             self._judge.carried_out(case.start, float(plan.par_before.mean() - plan.par_after.mean()))
@@ -278,17 +270,3 @@ class Lead:
             if self._work.state.active:  # some rounds of a cycle may be in force that goes on
                 self.record_map()
             parts.map_recorder.close()
-
-
-def _limits(config: EplbConfig, cycle: int) -> dict[str, object]:
-    """The settings that the policy takes."""
-    if config.policy_name == "random":
-        return {"seed": cycle}
-    if config.policy_name != "incremental":
-        return {}
-    return {
-        "target_par": config.target_par,
-        "effort": config.planner_effort,
-        "max_moves": config.max_moves_per_cycle,
-        "rank_speed": config.rank_speed,
-    }

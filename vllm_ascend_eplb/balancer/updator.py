@@ -36,7 +36,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Literal
 
 from ..agreement.channel import ControlError, Facts, FlightRecorder
@@ -253,7 +252,7 @@ class EplbUpdator:
             rounds_done=loader.rounds_done,
             rounds_intact=loader.rounds_intact,
             damaged=self.auditor.damaged() if self.auditor is not None and audited else 0,
-            **asdict(order),
+            **vars(order),
         )
 
     def _is_summed(self) -> bool:
@@ -344,7 +343,7 @@ class EplbUpdator:
         self._forget()
         self.rollout.back_to(self.parts.start)
         logger.info(
-            "%s: weights are loaded anew, from step %d on the placement is the initial one",
+            "%s: weights are reloaded; from step %d on the placement is the initial one",
             self.parts.title,
             self.state.step,
         )

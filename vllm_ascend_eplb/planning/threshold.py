@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
-
 from ..values.placement import Placement
+from ..values.window import WindowLoad
 
 PAYS_FROM = 0.25
 """Part of the promised gain that a plan must bring in the next window, or the threshold rises."""
@@ -27,12 +23,10 @@ class PlanJudge:
 
     Args:
         min_gain: the least threshold, as a fraction of PAR.
-        rank_speed: [R], relative speeds of the ranks; None where they are equal.
     """
 
-    def __init__(self, min_gain: float, rank_speed: Sequence[float] | None = None) -> None:
+    def __init__(self, min_gain: float) -> None:
         self._least = self.threshold = min_gain
-        self._rank_speed = rank_speed
         self._before: Placement | None = None
         self._promised = 0.0
 
@@ -52,15 +46,18 @@ class PlanJudge:
         """What was carried out last is not to be judged."""
         self._before = None
 
-    def window_ended(self, load: npt.NDArray[np.int64], placement: Placement) -> str:
-        """Judges the last plan by the window [L, E] that followed it; what the log says of it, empty if there is none.
+    def window_ended(self, window: WindowLoad, placement: Placement) -> str:
+        """Judges the last plan, which led to ``placement``, by the window that followed it.
+
+        Returns:
+            What the log says of the plan; empty if there is none.
 
         Load has gone on changing, so the plan is judged by what this same window would have been without it.
         """
         last, self._before = self._before, None
         if last is None:
             return ""
-        par, without = (float(each.par(load, self._rank_speed).mean()) for each in (placement, last))
+        par, without = (float(window.under(place).par.mean()) for place in (placement, last))
         said = f"; the last plan brought PAR {par:.3f} instead of {without:.3f}"
         if without - par > PAYS_FROM * self._promised:
             self.threshold = max(self._least, self.threshold / 2)
