@@ -27,8 +27,9 @@ constexpr int kFewSlots = 128;
 // There a descent is so short that "fast" has time for some rounds: they take off a tenth of the moves.
 constexpr int kSlotsOfFast = 512;
 
-// Rounds of "fast" after a placement from scratch, which receives more than it must.
-constexpr int kRoundsAfterScratch = 8;
+// On larger shapes there is time where the descent was short: so many rounds times receipts, and at most so many rounds.
+constexpr int kReceiptsOfFast = 24;
+constexpr int kMostRoundsOfFast = 8;
 
 // Steps by which "fast" lowers the busiest rank of such a placement.
 constexpr int kStepsOfFast = 8;
@@ -183,6 +184,8 @@ void LayerPlanner::improve(int rounds) {
 }
 
 void LayerPlanner::improve_briefly() {
+    const int cheap = best_.cost == 0 ? 0 : kReceiptsOfFast / best_.cost;
+    if (search_.shape().slots > kFewSlots && best_.reached) improve(std::min(cheap, kMostRoundsOfFast));
     if (search_.shape().slots <= kFewSlots) improve(std::clamp(kSlotsOfFast / search_.shape().slots, 4, 32));
 }
 
