@@ -18,13 +18,20 @@ demo: setup  ## serves a real model on RANKS ranks (default 4, 2 for small machi
 	@$(RUN) -m examples.demo --ranks $(RANKS)
 
 test: setup  ## all tests but those on NPUs, the ones with real vLLM engines included
-	@$(RUN) -m pytest -m "not soak and not npu"
+	@$(RUN) -m pytest -m "not soak and not npu and not install"
 
 unit-test: setup  ## the quick ones
 	@$(RUN) -m pytest tests/unit
 
 e2e-test: setup  ## the ones with real vLLM engines
 	@$(RUN) -m pytest tests/e2e
+
+.PHONY: install-test aarch64-test
+install-test: setup  ## builds in isolation, installs as a user does, and serves from there
+	@$(RUN) -m pytest tests/install
+
+aarch64-test: setup  ## the C++ built for aarch64 and run under emulation; skipped where Debian's packages are not to be had
+	@scripts/aarch64.sh
 
 matrix: setup  ## the ones with an offline engine on the other vLLM versions, each in an environment of its own
 	@scripts/matrix.sh 0.30.0 0.31.0
@@ -86,7 +93,7 @@ fuzz: setup  ## the planner's C++ boundary under AddressSanitizer and UndefinedB
 docs:  ## the guide as pages, in build/site; fails on a broken link
 	@test -x build/docs-venv/bin/mkdocs || python3 -m venv build/docs-venv
 	@build/docs-venv/bin/pip install --quiet --disable-pip-version-check -r docs/requirements.txt
-	@build/docs-venv/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --strict --quiet
 	@echo build/site/index.html
 
 clean:  ## removes what was built, .venv included
