@@ -166,8 +166,7 @@ py::array_t<double> percentile95(const DoubleArray& series, const int32_t* slots
         }
     }
     py::array_t<double> result(layers);
-    for (py::ssize_t l = 0; l < layers; ++l)
-        result.mutable_at(l) = pars[l].empty() ? 1.0 : eplb::percentile95(pars[l]);
+    for (py::ssize_t l = 0; l < layers; ++l) result.mutable_at(l) = pars[l].empty() ? 1.0 : eplb::percentile95(pars[l]);
     return result;
 }
 
@@ -177,7 +176,8 @@ py::array_t<double> percentile95(const DoubleArray& series, const int32_t* slots
 py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, const DoubleArray& variance,
                            const DoubleArray& target, int num_ranks, int num_nodes, bool thorough, int rounds,
                            double seconds, uint64_t seed, int threads, int64_t max_moves, int64_t max_moves_per_rank,
-                           int64_t max_moves_between_nodes, double far_cost, bool stay_near, const DoubleArray& speed, const DoubleArray& series) {
+                           int64_t max_moves_between_nodes, double far_cost, bool stay_near, const DoubleArray& speed,
+                           const DoubleArray& series) {
     require_matrix(load, "load");
     require_matrix(slots, "slots");
     require(load.shape(0) == slots.shape(0), "load and slots differ in the number of layers");
@@ -201,8 +201,7 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
     const auto layers = slots.shape(0), num_slots = slots.shape(1), num_experts = load.shape(1);
     require_slots(slots, static_cast<int>(num_experts), num_ranks);
     const bool has_series = series.size() > 0;
-    require(!has_series ||
-                (series.ndim() == 3 && series.shape(1) == load.shape(0) && series.shape(2) == load.shape(1)),
+    require(!has_series || (series.ndim() == 3 && series.shape(1) == load.shape(0) && series.shape(2) == load.shape(1)),
             "series and load differ in shape");
     require_finite(series);
     eplb::Goal goal;

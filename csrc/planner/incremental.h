@@ -33,8 +33,8 @@ struct Goal {
 };
 
 struct LayeredPlan {
-    std::vector<int32_t> slots;  // [L, P] after all moves
-    std::vector<int32_t> moves;  // [M, 4]: layer, slot, expert, group
+    std::vector<int32_t> slots;          // [L, P] after all moves
+    std::vector<int32_t> moves;          // [M, 4]: layer, slot, expert, group
     std::vector<double> par_of_windows;  // [L, 2]: before and after, where a layer was planned for its windows; else 0
 };
 

@@ -27,7 +27,8 @@ constexpr int kFewSlots = 128;
 // There a descent is so short that "fast" has time for some rounds: they take off a tenth of the moves.
 constexpr int kSlotsOfFast = 512;
 
-// On larger shapes there is time where the descent was short: so many rounds times receipts, and at most so many rounds.
+// On larger shapes there is time where the descent was short: so many rounds times receipts, and at most so many
+// rounds.
 constexpr int kReceiptsOfFast = 24;
 constexpr int kMostRoundsOfFast = 8;
 
@@ -204,7 +205,8 @@ OrderedMoves LayerPlanner::order(const std::vector<const double*>& windows) {
             ordered.groups = {{static_cast<int32_t>(ordered.moves.size()), mean(steadying.pars(target))}};
             return ordered;
         }
-        // On a load that stays as it is, what helps the sum of the windows but hurts in most of them is not carried out.
+        // On a load that stays as it is, what helps the sum of the windows but hurts in most of them is not carried
+        // out.
         if (!steadied_ && variance_ == nullptr && target != search_.start()) {
             const std::vector<double> before = steadying.pars(search_.start()), after = steadying.pars(target);
             const double hurt = kHurt * (start_peak_ - best_.peak);

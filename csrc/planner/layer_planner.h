@@ -33,8 +33,8 @@ class LayerPlanner {
     // Nothing can be better than what was found.
     bool settled() const { return !has_load_ || (best_.reached && best_.cost == 0); }
 
-    // The moves to what was found, with the PARs after each group, and the PAR before all of them. Where experts are hot
-    // at different times in `windows` [T] to [E], these are means over the windows, and all moves are one group.
+    // The moves to what was found, with the PARs after each group, and the PAR before all of them. Where experts are
+    // hot at different times in `windows` [T] to [E], these are means over the windows, and all moves are one group.
     OrderedMoves order(const std::vector<const double*>& windows);
     double start_peak() const { return start_peak_; }
     bool steadied() const { return steadied_; }

@@ -157,8 +157,7 @@ std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int first, i
     for (int p = 0; p < shape_.slots; ++p) add(p / shape_.per_rank(), slots_[p], 1.0F);
     std::vector<std::pair<float, int>> order(shape_.ranks);
     for (int steps = 0; steps < shape_.slots; ++steps) {
-        for (int r = 0; r < shape_.ranks; ++r)
-            order[r] = {-*std::max_element(load(r) + first_, load(r) + last_), r};
+        for (int r = 0; r < shape_.ranks; ++r) order[r] = {-*std::max_element(load(r) + first_, load(r) + last_), r};
         const int tried = std::min(kRanksTried, shape_.ranks);
         std::partial_sort(order.begin(), order.begin() + tried, order.end());
         if (-order[0].first <= limit_) break;

@@ -56,12 +56,12 @@ class Steadying {
     const int nodes_, per_node_;
     int windows_ = 0;
     std::vector<int32_t> start_;
-    std::vector<float> part_;   // [E + 1, windows], in units of a rank's mean; the last stands for "empty"
-    std::vector<float> load_;   // [R, windows]
+    std::vector<float> part_;  // [E + 1, windows], in units of a rank's mean; the last stands for "empty"
+    std::vector<float> load_;  // [R, windows]
     std::vector<int32_t> slots_, count_;
     std::vector<uint8_t> held_, home_;           // [R, E + 1], now and at the start
     std::vector<std::vector<int32_t>> holders_;  // [E] slots
-    int first_ = 0, last_ = 0;  // windows that count
+    int first_ = 0, last_ = 0;                   // windows that count
     float limit_ = 1.0F;
 };
 

@@ -76,8 +76,8 @@ def forecast(series: npt.NDArray[np.float64]) -> tuple[FloatArray, FloatArray]:
                 known[begin] = tokens[t] / usual * np.einsum("le,le->l", difference, difference / said)
             errors[test, number] = known[begin]
     best = _best_span(errors)  # [L]
-    begin = np.array(begins(num_windows))[best]
-    expected = _parts(sums[-1] - sums[begin, np.arange(series.shape[1])])
+    taken = np.array(begins(num_windows))[best]
+    expected = _parts(sums[-1] - sums[taken, np.arange(series.shape[1])])
     variance = np.zeros_like(expected)
     drifting = np.flatnonzero(best)
     if len(drifting):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.loads import LoadGenerator
-from benchmarks.planner import contiguous_placement, greedy_placement, receipts
+from benchmarks.placements import contiguous_placement, greedy_placement, receipts
 from tests.unit.planning.planner_inputs import draw_slots, instances
 from vllm_ascend_eplb.planning import PlanInputError, forecast, noise_par, plan
 from vllm_ascend_eplb.values.placement import Placement, PlacementError

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.loads import LoadGenerator
-from benchmarks.planner import greedy_placement
+from benchmarks.placements import greedy_placement
 from tests.unit.planning.planner_inputs import instances
 from vllm_ascend_eplb.planning import forecast, plan
 from vllm_ascend_eplb.values.placement import Placement
@@ -115,7 +115,9 @@ def test_hundred_windows_of_independent_bursts():
 def test_every_series_makes_a_valid_plan(instance, windows, seed):
     load, slots, num_ranks = instance
     rng = np.random.default_rng(seed)
-    series = np.stack([load * rng.choice([0.0, 0.1, 1.0, 3.0]) * rng.integers(0, 2, load.shape) for _ in range(windows)])
+    series = np.stack(
+        [load * rng.choice([0.0, 0.1, 1.0, 3.0]) * rng.integers(0, 2, load.shape) for _ in range(windows)]
+    )
     expected, variance = forecast(series)
     assert np.isfinite(expected).all()
     assert np.isfinite(variance).all()
