@@ -174,7 +174,8 @@ def measure(table: Table, case: Case, step: int, policy: str, answer: Any) -> Ro
     moved = receipts(part.slots, after, ranks)
     row = Row(
         str(case.shape), case.load_name, step, policy, len(part.load), round(float(before.mean()), 5),
-        round(float(par.mean()), 5), round(float(par.max()), 5), int(moved.sum()), int(moved.max()), round(milliseconds, 2),
+        round(float(par.mean()), 5), round(float(par.max()), 5), int(moved.sum()), int(moved.max()),
+        round(milliseconds, 2),
     )  # fmt: skip
     table.add(row)
     print(
