@@ -290,5 +290,8 @@ def _limits(config: EplbConfig, cycle: int) -> dict[str, object]:
         "target_par": config.target_par,
         "effort": config.planner_effort,
         "max_moves": config.max_moves_per_cycle,
+        "max_moves_per_rank": config.max_moves_per_rank,
+        "max_moves_between_nodes": config.max_moves_between_nodes,
+        "price_between_nodes": config.price_between_nodes,
         "rank_speed": config.rank_speed,
     }

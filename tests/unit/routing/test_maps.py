@@ -114,6 +114,5 @@ def test_ranks_with_few_tokens_take_all_replicas(replicas: int, tokens: int):
     taken = [RoutingTables(placement, "cpu", rank).table[0, :tokens, 0].numpy() for rank in range(replicas)]
     assert (np.bincount(np.concatenate(taken), minlength=replicas)[:replicas] == tokens).all()
     agreed = [RoutingTables(placement, "cpu").table[0, :tokens, 0].numpy() for _ in range(replicas)]
-    assert replicas == 1 or np.bincount(np.concatenate(agreed)).max() > tokens, (
-        "the negative control: one table for all"
-    )
+    if tokens == 1 < replicas:  # the negative control: one table for all
+        assert np.bincount(np.concatenate(agreed)).max() == replicas

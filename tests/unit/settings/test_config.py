@@ -450,3 +450,18 @@ def test_speeds_of_ranks() -> None:
         with pytest.raises(EplbConfigError, match=wrong):
             parse(dynamic_eplb=True, **chosen).check_serving(num_experts=8, ep_size=2, expert_parallel=True)
     parse(dynamic_eplb=True, rank_speed=[1, 2]).check_serving(num_experts=8, ep_size=2, expert_parallel=True)
+
+
+def test_limits_reach_the_planner() -> None:
+    """Each is a keyword of plan(), which keeps it."""
+    from vllm_ascend_eplb.balancer.lead import _limits
+    from vllm_ascend_eplb.planning import PlanOptions
+
+    given = {
+        "max_moves_per_cycle": 7, "max_moves_per_rank": 3, "max_moves_between_nodes": 2, "price_between_nodes": 4.0,
+    }  # fmt: skip
+    limits = _limits(parse(**given), 0)
+    limits.pop("rank_speed")
+    options = PlanOptions(**limits)  # type: ignore[arg-type]
+    assert (options.max_moves, options.max_moves_per_rank, options.max_moves_between_nodes) == (7, 3, 2)
+    assert options.price_between_nodes == 4.0
