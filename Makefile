@@ -81,7 +81,7 @@ fuzz: setup  ## the planner's C++ boundary under AddressSanitizer and UndefinedB
 	    -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir) >/dev/null
 	@cmake --build build/fuzz
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 $(RUN) -m tests.unit.planner_fuzz --module build/fuzz/out/_planner*.so
+	    ASAN_OPTIONS=detect_leaks=0 $(RUN) -m tests.unit.planning.planner_fuzz --module build/fuzz/out/_planner*.so
 
 docs:  ## the guide as pages, in build/site; fails on a broken link
 	@test -x build/docs-venv/bin/mkdocs || python3 -m venv build/docs-venv

@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from vllm_ascend_eplb.control import FIELDS, ControlChannel, Facts
-from vllm_ascend_eplb.placement import Placement
-from vllm_ascend_eplb.plan_message import pack_plan
-from vllm_ascend_eplb.policy import plan
-from vllm_ascend_eplb.rounds import SLOT, SOURCE, rounds_to_array, schedule_rounds
-from vllm_ascend_eplb.topology import Topology
+from vllm_ascend_eplb.agreement.channel import FIELDS, ControlChannel, Facts
+from vllm_ascend_eplb.planning import plan
+from vllm_ascend_eplb.planning.message import pack_plan
+from vllm_ascend_eplb.planning.schedule import schedule_rounds
+from vllm_ascend_eplb.values.placement import Placement
+from vllm_ascend_eplb.values.rounds import SLOT, SOURCE, rounds_to_array
+from vllm_ascend_eplb.values.topology import Topology
 
 from .loads import LoadGenerator
 
@@ -169,7 +170,7 @@ def times_of(ranks: int, steps: int, plan_bytes: int) -> Times:
     step_ms = STEP_MS * max(1.0, 2 * ranks / cores())  # longer where ranks share cores
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "vllm_ascend_eplb.control"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "vllm_ascend_eplb.agreement.channel"])
     pipes, processes = [], []
     for rank in range(ranks):
         ours, theirs = context.Pipe(duplex=False)

@@ -30,11 +30,12 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import loads, planner_optimum, planner_peers
-from vllm_ascend_eplb.placement import Placement, peak_to_average
-from vllm_ascend_eplb.policy import dispatch_shares, dispatch_tables, plan, shared_rank_load
-from vllm_ascend_eplb.rounds import receive_bound, schedule_rounds
-from vllm_ascend_eplb.topology import Topology
-from vllm_ascend_eplb.transfer import default_buffer_experts
+from vllm_ascend_eplb.planning import dispatch_shares, dispatch_tables, plan, shared_rank_load
+from vllm_ascend_eplb.planning.schedule import schedule_rounds
+from vllm_ascend_eplb.transfer.slots import default_buffer_experts
+from vllm_ascend_eplb.values.placement import Placement, peak_to_average
+from vllm_ascend_eplb.values.rounds import receive_bound
+from vllm_ascend_eplb.values.topology import Topology
 
 EXPERT_BYTES = 44_000_000
 """An expert of DeepSeek-V3 in int8."""

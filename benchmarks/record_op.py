@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_ascend_eplb import ops
-from vllm_ascend_eplb.load import LoadRecorder
-from vllm_ascend_eplb.placement import Placement
+from vllm_ascend_eplb.load import ops
+from vllm_ascend_eplb.load.recorder import LoadRecorder
+from vllm_ascend_eplb.values.placement import Placement
 
 TOP_K, NUM_EXPERTS, NUM_SLOTS, WIDTH = 8, 256, 288, 16
 INPUT_SETS = 8

@@ -28,8 +28,8 @@ SETTINGS = {
 
 def watch(worker: Any) -> None:
     """In a worker: takes the times, and turns recording on and off."""
-    from vllm_ascend_eplb.adaptors import vllm as adaptor
-    from vllm_ascend_eplb.adaptors import vllm_cpu
+    from vllm_ascend_eplb.adaptors.vllm import cpu as vllm_cpu
+    from vllm_ascend_eplb.adaptors.vllm import state as adaptor
 
     recorder = worker.model_runner.eplb_state.updator._recorder
     worker.watched = steps = []

@@ -181,7 +181,7 @@ def serve(mode: str, size: Size, tiny: bool) -> dict[str, Any]:
             "step_longest_ms": 1e3 * max(steps),
         }
         if mode == "ours":
-            from vllm_ascend_eplb.stats import read_stats, stats_path
+            from vllm_ascend_eplb.observe.stats_file import read_stats, stats_path
 
             path = stats_path()
             stats = read_stats(path) if path else None

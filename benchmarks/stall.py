@@ -44,17 +44,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from vllm_ascend_eplb import Placement, Plan, ops
-from vllm_ascend_eplb.adaptors.base import EplbAdaptor
-from vllm_ascend_eplb.config import EplbConfig
-from vllm_ascend_eplb.cycle import Phase
-from vllm_ascend_eplb.load import LoadRecorder
-from vllm_ascend_eplb.maps import DispatchMaps
-from vllm_ascend_eplb.process import PlanAnswer, PlanRequest
-from vllm_ascend_eplb.rounds import Round, rounds_to_array, schedule_rounds
-from vllm_ascend_eplb.topology import Topology
-from vllm_ascend_eplb.transfer import D2DExpertWeightLoader
-from vllm_ascend_eplb.updator import EplbUpdator
+from vllm_ascend_eplb import Placement, Plan
+from vllm_ascend_eplb.agreement.phases import Phase
+from vllm_ascend_eplb.balancer.served_model import EplbAdaptor
+from vllm_ascend_eplb.balancer.updator import EplbUpdator
+from vllm_ascend_eplb.load import ops
+from vllm_ascend_eplb.load.recorder import LoadRecorder
+from vllm_ascend_eplb.planning.request import PlanAnswer, PlanRequest
+from vllm_ascend_eplb.planning.schedule import schedule_rounds
+from vllm_ascend_eplb.routing.maps import DispatchMaps
+from vllm_ascend_eplb.settings.config import EplbConfig
+from vllm_ascend_eplb.transfer.loader import D2DExpertWeightLoader
+from vllm_ascend_eplb.values.rounds import Round, rounds_to_array
+from vllm_ascend_eplb.values.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -444,7 +446,7 @@ class Bench:
         gloo = {name: dist.new_group(everyone, backend="gloo") for name in ("barrier", "control", "transfer")}
         compute, device = gloo["barrier"], None
         if self.device.type == "cuda":
-            from vllm_ascend_eplb.transport_collective import bounded_nccl_options
+            from vllm_ascend_eplb.transfer.collective import bounded_nccl_options
 
             compute = dist.new_group(everyone, backend="nccl")
             device = dist.new_group(everyone, backend="nccl", pg_options=bounded_nccl_options())

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .placement import Placement, PlacementError
-from .plans import Plan, PlanError
+from .values.placement import Placement, PlacementError
+from .values.plan import Plan, PlanError
 
 if TYPE_CHECKING:
-    from .policy import dispatch_shares as dispatch_shares
-    from .policy import plan as plan
+    from .planning import dispatch_shares, plan
 
 __version__ = "0.1.0"
 __all__ = ["Placement", "PlacementError", "Plan", "PlanError", "dispatch_shares", "plan"]
@@ -21,7 +20,7 @@ __all__ = ["Placement", "PlacementError", "Plan", "PlanError", "dispatch_shares"
 
 def __getattr__(name: str) -> Any:
     if name in ("plan", "dispatch_shares"):
-        from . import policy
+        from . import planning
 
-        return getattr(policy, name)
+        return getattr(planning, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

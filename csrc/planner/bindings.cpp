@@ -272,7 +272,7 @@ Int64Array dispatch_tables(const DoubleArray& share, const Int32Array& slots, in
 }  // namespace
 
 PYBIND11_MODULE(_planner, module) {
-    module.doc() = "C++ core of vllm_ascend_eplb.policy";
+    module.doc() = "C++ core of vllm_ascend_eplb.planning";
     module.def("pack_balanced", &pack_balanced, py::arg("weight"), py::arg("order"), py::arg("packs"));
     module.def("replicate", &replicate, py::arg("weight"), py::arg("copies"));
     module.def("preserve_slots", &preserve_slots, py::arg("slots"), py::arg("old"), py::arg("num_ranks"));

@@ -21,7 +21,7 @@ import httpx
 from rich.console import Console
 
 from examples.tiny_moe.expert_load import read_prompts
-from vllm_ascend_eplb.stats import EplbStats
+from vllm_ascend_eplb.observe.stats import EplbStats
 
 from .reference import reference_tokens
 from .server import Server, ServerError

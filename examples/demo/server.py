@@ -17,7 +17,9 @@ from pathlib import Path
 
 import httpx
 
-from vllm_ascend_eplb.stats import STATS_VARIABLE, EplbStats, StatsError, read_stats
+from vllm_ascend_eplb.files.run_folder import STATS_VARIABLE
+from vllm_ascend_eplb.observe.stats import EplbStats, StatsError
+from vllm_ascend_eplb.observe.stats_file import read_stats
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "examples" / "tiny_moe"

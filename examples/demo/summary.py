@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vllm_ascend_eplb.stats import CycleRecord, EplbStats, Par
+from vllm_ascend_eplb.observe.stats import CycleRecord, EplbStats, Par
 
 from .traffic import Tally
 

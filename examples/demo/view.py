@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from vllm_ascend_eplb.stats import CycleRecord, EplbStats, Par, Window
+from vllm_ascend_eplb.observe.stats import CycleRecord, EplbStats, Par, Window
 
 BAR_WIDTH = 24
 BAR_FULL = 1.6

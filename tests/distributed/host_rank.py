@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vllm_ascend_eplb.config import EplbConfig
-from vllm_ascend_eplb.control import StartError
-from vllm_ascend_eplb.topology import Topology, host_identity
-from vllm_ascend_eplb.transfer import exchange_bytes
-from vllm_ascend_eplb.updator import start_balancer
+from vllm_ascend_eplb.agreement.exchange import StartError, exchange_bytes
+from vllm_ascend_eplb.balancer.start import start_balancer
+from vllm_ascend_eplb.settings.config import EplbConfig
+from vllm_ascend_eplb.values.topology import Topology, host_identity
 
 from .ranks import Ranks
 from .test_updator import REDUNDANT, RoutingModel

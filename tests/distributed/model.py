@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_ascend_eplb.control import ControlChannel, Facts, FlightRecorder
-from vllm_ascend_eplb.cycle import CycleSettings, CycleState, Do, Failure, Phase, advance
-from vllm_ascend_eplb.placement import Placement
-from vllm_ascend_eplb.plans import Plan
-from vllm_ascend_eplb.rounds import check_rounds, rounds_from_array, rounds_to_array, schedule_rounds
-from vllm_ascend_eplb.topology import Topology
-from vllm_ascend_eplb.transfer import D2DExpertWeightLoader
+from vllm_ascend_eplb.agreement.channel import ControlChannel, Facts, FlightRecorder
+from vllm_ascend_eplb.agreement.phases import CycleSettings, CycleState, Do, Failure, Phase
+from vllm_ascend_eplb.agreement.transition import advance
+from vllm_ascend_eplb.planning.schedule import schedule_rounds
+from vllm_ascend_eplb.transfer.loader import D2DExpertWeightLoader
+from vllm_ascend_eplb.values.placement import Placement
+from vllm_ascend_eplb.values.plan import Plan
+from vllm_ascend_eplb.values.rounds import check_rounds, rounds_from_array, rounds_to_array
+from vllm_ascend_eplb.values.topology import Topology
 
 
 def random_placement(rng: np.random.Generator, layers: int, experts: int, ranks: int, slots: int) -> Placement:

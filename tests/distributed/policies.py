@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from vllm_ascend_eplb.plans import Plan
-from vllm_ascend_eplb.process import PlanAnswer, PlanRequest, plan_request
-from vllm_ascend_eplb.rounds import rounds_to_array, schedule_rounds
-from vllm_ascend_eplb.topology import Topology
+from vllm_ascend_eplb.planning.request import PlanAnswer, PlanRequest, plan_request
+from vllm_ascend_eplb.planning.schedule import schedule_rounds
+from vllm_ascend_eplb.values.plan import Plan
+from vllm_ascend_eplb.values.rounds import rounds_to_array
+from vllm_ascend_eplb.values.topology import Topology
 
 
 def plan_slowly(request: PlanRequest) -> Plan:

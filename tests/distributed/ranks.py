@@ -18,7 +18,13 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "torch.distributed", "vllm_ascend_eplb.transfer", "vllm_ascend_eplb.control", "vllm_ascend_eplb.cycle"]
+    [
+        "torch",
+        "torch.distributed",
+        "vllm_ascend_eplb.transfer.loader",
+        "vllm_ascend_eplb.agreement.channel",
+        "vllm_ascend_eplb.agreement.transition",
+    ]
 )
 
 

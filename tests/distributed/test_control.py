@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_ascend_eplb.control import Agreed, ControlChannel, ControlError, Facts, StartError, require_equal
+from vllm_ascend_eplb.agreement.channel import Agreed, ControlChannel, ControlError, Facts
+from vllm_ascend_eplb.agreement.exchange import StartError, require_equal
 
 from .ranks import Ranks, run_ranks
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vllm_ascend_eplb.control import ControlChannel
-from vllm_ascend_eplb.elastic import GONE, arrive, carry_out, depart, hand_over, recover
-from vllm_ascend_eplb.load import LoadRecorder
-from vllm_ascend_eplb.placement import EMPTY, Placement
-from vllm_ascend_eplb.topology import Topology
-from vllm_ascend_eplb.transfer import D2DExpertWeightLoader
+from vllm_ascend_eplb.agreement.channel import ControlChannel
+from vllm_ascend_eplb.balancer.elastic import GONE, arrive, carry_out, depart, hand_over, recover
+from vllm_ascend_eplb.load.recorder import LoadRecorder
+from vllm_ascend_eplb.transfer.loader import D2DExpertWeightLoader
+from vllm_ascend_eplb.values.placement import EMPTY, Placement
+from vllm_ascend_eplb.values.topology import Topology
 
 from .model import Slots
 from .ranks import Ranks, run_ranks

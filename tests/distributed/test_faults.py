@@ -27,16 +27,19 @@ import torch
 import torch.distributed as dist
 from prometheus_client import CollectorRegistry, generate_latest
 
-from vllm_ascend_eplb import plan_message
-from vllm_ascend_eplb import process as process_module
-from vllm_ascend_eplb import updator as updator_module
-from vllm_ascend_eplb.config import EplbConfig
-from vllm_ascend_eplb.control import ControlError, StartError
-from vllm_ascend_eplb.cycle import AgreementError, Phase
-from vllm_ascend_eplb.metrics import EplbGauges
-from vllm_ascend_eplb.placement import Placement
-from vllm_ascend_eplb.process import EplbProcess, plan_request
-from vllm_ascend_eplb.updator import EplbUpdator, start_balancer
+from vllm_ascend_eplb.agreement.channel import ControlError
+from vllm_ascend_eplb.agreement.exchange import StartError
+from vllm_ascend_eplb.agreement.phases import AgreementError, Phase
+from vllm_ascend_eplb.balancer import updator as updator_module
+from vllm_ascend_eplb.balancer.start import start_balancer
+from vllm_ascend_eplb.balancer.updator import EplbUpdator
+from vllm_ascend_eplb.observe.prometheus import EplbGauges
+from vllm_ascend_eplb.planning import message as plan_message
+from vllm_ascend_eplb.planning import process as process_module
+from vllm_ascend_eplb.planning.process import EplbProcess
+from vllm_ascend_eplb.planning.request import plan_request
+from vllm_ascend_eplb.settings.config import EplbConfig
+from vllm_ascend_eplb.values.placement import Placement
 
 from . import policies
 from .model import Slots

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import pytest
 import torch.distributed as dist
 
-from vllm_ascend_eplb.config import EplbConfig
-from vllm_ascend_eplb.control import StartError
-from vllm_ascend_eplb.cycle import Phase
-from vllm_ascend_eplb.updator import EplbUpdator, start_balancer
+from vllm_ascend_eplb.agreement.exchange import StartError
+from vllm_ascend_eplb.agreement.phases import Phase
+from vllm_ascend_eplb.balancer.start import start_balancer
+from vllm_ascend_eplb.balancer.updator import EplbUpdator
+from vllm_ascend_eplb.settings.config import EplbConfig
 
 from .ranks import Ranks, run_ranks
 from .test_updator import REDUNDANT, RoutingModel

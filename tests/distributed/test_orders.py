@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from vllm_ascend_eplb import updator as updator_module
-from vllm_ascend_eplb.config import EplbConfig
-from vllm_ascend_eplb.orders import Order, OrderBox, write_order
-from vllm_ascend_eplb.process import EplbProcess
-from vllm_ascend_eplb.updator import EplbUpdator
+from vllm_ascend_eplb.balancer import updator as updator_module
+from vllm_ascend_eplb.balancer.orders import Order, OrderBox, write_order
+from vllm_ascend_eplb.balancer.updator import EplbUpdator
+from vllm_ascend_eplb.planning.process import EplbProcess
+from vllm_ascend_eplb.settings.config import EplbConfig
 
 from .ranks import Ranks, run_ranks
 from .test_updator import REDUNDANT, RoutingModel

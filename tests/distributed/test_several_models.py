@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from vllm_ascend_eplb import transport
-from vllm_ascend_eplb.config import EplbConfig
-from vllm_ascend_eplb.control import StartError
-from vllm_ascend_eplb.cycle import Phase
-from vllm_ascend_eplb.transfer import TransferError
-from vllm_ascend_eplb.updator import EplbUpdator, start_balancer
+from vllm_ascend_eplb.agreement.exchange import StartError
+from vllm_ascend_eplb.agreement.phases import Phase
+from vllm_ascend_eplb.balancer.start import start_balancer
+from vllm_ascend_eplb.balancer.updator import EplbUpdator
+from vllm_ascend_eplb.settings.config import EplbConfig
+from vllm_ascend_eplb.transfer import gloo
+from vllm_ascend_eplb.transfer.loader import TransferError
 
 from .ranks import Ranks, run_ranks
 from .test_updator import RoutingModel
@@ -73,7 +74,7 @@ def hold_back(updator: EplbUpdator, seed: int) -> None:
 
 def serve_two(ranks: Ranks, cycles: int, own_tags: bool = True) -> Seen:
     if not own_tags:
-        transport._tag = lambda _, index: index  # type: ignore[assignment]
+        gloo._tag = lambda _, index: index  # type: ignore[assignment]
     both = models(ranks)
     updators = [start_balancer(model, CONFIG) for model in both]
     for number, updator in enumerate(updators):

@@ -24,13 +24,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from vllm_ascend_eplb import updator as updator_module
-from vllm_ascend_eplb.config import EplbConfig
-from vllm_ascend_eplb.cycle import Phase
-from vllm_ascend_eplb.private_folder import OWNED_FOLDER
-from vllm_ascend_eplb.process import STATS_VARIABLE, EplbProcess
-from vllm_ascend_eplb.stats import provide_stats_path
-from vllm_ascend_eplb.updator import start_balancer
+from vllm_ascend_eplb.agreement.phases import Phase
+from vllm_ascend_eplb.balancer import updator as updator_module
+from vllm_ascend_eplb.balancer.start import start_balancer
+from vllm_ascend_eplb.files.run_folder import OWNED_FOLDER, STATS_VARIABLE
+from vllm_ascend_eplb.observe.stats_file import provide_stats_path
+from vllm_ascend_eplb.planning.process import EplbProcess
+from vllm_ascend_eplb.settings.config import EplbConfig
 
 from ..processes import left_semaphores, semaphores, session_members, title
 from . import policies

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vllm_ascend_eplb.cycle import Phase
-from vllm_ascend_eplb.load import LoadRecorder
-from vllm_ascend_eplb.maps import DispatchMaps
-from vllm_ascend_eplb.ops import map_and_record
+from vllm_ascend_eplb.agreement.phases import Phase
+from vllm_ascend_eplb.load.ops import map_and_record
+from vllm_ascend_eplb.load.recorder import LoadRecorder
+from vllm_ascend_eplb.routing.maps import DispatchMaps
 
 from .model import Driver, Outcome, Trouble, expert_tensors
 from .ranks import Ranks, run_ranks
@@ -29,7 +29,7 @@ def make_driver(ranks: Ranks, transport: str, options: dict[str, Any]) -> Driver
     torch.cuda.set_device(device)
     group = None
     if transport == "nccl":
-        from vllm_ascend_eplb.transport_collective import bounded_nccl_options
+        from vllm_ascend_eplb.transfer.collective import bounded_nccl_options
 
         group = dist.new_group(backend="nccl", pg_options=bounded_nccl_options())
     trouble = Trouble(step_delay=0.002, message_delay=0.004, planner_steps=4, damage=0.02)
@@ -182,9 +182,9 @@ def test_a_captured_graph_whose_maps_stay_behind_is_noticed() -> None:
 
 
 def refuse(ranks: Ranks) -> list[str]:
-    from vllm_ascend_eplb.transfer import TransferError
-    from vllm_ascend_eplb.transport import Streams
-    from vllm_ascend_eplb.transport_collective import CollectiveTransport, bounded_nccl_options
+    from vllm_ascend_eplb.transfer.collective import CollectiveTransport, bounded_nccl_options
+    from vllm_ascend_eplb.transfer.loader import TransferError
+    from vllm_ascend_eplb.transfer.transport import Streams
 
     device = torch.device("cuda", ranks.rank)
     torch.cuda.set_device(device)

@@ -18,19 +18,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vllm_ascend_eplb import balancedness, ops
-from vllm_ascend_eplb.adaptors.base import EplbAdaptor
-from vllm_ascend_eplb.config import EplbConfig
-from vllm_ascend_eplb.control import ControlError
-from vllm_ascend_eplb.cycle import AgreementError, Phase, early
-from vllm_ascend_eplb.load import LoadRecorder
-from vllm_ascend_eplb.maps import DispatchMaps
-from vllm_ascend_eplb.placement import Placement
-from vllm_ascend_eplb.plans import Plan
-from vllm_ascend_eplb.process import EplbProcess, PlanRequest, plan_request
-from vllm_ascend_eplb.tables import DispatchTables
-from vllm_ascend_eplb.topology import Topology
-from vllm_ascend_eplb.updator import EplbUpdator
+from vllm_ascend_eplb.agreement.channel import ControlError
+from vllm_ascend_eplb.agreement.phases import AgreementError, Phase, early
+from vllm_ascend_eplb.balancer import balancedness
+from vllm_ascend_eplb.balancer.served_model import EplbAdaptor
+from vllm_ascend_eplb.balancer.updator import EplbUpdator
+from vllm_ascend_eplb.load import ops
+from vllm_ascend_eplb.load.recorder import LoadRecorder
+from vllm_ascend_eplb.planning.process import EplbProcess
+from vllm_ascend_eplb.planning.request import PlanRequest, plan_request
+from vllm_ascend_eplb.routing.maps import DispatchMaps
+from vllm_ascend_eplb.routing.weighted import DispatchTables
+from vllm_ascend_eplb.settings.config import EplbConfig
+from vllm_ascend_eplb.values.placement import Placement
+from vllm_ascend_eplb.values.plan import Plan
+from vllm_ascend_eplb.values.topology import Topology
 
 from .model import Slots
 from .ranks import Ranks, run_ranks

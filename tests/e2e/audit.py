@@ -15,7 +15,7 @@ AUDIT = "EPLB_TEST_AUDIT"
 def audit_steps() -> None:
     """In every process, as it starts: each worker writes a line of JSON for each of its steps: the tokens that the
     scheduler gave it, whether they were to be recorded, and what the recorder then counted in every layer."""
-    from vllm_ascend_eplb.post_import import after_import
+    from vllm_ascend_eplb.adaptors.post_import import after_import
 
     scheduled = [0]
     file = Path(os.environ[AUDIT]) / str(os.getpid())
@@ -53,4 +53,4 @@ def audit_steps() -> None:
         module.VllmEplbState.forward_before, module.VllmEplbState.step = watched_before, watched_step
 
     after_import("vllm.v1.worker.gpu_model_runner", watch_runner)
-    after_import("vllm_ascend_eplb.adaptors.vllm", watch_state)
+    after_import("vllm_ascend_eplb.adaptors.vllm.state", watch_state)

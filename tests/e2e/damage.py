@@ -30,7 +30,7 @@ def kill_in(phase: str) -> str:
 def damage_on_request() -> None:
     """In every process, as it starts: the first weight of an expert that has another copy grows by half, the planner is
     killed, or a round of transfers throws."""
-    from vllm_ascend_eplb.post_import import after_import
+    from vllm_ascend_eplb.adaptors.post_import import after_import
 
     requests = Path(os.environ[REQUESTS])
 
@@ -64,8 +64,8 @@ def damage_on_request() -> None:
         throw(module, "prepare", requests / NO_MEMORY, MemoryError("planted before the gate"))
         throw(module, "_issue_part", requests / NO_ISSUE, RuntimeError("planted behind the gate"))
 
-    after_import("vllm_ascend_eplb.updator", patch)
-    after_import("vllm_ascend_eplb.transfer", patch_transfers)
+    after_import("vllm_ascend_eplb.balancer.updator", patch)
+    after_import("vllm_ascend_eplb.transfer.loader", patch_transfers)
 
 
 def taken(request: Path) -> bool:

@@ -145,7 +145,7 @@ def install(worker: Any) -> None:
     updator.forward_before = watched_step
     updator._recorder.snapshot = counted_snapshot
     if current_platform.is_cpu():  # where the experts are computed in Python
-        from vllm_ascend_eplb.adaptors import vllm_cpu
+        from vllm_ascend_eplb.adaptors.vllm import cpu as vllm_cpu
 
         compute = vllm_cpu.cpu_local_experts
         vllm_cpu.cpu_local_experts = watched_compute
@@ -289,7 +289,8 @@ def routing_that_is_refused(worker: Any) -> list[str]:
     gathered before they are routed, or one that routes by itself; and of the layers as they are."""
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-    from vllm_ascend_eplb.adaptors.vllm import SeamError, _require_routing_of_own_tokens
+    from vllm_ascend_eplb.adaptors.vllm.adaptor import _require_routing_of_own_tokens
+    from vllm_ascend_eplb.adaptors.vllm.seams import SeamError
 
     model = worker.model_runner.model
     layer = next(module for module in model.modules() if isinstance(module, MoERunner))

@@ -37,9 +37,8 @@ import httpx
 from examples.demo.reference import reference_tokens
 from examples.demo.server import REPOSITORY, Server, ServerError
 from examples.tiny_moe.expert_load import read_prompts
-from vllm_ascend_eplb.expert_map import ExpertMapError, read_expert_map
-from vllm_ascend_eplb.private_folder import OWNED_FOLDER
-from vllm_ascend_eplb.stats import STATS_VARIABLE
+from vllm_ascend_eplb.files.expert_map import ExpertMapError, read_expert_map
+from vllm_ascend_eplb.files.run_folder import OWNED_FOLDER, STATS_VARIABLE
 
 from ..processes import left_semaphores, parent, semaphores, title
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from vllm_ascend_eplb.stats import EplbStats
+from vllm_ascend_eplb.observe.stats import EplbStats
 
 from .audit import AUDIT
 from .conftest import BUSY, prompts

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from vllm_ascend_eplb.expert_map import read_expert_map
-from vllm_ascend_eplb.orders import Order, orders_path, write_order
-from vllm_ascend_eplb.stats import EplbStats
+from vllm_ascend_eplb.balancer.orders import Order, orders_path, write_order
+from vllm_ascend_eplb.files.expert_map import read_expert_map
+from vllm_ascend_eplb.observe.stats import EplbStats
 
 from .conftest import prompts
 from .damage import DAMAGE, NO_ISSUE, NO_MEMORY, REQUESTS, kill_in

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from vllm_ascend_eplb.stats import STATS_VARIABLE, EplbStats, read_stats
+from vllm_ascend_eplb.files.run_folder import STATS_VARIABLE
+from vllm_ascend_eplb.observe.stats import EplbStats
+from vllm_ascend_eplb.observe.stats_file import read_stats
 
 from ..hosts import ADDRESSES, Hosts, two_hosts, why_not
 from .conftest import BUSY, START_SECONDS, kill_session, prompts, wait_until

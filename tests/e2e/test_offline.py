@@ -9,10 +9,10 @@ import re
 import numpy as np
 import pytest
 
-from vllm_ascend_eplb.expert_map import write_expert_map
-from vllm_ascend_eplb.placement import Placement
+from vllm_ascend_eplb.files.expert_map import write_expert_map
+from vllm_ascend_eplb.observe.stats import EplbStats
 from vllm_ascend_eplb.report import make_page
-from vllm_ascend_eplb.stats import EplbStats
+from vllm_ascend_eplb.values.placement import Placement
 
 from .conftest import BUSY, GUESSES, PATTERN, prompts, reference_run
 
@@ -321,7 +321,7 @@ def change(module):
         return config.model_copy(update={"algorithm_execution_interval": 7}) if on_rank_one else config
     module.EplbConfig.from_additional_config = classmethod(other)
 
-after_import("vllm_ascend_eplb.config", change)
+after_import("vllm_ascend_eplb.settings.config", change)
 """
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from examples.demo.server import Server
-from vllm_ascend_eplb.expert_map import read_expert_map
-from vllm_ascend_eplb.map_recorder import load_path
-from vllm_ascend_eplb.placement import Placement
-from vllm_ascend_eplb.stats import EplbStats
+from vllm_ascend_eplb.files.expert_map import read_expert_map
+from vllm_ascend_eplb.files.map_recorder import load_path
+from vllm_ascend_eplb.observe.stats import EplbStats
+from vllm_ascend_eplb.values.placement import Placement
 
 from ..processes import left_semaphores, semaphores
 from .conftest import BUSY, START_SECONDS, prompts, wait_until

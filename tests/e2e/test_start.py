@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from vllm_ascend_eplb.expert_map import write_expert_map
-from vllm_ascend_eplb.placement import Placement
+from vllm_ascend_eplb.files.expert_map import write_expert_map
+from vllm_ascend_eplb.values.placement import Placement
 
 from .mtp_model import CONFIG
 from .offline import MODEL, environment
@@ -179,7 +179,7 @@ for name, (settings, arguments) in json.loads(sys.stdin.read()).items():
             "enable_eplb": parallel.enable_eplb,
             "worker_cls": parallel.worker_cls,
             "redundant": parallel.eplb_config.num_redundant_experts,
-            "adaptor": "vllm_ascend_eplb.adaptors.vllm" in sys.modules,
+            "adaptor": "vllm_ascend_eplb.adaptors.vllm.state" in sys.modules,
         }
 print("ANSWERS" + json.dumps(answers))
 """

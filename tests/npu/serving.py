@@ -18,7 +18,8 @@ import httpx
 import numpy as np
 
 from examples.demo.server import MAX_TOKENS_PER_REQUEST, MODEL, Server
-from vllm_ascend_eplb.stats import EplbStats, read_stats
+from vllm_ascend_eplb.observe.stats import EplbStats
+from vllm_ascend_eplb.observe.stats_file import read_stats
 
 from ..processes import parent, title
 from . import npus

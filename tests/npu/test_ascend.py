@@ -37,7 +37,7 @@ def run(
 
 def test_the_four_names_are_taken_over() -> None:
     (result,) = run("surface", 1, []).results
-    assert result["modules"] == ["vllm_ascend_eplb.adaptors.ascend"] * 4
+    assert result["modules"] == ["vllm_ascend_eplb.adaptors.ascend.runner"] * 4
     assert result["settings"] == ""
     assert result["counts"] is True  # in every forward
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_ascend_eplb.expert_map import read_expert_map, write_expert_map
-from vllm_ascend_eplb.placement import Placement
+from vllm_ascend_eplb.files.expert_map import read_expert_map, write_expert_map
+from vllm_ascend_eplb.values.placement import Placement
 
 from . import npus, serving
 from .serving import MISSING, SETTINGS, TOKENS, NpuServer, freeze_weights_until_noticed, serve_until

@@ -14,7 +14,8 @@ from examples.demo.summary import DomainResult, Summary
 from examples.demo.traffic import Tally
 from examples.demo.view import View
 from examples.tiny_moe.expert_load import domains, read_prompts
-from vllm_ascend_eplb.stats import EplbStats, StatsKeeper
+from vllm_ascend_eplb.observe.keeper import StatsKeeper
+from vllm_ascend_eplb.observe.stats import EplbStats
 
 SKEWED, EVEN = [[30.0, 10.0]], [[20.0, 20.0]]
 

@@ -13,8 +13,9 @@ from typing import Annotated
 
 import typer
 
-from ..orders import MAX_INTERVAL, Order, orders_path, write_order
-from ..stats import EplbStats, read_stats, stats_path
+from ..balancer.orders import MAX_INTERVAL, Order, orders_path, write_order
+from ..observe.stats import EplbStats
+from ..observe.stats_file import read_stats, stats_path
 from .output import CommandError, JsonOption, print_json, user_errors
 
 

@@ -17,8 +17,9 @@ import typer
 from rich.console import Console
 
 from .. import __version__
-from ..adaptors.ascend_config import contradictions
-from ..config import EplbConfig, EplbConfigError
+from ..adaptors.ascend.hand_over import contradictions
+from ..settings.config import EplbConfig
+from ..settings.messages import EplbConfigError
 from .output import CommandError, JsonOption, console, print_json, table, user_errors
 from .probe import MARK
 

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from ..expert_map import default_form, read_expert_map, write_expert_map
-from ..placement import Placement
-from ..traces import read_trace
+from ..files.expert_map import default_form, read_expert_map, write_expert_map
+from ..files.traces import read_trace
+from ..values.placement import Placement
 from .output import CommandError, JsonOption, console, print_json, table, user_errors
 
 

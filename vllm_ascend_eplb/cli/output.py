@@ -13,15 +13,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..config import EplbConfigError
-from ..expert_map import ExpertMapError
-from ..files import FileError
-from ..orders import OrderError
-from ..placement import PlacementError
-from ..policy import PlanInputError
-from ..simulate import SimulationError
-from ..stats import StatsError
-from ..traces import TraceError
+from ..balancer.orders import OrderError
+from ..files.disk import FileError
+from ..files.expert_map import ExpertMapError
+from ..files.traces import TraceError
+from ..observe.stats import StatsError
+from ..planning import PlanInputError
+from ..settings.messages import EplbConfigError
+from ..simulate.result import SimulationError
+from ..values.placement import PlacementError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 

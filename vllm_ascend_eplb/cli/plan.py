@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from ..expert_map import read_expert_map, write_expert_map
-from ..files import check_place
-from ..placement import Placement
-from ..policy import plan as make_plan
-from ..stats import Par
-from ..traces import read_trace
+from ..files.disk import check_place
+from ..files.expert_map import read_expert_map, write_expert_map
+from ..files.traces import read_trace
+from ..observe.stats import Par
+from ..planning import plan as make_plan
+from ..values.placement import Placement
 from .maps import Form
 from .output import CommandError, JsonOption, console, print_json, table, user_errors
 

@@ -38,7 +38,7 @@ def seams() -> dict[str, Any]:
         import vllm
         from vllm.platforms import current_platform
 
-        from ..adaptors.vllm_seams import CHECKED_VERSIONS, SEAMS, is_checked, missing_seams
+        from ..adaptors.vllm.seams import CHECKED_VERSIONS, SEAMS, is_checked, missing_seams
 
         platform = str(current_platform.device_type)
         if platform == "npu":
@@ -61,9 +61,10 @@ def ascend() -> dict[str, Any]:
     """What vllm-ascend is installed, and what the model runner that is chosen does that our adaptor does not know."""
     from vllm.plugins import load_general_plugins
 
-    from ..adaptors import ascend as adaptor
-    from ..adaptors import ascend_config, ascend_v2
-    from ..adaptors.vllm_seams import missing_seams, not_found
+    from ..adaptors.ascend import hand_over as ascend_config
+    from ..adaptors.ascend import runner as adaptor
+    from ..adaptors.ascend import second_runner as ascend_v2
+    from ..adaptors.vllm.seams import missing_seams, not_found
 
     found: dict[str, Any] = {
         "ascend_version": ascend_config.installed_version(),

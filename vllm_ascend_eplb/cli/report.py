@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from ..files import read_bounded, write_atomic
-from ..map_recorder import RecordedMap, read_recorded
+from ..files.disk import read_bounded, write_atomic
+from ..files.map_recorder import RecordedMap, read_recorded
+from ..observe.stats import EplbStats, StatsError
 from ..report import make_page
-from ..simulate import MAX_SIMULATION_BYTES, Simulation, SimulationError
-from ..stats import EplbStats, StatsError
+from ..simulate.result import MAX_SIMULATION_BYTES, Simulation, SimulationError
 from .output import CommandError, JsonOption, console, print_json, show_bytes, user_errors
 
 NAMES: dict[type, str] = {EplbStats: "statistics file", Simulation: "simulation", RecordedMap: "map"}

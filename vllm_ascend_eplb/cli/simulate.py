@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from .. import __version__
-from ..config import EplbConfig, EplbConfigError
-from ..cost import LINK_EFFICIENCY, MACHINES, CostModel, Machine, MoeShape, model_of_shape
-from ..files import check_place, write_atomic
-from ..simulate import POLICY_CHOICES, Conditions, PolicyChoice, Simulation, grid, replays
-from ..simulate import simulate as run_simulation
-from ..traces import Trace, read_trace
+from ..files.disk import check_place, write_atomic
+from ..files.traces import Trace, read_trace
+from ..settings.config import EplbConfig
+from ..settings.messages import EplbConfigError
+from ..simulate.cost import LINK_EFFICIENCY, MACHINES, CostModel, Machine, MoeShape, model_of_shape
+from ..simulate.replay import grid, replays
+from ..simulate.replay import simulate as run_simulation
+from ..simulate.result import POLICY_CHOICES, Conditions, PolicyChoice, Simulation
 from .output import CommandError, JsonOption, console, print_json, show_bytes, show_seconds, table, user_errors
 
 TABLES = {

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
-from ..map_recorder import RecordedMap
-from ..placement import Placement
-from ..simulate import Outcome, Simulation
-from ..stats import CycleRecord, EplbStats, Par
+from ..files.map_recorder import RecordedMap
+from ..observe.stats import CycleRecord, EplbStats, Par
+from ..simulate.result import Outcome, Simulation
+from ..values.placement import Placement
 from .charts import Line, bar_chart, heat_map, line_chart
 
 MAX_TABLE_ROWS = 64

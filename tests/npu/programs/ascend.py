@@ -22,9 +22,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vllm_ascend_eplb.expert_map import write_expert_map
-from vllm_ascend_eplb.placement import Placement
-from vllm_ascend_eplb.process import EplbProcess
+from vllm_ascend_eplb.adaptors import handed_over
+from vllm_ascend_eplb.adaptors.ascend import routing
+from vllm_ascend_eplb.files.expert_map import write_expert_map
+from vllm_ascend_eplb.planning.process import EplbProcess
+from vllm_ascend_eplb.values.placement import Placement
 
 from . import slow
 
@@ -74,7 +76,7 @@ def _runner_module(ours: bool) -> ModuleType:
     import vllm_ascend.worker.model_runner_v1 as runner
 
     if ours:
-        from vllm_ascend_eplb.adaptors import ascend
+        from vllm_ascend_eplb.adaptors.ascend import runner as ascend
 
         ascend.take_over(runner)
     return runner
@@ -289,7 +291,7 @@ def balance(
     stage = {"eplb_heat_collection_stage": "decode" if fault == "skew" else "all"}
     config = stock_config({**settings, **stage, "eplb_policy_type": 2})
     if ours:
-        from vllm_ascend_eplb.adaptors import ascend, ascend_config
+        from vllm_ascend_eplb.adaptors.ascend import hand_over as ascend_config
 
         if fault == "map":
             path = Path(tempfile.gettempdir()) / f"eplb-map-{os.environ['MASTER_PORT']}.json"  # one for all ranks
@@ -299,8 +301,8 @@ def balance(
         given = {"eplb_config": {**settings, **stage, "transport": "hccl"}}
         config = stock_config(ascend_config.hand_over(given)["eplb_config"])
         assert config.dynamic_eplb
-        runner.EplbUpdator.settings = ascend_config.settings_of(given)
-        ascend.ranks_own_their_tokens = lambda: owned  # type: ignore[assignment]
+        runner.EplbUpdator.settings = handed_over.settings_of(given)
+        routing.ranks_own_their_tokens = lambda: owned  # type: ignore[assignment]
     layers = [Layer(number, config, owned, quantised) for number in range(LAYERS)]
     torch.npu.synchronize()
     runner.VllmEplbAdaptor._registered_moe_layers[:] = layers
@@ -380,7 +382,7 @@ def balance(
     result: dict[str, Any] = {"wrong": wrong, "placements": len(moved), "slowest": slowest}
     if fault == "map":
         maps = [layer.global_expert_map.cpu().numpy() for layer in layers]
-        assert ascend.placement_of(maps, layers[0].local_num_experts) == _some_placement(redundant)
+        assert adaptor.placement_of(maps, layers[0].local_num_experts) == _some_placement(redundant)
         dist.barrier()
         if RANK == 0:
             Path(config.expert_map_path).unlink()
@@ -410,7 +412,8 @@ def _some_placement(redundant: int) -> Placement:
 def surface() -> dict[str, Any]:
     """Whose classes the runner has, and what our settings become for vllm-ascend."""
     runner = _runner_module(True)
-    from vllm_ascend_eplb.adaptors import ascend, ascend_config
+    from vllm_ascend_eplb.adaptors.ascend import hand_over as ascend_config
+    from vllm_ascend_eplb.adaptors.ascend import runner as ascend
 
     modules = [
         getattr(runner, name).__module__
@@ -421,7 +424,7 @@ def surface() -> dict[str, Any]:
     wrong = ""
     if not stock_config(changed["eplb_config"]).dynamic_eplb or os.environ["DYNAMIC_EPLB"] != "true":
         wrong = "vllm-ascend would not balance"
-    ours = ascend_config.settings_of(copy.deepcopy(changed))
+    ours = handed_over.settings_of(copy.deepcopy(changed))
     if ours.target_par != 1.1 or ours.transport != "hccl":
         wrong = "our settings were lost"
     if set(changed) != {"eplb_config"} or "target_par" in changed["eplb_config"] or len(given["eplb_config"]) != 4:
@@ -435,7 +438,7 @@ def strange_runner() -> dict[str, Any]:
     import inspect
 
     runner = _runner_module(False)
-    from vllm_ascend_eplb.adaptors import ascend
+    from vllm_ascend_eplb.adaptors.ascend import runner as ascend
 
     source, stock = inspect.getsource(runner), runner.EplbUpdator
     changed = source + "\n        self.eplb_updator.something_new()\n"

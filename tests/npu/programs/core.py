@@ -15,17 +15,17 @@ import torch.distributed as dist
 
 from tests.distributed.model import Driver, Slots, Trouble, expert_tensors, random_placement
 from tests.distributed.ranks import Ranks
-from vllm_ascend_eplb import ops
-from vllm_ascend_eplb.adaptors.base import EplbAdaptor
-from vllm_ascend_eplb.config import EplbConfig
-from vllm_ascend_eplb.load import LoadRecorder
-from vllm_ascend_eplb.maps import DispatchMaps
-from vllm_ascend_eplb.placement import Placement
-from vllm_ascend_eplb.process import EplbProcess
-from vllm_ascend_eplb.rounds import Round
-from vllm_ascend_eplb.topology import Topology
-from vllm_ascend_eplb.transfer import D2DExpertWeightLoader
-from vllm_ascend_eplb.updator import EplbUpdator
+from vllm_ascend_eplb.balancer.served_model import EplbAdaptor
+from vllm_ascend_eplb.balancer.updator import EplbUpdator
+from vllm_ascend_eplb.load import ops
+from vllm_ascend_eplb.load.recorder import LoadRecorder
+from vllm_ascend_eplb.planning.process import EplbProcess
+from vllm_ascend_eplb.routing.maps import DispatchMaps
+from vllm_ascend_eplb.settings.config import EplbConfig
+from vllm_ascend_eplb.transfer.loader import D2DExpertWeightLoader
+from vllm_ascend_eplb.values.placement import Placement
+from vllm_ascend_eplb.values.rounds import Round
+from vllm_ascend_eplb.values.topology import Topology
 
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 

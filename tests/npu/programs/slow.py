@@ -3,8 +3,8 @@
 
 import time
 
-from vllm_ascend_eplb.plans import Plan
-from vllm_ascend_eplb.process import PlanRequest, plan_request
+from vllm_ascend_eplb.planning.request import PlanRequest, plan_request
+from vllm_ascend_eplb.values.plan import Plan
 
 SECONDS = 2.0
 

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's state API: the same maps, shapes and dtypes as vLLM's own functions give."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+theirs = pytest.importorskip("vllm.distributed.eplb.eplb_state")
+
+from vllm_ascend_eplb.adaptors.vllm.eplb_state import (  # noqa: E402
+    EpConfigurationError,
+    EplbState,
+    build_initial_global_physical_to_logical_map,
+    compute_logical_maps,
+)
+from vllm_ascend_eplb.agreement.phases import (  # noqa: E402
+    CycleSettings,
+    CycleState,
+    Phase,
+    early,
+)
+from vllm_ascend_eplb.agreement.transition import advance  # noqa: E402
+from vllm_ascend_eplb.balancer.balancedness import load_stats  # noqa: E402
+
+LAYERS, EXPERTS, REDUNDANT = 3, 8, 4
+
+
+class Model:
+    """What vLLM's MixtureOfExperts protocol says of a model; keeps what it is given, layer by layer."""
+
+    def __init__(self, **other):
+        self.num_moe_layers = LAYERS
+        self.num_routed_experts = self.num_logical_experts = EXPERTS
+        self.num_redundant_experts = REDUNDANT
+        self.num_physical_experts = EXPERTS + REDUNDANT
+        self.num_expert_groups = 1
+        vars(self).update(other)
+
+    def set_eplb_state(self, expert_load_view, logical_to_physical_map, logical_replica_count):
+        self.layers = [theirs.EplbLayerState() for _ in range(self.num_moe_layers)]
+        for index, layer in enumerate(self.layers):
+            layer.set_layer_state(index, expert_load_view, logical_to_physical_map, logical_replica_count)
+
+
+def config(name="main"):
+    return SimpleNamespace(model=name, compute_hash=lambda: name)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    layers=st.integers(1, 4),
+    experts=st.integers(1, 40),
+    slots=st.integers(1, 60),
+    dtype=st.sampled_from([torch.int64, torch.int32]),
+)
+def test_logical_maps_are_equal_to_vllm(seed, layers, experts, slots, dtype):
+    rng = np.random.default_rng(seed)
+    held = torch.from_numpy(rng.integers(-1, experts, (layers, slots)))
+    held = held.to(dtype)
+    for given_map in (held, held[0]):
+        # vLLM's function indexes with the map itself, which torch allows for int64 only.
+        expected = theirs.compute_logical_maps(given_map.long(), experts)
+        for made, their in zip(compute_logical_maps(given_map, experts), expected, strict=True):
+            assert made.dtype == dtype
+            assert made.shape == their.shape
+            assert torch.equal(made.long(), their)
+
+
+def test_the_comparison_can_fail():
+    held = torch.tensor([[0, 1, 1, -1]])
+    assert not torch.equal(compute_logical_maps(held, 2)[0], theirs.compute_logical_maps(held.flip(1), 2)[0])
+
+
+def test_a_layer_without_experts():
+    inverse, count = compute_logical_maps(torch.full((2, 3), -1), 4)
+    assert inverse.shape == (2, 4, 0)
+    assert count.sum() == 0
+
+
+@pytest.mark.parametrize("held", [torch.zeros((1, 1, 1), dtype=torch.int64), torch.tensor([4]), torch.tensor([-2])])
+def test_maps_of_another_kind_are_refused(held):
+    with pytest.raises(EpConfigurationError, match=r"give \[layers, slots\]|allowed are 0..3"):
+        compute_logical_maps(held, 4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(experts=st.integers(1, 300), redundant=st.integers(0, 700))
+def test_the_initial_map_is_vllms(experts, redundant):
+    ours = build_initial_global_physical_to_logical_map(experts, redundant)
+    assert ours == theirs.EplbState.build_initial_global_physical_to_logical_map(experts, redundant)
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), ranks=st.sampled_from([1, 2, 4, 16]), most=st.sampled_from([0, 3, 10**6]))
+def test_balancedness_is_computed_as_vllm_does(seed, ranks, most):
+    tokens = torch.from_numpy(np.random.default_rng(seed).integers(0, most + 1, (5, 4 * ranks)))
+    average, busiest = theirs._compute_eplb_load_stats(tokens.reshape(5, ranks, -1).sum(dim=-1).float())
+    ours = load_stats(tokens, ranks)
+    assert (ours.avg_tokens, ours.max_tokens) == (average.item(), busiest.item())
+    assert ours.balancedness == (average.item() / busiest.item() if busiest > 0 else 0.0)
+
+
+def test_views_have_vllms_shapes_and_dtypes_and_one_address():
+    state, model = EplbState(None, torch.device("cpu")), Model()
+    state.add_model(model, config())
+    (its,) = state.model_states.values()
+    assert (its.model_name, its.model) == ("main", model)
+    for made, shape, dtype in (
+        (its.physical_to_logical_map, (LAYERS, EXPERTS + REDUNDANT), torch.int64),
+        (its.logical_to_physical_map, (LAYERS, EXPERTS, REDUNDANT + 1), torch.int64),
+        (its.logical_replica_count, (LAYERS, EXPERTS), torch.int64),
+        (its.expert_load_pass, (LAYERS, EXPERTS + REDUNDANT), torch.int32),
+    ):
+        assert (tuple(made.shape), made.dtype) == (shape, dtype)
+    rng = np.random.default_rng(0)
+    mapping = torch.from_numpy(
+        np.stack([rng.permutation(np.r_[np.arange(EXPERTS), [0, 0, 5, -1]]) for _ in range(LAYERS)])
+    )
+    its.expert_load_pass += 1
+    state.update_mapping(config(), mapping)
+    assert torch.equal(its.physical_to_logical_map, mapping)
+    inverse, count = theirs.compute_logical_maps(mapping, EXPERTS)
+    for index, layer in enumerate(model.layers):  # what the routers were given at the start
+        assert torch.equal(layer.logical_to_physical_map[:, : inverse.shape[-1]], inverse[index])
+        assert (layer.logical_to_physical_map[:, inverse.shape[-1] :] == -1).all()
+        assert torch.equal(layer.logical_replica_count, count[index])
+        assert (layer.expert_load_view == 0).all()
+        ours = its.layer(index)
+        assert ours.logical_to_physical_map.data_ptr() == layer.logical_to_physical_map.data_ptr()
+        assert ours.expert_load_view.data_ptr() == layer.expert_load_view.data_ptr()
+    again = EplbState.from_mapping(Model(), config(), torch.device("cpu"), None, mapping)
+    assert torch.equal(again.model_states["main"].logical_to_physical_map, its.logical_to_physical_map)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "says"),
+    [
+        (torch.zeros((LAYERS, 3), dtype=torch.int64), "shape"),
+        (torch.zeros((LAYERS, EXPERTS + REDUNDANT), dtype=torch.int64), "copies; allowed are 1..5"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_changes_nothing(mapping, says):
+    state = EplbState(None, torch.device("cpu"))
+    state.add_model(Model(), config())
+    before = state.model_states["main"].logical_to_physical_map.clone()
+    with pytest.raises(EpConfigurationError, match=says):
+        state.update_mapping(config(), mapping)
+    assert torch.equal(state.model_states["main"].logical_to_physical_map, before)
+
+
+def test_models_that_agree_stand_beside_each_other():
+    state = EplbState(None, torch.device("cpu"))
+    state.add_model(Model(), config())
+    state.add_model(Model(num_moe_layers=1), config("drafter"), model_name="its drafter")
+    assert [its.model_name for its in state.model_states.values()] == ["main", "its drafter"]
+
+
+@pytest.mark.parametrize("name", ["num_routed_experts", "num_redundant_experts", "num_expert_groups"])
+def test_a_model_that_does_not_agree_is_refused_with_the_name_of_what_differs(name):
+    state = EplbState(None, torch.device("cpu"))
+    state.add_model(Model(), config())
+    other = Model(**{name: 2})
+    with pytest.raises(EpConfigurationError, match=f"{name} 2, Model has"):
+        state.add_model(other, config("drafter"))
+    with pytest.raises(RuntimeError):  # and so does vLLM
+        theirs.EplbState.assert_confs_equal(Model(), other)
+    assert list(state.model_states) == ["main"]
+
+
+def vllm_rearranges_after(interval, idle, monkeypatch):
+    """The number of calls of vLLM's own step() at which it first rearranges."""
+    state = theirs.EplbState.__new__(theirs.EplbState)
+    happened = []
+    eplb = SimpleNamespace(log_balancedness_interval=1, step_interval=interval, window_size=5)
+    vars(state).update(
+        parallel_config=SimpleNamespace(eplb_config=eplb),
+        model_states={},
+        is_async=False,
+        should_record_tensor=None,
+        expert_load_window_size=5,
+        expert_load_window_step=0,
+        expert_rearrangement_step_interval=interval,
+        expert_rearrangement_step=max(0, interval - interval // 4),  # as its add_model sets it
+        rearrange=lambda **_: happened.append(True),
+    )
+    monkeypatch.setattr(theirs, "get_ep_group", lambda: SimpleNamespace(device_group=None))
+    for number in range(1, interval + 2):
+        state.step(is_dummy=bool(idle(number)))
+        if happened:
+            return number
+    return None
+
+
+@pytest.mark.parametrize(
+    "idle", [lambda _: False, lambda _: True, lambda number: number % 3], ids=["busy", "idle", "mixed"]
+)
+def test_the_first_cycle_begins_at_vllms_step(idle, monkeypatch):
+    for interval in (1, 2, 3, 4, 7, 40, 600):
+        cycle = CycleSettings(interval, 1, early(interval))
+        state, steps = CycleState.start(cycle), 0
+        while state.phase is Phase.COLLECT:
+            state, _ = advance(state, None, cycle)
+            steps += 1
+        assert steps == vllm_rearranges_after(interval, idle, monkeypatch), interval

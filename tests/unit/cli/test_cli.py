@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands, on real recorded data and on bad input: status, output, one line for an error."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from typer.testing import CliRunner
+
+from vllm_ascend_eplb import Placement, __version__
+from vllm_ascend_eplb.cli import app
+from vllm_ascend_eplb.cli.doctor import export_line
+from vllm_ascend_eplb.cli.output import CommandError
+from vllm_ascend_eplb.cli.watch import metrics_url, parse, sparkline
+from vllm_ascend_eplb.files.expert_map import read_expert_map, write_expert_map
+from vllm_ascend_eplb.observe.keeper import StatsKeeper
+from vllm_ascend_eplb.observe.prometheus import EplbGauges
+from vllm_ascend_eplb.simulate.result import Simulation
+
+TRACE = str(Path(__file__).resolve().parents[3] / "examples" / "tiny_moe" / "load_trace.npz")
+
+
+def run(*arguments: object, status: int = 0) -> str:
+    """Standard output of a command that ends with ``status``; an error is one line on standard error, nothing else."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, (result.output, result.exception)
+    if status == 2 and "--json" not in arguments:
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        return result.stderr
+    return result.stdout
+
+
+def run_json(*arguments: object, status: int = 0) -> Any:
+    out = run(*arguments, "--json", status=status)
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def test_help_names_every_command() -> None:
+    out = run("--help")
+    for command in ("doctor", "plan", "simulate", "report", "watch", "control", "convert", "check"):
+        assert command in out
+        assert "--json" in run(command, "--help")
+    assert run("--version").strip() == __version__
+
+
+# --- plan, check, convert --------------------------------------------------------------------------------------------
+
+
+def test_plan_writes_a_map_that_balances(tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    said = run_json("plan", TRACE, "--ranks", 8, "--nodes", 2, "--redundant", 8, "-o", path, "--effort", "fast")
+    load = np.load(TRACE)["loads"].sum(axis=0)
+    before, after = Placement.initial(6, 64, 8, 8), read_expert_map(path, num_layers=6, num_experts=64, num_ranks=8)
+    assert said["par_before"]["mean"] == pytest.approx(before.par(load).mean())
+    assert said["par_after"]["mean"] == pytest.approx(after.par(load).mean())
+    assert after.par(load).mean() < 1.03 < before.par(load).mean()
+    assert "1.0" in run("plan", TRACE, "--ranks", 8, "--redundant", 8, "--effort", "fast")
+
+
+def test_plan_from_the_last_windows_and_from_a_map(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    run("plan", TRACE, "--ranks", 8, "--redundant", 8, "-o", one, "--effort", "fast", "--last", 1)
+    last = np.load(TRACE)["loads"][-1]
+    assert read_expert_map(one).par(last).max() < 1.05
+    again = run_json(
+        "plan", TRACE, "--ranks", 8, "--redundant", 8, "-o", two, "--effort", "fast", "--last", 1, "--start", one
+    )
+    assert again["moves"] == 0
+    assert one.read_bytes() == two.read_bytes()
+    message = run("plan", TRACE, "--ranks", 8, "--redundant", 16, "--start", one, status=2)
+    assert "8 redundant experts, --redundant is 16" in message
+
+
+def test_plan_with_deepseeks_algorithm(tmp_path: Path) -> None:
+    said = run_json("plan", TRACE, "--ranks", 8, "--redundant", 8, "--policy", "default", "-o", tmp_path / "m.npz")
+    assert said["par_after"]["mean"] < 1.05
+    read_expert_map(tmp_path / "m.npz", num_layers=6, num_experts=64, num_ranks=8, allow_duplicates=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.npz", "--ranks", 8], "does not exist"),
+        ([TRACE, "--ranks", 7], "cannot be shared evenly by 7 ranks"),
+        ([TRACE, "--ranks", 8, "--redundant", 10**6], "allowed are 0..448"),
+        ([TRACE, "--ranks", 8, "--nodes", 3], "num_nodes is 3"),
+        ([TRACE, "--ranks", 8, "-o", "no/such/folder/map.json"], "does not exist; create it"),
+    ],
+)
+def test_plan_refuses(arguments: list[object], message: str) -> None:
+    assert message in run("plan", *arguments, status=2)
+    assert message in run_json("plan", *arguments, status=2)["error"]
+
+
+def test_check_and_convert(tmp_path: Path) -> None:
+    maps = {name: tmp_path / name for name in ("a.json", "b.json", "c.npy", "d.npz", "e.json")}
+    run("plan", TRACE, "--ranks", 4, "--redundant", 4, "-o", maps["a.json"], "--effort", "fast")
+    facts = run_json("check", maps["a.json"], "--load", TRACE, "--layers", 6, "--experts", 64, "--ranks", 4)
+    assert facts["valid"]
+    assert (facts["layers"], facts["experts"], facts["ranks"], facts["slots_per_rank"]) == (6, 64, 4, 17)
+    assert facts["par_mean"] < 1.05
+    assert "is valid" in run("check", maps["a.json"])
+    run("convert", maps["a.json"], maps["b.json"], "--to", "sglang", "--dense-layers", 1)
+    assert len(json.loads(maps["b.json"].read_text())["physical_to_logical_map"]) == 7
+    run("convert", maps["b.json"], maps["c.npy"], "--ranks", 4, "--dense-layers", 1)
+    run("convert", maps["c.npy"], maps["d.npz"], "--ranks", 4)
+    said = run_json("convert", maps["d.npz"], maps["e.json"])
+    assert said["form"] == "ascend"
+    assert maps["e.json"].read_bytes() == maps["a.json"].read_bytes()
+
+
+def test_check_tells_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps([[0, 1, 1, 2], [0, 0, 1, 2]]))
+    assert "layer 1, device 0 holds expert 0 twice" in run("check", path, "--ranks", 2, status=2)
+    assert run_json("check", path, "--ranks", 2, "--allow-duplicates")["duplicates_on_a_device"] == 1
+    path.write_text('{"moe_layer_count": 1, "layer_list": [')
+    assert "is no JSON" in run_json("check", path, status=2)["error"]
+    assert "for 2 of 3; give loads of the same model" in (
+        path.write_text("[[0, 1, 1, 2], [0, 2, 1, 2]]") and run("check", path, "--ranks", 2, "--load", TRACE, status=2)
+    )
+
+
+# --- simulate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_trace(tmp_path: Path) -> Path:
+    np.savez_compressed(tmp_path / "trace.npz", loads=np.load(TRACE)["loads"][:16])
+    return tmp_path / "trace.npz"
+
+
+def test_simulate(short_trace: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "sim.json"
+    arguments = ("simulate", short_trace, "--ranks", 8, "--intervals", "1,4", "--redundant", "0,8", "-o", kept)
+    said = run_json(*arguments)
+    assert len(said["outcomes"]) == 2 + 2 * 2 * 2
+    assert said["eplb_config"]["dynamic_eplb"] is True
+    assert said["refused"] is None
+    assert Simulation.from_json(kept.read_bytes()).num_windows == 16
+    text = run(*arguments)
+    assert "best (fewest bytes" in text
+    assert "arXiv 2506.12708" in text
+    assert "not measurement" in " ".join(text.split())
+
+
+def test_simulate_a_model_that_is_not_known(tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", np.random.default_rng(0).poisson(100, (4, 3, 8)))
+    assert "give --hidden, --width" in run("simulate", tmp_path / "t.npy", "--ranks", 4, status=2)
+    shape = ("--hidden", 64, "--width", 32, "--top-k", 2)
+    said = run_json("simulate", tmp_path / "t.npy", "--ranks", 4, "--intervals", 1, *shape, "--weight-bytes", 2)
+    assert said["expert_bytes"] == 3 * 64 * 32 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--machine", "abacus"], "allowed are a2, a3, cloudmatrix384, h200"),
+        (["--policies", "magic"], "allowed are none, incremental"),
+        (["--intervals", "0"], "whole numbers from 1"),
+        (["--intervals", ""], "--intervals is empty"),
+        (["--intervals", "16"], "allows 1..15"),
+        (["--redundant", "-8"], "whole numbers from 0"),
+        (["--redundant", "7"], "7 redundant experts on 8 ranks"),
+        (["--shares", "maybe"], "allowed are off, on"),
+        (["--nodes", "3"], "give a divisor of 8"),
+        (["--max-moves", "few"], "whole numbers"),
+    ],
+)
+def test_simulate_refuses(short_trace: Path, arguments: list[str], message: str) -> None:
+    assert message in run("simulate", short_trace, "--ranks", 8, *arguments, status=2)
+
+
+def test_simulate_can_be_interrupted(short_trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C keeps what is done: settings that were replayed to their end, in the file and in the output."""
+    import vllm_ascend_eplb.cli.simulate as module
+
+    @contextlib.contextmanager
+    def interrupted_in_the_second(total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+        def tick(done: int, total: int) -> None:
+            if done == 20:
+                signal.raise_signal(signal.SIGINT)
+
+        yield tick
+
+    monkeypatch.setattr(module, "_progress", interrupted_in_the_second)
+    kept = tmp_path / "sim.json"
+    arguments = ("simulate", short_trace, "--ranks", 8, "--policies", "none,default", "--intervals", 1, "-o", kept)
+    text = run(*arguments, status=130)
+    assert "interrupted" in text
+    assert "does not pay" not in text  # nobody knows yet
+    simulation = Simulation.from_json(kept.read_bytes())
+    assert simulation.interrupted
+    assert [outcome.policy for outcome in simulation.outcomes] == ["none"]
+    assert run_json(*arguments, status=130)["interrupted"] is True
+    run("report", kept, "-o", tmp_path / "report.html")
+    assert "The simulation was interrupted" in (tmp_path / "report.html").read_text()
+
+
+# --- watch -----------------------------------------------------------------------------------------------------------
+
+
+def metrics_page() -> bytes:
+    registry = CollectorRegistry()
+    keeper = StatsKeeper("1.2", "incremental", "balance")
+    keeper.step = 1234
+    keeper.window_ended([[3, 1], [2, 2]], [[4, 0], [1, 3]])
+    keeper.planned([1.01, 1.0], 0.02)
+    keeper.cycle_ended("done", moved=7)
+    keeper.step_took(0.0021)
+    EplbGauges(registry).show(keeper.stats())
+    return b'vllm:num_requests_running{engine="0"} 3.0\n' + generate_latest(registry)
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, dict[str, Any]]]:
+    answer: dict[str, Any] = {"page": metrics_page(), "status": 200, "headers": {}}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answer["status"] if self.path == "/metrics" else 404)
+            for key, value in answer["headers"].items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(answer["page"])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{made.server_port}", answer
+    made.shutdown()
+    made.server_close()
+
+
+def test_watch_once(server: tuple[str, dict[str, Any]]) -> None:
+    url, _ = server
+    said = run_json("watch", url, "--once")
+    assert said["phase"] == "collect"
+    assert (said["steps"], said["experts_moved"], said["cycles.done"]) == (1234, 7, 1)
+    assert said["par_window.mean"] == pytest.approx(1.25)
+    assert said["policy"] == "incremental"
+    text = run("watch", url + "/", "--once")
+    for expected in ("1,234", "1.250", "1.500", "2.10 ms", "incremental", "1 / 0 / 0"):
+        assert expected in text
+
+
+def test_watch_tells_why_it_cannot(server: tuple[str, dict[str, Any]]) -> None:
+    url, answer = server
+    answer["page"] = b"vllm:num_requests_running 3.0\n"
+    assert "has no metrics vllm_eplb_" in run("watch", url, "--once", status=2)
+    answer["page"] = b"vllm_eplb_steps{ 3\n"
+    assert "no metrics page" in run("watch", url, "--once", status=2)
+    answer["page"] = os.urandom(1000)
+    assert "has no metrics" in run("watch", url, "--once", status=2)
+    answer["status"] = 503
+    assert "answers 503" in run("watch", url, "--once", status=2)
+    answer |= {"status": 302, "headers": {"Location": "file:///etc/passwd"}}
+    assert "answers 302" in run("watch", url, "--once", status=2)
+    assert "cannot be reached" in run("watch", "http://127.0.0.1:9", "--once", "--timeout", "2", status=2)
+    for bad in ("ftp://host", "http://", "http://host:port", "http://[::1"):
+        assert "no address" in run("watch", bad, "--once", status=2)
+
+
+def test_watch_addresses() -> None:
+    assert metrics_url("localhost:8000") == "http://localhost:8000/metrics"
+    assert metrics_url("https://h/base/") == "https://h/base/metrics"
+    assert metrics_url("http://h:1/metrics") == "http://h:1/metrics"
+
+
+def test_watch_goes_on_through_a_restart(server: tuple[str, dict[str, Any]]) -> None:
+    """Live, as a process: the server fails for a while and comes back; Ctrl-C ends it with 130."""
+    url, answer = server
+    command = [sys.executable, "-m", "vllm_ascend_eplb.cli", "watch", url, "--json", "--interval", "0.1"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None
+        assert "steps" in json.loads(process.stdout.readline())
+        answer["status"] = 500
+        line = {"steps": 1}
+        while "error" not in line:
+            line = json.loads(process.stdout.readline())
+        answer["status"] = 200
+        while "error" in line:
+            line = json.loads(process.stdout.readline())
+        assert line["steps"] == 1234
+        os.kill(process.pid, signal.SIGINT)
+        process.wait(timeout=30)
+        assert process.returncode == 130
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_parse_and_sparkline() -> None:
+    assert parse("") == {}
+    assert parse("vllm_eplb_steps NaN\nvllm_eplb_cycles +Inf\n") == {}
+    with pytest.raises(CommandError, match="no metrics page"):
+        parse('vllm_eplb_steps{a="b} 1')
+    line = sparkline([1.0, 1.5, 2.0])
+    assert len(line) == 3
+    assert line[0] < line[1] < line[2]
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    result = CliRunner().invoke(app, ["doctor", "--quick", "--json"])
+    said = json.loads(result.stdout)
+    assert result.exit_code == (0 if said["works"] else 1)
+    assert said["versions"]["vllm-ascend-eplb"] == __version__
+    found = {finding["what"]: finding for finding in said["findings"]}
+    assert found["planner (C++)"]["status"] == "ok"
+    assert found["vLLM"]["status"] == "note"
+
+
+def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm_ascend_eplb.cli.doctor as module
+
+    answer: dict[str, Any] = {
+        "cuda": 0, "npu": 8, "vllm_version": "0.99.0", "checked": False, "checked_versions": ["0.32"],
+        "platform": "cuda", "missing": ["vllm.x.Y (needed): no module"], "seams": 20,
+    }  # fmt: skip
+    monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
+    monkeypatch.setenv("VLLM_PLUGINS", "ascend")
+    said = run_json("doctor", status=1)
+    wrong = [finding["text"] for finding in said["findings"] if finding["status"] == "wrong"]
+    assert any("allow_unchecked_vllm" in text for text in wrong)
+    assert any("vllm.x.Y" in text for text in wrong)
+    assert said["verdict"].startswith("balancing would stay off")
+    text = run("doctor", status=1)
+    assert "8 NPU" in text
+    assert "WRONG" in text
+    monkeypatch.setattr(module, "probe", lambda with_vllm: {"probe_error": "it crashed"})
+    assert "it crashed" in run("doctor", status=1)
+
+
+def test_doctor_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm_ascend_eplb.cli.doctor as module
+
+    monkeypatch.setattr(module, "_plugins", list)
+    monkeypatch.delenv("DYNAMIC_EPLB", raising=False)
+
+    def findings(**changes: object) -> dict[str, tuple[str, str]]:
+        known = {"ascend_version": "0.23.0.post1", "ascend_checked_versions": ["0.23.0.post1"]}
+        answer = {"npu": 8, "vllm_version": "0.23.0", "platform": "npu", "ascend_differences": [], **known, **changes}
+        monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
+        said = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
+        return {each["what"]: (each["status"], each["text"]) for each in said["findings"]}
+
+    well = findings()
+    assert well["vllm-ascend"][0] == well["vllm-ascend's runner"][0] == "ok"
+    status, text = findings(ascend_version="0.24.0")["vllm-ascend"]
+    assert status == "wrong"
+    assert text.startswith("0.24.0; checked against 0.23.0.post1: balancing stays off unless ")
+    other = findings(ascend_differences=["it calls eplb_updator.turn"])["vllm-ascend's runner"]
+    assert other == ("wrong", "it calls eplb_updator.turn: its own EPLB stays in place")
+    second = findings(ascend_missing=[])["vllm-ascend's runner"]
+    assert second == ("ok", "the second one; all places that the adaptor needs are there")
+    gone = findings(ascend_missing=["a.b (its use): gone"])["vllm-ascend's runner"]
+    assert gone == ("wrong", "missing: a.b (its use): gone: the start ends with this line")
+    assert "cannot be imported: no" in findings(ascend_error="no")["vllm-ascend"][1]
+    monkeypatch.setenv("DYNAMIC_EPLB", "false")
+    assert findings()["DYNAMIC_EPLB"][0] == "wrong"
+
+
+def test_doctor_checks_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import vllm_ascend_eplb.cli.doctor as module
+
+    monkeypatch.setattr(module, "probe", lambda with_vllm: {"cuda": 0, "npu": 0})
+    monkeypatch.setattr(module, "_plugins", list)
+
+    def settings(text: str, status: int = 0) -> str:
+        said = run_json("doctor", "--config", text, "--experts", 64, "--ranks", 4, status=status)
+        return "".join(finding["text"] for finding in said["findings"] if finding["what"] == "settings")
+
+    assert "policy incremental, a cycle every 600 steps, 17 slots" in settings(
+        '{"dynamic_eplb": true, "num_redundant_experts": 4}'
+    )
+    assert "nearest that works: 0 or 4" in settings('{"dynamic_eplb": true, "num_redundant_experts": 3}', 1)
+    assert "nothing is switched on" in settings("{}")
+    write_expert_map(tmp_path / "map.json", Placement.initial(2, 64, 4, 8))
+    kept = settings(json.dumps({"expert_map_path": str(tmp_path / "map.json")}))
+    assert kept.startswith("a placement that stays, from ")
+    assert kept.endswith("18 slots per rank and layer")
+    (tmp_path / "c.json").write_text('{"eplb_config": {"dynamic_eplb": true, "mode": "observe"}}')
+    assert "observing only" in settings(str(tmp_path / "c.json"))
+    assert "did you mean" in run("doctor", "--config", '{"dynamic_epbl": true}', status=2)
+    assert "is no JSON" in run("doctor", "--config", "{", status=2)
+    assert "neither JSON nor" in run("doctor", "--config", str(tmp_path / "none"), status=2)
+
+
+def test_the_line_to_export() -> None:
+    plugins = {
+        "vllm.platform_plugins": ["ascend"],
+        "vllm.general_plugins": ["ascend_kv", "eplb"],
+        "vllm.stat_logger_plugins": ["eplb_metrics"],
+        "vllm.endpoint_plugins": [],
+    }
+    assert export_line(plugins, None) is None
+    assert export_line(plugins, "ascend,eplb,eplb_metrics") is None
+    assert export_line(plugins, "ascend") == "export VLLM_PLUGINS=ascend,eplb,eplb_metrics"
+    plugins["vllm.endpoint_plugins"] = ["eplb_page", "other_page"]
+    # nothing that is loaded today may be lost by naming ours
+    assert export_line(plugins, None) == "export VLLM_PLUGINS=ascend,ascend_kv,eplb,eplb_metrics,eplb_page"
+
+
+def test_commands_start_without_torch_and_vllm() -> None:
+    code = "import sys, vllm_ascend_eplb.cli; print([m for m in ('torch', 'vllm') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert maps: each form there and back, and one clear line for each way in which a file can be bad."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import stat
+import tempfile
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_ascend_eplb import Placement
+from vllm_ascend_eplb.files.expert_map import ExpertMapError, read_expert_map, to_ascend, write_expert_map
+from vllm_ascend_eplb.files.map_recorder import KEPT_WINDOWS, MapRecorder, load_path
+from vllm_ascend_eplb.files.traces import read_trace
+
+ASCEND = {
+    "moe_layer_count": 1,
+    "layer_list": [
+        {
+            "layer_id": 0,
+            "device_count": 2,
+            "device_list": [
+                {"device_id": 0, "device_expert": [7, 2, 0, 3, 5]},
+                {"device_id": 1, "device_expert": [6, 1, 4, 7, 2]},
+            ],
+        }
+    ],
+}
+"""The example of vllm-ascend's documentation."""
+
+
+def placement(layers: int = 3, experts: int = 8, ranks: int = 4, redundant: int = 4, seed: int = 0) -> Placement:
+    """Every rank holds each of its experts once."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for _ in range(layers):
+        order = random.permutation(experts)
+        rows.append(np.concatenate([order, order[(np.arange(redundant) + 1) % experts]]))
+    slots = np.array(rows, dtype=np.int32)
+    # deal them out like cards, so that two copies of an expert are on different ranks
+    per_rank = slots.shape[1] // ranks
+    dealt = slots.reshape(layers, per_rank, ranks).transpose(0, 2, 1).reshape(layers, -1)
+    made = Placement(dealt, experts, ranks)
+    assert made.num_duplicates == 0
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("a.json", "ascend"), ("a.json", "sglang"), ("a.npy", None), ("a.npz", None), ("a.json", "array")],
+)
+def test_round_trip(tmp_path: Path, name: str, form: str | None) -> None:
+    before = placement()
+    write_expert_map(tmp_path / name, before, form)  # type: ignore[arg-type]
+    assert read_expert_map(tmp_path / name, num_layers=3, num_experts=8, num_ranks=4) == before
+    assert os.listdir(tmp_path) == [name]  # nothing temporary is left
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**16))
+def test_round_trip_of_any_placement(layers: int, per_rank: int, spare: int, seed: int) -> None:
+    ranks = 4
+    before = placement(layers, per_rank * ranks, ranks, min(spare, per_rank) * ranks and ranks, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        for form in ("ascend", "sglang", "array"):
+            path = Path(folder) / f"{form}.json"
+            write_expert_map(path, before, form, dense_layers=3)  # type: ignore[arg-type]
+            assert read_expert_map(path, num_ranks=ranks, dense_layers=3 if form == "sglang" else 0) == before
+
+
+def test_vllm_ascends_own_example(tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text(json.dumps(ASCEND))
+    found = read_expert_map(tmp_path / "map.json")
+    assert found.physical_to_logical.tolist() == [[7, 2, 0, 3, 5, 6, 1, 4, 7, 2]]
+    assert (found.num_experts, found.num_ranks) == (8, 2)
+    assert to_ascend(found) == ASCEND
+    write_expert_map(tmp_path / "again.json", found)
+    assert json.loads((tmp_path / "again.json").read_text()) == ASCEND
+
+
+def test_layers_and_devices_in_any_order(tmp_path: Path) -> None:
+    before = placement()
+    value = to_ascend(before)
+    value["layer_list"].reverse()
+    for layer in value["layer_list"]:
+        layer["device_list"].reverse()
+    (tmp_path / "map.json").write_text(json.dumps(value))
+    assert read_expert_map(tmp_path / "map.json") == before
+
+
+def test_sglang_counts_layers_without_experts(tmp_path: Path) -> None:
+    before = placement()
+    write_expert_map(tmp_path / "map.json", before, "sglang", dense_layers=3)
+    rows = json.loads((tmp_path / "map.json").read_text())["physical_to_logical_map"]
+    assert len(rows) == 6
+    assert rows[0] == [slot % 8 for slot in range(12)]
+    assert read_expert_map(tmp_path / "map.json", num_ranks=4, dense_layers=3) == before
+    with pytest.raises(ExpertMapError, match=r"6 MoE layers, the model has 3.*without experts"):
+        read_expert_map(tmp_path / "map.json", num_ranks=4, num_layers=3)
+
+
+def _changed(**changes: object) -> dict[str, object]:
+    return {**ASCEND, **changes}
+
+
+def _with_experts(first: object, second: object = (6, 1, 4, 7, 2)) -> dict[str, object]:
+    value = json.loads(json.dumps(ASCEND))
+    devices = value["layer_list"][0]["device_list"]
+    devices[0]["device_expert"], devices[1]["device_expert"] = first, second
+    return value
+
+
+BAD_VALUES = {
+    "twice on a device": (_with_experts([7, 2, 7, 3, 5], [6, 1, 4, 0, 2]), "layer 0, device 0 holds expert 7 twice"),
+    "missing expert": (_with_experts([7, 2, 1, 3, 5]), r"layer 0 has no copy of expert 0"),
+    "id too large": (_with_experts([7, 2, 0, 3, 99999]), r"layer 0, device 0, slot 4 is 99999"),
+    "id negative": (_with_experts([7, 2, -1, 3, 5]), r"layer 0, device 0, slot 2 is -1"),
+    "id a float": (_with_experts([7, 2, 0.0, 3, 5]), r"layer 0, device 0, slot 2 is 0\.0"),
+    "id a boolean": (_with_experts([7, 2, False, 3, 5]), r"slot 2 is false"),
+    "id a string": (_with_experts([7, 2, "0", 3, 5]), r"slot 2 is \"0\""),
+    "id huge": (_with_experts([7, 2, 10**300, 3, 5]), r"slot 2 is a number of more than 40 digits"),
+    "uneven devices": (_with_experts([7, 2, 0, 3, 5], [6, 1, 4, 7]), r"device 1 has 4 slots.*has 5"),
+    "no slots": (_with_experts([]), r"device 0: device_expert must be a list"),
+    "no list": (_with_experts(7), r"device_expert must be a list of expert ids; it is 7"),
+    "wrong layer count": (_changed(moe_layer_count=2), r"moe_layer_count is 2, but layer_list has 1"),
+    "no layers": (_changed(layer_list=[], moe_layer_count=0), r"layer_list must be a list"),
+    "layer no object": (_changed(layer_list=[3]), r"layer_list\[0\] is 3"),
+    "layer id": (_changed(layer_list=[{**ASCEND["layer_list"][0], "layer_id": 5}]), "layer_id is 5"),
+    "layer twice": (_changed(moe_layer_count=2, layer_list=ASCEND["layer_list"] * 2), r"layer 0 stands twice"),
+    "device count": (_changed(layer_list=[{**ASCEND["layer_list"][0], "device_count": 3}]), r"device_count is 3, but"),
+    "other JSON": ({"hello": 1}, r"no expert map: expected"),
+    "a number": (3, r"no expert map"),
+    "loads": ({"logical_count": [[1]]}, r"holds loads"),
+    "ragged rows": ([[0, 1], [0]], r"layer 1 has 1 slots, layer 0 has 2"),
+    "row no list": ([[0, 1], 5], r"layer 1 must be a list"),
+    "fewer slots than experts": ([[0, 1], [0, 9]], r"fewer than 10 experts"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_bad_values(tmp_path: Path, case: str) -> None:
+    value, message = BAD_VALUES[case]
+    (tmp_path / "map.json").write_text(json.dumps(value))
+    with pytest.raises(ExpertMapError, match=message) as caught:
+        read_expert_map(tmp_path / "map.json", num_ranks=2)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_duplicates_may_be_allowed(tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text(json.dumps(_with_experts([7, 2, 7, 3, 5], [6, 1, 4, 0, 2])))
+    assert read_expert_map(tmp_path / "map.json", allow_duplicates=True).num_duplicates == 1
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def _npy_header(shape: str, descr: str = "<i8") -> bytes:
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+def _npz(**arrays: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in arrays.items():
+            archive.writestr(f"{name}.npy", data)
+    return stream.getvalue()
+
+
+GOOD = json.dumps(ASCEND).encode()
+BAD_BYTES = {
+    "empty": (b"", "is empty"),
+    "truncated": (GOOD[: len(GOOD) // 2], "is no JSON"),
+    "zeros": (b"\0" * 4096, "is no JSON"),
+    "not UTF-8": (b"\xff\xfe\xff", "is no JSON"),
+    "NaN": (GOOD.replace(b"[7,", b"[NaN,"), "NaN is no JSON number"),
+    "infinity": (GOOD.replace(b"[7,", b"[-Infinity,"), "-Infinity is no JSON number"),
+    "deep": (b"[" * 100_000 + b"]" * 100_000, "nested 100000 levels deep"),
+    "deep, hidden": (b'"' + b"]" * 5000 + b'"' + b"[" * 4000, "is no JSON"),
+    "key twice": (GOOD.replace(b'"layer_id": 0', b'"layer_id": 0, "layer_id": 0'), "'layer_id' stands twice"),
+    "many digits": (GOOD.replace(b"[7,", b"[" + b"7" * 10_000 + b","), "is no JSON"),
+    "npy that claims much": (_npy_header("(1000000, 1000000)"), "claims shape"),
+    "npy of objects": (_npy_header("(1, 1)", "|O"), "array of numbers"),
+    "npy negative": (_npy_header("(-1, 2)") + b"\0" * 16, "claims shape|no NumPy array"),
+    "npy truncated": (_npy(np.zeros((2, 4)))[:-8], "claims shape"),
+    "npy of NaN": (_npy(np.array([[0.0, np.nan]])), "layer 0, slot 1 is nan"),
+    "npy of one dimension": (_npy(np.arange(4)), "expected"),
+    "npz damaged": (_npz(physical_to_logical=_npy(np.zeros((1, 4), dtype=int)))[:60], "no .npz archive|damaged"),
+    "npz of other things": (_npz(a=_npy(np.zeros(3)), b=_npy(np.zeros(3))), "has no array physical_to_logical"),
+    "npz with ranks of text": (
+        _npz(physical_to_logical=_npy(np.array([[0, 1]])), num_ranks=_npy(np.array([2.5]))),
+        "num_ranks must be one integer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BYTES)
+def test_bad_bytes(tmp_path: Path, case: str) -> None:
+    data, message = BAD_BYTES[case]
+    (tmp_path / "map").write_bytes(data)
+    with pytest.raises(ExpertMapError, match=message) as caught:
+        read_expert_map(tmp_path / "map", num_ranks=2)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 800
+
+
+def test_a_text_of_many_lists_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_ascend_eplb.files.disk.MAX_JSON_CONTAINERS", 1000)
+    (tmp_path / "map.json").write_bytes(b"[" + b"[]," * 1000 + b"[]]")
+    with pytest.raises(ExpertMapError, match="1000 values; allowed"):
+        read_expert_map(tmp_path / "map.json")
+
+
+def test_a_gigabyte_of_zeros_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "map.json", "wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(ExpertMapError, match="has 1073741824 bytes"):
+        read_expert_map(tmp_path / "map.json")
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    data = bytearray(_npz(physical_to_logical=_npy_header("(40000, 40000)") + b"\0" * (8 << 20)))
+    (tmp_path / "map.npz").write_bytes(data)
+    with pytest.raises(ExpertMapError, match="claims shape"):
+        read_expert_map(tmp_path / "map.npz", num_ranks=2)
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    with pytest.raises(ExpertMapError, match="does not exist"):
+        read_expert_map(tmp_path / "nothing.json")
+    with pytest.raises(ExpertMapError, match="is a directory"):
+        read_expert_map(tmp_path)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ExpertMapError, match="symbolic link to nothing"):
+        read_expert_map(tmp_path / "dangling")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ExpertMapError, match="cannot be read"):
+        read_expert_map(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ExpertMapError, match="not a regular file"):
+        read_expert_map(tmp_path / "pipe")
+    with pytest.raises(ExpertMapError, match="cannot be read"):
+        read_expert_map("a\0b")
+    with pytest.raises(ExpertMapError, match=r"cannot be read|does not exist"):
+        read_expert_map("x" * 5000)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_bytes(GOOD)
+    (tmp_path / "map.json").chmod(0)
+    with pytest.raises(ExpertMapError, match="may not be read"):
+        read_expert_map(tmp_path / "map.json")
+
+
+def test_links_to_files_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_bytes(GOOD)
+    (tmp_path / "map.json").symlink_to("real.json")
+    assert read_expert_map(tmp_path / "map.json").num_ranks == 2
+
+
+def test_another_model(tmp_path: Path) -> None:
+    write_expert_map(tmp_path / "map.json", placement())
+    with pytest.raises(ExpertMapError, match="3 MoE layers, the model has 4"):
+        read_expert_map(tmp_path / "map.json", num_layers=4)
+    with pytest.raises(ExpertMapError, match=r"device \d, slot \d holds expert [67]; the model has experts 0\.\.5"):
+        read_expert_map(tmp_path / "map.json", num_experts=6)
+    with pytest.raises(ExpertMapError, match="no copy of expert 8"):
+        read_expert_map(tmp_path / "map.json", num_experts=9)
+    with pytest.raises(ExpertMapError, match="is for 4 devices, the server has 8"):
+        read_expert_map(tmp_path / "map.json", num_ranks=8)
+    write_expert_map(tmp_path / "map.npy", placement())
+    with pytest.raises(ExpertMapError, match="does not say how many ranks"):
+        read_expert_map(tmp_path / "map.npy")
+    with pytest.raises(ExpertMapError, match="12 slots per layer, which 5 ranks"):
+        read_expert_map(tmp_path / "map.npy", num_ranks=5)
+
+
+def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "map.json"
+    write_expert_map(path, placement(seed=1))
+    path.chmod(0o640)
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(ExpertMapError, match="No space left"):
+        write_expert_map(path, placement(seed=2))
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["map.json"]
+    monkeypatch.undo()
+    write_expert_map(path, placement(seed=2))
+    assert path.read_bytes() != before
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ExpertMapError, match=r"folder of .* does not exist"):
+        write_expert_map(tmp_path / "no" / "map.json", placement())
+    with pytest.raises(ExpertMapError, match="is a directory"):
+        write_expert_map(tmp_path, placement())
+    (tmp_path / "link.json").symlink_to("real.json")
+    with pytest.raises(ExpertMapError, match="symbolic link"):
+        write_expert_map(tmp_path / "link.json", placement())
+    assert not (tmp_path / "real.json").exists()
+    with pytest.raises(ExpertMapError, match="layer 0, slot 1 is empty"):
+        write_expert_map(tmp_path / "map.json", Placement([[0, -1]], 1, 2))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.binary(max_size=300))
+def test_any_bytes_give_an_error_of_ours(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for start in (b"", b"\x93NUMPY\x01\x00", b"PK\x03\x04", b'{"layer_list": ', b'{"physical_to_logical_map": '):
+            path = Path(folder) / "map"
+            path.write_bytes(start + data)
+            with pytest.raises(ExpertMapError):
+                read_expert_map(path, num_ranks=2, num_experts=7)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.integers(0, 255))
+def test_a_changed_byte_gives_a_map_or_an_error(position: int, value: int) -> None:
+    data = bytearray(GOOD)
+    data[position % len(data)] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "map.json"
+        path.write_bytes(data)
+        with contextlib.suppress(ExpertMapError):
+            assert read_expert_map(path, num_experts=8, num_ranks=2).num_slots == 10
+
+
+# --- recording -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_recorded_is_what_was_last_in_force(tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    recorder = MapRecorder(path)
+    placements = [placement(seed=seed) for seed in range(20)]
+    for number, each in enumerate(placements):
+        recorder.record(each, np.full((3, 8), number))
+    recorder.record(placements[-1])  # a cycle without a window of its own
+    recorder.close()
+    assert read_expert_map(path) == placements[-1]
+    with np.load(load_path(path)) as archive:
+        assert int(archive["digest"]) == placements[-1].digest
+    np.testing.assert_array_equal(read_trace(load_path(path)).load[:, 0, 0], np.arange(20))  # `simulate` takes it
+    assert sorted(os.listdir(tmp_path)) == ["map.json", "map.load.npz"]
+
+
+def test_the_load_of_so_many_windows_is_kept(tmp_path: Path) -> None:
+    recorder = MapRecorder(tmp_path / "map.json")
+    for number in range(KEPT_WINDOWS + 5):
+        recorder.record(placement(), np.full((3, 8), number))
+    recorder.close()
+    kept = read_trace(load_path(tmp_path / "map.json")).load
+    np.testing.assert_array_equal(kept[:, 0, 0], np.arange(5, KEPT_WINDOWS + 5))
+
+
+def test_readers_never_see_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    known = [placement(seed=seed, layers=40) for seed in range(4)]
+    recorder = MapRecorder(path)
+    recorder.record(known[0])
+    recorder.close()
+    recorder = MapRecorder(path)
+    for number in range(60):
+        recorder.record(known[number % 4])
+        assert read_expert_map(path) in known
+    recorder.close()
+
+
+def test_a_disk_that_refuses_is_said_once_and_disturbs_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = MapRecorder(tmp_path / "gone" / "map.json")
+    written = threading.Event()
+    original = recorder._write
+    monkeypatch.setattr(recorder, "_write", lambda *args: (original(*args), written.set()))
+    for seed in range(3):
+        written.clear()
+        recorder.record(placement(seed=seed), np.zeros((3, 8), dtype=np.int64))
+        assert written.wait(20)
+    assert [record.message for record in caplog.records if "not recorded" in record.message] == [caplog.messages[0]]
+    (tmp_path / "gone").mkdir()  # and when it is there again, recording goes on
+    recorder.record(placement(seed=9))
+    recorder.close()
+    assert read_expert_map(tmp_path / "gone" / "map.json") == placement(seed=9)

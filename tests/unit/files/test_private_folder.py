@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The private folder goes with its server, however that ends; nobody else's does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_ascend_eplb.files.run_folder import make_private_folder, remove_abandoned_folders, remove_orphaned_folder
+
+SERVER = """
+import os, time
+from vllm_ascend_eplb.stats import provide_stats_path
+path = provide_stats_path()
+path.write_text("{}")
+if FORKS and os.fork():
+    print(path.parent, flush=True)
+    os.kill(os.getpid(), 9)
+if not FORKS:
+    print(path.parent, flush=True)
+time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def server(folder: Path, *, forks: bool = False) -> Iterator[tuple[int, Path]]:
+    """A process that has a private folder, until the end: its session, and that folder. If it forks, the process that
+    made the folder is killed, and a child of it goes on."""
+    environment = {key: value for key, value in os.environ.items() if key != "EPLB_STATS_FILE"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER.replace("FORKS", str(forks))],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment | {"TMPDIR": str(folder)},
+        start_new_session=True,
+    )
+    try:
+        yield process.pid, Path(process.stdout.readline().strip())
+    finally:
+        end(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def end(session: int, number: int) -> None:
+    """Ends all processes of a server at once."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(session, number)
+
+
+def test_the_folder_of_a_killed_front_end_is_removed_and_no_other(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    ours, living, foreign = (
+        tmp_path / name for name in (f"vllm-eplb-{dead.pid}-ab_1", f"vllm-eplb-{os.getpid()}-cd", "my")
+    )
+    link = tmp_path / f"vllm-eplb-{dead.pid}-link"
+    for folder in (ours, living, foreign):
+        folder.mkdir()
+        (folder / "stats.json").write_text("{}")
+    link.symlink_to(foreign)
+    for folder in (ours, living, foreign, link):
+        remove_orphaned_folder(str(folder / "stats.json"))
+    remove_orphaned_folder("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, foreign.name, link.name])
+    assert (foreign / "stats.json").exists()
+
+
+def test_what_a_server_left_whose_processes_were_all_ended_at_once_goes_at_the_next_start(tmp_path):
+    with server(tmp_path) as (_, its), server(tmp_path, forks=True) as (_, forked):
+        with server(tmp_path) as (session, left):
+            end(session, signal.SIGTERM)  # which it does not treat
+        assert left.is_dir()
+        assert left.stat().st_mode & 0o077 == 0
+        assert {its, forked, left} == set(tmp_path.iterdir())
+        with server(tmp_path) as (_, new):
+            assert {its, forked, new} == set(tmp_path.iterdir())
+            assert (its / "stats.json").exists()
+            assert (forked / "stats.json").exists()
+
+
+def test_only_private_folders_of_this_user_are_taken_for_abandoned(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kept = {"vllm-eplb-7", "vllm-eplb-flight-ab", "vllm-eplb-7-a.b", "my-vllm-eplb-7-ab", "elsewhere"}
+    for name in (*kept, "vllm-eplb-7-ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stats.json").write_text("{}")
+    (tmp_path / "vllm-eplb-7-link").symlink_to("elsewhere")
+    (tmp_path / "vllm-eplb-7-file").write_text("")
+    kept |= {"vllm-eplb-7-link", "vllm-eplb-7-file"}
+    if os.geteuid() == 0:
+        (tmp_path / "vllm-eplb-7-foreign").mkdir()
+        os.chown(tmp_path / "vllm-eplb-7-foreign", 12345, 12345)
+        kept.add("vllm-eplb-7-foreign")
+    remove_abandoned_folders()
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert (tmp_path / "elsewhere" / "stats.json").exists()
+
+
+@pytest.mark.parametrize(("module", "name"), [(tempfile, "mkdtemp"), (os, "open")])
+def test_a_folder_that_another_start_takes_away_before_it_is_locked_is_made_anew(tmp_path, monkeypatch, module, name):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    call, made = getattr(module, name), []
+
+    def then_lose_it(*arguments: Any, **names: Any) -> Any:
+        monkeypatch.setattr(module, name, call)
+        result = call(*arguments, **names)
+        made.extend(tmp_path.iterdir())
+        remove_abandoned_folders()
+        return result
+
+    monkeypatch.setattr(module, name, then_lose_it)
+    folder = make_private_folder()
+    assert len(made) == 1
+    assert not made[0].exists()
+    remove_abandoned_folders()
+    assert list(tmp_path.iterdir()) == [folder]

@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoadRecorder and LoadWindow: what was routed comes out, per logical expert, whatever moved in between."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_ascend_eplb.load import ops
+from vllm_ascend_eplb.load.recorder import LoadError, LoadRecorder, LoadWindow, read_load, save_load
+from vllm_ascend_eplb.values.placement import Placement
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+)
+DEVICES = ["cpu", CUDA]
+LAYERS, EXPERTS, RANKS, SLOTS, TOP_K = 3, 6, 2, 10, 2
+
+
+def some_placement(seed, empty=True):
+    rng = np.random.default_rng(seed)
+    extra = rng.integers(-1 if empty else 0, EXPERTS, (LAYERS, SLOTS - EXPERTS))
+    slots = np.concatenate([np.tile(np.arange(EXPERTS), (LAYERS, 1)), extra], axis=1)
+    return Placement(rng.permuted(slots, axis=1), EXPERTS, RANKS)
+
+
+PLACEMENTS = [some_placement(seed) for seed in range(4)]
+
+
+class Model:
+    """The MoE layers of a model, as far as counting goes: tables in place, one row of counts per layer."""
+
+    def __init__(self, recorder):
+        device = recorder.device
+        self.recorder = recorder
+        self.tables = torch.zeros((LAYERS, EXPERTS, SLOTS), dtype=torch.int64, device=device)
+        self.replicas = torch.ones((LAYERS, EXPERTS), dtype=torch.int64, device=device)
+        self.num_unpadded = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def commit(self, placement):
+        self.tables.copy_(torch.tensor(placement.logical_to_physical(SLOTS)))
+        self.replicas.copy_(torch.tensor(placement.replica_count))
+
+    def forward(self, ids, num_unpadded):
+        """``ids`` [L, N, K]; returns how often the router chose each expert for a real token, [L, E]."""
+        self.num_unpadded.fill_(num_unpadded)
+        for layer in range(LAYERS):
+            routed = torch.tensor(ids[layer], device=self.recorder.device)
+            row = self.recorder.counts[layer]
+            table, replicas = self.tables[layer], self.replicas[layer]
+            ops.map_and_record(routed, table, replicas, row, self.recorder.recording, self.num_unpadded)
+        return np.stack([np.bincount(i[:num_unpadded].ravel(), minlength=EXPERTS) for i in ids])
+
+
+def draw_ids(rng, num_tokens):
+    return np.stack([[rng.permutation(EXPERTS)[:TOP_K] for _ in range(num_tokens)] for _ in range(LAYERS)])
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["prefill", "decode", "dummy", "commit", "snapshot", "new window"]),
+        st.integers(0, 2**16),
+        st.integers(0, 7),
+    ),
+    max_size=25,
+)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=120, deadline=None)
+@given(
+    story=steps,
+    phases=st.sampled_from([("all",), ("prefill",), ("decode",), ("prefill", "decode")]),
+    num_entries=st.integers(1, 3),
+    steps_per_entry=st.integers(1, 3),
+    contributes=st.booleans(),
+    explicit=st.booleans(),
+)
+def test_takes_what_the_router_chose(device, story, phases, num_entries, steps_per_entry, contributes, explicit):
+    """Any order of steps, commits and snapshots, against the router's own choices; padding is always there."""
+    recorder = LoadRecorder(
+        *(LAYERS, EXPERTS, SLOTS, device),
+        contributes=contributes,
+        phases=phases,
+        num_entries=num_entries,
+        steps_per_entry=steps_per_entry,
+    )
+    address = recorder.counts.data_ptr()
+    model = Model(recorder)
+    placement = PLACEMENTS[0]
+    model.commit(placement)
+    empty = np.zeros((0, LAYERS, EXPERTS), dtype=np.int64)
+    expected = dict.fromkeys(phases, empty)  # the series since the last snapshot, the oldest entry first
+    num_steps = 0
+
+    def begin_step(**step):
+        nonlocal num_steps
+        recorder.begin_step(placement, **step)
+        if num_steps == 0 or (num_entries > 1 and num_steps % steps_per_entry == 0):
+            for phase in phases:
+                expected[phase] = np.concatenate([expected[phase], np.zeros((1, LAYERS, EXPERTS), dtype=np.int64)])
+        num_steps += 1
+
+    for kind, seed, num_tokens in [*story, ("snapshot", 0, 0)]:
+        if kind == "commit":
+            if explicit:
+                recorder.flush(placement)
+            placement = PLACEMENTS[seed % len(PLACEMENTS)]
+            if explicit:
+                recorder.prepare(placement)
+            else:  # the recorder must notice the change itself, before the next forward counts
+                begin_step(record=False)
+            model.commit(placement)
+        elif kind == "snapshot":
+            recorder.snapshot(placement)
+            total = 0
+            for phase in phases:
+                missing = np.zeros((num_entries, LAYERS, EXPERTS), dtype=np.int64)
+                window = np.concatenate([missing, expected[phase]])[-num_entries:] * contributes
+                np.testing.assert_array_equal(recorder.take(phase), window)
+                total = total + window
+            np.testing.assert_array_equal(recorder.take(), total)
+            assert recorder.snapshot_ready()
+            expected, num_steps = dict.fromkeys(phases, empty), 0
+        elif kind == "new window":
+            steps_per_entry = 1 + seed % 3
+            recorder.begin_window(placement, steps_per_entry)
+            expected, num_steps = dict.fromkeys(phases, empty), 0
+        else:
+            begin_step(record=kind != "dummy", phase=kind)
+            chosen = model.forward(draw_ids(np.random.default_rng(seed), num_tokens + 3), num_tokens)
+            counted_as = "all" if phases == ("all",) else kind
+            if kind != "dummy" and counted_as in expected:
+                expected[counted_as][-1] += chosen
+    assert recorder.counts.data_ptr() == address
+
+
+def record_some(recorder, placement, num_tokens=5, seed=0, **step):
+    model = Model(recorder)
+    model.commit(placement)
+    recorder.begin_step(placement, **{"record": True, **step})
+    return model.forward(draw_ids(np.random.default_rng(seed), num_tokens), num_tokens)
+
+
+def test_a_window_lasts_over_a_commit_and_the_wrong_placement_shows():
+    """The negative control of the property: flushing under the placement after the commit gives other loads."""
+    before, after = some_placement(1, empty=False), some_placement(2, empty=False)
+    loads = {}
+    for flushed_under in (before, after):
+        recorder = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cpu")
+        chosen = record_some(recorder, before)
+        recorder.flush(flushed_under)
+        chosen = chosen + record_some(recorder, after, seed=1)
+        recorder.snapshot(after)
+        loads[flushed_under] = recorder.take()[0]
+        assert loads[flushed_under].sum() == chosen.sum() == 2 * 5 * TOP_K * LAYERS
+    np.testing.assert_array_equal(loads[before], chosen)
+    assert not np.array_equal(loads[after], chosen)
+
+
+def test_only_what_changes_is_enqueued():
+    """The switch is a tensor of the device: writing it costs a kernel, so it is written when it changes."""
+    recorder = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cpu")
+    version = recorder.recording._version
+    for record in (False, False, True, True, True, False):
+        recorder.begin_step(PLACEMENTS[0], record=record)
+        assert bool(recorder.recording) == record
+    assert recorder.recording._version - version == 2
+    counts_version = recorder.counts._version
+    recorder.flush(PLACEMENTS[0])
+    recorder.flush(PLACEMENTS[0])
+    assert recorder.counts._version - counts_version == 1
+
+
+def test_a_rank_that_does_not_contribute_never_records():
+    recorder = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cpu", contributes=False)
+    record_some(recorder, PLACEMENTS[0])
+    assert not bool(recorder.recording)
+    assert not recorder.counts.any()
+    recorder.snapshot()
+    assert not recorder.take().any()
+
+
+def test_counts_stay_int64_beyond_32_bits():
+    recorder = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cpu", num_entries=2)
+    recorder.begin_step(some_placement(0, empty=False), record=True)
+    recorder.counts.fill_(2**40)
+    recorder.snapshot()
+    assert recorder.take().sum() == LAYERS * SLOTS * 2**40
+
+
+def test_int32_counts_are_summed_in_int64():
+    recorder = LoadRecorder(1, 1, 2, "cpu", dtype=torch.int32)
+    placement = Placement([[0, 0]], 1, 2)
+    for _ in range(3):
+        recorder.begin_step(placement, record=True)
+        recorder.counts.fill_(2**31 - 1)
+        recorder.flush(placement)
+    recorder.snapshot()
+    assert recorder.take().tolist() == [[[6 * (2**31 - 1)]]]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_neither_waits_for_the_device_nor_allocates_there():
+    recorder = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cuda", phases=("prefill", "decode"), num_entries=2)
+    model = Model(recorder)
+
+    def cycle(placement, following):
+        recorder.begin_step(placement, record=True, phase="prefill")
+        recorder.begin_step(placement, record=True, phase="decode")
+        recorder.prepare(following)
+        recorder.flush(placement)
+        recorder.begin_step(following, record=True, phase="decode")
+        recorder.snapshot(following)
+        return recorder.snapshot_ready()
+
+    for i in range(3):  # the third cycle of two placements uploads nothing new, so upload others below
+        cycle(PLACEMENTS[i % 2], PLACEMENTS[1 - i % 2])
+        recorder.take()
+    torch.cuda.synchronize()
+    busy = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        product = busy
+        for _ in range(20):
+            product = product @ busy
+        work = torch.cuda.memory_stats()["allocation.all.allocated"] - held
+        ready = cycle(PLACEMENTS[2], PLACEMENTS[3])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not ready, "the snapshot was ready before the device could have done the work queued before it"
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] - held == work
+    recorder.take()
+    assert recorder.snapshot_ready()
+    del model
+
+
+def test_errors_of_the_recorder():
+    with pytest.raises(LoadError, match="num_slots is 0; it must be at least 1"):
+        LoadRecorder(1, 1, 0, "cpu")
+    with pytest.raises(LoadError, match=r"phases is \('all', 'decode'\); allowed are"):
+        LoadRecorder(1, 1, 1, "cpu", phases=("all", "decode"))
+    with pytest.raises(LoadError, match=r"dtype is torch\.int16"):
+        LoadRecorder(1, 1, 1, "cpu", dtype=torch.int16)
+    recorder = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cpu", phases=("decode",))
+    assert not recorder.snapshot_ready()
+    with pytest.raises(LoadError, match=r"call snapshot\(\) first"):
+        recorder.take()
+    with pytest.raises(LoadError, match="knows no placement"):
+        recorder.snapshot()
+    with pytest.raises(LoadError, match=r"\(1, 2, 2\); the recorder was made for \(3, 6, 10\)"):
+        recorder.flush(Placement.initial(1, 2, 1))
+    recorder.snapshot(PLACEMENTS[0])
+    with pytest.raises(LoadError, match="phase 'prefill' is not recorded; kept are decode"):
+        recorder.take("prefill")
+    with pytest.raises(LoadError, match="has not been taken"):
+        recorder.snapshot(PLACEMENTS[0])
+
+
+series_of_loads = st.lists(st.integers(1, 4), min_size=1, max_size=5).map(
+    lambda lengths: [np.random.default_rng(i).integers(0, 99, (t, 2, 3)) for i, t in enumerate(lengths)]
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(windows=series_of_loads, num_entries=st.integers(1, 4), decay=st.sampled_from([0.0, 0.25, 0.5]))
+def test_load_window_modes(windows, num_entries, decay):
+    last, sliding = LoadWindow(2, 3), LoadWindow(2, 3, mode="sliding", num_entries=num_entries)
+    decaying = LoadWindow(2, 3, mode="decay", decay=decay)
+    assert last.series.shape == (0, 2, 3)
+    assert not last.load.any()
+    expected = np.zeros((2, 3))
+    for window in windows:
+        for history in (last, sliding, decaying):
+            history.add(window)
+        expected = expected * decay + window.sum(axis=0)
+    np.testing.assert_array_equal(last.series, windows[-1])
+    np.testing.assert_array_equal(last.load, windows[-1].sum(axis=0))
+    np.testing.assert_array_equal(sliding.series, np.concatenate(windows)[-num_entries:])
+    np.testing.assert_allclose(decaying.load, expected, rtol=1e-12)
+    assert decaying.series.shape == (1, 2, 3)
+
+
+def test_the_window_keeps_a_copy():
+    load = np.ones((1, 2, 3))
+    window = LoadWindow(2, 3)
+    window.add(load)
+    load[:] = 5
+    assert window.load.max() == 1
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (np.ones((2, 3)), r"shape \(2, 3\); expected \[T, 2, 3\]"),
+        (np.ones((1, 3, 2)), r"shape \(1, 3, 2\)"),
+        (-np.ones((1, 2, 3)), "negative"),
+        (np.full((1, 2, 3), np.nan), "non-finite"),
+    ],
+)
+def test_windows_refuse_what_is_no_load(load, message):
+    with pytest.raises(LoadError, match=message):
+        LoadWindow(2, 3).add(load)
+
+
+@pytest.mark.parametrize("arguments", [{"mode": "mean"}, {"num_entries": 0}, {"decay": 1.0}, {"decay": -0.1}])
+def test_errors_of_the_window(arguments):
+    with pytest.raises(LoadError, match=f"{next(iter(arguments))} is "):
+        LoadWindow(2, 3, **arguments)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_file_gives_back_what_was_saved(tmp_path, whole):
+    series = np.random.default_rng(0).integers(0, 2**40, (4, 2, 3)) + (0 if whole else 0.25)
+    save_load(tmp_path / "load.npz", series, "decode")
+    loaded, phase = read_load(tmp_path / "load.npz")
+    np.testing.assert_array_equal(loaded, series)
+    assert phase == "decode"
+    with np.load(tmp_path / "load.npz") as archive:
+        assert archive["load"].dtype == (np.int64 if whole else np.float64)
+
+
+def test_files_that_hold_no_load(tmp_path):
+    np.savez(tmp_path / "other.npz", weights=np.ones(3))
+    (tmp_path / "text.npz").write_text("not an archive")
+    for name in ("other.npz", "text.npz", "missing.npz"):
+        with pytest.raises(LoadError, match=r"holds no load: expected an \.npz archive"):
+            read_load(tmp_path / name)
+    with pytest.raises(LoadError, match="holds no load"):
+        read_load(io.BytesIO(b""))
+
+
+def test_a_snapshot_that_is_given_up_makes_room_for_the_next() -> None:
+    placement = Placement.initial(1, 2, 1)
+    recorder = LoadRecorder(1, 2, 2, "cpu")
+    recorder.begin_step(placement, record=True)
+    recorder.counts.fill_(3)
+    recorder.snapshot(placement)
+    with pytest.raises(LoadError, match="has not been taken"):
+        recorder.snapshot(placement)
+    recorder.discard_snapshot()
+    assert not recorder.snapshot_ready()
+    recorder.counts.fill_(4)
+    recorder.snapshot(placement)
+    assert recorder.take().tolist() == [[[4, 4]]]

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner's process: answers, dies, hangs and talks nonsense; the caller never waits."""
+
+import gc
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vllm_ascend_eplb.planning.process import EplbProcess
+from vllm_ascend_eplb.planning.request import PlanAnswer, PlanRequest
+from vllm_ascend_eplb.values.placement import Placement
+from vllm_ascend_eplb.values.plan import Plan
+
+PLACEMENT = Placement.initial(num_layers=2, num_experts=8, num_ranks=2, num_redundant=2)
+
+
+def reverse(request: PlanRequest) -> Plan:
+    """A policy for tests; what the load says decides how it misbehaves."""
+    order = int(request.load[0, 0, 0])
+    if order == 1:
+        raise ArithmeticError("cannot plan this")
+    if order == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if order == 3:
+        time.sleep(3600)
+    if order == 5:
+        time.sleep(0.2)
+    if order == 4:
+        assert "torch" not in sys.modules
+        assert "vllm" not in sys.modules
+    return Plan.between(request.placement, request.physical_to_logical[:, ::-1], request.load.sum(axis=0), "reverse")
+
+
+def request(number: int, order: int = 0) -> PlanRequest:
+    load = np.ones((1, 2, 8), dtype=np.int64)
+    load[0, 0, 0] = order
+    return PlanRequest(number, load, PLACEMENT.physical_to_logical, 8, (0, 0))
+
+
+def wait_for_answer(process: EplbProcess, number: int, seconds: float = 60) -> PlanAnswer:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        answer = process.answer(number)
+        if answer is not None:
+            return answer
+        time.sleep(0.01)
+    raise AssertionError(f"no answer to request {number} within {seconds} s")
+
+
+@pytest.fixture
+def process():
+    process = EplbProcess(reverse)
+    yield process
+    process.close()
+    assert process.pid is None
+
+
+def test_answers_carry_the_plan_and_the_number(process):
+    process.submit(request(7))
+    answer = wait_for_answer(process, 7)
+    assert answer.plan is not None
+    answer.plan.check(PLACEMENT)
+    assert answer.plan.num_moves > 0
+    assert answer.plan.seconds > 0
+    assert process.answer(6) is None
+
+
+def test_the_child_imports_neither_torch_nor_vllm(process):
+    import torch  # noqa: F401  (the parent has it; a forked child, or one that imports the parent's main, would too)
+
+    process.submit(request(1, order=4))
+    assert wait_for_answer(process, 1).error == ""
+
+
+def test_an_exception_of_the_policy_is_an_answer(process):
+    process.submit(request(1, order=1))
+    answer = wait_for_answer(process, 1)
+    assert answer.plan is None
+    assert answer.error == "ArithmeticError: cannot plan this"
+    process.submit(request(2))
+    assert wait_for_answer(process, 2).plan is not None
+    assert process.starts == 1
+
+
+def test_a_killed_child_is_replaced(process):
+    for number in (1, 3):
+        process.submit(request(number, order=2))
+        answer = wait_for_answer(process, number)
+        assert answer.died
+        assert "exit code -9" in answer.error
+        process.submit(request(number + 1))
+        assert wait_for_answer(process, number + 1).plan is not None
+
+
+def test_a_child_killed_while_idle_is_replaced(process):
+    process.submit(request(1))
+    wait_for_answer(process, 1)
+    killed = process.pid
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: process.pid not in (None, killed))
+    process.submit(request(2))
+    assert wait_for_answer(process, 2).plan is not None
+
+
+def test_a_newer_request_overtakes_one_that_hangs(process):
+    process.submit(request(1, order=3))
+    time.sleep(0.5)
+    process.submit(request(2))
+    assert wait_for_answer(process, 2).plan is not None
+    assert process.answer(1) is None
+
+
+def test_a_newer_request_overtakes_one_that_takes_its_time_without_a_new_child(process):
+    process.submit(request(1, order=5))
+    wait_until(lambda: process._request is None)  # the child has it
+    process.submit(request(2))
+    assert wait_for_answer(process, 2).plan is not None
+    assert process.answer(1) is None
+    assert process.starts == 1
+
+
+def test_a_request_given_while_the_answer_to_the_last_one_arrives_is_answered(process, monkeypatch):
+    wait_until(lambda: process._child is not None)
+    child, ask = process._child, process._child.ask
+
+    def ask_and_overtake(first: PlanRequest) -> None:
+        monkeypatch.setattr(child, "ask", ask)
+        ask(first)
+        wait_until(lambda: child.answers)
+        process.submit(request(2))  # as a step thread may, before this thread has looked at the answer
+
+    monkeypatch.setattr(child, "ask", ask_and_overtake)
+    process.submit(request(1))
+    assert wait_for_answer(process, 2).plan is not None
+    assert process.starts == 1
+
+
+def test_a_hanging_child_is_replaced_after_the_timeout():
+    process = EplbProcess(reverse, timeout=0.5)
+    try:
+        process.submit(request(1))
+        wait_for_answer(process, 1)
+        process.submit(request(2, order=3))
+        assert "within 0.5 s" in wait_for_answer(process, 2).error
+    finally:
+        process.close()
+
+
+def test_a_stopped_child_neither_blocks_nor_survives(process):
+    process.submit(request(1))
+    wait_for_answer(process, 1)
+    stopped = process.pid
+    os.kill(stopped, signal.SIGSTOP)
+    big = PlanRequest(2, np.ones((64, 2, 8000), dtype=np.int64), PLACEMENT.physical_to_logical, 8, (0, 0))
+    began = time.monotonic()
+    process.submit(big)  # larger than a pipe: nobody reads it
+    assert time.monotonic() - began < 1
+    time.sleep(0.5)  # the request is on its way; without this the next one would take its place
+    process.submit(request(3))
+    assert wait_for_answer(process, 3).plan is not None
+    assert not alive(stopped)
+
+
+def wait_until(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("stop_the_child", [False, True])
+def test_the_child_ends_with_a_killed_parent(stop_the_child):
+    code = f"""
+import multiprocessing, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+multiprocessing.current_process()._config["daemon"] = True  # as vLLM's workers are
+from test_process import EplbProcess, request, reverse, wait_for_answer
+process = EplbProcess(reverse)
+process.submit(request(1))
+wait_for_answer(process, 1)
+print(process.pid, flush=True)
+time.sleep(600)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert alive(child)
+    if stop_the_child:
+        os.kill(child, signal.SIGSTOP)
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not alive(child))
+
+
+def descriptors() -> dict[str, str]:
+    folder = Path("/proc/self/fd")
+    found = {}
+    for entry in folder.iterdir():
+        try:
+            found[entry.name] = os.readlink(entry)
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def test_planners_that_come_and_go_leave_nothing_behind(process, monkeypatch):
+    monkeypatch.setattr("vllm_ascend_eplb.planning.process.RESTART_SECONDS", (0.0,))
+    held: list[tuple[int, int, int]] = []
+    for number in range(1, 9):
+        process.submit(request(number))
+        assert wait_for_answer(process, number).plan is not None
+        if number in (3, 8):
+            wait_until(lambda: len([t for t in threading.enumerate() if t.name == "eplb-planner-answers"]) == 1)
+            gc.collect()
+            maps = Path("/proc/self/maps").read_text().splitlines()
+            semaphores = sum("/dev/shm/sem." in line for line in maps)  # under the name they were made with
+            assert semaphores > 0
+            held.append((len(descriptors()), threading.active_count(), semaphores))
+        killed = process.pid
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda killed=killed: process.pid not in (None, killed))
+    assert held[1] == held[0]
+
+
+def test_nobody_else_can_reach_what_parent_and_child_say_to_each_other(process):
+    process.submit(request(1))
+    wait_for_answer(process, 1)
+    pid = process.pid
+    links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    named = [link for link in links if link.startswith("/") and not link.endswith(" (deleted)")]
+    assert sum(link.startswith("pipe:") for link in links) >= 2  # the queues: pipes without a name
+    for link in named:
+        assert not stat.S_ISFIFO(os.stat(link).st_mode)
+        assert not stat.S_ISSOCK(os.stat(link).st_mode)
+    for path in Path("/dev/shm").glob("sem.mp-*"):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_the_folder_goes_with_the_last_process_of_a_killed_server():
+    code = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from vllm_ascend_eplb.stats import provide_stats_path
+from test_process import EplbProcess, request, reverse, wait_for_answer
+path = provide_stats_path()
+path.write_text("{{}}")
+process = EplbProcess(reverse)
+process.submit(request(1))
+wait_for_answer(process, 1)
+print(path, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "EPLB_STATS_FILE"}
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    path = Path(parent.stdout.readline().strip())
+    parent.wait()
+    assert path.name == "stats.json"
+    wait_until(lambda: not path.parent.exists())

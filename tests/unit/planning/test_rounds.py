@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds: validity after each, buffer, coverage, no overwrite of a live source, levelled senders, few rounds."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ascend_eplb.planning.schedule import level_senders, schedule_rounds
+from vllm_ascend_eplb.values.placement import EMPTY, Placement
+from vllm_ascend_eplb.values.plan import Plan
+from vllm_ascend_eplb.values.rounds import (
+    Round,
+    RoundError,
+    check_rounds,
+    receive_bound,
+    rounds_from_array,
+    rounds_to_array,
+)
+from vllm_ascend_eplb.values.topology import Topology
+
+
+def random_placement(rng: np.random.Generator, layers: int, experts: int, ranks: int, slots: int) -> Placement:
+    spare = ranks * slots - experts
+    rows = [rng.permutation(np.r_[np.arange(experts), rng.integers(0, experts, spare)]) for _ in range(layers)]
+    return Placement(np.array(rows), experts, ranks)
+
+
+def moves_in_groups(rng: np.random.Generator, start: Placement, count: int) -> np.ndarray:
+    """Rows (layer, slot, expert, group): copies over redundant slots and swaps, as an incremental policy makes them."""
+    slots, copies = start.physical_to_logical.copy(), start.replica_count.copy()
+    rows: list[tuple[int, int, int, int]] = []
+    for group in range(count):
+        layer = int(rng.integers(start.num_layers))
+        a, b = (int(slot) for slot in rng.integers(0, start.num_slots, 2))
+        old, other = int(slots[layer, a]), int(slots[layer, b])
+        if copies[layer, old] > 1 and old != other:
+            rows.append((layer, a, other, group))
+            copies[layer, old] -= 1
+            copies[layer, other] += 1
+            slots[layer, a] = other
+        elif old != other:
+            rows += [(layer, a, other, group), (layer, b, old, group)]
+            slots[layer, a], slots[layer, b] = other, old
+    return np.array(rows, dtype=np.int32).reshape(-1, 4)
+
+
+def replay(start: Placement, rounds: list[Round], buffer_experts: int) -> np.ndarray:
+    """Carries rounds out with the bytes in view; an oracle that shares nothing with check_rounds.
+
+    Transfers of round k may run from the commit of ``after`` on, so every source must hold the expert, and must not be
+    written, at every moment from then to the commit of k; the same goes for destinations being written twice.
+    """
+    history = [start.physical_to_logical.copy()]  # history[k]: before round k is committed
+    size = start.slots_per_rank
+    for number, each in enumerate(rounds):
+        assert each.number == number
+        before = history[-1]
+        after = before.copy()
+        received = Counter()
+        for layer, slot, expert, source, _ in each.moves.tolist():
+            received[slot // size] += 1
+            for then in range(each.after + 1, number + 1):
+                assert history[then][layer, source] == expert
+                assert history[then][layer, slot] == before[layer, slot]
+            assert after[layer, slot] == before[layer, slot], "a slot is written twice in a round"
+            after[layer, slot] = expert
+        assert max(received.values()) <= buffer_experts
+        for layer in range(start.num_layers):
+            assert set(range(start.num_experts)) <= set(after[layer].tolist())
+        history.append(after)
+    return history[-1]
+
+
+shapes = st.tuples(
+    st.integers(0, 2**32 - 1),  # seed
+    st.integers(1, 4),  # layers
+    st.integers(2, 6),  # ranks
+    st.integers(1, 4),  # slots per rank
+    st.floats(0, 1),  # redundancy
+    st.integers(1, 4),  # buffer
+    st.booleans(),  # overlap
+)
+
+
+def build(shape: tuple[int, int, int, int, float, int, bool]) -> tuple[np.random.Generator, Placement, Topology]:
+    seed, layers, ranks, slots, redundancy, _, _ = shape
+    rng = np.random.default_rng(seed)
+    experts = max(1, round(ranks * slots * (1 - redundancy)))
+    return rng, random_placement(rng, layers, experts, ranks, slots), Topology(tuple(rng.integers(0, 2, ranks)))
+
+
+@given(shapes)
+def test_any_change_of_placement_becomes_valid_rounds(shape: tuple[int, int, int, int, float, int, bool]) -> None:
+    rng, start, topology = build(shape)
+    target = random_placement(rng, start.num_layers, start.num_experts, start.num_ranks, start.slots_per_rank)
+    plan = Plan.between(start, target.physical_to_logical, np.ones((start.num_layers, start.num_experts)))
+    buffer, overlap = shape[5], shape[6]
+    rounds = schedule_rounds(start, plan.moves, topology, buffer, overlap=overlap)
+    assert np.array_equal(replay(start, rounds, buffer), target.physical_to_logical)
+    check_rounds(start, rounds, buffer, target)
+
+
+@given(shapes)
+def test_groups_that_fit_stay_whole(shape: tuple[int, int, int, int, float, int, bool]) -> None:
+    rng, start, topology = build(shape)
+    moves = moves_in_groups(rng, start, 30)
+    buffer = max(2, shape[5])
+    rounds = schedule_rounds(start, moves, topology, buffer, overlap=shape[6])
+    after = replay(start, rounds, buffer)
+    expected = start.physical_to_logical.copy()
+    for layer, slot, expert, _ in moves.tolist():
+        expected[layer, slot] = expert
+    assert np.array_equal(after, expected)
+    round_of = {}
+    for each in rounds:
+        for group in each.moves[:, 4].tolist():
+            assert round_of.setdefault(group, each.number) == each.number
+
+
+@given(shapes)
+def test_the_packed_form_loses_nothing(shape: tuple[int, int, int, int, float, int, bool]) -> None:
+    rng, start, topology = build(shape)
+    rounds = schedule_rounds(start, moves_in_groups(rng, start, 20), topology, 2)
+    back = rounds_from_array(rounds_to_array(rounds), start.slots_per_rank)
+    assert [(a.number, a.after, a.moves.tolist()) for a in rounds] == [
+        (b.number, b.after, b.moves.tolist()) for b in back
+    ]
+
+
+def test_empty_slots_are_filled() -> None:
+    start = Placement([[0, 1, 2, EMPTY]], 3, 2)
+    rounds = schedule_rounds(start, np.array([[0, 3, 0, 0]]), Topology.even(2), 1)
+    assert rounds[0].moves.tolist() == [[0, 3, 0, 0, 0]]
+
+
+def test_a_rank_sees_its_part_of_a_round() -> None:
+    moves = np.array([[0, 0, 5, 2, 0], [0, 1, 4, 0, 0], [0, 3, 6, 1, 0]], dtype=np.int32)
+    each = Round(0, moves, 2)
+    assert each.receives(0).tolist() == [[0, 0, 5, 2, 0]]
+    assert each.local_copies(0).tolist() == [[0, 1, 4, 0, 0]]
+    assert each.sends(0).tolist() == [[0, 3, 6, 1, 0]]
+    assert each.sends(1).tolist() == [[0, 0, 5, 2, 0]]
+
+
+def test_two_slots_of_one_rank_change_places_with_one_staging_place() -> None:
+    start = Placement([[0, 1, 2, 3]], 4, 2)
+    moves = np.array([[0, 0, 1, 0], [0, 1, 0, 0]])
+    rounds = schedule_rounds(start, moves, Topology.even(2), 1)
+    assert replay(start, rounds, 1).tolist() == [[1, 0, 2, 3]]
+    with pytest.raises(RoundError, match="staging buffer of 2"):
+        schedule_rounds(Placement([[0, 1]], 2, 1), moves, Topology.even(1), 1)
+
+
+def test_the_nearest_and_least_busy_rank_sends() -> None:
+    # expert 0 lives on ranks 0 (node 0) and 2 (node 1); ranks 1 and 3 want it
+    start = Placement([[0, 1, 2, 1, 0, 3, 3, 2]], 4, 4)
+    moves = np.array([[0, 3, 0, 0], [0, 6, 0, 1]])
+    (each,) = schedule_rounds(start, moves, Topology((0, 0, 1, 1)), 1)
+    assert {int(row[1]): int(row[3]) for row in each.moves} == {3: 0, 6: 4}
+
+
+def test_an_expert_crosses_to_a_node_once_where_that_delays_nothing() -> None:
+    # ranks 2 and 3 of node 1 want expert 0 of node 0; rank 0 keeps four rounds busy in any case
+    start = Placement([[0, 1, 0, 1, 2, 3, 2, 3]] * 4, 4, 4)
+    moves = np.array([[0, 4, 0, 0], [0, 7, 0, 1], *([layer, 0, 2, 2 + layer] for layer in range(4))])
+
+    def crossings(relay: bool) -> tuple[int, int]:
+        rounds = schedule_rounds(start, moves, Topology((0, 0, 1, 1)), 1, relay=relay)
+        replay(start, rounds, 1)
+        return sum(row[2] == 0 and row[3] < 4 for each in rounds for row in each.moves.tolist()), len(rounds)
+
+    assert crossings(relay=True) == (1, 4)
+    assert crossings(relay=False) == (2, 4)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 6), st.integers(1, 12))
+def test_senders_are_levelled_as_far_as_can_be(seed: int, ranks: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    candidates = [sorted({int(slot) for slot in rng.integers(0, ranks, rng.integers(1, 4))}) for _ in range(count)]
+    chosen = level_senders(candidates, 1, ranks, [ranks] * count)
+    assert all(source in its for source, its in zip(chosen, candidates, strict=True))
+    busiest = max(Counter(chosen).values())
+    # by Hall's theorem the optimum is the largest share that a set of ranks must carry
+    needed = 0
+    for subset in range(1, 1 << ranks):
+        ranks_in = {rank for rank in range(ranks) if subset >> rank & 1}
+        inside = sum(set(its) <= ranks_in for its in candidates)
+        needed = max(needed, -(-inside // len(ranks_in)))
+    assert busiest == needed
+
+
+@pytest.mark.parametrize(("ranks", "slots", "groups"), [(32, 9, 900), (64, 5, 2000)])
+@pytest.mark.parametrize("buffer", [1, 2, 4])
+def test_the_number_of_rounds_is_near_the_bound(buffer: int, ranks: int, slots: int, groups: int) -> None:
+    rng = np.random.default_rng(3)
+    start = random_placement(rng, 58, 256, ranks, slots)
+    rounds = schedule_rounds(start, moves_in_groups(rng, start, groups), Topology.even(ranks, ranks // 8), buffer)
+    bound = receive_bound(start, rounds, buffer)
+    assert len(rounds) <= max(bound + 1, 1.1 * bound)
+
+
+@pytest.mark.parametrize(
+    ("moves", "message"),
+    [
+        ([[0, 9, 0, 0]], "slot 9"),
+        ([[0, 0, 1, 1], [0, 1, 0, 0]], "ordered by group"),
+        ([[0, 0, 1, 0]], "without a copy"),
+        ([[0, 0, 1, 0], [0, 0, 2, 0]], "one slot twice"),
+    ],
+)
+def test_bad_moves_are_refused(moves: list[list[int]], message: str) -> None:
+    with pytest.raises(RoundError, match=message):
+        schedule_rounds(Placement([[0, 1, 2, 3]], 4, 2), np.array(moves), Topology.even(2), 1)
+
+
+def test_bad_arguments_are_refused() -> None:
+    start = Placement([[0, 1, 2, 3]], 4, 2)
+    nothing = np.zeros((0, 4), dtype=np.int32)
+    assert schedule_rounds(start, nothing, Topology.even(2), 1) == []
+    with pytest.raises(RoundError, match="at least 1"):
+        schedule_rounds(start, nothing, Topology.even(2), 0)
+    with pytest.raises(RoundError, match="3 ranks"):
+        schedule_rounds(start, nothing, Topology.even(3), 1)
+
+
+def bad_rounds() -> list[tuple[list[list[int]], int, str]]:
+    return [
+        ([[0, 0, 1, 3, 0]], NONE_AFTER, "holds expert"),
+        ([[0, 0, 1, 1, 0]], NONE_AFTER, "without a copy"),
+        ([[0, 0, 1, 1, 0], [0, 1, 0, 0, 0]], NONE_AFTER, "needs 2 places"),
+        ([[0, 0, 9, 1, 0]], NONE_AFTER, "out of range"),
+        ([[0, 0, 1, 1, 0]], 3, "calls itself"),
+    ]
+
+
+NONE_AFTER = -1
+
+
+@pytest.mark.parametrize(("moves", "after", "message"), bad_rounds())
+def test_the_check_finds_bad_rounds(moves: list[list[int]], after: int, message: str) -> None:
+    start = Placement([[0, 1, 2, 3]], 4, 2)
+    with pytest.raises(RoundError, match=message):
+        check_rounds(start, [Round(0, np.array(moves, dtype=np.int32), 2, after)], 1)
+
+
+def test_the_check_finds_rounds_that_overlap_too_early() -> None:
+    start = Placement([[0, 1, 0, 2]], 3, 2)
+    first = Round(0, np.array([[0, 2, 1, 1, 0]], dtype=np.int32), 2)
+    second = Round(1, np.array([[0, 1, 2, 3, 1]], dtype=np.int32), 2)
+    check_rounds(start, [first, second], 1)
+    late = Round(1, np.array([[0, 3, 1, 2, 1], [0, 0, 2, 3, 1]], dtype=np.int32), 2)
+    with pytest.raises(RoundError, match="later than -1"):
+        check_rounds(start, [first, late], 1)
+
+
+def test_topology_is_checked() -> None:
+    assert Topology.even(6, 2).node_of_rank == (0, 0, 0, 1, 1, 1)
+    assert Topology((4, 4, 9)).num_nodes == 2
+    for nodes, even in (((4, 4, 9, 9), 2), ((4, 4, 9), 1), ((0, 1, 0, 1), 1), ((0, 0, 0, 1), 1), ((0, 1, 2), 3)):
+        assert Topology(nodes).num_blocks == even
+    with pytest.raises(ValueError, match="evenly"):
+        Topology.even(6, 4)
+    with pytest.raises(ValueError, match="at least one rank"):
+        Topology(())

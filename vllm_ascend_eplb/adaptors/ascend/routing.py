@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a logical expert to a slot, in vllm-ascend's layers and dispatchers."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ...balancer.updator import Stage
+from ...load.ops import entries_of
+from ...routing.maps import DispatchMaps
+
+DISPATCHER = "vllm_ascend.ops.fused_moe.token_dispatcher"
+
+
+def look_up_slots(dispatcher: ModuleType) -> None:
+    """Lets the AllGather dispatcher look slots up in a map of slots; idempotent."""
+    cls: Any = dispatcher.TokenDispatcherWithAllGather
+    original = cls.token_dispatch
+    if getattr(original, "_eplb", False):
+        return
+
+    @functools.wraps(original)
+    def token_dispatch(self: Any, token_dispatch_input: Any) -> Any:
+        routing = token_dispatch_input.routing
+        if isinstance(routing.log2phy, SlotTable):
+            routing = replace(routing, expert_map=routing.log2phy.local_slots, global_redundant_expert_num=0)
+            token_dispatch_input = replace(token_dispatch_input, routing=routing)
+        return original(self, token_dispatch_input)
+
+    token_dispatch._eplb = True  # type: ignore[attr-defined]
+    cls.token_dispatch = token_dispatch
+
+
+class SlotTable:
+    """Stands where a layer's ``log2phy`` stood: indexed by logical experts, gives slots.
+
+    Args:
+        maps: the maps of all layers; changed in place by commits.
+        layer: which of them.
+        local_slots: int32 [P], the local slot of each slot of this rank, -1 for the others.
+        offset: added to the row of a token; where each rank routes its own tokens ranks differ in it, so that few
+            tokens per rank spread, too. 0 where several ranks may map the same token.
+    """
+
+    def __init__(self, maps: DispatchMaps, layer: int, local_slots: torch.Tensor, offset: int) -> None:
+        self._table = maps.logical_to_physical[layer].view(-1)
+        self._count = maps.replica_count[layer]
+        self._width = maps.width
+        self._offset = offset
+        self.local_slots = local_slots
+
+    def __getitem__(self, ids: torch.Tensor) -> torch.Tensor:
+        """Slots [N, K] for logical experts [N, K], in their dtype. Only device work, so that graphs may capture it."""
+        experts = ids.to(torch.int64)
+        rows = torch.arange(ids.shape[0], device=ids.device, dtype=torch.int64).unsqueeze(1) + self._offset
+        entries = entries_of(rows, experts, self._count[experts])
+        return self._table[experts * self._width + entries].to(ids.dtype)
+
+
+def maps_itself(layer: Any) -> bool:
+    """Whether a layer turns experts into slots before it calls a dispatcher, as layers do since 0.30. Such layers are
+    loaded in vLLM's own order, whatever their maps say."""
+    return hasattr(layer, "ascend_expert_map")
+
+
+def route_by(layer: Any, table: SlotTable) -> None:
+    """Puts a table in place of a layer's own."""
+    del layer.log2phy  # a buffer since 0.30, which would take tensors only
+    layer.log2phy = table
+    if maps_itself(layer):
+        # All that the dispatchers get: a map to look up slots in, and how many there are beyond its length.
+        layer.ascend_expert_map, layer.global_redundant_expert_num = table.local_slots, 0
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def forward_of_all(tokens_of_engines: torch.Tensor, most_in_decode: int) -> tuple[bool, Stage]:
+    """What data-parallel engines make of a forward together: whether it serves requests, and its stage.
+
+    A slot receives tokens of all engines, also while its own has no request, so all of them count, and by the same
+    stage. They make dummy batches only while one of them serves; the token of such a batch is counted, too.
+
+    Args:
+        tokens_of_engines: int [D], the same on all ranks.
+        most_in_decode: tokens of a batch that only decodes, at most; vllm-ascend's own bound between its stages.
+    """
+    return True, "prefill" if int(tokens_of_engines.max()) > most_in_decode else "decode"
+
+
+def ranks_own_their_tokens() -> bool:
+    """Whether every token is routed by one rank only, for batches of any size (MC2, All2All)."""
+    from vllm_ascend.utils import AscendDeviceType, get_ascend_device_type
+
+    return bool(get_ascend_device_type() == AscendDeviceType.A3)
+
+
+def rows_ahead(rank: int) -> int:
+    """How many rows further on a rank's tables begin. Where each rank routes its own tokens they differ by rank, so
+    that those with few tokens take different copies of an expert; elsewhere they must agree."""
+    return rank * 40503 if ranks_own_their_tokens() else 0

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings as workers find them in vLLM's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..settings.config import EplbConfig
+
+
+class HandedOver(dict[str, Any]):
+    """``eplb_config`` as :func:`hand_over` left it: what vllm-ascend is told, and our settings beside it. Copies of it,
+    pickled ones too, have them as well.
+
+    Args:
+        stock: vllm-ascend's own keys.
+        settings: ours, as the user gave them.
+    """
+
+    def __init__(self, stock: Mapping[str, Any], settings: EplbConfig) -> None:
+        super().__init__(stock)
+        # Only what was given: some defaults depend on what is left out.
+        self.settings = settings.model_dump(exclude_unset=True)
+
+
+def settings_of(additional_config: object) -> EplbConfig:
+    """Our settings, before or after :func:`hand_over`.
+
+    Args:
+        additional_config: vLLM's dictionary.
+
+    Raises:
+        EplbConfigError: a key or value that is not allowed.
+    """
+    given = additional_config.get("eplb_config") if isinstance(additional_config, Mapping) else None
+    if isinstance(given, HandedOver):
+        return EplbConfig.from_additional_config({"eplb_config": given.settings})
+    return EplbConfig.from_additional_config(additional_config)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adaptor for vLLM, on CUDA and on CPU."""

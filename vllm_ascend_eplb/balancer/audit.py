@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Audit: does every live slot still hold the weights of its logical expert?
+
+A flipped bit in a slot, or a slot that holds another expert's weights, makes wrong answers and no noise. So each rank
+sums its slots, a few at every step between two cycles, and compares the sums with those that the experts had at
+start-up (checksum.py), which are the same on all ranks and for all replicas. When a pass over all slots is over, all
+ranks learn in one agreed step whether any of them found damage. Only then do the sums travel, and EP rank 0 finds for
+each damaged slot another one of its layer that holds what belongs there: a replica, or a slot that was swapped with it.
+
+``SlotAudit`` is one rank's part; ``find_damage`` and ``repair_rounds`` are EP rank 0's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..settings.config import EplbConfig
+from ..transfer.checksum import ChecksumTable, Summer, Sums, wrong_slots
+from ..transfer.loader import D2DExpertWeightLoader
+from ..transfer.transport import Streams
+from ..values.placement import Int32Array, Int64Array, Placement
+from ..values.rounds import LAYER, SLOT, Round
+from .repair import Damage, find_damage, repair_rounds
+
+STEP_SECONDS = 0.001
+"""Time of the host that summing may take from one step; one slot is summed all the same."""
+
+
+STEP_BYTES = 64 << 20
+"""Weights that are summed at one step, at most, but at least one slot: some ten microseconds of a GPU's memory."""
+
+
+MOST_PLACES = 64
+"""Slots that are summed at one step, at most."""
+
+
+_NOT_YET = -2
+
+
+class SlotAudit:
+    """Sums this rank's live slots, pass after pass.
+
+    Args:
+        slots: per layer and local slot the expert's tensors, as flat uint8 views of the live weights.
+        streams: of their device.
+        interval: steps in which a pass should be over.
+
+    All calls are made by the step thread. Sums are enqueued on the compute stream, so they are in order with commits;
+    nothing waits for them.
+    """
+
+    def __init__(self, slots: Sequence[Sequence[Sequence[torch.Tensor]]], streams: Streams, interval: int) -> None:
+        self._slots, self._streams = slots, streams
+        self.num_layers, self.slots_per_rank = len(slots), len(slots[0])
+        count = self.num_layers * self.slots_per_rank
+        self._per_step = min(MOST_PLACES, -(-count // interval))
+        self._summer = Summer(streams, self._per_step, max(len(layer[0]) for layer in slots))
+        self._sums: Int64Array = np.full((self.num_layers, self.slots_per_rank), _NOT_YET, dtype=np.int64)
+        self._next = 0
+        self._under_way: list[tuple[int, int, int, Sums]] = []  # layer, slot, place, prepared sums
+        self._event = streams.event()
+        for layer in slots:  # what the device's library sets aside is set aside before the engine serves
+            self._summer.enqueue(self._summer.prepare(0, layer[0]))
+        self._summer.fetch()
+
+    def step(self) -> None:
+        """Takes the sums of the last step in, and enqueues the next. Never waits."""
+        if self._under_way and not self._collect():
+            return
+        began, nbytes = time.perf_counter(), 0
+        for place in range(self._per_step):
+            todo = self._next_slot()
+            if todo is None or (place and (nbytes > STEP_BYTES or time.perf_counter() - began > STEP_SECONDS)):
+                break
+            tensors = self._slots[todo[0]][todo[1]]
+            sums = self._summer.prepare(place, tensors)
+            self._summer.enqueue(sums)
+            self._under_way.append((*todo, place, sums))
+            self._next += 1
+            nbytes += sum(tensor.numel() for tensor in tensors)
+        if self._under_way:
+            self._summer.fetch()
+            if self._event is not None:
+                self._event.record(self._streams.current())
+
+    def _next_slot(self) -> tuple[int, int] | None:
+        while self._next < self._sums.size:
+            layer, slot = divmod(self._next, self.slots_per_rank)
+            if self._sums[layer, slot] == _NOT_YET:
+                return layer, slot
+            self._next += 1
+        return None
+
+    def _collect(self) -> bool:
+        if self._event is not None and not self._event.query():
+            return False
+        for layer, slot, place, sums in self._under_way:
+            self._sums[layer, slot] = self._summer.value(place, sums)
+        self._under_way.clear()
+        return True
+
+    def written(self, layers: Int32Array, slots: Int32Array) -> None:
+        """These local slots got other weights: what was summed of them counts no more."""
+        self._sums[layers, slots] = _NOT_YET
+        gone = set(zip(layers.tolist(), slots.tolist(), strict=True))
+        self._under_way = [each for each in self._under_way if each[:2] not in gone]
+        self._next = 0
+
+    def restart(self) -> None:
+        """Begins a new pass."""
+        self._sums.fill(_NOT_YET)
+        self._under_way.clear()
+        self._next = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every slot has been summed in this pass."""
+        if self._under_way:
+            self._collect()
+        return not self._under_way and bool((self._sums != _NOT_YET).all())
+
+    @property
+    def sums(self) -> Int64Array:
+        """int64 [L, S], of the pass that is complete."""
+        return self._sums
+
+    def damaged(self, placement: Placement, table: ChecksumTable, rank: int) -> int:
+        """Slots of this rank that do not hold their expert."""
+        first = rank * self.slots_per_rank
+        mine = placement.physical_to_logical[:, first : first + self.slots_per_rank]
+        return int(np.count_nonzero(wrong_slots(self._sums, mine, table)))
+
+
+logger = logging.getLogger("vllm.eplb")
+
+
+SHOWN = 8
+"""Damaged slots that a line in the log names."""
+
+
+class Auditor:
+    """One rank's audits, pass after pass.
+
+    Args:
+        loader: knows the slots, and the checksums that their experts have.
+        config: the settings; its ``audit_interval`` is not 0.
+        title: how lines in the log begin.
+    """
+
+    def __init__(self, loader: D2DExpertWeightLoader, config: EplbConfig, title: str) -> None:
+        self._loader, self._config, self._title = loader, config, title
+        self._slots = SlotAudit(loader.slots, loader.streams, config.audit_interval)
+        self._table = loader.checksums
+        self._error: Exception | None = None
+        self._last_damage: list[Damage] = []
+
+    def step(self) -> None:
+        """Sums a few slots. An exception is raised when the audit is agreed on, so that the other ranks learn of it."""
+        if self._table is not self._loader.checksums:  # the weights are others since a moment ago
+            self._table = self._loader.checksums
+            self.restart()
+        if self._error is None:
+            try:
+                self._slots.step()
+            except Exception as error:
+                self._error = error
+
+    @property
+    def failed(self) -> bool:
+        """Whether summing threw an exception in this pass."""
+        return self._error is not None
+
+    def complete(self) -> bool:
+        """Whether all slots of this rank have been summed.
+
+        Raises:
+            Exception: what summing them threw.
+        """
+        if self._error is not None:
+            raise self._error
+        return self._slots.complete
+
+    def restart(self) -> None:
+        """Begins a new pass."""
+        self._error = None
+        self._slots.restart()
+
+    def committed(self, moves: Int32Array) -> None:
+        """Slots of this rank that the moves [N, 5] of a round wrote are summed again."""
+        owners, slots = np.divmod(moves[:, SLOT], self._loader.slots_per_rank)
+        mine = owners == self._loader.rank
+        self._slots.written(moves[mine, LAYER], slots[mine])
+
+    def damaged(self, placement: Placement) -> int:
+        """Slots of this rank that do not hold their expert; the pass is complete."""
+        table = self._loader.checksums
+        return 0 if table is None else self._slots.damaged(placement, table, self._loader.rank)
+
+    def sums(self, placement: Placement) -> npt.NDArray[np.int64]:
+        """[L, P], zero for the slots of other ranks: their sum over the ranks is the table of all slots."""
+        sums = np.zeros((placement.num_layers, placement.num_slots), dtype=np.int64)
+        first = self._loader.rank * placement.slots_per_rank
+        sums[:, first : first + placement.slots_per_rank] = self._slots.sums
+        return sums
+
+    def plan_repair(self, sums: npt.NDArray[np.int64], placement: Placement, step: int) -> tuple[int, list[Round]]:
+        """On EP rank 0: says in the log what is damaged.
+
+        Args:
+            sums: [L, P], of all slots.
+            placement: in force.
+            step: of the audit, for the log.
+
+        Returns:
+            Damaged slots, and the rounds that mend them as far as good copies are known and ``audit_action`` asks
+            for it.
+        """
+        table, config = self._loader.checksums, self._config
+        if table is None:
+            return 0, []
+        damage, count = find_damage(sums, placement, table, self._loader.topology)
+        rounds: list[Round] = []
+        if config.audit_action == "repair" and config.mode != "observe":
+            rounds = repair_rounds(damage, placement.slots_per_rank, self._loader.buffer_experts)
+        mending = sum(len(each.moves) for each in rounds)
+        if mending or damage != self._last_damage:
+            self._last_damage = damage
+            logger.error(
+                "%s audit at step %d: %d of %d slots do not hold the weights of their expert: %s; %s",
+                self._title,
+                step,
+                count,
+                sums.size,
+                "; ".join(each.text(placement.slots_per_rank) for each in damage[:SHOWN])
+                + ("; ..." if count > SHOWN else ""),
+                self._what_is_done(mending, count, len(damage)),
+            )
+        return count, rounds
+
+    def _what_is_done(self, mending: int, count: int, known: int) -> str:
+        if mending == count:
+            return "good copies are being sent there"
+        if self._config.audit_action == "repair":
+            why = "the next ones follow" if count > known else "the others have none: load the weights anew"
+            return f"{mending} get good copies, {why}"
+        return 'answers may be wrong: load the weights anew, or set "audit_action": "repair" in eplb_config'

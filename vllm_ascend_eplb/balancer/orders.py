@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orders: what an operator asks of the balancer of a running server.
+
+An order is one small JSON file beside the statistics file. ``vllm-ascend-eplb control`` writes it, a thread of EP
+rank 0 looks for it, and from there it travels as an agreed fact (``Facts.order``), so that it takes effect on all ranks
+at the same step. A later order replaces one that was not taken yet. What came of it stands in the statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import stat
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..files.disk import write_private
+
+logger = logging.getLogger("vllm.eplb")
+
+
+MAX_ORDER_BYTES = 4096
+
+
+LOOK_SECONDS = 0.25
+"""How often EP rank 0 looks for an order."""
+
+
+MAX_INTERVAL = 10_000_000
+
+
+Interval = Annotated[int, Field(ge=1, le=MAX_INTERVAL)]
+
+
+class OrderError(ValueError):
+    """What stands in an order file is no order, or not from a user who may give one."""
+
+
+class Order(BaseModel):
+    """One order.
+
+    Attributes:
+        id: names it; the statistics repeat the id of the last order that was taken.
+        command: pause (begin no more cycles; one under way is completed), resume, cycle (one now, paused or not),
+            restore (move every expert back to where it was at the start, and pause there), intervals.
+        collect_steps, execution_steps: for ``intervals``: those of ``expert_heat_collection_interval`` and
+            ``algorithm_execution_interval`` from now on; None leaves one as it is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    id: Annotated[str, Field(min_length=1, max_length=64)] = Field(default_factory=lambda: secrets.token_hex(8))
+    command: Literal["pause", "resume", "cycle", "restore", "intervals"]
+    collect_steps: Interval | None = None
+    execution_steps: Interval | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Order:
+        given = self.collect_steps is not None or self.execution_steps is not None
+        if given != (self.command == "intervals"):
+            raise ValueError("collect_steps and execution_steps belong to the command intervals, which needs one")
+        return self
+
+
+@dataclass(frozen=True)
+class NumberedOrder:
+    """An order and its number on EP rank 0, from 1."""
+
+    number: int
+    order: Order
+
+
+def orders_path(stats_path: str | os.PathLike[str]) -> Path:
+    """Where the order file of the server with this statistics file lies."""
+    path = Path(stats_path)
+    return path.with_name(f"{path.name}.order")
+
+
+def write_order(path: str | os.PathLike[str], order: Order) -> None:
+    """Puts an order where EP rank 0 looks for it; readable by its owner only.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_private(path, order.model_dump_json())
+
+
+def read_order(path: str | os.PathLike[str]) -> Order | None:
+    """The order in a file; None if there is no file.
+
+    Raises:
+        OrderError: the file is not the server user's own, may be written by others, or holds no order.
+        OSError: it cannot be read.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        handle = os.open(path, flags)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OrderError(f"{os.fspath(path)} is not a regular file")
+        if status.st_uid != os.geteuid():
+            raise OrderError(f"{os.fspath(path)} belongs to user {status.st_uid}; orders come from {os.geteuid()} only")
+        if status.st_mode & 0o022:
+            raise OrderError(f"{os.fspath(path)} may be written by other users (mode {status.st_mode & 0o777:o})")
+        text = file.read(MAX_ORDER_BYTES + 1)
+    if len(text) > MAX_ORDER_BYTES:
+        raise OrderError(f"{os.fspath(path)} has more than {MAX_ORDER_BYTES} bytes")
+    try:
+        return Order.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the text"
+        raise OrderError(f"{os.fspath(path)} holds no order: {where}: {first['msg']}") from None
+
+
+class OrderBox:
+    """EP rank 0's view of the order file. The step thread reads a variable; a daemon thread looks at the disk.
+
+    A file that is there when the server starts is an old one: it is removed and never obeyed.
+
+    Args:
+        path: of the order file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.newest: NumberedOrder | None = None
+        self._seen: tuple[int, int] | None = None
+        self._closing = threading.Event()
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        self._thread = threading.Thread(target=self._run, name="eplb-orders", daemon=True)
+        self._thread.start()
+
+    def look(self) -> None:
+        """Takes in a new file. Never raises: a bad order must not stop a server."""
+        try:
+            status = os.lstat(self.path)
+            version = (status.st_mtime_ns, status.st_ino)
+            if version == self._seen:
+                return
+            self._seen = version
+            order = read_order(self.path)
+        except FileNotFoundError:
+            return
+        except (OrderError, OSError) as error:
+            logger.warning("EPLB order ignored: %s", error)
+            return
+        known = self.newest
+        if order is not None and (known is None or known.order.id != order.id):
+            self.newest = NumberedOrder(known.number + 1 if known else 1, order)
+
+    def close(self) -> None:
+        """Ends the thread and removes the file."""
+        self._closing.set()
+        self._thread.join(2.0)
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    def _run(self) -> None:
+        while not self._closing.wait(LOOK_SECONDS):
+            self.look()

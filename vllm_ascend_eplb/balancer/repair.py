@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From checksums of all slots to damaged slots, and to rounds that repair them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..transfer.checksum import ChecksumTable, wrong_slots
+from ..values.placement import Int64Array, Placement
+from ..values.rounds import Round
+from ..values.topology import Topology
+
+MOST_REPAIRS = 256
+"""Slots that one repair mends; what is left is found again by the next audit."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A slot that does not hold its expert.
+
+    Attributes:
+        source: a slot of the same layer with the weights that belong there; -1 where there is none.
+    """
+
+    layer: int
+    slot: int
+    expert: int
+    source: int
+
+    def text(self, slots_per_rank: int) -> str:
+        return f"layer {self.layer}, slot {self.slot} (rank {self.slot // slots_per_rank}, expert {self.expert})"
+
+
+def find_damage(
+    sums: Int64Array, placement: Placement, table: ChecksumTable, topology: Topology
+) -> tuple[list[Damage], int]:
+    """Which slots are damaged, and where what belongs there can be had: on the same rank, else on the same node, else
+    anywhere, undamaged replicas first.
+
+    Args:
+        sums: int64 [L, P], of the live slots of all ranks.
+        placement: the placement in force.
+        table: the sums that the experts should have.
+        topology: the node of each rank.
+
+    Returns:
+        The first ``MOST_REPAIRS`` damaged slots, and the number of all. Where there are more, only undamaged replicas
+        are sources: a slot whose turn has not come may need what another damaged one holds.
+    """
+    slots, size = placement.physical_to_logical, placement.slots_per_rank
+    wrong = wrong_slots(sums, slots, table)
+    found, places = [], np.argwhere(wrong)
+    for layer, slot in places[:MOST_REPAIRS].tolist():
+        expert = int(slots[layer, slot])
+        rank = slot // size
+        good = sums[layer] == table.sums[layer, expert]
+        if len(places) > MOST_REPAIRS:
+            good &= ~wrong[layer]
+        sources = np.flatnonzero(good).tolist()
+        best = min(
+            sources,
+            key=lambda its: (
+                bool(wrong[layer, its]),
+                its // size != rank,
+                not topology.same_node(its // size, rank),
+                its,
+            ),
+            default=-1,
+        )
+        found.append(Damage(layer, slot, expert, best))
+    return found, len(places)
+
+
+def repair_rounds(damage: Sequence[Damage], slots_per_rank: int, buffer_experts: int) -> list[Round]:
+    """Rounds that send good weights into damaged slots; the placement stays what it is.
+
+    A damaged slot may be the source of another one (two slots that were swapped), so it is written in the round that
+    it is last read in, or later. A ring of such slots that does not fit into the buffer is left alone.
+
+    Args:
+        damage: all that is to be mended; those without a source are left alone.
+        slots_per_rank: S.
+        buffer_experts: staging places of a rank per round.
+    """
+    left = {(each.layer, each.slot): each for each in damage if each.source >= 0}
+    rounds: list[Round] = []
+    while left:
+        readers = Counter((each.layer, each.source) for each in left.values())
+        chosen: list[Damage] = []
+        room: Counter[int] = Counter()
+        for place, each in left.items():
+            if not readers[place] and room[each.slot // slots_per_rank] < buffer_experts:
+                chosen.append(each)
+                room[each.slot // slots_per_rank] += 1
+        if not chosen:  # every slot that is left is read by another: rings
+            ring = _ring(left)
+            room = Counter(each.slot // slots_per_rank for each in ring)
+            chosen = ring if max(room.values()) <= buffer_experts else []
+            if not chosen:
+                for each in ring:
+                    del left[each.layer, each.slot]
+                continue
+        for each in chosen:
+            del left[each.layer, each.slot]
+        number = len(rounds)
+        rows = [(each.layer, each.slot, each.expert, each.source, number) for each in chosen]
+        rounds.append(Round(number, np.array(rows, dtype=np.int32), slots_per_rank, number - 1))
+    return rounds
+
+
+def _ring(left: dict[tuple[int, int], Damage]) -> list[Damage]:
+    """One ring among slots each of which is read by another."""
+    place = next(iter(left))
+    seen: dict[tuple[int, int], int] = {}
+    path: list[Damage] = []
+    while place not in seen:
+        seen[place] = len(path)
+        path.append(left[place])
+        place = (path[-1].layer, path[-1].source)
+    return path[seen[place] :]

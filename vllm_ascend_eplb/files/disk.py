@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files from elsewhere, read within bounds, and files of ours, written whole.
+
+Expert maps and traces are handed around between machines and edited by hand. What is read is bounded before memory is
+taken: the size of the file, the depth and number of values of a JSON text, the shape that an array's header claims.
+Every failure is one :class:`FileError` with one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import stat
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_JSON_DEPTH = 16
+
+
+MAX_JSON_CONTAINERS = 1 << 22
+"""Most lists and objects in a JSON text; an empty one takes 64 bytes in memory for 3 in the file."""
+
+
+MAX_JSON_VALUES = 1 << 25
+
+
+_READ_HEADER: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+class FileError(ValueError):
+    """A file that cannot be used. The message is one line: which file, what is wrong, the way out."""
+
+
+def read_bounded(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
+    """The contents of a regular file. Symbolic links are followed.
+
+    Args:
+        path: of the file.
+        limit: most bytes that such a file may have.
+        what: what the file should be, for messages: "expert map".
+
+    Raises:
+        FileError: it is missing, unreadable, no regular file, empty or too large.
+    """
+    try:
+        # O_NONBLOCK: a FIFO must not block; what is no regular file is refused below
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise FileError(f"{show(path)} is a symbolic link to nothing; give the path of the {what}") from None
+        raise FileError(f"{show(path)} does not exist; give the path of the {what}") from None
+    except PermissionError:
+        raise FileError(f"{show(path)} may not be read by this user; change its permissions (chmod +r)") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise FileError(f"{show(path)} cannot be read ({reason}); give the path of the {what}") from None
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise FileError(f"{show(path)} is {kind}; give the path of the {what}")
+    with os.fdopen(handle, "rb") as file:
+        if status.st_size == 0:
+            raise FileError(f"{show(path)} is empty; check that the {what} was written to its end")
+        if status.st_size > limit:
+            raise FileError(
+                f"{show(path)} has {status.st_size} bytes; a file of this kind has at most {limit}: check that it is "
+                f"the right one"
+            )
+        try:
+            data = file.read(status.st_size + 1)  # not the limit, which Python would set aside at once
+            if len(data) > status.st_size:
+                data += file.read(limit + 1 - len(data))
+        except OSError as error:
+            raise FileError(f"{show(path)} cannot be read ({error.strerror}); copy it anew") from None
+    if len(data) > limit:
+        raise FileError(f"{show(path)} grew beyond {limit} bytes while it was read; check that it is the right one")
+    return data
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Finds out before a long computation that its result could not be written.
+
+    Raises:
+        FileError: the folder is missing or may not be written, or the path is a directory, a symbolic link or no file
+            at all.
+    """
+    target = Path(path)
+    if "\0" in os.fspath(path):
+        raise FileError(f"{show(path)} is no path: it has a null byte; give the path of a file to write")
+    if target.is_symlink():
+        raise FileError(f"{show(path)} is a symbolic link, which would be replaced; give the path of the file itself")
+    if target.is_dir():
+        raise FileError(f"{show(path)} is a directory; give the path of a file to write")
+    if target.exists() and not target.is_file():
+        raise FileError(f"{show(path)} is not a regular file; give the path of a file to write")
+    if not target.parent.is_dir():
+        raise FileError(f"the folder of {show(path)} does not exist; create it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise FileError(f"the folder of {show(path)} may not be written by this user; choose another place")
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replaces a file so that readers see either what was there or all of ``data``, also after a crash.
+
+    Raises:
+        FileError: as for :func:`check_place`, or the disk refuses.
+    """
+    check_place(path)
+    target, name = Path(path), ""
+    try:
+        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, mode)
+        os.replace(name, target)
+    except BaseException as error:
+        if name:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+        if isinstance(error, OSError):
+            raise FileError(f"{show(path)} cannot be written ({error.strerror}); choose another place") from None
+        raise
+
+
+def write_private(path: str | os.PathLike[str], text: str) -> None:
+    """Replaces a file that only its owner may read, so that readers see all or nothing. Does not wait for the disk to
+    have it: after a crash nobody asks for it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    target = Path(path)
+    # mkstemp: a new file of mode 0600 that no one else can have put there
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
+    """The value of a JSON text; NaN, infinities and repeated keys are refused.
+
+    Raises:
+        FileError: the text is no JSON, truncated, nested too deeply or has too many values.
+    """
+    codes = np.frombuffer(data, dtype=np.uint8)
+    opening = (codes == ord("[")) | (codes == ord("{"))
+    closing = (codes == ord("]")) | (codes == ord("}"))
+    depth = int(np.cumsum(opening.astype(np.int8) - closing.astype(np.int8), dtype=np.int64).max(initial=0))
+    if depth > MAX_JSON_DEPTH:
+        raise FileError(f"{show(path)} is nested {depth} levels deep; allowed are {MAX_JSON_DEPTH}")
+    values = int(np.count_nonzero(codes == ord(",")))
+    if int(opening.sum()) > MAX_JSON_CONTAINERS or values > MAX_JSON_VALUES:
+        raise FileError(
+            f"{show(path)} has {values} values; allowed are {MAX_JSON_VALUES}: check that it is the right file"
+        )
+    try:
+        return json.loads(data, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) or "nested too deeply"
+        if isinstance(error, json.JSONDecodeError) and error.pos >= len(data.rstrip()) - 1:
+            reason = f"it ends too early, {reason}"
+        raise FileError(f"{show(path)} is no JSON ({show(reason)}); copy or write it anew") from None
+
+
+def parse_npy(data: bytes, path: str | os.PathLike[str]) -> npt.NDArray[Any]:
+    """The array of numbers in the contents of a .npy file.
+
+    Raises:
+        FileError: the contents are no such array, are truncated or hold no numbers.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+        if version not in _READ_HEADER:
+            raise ValueError(f"format version {version}")
+        shape, fortran, dtype = _READ_HEADER[version](stream)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise FileError(f"{show(path)} is no NumPy array ({show(str(error))}); save it with numpy.save") from None
+    if dtype.hasobject or dtype.kind not in "iufb":
+        raise FileError(f"{show(path)} holds {dtype}; give an array of numbers")
+    count, begin = 1, stream.tell()
+    for length in shape:
+        count *= int(length)
+    if count * dtype.itemsize != len(data) - begin:
+        raise FileError(
+            f"{show(path)} claims shape {shape} of {dtype}, {count * dtype.itemsize} bytes, but holds "
+            f"{len(data) - begin}; copy or write it anew"
+        )
+    flat = np.frombuffer(data, dtype=dtype, offset=begin)
+    return np.ascontiguousarray(flat.reshape(shape, order="F" if fortran else "C"))
+
+
+def parse_npz(
+    data: bytes, path: str | os.PathLike[str], limit: int, names: tuple[str, ...]
+) -> dict[str, npt.NDArray[Any]]:
+    """Some arrays of a .npz archive by name.
+
+    Args:
+        data: contents of the archive.
+        path: for messages.
+        limit: most bytes that an array may have when unpacked.
+        names: the arrays wanted; those that are not there are left out. An archive of one array gives that one,
+            whatever its name.
+
+    Raises:
+        FileError: the contents are no archive of arrays, or an array is too large.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            wanted = names if len(members) != 1 else tuple(members)
+            arrays = {}
+            for name in wanted:
+                if name not in members:
+                    continue
+                if members[name].file_size > limit:
+                    raise FileError(
+                        f"{show(path)}: {show(name)} has {members[name].file_size} bytes; allowed are {limit}"
+                    )
+                with archive.open(members[name]) as file:
+                    contents = file.read(limit + 1)
+                try:
+                    arrays[name] = parse_npy(contents, f"{os.fspath(path)}:{name}")
+                except FileError:
+                    if name in names[:1] or len(members) == 1:
+                        raise
+            return arrays
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{show(path)} is no .npz archive ({show(str(error))}); copy or write it anew") from None
+    except Exception as error:  # zlib.error and whatever a damaged archive makes zipfile raise
+        raise FileError(f"{show(path)} is damaged ({show(str(error))}); copy or write it anew") from None
+
+
+def show(text: str | os.PathLike[str]) -> str:
+    """A path or text on one line and of bounded length."""
+    line = "".join(c if c.isprintable() else "?" for c in os.fspath(text))
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key[:80]!r} stands twice in one object")
+            seen.add(key)
+    return table
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The private folder of a server: made at its start, and removed by whoever of its processes ends last.
+
+Where all of them are killed at once nobody is left to remove it, so the next server of the same user does. What tells
+it that a folder is abandoned is a lock, which the kernel takes back however a process ends: process ids come again,
+and mean something else in another container that shares the folder for temporary files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+OWNED_FOLDER = "vllm-eplb-"
+"""How the names of private folders begin; the id of the process that made the folder follows, and a hyphen."""
+
+
+_NAME = re.compile(re.escape(OWNED_FOLDER) + r"(\d{1,10})-\w+")
+
+
+def make_private_folder() -> Path:
+    """A new folder (mode 0700), locked for as long as this process, or one that it forked, is there. Removes abandoned
+    ones."""
+    remove_abandoned_folders()
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f"{OWNED_FOLDER}{os.getpid()}-"))
+        with contextlib.suppress(FileNotFoundError):  # another server that is just starting may find it unlocked
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # stays open, and the lock with it
+            with contextlib.suppress(OSError):  # a file system without locks: nobody can lock, and so remove, it there
+                fcntl.flock(handle, fcntl.LOCK_SH)
+            if folder.is_dir():
+                return folder
+            os.close(handle)
+
+
+def remove_abandoned_folders() -> None:
+    """Removes the private folders of this user's servers that ended without a chance to do so."""
+    with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
+        for entry in entries:
+            if _NAME.fullmatch(entry.name):
+                with contextlib.suppress(OSError):
+                    _remove_if_abandoned(entry.path)
+
+
+def _remove_if_abandoned(folder: str) -> None:
+    """Raises:
+    OSError: it is locked, no folder, or may not be opened.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if os.fstat(handle).st_uid == os.geteuid():
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def remove_orphaned_folder(stats_file: str | os.PathLike[str]) -> None:
+    """Removes the private folder of a statistics file whose front-end process was killed and so could not remove it.
+
+    Called where the balancer ends in order, and in the planner's process, which outlives the others where they do not.
+    It touches no folder that a user chose.
+    """
+    folder = os.path.dirname(stats_file)
+    match = _NAME.fullmatch(os.path.basename(folder))
+    if match is None or os.path.islink(folder):
+        return
+    try:
+        os.kill(int(match.group(1)), 0)
+    except ProcessLookupError:
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # it is there, or is somebody else's
+        pass
+
+
+STATS_VARIABLE = "EPLB_STATS_FILE"
+"""Environment variable that holds the path of the statistics file; vLLM warns of unknown names that begin with VLLM."""

@@ -1,0 +1,482 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How tokens per slot, counted on the device, become the load [T, L, E] that a policy reads.
+
+::
+
+    ops.map_and_record ──> LoadRecorder.counts [L, P] ──flush──> window [T, L, E] ──snapshot──> host ──> take()
+       (every forward)       (this rank, on the device)           (this rank)       (side stream)        │
+                                                                                                         v
+            policy <── LoadWindow [T, L, E] (all ranks, last / sliding / decayed) <── sum over ranks ────┘
+
+**Who counts.** Every (token, expert) pair must enter the sum over ranks once. Which ranks contribute follows from who
+routes what: if each rank routes its own tokens, all do; if several ranks route the same tokens, one of them does, the
+others are made with ``contributes=False`` and record nothing. Nothing is ever divided by a number of ranks. Steps that
+serve nobody (dummy, warm-up, profile) are begun with ``record=False``; padding is cut off inside the op.
+
+**No smearing.** Counts are per slot; which expert a slot holds changes with every commit. :meth:`LoadRecorder.flush`
+turns them into counts per logical expert while the placement under which they were made is still known.
+
+**No waiting.** begin_step, flush and snapshot only enqueue work on the current stream (and a side stream); nothing
+blocks the host, and after the first use nothing is allocated on the device.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..values.placement import EMPTY, FloatArray, Placement
+
+Int64Array = npt.NDArray[np.int64]
+
+
+PHASES = ("all", "prefill", "decode")
+"""What a window may be of: all recorded steps, those that prefill, or those that only decode."""
+
+
+WINDOW_MODES = ("last", "sliding", "decay")
+
+
+class LoadError(ValueError):
+    """A window, a file or a call that does not fit the model or the moment."""
+
+
+class LoadRecorder:
+    """Counts this rank's tokens per slot and keeps them, per logical expert, until they are taken.
+
+    Call order, all on the thread and stream of the forwards::
+
+        recorder.begin_step(placement, record=True, phase="decode")   # before each forward
+        recorder.flush(placement)                                     # before a commit changes the placement
+        recorder.snapshot(placement)                                  # at the agreed end of a window
+        if recorder.snapshot_ready(): load = recorder.take()          # some steps later
+
+    Args:
+        num_layers: MoE layers, L.
+        num_experts: logical experts per layer, E.
+        num_slots: slots per layer over all ranks, P.
+        device: where the model counts.
+        contributes: whether this rank's counts enter the sum over ranks. If not, recording is never switched on and
+            :meth:`take` returns zeros.
+        phases: what is kept apart: ``("all",)``, or any of ``"prefill"`` and ``"decode"``. Steps of other phases are
+            not recorded. A step's phase decides where it is counted, nothing else, so ranks need not agree on it.
+        num_entries: T, entries of the series that a window consists of; more than one where a policy wants to see how
+            load changes.
+        steps_per_entry: calls of :meth:`begin_step` after which the next entry begins. When all T are in use the oldest
+            is dropped. Irrelevant for T = 1.
+        dtype: of ``counts``: int64 cannot overflow; int32 (what vLLM's own kernels count in) holds 2**31 - 1 tokens per
+            slot between two flushes.
+        own_stream: whether a snapshot is copied to the host on a stream of its own.
+
+    Attributes:
+        counts: ``dtype`` [L, P], zero at first. Layer l of the model records into ``counts[l]``; the address stays.
+        recording: bool [1], the switch that the ops read; the address stays.
+
+    Raises:
+        LoadError: a number is below 1, or ``phases`` or ``dtype`` is none of the above.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        num_slots: int,
+        device: torch.device | str,
+        *,
+        contributes: bool = True,
+        phases: tuple[str, ...] = ("all",),
+        num_entries: int = 1,
+        steps_per_entry: int = 1,
+        dtype: torch.dtype = torch.int64,
+        own_stream: bool = True,
+    ) -> None:
+        for name, value in (
+            ("num_layers", num_layers),
+            ("num_experts", num_experts),
+            ("num_slots", num_slots),
+            ("num_entries", num_entries),
+            ("steps_per_entry", steps_per_entry),
+        ):
+            if value < 1:
+                raise LoadError(f"{name} is {value}; it must be at least 1")
+        if phases != ("all",) and (not phases or len(set(phases)) < len(phases) or not set(phases) <= set(PHASES[1:])):
+            raise LoadError(
+                f"phases is {phases}; allowed are ('all',), ('prefill',), ('decode',), ('prefill', 'decode')"
+            )
+        if dtype not in (torch.int32, torch.int64):
+            raise LoadError(f"dtype is {dtype}; counts are torch.int64, or torch.int32 where the engine wants it")
+        self.num_layers = num_layers
+        self.num_experts = num_experts
+        self.num_slots = num_slots
+        self.device = torch.device(device)
+        self.contributes = contributes
+        self.phases = phases
+        self.num_entries = num_entries
+        self.steps_per_entry = steps_per_entry
+        self.counts = torch.zeros((num_layers, num_slots), dtype=dtype, device=self.device)
+        self.recording = torch.zeros(1, dtype=torch.bool, device=self.device)
+        self._is_recording = False
+        shape = (len(phases), num_entries, num_layers, num_experts + 1)  # the last column takes the empty slots
+        self._window = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self._bank = 0
+        self._entry = 0
+        self._steps = 0
+        self._maps = _SlotMaps(num_layers, num_experts, num_slots, self.device)
+        self._placement: Placement | None = None
+        self._dirty = False
+        self._snapshot = _Snapshot(self._window, own_stream)
+        self._oldest = 0
+
+    def begin_step(self, placement: Placement, *, record: bool, phase: str = "all") -> None:
+        """Prepares the coming forward: advances the series, sets the switch.
+
+        All ranks call it equally often between two snapshots; that alone moves the series on.
+
+        Args:
+            placement: in force during this forward. If it is not the last one, what was counted is flushed first.
+            record: whether the forward serves requests whose tokens the window needs. False for dummy, warm-up and
+                profile steps.
+            phase: ``"prefill"`` or ``"decode"``; needed only where phases are kept apart. Other words (``"all"``) count
+                in windows of all steps only.
+
+        Raises:
+            LoadError: the placement has another shape than the recorder.
+        """
+        if self._placement is not None and placement is not self._placement and placement != self._placement:
+            self.flush(self._placement)
+        self._use(placement)
+        entry = self._steps // self.steps_per_entry % self.num_entries
+        self._steps += 1
+        if entry != self._entry:
+            self.flush(placement)
+            self._entry = entry
+            self._window[:, entry].zero_()
+        bank = 0 if self.phases == ("all",) else self.phases.index(phase) if phase in self.phases else None
+        if bank is not None and bank != self._bank:
+            self.flush(placement)
+            self._bank = bank
+        self.set_recording(record and bank is not None)
+
+    def set_recording(self, on: bool) -> None:
+        """Sets the switch for the forwards to come; enqueues work only when it changes."""
+        on = on and self.contributes
+        if on != self._is_recording:
+            self.recording.fill_(on)
+            self._is_recording = on
+        self._dirty |= on
+
+    def flush(self, placement: Placement) -> None:
+        """Adds ``counts`` to the window as counts of logical experts and zeroes them.
+
+        Args:
+            placement: the one in force since the last flush. Tokens counted in its empty slots are dropped.
+
+        Raises:
+            LoadError: it has another shape than the recorder.
+        """
+        self._use(placement)
+        if not self._dirty:
+            return
+        target = self._window[self._bank, self._entry].view(-1)
+        self._maps.add_logical(self.counts, placement, target)
+        self.counts.zero_()
+        self._dirty = self._is_recording
+
+    def prepare(self, placement: Placement) -> None:
+        """Uploads what a later flush under ``placement`` needs, so that the flush only runs prepared work."""
+        self._check(placement)
+        self._maps.index_of(placement)
+
+    def snapshot(self, placement: Placement | None = None) -> None:
+        """Ends the window: flushes, starts the copy to the host, begins a new, empty window.
+
+        Args:
+            placement: in force since the last flush; default the one last given.
+
+        Raises:
+            LoadError: no placement was ever given, or the last snapshot has not been taken.
+        """
+        placement = placement or self._placement
+        if placement is None:
+            raise LoadError("snapshot() before any begin_step() or flush(): the recorder knows no placement; pass one")
+        self.flush(placement)
+        self._snapshot.start(self._window)
+        self._oldest = (self._entry + 1) % self.num_entries
+        self._window.zero_()
+        self._steps = self._entry = 0
+
+    def begin_window(self, placement: Placement, steps_per_entry: int) -> None:
+        """Forgets the load counted so far and begins an empty window. A snapshot that was not taken stays.
+
+        Args:
+            placement: in force since the last flush.
+            steps_per_entry: of the series, from now on.
+        """
+        self.flush(placement)
+        self._window.zero_()
+        self.steps_per_entry = max(1, steps_per_entry)
+        self._steps = self._entry = 0
+
+    def snapshot_ready(self) -> bool:
+        """Whether :meth:`take` would return at once. Never blocks; False without a snapshot."""
+        return self._snapshot.ready()
+
+    def take(self, phase: str = "all") -> Int64Array:
+        """The window that the last :meth:`snapshot` ended, this rank's part; waits for the copy if it is not ready.
+
+        May be called once per phase; :meth:`snapshot` starts anew.
+
+        Args:
+            phase: a phase that is kept, or ``"all"`` for the sum of those kept.
+
+        Returns:
+            int64 [T, L, E], tokens (times experts per token) per logical expert; oldest entry first. Entries that no
+            step reached are zero.
+
+        Raises:
+            LoadError: there is no snapshot, or the phase is not kept.
+        """
+        if phase != "all" and phase not in self.phases:
+            raise LoadError(f"phase {phase!r} is not recorded; kept are {', '.join(self.phases)}")
+        banks = self._snapshot.contents()[..., : self.num_experts]
+        load = banks.sum(axis=0) if phase == "all" else banks[self.phases.index(phase)]
+        taken: Int64Array = np.roll(load, -self._oldest, axis=0)
+        return taken
+
+    def discard_snapshot(self) -> None:
+        """Gives up a snapshot that nobody is going to take, because its cycle was dropped. Its load is lost."""
+        self._snapshot.discard()
+
+    @property
+    def steps(self) -> int:
+        """Calls of ``begin_step`` since the window began; equal on all ranks."""
+        return self._steps
+
+    def window(self) -> Int64Array:
+        """int64 [phases, T, L, E]: what was counted and flushed since the window began, this rank's part, in the order
+        in which it is kept. Waits for the device."""
+        window: Int64Array = self._window[..., : self.num_experts].cpu().numpy()
+        return window
+
+    def restore_window(self, window: Int64Array, steps: int) -> None:
+        """Takes a window over, for example into the recorder of a model with another number of slots.
+
+        Args:
+            window: int64 [phases, T, L, E], as ``window`` gives it.
+            steps: ``steps`` of the recorder that it came from.
+
+        Raises:
+            LoadError: the window has another shape.
+        """
+        kept = self._window[..., : self.num_experts]
+        if window.shape != tuple(kept.shape):
+            raise LoadError(f"a window of shape {window.shape}; this recorder keeps {tuple(kept.shape)}")
+        kept.copy_(torch.from_numpy(np.ascontiguousarray(window)))
+        self._steps = steps
+        self._entry = max(0, steps - 1) // self.steps_per_entry % self.num_entries
+
+    def _use(self, placement: Placement) -> None:
+        if placement is not self._placement:
+            self._check(placement)
+            self._placement = placement
+
+    def _check(self, placement: Placement) -> None:
+        have = (placement.num_layers, placement.num_experts, placement.num_slots)
+        want = (self.num_layers, self.num_experts, self.num_slots)
+        if have != want:
+            raise LoadError(f"the placement has (layers, experts, slots) {have}; the recorder was made for {want}")
+
+
+class _SlotMaps:
+    """For the two placements last used: element of the flattened [L, E + 1] window that each slot counts into.
+
+    Two, because a plan's next placement is prepared while the last one still counts.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, num_slots: int, device: torch.device) -> None:
+        shape = (num_layers, num_slots)
+        self._device = device
+        self._empty = num_experts
+        self._first_of_layer = np.arange(num_layers, dtype=np.int64)[:, None] * (num_experts + 1)
+        self._on_device = [torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2)]
+        self._on_host = [_host_empty(shape, device) for _ in range(2)]
+        self._copied: list[Any] = [None, None]
+        self._placements: list[Placement | None] = [None, None]
+        self._amounts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._next = 0
+
+    def index_of(self, placement: Placement) -> int:
+        """Which of the two maps is of ``placement``; uploads it over the one not used last if neither is."""
+        for i, known in enumerate(self._placements):
+            if known is placement or known == placement:
+                self._next = 1 - i
+                return i
+        i = self._next
+        self._next = 1 - i
+        if self._copied[i] is not None and not self._copied[i].query():
+            self._on_host[i] = _host_empty(tuple(self._on_host[i].shape), self._device)  # the old one is being read
+        slots = placement.physical_to_logical
+        columns = np.where(slots == EMPTY, self._empty, slots)
+        np.add(columns, self._first_of_layer, out=self._on_host[i].numpy())
+        self._on_device[i].copy_(self._on_host[i], non_blocking=True)
+        self._placements[i] = placement
+        self._copied[i] = _record_event(self._device)
+        return i
+
+    def add_logical(self, counts: torch.Tensor, placement: Placement, target: torch.Tensor) -> None:
+        """Adds ``counts`` [L, P] to ``target`` [L * (E + 1)]."""
+        i = self.index_of(placement)
+        target.scatter_add_(0, self._on_device[i].view(-1), self._amounts.copy_(counts).view(-1))
+
+
+class _Snapshot:
+    """A copy of the window on its way to the host, on a stream of its own, or else on the device's default one."""
+
+    def __init__(self, window: torch.Tensor, own_stream: bool) -> None:
+        self._device = window.device
+        self._host = _host_empty(tuple(window.shape), window.device)
+        self._staged = torch.empty_like(window) if window.device.type != "cpu" else None
+        self._stream: Any = None
+        if self._staged is not None:
+            module = torch.get_device_module(self._device)
+            self._stream = module.Stream(self._device) if own_stream else module.default_stream(self._device)
+        self._done: Any = None
+        self._pending = False
+        self._started = False
+
+    def start(self, window: torch.Tensor) -> None:
+        if self._pending:
+            raise LoadError("the last snapshot has not been taken; call take() first")
+        self._started = self._pending = True
+        if self._staged is None:
+            self._host.copy_(window)
+            return
+        module = torch.get_device_module(self._device)
+        self._staged.copy_(window)
+        self._stream.wait_stream(module.current_stream(self._device))
+        with module.stream(self._stream):
+            self._host.copy_(self._staged, non_blocking=True)
+            self._done = _record_event(self._device)
+
+    def ready(self) -> bool:
+        return self._started and (self._done is None or bool(self._done.query()))
+
+    def discard(self) -> None:
+        self._pending = self._started = False  # a copy still under way ends before the next on the same stream begins
+
+    def contents(self) -> Int64Array:
+        if not self._started:
+            raise LoadError("there is no snapshot to take; call snapshot() first")
+        if self._done is not None:
+            self._done.synchronize()
+        self._pending = False
+        contents: Int64Array = self._host.numpy()
+        return contents
+
+
+def _host_empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int64, pin_memory=device.type != "cpu")
+
+
+def _record_event(device: torch.device) -> Any:
+    """An event on the device's current stream, None on the CPU."""
+    if device.type == "cpu":
+        return None
+    module = torch.get_device_module(device)
+    event = module.Event()
+    event.record(module.current_stream(device))
+    return event
+
+
+class LoadWindow:
+    """The global loads that policies see, over the windows taken so far.
+
+    Args:
+        num_layers, num_experts: L and E.
+        mode: ``"last"`` keeps the newest window as it is; ``"sliding"`` keeps the newest ``num_entries`` entries over
+            all windows; ``"decay"`` keeps one entry, ``new + decay * old``. Load drifts slowly but for good, so older
+            windows usually make plans worse: prefer ``"last"``.
+        num_entries: entries kept by ``"sliding"``.
+        decay: weight of the past per window in ``"decay"``, 0 <= decay < 1.
+
+    Raises:
+        LoadError: an argument is out of range.
+    """
+
+    def __init__(
+        self, num_layers: int, num_experts: int, *, mode: str = "last", num_entries: int = 1, decay: float = 0.5
+    ) -> None:
+        if mode not in WINDOW_MODES:
+            raise LoadError(f"mode is {mode!r}; allowed are {', '.join(WINDOW_MODES)}")
+        if num_entries < 1:
+            raise LoadError(f"num_entries is {num_entries}; it must be at least 1")
+        if not 0 <= decay < 1:
+            raise LoadError(f"decay is {decay}; allowed is 0 <= decay < 1")
+        self.num_layers = num_layers
+        self.num_experts = num_experts
+        self.mode = mode
+        self.num_entries = num_entries
+        self.decay = decay
+        self._entries: FloatArray = np.zeros((0, num_layers, num_experts))
+
+    def add(self, load: npt.ArrayLike) -> None:
+        """Takes in a new window [T, L, E], oldest entry first.
+
+        Raises:
+            LoadError: wrong shape, or a negative or non-finite entry.
+        """
+        new = _checked(load, (self.num_layers, self.num_experts))
+        if self.mode == "last":
+            self._entries = new
+        elif self.mode == "sliding":
+            self._entries = np.concatenate([self._entries, new])[-self.num_entries :]
+        else:
+            past = self._entries.sum(axis=0, keepdims=True) * self.decay
+            self._entries = new.sum(axis=0, keepdims=True) + past
+
+    @property
+    def series(self) -> FloatArray:
+        """float64 [T, L, E], oldest first; T is 0 before the first window."""
+        return self._entries
+
+    @property
+    def load(self) -> FloatArray:
+        """float64 [L, E]: the sum of the series."""
+        total: FloatArray = self._entries.sum(axis=0)
+        return total
+
+
+def save_load(file: str | PathLike[str] | IO[bytes], series: npt.ArrayLike, phase: str = "all") -> None:
+    """Writes a series of loads [T, L, E] as .npz: ``load`` (int64 where all entries are whole) and ``phase``."""
+    load = _checked(series, None)
+    whole = load.astype(np.int64)
+    np.savez_compressed(file, load=whole if np.array_equal(whole, load) else load, phase=np.str_(phase))
+
+
+def read_load(file: str | PathLike[str] | IO[bytes]) -> tuple[FloatArray, str]:
+    """Reads what :func:`save_load` wrote: the series, float64 [T, L, E], and its phase.
+
+    Raises:
+        LoadError: the file is not such an archive.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return _checked(archive["load"], None), str(archive["phase"])
+    except (KeyError, OSError, ValueError, EOFError) as error:
+        raise LoadError(
+            f"{file} holds no load: expected an .npz archive with 'load' [T, L, E] and 'phase' ({error})"
+        ) from error
+
+
+def _checked(load: npt.ArrayLike, shape: tuple[int, int] | None) -> FloatArray:
+    series = np.array(load, dtype=np.float64)
+    if series.ndim != 3 or (shape is not None and series.shape[1:] != shape):
+        layers, experts = shape or ("L", "E")
+        raise LoadError(f"the load has shape {series.shape}; expected [T, {layers}, {experts}]")
+    if not np.isfinite(series).all() or (series < 0).any():
+        raise LoadError("the load has negative or non-finite entries; tokens are counted from 0 up")
+    return series

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""StatsKeeper: gathers the statistics of one rank while the server runs."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..values.placement import peak_to_average
+from .stats import (
+    KEPT_CYCLES,
+    MAX_TABLE_ENTRIES,
+    RANK_FIGURES,
+    CycleRecord,
+    CycleResult,
+    EplbStats,
+    LoadTable,
+    Par,
+    PhaseName,
+    RankRecord,
+    Window,
+)
+
+
+class StatsKeeper:
+    """Gathers, on EP rank 0, what happens in the cycle. Belongs to the step thread; every call is cheap.
+
+    A cycle reports itself in this order: ``window_ended``, ``planned`` (if there was a plan), ``cycle_ended``.
+    """
+
+    def __init__(self, version: str = "", policy: str = "", mode: str = "") -> None:
+        self._names = {"version": version[:300], "policy": policy[:300], "mode": mode[:300]}
+        self.phase: PhaseName = "collect"
+        self.step = 0
+        self.placement_digest = 0
+        self._audits = self._audit_damaged = self._audit_mended = 0
+        self._off_reason = ""
+        self._results = {"done": 0, "skipped": 0, "failed": 0}
+        self._failures: dict[str, int] = {}
+        self.planner_starts = 0
+        self._moved = 0
+        self._control = self._control_at_cycle = self._control_longest = self._control_last_cycle = 0.0
+        self._transfer = self._commit = self._commit_longest = self._longest_step = 0.0
+        self._order, self._order_step, self._paused = "", 0, False
+        self._collect_steps = self._execution_steps = 0
+        self._window: Window | None = None
+        self._ranks: tuple[RankRecord, ...] = ()
+        self._predicted: Par | None = None
+        self._dispatch_updates = 0
+        self._dispatch_before: Par | None = None
+        self._dispatch_after: Par | None = None
+        self._moves_planned = 0
+        self._planner_seconds = 0.0
+        self._last_plan: tuple[Par | None, int, float] = (None, 0, 0.0)
+        self._last_done: CycleRecord | None = None
+        self._cycles: deque[CycleRecord] = deque(maxlen=KEPT_CYCLES)
+
+    def switched_off(self, reason: str) -> None:
+        self.phase, self._off_reason = "off", _one_line(reason)
+
+    def intervals(self, collect_steps: int, execution_steps: int) -> None:
+        """The intervals in force, in steps."""
+        self._collect_steps, self._execution_steps = collect_steps, execution_steps
+
+    def obeyed(self, order: str, step: int, *, paused: bool, collect_steps: int, execution_steps: int) -> None:
+        """The order with this id took effect at ``step``."""
+        self._order, self._order_step, self._paused = order[:300], step, paused
+        self.intervals(collect_steps, execution_steps)
+
+    def window_ended(
+        self,
+        rank_load: npt.ArrayLike,
+        rank_load_start: npt.ArrayLike,
+        rank_load_observed: npt.ArrayLike | None = None,
+    ) -> None:
+        """A window is over and its load is known.
+
+        Args:
+            rank_load: [L, R] tokens per rank with the placement in force.
+            rank_load_start: [L, R] the same tokens with the placement the server started with.
+            rank_load_observed: [L, R] the same tokens with the last plan, where it was made and not carried out.
+        """
+        load, start = np.asarray(rank_load, dtype=np.float64), np.asarray(rank_load_start, dtype=np.float64)
+        observed = None if rank_load_observed is None else np.asarray(rank_load_observed, dtype=np.float64)
+        self._window = Window(
+            step=self.step,
+            tokens=round(float(load.sum())),
+            par=Par.of(peak_to_average(load)),
+            par_start=Par.of(peak_to_average(start)),
+            par_observed=None if observed is None else Par.of(peak_to_average(observed)),
+            rank_load=_relative(load),
+            rank_load_start=_relative(start),
+            rank_load_observed=() if observed is None else _relative(observed),
+        )
+        self._predicted, self._moves_planned, self._planner_seconds = None, 0, 0.0
+        if self._cycles:
+            before = self._cycles[-1]
+            self._cycles[-1] = after = before.model_copy(
+                update={"par_realised": self._window.par, "par_observed": self._window.par_observed}
+            )
+            if self._last_done is before:
+                self._last_done = after
+
+    def figures(self) -> npt.NDArray[np.int64]:
+        """int64 [len(RANK_FIGURES)]: this rank's own, in microseconds."""
+        seconds = (self._control, self._transfer, self._commit, self._longest_step)
+        return np.array([round(1e6 * each) for each in seconds], dtype=np.int64)
+
+    def ranks_told(
+        self, figures: npt.NDArray[np.int64], rank_load: npt.NDArray[np.float64], node_of_rank: Sequence[int]
+    ) -> None:
+        """All ranks' figures are known, with the load of the window.
+
+        Args:
+            figures: [R, len(RANK_FIGURES)], of each rank.
+            rank_load: [L, R] tokens per rank with the placement in force.
+            node_of_rank: R integers.
+        """
+        relative = _over_mean(rank_load)
+        self._ranks = tuple(
+            RankRecord(
+                rank=rank,
+                node=node,
+                load=round(float(relative[:, rank].mean()), 4),
+                worst=round(float(relative[:, rank].max()), 4),
+                **{name: 1e-6 * int(value) for name, value in zip(RANK_FIGURES, figures[rank], strict=True)},
+            )
+            for rank, node in enumerate(node_of_rank)
+        )
+
+    def planned(self, par_after: npt.ArrayLike, seconds: float, moves: int = 0) -> None:
+        """A plan is there: the PAR [L] that it promises, the wall time it took and its moves."""
+        self._predicted, self._moves_planned, self._planner_seconds = Par.of(par_after), moves, float(seconds)
+        self._last_plan = self._predicted, self._moves_planned, self._planner_seconds
+
+    def dispatch_changed(self, par_after: npt.ArrayLike) -> None:
+        """New dispatch shares are in force; ``par_after`` [L]: what they alone would have made of the last window."""
+        self._dispatch_updates += 1
+        self._dispatch_before = self._window.par if self._window else None
+        self._dispatch_after = Par.of(par_after)
+
+    def cycle_ended(self, result: CycleResult, *, moved: int = 0, reason: str = "", failure: str = "") -> None:
+        """A cycle is over: how many experts it moved, why it moved none, and the kind of its failure."""
+        if failure:
+            self._failures[failure] = self._failures.get(failure, 0) + 1
+        window = self._window
+        record = CycleRecord(
+            cycle=sum(self._results.values()) + 1,
+            step=min(window.step, self.step) if window else self.step,
+            end_step=self.step,
+            result=result,
+            reason=_one_line(reason),
+            par=window.par if window else None,
+            par_start=window.par_start if window else None,
+            par_predicted=self._predicted,
+            moved=moved,
+            moves_planned=self._moves_planned,
+            planner_seconds=self._planner_seconds,
+        )
+        self._results[result] += 1
+        self._moved += moved
+        self._cycles.append(record)
+        if result == "done":
+            self._last_done = record
+        self._control_last_cycle = self._control - self._control_at_cycle
+        self._control_at_cycle = self._control
+
+    def audited(self, damaged: int) -> None:
+        """An audit is over: it found so many damaged slots, on all ranks together."""
+        self._audits += 1
+        self._audit_damaged = damaged
+
+    def mended(self, slots: int) -> None:
+        """So many damaged slots got good weights again."""
+        self._audit_mended += slots
+
+    def waited_for_control(self, seconds: float) -> None:
+        """One step waited so long for the agreed status."""
+        self._control += seconds
+        self._control_longest = max(self._control_longest, seconds)
+
+    def waited_for_transfer(self, seconds: float) -> None:
+        self._transfer += seconds
+
+    def committed(self, seconds: float) -> None:
+        """The commits of one step took so long."""
+        self._commit += seconds
+        self._commit_longest = max(self._commit_longest, seconds)
+
+    def step_took(self, seconds: float) -> None:
+        """One whole ``forward_before`` took so long."""
+        self._longest_step = max(self._longest_step, seconds)
+
+    def stats(self) -> EplbStats:
+        """The snapshot of this moment."""
+        last = self._last_done
+        par_planned, moves_planned, planner_seconds = self._last_plan
+        return EplbStats(
+            **self._names,
+            updated_at=time.time(),
+            phase=self.phase,
+            off_reason=self._off_reason,
+            step=self.step,
+            cycles_done=self._results["done"],
+            cycles_skipped=self._results["skipped"],
+            cycles_failed=self._results["failed"],
+            failures=dict(self._failures),
+            planner_starts=self.planner_starts,
+            experts_moved=self._moved,
+            experts_moved_last=last.moved if last else 0,
+            par_before=last.par if last else None,
+            par_predicted=last.par_predicted if last else None,
+            par_realised=last.par_realised if last else None,
+            dispatch_updates=self._dispatch_updates,
+            dispatch_par_before=self._dispatch_before,
+            dispatch_par_after=self._dispatch_after,
+            par_planned=par_planned,
+            moves_planned=moves_planned,
+            planner_seconds=planner_seconds,
+            control_wait_seconds=self._control,
+            control_wait_last_cycle_seconds=self._control_last_cycle,
+            control_wait_longest_seconds=self._control_longest,
+            transfer_wait_seconds=self._transfer,
+            commit_seconds=self._commit,
+            commit_longest_seconds=self._commit_longest,
+            longest_step_seconds=self._longest_step,
+            placement_digest=self.placement_digest,
+            order=self._order,
+            order_step=self._order_step,
+            paused=self._paused,
+            collect_steps=self._collect_steps,
+            execution_steps=self._execution_steps,
+            audits=self._audits,
+            audit_damaged=self._audit_damaged,
+            audit_mended=self._audit_mended,
+            window=self._window,
+            ranks=self._ranks,
+            cycles=tuple(self._cycles),
+        )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def _relative(load: npt.NDArray[np.float64]) -> LoadTable:
+    if load.size > MAX_TABLE_ENTRIES:
+        return ()
+    return tuple(tuple(row) for row in _over_mean(load).round(4).tolist())
+
+
+def _over_mean(load: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """[L, R] load of each rank over its layer's mean; 1 in a layer without load."""
+    mean = load.mean(axis=1, keepdims=True)
+    ratio: npt.NDArray[np.float64] = np.divide(load, mean, out=np.ones_like(load), where=mean > 0)
+    return ratio

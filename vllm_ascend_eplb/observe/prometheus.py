@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics: the statistics of the balancer as gauges ``vllm_eplb_*`` on the server's ``/metrics``.
+
+Where balancing is on, the front-end process starts a daemon thread that looks at the statistics file once a second:
+requests and scrapes never wait for it, and the last cycle shows also when traffic has ended. All values are gauges, the
+totals too, because with several API servers each of them shows the same file (``multiprocess_mode="mostrecent"``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
+
+from .stats import EplbStats, Par, PhaseName, StatsError
+from .stats_file import read_stats, stats_path
+
+__all__ = ["EplbGauges", "StatsWatcher", "metrics_table", "read_stats", "watch"]
+
+
+logger = logging.getLogger("vllm.eplb.metrics")  # only loggers under vllm have handlers in a server
+
+
+class EplbGauges:
+    """The gauges. Names are unique per registry, so make one object per registry.
+
+    Args:
+        registry: where to register them.
+        parts: the server's balancers, where it has several (pipeline stages); each gauge then has a label ``part``.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY, parts: Sequence[str] = ()) -> None:
+        self.parts = tuple(parts)
+        self._registry = registry
+        common = ("part",) if parts else ()
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            names = (*labels, *common)
+            return Gauge(f"vllm_eplb_{name}", text, names, registry=registry, multiprocess_mode="mostrecent")
+
+        par = "Peak-to-average ratio of rank load over MoE layers (1 is perfect), "
+        self._par = {
+            "par_before": gauge("par_before", par + "before the last cycle that moved experts.", "layers"),
+            "par_predicted": gauge("par_predicted", par + "that the plan of that cycle promised.", "layers"),
+            "par_realised": gauge("par_realised", par + "measured in the window after that cycle.", "layers"),
+            "par_planned": gauge("par_planned", par + "that the last plan promises, carried out or not.", "layers"),
+            "par_window": gauge("par_window", par + "in the last collection window.", "layers"),
+            "par_window_start_placement": gauge(
+                "par_window_start_placement",
+                par + "in the last collection window, had the placement the server started with been in force.",
+                "layers",
+            ),
+            "par_window_observed": gauge(
+                "par_window_observed",
+                par
+                + "in the last collection window, had the plan of the window before been carried out; mode observe.",
+                "layers",
+            ),
+        }
+        self._par |= {
+            "dispatch_par_before": gauge(
+                "dispatch_par_before", par + "before the dispatch shares were last changed.", "layers"
+            ),
+            "dispatch_par_after": gauge(
+                "dispatch_par_after", par + "of the same window with the new dispatch shares, nothing moved.", "layers"
+            ),
+        }
+        self._cycles = gauge("cycles", "Balancing cycles so far, by result.", "result")
+        self._failures = gauge("failures", "Cycles that failed so far, by kind.", "kind")
+        self._phase = gauge("phase", "1 for the phase that the balancer is in, 0 for the others.", "phase")
+        self._info = gauge("info", "Always 1; version and settings in force.", "version", "policy", "mode")
+        self._numbers = {
+            "step": gauge("steps", "Forward passes counted so far."),
+            "experts_moved": gauge("experts_moved", "Experts moved so far."),
+            "experts_moved_last": gauge("experts_moved_last_cycle", "Experts moved in the last cycle that moved any."),
+            "dispatch_updates": gauge("dispatch_updates", "How often the dispatch shares were changed."),
+            "planner_starts": gauge("planner_starts", "Times that the planner's process was started so far."),
+            "moves_planned": gauge("moves_planned", "Moves of the last plan, carried out or not."),
+            "planner_seconds": gauge("planner_seconds", "Wall time of the last plan."),
+            "control_wait_seconds": gauge(
+                "control_wait_seconds", "Time that steps waited for the ranks' agreement so far."
+            ),
+            "control_wait_last_cycle_seconds": gauge(
+                "control_wait_last_cycle_seconds", "Time that steps of the last cycle waited for agreement."
+            ),
+            "control_wait_longest_seconds": gauge(
+                "control_wait_longest_seconds", "Longest wait of one step for agreement."
+            ),
+            "transfer_wait_seconds": gauge("transfer_wait_seconds", "Time that steps waited for transfers so far."),
+            "commit_seconds": gauge("commit_seconds", "Time that steps spent on commits so far."),
+            "commit_longest_seconds": gauge("commit_longest_seconds", "Longest commit in one step."),
+            "longest_step_seconds": gauge("longest_step_seconds", "Longest time that balancing added to one step."),
+            "paused": gauge("paused", "1 while cycles begin only when an operator orders one."),
+            "audits": gauge("audits", "Audits of the weights in all slots so far."),
+            "audit_damaged": gauge("audit_damaged_slots", "Slots that the last audit found damaged."),
+            "audit_mended": gauge("audit_mended_slots", "Damaged slots that were mended so far."),
+            "updated_at": gauge("updated_timestamp_seconds", "When the statistics were written, seconds since 1970."),
+        }
+
+    def register(self) -> None:
+        """Puts gauges back that somebody took out of the registry: vLLM 0.23, vllm-ascend's, empties it of all that has
+        "vllm" in its name when an engine starts."""
+        for gauge in self.gauges():
+            with contextlib.suppress(ValueError):  # still there
+                self._registry.register(gauge)
+
+    def gauges(self) -> list[Gauge]:
+        return [*self._par.values(), self._cycles, self._failures, self._phase, self._info, *self._numbers.values()]
+
+    def show(self, stats: EplbStats, part: str = "") -> None:
+        """Sets all gauges, or those of one part."""
+        own = {"part": part} if self.parts else {}
+        window = stats.window
+        pars: dict[str, Par | None] = {
+            "par_before": stats.par_before,
+            "par_predicted": stats.par_predicted,
+            "par_realised": stats.par_realised,
+            "dispatch_par_before": stats.dispatch_par_before,
+            "dispatch_par_after": stats.dispatch_par_after,
+            "par_planned": stats.par_planned,
+            "par_window": window.par if window else None,
+            "par_window_start_placement": window.par_start if window else None,
+            "par_window_observed": window.par_observed if window else None,
+        }
+        for name, par in pars.items():
+            if par is not None:
+                self._par[name].labels(layers="mean", **own).set(par.mean)
+                self._par[name].labels(layers="worst", **own).set(par.worst)
+        for result in ("done", "skipped", "failed"):
+            self._cycles.labels(result=result, **own).set(getattr(stats, f"cycles_{result}"))
+        for kind, count in stats.failures.items():
+            self._failures.labels(kind=kind, **own).set(count)
+        for phase in get_args(PhaseName):
+            self._phase.labels(phase=phase, **own).set(phase == stats.phase)
+        self._info.labels(version=stats.version, policy=stats.policy, mode=stats.mode, **own).set(1)
+        for name, number in self._numbers.items():
+            (number.labels(**own) if own else number).set(getattr(stats, name))
+
+
+def metrics_table() -> str:
+    """All gauges as a Markdown table: name, labels, meaning."""
+    registry = CollectorRegistry()
+    made = EplbGauges(registry)
+    values = {"layers": "mean, worst", "result": "done, skipped, failed", "phase": ", ".join(get_args(PhaseName))}
+    rows = ["| metric | labels | meaning |", "| --- | --- | --- |"]
+    for gauge in made.gauges():
+        labels = "; ".join(f"{name}: {values[name]}" if name in values else name for name in gauge._labelnames)
+        rows.append(f"| `{gauge._name}` | {labels} | {gauge._documentation} |")
+    return "\n".join(rows) + "\n"
+
+
+class StatsWatcher:
+    """Shows a statistics file on gauges whenever it changes. Nothing that happens to the file stops it.
+
+    Args:
+        path: of the file.
+        gauges: where to show it.
+        interval: seconds between two looks.
+        part: whose statistics they are, where the gauges are of several parts.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], gauges: EplbGauges, interval: float = 1.0, part: str = "") -> None:
+        self.path = Path(path)
+        self.part = part
+        self._gauges = gauges
+        self._interval = interval
+        self._seen: tuple[int, int] | None = None
+        self._complained = False
+        self._closing = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="eplb-metrics", daemon=True).start()
+
+    def close(self) -> None:
+        self._closing.set()
+
+    def look(self) -> bool:
+        """Shows the file if it changed since the last look; tells whether it did. Never raises."""
+        try:
+            status = os.stat(self.path)
+            version = (status.st_mtime_ns, status.st_ino)
+            if version == self._seen:
+                return False
+            self._seen = version
+            stats = read_stats(self.path)
+            if stats is None:
+                return False
+            self._gauges.show(stats, self.part)
+            return True
+        except FileNotFoundError:
+            return False  # nothing written yet
+        except Exception as error:
+            if not self._complained:
+                kind = "" if isinstance(error, (StatsError, OSError)) else f"{type(error).__name__}: "
+                logger.warning("EPLB metrics are not updated: %s%s", kind, error)
+                self._complained = True
+            return False
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._interval):
+            self._gauges.register()
+            self.look()
+
+
+_watchers: list[StatsWatcher] = []
+
+
+def watch(parts: Sequence[str] = ()) -> None:
+    """Starts the watchers of this process, once. Never raises: metrics must not stop a server.
+
+    Args:
+        parts: the server's balancers, where it has several; each has a statistics file of its own.
+    """
+    try:
+        path = stats_path()
+        if path is None:
+            return
+        if not _watchers:
+            gauges = EplbGauges(parts=parts)
+            _watchers.extend(StatsWatcher(path, gauges, part=part) for part in parts or ("",))
+            for watcher in _watchers:
+                watcher.start()
+        for watcher in _watchers:
+            watcher.path = stats_path(watcher.part) or watcher.path
+    except Exception as error:
+        logger.warning("EPLB metrics are not available: %s", error)

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics: what EP rank 0 knows about the balancing, handed to other processes in one small JSON file.
+
+The worker keeps a :class:`StatsKeeper` and publishes its :class:`EplbStats`; a background thread replaces the file, so
+that serving never waits for a disk. The API server (``/metrics``), tools and the demo read it. Its path stands in the
+environment variable ``EPLB_STATS_FILE``, set in the front-end process and inherited by the workers; a user may
+set it beforehand to choose the place.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MAX_STATS_BYTES = 4 << 20
+
+
+KEPT_CYCLES = 64
+
+
+MAX_RANKS = 4096
+
+
+MAX_TABLE_ENTRIES = 4096
+"""Rank loads are kept per layer up to this many numbers (layers x ranks); beyond that they are left out."""
+
+
+logger = logging.getLogger("vllm.eplb")
+
+
+Count: TypeAlias = Annotated[int, Field(ge=0, le=2**62)]
+
+
+Seconds: TypeAlias = Annotated[float, Field(ge=0.0, le=1e12)]
+
+
+Ratio: TypeAlias = Annotated[float, Field(ge=0.0, le=1e6)]
+
+
+Text: TypeAlias = Annotated[str, Field(max_length=300)]
+
+
+Kind: TypeAlias = Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")]
+
+
+LoadTable: TypeAlias = Annotated[tuple[tuple[Ratio, ...], ...], Field(max_length=MAX_TABLE_ENTRIES)]
+
+
+PhaseName = Literal["off", "collect", "snapshot", "reduce", "plan", "broadcast", "move", "drain", "audit"]
+
+
+CycleResult = Literal["done", "skipped", "failed"]
+
+
+class StatsError(ValueError):
+    """A statistics file whose contents are not statistics."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Par(_Frozen):
+    """Peak-to-average ratio of rank load over the MoE layers; 1.0 is perfect.
+
+    Attributes:
+        mean: mean over the layers.
+        worst: the worst layer.
+    """
+
+    mean: Ratio
+    worst: Ratio
+
+    @classmethod
+    def of(cls, par: npt.ArrayLike) -> Par:
+        """Of the PAR of each layer, [L]."""
+        values = np.asarray(par, dtype=np.float64)
+        return cls(mean=float(values.mean()), worst=float(values.max()))
+
+
+class Window(_Frozen):
+    """The load of one collection window, as it fell on the ranks.
+
+    Attributes:
+        step: step at which the window ended.
+        tokens: (token, expert) pairs counted, over all layers and ranks.
+        par: with the placement in force during the window.
+        par_start: the same tokens with the placement the server started with.
+        par_observed: the same tokens with the plan of the window before; only in mode observe, which made it and did
+            not carry it out.
+        rank_load: [L][R] load of each rank in each layer over the layer's mean, with the placement in force; empty
+            where it has more than ``MAX_TABLE_ENTRIES`` numbers.
+        rank_load_start: the same with the placement the server started with.
+        rank_load_observed: the same with the placement of ``par_observed``.
+    """
+
+    step: Count
+    tokens: Count
+    par: Par
+    par_start: Par
+    par_observed: Par | None = None
+    rank_load: LoadTable = ()
+    rank_load_start: LoadTable = ()
+    rank_load_observed: LoadTable = ()
+
+
+class RankRecord(_Frozen):
+    """What one rank told of itself when the last window ended. Times are in seconds, since the server started.
+
+    Attributes:
+        rank: within the expert-parallel group; node: of its host, counted in order of the ranks.
+        load: its part of the window's load over an even part, mean of layers; worst: in the layer where that is most.
+        control_wait_seconds, transfer_wait_seconds, commit_seconds: what its steps waited for.
+        longest_step_seconds: the longest time that balancing added to one of its steps.
+    """
+
+    rank: Count
+    node: Count
+    load: Ratio
+    worst: Ratio
+    control_wait_seconds: Seconds
+    transfer_wait_seconds: Seconds
+    commit_seconds: Seconds
+    longest_step_seconds: Seconds
+
+
+RANK_FIGURES = ("control_wait_seconds", "transfer_wait_seconds", "commit_seconds", "longest_step_seconds")
+"""What ranks send to EP rank 0 with their load, in microseconds."""
+
+
+class CycleRecord(_Frozen):
+    """One finished cycle.
+
+    Attributes:
+        cycle: its number, from 1.
+        step: step at which its window ended; ``end_step``: step at which it was over.
+        result: done (moves were made), skipped (nothing worth moving) or failed (dropped).
+        reason: why it was skipped or failed.
+        par: PAR in its window, with the placement in force: what there was before.
+        par_start: PAR of the same window with the placement the server started with.
+        par_predicted: PAR that the plan promises for the same window; None without a plan.
+        par_realised: PAR in the window that followed; None until that is over.
+        par_observed: in mode observe, what the window that followed would have had with the plan in force.
+        moved: experts moved. moves_planned: those of the plan, carried out or not.
+        planner_seconds: wall time of planning.
+    """
+
+    cycle: Count
+    step: Count
+    end_step: Count
+    result: CycleResult
+    reason: Text = ""
+    par: Par | None = None
+    par_start: Par | None = None
+    par_predicted: Par | None = None
+    par_realised: Par | None = None
+    par_observed: Par | None = None
+    moved: Count = 0
+    moves_planned: Count = 0
+    planner_seconds: Seconds = 0.0
+
+
+class EplbStats(_Frozen):
+    """A snapshot of the balancer, as EP rank 0 sees it. Times are in seconds, waits are those of the step thread.
+
+    Attributes:
+        version: of this package. policy, mode: the settings in force.
+        updated_at: when it was written, seconds since the epoch.
+        phase: phase of the cycle; ``off`` with an ``off_reason`` is for good.
+        step: steps so far; a step is one forward pass that is counted.
+        cycles_done, cycles_skipped, cycles_failed: cycles so far by result.
+        failures: those that failed by kind, as in ``cycle.Failure``.
+        planner_starts: times that the planner's process was started; 1 if it never had to be replaced.
+        experts_moved: experts moved so far; ``experts_moved_last``: in the last cycle that was done.
+        par_before, par_predicted, par_realised: of the last cycle that was done; realised is measured in the window
+            after it and None until that is over.
+        dispatch_updates: how often the dispatch shares were changed; ``dispatch_par_before``, ``dispatch_par_after``:
+            PAR of the last window for which they were, with the old shares and with the new ones, nothing moved.
+        par_planned, moves_planned, planner_seconds: of the last plan, carried out or not.
+        control_wait_*: waiting for the ranks' agreement: total, in the last cycle, longest in one step.
+        transfer_wait_seconds: waiting for transfers, total.
+        commit_*: switching over to received experts: total, longest in one step.
+        longest_step_seconds: the longest time that one ``forward_before`` took: the longest wait caused by balancing.
+        placement_digest: hash of the placement in force.
+        order, order_step: id of the last order that took effect (orders.py), and the step at which it did.
+        paused: whether cycles begin only when ordered.
+        collect_steps, execution_steps: the intervals in force, in steps.
+        audits: passes over the weights of all slots so far.
+        audit_damaged: slots that the last one found damaged; ``audit_mended``: slots mended so far.
+        window: the last finished window.
+        ranks: all ranks, as of the end of that window.
+        cycles: the last cycles, oldest first, at most ``KEPT_CYCLES``.
+    """
+
+    version: Text = ""
+    policy: Text = ""
+    mode: Text = ""
+    updated_at: Seconds = 0.0
+    phase: PhaseName = "collect"
+    off_reason: Text = ""
+    step: Count = 0
+    cycles_done: Count = 0
+    cycles_skipped: Count = 0
+    cycles_failed: Count = 0
+    failures: Annotated[dict[Kind, Count], Field(max_length=32)] = {}
+    planner_starts: Count = 0
+    experts_moved: Count = 0
+    experts_moved_last: Count = 0
+    par_before: Par | None = None
+    par_predicted: Par | None = None
+    par_realised: Par | None = None
+    dispatch_updates: Count = 0
+    dispatch_par_before: Par | None = None
+    dispatch_par_after: Par | None = None
+    par_planned: Par | None = None
+    moves_planned: Count = 0
+    planner_seconds: Seconds = 0.0
+    control_wait_seconds: Seconds = 0.0
+    control_wait_last_cycle_seconds: Seconds = 0.0
+    control_wait_longest_seconds: Seconds = 0.0
+    transfer_wait_seconds: Seconds = 0.0
+    commit_seconds: Seconds = 0.0
+    commit_longest_seconds: Seconds = 0.0
+    longest_step_seconds: Seconds = 0.0
+    placement_digest: Count = 0
+    order: Text = ""
+    order_step: Count = 0
+    paused: bool = False
+    collect_steps: Count = 0
+    execution_steps: Count = 0
+    audits: Count = 0
+    audit_damaged: Count = 0
+    audit_mended: Count = 0
+    window: Window | None = None
+    ranks: Annotated[tuple[RankRecord, ...], Field(max_length=MAX_RANKS)] = ()
+    cycles: Annotated[tuple[CycleRecord, ...], Field(max_length=KEPT_CYCLES)] = ()
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> EplbStats:
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+            StatsError: the text is no JSON, a field is unknown, of the wrong type or out of range, or it is longer
+                than ``MAX_STATS_BYTES``.
+        """
+        if len(text) > MAX_STATS_BYTES:
+            raise StatsError(f"statistics of {len(text)} bytes; at most {MAX_STATS_BYTES} are read")
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the text"
+            raise StatsError(f"no statistics: {where}: {first['msg']}") from None

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The statistics file: EPLB rank 0 writes it, the API server and the tools read it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import stat
+import threading
+from pathlib import Path
+
+from ..files.disk import write_private
+from ..files.run_folder import STATS_VARIABLE, make_private_folder
+from .stats import MAX_STATS_BYTES, EplbStats, StatsError, logger
+
+
+class StatsFile:
+    """Writes statistics to a file that readers always see whole.
+
+    Args:
+        path: of the file; its folder must exist. The file is readable by its owner only.
+        min_interval: least seconds between two writes of the background thread; what is published meanwhile is
+            replaced by what is published later.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], min_interval: float = 0.2) -> None:
+        self.path = Path(path)
+        self._min_interval = min_interval
+        self._newest: EplbStats | None = None
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def write(self, stats: EplbStats) -> None:
+        """Replaces the file. May wait for the disk.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        write_private(self.path, stats.to_json())
+
+    def publish(self, stats: EplbStats) -> None:
+        """Leaves statistics to the background thread. Never waits, never raises."""
+        self._newest = stats
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="eplb-stats", daemon=True)
+            self._thread.start()
+        self._wake.set()
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Writes what is still to be written and ends the thread; waits at most ``timeout`` seconds."""
+        self._closing.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        complained = False
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            closing = self._closing.is_set()
+            stats, self._newest = self._newest, None
+            if stats is not None:
+                try:
+                    self.write(stats)
+                except Exception as error:
+                    if not complained:
+                        logger.warning("EPLB statistics cannot be written to %s: %s", self.path, error)
+                        complained = True
+            if closing:
+                return
+            self._closing.wait(self._min_interval)
+
+
+def read_stats(path: str | os.PathLike[str]) -> EplbStats | None:
+    """Reads a statistics file; None if there is none yet.
+
+    Raises:
+        StatsError: what is there are no statistics.
+        OSError: it cannot be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))  # a FIFO must not block
+    except FileNotFoundError:
+        return None
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise StatsError(f"{os.fspath(path)} is not a regular file")
+        return EplbStats.from_json(file.read(MAX_STATS_BYTES + 1))
+
+
+def stats_path(part: str = "") -> Path | None:
+    """Where statistics are written, or None if nobody asked for them.
+
+    Args:
+        part: which of several balancers of one server writes them (a pipeline stage, a drafter): each has its own file.
+    """
+    name = os.environ.get(STATS_VARIABLE, "")
+    if not name:
+        return None
+    path = Path(name)
+    return path.with_stem(f"{path.stem}-{part}") if part else path
+
+
+def provide_stats_path() -> Path:
+    """In the front-end process: the path that all processes of this server share.
+
+    Makes a private folder for it unless the environment variable is set. The process that made it removes it when it
+    exits; if that was killed, the planner's process does (process.py), or else the next server's start.
+    """
+    existing = stats_path()
+    if existing is not None:
+        return existing
+    owner, folder = os.getpid(), make_private_folder()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not in a forked child
+            shutil.rmtree(folder, ignore_errors=True)
+            os.environ.pop(STATS_VARIABLE, None)
+
+    atexit.register(remove)
+    path = folder / "stats.json"
+    os.environ[STATS_VARIABLE] = str(path)
+    return path

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DispatchMaps, RoutingTables: the tensors that a model's routers read to turn logical expert ids into physical ones.
+
+Their addresses never change, so that captured graphs and compiled code keep working. A new placement is prepared on the
+host while serving goes on; its commit only enqueues copies.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..load.ops import entries_of
+from ..values.placement import Placement
+
+
+class _Prepared:
+    """What layers of some tensors are going to be, commit by commit.
+
+    Args:
+        tensors: each [L, ...], on one device.
+    """
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self._tensors = tensors
+        self._pinned = tensors[0].device.type != "cpu"
+        self._waiting: deque[tuple[list[int], list[torch.Tensor]]] = deque()
+        self._in_use: deque[list[torch.Tensor]] = deque(maxlen=2)
+
+    def add(self, layers: list[int], *rows: npt.NDArray[np.signedinteger]) -> None:
+        """For each tensor [len(layers), ...], for the next commit that has none yet; from any thread."""
+        hosts = [torch.from_numpy(np.ascontiguousarray(each)) for each in rows]
+        self._waiting.append((layers, [host.pin_memory() for host in hosts] if self._pinned else hosts))
+
+    def commit(self) -> None:
+        """Puts the oldest in force; only enqueues copies on the current stream."""
+        layers, hosts = self._waiting.popleft()
+        for tensor, host in zip(self._tensors, hosts, strict=True):
+            for i, layer in enumerate(layers):
+                tensor[layer].copy_(host[i], non_blocking=True)
+        # A copy from pinned memory may still be under way, with the host a step or two ahead of the device.
+        self._in_use.append(hosts)
+
+    def forget(self) -> None:
+        """Drops what was not committed."""
+        self._waiting.clear()
+
+
+class MapError(ValueError):
+    """A placement that does not fit into the maps."""
+
+
+class DispatchMaps:
+    """Logical-to-physical maps of all layers on the device.
+
+    Args:
+        placement: the one to start with.
+        device: where the routers run.
+        width: entries per expert, W: the most replicas that an expert can get.
+
+    Attributes:
+        logical_to_physical: int64 [L, E, W], slots of each expert, -1 beyond its replicas.
+        replica_count: int64 [L, E].
+
+    Raises:
+        MapError: an expert of ``placement`` has more than ``width`` replicas.
+    """
+
+    def __init__(self, placement: Placement, device: torch.device | str, width: int) -> None:
+        if placement.replica_count.max() > width:
+            raise MapError(f"an expert has {placement.replica_count.max()} replicas; the maps hold {width}")
+        self.width = width
+        self.device = torch.device(device)
+        self.logical_to_physical = torch.from_numpy(placement.logical_to_physical(width).astype(np.int64)).to(device)
+        self.replica_count = torch.from_numpy(placement.replica_count.astype(np.int64)).to(device)
+        self._prepared = _Prepared(self.logical_to_physical, self.replica_count)
+
+    def prepare(self, placement: Placement, layers: list[int]) -> None:
+        """Computes the rows of ``layers`` under ``placement`` for the next commit that has none yet.
+
+        May be called for several commits ahead, in order, from another thread than the commits.
+
+        Raises:
+            MapError: an expert has more replicas than the maps are wide.
+        """
+        if placement.replica_count.max() > self.width:
+            raise MapError(f"an expert gets {placement.replica_count.max()} replicas; the maps hold {self.width}")
+        part = _layers_of(placement, layers)
+        slots = part.logical_to_physical(self.width).astype(np.int64)
+        self._prepared.add(layers, slots, part.replica_count.astype(np.int64))
+
+    def commit(self) -> None:
+        """Switches over to the oldest prepared placement; only enqueues copies on the current stream."""
+        self._prepared.commit()
+
+    def forget_prepared(self) -> None:
+        """Drops what was prepared and not committed."""
+        self._prepared.forget()
+
+
+ROUTING_ROWS = 1024
+"""Rows of a routing table, as many as in vllm-ascend's own."""
+
+
+def rows_by_token(
+    slots: npt.NDArray[np.signedinteger], valid: npt.NDArray[np.signedinteger], offset: int = 0
+) -> npt.NDArray[np.int32]:
+    """A routing table of what :func:`~vllm_ascend_eplb.load.ops.entries_of` takes, token by token.
+
+    Args:
+        slots: int [L, E, W], slots that take an expert's tokens in turn.
+        valid: int [L, E], entries of each row of it, 1..W.
+        offset: added to a token's row.
+
+    Returns:
+        int32 [L, ROUTING_ROWS, E].
+    """
+    tokens, experts = torch.arange(offset, offset + ROUTING_ROWS).unsqueeze(1), torch.arange(slots.shape[1])
+    entries = entries_of(tokens, experts, torch.from_numpy(valid.astype(np.int64)).unsqueeze(1))
+    taken: npt.NDArray[np.signedinteger] = np.take_along_axis(slots.transpose(0, 2, 1), entries.numpy(), axis=1)
+    return np.ascontiguousarray(taken, dtype=np.int32)
+
+
+class RoutingTables:
+    """Maps by the row of a token in its batch, of all layers on the device: token n takes
+    ``table[layer, n % ROUTING_ROWS, expert]``.
+
+    Args:
+        placement: the one to start with.
+        device: where the routers run.
+        offset: added to a token's row. Ranks that route their own tokens differ in it, so that ranks with few tokens
+            each take different replicas; all others must agree.
+
+    Attributes:
+        table: int32 [L, ROUTING_ROWS, E], slots.
+    """
+
+    def __init__(self, placement: Placement, device: torch.device | str, offset: int = 0) -> None:
+        self._offset = offset
+        self.table = torch.from_numpy(self._rows(placement)).to(device)
+        self._prepared = _Prepared(self.table)
+
+    def _rows(self, placement: Placement) -> npt.NDArray[np.int32]:
+        counts = placement.replica_count
+        return rows_by_token(placement.logical_to_physical(int(counts.max())), counts, self._offset)
+
+    def prepare(self, placement: Placement, layers: list[int]) -> None:
+        """Computes the tables of ``layers`` under ``placement`` for the next commit that has none yet; from any thread,
+        in order."""
+        self._prepared.add(layers, self._rows(_layers_of(placement, layers)))
+
+    def commit(self) -> None:
+        """Puts the oldest prepared tables in force; only enqueues copies on the current stream."""
+        self._prepared.commit()
+
+    def forget_prepared(self) -> None:
+        """Drops what was prepared and not committed."""
+        self._prepared.forget()
+
+
+def _layers_of(placement: Placement, layers: list[int]) -> Placement:
+    return Placement(placement.physical_to_logical[layers], placement.num_experts, placement.num_ranks)

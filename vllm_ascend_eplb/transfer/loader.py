@@ -1,0 +1,621 @@
+# SPDX-License-Identifier: Apache-2.0
+"""D2DExpertWeightLoader: the weights of a round, from the slots of one rank into those of another.
+
+Weights arrive in staging buffers, never in live slots. A round passes through the loader in steps that all ranks take
+together::
+
+    prepare(round)   everything that can throw: checks, views, lists of operations
+    ready(number)    whether this rank has no objection to issuing it
+    issue(number)    starts the transfer; nothing but the call, at the same step and point on all ranks
+    tick()           once per step, before rounds are issued: the next part of a transfer that keeps a budget per step
+    rounds_done      rounds that arrived and were sent; never blocks
+    rounds_intact    those of which every expert has the checksum it had at start-up
+    commit(number)   staging to slots on the compute stream; enqueues prepared copies, allocates nothing
+    forget()         the plan is finished or dropped
+
+A transfer that fails, or does not end within ``deadline`` seconds, poisons the loader: it is never used again.
+
+Rounds are issued and committed in order, numbered 0, 1, ... within a plan. With two staging buffers, round k+1 may be
+in flight while round k is being agreed; ``Round.after`` says when it must wait instead, and ``ready`` heeds it.
+
+What a device can do by itself is enqueued by ``issue``: copies, checksums, an event. One mover thread per rank does
+what would block: it waits for events and sockets, compares the sums, and sets flags that ``rounds_done`` reads.
+
+Order on a device: a transfer waits, on its stream, for the event of the last commit that concerns its slots or its
+staging buffer; the compute stream waits for the event of the transfer before it commits.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..agreement.exchange import exchange_bytes
+from ..values.placement import Int32Array, Placement
+from ..values.rounds import LAYER, SLOT, SOURCE, Round
+from ..values.topology import Topology
+from .checksum import ChecksumTable, Summer
+from .flight import CHUNK, MOST_PARTS, Flight, cut_parts
+from .gloo import GlooTransport, StagedGlooTransport
+from .slots import Weights, aligned_offsets, default_buffer_experts, flat_views
+from .transport import Batch, Copies, Piece, Streams, TransferError, Transport
+
+logger = logging.getLogger("vllm.eplb")
+
+
+WARM_UP_BYTES = 64
+
+
+CHANNELS = 4
+"""Loaders that may share a process group."""
+
+
+class D2DExpertWeightLoader:
+    """Moves expert weights between the ranks of a group, through staging buffers.
+
+    Args:
+        weights: per MoE layer, per local slot, the tensors of the expert in it, in the same order everywhere: weights,
+            scales, biases, of any dtype. Views into the engine's own tensors; their addresses never change. Slots of a
+            layer have equal shapes; layers may differ.
+        group: process group of all ranks with a CPU (Gloo) backend, for start-up and for transport gloo. While serving
+            nothing else may send on it, nor may anything quick use it. None for a single rank.
+        rank: this rank in the group.
+        buffer_experts: experts per staging buffer; None for ``default_buffer_experts``.
+        transport: "auto" (pull within a host where the devices can, else gloo; hccl on an NPU), "gloo", "pull",
+            "nccl" or "hccl".
+        buffers: 1 or 2 staging buffers, that is rounds in flight.
+        topology: the node of each rank; all on one node by default. Transport pull is tried within a node only.
+        device_group: process group with a device backend, used by nothing else, for nccl and hccl.
+        budget_bytes: what a rank may send, and receive, per step; 0 for no limit.
+        cooperative_kernels: whether the engine launches kernels that need all cores of a GPU at once.
+        channel: number of the loader among those that use ``group`` at the same time, 0..CHANNELS-1: the messages of
+            each have tags of their own.
+        deadline: seconds after which a transfer counts as failed; the group's own timeout is far above.
+        own_streams: whether transfers run on streams of their own, beside the engine's.
+
+    Raises:
+        TransferError: weights cannot be sliced per expert (not contiguous, unequal shapes, overlapping slots), an
+            argument is out of range, or the transport cannot work here. The message says what to do.
+
+    All ranks construct it together.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        group: Any,
+        rank: int,
+        buffer_experts: int | None = None,
+        transport: str = "auto",
+        *,
+        buffers: int = 2,
+        topology: Topology | None = None,
+        device_group: Any = None,
+        budget_bytes: int = 0,
+        cooperative_kernels: bool = False,
+        channel: int = 0,
+        deadline: float = 300.0,
+        own_streams: bool = True,
+    ) -> None:
+        if buffer_experts is not None and buffer_experts < 1:
+            raise TransferError(f"a staging buffer of {buffer_experts} experts holds nothing; give at least 1")
+        if buffers not in (1, 2):
+            raise TransferError(f"{buffers} staging buffers; allowed are 1 and 2")
+        if 0 < budget_bytes < CHUNK or budget_bytes < 0:
+            raise TransferError(
+                f"a budget of {budget_bytes} bytes per step; allowed are 0 (no limit) or {CHUNK} and more"
+            )
+        if not 0 <= channel < CHANNELS:
+            raise TransferError(f"channel {channel}; allowed are 0..{CHANNELS - 1}")
+        self.rank, self.num_buffers, self.budget_bytes, self.deadline = rank, buffers, budget_bytes, deadline
+        self.num_ranks = 1 if group is None else int(group.size())
+        self._group = group
+        self.topology = topology or Topology.even(self.num_ranks)
+        if self.topology.num_ranks != self.num_ranks:
+            raise TransferError(f"the topology has {self.topology.num_ranks} ranks, the group {self.num_ranks}")
+        self._slots, self.device = flat_views(weights)
+        self.num_layers, self.slots_per_rank = len(self._slots), len(self._slots[0])
+        if buffer_experts is None:
+            buffer_experts = default_buffer_experts(self.num_layers, self.slots_per_rank, buffers=buffers)
+        self.buffer_experts: int = buffer_experts
+        self._streams = Streams(self.device, own_streams)
+        self._expert_bytes = [sum(tensor.numel() for tensor in layer[0]) for layer in self._slots]
+        self._offsets = [aligned_offsets(layer[0]) for layer in self._slots]
+        row_bytes = max(offsets[-1] for offsets in self._offsets)
+        self._staging = torch.empty((buffers, buffer_experts, row_bytes), dtype=torch.uint8, device=self.device)
+        most_tensors = max(len(layer[0]) for layer in self._slots)
+        self._summers = [Summer(self._streams, buffer_experts, most_tensors) for _ in range(buffers)]
+        self.checksums: ChecksumTable | None = None
+        self._transports = self._choose(transport, device_group, cooperative_kernels, row_bytes)
+        self._one_sided = any(each.one_sided for each in self._transports)
+
+        self._serial = channel
+        self._flights: dict[int, Flight] = {}
+        self._in_buffer: list[Flight | None] = [None] * buffers
+        self._queued: deque[tuple[Flight, int]] = deque()
+        self._part_issued = False
+        self._commits = 0  # in all
+        self._plan_base = 0  # before the plan at hand
+        self._commit_events = [self._streams.event() for _ in range(4)]
+        self._arrival_events = [self._streams.event() for _ in range(buffers)]
+        self._error: Exception | None = None
+        self.bytes_received = 0
+        self.seconds_in_flight = 0.0
+        """From issue to the moment at which the mover thread knew of the arrival, over all rounds."""
+        self.seconds_on_device = 0.0
+        """Between the first and the last copy of a part on the side stream, over all parts; 0 on a CPU."""
+        self._jobs: queue.SimpleQueue[tuple[Flight, int] | None] = queue.SimpleQueue()
+        self._mover = threading.Thread(target=self._move, name="eplb-mover", daemon=True)
+        self._mover.start()
+
+    # ---- start-up
+
+    @property
+    def transport(self) -> str:
+        """The transports in use, for example "pull" or "pull+gloo"."""
+        return "+".join(each.name for each in self._transports) or "local"
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of device memory that staging takes."""
+        return self._staging.numel()
+
+    def describe(self) -> str:
+        """One line about the memory taken, for the log."""
+        pinned = sum(each.pinned_bytes for each in self._transports if isinstance(each, StagedGlooTransport))
+        return (
+            f"expert transfers by {self.transport}: staging of {self.num_buffers} x {self.buffer_experts} experts of "
+            f"{self._staging.shape[2] / 2**20:.1f} MiB takes {self.buffer_bytes / 2**20:.1f} MiB on {self.device}"
+            + (f" and {pinned / 2**20:.1f} MiB of pinned host memory" if pinned else "")
+            + (f"; at most {self.budget_bytes / 2**20:.1f} MiB per rank and step" if self.budget_bytes else "")
+        )
+
+    def _choose(self, wanted: str, device_group: Any, cooperative_kernels: bool, row_bytes: int) -> list[Transport]:
+        kind = self.device.type
+        allowed = {"cpu": ("auto", "gloo"), "cuda": ("auto", "gloo", "pull", "nccl")}.get(
+            kind, ("auto", "gloo", "hccl")
+        )
+        if wanted not in allowed:
+            raise TransferError(f"transport {wanted!r} does not work on {kind}; allowed are {', '.join(allowed)}")
+        if self.num_ranks == 1:
+            return []
+        if kind == "cpu":
+            return [GlooTransport(self._group)]
+        if wanted in ("nccl", "hccl") or (wanted == "auto" and kind != "cuda" and device_group is not None):
+            from .collective import CollectiveTransport
+
+            return [CollectiveTransport(device_group, self._streams, cooperative_kernels=cooperative_kernels)]
+        chosen: list[Transport] = []
+        pairs = [(a, b) for a in range(self.num_ranks) for b in range(self.num_ranks) if a != b]
+        if kind == "cuda" and wanted in ("auto", "pull"):
+            from .pull import PullTransport
+
+            near = [self.topology.same_node(self.rank, peer) for peer in range(self.num_ranks)]
+            pull = PullTransport(self._slots, self.rank, self.num_ranks, near, self._exchange, self._streams)
+            apart = [pair for pair in pairs if not pull.reaches(*pair)]
+            if wanted == "pull" and apart:
+                why = pull.failures.get(apart[0][0], "they are on different nodes, or a peer failed")
+                raise TransferError(
+                    f"transport pull: rank {apart[0][1]} cannot read the memory of rank {apart[0][0]} ({why}); "
+                    "choose transport auto or gloo"
+                )
+            if len(apart) < len(pairs):
+                chosen.append(pull)
+            if not apart:
+                return chosen
+        chosen.append(StagedGlooTransport(self._group, self._streams, row_bytes, self.buffer_experts))
+        return chosen
+
+    @property
+    def slots(self) -> Weights:
+        """The expert tensors of this rank's live slots."""
+        return self._slots
+
+    @property
+    def streams(self) -> Streams:
+        return self._streams
+
+    def _exchange(self, data: bytes) -> list[bytes]:
+        return exchange_bytes(self._group, self.num_ranks, data)
+
+    def learn_checksums(self, placement: Placement) -> int:
+        """Sums all experts and exchanges the sums; blocks. At start-up, and after an engine reloaded its weights.
+
+        Args:
+            placement: the placement in force; says which slots hold the same expert.
+
+        Returns:
+            Experts that cannot be verified because their copies differ.
+        """
+        summer = self._summers[0]
+        mine = np.zeros((self.num_layers, self.slots_per_rank), dtype=np.int64)
+        flat = [(layer, slot) for layer in range(self.num_layers) for slot in range(self.slots_per_rank)]
+        for first in range(0, len(flat), self.buffer_experts):
+            group = flat[first : first + self.buffer_experts]
+            sums = [summer.prepare(place, self._slots[layer][slot]) for place, (layer, slot) in enumerate(group)]
+            for each in sums:
+                summer.enqueue(each)
+            summer.fetch()
+            if self._streams.module is not None:
+                self._streams.current().synchronize()
+            for place, (layer, slot) in enumerate(group):
+                mine[layer, slot] = summer.value(place, sums[place])
+        table = ChecksumTable(self.num_layers, placement.num_experts)
+        differing = table.learn(mine, placement, self._exchange)
+        self.checksums = table
+        if differing:
+            logger.warning("copies of %d experts differ between slots: their transfers are not verified", differing)
+        return differing
+
+    def warm_up(self) -> None:
+        """One small transfer with every peer over every transport, one checksum and one copy; blocks. All ranks call
+        it together, in the engine's profile run, so that what libraries allocate is counted there."""
+        length = min(WARM_UP_BYTES, self._slots[0][0][0].numel())
+        scratch = torch.zeros((self.num_ranks, length), dtype=torch.uint8, device=self.device)
+        if self._streams.module is not None:
+            self._streams.current().synchronize()  # weights and buffers, which the other streams use from here on
+        probe, source = self._slots[0][0][0][:length], (0, 0, ((0, 0, length),))
+        peers = [peer for peer in range(self.num_ranks) if peer != self.rank]
+        for transport in self._transports:
+            self._serial += CHANNELS
+            sends = [Piece(peer, 0, (probe,), source) for peer in peers if transport.reaches(self.rank, peer)]
+            receives = [
+                Piece(peer, 0, (scratch[peer],), source) for peer in peers if transport.reaches(peer, self.rank)
+            ]
+            batch = transport.batch(sends, receives)
+            with self._streams.on_entry():
+                batch.issue(self._serial)
+            if not batch.enters:
+                with self._streams.on_side():
+                    batch.run()
+        for stream, on in ((self._streams.entry, self._streams.on_entry), (self._streams.side, self._streams.on_side)):
+            with on():
+                for summer in self._summers:
+                    summer.enqueue(summer.prepare(0, self._views(0, 0, 0)))
+                    summer.fetch()
+            if stream is not None:
+                stream.synchronize()
+        self._exchange(b"warm")
+
+    # ---- while serving, in the step thread
+
+    def prepare(self, round: Round) -> None:
+        """Builds all that the transfer of a round needs. Preparing a round that has arrived but is not committed
+        prepares sending it, and those after it, again.
+
+        Raises:
+            TransferError: the round does not fit this loader, or the loader is poisoned. Nothing was touched.
+        """
+        if self.poisoned:
+            raise TransferError("a transfer failed before; its process group is not used again")
+        flight = self._plan_flight(round)
+        old = self._flights.get(round.number)
+        if old is not None and old.issued:  # it is sent again, and so are those after it
+            if self.in_flight:
+                raise TransferError(f"round {round.number} cannot be sent again while a round is in flight")
+            for number in [number for number in self._flights if number >= round.number]:
+                later = self._flights.pop(number)
+                if self._in_buffer[later.buffer] is later:
+                    self._in_buffer[later.buffer] = None
+        self._flights[round.number] = flight
+
+    def ready(self, number: int) -> bool:
+        """Whether round ``number`` is prepared and the commits that it builds on have taken place. Where peers read
+        this rank's slots by themselves, those commits must have been executed on the device, too. Never blocks."""
+        flight = self._flights.get(number)
+        if flight is None:
+            return False
+        needed = self._plan_base + flight.round.after + 1
+        return self._commits >= needed and (not self._one_sided or self._executed(needed))
+
+    def issue(self, number: int) -> None:
+        """Starts a prepared round; on all ranks at the same step and point. Under a budget its first part goes out at
+        this step if no other has, and ``tick`` sends the rest. Never raises: a failure poisons the loader."""
+        try:
+            flight = self._flights[number]
+            if self._in_buffer[flight.buffer] is not None:
+                raise TransferError(f"round {number} needs the staging buffer of a round that is not committed yet")
+            self._in_buffer[flight.buffer] = flight
+            flight.issued_at = time.monotonic()
+            self._queued += [(flight, part) for part in range(len(flight.parts))]
+            if not self.budget_bytes or not self._part_issued:
+                self._issue_part()
+        except Exception as error:
+            self._failed(error)
+
+    def tick(self) -> None:
+        """Once per step, at the point where rounds are issued: sends the next part of a transfer under a budget. Never
+        raises."""
+        self._part_issued = False
+        try:
+            if self._queued:
+                self._issue_part()
+        except Exception as error:
+            self._failed(error)
+
+    def _issue_part(self) -> None:
+        if self.poisoned:
+            return
+        flight, part = self._queued.popleft()
+        self._part_issued = True
+        flight.issued = part + 1
+        self._serial += CHANNELS
+        streams, batches = self._streams, flight.parts[part]
+        if any(batch.enters for batch in batches):
+            with streams.on_entry():
+                self._wait_for_commits(streams.entry, flight)
+                flight.began[part] = streams.mark(streams.entry)
+                for batch in batches:
+                    batch.issue(self._serial)
+                flight.ended[part] = streams.mark(streams.entry)
+        else:
+            for batch in batches:
+                batch.issue(self._serial)
+        if part == len(flight.parts) - 1 and flight.enters:
+            with streams.on_entry():
+                self._finish(flight, streams.entry)
+        self._jobs.put((flight, part))
+
+    def _finish(self, flight: Flight, stream: Any) -> None:
+        """Enqueues what follows the last copy: checksums, and the event of the arrival."""
+        for sums in flight.sums:
+            Summer.enqueue(sums)
+        if flight.sums:
+            self._summers[flight.buffer].fetch()
+        if stream is not None:
+            self._arrival_events[flight.buffer].record(stream)
+
+    def _wait_for_commits(self, stream: Any, flight: Flight) -> None:
+        """Makes ``stream`` wait for the last commit that wrote slots which the round reads, or read the staging buffer
+        that it fills. Not for later ones: they may be a step away."""
+        number = flight.round.number
+        needed = self._plan_base + max(flight.round.after + 1, number - self.num_buffers + 1, 0)
+        if needed and stream is not None:
+            stream.wait_event(self._commit_events[needed % len(self._commit_events)])
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds of the plan at hand that arrived here and were sent from here, without a gap. Never blocks."""
+        return self._count(False)
+
+    @property
+    def rounds_intact(self) -> int:
+        """Rounds of the plan at hand that are done, and all experts have the right checksum. Never blocks."""
+        return self._count(True)
+
+    def _count(self, intact: bool) -> int:
+        number = self._commits - self._plan_base
+        while (flight := self._flights.get(number)) is not None and flight.arrived and (flight.intact or not intact):
+            number += 1
+        return number
+
+    @property
+    def commits(self) -> int:
+        """Rounds committed since the start."""
+        return self._commits
+
+    @property
+    def in_flight(self) -> int:
+        """Rounds that were issued and have not arrived."""
+        return sum(flight is not None and not flight.arrived for flight in self._in_buffer)
+
+    @property
+    def error(self) -> Exception | None:
+        """What made a transfer fail; None if nothing did."""
+        return self._error
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether a transfer failed, or did not end in time. Then none is issued any more."""
+        if self._error is None:
+            for flight in self._in_buffer:
+                if flight is not None and not flight.arrived and time.monotonic() - flight.issued_at > self.deadline:
+                    self._failed(
+                        TransferError(f"round {flight.round.number} did not arrive within {self.deadline:g} seconds")
+                    )
+        return self._error is not None
+
+    def poison(self, reason: str) -> None:
+        """Gives the transfer group up. What is in flight stays there; staging stays allocated."""
+        self._failed(TransferError(reason))
+
+    def _failed(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+            # Why; that balancing ends is the error.
+            logger.warning("rank %d: expert transfers by %s failed: %s", self.rank, self.transport, error)
+
+    def commit(self, number: int) -> None:
+        """Staging to slots, on the compute stream (the current one); enqueues copies and returns. On a CPU it copies.
+
+        Raises:
+            TransferError: the round has not arrived, or it is not the oldest.
+            Exception: a copy failed. This rank must not answer any more: its slots are half switched.
+        """
+        flight = self._flights[number]
+        if not flight.arrived or number != self._commits - self._plan_base:
+            raise TransferError(
+                f"round {number} cannot be committed: {self.rounds_done} arrived, of {self._flights.keys()}"
+            )
+        compute = self._streams.current()
+        if compute is not None:
+            compute.wait_event(self._arrival_events[flight.buffer])
+        for (layer, slot, _), staged in zip(flight.places, flight.staged, strict=True):
+            for target, source in zip(self._slots[layer][slot], staged, strict=True):
+                target.copy_(source, non_blocking=True)
+        self._commits += 1
+        if compute is not None:
+            self._commit_events[self._commits % len(self._commit_events)].record(compute)
+        self._in_buffer[flight.buffer] = None
+        del self._flights[number]
+
+    def forget(self) -> None:
+        """The plan is finished or dropped: what is not committed is forgotten. A round in flight poisons the loader,
+        because its bytes may arrive at any time; drain it first."""
+        if self.in_flight:
+            self.poison("a round was dropped while it was in flight")
+            return
+        self._flights.clear()
+        self._queued.clear()
+        self._in_buffer = [None] * self.num_buffers
+        self._plan_base = self._commits
+
+    def close(self) -> None:
+        """Ends the mover thread once it has nothing to do; does not wait for it."""
+        self._jobs.put(None)
+
+    # ---- parts of prepare
+
+    def _plan_flight(self, round: Round) -> Flight:
+        if round.slots_per_rank != self.slots_per_rank:
+            raise TransferError(
+                f"the round is for {round.slots_per_rank} slots per rank, here are {self.slots_per_rank}"
+            )
+        moves, size = round.moves, self.slots_per_rank
+        senders, receivers = moves[:, SOURCE] // size, moves[:, SLOT] // size
+        mine = np.flatnonzero(receivers == self.rank)
+        if len(mine) > self.buffer_experts:
+            raise TransferError(f"round {round.number} brings {len(mine)} experts, staging holds {self.buffer_experts}")
+        buffer = round.number % self.num_buffers
+        places = [(layer, slot - self.rank * size, expert) for layer, slot, expert in moves[mine, :SOURCE].tolist()]
+        staged = [self._views(layer, buffer, place) for place, (layer, _, _) in enumerate(places)]
+        summer = self._summers[buffer]
+        sums = [summer.prepare(place, each) for place, each in enumerate(staged)] if self.checksums is not None else []
+        flight = Flight(round, buffer, places, staged, sums)
+        staged_of = dict(zip(mine.tolist(), staged, strict=True))
+        for part in self._parts(moves[:, LAYER], senders, receivers):
+            flight.parts.append(self._part(flight, part, moves, senders, receivers, staged_of))
+        flight.enters = self._streams.module is not None and all(its.enters for part in flight.parts for its in part)
+        flight.began, flight.ended = [None] * len(flight.parts), [None] * len(flight.parts)
+        return flight
+
+    def _parts(
+        self, layers: Int32Array, senders: Int32Array, receivers: Int32Array
+    ) -> list[list[tuple[int, int, int]]]:
+        """The (move, first byte, end byte) that concern this rank, per part."""
+        if not self.budget_bytes:
+            concern = np.flatnonzero((senders == self.rank) | (receivers == self.rank))
+            return [[(move, 0, self._expert_bytes[layers[move]]) for move in concern.tolist()]]
+        sizes = [self._expert_bytes[layer] for layer in layers.tolist()]
+        ends = list(zip(senders.tolist(), receivers.tolist(), strict=True))
+        parts = cut_parts(sizes, ends, self.num_ranks, self.budget_bytes)
+        if len(parts) > MOST_PARTS:
+            raise TransferError(
+                f"a round would take {len(parts)} steps under the budget of {self.budget_bytes} bytes per step; "
+                f"allowed are {MOST_PARTS}: raise the budget"
+            )
+        return [[piece for piece in part if self.rank in ends[piece[0]]] for part in parts]
+
+    def _part(
+        self,
+        flight: Flight,
+        part: list[tuple[int, int, int]],
+        moves: Int32Array,
+        senders: Int32Array,
+        receivers: Int32Array,
+        staged_of: dict[int, tuple[torch.Tensor, ...]],
+    ) -> list[Batch]:
+        sends: dict[Transport, list[Piece]] = {each: [] for each in self._transports}
+        receives: dict[Transport, list[Piece]] = {each: [] for each in self._transports}
+        local: list[tuple[torch.Tensor, torch.Tensor]] = []
+        count: dict[tuple[int, int], int] = {}
+        for move, start, end in part:
+            sender, receiver, layer = int(senders[move]), int(receivers[move]), int(moves[move, LAYER])
+            slot = int(moves[move, SOURCE]) - sender * self.slots_per_rank
+            ranges = self._ranges(layer, start, end)
+            if sender == receiver:
+                source, staged = self._slots[layer][slot], staged_of[move]
+                local += [(staged[i][a:b], source[i][a:b]) for i, a, b in ranges]
+                continue
+            at = count.get((sender, receiver), 0)
+            count[sender, receiver] = at + len(ranges)
+            transport = next(each for each in self._transports if each.reaches(sender, receiver))
+            tensors = self._slots[layer][slot] if sender == self.rank else staged_of[move]
+            views = tuple(tensors[i][a:b] for i, a, b in ranges)
+            if sender == self.rank:
+                sends[transport].append(Piece(receiver, at, views, (layer, slot, ranges)))
+            else:
+                receives[transport].append(Piece(sender, at, views, (layer, slot, ranges)))
+                flight.nbytes += end - start
+        batches: list[Batch] = [Copies(local, enters=self._streams.module is not None)] if local else []
+        return batches + [
+            each.batch(sends[each], receives[each]) for each in self._transports if sends[each] or receives[each]
+        ]
+
+    def _views(self, layer: int, buffer: int, place: int) -> tuple[torch.Tensor, ...]:
+        """Flat uint8 views of one staging place, shaped for the tensors of ``layer``."""
+        row, offsets = self._staging[buffer, place], self._offsets[layer]
+        return tuple(row[at : at + tensor.numel()] for at, tensor in zip(offsets, self._slots[layer][0], strict=False))
+
+    def _ranges(self, layer: int, start: int, end: int) -> tuple[tuple[int, int, int], ...]:
+        """Bytes start..end of an expert as (tensor, first byte, end byte)."""
+        ranges, at = [], 0
+        for number, tensor in enumerate(self._slots[layer][0]):
+            a, b = max(start - at, 0), min(end - at, tensor.numel())
+            if a < b:
+                ranges.append((number, a, b))
+            at += tensor.numel()
+        return tuple(ranges)
+
+    def _executed(self, commits: int) -> bool:
+        """Whether the first ``commits`` commits have been executed on the device."""
+        if not commits or self._streams.module is None:
+            return True
+        kept = len(self._commit_events)
+        oldest = max(commits, self._commits - kept + 1)  # its own event was reused: a later commit stands for it
+        return bool(self._commit_events[oldest % kept].query())
+
+    # ---- in the mover thread
+
+    def _move(self) -> None:
+        self._streams.enter_thread()
+        while (job := self._jobs.get()) is not None:
+            flight, part = job
+            if self._error is not None:
+                continue
+            try:
+                with torch.no_grad(), self._streams.on_side():
+                    if not flight.enters:
+                        self._run(flight, part)
+                    if part == len(flight.parts) - 1:
+                        self._arrive(flight)
+            except Exception as error:  # whatever it is, the group cannot be trusted any more
+                self._failed(error)
+
+    def _run(self, flight: Flight, part: int) -> None:
+        """What issuing left to do."""
+        side = self._streams.side
+        self._wait_for_commits(side, flight)
+        if flight.began[part] is None:
+            flight.began[part] = self._streams.mark(side)
+        if flight.ended[part] is not None:
+            side.wait_event(flight.ended[part])  # copies on the entry stream
+        for batch in flight.parts[part]:
+            if not batch.enters:
+                batch.run()
+        flight.ended[part] = self._streams.mark(side)
+        if part == len(flight.parts) - 1:
+            self._finish(flight, side)
+
+    def _arrive(self, flight: Flight) -> None:
+        event = self._arrival_events[flight.buffer]
+        if event is not None:
+            event.synchronize()
+            for began, ended in zip(flight.began, flight.ended, strict=True):
+                if began is not None:  # a part may concern other ranks only
+                    self.seconds_on_device += began.elapsed_time(ended) / 1e3
+        table, summer = self.checksums, self._summers[flight.buffer]
+        flight.intact = table is None or all(
+            table.matches(layer, expert, summer.value(place, sums))
+            for place, ((layer, _, expert), sums) in enumerate(zip(flight.places, flight.sums, strict=False))
+        )
+        self.bytes_received += flight.nbytes
+        self.seconds_in_flight += time.monotonic() - flight.issued_at
+        flight.arrived = True  # last: the step thread reads it

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every station shares: placements, plans, rounds, topology. NumPy only."""

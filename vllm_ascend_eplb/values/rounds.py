@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds: groups of moves that are sent together and committed together, and their checker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .placement import EMPTY, Int32Array, Placement
+
+LAYER, SLOT, EXPERT, SOURCE, GROUP = range(5)
+"""Columns of ``Round.moves``."""
+
+
+NONE = -1
+"""``Round.after`` of a round that waits for no other."""
+
+
+class RoundError(ValueError):
+    """Rounds that must not be carried out, or moves that no rounds can carry out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """Moves that are sent together and committed together.
+
+    Attributes:
+        number: position in the plan, 0, 1, ...
+        moves: int32 [n, 5], rows (layer, slot, expert, source_slot, group): copy ``expert`` of ``layer`` from
+            ``source_slot`` into ``slot``. ``group`` counts the scheduler's groups, which may be parts of the plan's.
+        slots_per_rank: S; the rank of a slot is ``slot // S``.
+        after: the latest earlier round that must be committed before this one may be issued, -1 for none.
+    """
+
+    number: int
+    moves: Int32Array
+    slots_per_rank: int
+    after: int = NONE
+
+    def receives(self, rank: int) -> Int32Array:
+        """int32 [k, 5]: the moves into ``rank`` from other ranks, in the round's order."""
+        return self._select(rank, True, False)
+
+    def sends(self, rank: int) -> Int32Array:
+        """int32 [k, 5]: the moves from ``rank`` to other ranks, in the round's order."""
+        return self._select(rank, False, True)
+
+    def local_copies(self, rank: int) -> Int32Array:
+        """int32 [k, 5]: the moves from one slot of ``rank`` to another of its slots, in the round's order."""
+        return self._select(rank, True, True)
+
+    def _select(self, rank: int, to_rank: bool, from_rank: bool) -> Int32Array:
+        to, source = self.moves[:, SLOT] // self.slots_per_rank, self.moves[:, SOURCE] // self.slots_per_rank
+        rows: Int32Array = self.moves[((to == rank) == to_rank) & ((source == rank) == from_rank)]
+        return rows
+
+
+def receive_bound(placement: Placement, rounds: Sequence[Round], buffer_experts: int) -> int:
+    """The fewest rounds that could carry the same moves: ceil(staging places the busiest rank needs / buffer)."""
+    places = np.zeros(placement.num_ranks, dtype=np.int64)
+    for each in rounds:
+        np.add.at(places, each.moves[:, SLOT] // each.slots_per_rank, 1)
+    return -(-int(places.max()) // buffer_experts)
+
+
+def check_rounds(
+    placement: Placement,
+    rounds: Sequence[Round],
+    buffer_experts: int,
+    target: Placement | None = None,
+    *,
+    repair: bool = False,
+) -> None:
+    """Replays ``rounds`` and checks all that the module promises, without trust in their maker.
+
+    Args:
+        placement: the placement in force.
+        rounds: to be checked.
+        buffer_experts: staging places of a rank per round.
+        target: the placement that they must lead to, if that is known.
+        repair: whether the slots may hold other experts than ``placement`` says, as an audit found. Then any slot may
+            be a source, and the checksums of what arrives decide.
+
+    Raises:
+        RoundError: the message names the round and what is wrong with it.
+    """
+    row_of, slots_per_rank = placement.physical_to_logical.copy(), placement.slots_per_rank
+    written = np.full(row_of.shape, NONE, dtype=np.int64)
+    for number, each in enumerate(rounds):
+        name, moves = f"round {number}", each.moves
+        if each.number != number or each.slots_per_rank != slots_per_rank or not NONE <= each.after < number:
+            raise RoundError(f"{name} calls itself {each.number}, of {each.slots_per_rank} slots, after {each.after}")
+        if moves.ndim != 2 or moves.shape[1] != 5 or moves.dtype != np.int32 or not len(moves):
+            raise RoundError(f"{name} has moves of shape {moves.shape}, {moves.dtype}; expected int32 [n >= 1, 5]")
+        limits = (placement.num_layers, placement.num_slots, placement.num_experts, placement.num_slots)
+        if (moves[:, :GROUP] < 0).any() or (moves[:, :GROUP] >= limits).any():
+            raise RoundError(f"{name} names a layer, slot or expert out of range; limits are {limits}")
+        layers, slots, experts, sources = (moves[:, i] for i in (LAYER, SLOT, EXPERT, SOURCE))
+        if len(np.unique(layers.astype(np.int64) * placement.num_slots + slots)) != len(moves):
+            raise RoundError(f"{name} writes one slot twice")
+        places = np.bincount(slots // slots_per_rank, minlength=placement.num_ranks)
+        if places.max() > buffer_experts:
+            raise RoundError(f"{name}: rank {places.argmax()} needs {places.max()} places, it has {buffer_experts}")
+        wrong = row_of[layers, sources] != experts
+        if wrong.any() and not repair:
+            at = int(np.argmax(wrong))
+            raise RoundError(
+                f"{name}: slot {sources[at]} of layer {layers[at]} holds expert {row_of[layers[at], sources[at]]}, "
+                f"not {experts[at]}"
+            )
+        if max(written[layers, sources].max(), written[layers, slots].max()) > each.after:
+            raise RoundError(f"{name} uses a slot that a round later than {each.after} writes")
+        row_of[layers, slots] = experts
+        written[layers, slots] = number
+        for layer in np.unique(layers):
+            present = row_of[layer][row_of[layer] != EMPTY]
+            if len(np.unique(present)) != placement.num_experts:
+                raise RoundError(f"{name} leaves an expert of layer {layer} without a copy")
+    if target is not None and not np.array_equal(row_of, target.physical_to_logical):
+        raise RoundError("the rounds do not lead to the placement asked for")
+
+
+def rounds_to_array(rounds: Sequence[Round]) -> Int32Array:
+    """int32 [N, 7]: all moves of all rounds, each behind its round's number and ``after``; for broadcasts."""
+    parts = [
+        np.column_stack([np.full((len(each.moves), 2), (each.number, each.after), dtype=np.int32), each.moves])
+        for each in rounds
+    ]
+    return np.concatenate(parts).astype(np.int32) if parts else np.zeros((0, 7), dtype=np.int32)
+
+
+def rounds_from_array(array: Int32Array, slots_per_rank: int) -> list[Round]:
+    """The inverse of ``rounds_to_array``.
+
+    Raises:
+        RoundError: not int32 [N, 7], or the rounds are not in order.
+    """
+    if array.ndim != 2 or array.shape[1] != 7 or array.dtype != np.int32:
+        raise RoundError(f"packed rounds have shape {array.shape}, {array.dtype}; expected int32 [N, 7]")
+    if not len(array):
+        return []
+    steps = np.diff(array[:, 0], prepend=-1)
+    starts = np.flatnonzero(steps)
+    if not np.array_equal(array[starts, 0], np.arange(len(starts))):
+        raise RoundError("packed rounds are not numbered 0, 1, 2, ... in order")
+    return [
+        Round(number, np.ascontiguousarray(part[:, 2:]), slots_per_rank, int(part[0, 1]))
+        for number, part in enumerate(np.split(array, starts[1:]))
+    ]
