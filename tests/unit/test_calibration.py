@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -51,7 +51,6 @@ class _Machine:
 
     def __init__(self, reading: float, computing: float, fixed: float = 0.0) -> None:
         self.now = 0.0
-        self.turns = 0
         self._figures = reading, computing, fixed
 
     def perf_counter(self) -> float:
@@ -66,9 +65,10 @@ class _Machine:
 
     def runs(self, most_rows: int = 4096, sharers: int = RANKS) -> LayerRuns:
         def prepare(ids: torch.Tensor) -> Callable[[], None]:
+            seconds = 2 * self.milliseconds(ids) / 1e3  # two layers
+
             def run() -> None:
-                self.turns += 1
-                self.now += 2 * self.milliseconds(ids) / 1e3  # two layers
+                self.now += seconds
 
             return run
 
@@ -87,10 +87,10 @@ class _Machine:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Machine]:
+def machine(monkeypatch: pytest.MonkeyPatch) -> _Machine:
     clock = _Machine(reading=0.04, computing=0.001)
-    monkeypatch.setattr(calibration.time, "perf_counter", clock.perf_counter)
-    yield clock
+    monkeypatch.setattr(calibration, "time", clock)
+    return clock
 
 
 def test_grid_finds_where_tokens_begin_to_cost(machine: _Machine) -> None:
@@ -108,24 +108,23 @@ def test_grid_finds_where_tokens_begin_to_cost(machine: _Machine) -> None:
 
 
 def test_calibration_keeps_its_time(machine: _Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.calibrate().tokens[-1] == 1024  # the control: on a fast machine the largest steps fit
     slow = _Machine(reading=0.4, computing=0.1)
-    monkeypatch.setattr(calibration.time, "perf_counter", slow.perf_counter)
+    monkeypatch.setattr(calibration, "time", slow)
     cost = slow.calibrate()
     assert slow.now < 2 * calibration.SECONDS
-    assert cost.tokens[-1] < 1024  # the largest steps do not fit
-    assert len(cost.tokens) >= 3
-    assert machine.calibrate().tokens[-1] == 1024  # the control: on a fast machine they do
+    assert 3 <= len(cost.tokens) < 8
 
 
 def test_noise_is_what_two_measurements_differ_by(monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = _Machine(0.04, 0.001)
-    monkeypatch.setattr(calibration.time, "perf_counter", quiet.perf_counter)
+    monkeypatch.setattr(calibration, "time", quiet)
     assert quiet.calibrate().noise <= 0.001
     random = np.random.default_rng(0)
     noisy = _Machine(0.04, 0.001)
     exact = noisy.milliseconds
     monkeypatch.setattr(noisy, "milliseconds", lambda ids: exact(ids) * float(random.uniform(1.0, 1.6)))
-    monkeypatch.setattr(calibration.time, "perf_counter", noisy.perf_counter)
+    monkeypatch.setattr(calibration, "time", noisy)
     assert noisy.calibrate().noise > 0.003
 
 

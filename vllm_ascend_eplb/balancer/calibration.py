@@ -5,9 +5,9 @@ The router's choice is replaced by expert ids made here, so that the number of t
 use are known; everything else (dispatch, kernels, combine, collectives) is what serves. Experts get tokens as unevenly
 as real ones do (lognormal, sigma 0.7): kernels work in tiles, and even rows flatter them.
 
-Every point of the grid is timed several times, in turns, so that slow drift of the machine spreads over all of them. The
-shortest of its times counts, of the slowest rank: what makes a run longer is somebody else's. Ranks agree on each time,
-and so on when to stop.
+Every point of the grid is timed several times, in turns, so that slow drift of the machine spreads over all of them. Of
+its times the shortest counts, of the slowest rank: what makes a run longer is somebody else's. Ranks agree on each
+time, and so on when to stop.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ LEAST_MILLISECONDS = 2.0
 
 LEAST_TURNS = 4
 """Turns that are wanted; where they do not fit, the largest steps are left out."""
+
+MOST_TURNS = 40
+"""More make nothing more precise."""
 
 SLEEP_CYCLES = 2_000_000
 """For which a GPU is kept busy before a measurement, so that no kernel waits for its launch, as in a captured graph."""
@@ -88,12 +91,17 @@ def calibrate(
         device: where the layers run.
 
     Raises:
-        CalibrationError: not even the smallest step could be timed.
+        CalibrationError: a batch has fewer tokens than ranks that share it.
     """
     few = max(1, num_experts // num_ranks)
     used = sorted({min(few, slots_per_rank), slots_per_rank})
     pars = _pars(num_ranks, used[0], runs.top_k)
     largest = runs.most_rows // runs.sharers
+    if largest < 1:
+        raise CalibrationError(
+            f"a batch of {runs.most_rows} tokens leaves none for some of the {runs.sharers} ranks that share it; raise "
+            "max_num_batched_tokens"
+        )
     tokens = sorted({each for each in TOKENS if each < largest} | {largest})
     clock = _Clock(device, group)
     shortest: dict[tuple[int, float, int], list[float]] = {}
@@ -111,9 +119,7 @@ def calibrate(
         turn = sum(max(LEAST_MILLISECONDS, shortest[point][0] * runs.num_layers) for point in points) / 1e3
         if clock.elapsed + LEAST_TURNS * turn > seconds:
             break
-    if not points:
-        raise CalibrationError("a batch has no token: max_num_batched_tokens is less than the ranks that share it")
-    while True:
+    for _ in range(MOST_TURNS):
         turn_began = clock.elapsed
         for point in points:
             one = shortest[point][0] * runs.num_layers
