@@ -202,7 +202,7 @@ def test_each_pipeline_stage_is_a_balancer_of_its_own(staged, reference):
 
 SCHEDULED_AHEAD = """
 import torch
-from vllm_ascend_eplb.post_import import after_import
+from vllm_ascend_eplb.adaptors.post_import import after_import
 
 class Order:  # of streams and events; a CPU does one thing after the other
     def __init__(self, *args, **kwargs):
@@ -310,7 +310,7 @@ def test_maps_switched_without_weights_are_noticed(observed, reference):
 
 DIFFERENT_SETTINGS = """
 import os
-from vllm_ascend_eplb.post_import import after_import
+from vllm_ascend_eplb.adaptors.post_import import after_import
 
 def change(module):
     parse = module.EplbConfig.from_additional_config.__func__

@@ -25,10 +25,11 @@ import ctypes, logging, os, sys, time
 from pathlib import Path
 import numpy as np
 from vllm_ascend_eplb import Placement
-from vllm_ascend_eplb.control import FlightRecorder
-from vllm_ascend_eplb.expert_map import ExpertMapError, read_expert_map, write_expert_map
-from vllm_ascend_eplb.map_recorder import MapRecorder
-from vllm_ascend_eplb.stats import EplbStats, StatsFile, read_stats
+from vllm_ascend_eplb.agreement.channel import FlightRecorder
+from vllm_ascend_eplb.files.expert_map import ExpertMapError, read_expert_map, write_expert_map
+from vllm_ascend_eplb.files.map_recorder import MapRecorder
+from vllm_ascend_eplb.observe.stats import EplbStats
+from vllm_ascend_eplb.observe.stats_file import StatsFile, read_stats
 
 folder = Path(sys.argv[1])
 libc = ctypes.CDLL(None, use_errno=True)
@@ -103,7 +104,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from vllm_ascend_eplb import Placement
-from vllm_ascend_eplb.map_recorder import MapRecorder
+from vllm_ascend_eplb.files.map_recorder import MapRecorder
 recorder = MapRecorder(sys.argv[1])
 for number in range(150):
     row = np.roll(np.arange(64) % 48, int(sys.argv[2]) + 2 * number)
@@ -175,8 +176,8 @@ HOSTILE = {
 
 READ = """
 import resource, sys
-from vllm_ascend_eplb.expert_map import ExpertMapError, read_expert_map
-from vllm_ascend_eplb.traces import TraceError, read_trace
+from vllm_ascend_eplb.files.expert_map import ExpertMapError, read_expert_map
+from vllm_ascend_eplb.files.traces import TraceError, read_trace
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (256 << 20),) * 2)
@@ -208,7 +209,7 @@ def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
     return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
-FROM_OUR_OWN_RANKS = {"transport_pull.py: pickle.loads"}
+FROM_OUR_OWN_RANKS = {"pull.py: pickle.loads"}
 """Handles of device memory, which ranks of one server on one host exchange at start-up over the engine's own group."""
 
 

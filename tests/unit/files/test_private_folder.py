@@ -19,7 +19,7 @@ from vllm_ascend_eplb.files.run_folder import make_private_folder, remove_abando
 
 SERVER = """
 import os, time
-from vllm_ascend_eplb.stats import provide_stats_path
+from vllm_ascend_eplb.observe.stats_file import provide_stats_path
 path = provide_stats_path()
 path.write_text("{}")
 if FORKS and os.fork():

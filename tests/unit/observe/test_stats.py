@@ -230,7 +230,7 @@ def test_publish_survives_a_missing_folder(tmp_path: Path, caplog: pytest.LogCap
 def test_path_is_provided_once_and_cleaned_up() -> None:
     code = (
         "import os, stat\n"
-        "from vllm_ascend_eplb.observe.stats import provide_stats_path, stats_path\n"
+        "from vllm_ascend_eplb.observe.stats_file import provide_stats_path, stats_path\n"
         "assert stats_path() is None\n"
         "path = provide_stats_path()\n"
         "assert provide_stats_path() == path == stats_path()\n"

@@ -254,7 +254,7 @@ def test_the_folder_goes_with_the_last_process_of_a_killed_server():
     code = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from vllm_ascend_eplb.stats import provide_stats_path
+from vllm_ascend_eplb.observe.stats_file import provide_stats_path
 from test_process import EplbProcess, request, reverse, wait_for_answer
 path = provide_stats_path()
 path.write_text("{{}}")
