@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..planning.step_cost import StepCost
+from ..values.step_cost import StepCost
 
 SECONDS = 5.0
 """All of it takes no longer, but for the first run of each point."""
@@ -181,7 +181,7 @@ def synthetic_ids(
     start = own.permutation((np.arange(rows) + own.random(rows)) / max(rows, 1))
     # One token out of every stretch of length 1: a slot of weight w <= 1 is met at most once in a row, with chance w.
     chosen = np.searchsorted(until, start[:, None] + np.arange(top_k), side="right")
-    return slots[order][np.minimum(chosen, len(slots) - 1)].astype(np.int64)
+    return np.asarray(slots[order][np.minimum(chosen, len(slots) - 1)], dtype=np.int64)
 
 
 def _capped(weight: npt.NDArray[np.float64], total: float) -> npt.NDArray[np.float64]:
@@ -193,7 +193,7 @@ def _capped(weight: npt.NDArray[np.float64], total: float) -> npt.NDArray[np.flo
         if not (over := (scaled > 1.0) & ~capped).any():
             break
         capped |= over
-    return np.minimum(scaled, 1.0)
+    return np.asarray(np.minimum(scaled, 1.0))
 
 
 def _pars(num_ranks: int, used: int, top_k: int) -> list[float]:

@@ -35,6 +35,7 @@ from ..observe.keeper import StatsKeeper
 from ..observe.stats import RANK_FIGURES
 from ..observe.stats_file import StatsFile
 from ..planning.message import digest_of, most_plan_bytes, pack_plan, unpack_plan
+from ..planning.payoff import Payoff
 from ..planning.process import EplbProcess
 from ..planning.request import Dispatch, PlanAnswer, PlanRequest
 from ..planning.shares import shared_rank_load
@@ -45,10 +46,12 @@ from ..transfer.loader import D2DExpertWeightLoader
 from ..transfer.slots import default_buffer_experts
 from ..values.placement import FloatArray, Placement, peak_to_average
 from ..values.rounds import LAYER, Round, check_rounds, rounds_to_array
+from ..values.traffic import BUCKETS, Traffic
 from .audit import Auditor
 from .balancedness import BalancednessLog
 from .orders import NumberedOrder, OrderBox
 from .served_model import EplbAdaptor
+from .timing import learn_times
 
 logger = logging.getLogger("vllm.eplb")  # only loggers below "vllm" are seen in a server's log
 
@@ -83,6 +86,10 @@ class _Cycle:
     start: Placement
     failure: Failure = Failure.NONE
     load: npt.NDArray[np.int64] | None = None
+    histogram: npt.NDArray[np.int64] | None = None
+    """Of this rank: steps of the window by tokens per rank, as the recorder counts them."""
+    payoff: Payoff | None = None
+    """What the plan brings; on EP rank 0."""
     summand: npt.NDArray[np.int64] | None = None
     """What this rank adds to the sum over the ranks; there before all agree to post it."""
     reduction: Bulk[npt.NDArray[np.int64] | None] | None = None
@@ -104,6 +111,8 @@ class _Cycle:
     repair: bool = False
     """Whether this is no cycle of load, but a repair of slots that an audit found damaged."""
     damaged: int = 0
+    still: bool = False
+    """Whether nothing moves because imbalance costs no time with this traffic."""
     note: str = ""
     """What the log says beside it: how the last plan turned out."""
 
@@ -192,6 +201,7 @@ class EplbUpdator:
         self._posted_orders: dict[int, NumberedOrder] = {}  # posted and perhaps not obeyed yet
         self._map_recorder = map_recorder
         self._judge = PlanJudge(config.min_gain, config.rank_speed)
+        self._told_still = False
         self._observed: Placement | None = None  # in mode observe: what the last plan would have led to
         self._load: npt.NDArray[np.int64] | None = None  # [L, E], on EP rank 0: of the last window
         self._balancedness = (
@@ -201,6 +211,11 @@ class EplbUpdator:
         )
         self._flight = FlightRecorder()
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eplb-prepare")
+
+    def calibrate(self) -> None:
+        """Learns what time layers and moves take here; all ranks together, once the model can run, before it serves."""
+        times = learn_times(self._adaptor, self._config, self._loader)
+        self._judge.learn(times.cost, times.rates, self._placement.slots_per_rank)
 
     @property
     def state(self) -> CycleState:
@@ -216,12 +231,13 @@ class EplbUpdator:
     def stats(self) -> StatsKeeper:
         return self._stats
 
-    def forward_before(self, *, serving: bool = True, stage: Stage = "decode") -> None:
+    def forward_before(self, *, serving: bool = True, stage: Stage = "decode", tokens_per_rank: float = 1.0) -> None:
         """One step; called on every rank before each forward of real or dummy batches, at the same point everywhere.
 
         Args:
             serving: whether the forward serves requests. A dummy batch is a step, but its tokens are not counted.
             stage: whether the batch prefills or only decodes; it matters where only one of them is counted.
+            tokens_per_rank: tokens of the batch over the ranks that share it.
 
         Raises:
             AgreementError, ControlError: the ranks do not agree any more, so this one must not go on serving.
@@ -237,7 +253,7 @@ class EplbUpdator:
             if self._state == last:
                 time.sleep(TURN_SECONDS)
         record = serving and self._state.phase is not Phase.OFF
-        self._recorder.begin_step(self._placement, record=record, phase=stage)
+        self._recorder.begin_step(self._placement, record=record, phase=stage, tokens_per_rank=tokens_per_rank)
         self._stats.step = self._state.step
         # Listening is part of collecting, for whoever watches.
         phase = Phase.COLLECT if self._state.phase is Phase.LISTEN else self._state.phase
@@ -404,7 +420,9 @@ class EplbUpdator:
             # Taken before all agree to post the sum: a rank that threw then would leave the others' without its part.
             if cycle.load is None and self._recorder.snapshot_ready() and not self._control.bulk_busy:
                 cycle.load = self._recorder.take()
-                cycle.summand = np.concatenate([cycle.load.ravel(), self._figures().ravel()])
+                cycle.histogram = self._recorder.histogram()
+                parts = cycle.load, cycle.histogram, self._figures()
+                cycle.summand = np.concatenate([part.ravel() for part in parts])
             return cycle.summand is not None
         if phase is Phase.REDUCE:
             return cycle.reduction is not None and cycle.reduction.done()
@@ -509,8 +527,10 @@ class EplbUpdator:
         total = reduction.result() if reduction is not None else None
         if self._planner is None or total is None or mine is None:
             return
-        load = total[: mine.size].reshape(mine.shape)
-        self._window_ended(load.sum(axis=0), total[mine.size :].reshape(-1, len(RANK_FIGURES)))
+        load, histogram, figures = np.split(total, [mine.size, mine.size + 2 * BUCKETS])
+        load = load.reshape(mine.shape)
+        traffic = Traffic.of_histogram(histogram.reshape(2, BUCKETS))
+        self._window_ended(load.sum(axis=0), figures.reshape(-1, len(RANK_FIGURES)), traffic)
         config, tables = self._config, self._adaptor.dispatch
         self._planner.submit(
             PlanRequest(
@@ -522,7 +542,7 @@ class EplbUpdator:
                 num_groups=self._adaptor.num_groups,
                 buffer_experts=self._loader.buffer_experts,
                 policy="restore" if self._restoring else config.policy_name,
-                limits=_limits(config, self._state.cycle) if not self._restoring else self._way_back(),
+                limits=self._limits() if not self._restoring else self._way_back(),
                 dispatch_entries=tables.entries if tables is not None else 0,
             )
         )
@@ -576,8 +596,9 @@ class EplbUpdator:
             )
         self._forget_cycle()
 
-    def _window_ended(self, load: npt.NDArray[np.int64], figures: npt.NDArray[np.int64]) -> None:
-        """Takes stock of the window [L, E], of what the last plan promised for it, and of the ranks' figures [R, n]."""
+    def _window_ended(self, load: npt.NDArray[np.int64], figures: npt.NDArray[np.int64], traffic: Traffic) -> None:
+        """Takes stock of the window [L, E], of what the last plan promised for it, of the ranks' figures [R, n], and of
+        the steps by tokens per rank."""
         self._load = load
         observed, self._observed = self._observed, None
         rank_load = self._rank_load(load)
@@ -592,7 +613,13 @@ class EplbUpdator:
         if observed is not None:
             would = float(observed.par(load, self._config.rank_speed).mean())
             self._cycle.note = f"; the last plan would have brought PAR {would:.3f} instead of {par:.3f}"
-        self._cycle.note = self._judge.window_ended(load, self._placement) or self._cycle.note
+        self._cycle.note = self._judge.window_ended(load, self._placement, traffic) or self._cycle.note
+        self._judge.steps = self._state.collect_steps
+        if self._judge.cost.in_milliseconds and self._cycle.histogram is not None:
+            start = peak_to_average(self._over_speed(self._start.rank_load(load)))
+            now = peak_to_average(rank_load)
+            steps = int(self._cycle.histogram[0].sum())
+            self._stats.time_spent(self._judge.moe_ms(now), self._judge.moe_ms(start), steps)
 
     def _rank_load(self, load: npt.NDArray[np.int64]) -> FloatArray:
         """[L, R] tokens per rank under the placement and the dispatch shares in force, over its speed."""
@@ -626,13 +653,20 @@ class EplbUpdator:
         self._stats.planned(par_after, plan.seconds, plan.num_moves)
         self._cycle.answer = answer
         before, gained = float(par_before.mean()), float(par_after.mean())
+        received = self._loader.received_bytes(plan.moves)
+        self._cycle.payoff = payoff = self._judge.weigh(par_before, par_after, received)
+        if self._judge.cost.in_milliseconds:
+            self._stats.weighed(payoff.saved_fraction, payoff.cost_ms)
         if self._config.mode == "observe":
             self._observed = Placement(plan.physical_to_logical, self._placement.num_experts, self._placement.num_ranks)
-            self._skip(f"observing only: {plan.num_moves} moves would bring PAR from {before:.3f} to {gained:.3f}")
+            would = f"{plan.num_moves} moves would bring PAR from {before:.3f} to {gained:.3f}"
+            self._skip(" and ".join(filter(None, (f"observing only: {would}", self._judge.describe(payoff)))))
             return
         if not plan.num_moves:
-            self._skip(f"nothing to move at PAR {before:.3f}")
-        elif not self._always_moves and (too_little := self._judge.refuses(before, gained)):
+            why = self._why_still(par_before)
+            self._cycle.still = bool(why)
+            self._skip(f"nothing to move at PAR {before:.3f}{why}")
+        elif not self._always_moves and (too_little := self._judge.refuses(par_before, par_after, received)):
             self._skip(too_little)
         else:
             self._cycle.new_shares = after
@@ -643,6 +677,21 @@ class EplbUpdator:
             self._cycle.new_shares = now
             nothing = answer.rounds[:0]
             self._cycle.message = pack_plan(self._state.cycle, self._placement.physical_to_logical, nothing, now)
+
+    def _limits(self) -> dict[str, object]:
+        """The settings that the policy takes."""
+        limits = _limits(self._config, self._state.cycle)
+        if "target_par" in limits:
+            limits["target_par"] = self._judge.target_par(self._config.target_par)
+        return limits
+
+    def _why_still(self, par: FloatArray) -> str:
+        """Says that imbalance costs nothing with this traffic, where it is so; empty elsewhere."""
+        within = self._judge.target_par(self._config.target_par)
+        if within <= self._config.target_par or par.max() <= self._config.target_par:
+            return ""
+        tokens = self._judge.traffic.mean_tokens
+        return f": at {tokens:.3g} tokens per rank and step PAR up to {within:.2f} costs no time that can be measured"
 
     def _skip(self, reason: str) -> None:
         self._cycle.result, self._cycle.reason = "skipped", reason
@@ -741,16 +790,18 @@ class EplbUpdator:
         plan = cycle.answer.plan if cycle.answer is not None else None
         if cycle.result == "skipped":
             text = f"{cycle.reason}{cycle.note}"
-            logger.info("%s cycle %d at step %d: %s", self._title, state.cycle, state.step, text)
+            # Traffic that leaves nothing to gain stays for hours: it is told once, not in every cycle.
+            level = logging.DEBUG if cycle.still and self._told_still else logging.INFO
+            logger.log(level, "%s cycle %d at step %d: %s", self._title, state.cycle, state.step, text)
         elif plan is not None:
-            gain = float(plan.par_before.mean() - plan.par_after.mean())
-            if whole and plan.policy != "restore":
-                self._judge.carried_out(cycle.start, gain)
+            saves = self._judge.describe(cycle.payoff) if cycle.payoff is not None else ""
+            if whole and plan.policy != "restore" and cycle.payoff is not None:
+                self._judge.carried_out(cycle.start, cycle.payoff.saved_fraction)
             else:
                 self._judge.forget()
             logger.info(
                 "%s cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
-                "%d steps after its load was taken; planned in %.1f ms%s%s",
+                "%d steps after its load was taken; planned in %.1f ms%s%s%s",
                 self._title,
                 state.cycle,
                 plan.par_before.mean(),
@@ -762,8 +813,10 @@ class EplbUpdator:
                 state.step - state.snapshot_at,
                 1e3 * plan.seconds,
                 "" if whole else f"; {cycle.reason}",
+                f"; {saves}" if saves else "",
                 cycle.note,
             )
+        self._told_still = cycle.still
 
     def _do_drop(self, action: Action) -> None:
         reason = self._cycle.reason or action.failure.text

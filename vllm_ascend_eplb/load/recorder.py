@@ -30,6 +30,7 @@ import numpy.typing as npt
 import torch
 
 from ..values.placement import EMPTY, FloatArray, Placement
+from ..values.traffic import BUCKETS, THOUSANDTHS, bucket_of
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -130,8 +131,12 @@ class LoadRecorder:
         self._dirty = False
         self._snapshot = _Snapshot(self._window, own_stream)
         self._oldest = 0
+        self._histogram = np.zeros((2, BUCKETS), dtype=np.int64)
+        self._ended_histogram = self._histogram
 
-    def begin_step(self, placement: Placement, *, record: bool, phase: str = "all") -> None:
+    def begin_step(
+        self, placement: Placement, *, record: bool, phase: str = "all", tokens_per_rank: float = 1.0
+    ) -> None:
         """Prepares the coming forward: advances the series, sets the switch.
 
         All ranks call it equally often between two snapshots; that alone moves the series on.
@@ -142,6 +147,7 @@ class LoadRecorder:
                 profile steps.
             phase: ``"prefill"`` or ``"decode"``; needed only where phases are kept apart. Other words (``"all"``) count
                 in windows of all steps only.
+            tokens_per_rank: that each rank brings into the step, as far as this one knows.
 
         Raises:
             LoadError: the placement has another shape than the recorder.
@@ -160,6 +166,8 @@ class LoadRecorder:
             self.flush(placement)
             self._bank = bank
         self.set_recording(record and bank is not None)
+        if self._is_recording:
+            self._histogram[:, bucket_of(tokens_per_rank)] += 1, round(THOUSANDTHS * tokens_per_rank)
 
     def set_recording(self, on: bool) -> None:
         """Sets the switch for the forwards to come; enqueues work only when it changes."""
@@ -205,6 +213,7 @@ class LoadRecorder:
             raise LoadError("snapshot() before any begin_step() or flush(): the recorder knows no placement; pass one")
         self.flush(placement)
         self._snapshot.start(self._window)
+        self._ended_histogram, self._histogram = self._histogram, np.zeros_like(self._histogram)
         self._oldest = (self._entry + 1) % self.num_entries
         self._window.zero_()
         self._steps = self._entry = 0
@@ -218,6 +227,7 @@ class LoadRecorder:
         """
         self.flush(placement)
         self._window.zero_()
+        self._histogram = np.zeros_like(self._histogram)
         self.steps_per_entry = max(1, steps_per_entry)
         self._steps = self._entry = 0
 
@@ -246,6 +256,11 @@ class LoadRecorder:
         load = banks.sum(axis=0) if phase == "all" else banks[self.phases.index(phase)]
         taken: Int64Array = np.roll(load, -self._oldest, axis=0)
         return taken
+
+    def histogram(self) -> Int64Array:
+        """int64 [2, BUCKETS]: recorded steps of the window that the last :meth:`snapshot` ended by tokens per rank, and
+        thousandths of their tokens per rank, as ``Traffic.of_histogram`` takes the sum over ranks."""
+        return self._ended_histogram
 
     def discard_snapshot(self) -> None:
         """Gives up a snapshot that nobody is going to take, because its cycle was dropped. Its load is lost."""

@@ -96,6 +96,15 @@ class EplbGauges:
             "commit_seconds": gauge("commit_seconds", "Time that steps spent on commits so far."),
             "commit_longest_seconds": gauge("commit_longest_seconds", "Longest commit in one step."),
             "longest_step_seconds": gauge("longest_step_seconds", "Longest time that balancing added to one step."),
+            "moe_time_saved_seconds": gauge(
+                "moe_time_saved_seconds",
+                "Time of MoE layers saved so far against the placement the server started with, predicted from the "
+                "times measured at start-up and the load of each window.",
+            ),
+            "plan_saved_fraction": gauge(
+                "plan_saved_fraction", "Part of MoE time that the last plan saves, carried out or not."
+            ),
+            "plan_cost_seconds": gauge("plan_cost_seconds", "What carrying out the last plan costs once."),
             "paused": gauge("paused", "1 while cycles begin only when an operator orders one."),
             "audits": gauge("audits", "Audits of the weights in all slots so far."),
             "audit_damaged": gauge("audit_damaged_slots", "Slots that the last audit found damaged."),

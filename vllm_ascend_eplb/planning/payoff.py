@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .step_cost import StepCost, Traffic
+from ..values.step_cost import StepCost
+from ..values.traffic import Traffic
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,20 @@ class EplbConfig(BaseModel):
         default=0.01,
         ge=0.0,
         le=1.0,
-        description="least predicted gain of a plan, as a fraction of the mean PAR over layers (0.01: from 1.20 to "
-        "1.188); a plan below it is not carried out",
+        description="least predicted gain of a plan, as a fraction of the time of the MoE layers until the next plan, "
+        "after what its transfers cost; where that time was not measured, as a fraction of the mean PAR over layers "
+        "(0.01: from 1.20 to 1.188); a plan below it is not carried out",
+    )
+    calibrate: bool = Field(
+        default=True,
+        description="times the model's MoE layers at start-up, for about 5 s, and weighs plans in milliseconds; false "
+        "weighs them by PAR",
+    )
+    calibration_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file with the times of the MoE layers: read if it is of this model, server and device, else "
+        "written, so that the next start need not measure",
     )
     transfer_buffer_experts: int | None = Field(
         default=None,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vllm_ascend_eplb.balancer import calibration
 from vllm_ascend_eplb.balancer.calibration import CalibrationError, LayerRuns, calibrate, describe, synthetic_ids
-from vllm_ascend_eplb.planning.step_cost import StepCost
+from vllm_ascend_eplb.values.step_cost import StepCost
 
 RANKS, SLOTS, EXPERTS, TOP_K = 4, 9, 32, 4
 

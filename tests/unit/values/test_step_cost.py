@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from vllm_ascend_eplb.planning.step_cost import LARGEST_PAR, StepCost, StepCostError, Traffic, bucket_of
+from vllm_ascend_eplb.values.step_cost import StepCost, StepCostError
+from vllm_ascend_eplb.values.traffic import BUCKETS, LARGEST_PAR, Traffic, bucket_of
 
 FLAT_THEN_STEEP = StepCost(
     tokens=[8, 64, 512],
@@ -156,9 +157,10 @@ def test_traffic_averages_steps_of_all_kinds() -> None:
 
 
 def test_traffic_of_a_histogram_keeps_the_mean_of_a_bucket() -> None:
-    traffic = Traffic.of_histogram([[2, 0, 4], [2, 0, 15]])
+    traffic = Traffic.of_histogram([[2, 0, 4], [2000, 0, 15000]])
     assert traffic.steps.tolist() == [2, 0, 4]
     assert traffic.tokens.tolist() == [1, 0, 3.75]
+    assert Traffic.of_histogram([[0, 0], [0, 0]]).mean_tokens == 1.0
 
 
 @pytest.mark.parametrize(("steps", "tokens"), [([1, 2], [1]), ([-1], [1]), ([1], [float("nan")]), ([[1]], [[1]])])
@@ -186,6 +188,5 @@ def test_par_that_costs_nothing_is_the_largest(cost: StepCost, kinds: list[tuple
 
 
 def test_buckets_are_powers_of_two() -> None:
-    assert [bucket_of(each, 6) for each in (0, 0.5, 1, 1.5, 2, 3, 4, 5, 16, 17, 32, 33, 1e9)] == [
-        0, 0, 0, 1, 1, 2, 2, 3, 4, 5, 5, 5, 5,
-    ]  # fmt: skip
+    assert [bucket_of(each) for each in (0, 0.5, 1, 1.5, 2, 3, 4, 5, 16, 17)] == [0, 0, 0, 1, 1, 2, 2, 3, 4, 5]
+    assert [bucket_of(each) for each in (16_384, 16_385, 1e9)] == [BUCKETS - 2, BUCKETS - 1, BUCKETS - 1]

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_step_cost import FLAT_THEN_STEEP, step_costs
+from tests.unit.values.test_step_cost import FLAT_THEN_STEEP, step_costs
 from vllm_ascend_eplb import Placement, plan
 from vllm_ascend_eplb.planning.payoff import MoveRates, Payoff, weigh
-from vllm_ascend_eplb.planning.step_cost import StepCost, Traffic
+from vllm_ascend_eplb.values.step_cost import StepCost
+from vllm_ascend_eplb.values.traffic import Traffic
 
 PREFILL, DECODE = Traffic([1], [4096]), Traffic([1], [8])
 

@@ -9,9 +9,8 @@ it is measured, on a grid, and read off between the points of that grid.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +25,6 @@ KIND, VERSION = "vllm-ascend-eplb step cost", 1
 
 MOST_POINTS = 4096
 """Points of a grid at most: a file is read whole."""
-
-LARGEST_PAR = 1024.0
-"""PAR up to which ``par_within`` searches: as many ranks as the planner knows."""
 
 
 class StepCostError(ValueError):
@@ -67,13 +63,13 @@ class StepCost:
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 0.0), ("pars", 1.0), ("slots", 1.0)):
-            axis = _array(name, getattr(self, name))
+            axis = array_of(name, getattr(self, name))
             if axis.ndim != 1 or not len(axis) or (np.diff(axis) <= 0).any() or axis[0] < least or axis[0] <= 0:
                 raise StepCostError(f"{name} is {axis.tolist()}; allowed are rising numbers from {least:g} up")
             object.__setattr__(self, name, axis)
         if self.pars[0] != 1.0:
             raise StepCostError(f"pars begin at {self.pars[0]:g}; the first must be 1, perfect balance")
-        grid = _array("milliseconds", self.milliseconds)
+        grid = array_of("milliseconds", self.milliseconds)
         shape = (len(self.tokens), len(self.pars), len(self.slots))
         if grid.shape != shape or grid.size > MOST_POINTS or (grid <= 0).any():
             raise StepCostError(
@@ -83,8 +79,8 @@ class StepCost:
             raise StepCostError(f"noise is {self.noise!r}; allowed are fractions from 0 to 1")
         if self.origin not in get_args(Origin):
             raise StepCostError(f"origin is {self.origin!r}; allowed are {', '.join(get_args(Origin))}")
-        for axis in range(3):
-            grid = np.maximum.accumulate(grid, axis=axis)
+        for direction in range(3):
+            grid = np.maximum.accumulate(grid, axis=direction)
         grid.setflags(write=False)
         object.__setattr__(self, "milliseconds", grid)
 
@@ -174,56 +170,7 @@ class StepCost:
         return hash(self.to_json())
 
 
-@dataclass(frozen=True, eq=False)
-class Traffic:
-    """How many steps there were by tokens per rank.
-
-    Args:
-        steps: [B] of each kind, not negative.
-        tokens: [B] that each rank brings into a step of that kind, >= 0.
-
-    Raises:
-        StepCostError: shapes differ, or a number is negative or not finite.
-    """
-
-    steps: FloatArray
-    tokens: FloatArray
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "tokens"):
-            array = _array(name, getattr(self, name))
-            if array.ndim != 1 or (array < 0).any() or array.shape != np.shape(self.steps):
-                raise StepCostError(f"{name} has shape {array.shape}; allowed are as many numbers >= 0 in both")
-            object.__setattr__(self, name, array)
-
-    @classmethod
-    def of_histogram(cls, histogram: npt.ArrayLike) -> Traffic:
-        """From a histogram [2, B]: steps in each bucket, and the tokens per rank of all of them together."""
-        steps, total = np.asarray(histogram, dtype=np.float64)
-        return cls(steps, np.divide(total, steps, out=np.zeros_like(total), where=steps > 0))
-
-    @property
-    def mean_tokens(self) -> float:
-        """Tokens per rank of an average step; 0 where there was none."""
-        return float(self.steps @ self.tokens / max(self.steps.sum(), 1e-300))
-
-    def layer_ms(self, cost: StepCost, par: npt.ArrayLike, slots: float) -> FloatArray:
-        """float64 [...]: milliseconds of layers with PAR [...] in an average step; 0 where there was no step."""
-        pars = np.asarray(par, dtype=np.float64)
-        used = self.steps > 0
-        if not used.any():
-            return np.zeros(pars.shape)
-        each = cost.layer_ms(self.tokens[used], pars[..., None], slots)
-        return np.asarray(each @ (self.steps[used] / self.steps.sum()))
-
-    def par_within(self, cost: StepCost, slots: float) -> float:
-        """The largest PAR at which a layer takes no longer than with perfect balance, as far as can be measured."""
-        pars = np.geomspace(1.0, LARGEST_PAR, 2049)
-        ms = self.layer_ms(cost, pars, slots)
-        return float(pars[ms <= ms[0] * (1.0 + cost.noise)][-1])
-
-
-def _array(name: str, value: Any) -> FloatArray:
+def array_of(name: str, value: Any) -> FloatArray:
     """A read-only copy in float64.
 
     Raises:
@@ -236,7 +183,7 @@ def _array(name: str, value: Any) -> FloatArray:
     if not np.isfinite(array).all():
         raise StepCostError(f"{name} has entries that are not finite")
     array.setflags(write=False)
-    return cast(FloatArray, array)
+    return array
 
 
 def _place(axis: FloatArray, value: FloatArray) -> tuple[npt.NDArray[np.intp], FloatArray]:
@@ -246,9 +193,3 @@ def _place(axis: FloatArray, value: FloatArray) -> tuple[npt.NDArray[np.intp], F
     inside = np.clip(value, axis[0], axis[-1])
     at = np.clip(np.searchsorted(axis, inside, side="right") - 1, 0, len(axis) - 2)
     return at, (inside - axis[at]) / (axis[at + 1] - axis[at])
-
-
-def bucket_of(tokens: float, buckets: int) -> int:
-    """The bucket of a histogram for a step with so many tokens per rank: at most 1, 2, 4, 8, ...; the last has the
-    rest."""
-    return min(buckets - 1, max(0, math.ceil(math.log2(max(tokens, 1.0)))))
