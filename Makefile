@@ -86,7 +86,7 @@ fuzz: setup  ## the planner's C++ boundary under AddressSanitizer and UndefinedB
 docs:  ## the guide as pages, in build/site; fails on a broken link
 	@test -x build/docs-venv/bin/mkdocs || python3 -m venv build/docs-venv
 	@build/docs-venv/bin/pip install --quiet --disable-pip-version-check -r docs/requirements.txt
-	@build/docs-venv/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --strict --quiet
 	@echo build/site/index.html
 
 clean:  ## removes what was built, .venv included

@@ -12,7 +12,6 @@ def draw_placement(seed: int, num_layers: int, num_experts: int, num_slots: int,
 def par(load: _Float, slots: _Int32, num_ranks: int) -> _Float: ...
 def is_valid(slots: _Int32, num_experts: int, num_ranks: int) -> bool: ...
 def dispatch_shares(load: _Float, slots: _Int32, num_ranks: int, tolerance: float) -> _Float: ...
-def dispatch_tables(share: _Float, slots: _Int32, num_experts: int, entries: int) -> npt.NDArray[np.int64]: ...
 def plan_incremental(
     load: _Float,
     slots: _Int32,
@@ -28,8 +27,8 @@ def plan_incremental(
     threads: int,
     max_moves: int,
     max_moves_per_rank: int,
+    max_moves_between_nodes: int,
     far_cost: float,
     stay_near: bool,
-    least_gain: float,
-    speed: _Float = ...,
+    speed: _Float,
 ) -> tuple[_Int32, _Int32, _Float, _Float]: ...

@@ -155,7 +155,7 @@ py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slot
 py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, const DoubleArray& variance,
                            const DoubleArray& target, int num_ranks, int num_nodes, bool thorough, int rounds,
                            double seconds, uint64_t seed, int threads, int64_t max_moves, int64_t max_moves_per_rank,
-                           double far_cost, bool stay_near, double least_gain, const DoubleArray& speed) {
+                           int64_t max_moves_between_nodes, double far_cost, bool stay_near, const DoubleArray& speed) {
     require_matrix(load, "load");
     require_matrix(slots, "slots");
     require(load.shape(0) == slots.shape(0), "load and slots differ in the number of layers");
@@ -175,7 +175,7 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
     for (py::ssize_t r = 0; r < speed.size(); ++r)
         require(std::isfinite(speed.data()[r]) && speed.data()[r] >= 1e-3 && speed.data()[r] <= 1024.0,
                 "speed must be 0.001..1024");
-    require(far_cost >= 1.0 && std::isfinite(far_cost), "far_cost must be at least 1");
+    require(far_cost >= 1.0 && far_cost <= 1000.0, "far_cost must be 1..1000");
     const auto layers = slots.shape(0), num_slots = slots.shape(1), num_experts = load.shape(1);
     require_slots(slots, static_cast<int>(num_experts), num_ranks);
     eplb::Goal goal;
@@ -191,7 +191,7 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
     goal.threads = threads;
     goal.max_moves = max_moves;
     goal.max_moves_per_rank = max_moves_per_rank;
-    goal.least_gain = least_gain;
+    goal.max_moves_between_nodes = max_moves_between_nodes;
     eplb::LayeredPlan plan;
     {
         py::gil_scoped_release release;
@@ -248,27 +248,6 @@ DoubleArray dispatch_shares(const DoubleArray& load, const Int32Array& slots, in
     return result;
 }
 
-// share [L, P], slots [L, P] -> table [L, E, entries]
-Int64Array dispatch_tables(const DoubleArray& share, const Int32Array& slots, int num_experts, int entries) {
-    require_matrix(share, "share");
-    require_matrix(slots, "slots");
-    require(share.shape(0) == slots.shape(0) && share.shape(1) == slots.shape(1), "share and slots differ in shape");
-    require(entries >= 1 && entries <= 65536, "entries must be 1..65536");
-    require_finite(share);
-    require_slots(slots, num_experts, 1);
-    const auto layers = slots.shape(0), num_slots = slots.shape(1);
-    Int64Array result({layers, static_cast<py::ssize_t>(num_experts), static_cast<py::ssize_t>(entries)});
-    int64_t* table = result.mutable_data();
-    {
-        py::gil_scoped_release release;
-        for (py::ssize_t layer = 0; layer < layers; ++layer)
-            eplb::fill_tables(share.data() + layer * num_slots, slots.data() + layer * num_slots,
-                              {num_experts, static_cast<int>(num_slots), 1}, entries,
-                              table + layer * num_experts * entries);
-    }
-    return result;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_planner, module) {
@@ -282,11 +261,9 @@ PYBIND11_MODULE(_planner, module) {
     module.def("is_valid", &is_valid, py::arg("slots"), py::arg("num_experts"), py::arg("num_ranks"));
     module.def("dispatch_shares", &dispatch_shares, py::arg("load"), py::arg("slots"), py::arg("num_ranks"),
                py::arg("tolerance"));
-    module.def("dispatch_tables", &dispatch_tables, py::arg("share"), py::arg("slots"), py::arg("num_experts"),
-               py::arg("entries"));
     module.def("plan_incremental", &plan_incremental, py::arg("load"), py::arg("slots"), py::arg("variance"),
                py::arg("target"), py::kw_only(), py::arg("num_ranks"), py::arg("num_nodes"), py::arg("thorough"),
                py::arg("rounds"), py::arg("seconds"), py::arg("seed"), py::arg("threads"), py::arg("max_moves"),
-               py::arg("max_moves_per_rank"), py::arg("far_cost"), py::arg("stay_near"), py::arg("least_gain"),
-               py::arg("speed") = DoubleArray(0));
+               py::arg("max_moves_per_rank"), py::arg("max_moves_between_nodes"), py::arg("far_cost"),
+               py::arg("stay_near"), py::arg("speed"));
 }

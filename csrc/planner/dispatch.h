@@ -45,8 +45,4 @@ class Dispatch {
     std::vector<double> contained_;          // [R] load that cannot leave the busiest i + 1 ranks, by i
 };
 
-// Writes table [E, entries]: slots in an order in which every stretch holds close to `share` [P] of each; an expert's
-// entries for a slot differ from share * entries by less than one.
-void fill_tables(const double* share, const int32_t* slots, Shape shape, int entries, int64_t* table);
-
 }  // namespace eplb

@@ -18,16 +18,15 @@ struct Goal {
     uint64_t seed = 0;
     int threads = 1;
 
-    int64_t max_moves = -1;           // over all layers; negative: no limit
-    int64_t max_moves_per_rank = -1;  // the same by receiving rank
+    int64_t max_moves = -1;                // over all layers; negative: no limit
+    int64_t max_moves_per_rank = -1;       // the same by receiving rank
+    int64_t max_moves_between_nodes = -1;  // of those whose node held no copy at the start
 
     const double* speed = nullptr;  // [R], mean 1: of the ranks; null where all are alike
 
     int nodes = 1;
     double far_cost = 1.0;   // of a receipt from another node; one within the node costs 1
     bool stay_near = false;  // no receipts from other nodes
-    double least_gain =
-        0.0;  // tokens that a receipt of cost 1 must take off the busiest ranks, on average over its group
 };
 
 struct LayeredPlan {

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kUnit = 1 << 20;
 constexpr float kPerUnit = 1.0F / kUnit;
+constexpr int kMostUnits = 1 << 11;  // that an int32 holds
 
 float units(int32_t load) { return static_cast<float>(load) * kPerUnit; }
 
@@ -123,20 +124,45 @@ void Search::set_nodes(int nodes, float far) {
     near_.resize(nodes > 1 && far < 1.0F ? static_cast<size_t>(nodes) * (shape_.experts + 1) : 0);
 }
 
-void Search::set_background(const std::vector<double>& load) {
-    background_.clear();
-    for (const double each : load) background_.push_back(static_cast<int32_t>(std::llrint(each * kUnit)));
+double Search::unit() { return kUnit; }
+
+void Search::set_speed(const double* speed) {
+    speed_.clear();
+    if (speed != nullptr) speed_.assign(speed, speed + shape_.ranks);
+    background_.assign(speed_.size(), 0);
 }
 
+// With speeds, load / speed <= limit is load + limit * (1 - speed) <= limit: a slow rank has something to do already,
+// its background, and a fast one less than nothing. That is exact at the limit, and shapes the potential elsewhere.
 void Search::aim(double limit, double square, double scored_limit) {
+    const double most = kMostUnits / 2.0;  // of a load with its background, so that sums fit
+    limit = std::min(limit, most);
     limit_ = static_cast<int32_t>(std::llrint(limit * kUnit));
-    potential_.limit = static_cast<float>(scored_limit);
+    potential_.limit = static_cast<float>(std::min(scored_limit, most));
     potential_.square = static_cast<float>(square);
-    for (int r = 0; r < shape_.ranks; ++r) shift(r, 0);  // all potentials change
+    for (int r = 0; r < shape_.ranks; ++r) {
+        int32_t change = 0;
+        if (!speed_.empty()) {
+            // No rank has more than R to do, so that one with less than -R to begin with is never above the limit.
+            const double background = std::max(limit * (1.0 - speed_[r]), -1.0 - shape_.ranks);
+            change = static_cast<int32_t>(std::llrint(background * kUnit)) - background_[r];
+            background_[r] += change;
+        }
+        shift(r, change);  // all potentials change
+    }
+}
+
+// A rank's load without its background, over its speed, in units of the mean.
+double Search::relative(int rank, int32_t load) const {
+    if (speed_.empty()) return static_cast<double>(load) / kUnit;
+    return static_cast<double>(load - background_[rank]) / kUnit / speed_[rank];
 }
 
 double Search::peak() const {
-    return static_cast<double>(*std::max_element(rank_load_.begin(), rank_load_.end())) / kUnit;
+    if (speed_.empty()) return static_cast<double>(*std::max_element(rank_load_.begin(), rank_load_.end())) / kUnit;
+    double peak = 0.0;
+    for (int r = 0; r < shape_.ranks; ++r) peak = std::max(peak, relative(r, rank_load_[r]));
+    return peak;
 }
 
 bool Search::reached() const { return *std::max_element(rank_load_.begin(), rank_load_.end()) <= limit_; }
@@ -455,15 +481,16 @@ bool Search::reconsider(Random& random, bool exact) {
 }
 
 bool Search::lower_peak(Random& random, bool exact) {
-    const auto busiest = std::max_element(rank_load_.begin(), rank_load_.end());
-    const int32_t before = *busiest;
-    chosen_.assign(1, static_cast<int32_t>(busiest - rank_load_.begin()));
+    const double before = peak();
+    int busiest = 0;
+    while (relative(busiest, rank_load_[busiest]) < before) ++busiest;
+    chosen_.assign(1, busiest);
     choose_ranks(random, 2 + static_cast<int>(random.below(3)));
     const bool sound = restore_chosen();
     exact_ = exact;
     if (sound) descend();
     exact_ = false;
-    const bool kept = sound && *std::max_element(rank_load_.begin(), rank_load_.end()) < before;
+    const bool kept = sound && peak() < before;
     if (!kept) undo();
     return kept;
 }
@@ -490,16 +517,16 @@ void Search::tally(int expert, int copies, int besides) {
 // The outcome of the noted changes, which are forgotten.
 Search::Outcome Search::settle() {
     float gain = 0.0F;
-    int32_t peak = 0;
+    double peak = 0.0;
     for (const int r : tallied_) {
         if (tally_[r] == 0) continue;
         const int32_t after = rank_load_[r] + tally_[r];
         gain += potential_(units(rank_load_[r])) - potential_(units(after));
-        if (tally_[r] > 0) peak = std::max(peak, after);
+        if (tally_[r] > 0) peak = std::max(peak, relative(r, after));
         tally_[r] = 0;
     }
     tallied_.clear();
-    return {gain, static_cast<double>(peak) / kUnit};
+    return {gain, peak};
 }
 
 Search::Outcome Search::try_receipt(int slot, int expert) {

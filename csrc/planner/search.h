@@ -32,8 +32,9 @@ class Search {
     // factor `far`, 0 < far <= 1, or is forbidden where it is 0. Call before begin().
     void set_nodes(int nodes, float far);
 
-    // Gives rank r `load[r]` to do besides its experts, in units of the mean; may be negative. Call before begin().
-    void set_background(const std::vector<double>& load);
+    // Ranks are as fast as `speed` [R] says, with a mean of 1; null: all alike. A rank's load is then what it has to do
+    // over its speed. Call before aim() and begin().
+    void set_speed(const double* speed);
 
     // Sets the load at which a rank is light enough, in units of the mean, the weight of the potential's square, and
     // the load from which the potential rises steeply.
@@ -74,10 +75,18 @@ class Search {
     // Puts `expert` into `slot`, whatever it held.
     void place(int slot, int expert);
 
-    double peak() const;                // load of the busiest rank in units of the mean
+    double peak() const;                // load of the busiest rank (over its speed) in units of the mean
     bool reached() const;               // no rank is above the limit
     int cost() const { return cost_; }  // receipts: experts on ranks that did not hold them at the start
     int count(int expert) const { return count_[expert]; }
+    int32_t weight(int expert) const { return weight_[expert]; }  // in units of which a rank has 2^20 on average
+    static double unit();                                         // that many
+    bool alike() const { return speed_.empty(); }                 // all ranks are equally fast
+    double speed(int rank) const { return speed_.empty() ? 1.0 : speed_[rank]; }
+    int confined_nodes() const { return near_.empty() || far_ > 0.0F ? 1 : nodes_; }  // experts never leave theirs
+    bool is_near(int node, int expert) const {
+        return near_.empty() || near_[static_cast<size_t>(node) * (shape_.experts + 1) + expert];
+    }
     const Shape& shape() const { return shape_; }
     const std::vector<int32_t>& slots() const { return expert_; }  // E stands for empty
     const std::vector<int32_t>& start() const { return start_; }
@@ -114,10 +123,9 @@ class Search {
     void set_away(int slot, bool away);
     void set_spare(int slot, bool spare);
 
+    double relative(int rank, int32_t load) const;
+
     int node_of(int rank) const { return rank / (shape_.ranks / nodes_); }
-    bool is_near(int node, int expert) const {
-        return near_.empty() || near_[static_cast<size_t>(node) * (shape_.experts + 1) + expert];
-    }
 
     bool is_home(int rank, int expert) const { return home_[at(rank, expert)] != 0; }
     uint16_t* holders_of(int expert) { return &place_[static_cast<size_t>(expert) * stride_]; }
@@ -141,7 +149,8 @@ class Search {
     std::vector<int32_t> expert_, start_;                  // [P]
     std::vector<int32_t> weight_, count_, least_, share_;  // [E + 1], the last stands for "empty"
     std::vector<int32_t> rank_load_;                       // [R]
-    std::vector<int32_t> background_;                      // [R], or none
+    std::vector<double> speed_;                            // [R], or none
+    std::vector<int32_t> background_;                      // [R], or none: see aim()
     std::vector<uint8_t> home_;                            // [R, E + 1]
     std::vector<uint16_t> place_;                          // [E, stride]: the slots that hold an expert, count_ of them
     size_t stride_ = 0;                                    // most copies that an expert can have

@@ -139,7 +139,7 @@ class Summary:
         }
 
     def show(self, console: Console) -> None:
-        console.print("\nPAR of rank load, mean of layers (worst layer); unmoved: had nothing ever been moved")
+        console.print("\nPAR of rank load, mean of layers (worst layer); unmoved: with the start placement")
         table = Table(box=SIMPLE_HEAD, padding=(0, 1))
         for column in ("traffic", "before", "after", "unmoved", "moves", "steps", "requests", "tokens equal"):
             table.add_column(column, justify="left" if column == "traffic" else "right", no_wrap=True)

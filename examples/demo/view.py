@@ -41,7 +41,7 @@ class View:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.console.print(f"[{time.monotonic() - self._began:5.0f} s] {text}", markup=False, highlight=False)
 
     def waiting(self, text: str) -> None:
@@ -82,7 +82,7 @@ def _panel(domain: str, stats: EplbStats | None, text: str) -> Panel:
         facts = Table.grid(padding=(0, 3))
         window = stats.window
         facts.add_row("PAR now", show_par(window.par if window else None), "phase", stats.phase)
-        facts.add_row("had nothing moved", show_par(window.par_start if window else None), "step", str(stats.step))
+        facts.add_row("at the start placement", show_par(window.par_start if window else None), "step", str(stats.step))
         facts.add_row(
             "cycles done / skipped / failed",
             f"{stats.cycles_done} / {stats.cycles_skipped} / {stats.cycles_failed}",
@@ -103,7 +103,7 @@ def _bars(window: Window) -> Table:
     table = Table(box=None, padding=(0, 2), header_style="dim")
     table.add_column(f"layer {layer}")
     table.add_column("rank load / mean, now")
-    table.add_column("had nothing moved")
+    table.add_column("with the start placement")
     for rank, (now, start) in enumerate(zip(window.rank_load[layer], window.rank_load_start[layer], strict=True)):
         table.add_row(f"rank {rank}", _bar(now), _bar(start))
     return table

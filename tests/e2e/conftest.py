@@ -10,15 +10,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ..processes import session_members
+from . import kept
+from .nursery import Nursery
 from .offline import MODEL, environment
 
 FOLDER = Path(__file__).parent
@@ -73,11 +76,12 @@ def prompts(per_domain: int, characters: int = 240) -> list[list[str]]:
 
 @dataclass
 class Finished:
-    """An engine's run that is over."""
+    """An engine's run that is over; ``left`` are the processes of it that did not end by themselves."""
 
     code: int
     log: str
-    result: dict[str, Any]
+    result: dict[str, Any] = field(default_factory=dict)
+    left: list[int] = field(default_factory=list)
 
 
 def workers(job: dict[str, Any]) -> int:
@@ -86,27 +90,80 @@ def workers(job: dict[str, Any]) -> int:
     return job["ranks"] * arguments.get("data_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
 
 
-def run_offline(folder: Path, paths: Sequence[str] = (), **job: Any) -> Finished:
-    """Runs offline.py with ``job`` and more ``paths`` to import from, and returns what it left behind."""
+def path_with(paths: Sequence[str] = ()) -> str:
+    """What processes import from: ``paths``, this folder and what the tests' own process was given."""
+    return os.pathsep.join([*paths, str(FOLDER), os.environ.get("PYTHONPATH", "")])
+
+
+def run_forked(
+    nursery: Nursery,
+    function: str,
+    arguments: Sequence[str],
+    output: Path,
+    variables: dict[str, str],
+    paths: Sequence[str] = (),
+) -> Finished:
+    """Runs ``module:function`` in a process that is forked where vLLM is imported already."""
+    values = {**variables, "PYTHONPATH": path_with(paths)}
+    pid = nursery.start(function, arguments, values, output, [*paths, str(FOLDER)])
+    deadline = threading.Timer(START_SECONDS + 300, kill_session, [pid])
+    deadline.start()
+    try:
+        code = nursery.wait(pid)
+        left = session_members(pid)
+    finally:
+        deadline.cancel()
+        kill_session(pid)
+    return Finished(code, output.read_text(encoding="utf-8", errors="replace"), left=left)
+
+
+def run_script(nursery: Nursery, folder: Path, code: str, *arguments: str) -> Finished:
+    """Runs code that uses vLLM, with arguments, in a process that has imported it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "script.py").write_text(code)
+    script = [str(folder / "script.py"), *arguments]
+    return run_forked(nursery, "nursery:run_code", script, folder / "log", environment(2))
+
+
+def run_offline(
+    folder: Path, nursery: Nursery | None, paths: Sequence[str] = (), reference: bool = False, **job: Any
+) -> Finished:
+    """Runs offline.py with ``job`` and more ``paths`` to import from, and returns what it left behind.
+
+    Args:
+        nursery: where it is forked from; without one all its processes are spawned, as a user's are.
+        reference: this run is without the balancer; its result is kept for the next session (kept.py).
+    """
+    if reference and (known := kept.read(job)) is not None:
+        return Finished(0, "", known)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job))
-    path = os.pathsep.join([*paths, str(FOLDER), os.environ.get("PYTHONPATH", "")])
-    with open(folder / "log", "w+", encoding="utf-8", errors="replace") as log:
+    files = [str(folder / "job.json"), str(folder / "result.json")]
+    variables = {**environment(workers(job)), **job.get("variables", {})}
+    if nursery is not None:
+        finished = run_forked(nursery, "offline:main", files, folder / "log", variables, paths)
+    else:
+        finished = _run_spawned(
+            folder, [str(FOLDER / "offline.py"), *files], {**variables, "PYTHONPATH": path_with(paths)}
+        )
+    result = folder / "result.json"
+    if result.exists():
+        finished.result = json.loads(result.read_text())
+    if reference and finished.code == 0:
+        kept.write(job, finished.result)
+    return finished
+
+
+def _run_spawned(folder: Path, command: list[str], variables: dict[str, str]) -> Finished:
+    with open(folder / "log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [sys.executable, str(FOLDER / "offline.py"), str(folder / "job.json"), str(folder / "result.json")],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**environment(workers(job)), **job.get("variables", {}), "PYTHONPATH": path},
-            start_new_session=True,
+            [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, env=variables, start_new_session=True
         )
         try:
             code = process.wait(START_SECONDS + 300)
         finally:
             kill_session(process.pid)
-        log.seek(0)
-        text = log.read()
-    result = folder / "result.json"
-    return Finished(code, text, json.loads(result.read_text()) if result.exists() else {})
+    return Finished(code, (folder / "log").read_text(encoding="utf-8", errors="replace"))
 
 
 def kill_session(leader: int) -> None:
@@ -116,14 +173,22 @@ def kill_session(leader: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
-    """Offline runs by name, each made once per session."""
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """The process that engines are forked from."""
+    nursery = Nursery({**environment(1), "PYTHONPATH": path_with()}, tmp_path_factory.mktemp("nursery") / "log")
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Callable[..., Finished]:
+    """Offline runs by name, each made once per session; forked, unless they are to be ``spawned``."""
     made: dict[str, Finished] = {}
     folder = tmp_path_factory.mktemp("offline")
 
-    def run(name: str, **job: Any) -> Finished:
+    def run(name: str, spawned: bool = False, **job: Any) -> Finished:
         if name not in made:
-            made[name] = run_offline(folder / name, **job)
+            made[name] = run_offline(folder / name, None if spawned else nursery, **job)
         return made[name]
 
     return run
@@ -136,7 +201,7 @@ def reference(runs: Callable[..., Finished]) -> list[list[int]]:
 
 
 def reference_run(runs: Callable[..., Finished]) -> Finished:
-    run = runs("reference", ranks=1, eplb=None, prompts=prompts(6), max_tokens=48, pattern=PATTERN)
+    run = runs("reference", reference=True, ranks=1, eplb=None, prompts=prompts(6), max_tokens=48, pattern=PATTERN)
     assert run.code == 0, run.log[-4000:]
     return run
 

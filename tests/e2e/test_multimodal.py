@@ -93,6 +93,7 @@ def serve(runs, model, name, redundant):
     folder, prompts, _ = model
     return runs(
         name,
+        spawned=True,  # whether there is a torchvision is asked once in a process
         ranks=2,
         eplb={**BUSY, "num_redundant_experts": redundant},
         arguments={"model": str(folder), "language_model_only": True},

@@ -14,6 +14,7 @@ from vllm_ascend_eplb.observe.stats import EplbStats
 from vllm_ascend_eplb.report import make_page
 from vllm_ascend_eplb.values.placement import Placement
 
+from . import kept
 from .conftest import BUSY, GUESSES, PATTERN, prompts, reference_run
 
 TOKENS = 48
@@ -37,10 +38,48 @@ def assert_equal_every_turn(tokens: list[list[int]], reference: list[list[int]])
     assert total > 0
 
 
+SCHEDULED_AHEAD = """
+import torch
+from vllm_ascend_eplb.adaptors.post_import import after_import
+
+class Order:  # of streams and events; a CPU does one thing after the other
+    def __init__(self, *args, **kwargs):
+        pass
+    def nothing(self, *args):
+        pass
+    record = synchronize = wait_stream = nothing
+
+def keep(module):  # vLLM switches it off on a CPU
+    update = module.CpuPlatform.check_and_update_config.__func__
+    def kept(cls, vllm_config):
+        update(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+    module.CpuPlatform.check_and_update_config = classmethod(kept)
+
+def stand_in(module):
+    torch.cuda.Event, torch.cuda.Stream, torch.cuda.current_stream = Order, Order, Order
+
+after_import("vllm.platforms.cpu", keep)
+after_import("vllm.v1.worker.gpu_model_runner", stand_in)
+"""
+
+
 @pytest.fixture(scope="module")
-def probed(runs):
-    """EP over two ranks, redundant experts, a random placement every few steps; every router and kernel watched."""
-    run = runs("probed", ranks=2, eplb=BUSY, probe=True, prompts=prompts(6), cycles=CYCLES, max_tokens=TOKENS)
+def probed(runs, tmp_path_factory):
+    """EP over two ranks, redundant experts, a random placement every few steps, steps that are scheduled before the
+    tokens of the step before are known; every router and kernel watched."""
+    folder = tmp_path_factory.mktemp("ahead")
+    (folder / "sitecustomize.py").write_text(SCHEDULED_AHEAD)
+    run = runs(
+        "probed",
+        ranks=2,
+        eplb=BUSY,
+        probe=True,
+        prompts=prompts(6),
+        cycles=CYCLES,
+        max_tokens=TOKENS,
+        paths=[str(folder)],
+    )
     assert run.code == 0, run.log[-6000:]
     return run
 
@@ -51,6 +90,14 @@ def test_tokens_equal_those_of_one_process_whatever_moved(probed, reference):
     assert stats["cycles_done"] >= 10
     assert stats["experts_moved"] > 10 * 6 * 64 / 2
     assert_equal_every_turn(probed.result["tokens"], reference)
+    assert "expert transfers by gloo: staging of 2 x 64 experts" in probed.log
+
+
+def test_steps_are_scheduled_ahead_and_counted_as_routed(probed):
+    for rank in probed.result["ranks"]:
+        assert rank["ahead"] > 200
+    first = probed.result["ranks"][0]
+    assert first["counted"] == first["routed"]
 
 
 def test_all_ranks_hold_one_placement_at_one_step(probed):
@@ -73,7 +120,7 @@ def test_the_recorded_load_is_the_routers_own_choice(probed):
     np.testing.assert_array_equal(np.array(second["windows"]), windows)  # the ranks route the same tokens
 
 
-def test_every_pair_is_computed_by_exactly_one_rank_with_its_experts_weights(probed):
+def test_every_pair_is_computed_once_with_the_right_weights(probed):
     first, second = (rank["masks"] for rank in probed.result["ranks"])
     assert len(first) == len(second) > 1000
     for mine, other in zip(first, second, strict=True):
@@ -91,6 +138,7 @@ def featured(runs):
         ranks=2,
         eplb={**BUSY, "weighted_dispatch": True},  # so that tables change beside placements
         compile=True,
+        variables={"TORCHINDUCTOR_CACHE_DIR": str(kept.folder() / "inductor")},
         arguments={
             "max_num_batched_tokens": CHUNK,
             "enable_prefix_caching": True,
@@ -108,7 +156,8 @@ def featured(runs):
     return run.result
 
 
-def test_compiled_model_with_chunks_prefix_cache_and_guesses_gives_the_same_tokens(featured, reference):
+def test_compiled_model_gives_the_same_tokens(featured, reference):
+    """With chunks of prompts, a prefix cache and guesses."""
     stats = json.loads(featured["ranks"][0]["stats"])
     assert stats["cycles_done"] >= 10
     assert stats["dispatch_updates"] >= 10
@@ -141,10 +190,26 @@ def test_weights_are_loaded_anew_into_the_initial_placement(featured, reference)
     assert featured["ranks"][0]["digest"] != first["initial"]
 
 
+def check_balancedness(log: str) -> None:
+    """A line every 25 steps, whose three numbers go together."""
+    lines = re.findall(
+        r"EPLB step: (\d+) for model .*: avg_tokens=([\d.]+), max_tokens=(\d+), balancedness=([\d.]+)", log
+    )
+    assert [int(step) for step, *_ in lines[:4]] == [25, 50, 75, 100]
+    for _, average, most, balancedness in lines:
+        assert float(average) / int(most) == pytest.approx(float(balancedness), abs=1e-3)
+    assert len(lines) >= 4
+
+
+@pytest.mark.soak
 def test_a_synchronous_engine_gives_the_same_tokens(runs, reference):
-    """Mode sync by one setting; beside it the state API of vLLM and the lines about balancedness."""
+    """Mode sync by one setting; its processes are spawned, as a user's are.
+
+    The fast proof: distributed/test_updator.py compares a synchronous cycle with an asynchronous one. The observed run
+    shows the lines about balancedness and vLLM's view of the maps.
+    """
     settings = {**BUSY, "mode": "sync", "expert_heat_collection_interval": 20, "log_balancedness_interval": 25}
-    run = runs("sync", ranks=2, eplb=settings, prompts=prompts(6), cycles=3, max_tokens=TOKENS)
+    run = runs("sync", spawned=True, ranks=2, eplb=settings, prompts=prompts(6), cycles=3, max_tokens=TOKENS)
     assert run.code == 0, run.log[-6000:]
     stats = json.loads(run.result["ranks"][0]["stats"])
     assert (stats["mode"], stats["cycles_failed"]) == ("sync", 0)
@@ -154,13 +219,7 @@ def test_a_synchronous_engine_gives_the_same_tokens(runs, reference):
     assert len(done) >= 3
     assert set(done) == {"0"}
     assert [rank["views"] for rank in run.result["ranks"]] == [True, True]
-    lines = re.findall(
-        r"EPLB step: (\d+) for model .*: avg_tokens=([\d.]+), max_tokens=(\d+), balancedness=([\d.]+)", run.log
-    )
-    assert [int(step) for step, *_ in lines[:4]] == [25, 50, 75, 100]
-    for _, average, most, balancedness in lines:
-        assert float(average) / int(most) == pytest.approx(float(balancedness), abs=1e-3)
-    assert "expert transfers by gloo: staging of 2 x 64 experts" in run.log
+    check_balancedness(run.log)
 
 
 @pytest.fixture(scope="module")
@@ -200,49 +259,6 @@ def test_each_pipeline_stage_is_a_balancer_of_its_own(staged, reference):
     assert staged["ranks"][0]["windows"] != staged["ranks"][2]["windows"]
 
 
-SCHEDULED_AHEAD = """
-import torch
-from vllm_ascend_eplb.adaptors.post_import import after_import
-
-class Order:  # of streams and events; a CPU does one thing after the other
-    def __init__(self, *args, **kwargs):
-        pass
-    def nothing(self, *args):
-        pass
-    record = synchronize = wait_stream = nothing
-
-def keep(module):  # vLLM switches it off on a CPU
-    update = module.CpuPlatform.check_and_update_config.__func__
-    def kept(cls, vllm_config):
-        update(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-    module.CpuPlatform.check_and_update_config = classmethod(kept)
-
-def stand_in(module):
-    torch.cuda.Event, torch.cuda.Stream, torch.cuda.current_stream = Order, Order, Order
-
-after_import("vllm.platforms.cpu", keep)
-after_import("vllm.v1.worker.gpu_model_runner", stand_in)
-"""
-
-
-def test_steps_that_are_scheduled_ahead_give_the_same_tokens_and_counts(runs, reference, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(SCHEDULED_AHEAD)
-    run = runs(
-        "ahead", ranks=2, eplb=BUSY, probe=True, prompts=prompts(6), cycles=6, max_tokens=TOKENS, paths=[str(tmp_path)]
-    )
-    assert run.code == 0, run.log[-6000:]
-    assert_equal_every_turn(run.result["tokens"], reference)
-    for rank in run.result["ranks"]:
-        assert rank["ahead"] > 200
-        assert (rank["failures"], rank["wrong_experts"]) == (0, 0)
-        np.testing.assert_array_equal(rank["windows"], run.result["ranks"][0]["windows"])
-    first = run.result["ranks"][0]
-    assert first["counted"] == first["routed"]
-    np.testing.assert_array_equal(first["loads"], first["windows"][: len(first["loads"])])
-    assert json.loads(first["stats"])["cycles_done"] >= 6
-
-
 def lopsided(load: np.ndarray) -> Placement:
     """A placement of 64 experts on two ranks with 4 redundant ones: the first rank has the half with the most load."""
     order = np.argsort(-load, axis=1)
@@ -263,6 +279,7 @@ def observed(runs, probed, tmp_path_factory):
         "expert_map_path": str(path),
         "expert_heat_collection_interval": 24,
         "algorithm_execution_interval": 1,
+        "log_balancedness_interval": 25,
     }
     run = runs("observed", ranks=2, eplb=settings, probe=True, corrupt=True, prompts=prompts(6), max_tokens=TOKENS)
     assert run.code == 0, run.log[-6000:]
@@ -297,6 +314,7 @@ def test_observing_says_what_balancing_would_bring_and_moves_nothing(observed):
     assert would < np.mean([cycle.par_realised.mean for cycle in stats.cycles[:-1]]) - 0.02
     assert "of the time that experts take would be saved" in make_page(stats, None)
     assert "the last plan would have brought PAR" in run.log
+    check_balancedness(run.log)
 
 
 def test_maps_switched_without_weights_are_noticed(observed, reference):
@@ -325,7 +343,9 @@ after_import("vllm_ascend_eplb.settings.config", change)
 """
 
 
+@pytest.mark.soak
 def test_ranks_with_different_settings_do_not_start(runs, tmp_path):
+    """The fast proof: distributed/test_faults.py, test_ranks_started_differently_do_not_start."""
     (tmp_path / "sitecustomize.py").write_text(DIFFERENT_SETTINGS)
     run = runs(
         "different",

@@ -6,14 +6,13 @@ from __future__ import annotations
 import ast
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from vllm_ascend_eplb.files.expert_map import write_expert_map
 from vllm_ascend_eplb.values.placement import Placement
 
+from .conftest import run_forked, run_script
 from .mtp_model import CONFIG
 from .offline import MODEL, environment
 
@@ -100,22 +99,22 @@ CASES = {
     "drafter with experts": (
         {"dynamic_eplb": True},
         {"speculative_config": {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}},
-        "--speculative-config with a drafter that has experts, of method draft_model is not supported",
+        "--speculative-config with a draft model that has experts, of method draft_model is not supported",
     ),
     "drafter and pipeline stages": (
         {"dynamic_eplb": True},
         {**DRAFTED, "set": {"parallel_config": {"pipeline_parallel_size": 2}}},
-        "a drafter that has experts, and --pipeline-parallel-size 2 is not supported",
+        "a draft model that has experts, and --pipeline-parallel-size 2 is not supported",
     ),
     "drafter and several engines of several ranks": (
         {"dynamic_eplb": True},
         {**DRAFTED, "data_parallel_size": 2},
-        "a drafter that has experts, and --data-parallel-size with --tensor-parallel-size 2 is not supported",
+        "a draft model that has experts, and --data-parallel-size with --tensor-parallel-size 2 is not supported",
     ),
     "drafter and a map": (
         {"dynamic_eplb": True, "expert_map_record_path": "FILES/new.json"},
         DRAFTED,
-        "an expert_map_path or expert_map_record_path, and a drafter that has experts, True is not supported",
+        "an expert_map_path or expert_map_record_path, and a draft model that has experts, True is not supported",
     ),
     "Ray": (
         {"dynamic_eplb": True},
@@ -163,7 +162,7 @@ EngineArgs.create_engine_config = changed
 register()
 register()  # vLLM may load plugins twice
 answers = {}
-for name, (settings, arguments) in json.loads(sys.stdin.read()).items():
+for name, (settings, arguments) in json.load(open(sys.argv[2])).items():
     given = dict(model=sys.argv[1], tensor_parallel_size=2, enable_expert_parallel=True, dtype="float32")
     changes = arguments.pop("set", {})
     given.update(arguments)
@@ -186,7 +185,7 @@ print("ANSWERS" + json.dumps(answers))
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
+def answers(tmp_path_factory, nursery):
     files = tmp_path_factory.mktemp("files")
     ours = json.loads((MODEL / "config.json").read_text())
     dense = {key: value for key, value in ours.items() if "expert" not in key and "moe" not in key}
@@ -209,16 +208,10 @@ def answers(tmp_path_factory):
     guesses = {"method": "ngram", "num_speculative_tokens": 2}
     asked["guesses"] = ({"dynamic_eplb": True}, {"speculative_config": guesses})
     asked["drafter"] = ({"dynamic_eplb": True}, DRAFTED)
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, str(MODEL)],
-        input=json.dumps(asked).replace("FILES/", f"{files}/"),
-        capture_output=True,
-        text=True,
-        env=environment(2),
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS"))
+    (files / "asked.json").write_text(json.dumps(asked).replace("FILES/", f"{files}/"))
+    done = run_script(nursery, files / "run", CODE, str(MODEL), str(files / "asked.json"))
+    assert done.code == 0, done.log[-4000:]
+    line = next(line for line in done.log.splitlines() if line.startswith("ANSWERS"))
     return json.loads(line.removeprefix("ANSWERS"))
 
 
@@ -290,17 +283,15 @@ for allow in (False, True):
 """
 
 
-def test_an_unchecked_vllm_is_left_alone_and_a_gpus_checks_see_the_switch():
-    done = subprocess.run(
-        [sys.executable, "-c", UNCHECKED, str(MODEL)], capture_output=True, text=True, env=environment(2), timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "CHECKS SEE [False, False]" in done.stdout
-    assert "CHECKS SEE [True, 4, False]" in done.stdout
-    assert "GIVEN False 0" in done.stdout
-    assert done.stdout.count("ENABLED False") == 1
-    assert done.stdout.count("ENABLED True") == 1
-    assert (done.stdout + done.stderr).count("EPLB stays off: it was checked against vLLM") == 1
+def test_an_unchecked_vllm_is_left_alone_and_gpus_see_the_switch(nursery, tmp_path):
+    done = run_script(nursery, tmp_path, UNCHECKED, str(MODEL))
+    assert done.code == 0, done.log[-4000:]
+    assert "CHECKS SEE [False, False]" in done.log
+    assert "CHECKS SEE [True, 4, False]" in done.log
+    assert "GIVEN False 0" in done.log
+    assert done.log.count("ENABLED False") == 1
+    assert done.log.count("ENABLED True") == 1
+    assert done.log.count("EPLB stays off: it was checked against vLLM") == 1
 
 
 SEAMS = """
@@ -384,26 +375,37 @@ for worker in (False, True):
 """
 
 
-def test_a_worker_on_a_cpu_may_copy_its_configuration_as_multimodal_models_do():
-    done = subprocess.run(
-        [sys.executable, "-c", COPIES, str(MODEL)], capture_output=True, text=True, env=environment(2), timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert [line for line in done.stdout.splitlines() if line.startswith(("COPY", "REFUSED"))] == [
+def test_a_bad_setting_ends_the_server_before_any_worker_starts(nursery, tmp_path):
+    """By the command line of the server, whose front end is forked; it starts no process at all."""
+    settings = {"eplb_config": {"dynamic_eplb": True, "num_redundant_experts": 3}}
+    command = ["vllm.entrypoints.openai.api_server", "--model", str(MODEL), "--dtype", "float32", "--port", "0"]
+    command += ["--tensor-parallel-size", "2", "--enable-expert-parallel", "--enforce-eager"]
+    command += ["--additional-config", json.dumps(settings)]
+    done = run_forked(nursery, "nursery:run_module", command, tmp_path / "log", environment(2))
+    assert done.code not in (0, -9), done.log[-4000:]
+    assert "eplb_config.num_redundant_experts = 3: 64 experts + 3 cannot be shared evenly by 2 ranks" in done.log
+    assert "EngineCore" not in done.log
+    assert done.left == []
+
+
+def test_a_worker_on_a_cpu_may_copy_its_configuration(nursery, tmp_path):
+    """As multimodal models do."""
+    done = run_script(nursery, tmp_path, COPIES, str(MODEL))
+    assert done.code == 0, done.log[-4000:]
+    assert [line for line in done.log.splitlines() if line.startswith(("COPY", "REFUSED"))] == [
         "REFUSED True",
         "COPY True 4",
     ]
 
 
-def test_a_missing_seam_is_named_and_both_runners_step_at_the_right_point():
-    done = subprocess.run(
-        [sys.executable, "-c", SEAMS], capture_output=True, text=True, env=environment(2), timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "MISSING []" in done.stdout
-    planted = next(line for line in done.stdout.splitlines() if line.startswith("PLANTED"))
+def test_a_missing_seam_is_named_and_both_runners_step(nursery, tmp_path):
+    """Both at the right point of a step."""
+    done = run_script(nursery, tmp_path, SEAMS)
+    assert done.code == 0, done.log[-4000:]
+    assert "MISSING []" in done.log
+    planted = next(line for line in done.log.splitlines() if line.startswith("PLANTED"))
     assert "vllm.distributed.eplb.eplb_state.EplbLayerState (what a router reads)" in planted
-    v2 = dict(line.removeprefix("V2 ").split(" ", 1) for line in done.stdout.splitlines() if line.startswith("V2 "))
+    v2 = dict(line.removeprefix("V2 ").split(" ", 1) for line in done.log.splitlines() if line.startswith("V2 "))
     assert {what: ast.literal_eval(said) for what, said in v2.items()} == {
         "prefill": ["data parallel", "prepare_forward", "forward_before real prefill", "model"],
         "decode": ["data parallel", "prepare_forward", "forward_before real decode", "model", "step"],
@@ -419,5 +421,5 @@ def test_a_missing_seam_is_named_and_both_runners_step_at_the_right_point():
         "profile": ["count_nothing", "data parallel", "prepare_forward", "model", "step"],
         "capture": ["count_nothing", "data parallel", "prepare_forward", "model"],
     }
-    assert "NEITHER SimpleNamespace is neither vLLM's V1 nor its V2 runner" in done.stdout
-    assert "BY NAME True" in done.stdout
+    assert "NEITHER SimpleNamespace is neither vLLM's V1 nor its V2 runner" in done.log
+    assert "BY NAME True" in done.log

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guide says is shown by a test is: the test is there, and what is refused has its case."""
+"""README and guide: every path that they name exists, every refused option has its case, and README stays short."""
 
 from __future__ import annotations
 
@@ -11,30 +11,150 @@ import pytest
 from tests.e2e.test_start import CASES
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 REFUSALS = [message for _, _, message in CASES.values()]
+BASES = (ROOT, ROOT / "vllm_ascend_eplb", ROOT / "tests", ROOT / "benchmarks" / "results")
+"""What a path of a page may be relative to."""
+
+SUFFIXES = ("py", "md", "json", "sh", "yml", "yaml", "toml", "svg", "png", "css", "npz", "cpp", "cu")
+OTHERS = {"demo.json", "map.json", "map.load.npz", "planned.json", "sglang.json", "stats.json", "result.json"}
+"""Files that a user makes, and no part of the repository."""
+
+README_LINES, README_WORDS, CELL_WORDS = 150, 1500, 20
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_tests_that_a_page_names_are_there(page: Path) -> None:
-    names = set(re.findall(r"`((?:\w+/)+test_\w+\.py)`", page.read_text(encoding="utf-8")))
-    assert [name for name in sorted(names) if not (ROOT / "tests" / name.removeprefix("tests/")).exists()] == []
-    assert names or page.name not in ("README.md", "ways.md")
+def named_paths(text: str) -> set[str]:
+    """The repository paths that stand in backticks: a known suffix, or a folder of at least one level."""
+    found = set()
+    for code in re.findall(r"`([^`\n]+)`", text):
+        for word in code.split():
+            file = re.fullmatch(rf"(?:[\w.-]+/)*[\w-]+\.(?:{'|'.join(SUFFIXES)})", word)
+            folder = re.fullmatch(r"(?:[a-z_0-9]+/)+(?:[a-z_0-9]+)?", word)
+            if (file or folder) and not word.startswith(("build/", "vllm/")) and word not in OTHERS:
+                found.add(word)
+    return found
+
+
+def missing_paths(text: str) -> list[str]:
+    return [name for name in sorted(named_paths(text)) if not any((base / name).exists() for base in BASES)]
+
+
+def long_cells(text: str, limit: int = CELL_WORDS) -> list[str]:
+    """The table cells with more words than ``limit``."""
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [cell.strip() for row in rows for cell in re.split(r"(?<!\\)\|", row.strip("|"))]
+    return [cell for cell in cells if len(cell.split()) > limit]
 
 
 def refused_options(text: str) -> set[str]:
-    """The options of all rows that say "refused" and nothing else."""
-    rows = re.findall(r"^\| (.*?) \| refused(?:;[^|]*)? \| `e2e/test_start.py`", text, re.MULTILINE)
-    return {option for row in rows for option in re.findall(r"`(-?[^`]*[-.][^`]*)`", row)}
+    """The options, as a command writes them, of all rows whose behaviour with vLLM is "unsupported"."""
+    upstream = text.split("\n## On Ascend")[0]
+    rows = re.findall(r"^\| ([^|]*) \| unsupported \|", upstream, re.MULTILINE)
+    return {option for row in rows for option in re.findall(r"`(--[\w-]+|[\w-]+\.[\w.-]+)[^`]*`", row)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_that_a_page_names_exist(page: Path) -> None:
+    assert missing_paths(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_path_that_is_gone_is_noticed() -> None:
+    text = "`tests/unit/test_gone.py`, `vllm_ascend_eplb/gone/`, `docs/`, `pytest -m cuda tests/e2e/test_gone.py`"
+    assert missing_paths(text) == ["tests/e2e/test_gone.py", "tests/unit/test_gone.py", "vllm_ascend_eplb/gone/"]
+
+
+def test_pages_name_the_tests_behind_their_claims() -> None:
+    for name in ("limits.md", "verification.md", "migrating.md"):
+        paths = named_paths((ROOT / "docs" / name).read_text(encoding="utf-8"))
+        assert len([path for path in paths if "/test_" in path]) >= 10
+
+
+def modules_and_targets(text: str) -> tuple[set[str], set[str]]:
+    """What a page tells to run: modules of this repository by ``python -m``, and targets of ``make``."""
+    modules = set(re.findall(r"python3? -m ((?:benchmarks|examples|tests|vllm_ascend_eplb)[\w.]*)", text))
+    targets = set(re.findall(r"(?:`|^ {4,})make ([a-z0-9-]+)", text, re.MULTILINE))
+    return modules, targets
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_that_a_page_names_exist(page: Path) -> None:
+    known = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    modules, targets = modules_and_targets(page.read_text(encoding="utf-8"))
+    assert sorted(name for name in modules if not is_module(name)) == []
+    assert sorted(targets - known) == []
+
+
+def test_commands_that_are_gone_are_noticed() -> None:
+    modules, targets = modules_and_targets("`make no-such-test` and `python -m benchmarks.nothing`\n    make demo")
+    assert (modules, targets) == ({"benchmarks.nothing"}, {"no-such-test", "demo"})
+    assert not is_module("benchmarks.nothing")
+
+
+@pytest.mark.parametrize("page", PAGES[:3], ids=lambda page: page.name)
+def test_links_of_root_pages_lead_somewhere(page: Path) -> None:
+    """Links inside the guide are checked by ``make docs``; those of the pages beside README are checked here."""
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES[:3], ids=lambda page: page.name)
+def test_anchors_that_root_pages_link_to_exist(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]+)#([^)]*)\)", page.read_text(encoding="utf-8")):
+        assert anchor in anchors((ROOT / target).read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
+def test_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= README_LINES
+    assert len(text.split()) <= README_WORDS
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/limits.md", "docs/verification.md", "docs/troubleshooting.md"])
+def test_table_cells_are_short(name: str) -> None:
+    assert long_cells((ROOT / name).read_text(encoding="utf-8")) == []
+
+
+def test_a_long_cell_is_noticed() -> None:
+    assert long_cells("| a | " + "word " * 21 + "|") == [" ".join(["word"] * 21)]
+    assert long_cells("| " + "word " * 20 + "| b |") == []
+
+
+def test_readme_support_matrix_links_its_proof() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    matrix = text.split("## Where it works")[1].split("\n## ")[0]
+    rows = [line for line in matrix.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 10
+    for row in rows:
+        assert re.search(r"\]\(docs/(?:verification|limits)\.md#[\w-]+\) \|$", row), row
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_whole(page: Path) -> None:
+    """A blank line inside a table makes plain text of its second half: every run of rows begins with a head."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    starts = [at for at, line in enumerate(lines) if line.startswith("|") and (at == 0 or lines[at - 1][:1] != "|")]
+    for at in starts:
+        assert re.fullmatch(r"\|(?: -+ \|)+", lines[at + 1]), f"{page.name}:{at + 1}"
 
 
 def test_every_option_that_is_refused_has_its_case() -> None:
-    options = refused_options((ROOT / "docs" / "ways.md").read_text(encoding="utf-8"))
+    options = refused_options((ROOT / "docs" / "limits.md").read_text(encoding="utf-8"))
     assert len(options) >= 12
     assert [option for option in sorted(options) if not any(option in message for message in REFUSALS)] == []
 
 
 def test_an_option_without_a_case_is_noticed() -> None:
-    row = "| `--no-such-option`, `--enable-lora` | refused | `e2e/test_start.py` |"
+    row = "| `--no-such-option`, `--enable-lora` | unsupported | no proof yet |"
     assert refused_options(row) == {"--no-such-option", "--enable-lora"}
     assert not any("--no-such-option" in message for message in REFUSALS)

@@ -148,7 +148,7 @@ def _say_on(parts: list[str], config: EplbConfig, num_redundant: int) -> None:
     """
     from vllm.platforms import current_platform
 
-    doing = "a placement that stays"
+    doing = "static placement"
     if config.dynamic:
         provide_stats_path()
         metrics.watch(parts)

@@ -22,7 +22,7 @@ from .watch import watch
 
 app = typer.Typer(
     name="vllm-ascend-eplb",
-    help="Tools around the expert-parallel load balancer for vLLM: look before you balance, watch, keep.",
+    help="Tools of the expert-parallel load balancer for vLLM: check, plan, simulate, watch, control.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -31,29 +31,29 @@ def control(
     command: Annotated[
         Verb,
         typer.Argument(
-            help="pause: begin no more cycles. resume: begin them again. cycle: one now, paused or not. restore: every "
-            "expert back to where it was at the start, and pause there. intervals: other intervals from now on."
+            help="pause: begin no further cycle. resume: begin cycles again. cycle: one cycle now, paused or not. "
+            "restore: move every expert back to its start placement, and pause. intervals: set new intervals."
         ),
     ],
     collect_steps: Annotated[
-        int | None, typer.Option(min=1, max=MAX_INTERVAL, help="expert_heat_collection_interval from now on.")
+        int | None, typer.Option(min=1, max=MAX_INTERVAL, help="New expert_heat_collection_interval.")
     ] = None,
     execution_steps: Annotated[
-        int | None, typer.Option(min=1, max=MAX_INTERVAL, help="algorithm_execution_interval from now on.")
+        int | None, typer.Option(min=1, max=MAX_INTERVAL, help="New algorithm_execution_interval.")
     ] = None,
     stats_file: Annotated[
         Path | None,
-        typer.Option(help="The server's statistics file; default the one of the only server of this user here."),
+        typer.Option(help="The server's statistics file; default: that of this user's only server on this host."),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(min=0.0, max=86400.0, help="Seconds to wait until the order took effect.")
+        float, typer.Option(min=0.0, max=86400.0, help="Seconds to wait until the order takes effect.")
     ] = 30.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Pause, resume or steer the balancer of a running server, as its user on the host of its first rank.
+    """Pause, resume or steer the balancer of a running server; run it as the server's user, on its first rank's host.
 
-    Exit status 1 if the order has not taken effect in time: an idle server has no steps, and takes it with its next
-    requests.
+    The exit status is 1 if the order does not take effect in time: an idle server makes no steps, and takes the order
+    with its next requests.
     """
     given = collect_steps is not None or execution_steps is not None
     with user_errors(as_json):
@@ -64,14 +64,14 @@ def control(
             stats = _stats(path)
             if stats.phase == "off":
                 raise CommandError(
-                    f"balancing is off for good there ({stats.off_reason}); restart the server to balance"
+                    f"balancing is off for good in this server ({stats.off_reason}); restart it to balance again"
                 )
         order = Order(command=command.value, collect_steps=collect_steps, execution_steps=execution_steps)
         for path in paths:
             try:
                 write_order(orders_path(path), order)
             except OSError as error:
-                raise CommandError(f"the order cannot be left beside {path} ({error.strerror})") from None
+                raise CommandError(f"the order cannot be written beside {path} ({error.strerror})") from None
         end = time.monotonic() + timeout
         taken = {path: _wait(path, order, end) for path in paths}
     if as_json:
@@ -91,16 +91,16 @@ def _effect(command: Verb, stats: EplbStats) -> str:
     return (
         f"{command.value} took effect on all ranks at step {stats.order_step}; "
         f"{'paused' if stats.paused else 'balancing'}, a cycle every {stats.collect_steps} steps, "
-        f"transfers {stats.execution_steps} steps after the load was gathered at the earliest"
+        f"transfers at the earliest {stats.execution_steps} steps after the load was gathered"
     )
 
 
 def _no_effect(command: Verb, timeout: float) -> str:
-    return f"{command.value} waits: no effect after {timeout:g} s; an idle server takes it with its next requests"
+    return f"{command.value} is pending: no effect after {timeout:g} s; an idle server takes it with its next requests"
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The statistics files of a server: each of its balancers (pipeline stages, say) has one of its own.
+    """The statistics files of a server, one for each of its balancers (such as pipeline stages).
 
     Raises:
         CommandError: there is none.
@@ -108,7 +108,7 @@ def parts_of(path: Path) -> list[Path]:
     others = sorted(path.parent.glob(f"{glob.escape(path.stem)}-*{glob.escape(path.suffix)}"))
     found = [each for each in (path, *others) if each.exists()]
     if not found:
-        raise CommandError(f"{path} does not exist: no server writes it, or it has served nothing yet")
+        raise CommandError(f"{path} does not exist: no server writes it, or its server has served nothing yet")
     return found
 
 
@@ -138,7 +138,7 @@ def _stats(path: Path) -> EplbStats:
     except OSError as error:
         raise CommandError(f"{path} cannot be read ({error.strerror}); run this as the user of the server") from None
     if stats is None:
-        raise CommandError(f"{path} does not exist: no server writes it, or it has served nothing yet")
+        raise CommandError(f"{path} does not exist: no server writes it, or its server has served nothing yet")
     return stats
 
 

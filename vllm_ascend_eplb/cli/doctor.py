@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``doctor``: what is installed, what would be switched on here, and why not."""
+"""``doctor``: what is installed, and whether balancing would be switched on here."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Finding:
 def doctor(
     config: Annotated[
         str | None,
-        typer.Option("--config", help="Settings to check: '{\"dynamic_eplb\": true, ...}', or a file of them."),
+        typer.Option("--config", help="Settings to check: '{\"dynamic_eplb\": true, ...}', or a file with them."),
     ] = None,
     experts: Annotated[
         int | None, typer.Option(min=1, help="Logical experts per layer, to check the settings.")
@@ -64,14 +64,14 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Do not import vLLM (saves about 10 s).")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell what is installed, what would be switched on here, and why not."""
+    """Show what is installed, and whether balancing would be switched on here, or why not."""
     with user_errors(as_json):
         settings = _settings(config)
     out = console()
     if as_json or not out.is_terminal:
         answer = probe(not quick)
     else:
-        with out.status("asking torch and vLLM"):
+        with out.status("importing torch and vLLM"):
             answer = probe(not quick)
     findings = [*_package(), *_devices(answer), *_engine(answer, quick), *_plugins(), *_check(settings, experts, ranks)]
     export = export_line(_installed_plugins(), os.environ.get("VLLM_PLUGINS"))
@@ -189,7 +189,7 @@ def _devices(answer: dict[str, Any]) -> list[Finding]:
     if "torch_error" in answer:
         return [Finding("torch", "wrong", f"cannot be imported ({answer['torch_error']}); install it")]
     found = [f"{answer[kind]} {kind.upper()}" for kind in ("npu", "cuda") if answer.get(kind)]
-    findings = [Finding("devices", "ok", ", ".join(found) if found else "no accelerator: a CPU")]
+    findings = [Finding("devices", "ok", ", ".join(found) if found else "no accelerator, CPU only")]
     if "npu_error" in answer:
         findings.append(Finding("torch_npu", "wrong", answer["npu_error"]))
     return findings
@@ -197,7 +197,7 @@ def _devices(answer: dict[str, Any]) -> list[Finding]:
 
 def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
     if quick:
-        return [Finding("vLLM", "note", "not looked at (--quick)")]
+        return [Finding("vLLM", "note", "not checked (--quick)")]
     if "vllm_error" in answer:
         return [Finding("vLLM", "wrong", f"{answer['vllm_error']}; install it into this environment")]
     if "platform" not in answer:
@@ -219,9 +219,9 @@ def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
         )
     missing = answer["missing"]
     if missing:
-        findings += [Finding("seam", "wrong", f"missing: {line}") for line in missing]
+        findings += [Finding("patch point", "wrong", f"missing: {line}") for line in missing]
     else:
-        findings.append(Finding("seams", "ok", f"all {answer['seams']} places that the adaptor needs are there"))
+        findings.append(Finding("patch points", "ok", f"all {answer['seams']} patch points are present"))
     return findings
 
 
@@ -236,16 +236,20 @@ def _ascend(answer: dict[str, Any]) -> list[Finding]:
     else:
         stays_off = f"checked against {', '.join(checked)}: balancing stays off unless "
         findings.append(Finding("vllm-ascend", "wrong", f'{version}; {stays_off}"allow_unchecked_vllm": true'))
-    wrong = [f"{line}: its own EPLB stays in place" for line in answer.get("ascend_differences", [])]
-    wrong += [f"missing: {line}: the start ends with this line" for line in answer.get("ascend_missing", [])]
-    right = "calls its EPLB as the adaptor knows it"
+    wrong = [f"{line}: vllm-ascend's own EPLB stays in place" for line in answer.get("ascend_differences", [])]
+    wrong += [f"missing: {line}: start-up ends with this line" for line in answer.get("ascend_missing", [])]
+    right = "calls its EPLB in the way that the adaptor expects"
     if "ascend_missing" in answer:
-        right = "the second one; all places that the adaptor needs are there"
+        right = "the second one; all patch points are present"
     findings += [Finding("vllm-ascend's runner", "wrong", line) for line in wrong]
     if not wrong:
         findings.append(Finding("vllm-ascend's runner", "ok", right))
     findings += [
-        Finding(its.name, "wrong", f"dynamic_eplb is refused: it is {os.environ[its.name]}, {its.because}; unset it")
+        Finding(
+            its.name,
+            "wrong",
+            f"is {os.environ[its.name]}, so dynamic_eplb is refused: {its.because}; unset it",
+        )
         for its in contradictions()
     ]
     return findings
@@ -260,9 +264,9 @@ def _plugins() -> list[Finding]:
         ]
     if current is not None and "eplb" not in [name.strip() for name in current.split(",")]:
         return [Finding("plugin", "wrong", f"VLLM_PLUGINS={current} leaves eplb out; see the line below")]
-    named = "not set, all plugins are loaded" if current is None else current
+    named = "not set, so all plugins are loaded" if current is None else current
     page = "on" if current is not None and PAGE in [name.strip() for name in current.split(",")] else "off"
-    how = "it is at /eplb" if page == "on" else f"the line below switches it on: vLLM wants {PAGE} to be named"
+    how = "at /eplb" if page == "on" else f"the line below switches it on: VLLM_PLUGINS must name {PAGE}"
     return [
         Finding("plugin", "ok", f"eplb is installed; VLLM_PLUGINS: {named}"),
         Finding("live page", "ok" if page == "on" else "note", f"{page}; {how}"),
@@ -284,7 +288,7 @@ def _check(settings: EplbConfig | None, experts: int | None, ranks: int | None) 
         return [Finding("settings", "wrong", str(error))]
     slots = f"{(experts + redundant) // ranks} slots per rank and layer"
     if not settings.dynamic:
-        return [Finding("settings", "ok", f"a placement that stays, from {settings.expert_map_path}, {slots}")]
+        return [Finding("settings", "ok", f"static placement from {settings.expert_map_path}, {slots}")]
     doing = "observing only" if settings.mode == "observe" else "balancing"
     every = f"a cycle every {settings.expert_heat_collection_interval} steps"
     return [Finding("settings", "ok", f"{doing}: policy {settings.policy_name}, {every}, {slots}")]
@@ -296,7 +300,7 @@ def _verdict(findings: list[Finding], quick: bool) -> str:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         return f"balancing would stay off: {wrong[0].what}: {wrong[0].text}{more}"
     if quick:
-        return "nothing wrong found; vLLM itself was not looked at"
+        return "nothing wrong found; vLLM itself was not checked"
     return 'balancing would be switched on with "dynamic_eplb": true'
 
 

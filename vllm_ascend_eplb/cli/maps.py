@@ -24,8 +24,8 @@ class Form(str, Enum):
 MapArgument = Annotated[
     Path, typer.Argument(metavar="MAP", help="Map file: vllm-ascend's or SGLang's JSON, .npy, .npz.")
 ]
-RanksOption = Annotated[int | None, typer.Option(min=1, help="Ranks, where the file does not say it.")]
-DuplicatesOption = Annotated[bool, typer.Option(help="Accept an expert that one device holds twice.")]
+RanksOption = Annotated[int | None, typer.Option(min=1, help="Ranks, if the file does not name them.")]
+DuplicatesOption = Annotated[bool, typer.Option(help="Accept an expert twice on one device.")]
 DenseOption = Annotated[
     int, typer.Option(min=0, help="Leading layers without experts in SGLang's form (DeepSeek-V3: 3).")
 ]
@@ -36,12 +36,12 @@ def check(
     layers: Annotated[int | None, typer.Option(min=1, help="MoE layers of the model.")] = None,
     experts: Annotated[int | None, typer.Option(min=1, help="Logical experts per layer of the model.")] = None,
     ranks: RanksOption = None,
-    load: Annotated[Path | None, typer.Option(help="Loads under which to tell the PAR.")] = None,
+    load: Annotated[Path | None, typer.Option(help="Loads for which to compute the PAR.")] = None,
     dense_layers: DenseOption = 0,
     allow_duplicates: DuplicatesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a map file, and tell what is in it."""
+    """Check a map file, and show what is in it."""
     with user_errors(as_json):
         placement = read_expert_map(
             path,
@@ -73,8 +73,8 @@ def check(
 
 def convert(
     source: MapArgument,
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write; .npy and .npz give an array.")],
-    to: Annotated[Form | None, typer.Option(help="Form to write; default by the ending of OUT.")] = None,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write; .npy and .npz hold an array.")],
+    to: Annotated[Form | None, typer.Option(help="Form to write; default: by the ending of OUT.")] = None,
     ranks: RanksOption = None,
     experts: Annotated[int | None, typer.Option(min=1, help="Logical experts per layer of the model.")] = None,
     dense_layers: DenseOption = 0,
@@ -95,7 +95,7 @@ def convert(
 
 
 def describe(placement: Placement) -> dict[str, int | float]:
-    """What is in a placement, in numbers."""
+    """A placement in numbers."""
     count = placement.replica_count
     return {
         "layers": placement.num_layers,

@@ -33,21 +33,19 @@ def plan(
     load: Annotated[Path, typer.Argument(metavar="LOAD", help="Loads: .npz, .npy or JSON; see the guide.")],
     ranks: Annotated[int, typer.Option(min=1, help="Expert-parallel size.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Map file to write.")] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes that share the ranks evenly.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes; each has the same number of ranks.")] = 1,
     redundant: Annotated[int, typer.Option(min=0, help="Redundant experts per layer.")] = 0,
     groups: Annotated[int, typer.Option(min=1, help="Expert groups of the model (DeepSeek-V3: 8).")] = 1,
-    policy: Annotated[Policy, typer.Option(help="How to plan.")] = Policy.INCREMENTAL,
-    start: Annotated[
-        Path | None, typer.Option(help="Map to start from; default the one that vLLM starts with.")
-    ] = None,
-    last: Annotated[int | None, typer.Option(min=1, help="Use only the last windows of the trace.")] = None,
+    policy: Annotated[Policy, typer.Option(help="Policy that plans.")] = Policy.INCREMENTAL,
+    start: Annotated[Path | None, typer.Option(help="Map to start from; default: vLLM's start placement.")] = None,
+    last: Annotated[int | None, typer.Option(min=1, help="Use only that many windows, the last ones.")] = None,
     target_par: Annotated[float, typer.Option(min=1.0, max=10.0, help="PAR at which a layer is good enough.")] = 1.01,
-    effort: Annotated[Effort, typer.Option(help="How long to search.")] = Effort.THOROUGH,
-    form: Annotated[Form | None, typer.Option(help="Form of the map; default by the ending of the file.")] = None,
+    effort: Annotated[Effort, typer.Option(help="Search effort; thorough finds fewer moves.")] = Effort.THOROUGH,
+    form: Annotated[Form | None, typer.Option(help="Form of the map; default: by the ending of the file.")] = None,
     dense_layers: Annotated[int, typer.Option(min=0, help="Leading rows to add in SGLang's form.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Plan a placement for a recorded load and write it as a map file."""
+    """Plan a placement for a recorded load, and write it as a map file."""
     with user_errors(as_json):
         if output is not None:
             check_place(output)

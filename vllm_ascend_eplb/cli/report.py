@@ -21,13 +21,13 @@ NAMES: dict[type, str] = {EplbStats: "statistics file", Simulation: "simulation"
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Statistics file of a run, map that it recorded, result of `simulate`."),
+        typer.Argument(metavar="RUN...", help="Statistics file of a run, its recorded map, or a result of `simulate`."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Expert load balancing",
     as_json: JsonOption = False,
 ) -> None:
-    """Draw a run as one HTML page that needs no network."""
+    """Draw a run or a simulation as one self-contained HTML page."""
     with user_errors(as_json):
         found: dict[type, EplbStats | Simulation | RecordedMap] = {}
         for path in runs:

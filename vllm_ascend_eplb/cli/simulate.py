@@ -46,40 +46,47 @@ def simulate(
     ],
     ranks: Annotated[int, typer.Option(min=2, help="Expert-parallel size.")],
     machine: Annotated[str, typer.Option(help=f"Cost model of: {', '.join(MACHINES)}.")] = "a3",
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; default by the machine.")] = None,
-    policies: Annotated[str, typer.Option(help="Policies, by comma: none, incremental, default, random.")] = (
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; default: by the machine.")] = None,
+    policies: Annotated[str, typer.Option(help="Comma-separated policies: none, incremental, default, random.")] = (
         "none,incremental,default"
     ),
-    intervals: Annotated[str, typer.Option(help="Windows between two plans, by comma.")] = "1,2,4,8",
-    redundant: Annotated[str | None, typer.Option(help="Redundant experts per layer, by comma; default RANKS.")] = None,
-    max_moves: Annotated[str, typer.Option(help="Most moves per cycle, by comma; none for no limit.")] = "none",
+    intervals: Annotated[str, typer.Option(help="Comma-separated numbers of windows between two plans.")] = "1,2,4,8",
+    redundant: Annotated[
+        str | None, typer.Option(help="Comma-separated redundant experts per layer; default: RANKS.")
+    ] = None,
+    max_moves: Annotated[str, typer.Option(help="Comma-separated caps of moves per cycle; none: no cap.")] = "none",
     shares: Annotated[str, typer.Option(help="Dispatch by planned shares: off, on, or off,on.")] = "off",
-    batch: Annotated[float, typer.Option(min=0.001, help="Tokens that each rank brings into a step.")] = 128.0,
+    batch: Annotated[float, typer.Option(min=0.001, help="Tokens per rank and step.")] = 128.0,
     window_steps: Annotated[int, typer.Option(min=1, help="Forward steps in one window of the trace.")] = 600,
     delay_steps: Annotated[int, typer.Option(min=0, help="Steps from a window's end until its plan is in force.")] = 50,
     weight_bytes: Annotated[float, typer.Option(min=0.1, max=8.0, help="Bytes per weight: 1 int8, 2 bf16.")] = 1.0,
     hidden: Annotated[
-        int | None, typer.Option(min=1, help="Hidden size of a model that is not known by its shape.")
+        int | None, typer.Option(min=1, help="Hidden size, for models that are not known by their shape.")
     ] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Width of its experts.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Its experts per token.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Width of the model's experts.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Experts per token of the model.")] = None,
     groups: Annotated[int, typer.Option(min=1, help="Expert groups of the model (DeepSeek-V3: 8).")] = 1,
     link: Annotated[
-        float | None, typer.Option(min=0.001, help="Rate within a node, GB/s, in place of the preset.")
+        float | None, typer.Option(min=0.001, help="Rate within a node in GB/s; default: by the machine.")
     ] = None,
-    link_between: Annotated[float | None, typer.Option(min=0.001, help="Rate between nodes, GB/s.")] = None,
+    link_between: Annotated[
+        float | None, typer.Option(min=0.001, help="Rate between nodes in GB/s; default: by the machine.")
+    ] = None,
     exposed: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Part of the transfers that steps wait for; 1 is an upper bound.")
+        float,
+        typer.Option(min=0.0, max=1.0, help="Part of the transfer time that steps wait for; 1: all."),
     ] = 1.0,
     target_par: Annotated[float, typer.Option(min=1.0, max=10.0, help="PAR at which a layer is good enough.")] = 1.02,
     min_gain: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Least part of the PAR that a plan must gain.")
+        float, typer.Option(min=0.0, max=1.0, help="Least gain of a plan, as a part of the PAR.")
     ] = 0.01,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads that plan; default all cores, at most 8.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the result (JSON) for `report`.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Planning threads; default: all cores, at most 8.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for the result (JSON), for `report`.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Replay a recorded load through policies and settings, and tell what pays."""
+    """Replay a recorded load with several policies and settings, and show which ones pay."""
     with user_errors(as_json):
         if output is not None:
             check_place(output)
@@ -169,9 +176,9 @@ def show(result: Simulation, out: Console) -> None:
     par = mean(result.baseline_par_mean or (1.0,))
     start = f"{show_seconds(result.baseline_step_seconds)} per step, PAR {par:.3f}"
     out.print(
-        f"\nStep: an average step. Times are of the MoE layers over the whole trace, against the start placement "
-        f"without redundancy ({start}); net counts {result.exposed:.0%} of the transfers as waited for. Model, not "
-        f"measurement; took {result.seconds:.1f} s.",
+        f"\nStep: an average step. Times are those of the MoE layers over the whole trace, against the start placement "
+        f"without redundancy ({start}). Net: steps wait for {result.exposed:.0%} of the transfer time. These figures "
+        f"are a model, not measurement; took {result.seconds:.1f} s.",
         markup=False,
     )
     best = result.best

@@ -46,13 +46,13 @@ class History:
 
 
 def watch(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Of the server, for example http://localhost:8000.")],
-    interval: Annotated[float, typer.Option(min=0.1, max=3600.0, help="Seconds between two looks.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    url: Annotated[str, typer.Argument(metavar="URL", help="Address of the server, such as http://localhost:8000.")],
+    interval: Annotated[float, typer.Option(min=0.1, max=3600.0, help="Seconds between two readings.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Read once and exit.")] = False,
     timeout: Annotated[float, typer.Option(min=0.1, max=600.0, help="Seconds to wait for an answer.")] = 5.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Watch a running server's balancer. With --json one line per look; Ctrl-C ends it."""
+    """Watch the balancer of a running server; Ctrl-C ends it. With --json one line per reading."""
     try:
         address = metrics_url(url)
         sample = look(address, timeout)  # the first look must work; later ones may fail for a while
@@ -124,8 +124,8 @@ def look(address: str, timeout: float) -> Sample:
     sample = parse(page.decode("utf-8", "replace"))
     if not sample:
         raise CommandError(
-            f"{address} has no metrics {PREFIX}*: the balancer is off there, has not ended its first window, or the "
-            f"server does not load the plugin (`vllm-ascend-eplb doctor` tells)"
+            f"{address} has no metrics {PREFIX}*: the balancer is off, its first window has not ended, or the "
+            f"server does not load the plugin (check with `vllm-ascend-eplb doctor`)"
         )
     return sample
 
@@ -168,7 +168,7 @@ def panel(sample: Sample, history: History, url: str) -> Panel:
     facts.add_row(
         "last plan took",
         _time(sample, "planner_seconds"),
-        "longest wait in a step",
+        "longest wait in one step",
         _time(sample, "longest_step_seconds"),
     )
     facts.add_row(
@@ -182,7 +182,7 @@ def panel(sample: Sample, history: History, url: str) -> Panel:
         pars.add_column(column)
     for title, name in (
         ("last window", "par_window"),
-        ("  had nothing moved", "par_window_start_placement"),
+        ("  with the start placement", "par_window_start_placement"),
         ("last cycle: before", "par_before"),
         ("  predicted", "par_predicted"),
         ("  realised", "par_realised"),

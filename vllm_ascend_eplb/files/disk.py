@@ -83,7 +83,7 @@ def read_bounded(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
             if len(data) > status.st_size:
                 data += file.read(limit + 1 - len(data))
         except OSError as error:
-            raise FileError(f"{show(path)} cannot be read ({error.strerror}); copy it anew") from None
+            raise FileError(f"{show(path)} cannot be read ({error.strerror}); copy it again") from None
     if len(data) > limit:
         raise FileError(f"{show(path)} grew beyond {limit} bytes while it was read; check that it is the right one")
     return data
@@ -180,7 +180,7 @@ def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
         reason = str(error) or "nested too deeply"
         if isinstance(error, json.JSONDecodeError) and error.pos >= len(data.rstrip()) - 1:
             reason = f"it ends too early, {reason}"
-        raise FileError(f"{show(path)} is no JSON ({show(reason)}); copy or write it anew") from None
+        raise FileError(f"{show(path)} is no JSON ({show(reason)}); copy or write it again") from None
 
 
 def parse_npy(data: bytes, path: str | os.PathLike[str]) -> npt.NDArray[Any]:
@@ -205,7 +205,7 @@ def parse_npy(data: bytes, path: str | os.PathLike[str]) -> npt.NDArray[Any]:
     if count * dtype.itemsize != len(data) - begin:
         raise FileError(
             f"{show(path)} claims shape {shape} of {dtype}, {count * dtype.itemsize} bytes, but holds "
-            f"{len(data) - begin}; copy or write it anew"
+            f"{len(data) - begin}; copy or write it again"
         )
     flat = np.frombuffer(data, dtype=dtype, offset=begin)
     return np.ascontiguousarray(flat.reshape(shape, order="F" if fortran else "C"))
@@ -249,9 +249,9 @@ def parse_npz(
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(f"{show(path)} is no .npz archive ({show(str(error))}); copy or write it anew") from None
+        raise FileError(f"{show(path)} is no .npz archive ({show(str(error))}); copy or write it again") from None
     except Exception as error:  # zlib.error and whatever a damaged archive makes zipfile raise
-        raise FileError(f"{show(path)} is damaged ({show(str(error))}); copy or write it anew") from None
+        raise FileError(f"{show(path)} is damaged ({show(str(error))}); copy or write it again") from None
 
 
 def show(text: str | os.PathLike[str]) -> str:

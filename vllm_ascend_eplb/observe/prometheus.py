@@ -44,72 +44,77 @@ class EplbGauges:
             names = (*labels, *common)
             return Gauge(f"vllm_eplb_{name}", text, names, registry=registry, multiprocess_mode="mostrecent")
 
-        par = "Peak-to-average ratio of rank load over MoE layers (1 is perfect), "
+        par = "Peak-to-average ratio (PAR) of rank load over MoE layers, 1 is perfect: "
         self._par = {
             "par_before": gauge("par_before", par + "before the last cycle that moved experts.", "layers"),
-            "par_predicted": gauge("par_predicted", par + "that the plan of that cycle promised.", "layers"),
-            "par_realised": gauge("par_realised", par + "measured in the window after that cycle.", "layers"),
-            "par_planned": gauge("par_planned", par + "that the last plan promises, carried out or not.", "layers"),
-            "par_window": gauge("par_window", par + "in the last collection window.", "layers"),
+            "par_predicted": gauge("par_predicted", par + "as the plan of that cycle predicted.", "layers"),
+            "par_realised": gauge("par_realised", par + "in the window after that cycle.", "layers"),
+            "par_planned": gauge("par_planned", par + "as the last plan predicts, carried out or not.", "layers"),
+            "par_window": gauge("par_window", par + "in the last window.", "layers"),
             "par_window_start_placement": gauge(
                 "par_window_start_placement",
-                par + "in the last collection window, had the placement the server started with been in force.",
+                par + "in the last window, as it would have been with the start placement.",
                 "layers",
             ),
             "par_window_observed": gauge(
                 "par_window_observed",
-                par
-                + "in the last collection window, had the plan of the window before been carried out; mode observe.",
+                par + "in the last window, as it would have been with the plan of the window before (mode observe).",
                 "layers",
             ),
         }
         self._par |= {
             "dispatch_par_before": gauge(
-                "dispatch_par_before", par + "before the dispatch shares were last changed.", "layers"
+                "dispatch_par_before", par + "before the last change of dispatch shares.", "layers"
             ),
             "dispatch_par_after": gauge(
-                "dispatch_par_after", par + "of the same window with the new dispatch shares, nothing moved.", "layers"
+                "dispatch_par_after",
+                par + "in the same window with the new dispatch shares; no expert moves.",
+                "layers",
             ),
         }
         self._cycles = gauge("cycles", "Balancing cycles so far, by result.", "result")
-        self._failures = gauge("failures", "Cycles that failed so far, by kind.", "kind")
-        self._phase = gauge("phase", "1 for the phase that the balancer is in, 0 for the others.", "phase")
-        self._info = gauge("info", "Always 1; version and settings in force.", "version", "policy", "mode")
+        self._failures = gauge("failures", "Cycles that failed so far, by kind of failure.", "kind")
+        self._phase = gauge("phase", "1 for the current phase of the balancer, 0 for all others.", "phase")
+        self._info = gauge(
+            "info", "Always 1; the labels are the version and the settings in force.", "version", "policy", "mode"
+        )
         self._numbers = {
             "step": gauge("steps", "Forward passes counted so far."),
             "experts_moved": gauge("experts_moved", "Experts moved so far."),
             "experts_moved_last": gauge("experts_moved_last_cycle", "Experts moved in the last cycle that moved any."),
-            "dispatch_updates": gauge("dispatch_updates", "How often the dispatch shares were changed."),
-            "planner_starts": gauge("planner_starts", "Times that the planner's process was started so far."),
+            "dispatch_updates": gauge("dispatch_updates", "Changes of the dispatch shares so far."),
+            "planner_starts": gauge("planner_starts", "Starts of the planner process so far."),
             "moves_planned": gauge("moves_planned", "Moves of the last plan, carried out or not."),
-            "planner_seconds": gauge("planner_seconds", "Wall time of the last plan."),
+            "planner_seconds": gauge("planner_seconds", "Wall time of the last plan, in seconds."),
             "control_wait_seconds": gauge(
-                "control_wait_seconds", "Time that steps waited for the ranks' agreement so far."
+                "control_wait_seconds", "Seconds that steps waited for the ranks' agreement so far."
             ),
             "control_wait_last_cycle_seconds": gauge(
-                "control_wait_last_cycle_seconds", "Time that steps of the last cycle waited for agreement."
+                "control_wait_last_cycle_seconds", "Seconds that steps of the last cycle waited for agreement."
             ),
             "control_wait_longest_seconds": gauge(
-                "control_wait_longest_seconds", "Longest wait of one step for agreement."
+                "control_wait_longest_seconds", "Longest wait of one step for agreement, in seconds."
             ),
-            "transfer_wait_seconds": gauge("transfer_wait_seconds", "Time that steps waited for transfers so far."),
-            "commit_seconds": gauge("commit_seconds", "Time that steps spent on commits so far."),
-            "commit_longest_seconds": gauge("commit_longest_seconds", "Longest commit in one step."),
-            "longest_step_seconds": gauge("longest_step_seconds", "Longest time that balancing added to one step."),
+            "transfer_wait_seconds": gauge("transfer_wait_seconds", "Seconds that steps waited for transfers so far."),
+            "commit_seconds": gauge("commit_seconds", "Seconds that steps spent on commits so far."),
+            "commit_longest_seconds": gauge("commit_longest_seconds", "Longest commit in one step, in seconds."),
+            "longest_step_seconds": gauge(
+                "longest_step_seconds", "Longest time that balancing added to one step, in seconds."
+            ),
             "moe_time_saved_seconds": gauge(
                 "moe_time_saved_seconds",
-                "Time of MoE layers saved so far against the placement the server started with, predicted from the "
-                "times measured at start-up and the load of each window.",
+                "Seconds of MoE layers saved so far against the initial placement, predicted from the times measured at "
+                "start-up and the load of each window.",
             ),
             "plan_saved_fraction": gauge(
-                "plan_saved_fraction", "Part of MoE time that the last plan saves, carried out or not."
+                "plan_saved_fraction", "Fraction of MoE time that the last plan saves, carried out or not."
             ),
-            "plan_cost_seconds": gauge("plan_cost_seconds", "What carrying out the last plan costs once."),
-            "paused": gauge("paused", "1 while cycles begin only when an operator orders one."),
+            "plan_cost_seconds": gauge("plan_cost_seconds", "Cost of carrying out the last plan once, in seconds."),
+            "paused": gauge("paused", "1 while paused: cycles begin only when an operator orders one."),
             "audits": gauge("audits", "Audits of the weights in all slots so far."),
-            "audit_damaged": gauge("audit_damaged_slots", "Slots that the last audit found damaged."),
-            "audit_mended": gauge("audit_mended_slots", "Damaged slots that were mended so far."),
-            "updated_at": gauge("updated_timestamp_seconds", "When the statistics were written, seconds since 1970."),
+            "audit_damaged": gauge("audit_damaged_slots", "Damaged slots that the last audit found."),
+            "audit_mended": gauge("audit_mended_slots", "Damaged slots that were repaired so far."),
+            "updated_at": gauge("updated_timestamp_seconds", "Time of the last report, in seconds since 1970."),
         }
 
     def register(self) -> None:

@@ -2,17 +2,16 @@
 """The second station: from a window of load to an ordered plan and its rounds. No torch."""
 
 from .forecast import forecast
-from .planner import POLICIES, PlanInputError, noise_par, plan, policy_from_type
-from .shares import dispatch_shares, dispatch_tables, shared_rank_load
+from .options import PlanInputError, PlanOptions
+from .planner import noise_par, plan
+from .shares import dispatch_shares, shared_rank_load
 
 __all__ = [
-    "POLICIES",
     "PlanInputError",
+    "PlanOptions",
     "dispatch_shares",
-    "dispatch_tables",
     "forecast",
     "noise_par",
     "plan",
-    "policy_from_type",
     "shared_rank_load",
 ]

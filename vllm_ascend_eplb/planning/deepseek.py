@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from .. import _planner
 from . import default
-from .planner import PlanInputError
+from .inputs import as_array
+from .options import PlanInputError
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -133,7 +134,7 @@ def rebalance_experts(
     groups, nodes = default.groups_and_nodes(num_groups, num_nodes)
     slots, nth, count = rebalance_experts_hierarchical(array, num_replicas, groups, nodes, num_gpus)
     if old_global_expert_indices is not None:
-        old = _numpy(old_global_expert_indices)
+        old = as_array(old_global_expert_indices)
         if old.ndim != 2 or len(old) != len(array) or old.shape[1] < num_replicas or old.dtype.kind not in "iu":
             raise PlanInputError(
                 f"old_global_expert_indices has shape {old.shape}, {old.dtype}; give integers "
@@ -186,17 +187,13 @@ def _carried(nth: Int64Array, before: Int64Array, after: Int64Array, num_ranks: 
     return result.reshape(before.shape)
 
 
-def _numpy(array: Any) -> npt.NDArray[Any]:
-    return np.asarray(array.detach().cpu()) if hasattr(array, "detach") else np.asarray(array)
-
-
 def _like(given: Any, result: npt.NDArray[np.int64]) -> Any:
     torch = sys.modules.get("torch")  # a caller with a tensor has imported it; the planner's process never does
     return torch.from_numpy(result) if torch is not None and isinstance(given, torch.Tensor) else result
 
 
 def _checked(weight: Any) -> npt.NDArray[Any]:
-    array = _numpy(weight)
+    array = as_array(weight)
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iuf":
         raise PlanInputError(f"the load has shape {array.shape}, {array.dtype}; give numbers [rows, experts]")
     if not (np.isfinite(array).all() and array.min() >= 0):

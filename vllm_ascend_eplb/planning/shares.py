@@ -58,38 +58,6 @@ def dispatch_shares(
     return _planner.dispatch_shares(loads, placement.physical_to_logical, num_ranks, tolerance)
 
 
-def dispatch_tables(
-    shares: npt.ArrayLike, physical_to_logical: npt.ArrayLike | Placement, num_experts: int, entries: int = 32
-) -> npt.NDArray[np.int64]:
-    """Tables that realise shares: the slot that takes the k-th token, counted modulo K, of each expert.
-
-    A slot gets its share of the K entries, rounded up or down (largest remainder), in an order in which every stretch
-    holds close to its share of each slot, so that shares hold for few tokens, too.
-
-    Args:
-        shares: float [L, P] from ``dispatch_shares``.
-        physical_to_logical: int [L, P], the placement that the shares belong to.
-        num_experts: logical experts, E.
-        entries: table width K, 1 to 65536.
-
-    Returns:
-        int64 [L, E, K], slots of the layer.
-
-    Raises:
-        ValueError: ``entries`` is out of range, shares are negative or not finite, shapes differ, or an expert has no
-            copy.
-    """
-    slots = (
-        physical_to_logical.physical_to_logical if isinstance(physical_to_logical, Placement) else physical_to_logical
-    )
-    return _planner.dispatch_tables(
-        np.ascontiguousarray(shares, dtype=np.float64),
-        np.ascontiguousarray(slots, dtype=np.int32),
-        num_experts,
-        entries,
-    )
-
-
 def entry_counts(placement: Placement, shares: npt.ArrayLike, entries: int) -> npt.NDArray[np.int64]:
     """How many of the K entries of its expert's table row each slot gets: shares to within one entry.
 

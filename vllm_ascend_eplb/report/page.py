@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page: what is shown of a run and of a simulation, and in which words."""
+"""The page: what it shows of a run and of a simulation, and its words."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_page(
     if simulation is not None:
         parts += _simulation(simulation)
     parts.append(
-        '<p class="soft">PAR: peak-to-average ratio of the ranks&rsquo; load in a layer; 1.00 is perfect, and a layer '
+        '<p class="soft">PAR: peak-to-average ratio of the ranks&rsquo; load in a layer. 1.00 is perfect; a layer '
         "takes PAR times as long as it needs to. A replica is a copy of an expert.</p>"
     )
     return document(title, parts)
@@ -90,7 +90,7 @@ def run_parts(stats: EplbStats) -> list[str]:
     if stats.phase == "off":
         parts.append(f'<p class="note">Balancing was switched off: {_text(stats.off_reason or "no reason given")}</p>')
     if stats.mode == "observe":
-        parts.append('<p class="note">Mode observe: load was counted and plans were made, nothing was moved.</p>')
+        parts.append('<p class="note">Mode observe: load was counted and plans were made; no expert was moved.</p>')
         parts += _would_bring(stats)
     window = stats.window
     cards = []
@@ -98,7 +98,7 @@ def run_parts(stats: EplbStats) -> list[str]:
     if window is not None:
         cards.append(_card(f"{window.par.mean:.3f}", f"PAR in the last window (worst layer {window.par.worst:.2f})"))
         if not observing:
-            had = f"had nothing moved (worst layer {window.par_start.worst:.2f})"
+            had = f"PAR with the start placement (worst layer {window.par_start.worst:.2f})"
             cards.append(_card(f"{window.par_start.mean:.3f}", had))
     cards += [
         _card(f"{stats.cycles_done}", f"cycles done; {stats.cycles_skipped} skipped, {stats.cycles_failed} failed"),
@@ -128,19 +128,19 @@ def run_parts(stats: EplbStats) -> list[str]:
         )
     if window is not None and _is_table(window.rank_load_observed) and _is_table(window.rank_load):
         figures += _rank_pair(
-            ("Rank load, as it was", window.rank_load),
+            ("Rank load, as measured", window.rank_load),
             ("Rank load, with the plan of the window before", window.rank_load_observed),
         )
     elif window is not None and _is_table(window.rank_load_start) and _is_table(window.rank_load):
         figures += _rank_pair(
-            ("Rank load, had nothing moved", window.rank_load_start),
+            ("Rank load, with the start placement", window.rank_load_start),
             ("Rank load, with the placement in force", window.rank_load),
         )
     if any(cycle.planner_seconds for cycle in cycles):
         figures.append(
             _figure(
                 "Planning time per cycle",
-                "beside the steps, in a process of its own",
+                "in a child process, beside the steps",
                 bar_chart([1e3 * c.planner_seconds for c in cycles], "cycle", "ms", [c.cycle for c in cycles]),
             )
         )
@@ -162,12 +162,12 @@ def _would_bring(stats: EplbStats) -> list[str]:
     judged = [(c.par_realised, c.par_observed, c.moves_planned) for c in stats.cycles]
     pairs = [(was.mean, would.mean, moves) for was, would, moves in judged if was is not None and would is not None]
     if not pairs:
-        return ['<p class="note">No plan has been measured yet: that takes two windows with load.</p>']
+        return ['<p class="note">No plan has been measured yet: a measurement takes two windows with load.</p>']
     was, would, moves = (float(np.mean(column)) for column in zip(*pairs, strict=True))
     saved = 1.0 - would / was if was > 0 else 0.0
     cards = [
-        _card(f"{would:.3f}", f"PAR, mean of layers, with the plan of a window in the one after it; now {was:.3f}"),
-        _card(f"{saved:.1%}", "of the time that experts take would be saved, where it follows the busiest rank"),
+        _card(f"{would:.3f}", f"PAR, mean of layers, with each plan in the window after it; {was:.3f} as it was"),
+        _card(f"{saved:.1%}", "of the experts' time would be saved, if it follows the busiest rank"),
         _card(f"{moves:,.0f}", f"moves from the placement in force, mean of {len(pairs)} plans"),
     ]
     return [f'<div class="cards">{"".join(cards)}</div>']
@@ -176,7 +176,7 @@ def _would_bring(stats: EplbStats) -> list[str]:
 def _run_par(cycles: Sequence[CycleRecord]) -> str:
     lines = [
         Line("in the window", "s0", [_mean(c.par) for c in cycles]),
-        Line("had nothing moved", "s1", [_mean(c.par_start) if c.par_start != c.par else None for c in cycles]),
+        Line("start placement", "s1", [_mean(c.par_start) if c.par_start != c.par else None for c in cycles]),
         Line("as the plan predicted", "s2", [_mean(c.par_predicted) for c in cycles]),
         Line("with the plan of the window before", "s3", [None, *(_mean(c.par_observed) for c in cycles[:-1])]),
     ]
@@ -189,15 +189,15 @@ def _stalls(stats: EplbStats) -> str:
         ("agreement of the ranks", _ms(stats.control_wait_seconds), _ms(stats.control_wait_longest_seconds)),
         ("transfers", _ms(stats.transfer_wait_seconds), "-"),
         ("commits", _ms(stats.commit_seconds), _ms(stats.commit_longest_seconds)),
-        ("all, in one forward", "-", _ms(stats.longest_step_seconds)),
+        ("all, in one step", "-", _ms(stats.longest_step_seconds)),
     ]
     body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    head = "<tr><th>steps waited for</th><th>in all</th><th>longest in a step</th></tr>"
+    head = "<tr><th>steps waited for</th><th>in total</th><th>longest in one step</th></tr>"
     return _figure("Stalls", f"over {stats.step:,} steps, on EP rank 0", f"<table>{head}{body}</table>")
 
 
 def _ranks(stats: EplbStats) -> str:
-    head = ("rank", "node", "load", "its worst layer", "waited for agreement", "transfers", "commits", "longest step")
+    head = ("rank", "node", "load", "worst layer", "waited for agreement", "transfers", "commits", "longest step")
     rows = [
         (
             str(each.rank),
@@ -242,23 +242,23 @@ def _recorded(recorded: RecordedMap) -> list[str]:
     if load is not None:
         start = Placement.initial(placement.num_layers, placement.num_experts, placement.num_ranks, redundant)
         held = Line("this placement", "s0", [float(placement.par(window).mean()) for window in load])
-        plain = Line("vLLM's own, by number", "s1", [float(start.par(window).mean()) for window in load])
+        plain = Line("vLLM's start placement", "s1", [float(start.par(window).mean()) for window in load])
         total = load.sum(axis=0)
         relative = total / np.maximum(total.mean(axis=1, keepdims=True), 1e-30)
         figures += [
             _figure(
                 "PAR over recorded windows",
-                "mean of layers, as if the placement had been in force in all of them",
+                "mean of layers, each placement in all windows",
                 line_chart([plain, held], "window", "PAR"),
             ),
             _figure(
                 "Load per layer and expert",
-                f"{len(load)} windows, over the layer's mean",
+                f"{len(load)} windows, divided by the layer's mean",
                 heat_map(relative, "layers", "experts", "load / mean", low=0.0),
             ),
         ]
     else:
-        parts.append('<p class="note">There is no load of this map beside it, so only the copies are shown.</p>')
+        parts.append('<p class="note">There is no load of this map beside it, so the page shows only the copies.</p>')
     if redundant:
         copies = heat_map(placement.replica_count, "layers", "experts", "copies", low=0.0)
         figures.append(_figure("Replicas per expert", "in this placement", copies))
@@ -288,7 +288,7 @@ def _simulation(sim: Simulation) -> list[str]:
             figures.append(
                 _figure(
                     "Experts moved after each window",
-                    f"best setting; {best.total_moves:,} in all, {_bytes(best.bytes_moved)}",
+                    f"best setting; {best.total_moves:,} in total, {_bytes(best.bytes_moved)}",
                     bar_chart([float(x) for x in best.moves], "window", "experts"),
                 )
             )
@@ -297,7 +297,7 @@ def _simulation(sim: Simulation) -> list[str]:
         figures.append(
             _figure(
                 "Load per layer and expert",
-                "whole trace, over the layer's mean",
+                "whole trace, divided by the layer's mean",
                 heat_map(sim.expert_load, "layers", "experts", "load / mean", low=0.0),
             )
         )
@@ -311,7 +311,7 @@ def _simulation(sim: Simulation) -> list[str]:
         )
     if _is_table(sim.rank_load_before) and _is_table(sim.rank_load_after):
         figures += _rank_pair(
-            ("Rank load, had nothing moved", sim.rank_load_before),
+            ("Rank load, with the start placement", sim.rank_load_before),
             ("Rank load, with the best setting", sim.rank_load_after),
         )
     parts.append(f'<div class="figures">{"".join(figures)}</div>')
@@ -320,19 +320,19 @@ def _simulation(sim: Simulation) -> list[str]:
     config = sim.eplb_config()
     if config is not None and best is not None and best.net_seconds > 0:
         command = "--additional-config '" + json.dumps({"eplb_config": config}) + "'"
-        parts.append(f"<p>The best setting as the server takes it:</p><pre>{_text(command)}</pre>")
+        parts.append(f"<p>The best setting, as an argument of the server:</p><pre>{_text(command)}</pre>")
     parts.append(
         f'<p class="soft">A model, not a measurement: times are those of the MoE layers. Rates: '
-        f"{_text(sim.machine_source)}. Net counts {sim.exposed:.0%} of the transfers as waited for, although they "
-        f"overlap with steps. Settings within 1 % of the largest gain count as equal, and the one that moves fewest "
-        f"bytes is called the best. In names of settings, +n are redundant experts per layer.</p>"
+        f"{_text(sim.machine_source)}. Net: steps wait for {sim.exposed:.0%} of the transfer time, although transfers "
+        f"overlap with steps. Settings within 1 % of the largest gain count as equal; the best one of them moves the "
+        f"fewest bytes. In names of settings, +n means n redundant experts per layer.</p>"
     )
     return parts
 
 
 def _best_cards(sim: Simulation, best: Outcome) -> str:
     total = sim.baseline_step_seconds * sim.num_windows * sim.window_steps
-    before = f"; {np.mean(sim.baseline_par_mean):.3f} as the server starts" if sim.baseline_par_mean else ""
+    before = f"; {np.mean(sim.baseline_par_mean):.3f} with the start placement" if sim.baseline_par_mean else ""
     cards = [
         _card(best.policy, best.setting.describe()),
         _card(f"{best.mean_par:.3f}", f"PAR, mean of layers and windows{before}"),
@@ -371,7 +371,7 @@ def _net_bars(sim: Simulation) -> str:
     values = [max(0.0, 100.0 * outcome.net_seconds / total) if total else 0.0 for outcome in sim.outcomes]
     styles = ["s0" if outcome is sim.best else "s2" for outcome in sim.outcomes]
     chart = bar_chart(values, "setting", "% saved", list(range(1, len(values) + 1)), styles)
-    return _figure("Net saving by setting", "numbers as in the table below; settings that cost show none", chart)
+    return _figure("Net saving by setting", "numbers as in the table below; no bar for settings that cost time", chart)
 
 
 def _outcomes(sim: Simulation) -> str:
@@ -424,7 +424,7 @@ def _rank_pair(*tables: tuple[str, Sequence[Sequence[float]]]) -> list[str]:
     return [
         _figure(
             title,
-            "load over the layer's mean, last window",
+            "divided by the layer's mean, last window",
             heat_map(table, "layers", "ranks", "load / mean", diverging=True, low=low, high=high),
         )
         for title, table in tables

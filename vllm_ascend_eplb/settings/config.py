@@ -49,56 +49,55 @@ class EplbConfig(BaseModel):
     expert_map_path: str | None = Field(
         default=None,
         min_length=1,
-        description="map file whose placement the weights are loaded by; without `dynamic_eplb` it stays as it is",
+        description="map file by which the weights are loaded; without `dynamic_eplb` that is a static placement",
     )
     expert_map_record_path: str | None = Field(
         default=None,
         min_length=1,
-        description="map file that the placement in force is written to after each cycle, with the load behind it "
-        "beside it; turns `dynamic_eplb` on",
+        description="map file for the placement in force, written after each cycle, its load beside it; turns "
+        "`dynamic_eplb` on",
     )
     expert_heat_collection_interval: int = Field(
-        default=600, ge=1, le=10_000_000, description="how long load is collected before each plan, in steps"
+        default=600, ge=1, le=10_000_000, description="steps for which load is collected before each plan"
     )
     algorithm_execution_interval: int = Field(
         default=50,
         ge=1,
         le=10_000_000,
-        description="earliest start of the transfers after the load was gathered, in steps; a later plan starts later",
+        description="earliest start of the transfers, in steps after the load was gathered; a later plan starts later",
     )
     num_redundant_experts: int = Field(
         default=0,
         ge=0,
         le=1_000_000,
-        description="slots per layer beyond one for each expert, over all ranks; experts + redundant experts must be "
-        "divisible by the expert-parallel size R, and at most experts * (R - 1); left out, that of `expert_map_path`",
+        description="slots per layer beyond one for each expert, over all ranks; left out, that of `expert_map_path`",
     )
     eplb_policy_type: int = Field(
         default=2,
         ge=0,
         le=3,
-        description="policy by vllm-ascend's number: 0 random, 1 default, 2 and 3 incremental; `policy` goes first",
+        description="policy by vllm-ascend's number: 0 random, 1 default, 2 and 3 incremental; `policy` overrides it",
     )
     eplb_heat_collection_stage: Literal["all", "prefill", "decode"] = Field(
-        default="all", description="which steps' tokens are counted"
+        default="all", description="steps whose tokens are counted"
     )
 
     # --- this package's own ------------------------------------------------------------------------------------------
     policy: PolicyName | None = Field(
         default=None,
-        description="policy by name: incremental (few moves from the placement in force), default (DeepSeek's, from "
-        "scratch), random (for tests); null takes it from `eplb_policy_type`",
+        description="incremental (few moves), default (DeepSeek's, from scratch) or random (for tests); null: by "
+        "`eplb_policy_type`",
     )
     mode: Literal["balance", "observe", "sync"] = Field(
         default="balance",
-        description="observe counts and plans, reports what balancing would bring and moves nothing; sync does the "
-        "whole rearrangement within one step, which waits for it: for tests and offline jobs",
+        description="observe plans and reports, and moves nothing; sync rearranges within one step, for tests and "
+        "offline jobs",
     )
     target_par: float = Field(
         default=1.02,
         ge=1.0,
         le=10.0,
-        description="peak-to-average ratio of rank load at which a layer is good enough; a ratio, 1.0 is perfect",
+        description="peak-to-average ratio of rank load at which a layer is good enough; 1.0 is perfect",
     )
     planner_effort: Literal["fast", "thorough"] = Field(
         default="thorough", description="how long the planner searches for a plan with fewer moves"
@@ -106,52 +105,48 @@ class EplbConfig(BaseModel):
     rank_speed: list[Annotated[float, Field(ge=0.1, le=10.0)]] | None = Field(
         default=None,
         min_length=1,
-        description="how fast each expert-parallel rank is, where they differ; only ratios count, a rank of twice the "
-        "speed gets twice the load, and PARs are of load over speed; with the policy incremental only; null for all "
+        description="relative speed of each rank, with the policy incremental; PAR is then load over speed; null: all "
         "alike",
     )
     max_moves_per_cycle: int | None = Field(
         default=None,
         ge=1,
         le=10_000_000,
-        description="most experts moved in one cycle, over all layers; null for no limit",
+        description="most experts moved in one cycle, over all layers; null: no limit",
     )
     min_gain: float = Field(
         default=0.01,
         ge=0.0,
         le=1.0,
-        description="least predicted gain of a plan, as a fraction of the time of the MoE layers until the next plan, "
-        "after what its transfers cost; where that time was not measured, as a fraction of the mean PAR over layers "
-        "(0.01: from 1.20 to 1.188); a plan below it is not carried out",
+        description="least predicted gain of a plan, as a fraction of MoE time, net of its transfers; of the mean PAR "
+        "where that time is not measured (0.01: from 1.20 to 1.188)",
     )
     calibrate: bool = Field(
         default=True,
-        description="times the model's MoE layers at start-up, for about 5 s, and weighs plans in milliseconds; false "
+        description="measures the time of MoE layers at start-up, about 5 s, to weigh plans in milliseconds; false "
         "weighs them by PAR",
     )
     calibration_path: str | None = Field(
         default=None,
         min_length=1,
-        description="file with the times of the MoE layers: read if it is of this model, server and device, else "
-        "written, so that the next start need not measure",
+        description="file with the measured times; written if missing or of another model, server or device",
     )
     transfer_buffer_experts: int | None = Field(
         default=None,
         ge=1,
         le=4096,
-        description="staging buffer of each rank, in experts of one layer; null lets the size of an expert decide",
+        description="staging buffer of each rank, in experts of one layer; null: by the number of slots per rank",
     )
     transfer_budget_mb_per_step: float | None = Field(
         default=None,
         ge=0.001,
         le=1_000_000.0,
-        description="most data that a rank receives per step, in MB (10^6 bytes), but at least one group of moves per "
-        "round; null for no limit",
+        description="most MB (10^6 bytes) that a rank receives per step, at least one group of moves; null: no limit",
     )
     transport: Literal["auto", "gloo", "nccl", "hccl", "pull"] = Field(
         default="auto",
-        description="how weights travel: hccl, nccl (device to device), gloo (through pinned host memory), pull "
-        "(one-sided copies within a node); auto takes the safest one the device has",
+        description="how weights travel: hccl, nccl (devices), gloo (host memory), pull (within a node); auto: the "
+        "safest one",
     )
     control_lag: int = Field(
         default=1, ge=1, le=8, description="steps between posting a rank's status and reading the agreed one"
@@ -163,25 +158,21 @@ class EplbConfig(BaseModel):
         default=0,
         ge=0,
         le=10_000_000,
-        description="steps in which the weights in all slots are summed once and compared with those at start-up, "
-        "between cycles; 0 for never",
+        description="steps in which all slots are compared once with their checksums from start-up; 0: never",
     )
     audit_action: Literal["report", "repair"] = Field(
         default="report",
-        description="what follows when an audit finds damaged slots: report (log and metrics), or repair as well, from "
-        "good copies in other slots of any rank",
+        description="on damaged slots: report (log and metrics), or repair as well, from good copies on any rank",
     )
     weighted_dispatch: bool = Field(
         default=False,
-        description="splits an expert's tokens over its replicas by planned shares instead of evenly; new shares need "
-        "no transfer, so they follow the load also where no expert moves",
+        description="splits an expert's tokens over its replicas by planned shares, not evenly; needs no transfer",
     )
     log_balancedness_interval: int | None = Field(
         default=None,
         ge=1,
         le=10_000_000,
-        description="steps between lines in the log about the load of one forward (avg_tokens, max_tokens, "
-        "balancedness, as vLLM computes them), each of which waits for that forward; null for none",
+        description="steps between log lines on one forward's load, as vLLM computes them; null: none",
     )
     dispatch_table_entries: int = Field(
         default=32, ge=16, le=64, description="entries per expert of the dispatch table: the resolution of the shares"

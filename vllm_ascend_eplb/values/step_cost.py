@@ -38,7 +38,7 @@ class StepCost:
     Between the points times are interpolated linearly. Beyond the largest number of tokens they grow in proportion to
     it; beyond the largest PAR a rank takes as long as with the same number of tokens of its own at that PAR; below the
     smallest values, and beyond the slots, they stay as they are. Longer with more tokens, PAR or slots, or as long:
-    where a measurement says otherwise, the larger of the two holds for both.
+    where a measurement says otherwise, a point becomes the mean of the largest below it and the least above it.
 
     Args:
         tokens: [N] tokens that each rank brings into the step, rising, > 0.
@@ -79,8 +79,11 @@ class StepCost:
             raise StepCostError(f"noise is {self.noise!r}; allowed are fractions from 0 to 1")
         if self.origin not in get_args(Origin):
             raise StepCostError(f"origin is {self.origin!r}; allowed are {', '.join(get_args(Origin))}")
-        for direction in range(3):
-            grid = np.maximum.accumulate(grid, axis=direction)
+        largest_below, least_above = grid, np.flip(grid)
+        for axis_number in range(3):
+            largest_below = np.maximum.accumulate(largest_below, axis=axis_number)
+            least_above = np.minimum.accumulate(least_above, axis=axis_number)
+        grid = 0.5 * (largest_below + np.flip(least_above))
         grid.setflags(write=False)
         object.__setattr__(self, "milliseconds", grid)
 

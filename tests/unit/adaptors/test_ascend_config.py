@@ -216,10 +216,10 @@ def test_what_is_not_supported_is_refused_by_name():
         ({**stages, **recorded}, "an expert_map_path or expert_map_record_path and --pipeline-parallel-size 2"),
         (
             {**stages, "speculative_config": drafted("mtp")},
-            "a drafter that has experts, and --pipeline-parallel-size 2",
+            "a draft model that has experts, and --pipeline-parallel-size 2",
         ),
         ({"model_config__enable_sleep_mode": True}, "--enable-sleep-mode True"),
-        ({"speculative_config": drafted("draft_model")}, "drafter that has experts, of method draft_model"),
+        ({"speculative_config": drafted("draft_model")}, "draft model that has experts, of method draft_model"),
         ({"additional_config": {"mix_placement": True}}, "mix_placement"),
         ({"additional_config": {"enable_fused_mc2": 1}}, "enable_fused_mc2 1"),
     ):

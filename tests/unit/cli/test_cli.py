@@ -375,11 +375,11 @@ def test_doctor_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status == "wrong"
     assert text.startswith("0.24.0; checked against 0.23.0.post1: balancing stays off unless ")
     other = findings(ascend_differences=["it calls eplb_updator.turn"])["vllm-ascend's runner"]
-    assert other == ("wrong", "it calls eplb_updator.turn: its own EPLB stays in place")
+    assert other == ("wrong", "it calls eplb_updator.turn: vllm-ascend's own EPLB stays in place")
     second = findings(ascend_missing=[])["vllm-ascend's runner"]
-    assert second == ("ok", "the second one; all places that the adaptor needs are there")
+    assert second == ("ok", "the second one; all patch points are present")
     gone = findings(ascend_missing=["a.b (its use): gone"])["vllm-ascend's runner"]
-    assert gone == ("wrong", "missing: a.b (its use): gone: the start ends with this line")
+    assert gone == ("wrong", "missing: a.b (its use): gone: start-up ends with this line")
     assert "cannot be imported: no" in findings(ascend_error="no")["vllm-ascend"][1]
     monkeypatch.setenv("DYNAMIC_EPLB", "false")
     assert findings()["DYNAMIC_EPLB"][0] == "wrong"
@@ -402,7 +402,7 @@ def test_doctor_checks_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert "nothing is switched on" in settings("{}")
     write_expert_map(tmp_path / "map.json", Placement.initial(2, 64, 4, 8))
     kept = settings(json.dumps({"expert_map_path": str(tmp_path / "map.json")}))
-    assert kept.startswith("a placement that stays, from ")
+    assert kept.startswith("static placement from ")
     assert kept.endswith("18 slots per rank and layer")
     (tmp_path / "c.json").write_text('{"eplb_config": {"dynamic_eplb": true, "mode": "observe"}}')
     assert "observing only" in settings(str(tmp_path / "c.json"))

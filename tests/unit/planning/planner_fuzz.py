@@ -80,20 +80,19 @@ def main() -> int:
         nodes = int(rng.choice([n for n in (1, 2, 4) if ranks % n == 0]))
         incremental: dict[str, Any] = {
             "load": load, "slots": slots, "variance": load**2 * 0.1 if rng.random() < 0.5 else np.zeros((0, 0)),
-            "target": np.full(layers, rng.choice([1.0, 1.02, 1.3])), "num_ranks": ranks, "num_nodes": nodes,
+            "target": np.full(layers, rng.choice([1.0, 1.02, 1.3, 1e6])), "num_ranks": ranks, "num_nodes": nodes,
             "thorough": bool(rng.random() < 0.5), "rounds": int(rng.integers(1, 8)), "seconds": 0.001,
             "seed": int(rng.integers(2**63)), "threads": int(rng.integers(1, 4)),
             "max_moves": int(rng.integers(-1, 20)),
-            "max_moves_per_rank": int(rng.integers(-1, 5)), "far_cost": float(rng.choice([1.0, 4.0])),
-            "stay_near": bool(rng.random() < 0.2), "least_gain": float(rng.choice([0.0, 1.0])),
+            "max_moves_per_rank": int(rng.integers(-1, 5)), "max_moves_between_nodes": int(rng.integers(-1, 5)),
+            "far_cost": float(rng.choice([1.0, 4.0])), "stay_near": bool(rng.random() < 0.2),
+            "speed": rng.uniform(0.001, 2.0, ranks) if rng.random() < 0.3 else np.zeros(0),
         }  # fmt: skip
-        tables = {"share": rng.random(slots.shape), "slots": slots, "num_experts": experts, "entries": 16}
         packing = {"weight": load, "order": np.argsort(-load, axis=1), "packs": int(rng.integers(1, 5))}
         drawing = {"seed": 1, "num_layers": 2, "num_experts": experts, "num_slots": num_slots, "num_ranks": ranks}
         calls: list[tuple[Any, dict[str, Any]]] = [
             (_planner.plan_incremental, incremental),
             (_planner.dispatch_shares, {"load": load, "slots": slots, "num_ranks": ranks, "tolerance": 1e-3}),
-            (_planner.dispatch_tables, tables),
             (_planner.replicate, {"weight": load, "copies": num_slots}),
             (_planner.pack_balanced, packing),
             (_planner.preserve_slots, {"slots": slots, "old": slots[:, ::-1].copy(), "num_ranks": ranks}),
@@ -104,7 +103,7 @@ def main() -> int:
         given = dict(good)
         if spoil:
             name = str(rng.choice(list(good)))
-            if name not in ("threads", "rounds", "copies", "num_slots", "entries", "num_experts", "num_layers"):
+            if name not in ("threads", "rounds", "copies", "num_slots", "num_experts", "num_layers"):
                 given[name] = broken(rng, good[name])
         try:
             result = function(**given)

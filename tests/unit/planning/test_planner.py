@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from benchmarks.loads import LoadGenerator
 from benchmarks.planner import contiguous_placement, greedy_placement, receipts
 from tests.unit.planning.planner_inputs import draw_slots, instances
-from vllm_ascend_eplb.planning import PlanInputError, forecast, noise_par, plan, policy_from_type
+from vllm_ascend_eplb.planning import PlanInputError, forecast, noise_par, plan
 from vllm_ascend_eplb.values.placement import Placement, PlacementError
 from vllm_ascend_eplb.values.plan import LAYER, PlanError
 
@@ -38,7 +38,7 @@ def drifted():
 
 @settings(max_examples=250, deadline=None)
 @given(instances(), st.sampled_from([1.0, 1.02, 1.3]), st.sampled_from(["fast", "thorough"]))
-def test_every_plan_is_valid_group_by_group_and_makes_no_layer_worse(instance, target, effort):
+def test_every_plan_is_valid_and_makes_no_layer_worse(instance, target, effort):
     load, slots, num_ranks = instance
     start = Placement(slots, load.shape[1], num_ranks)
     made = plan(load, slots, num_ranks, target_par=target, effort=effort, rounds=3)
@@ -53,7 +53,7 @@ def test_every_plan_is_valid_group_by_group_and_makes_no_layer_worse(instance, t
 
 @settings(max_examples=60, deadline=None)
 @given(instances())
-def test_after_every_group_the_placement_is_better_than_at_the_start(instance):
+def test_every_prefix_of_groups_makes_no_layer_worse(instance):
     load, slots, num_ranks = instance
     made = plan(load, slots, num_ranks)
     placement = Placement(slots, load.shape[1], num_ranks)
@@ -79,7 +79,7 @@ def test_policies_leave_no_expert_out(policy, instance):
     made.check(Placement(slots, load.shape[1], num_ranks))
 
 
-def test_random_puts_no_expert_twice_on_a_rank_and_follows_its_seed(drifted):
+def test_random_makes_no_duplicates_and_follows_its_seed(drifted):
     slots, load = drifted
     one, same, other = (plan(load, slots, 32, policy="random", seed=s).physical_to_logical for s in (1, 1, 2))
     assert duplicates(one, 32) == 0
@@ -99,7 +99,7 @@ def test_plans_do_not_depend_on_the_number_of_threads(drifted, options):
 
 @pytest.mark.parametrize(
     ("experts", "ranks", "slots", "digest"),
-    [(64, 8, 72, 4474351883718583364), (256, 32, 288, 3761717058094474112)],
+    [(64, 8, 72, 2408819663789598449), (256, 32, 288, 675054847346731748)],
 )
 def test_known_plans_are_the_same_on_every_machine(experts, ranks, slots, digest):
     """If this fails on a machine only, its floating point is not IEEE 754, or its compiler changed the arithmetic. If
@@ -201,14 +201,10 @@ def test_max_moves_per_rank_is_kept(drifted):
     assert 0 < np.bincount(made.moves[:, 1] // 9, minlength=32).max() <= 2
 
 
-def test_min_gain_and_the_cost_model_keep_moves_that_do_not_pay_away(drifted):
+def test_min_gain_keeps_plans_that_do_not_pay_away(drifted):
     slots, load = drifted
+    assert plan(load, slots, 32).num_moves > 0
     assert plan(load, slots, 32, min_gain=0.9).num_moves == 0
-    model = {"bytes_per_expert": 44e6, "bandwidth": 25e9, "seconds_per_token": 1e-7}
-    moves = [plan(load, slots, 32, horizon=h, **model).num_moves for h in (1e-4, 1, 3, 1e4)]
-    assert moves[0] == 0
-    assert moves == sorted(moves)
-    assert moves[-1] == plan(load, slots, 32).num_moves
 
 
 def test_differences_that_counting_explains_are_left_alone():
@@ -227,17 +223,29 @@ def test_noise_par_agrees_with_drawing_counts():
     assert noise_par(counts, placement).mean() == pytest.approx(placement.par(counts).mean(), abs=0.015)
 
 
-def test_receipts_from_other_nodes_are_avoided_when_they_cost_more(drifted):
+def _from_other_nodes(made, slots, num_nodes):
+    """Moves that bring an expert of which the receiving node held no copy."""
+    per_node = slots.shape[1] // num_nodes
+    node = made.moves[:, 1] // per_node
+    rows = [slots[layer, n * per_node : (n + 1) * per_node] for layer, n in zip(made.moves[:, 0], node, strict=True)]
+    return sum(expert not in row for expert, row in zip(made.moves[:, 2], rows, strict=True))
+
+
+def test_receipts_from_other_nodes_avoided_at_a_price(drifted):
     slots, load = drifted
-
-    def far(made):
-        node = made.moves[:, 1] // 72
-        rows = [slots[layer, n * 72 : (n + 1) * 72] for layer, n in zip(made.moves[:, 0], node, strict=True)]
-        return sum(expert not in row for expert, row in zip(made.moves[:, 2], rows, strict=True))
-
-    near = plan(load, slots, 32, num_nodes=4, bandwidth=200e9, bandwidth_between=25e9)
+    near = plan(load, slots, 32, num_nodes=4, price_between_nodes=8)
     assert near.par_after.max() <= 1.0201
-    assert far(near) < 0.5 * far(plan(load, slots, 32, num_nodes=4))
+    assert _from_other_nodes(near, slots, 4) < 0.5 * _from_other_nodes(plan(load, slots, 32, num_nodes=4), slots, 4)
+
+
+@pytest.mark.parametrize("limit", [0, 10, 40])
+def test_max_moves_between_nodes_is_kept(drifted, limit):
+    slots, load = drifted
+    free = plan(load, slots, 32, num_nodes=4)
+    made = plan(load, slots, 32, num_nodes=4, max_moves_between_nodes=limit)
+    made.check(Placement(slots, EXPERTS, 32))
+    assert _from_other_nodes(made, slots, 4) <= limit < _from_other_nodes(free, slots, 4)
+    assert 0 < made.num_moves < free.num_moves
 
 
 def test_groups_of_experts_stay_on_their_nodes(drifted):
@@ -297,7 +305,7 @@ def test_tiny_cases_against_every_placement():
     assert ours <= 1.1 * best
 
 
-def test_one_slot_per_rank_is_split_as_well_as_can_be():
+def test_one_slot_per_rank_is_split_optimally():
     """Then the busiest rank holds the heaviest replica, and giving each copy to the heaviest is optimal."""
     generator = LoadGenerator(4, 64, seed=2)
     first = generator.window()
@@ -346,7 +354,7 @@ def _heaviest_replicas(made, load):
     return (load / Placement(made.physical_to_logical, EXPERTS, 32).replica_count).max(axis=1).mean()
 
 
-def test_forecast_takes_the_mean_where_windows_differ_by_noise_only_and_the_last_where_they_drift():
+def test_forecast_averages_noise_and_follows_drift():
     rng = np.random.default_rng(0)
     truth = np.exp(rng.normal(0, 0.6, (4, 64)))
     noise = rng.poisson(truth * 30, (12, 4, 64)).astype(float)
@@ -406,8 +414,14 @@ GOOD_LOAD, GOOD_SLOTS = np.ones((2, 4)), np.tile(np.arange(6) % 4, (2, 1))
         ({"max_moves_per_rank": -2}, "max_moves_per_rank is -2"),
         ({"min_gain": 2}, "min_gain is 2; allowed are numbers 0 to 1"),
         ({"threads": 0}, "threads is 0"),
-        ({"horizon": 0}, "horizon is 0"),
-        ({"seconds_per_token": 1e-6}, "needs bytes_per_expert and bandwidth"),
+        ({"price_between_nodes": 0.5}, "price_between_nodes is 0.5; allowed are numbers 1 to 1000"),
+        ({"max_moves_between_nodes": -1}, "max_moves_between_nodes is -1"),
+        ({"count_noise": "yes"}, "count_noise is 'yes'; allowed are True and False"),
+        ({"rank_speed": "abcd"}, "rank_speed is 'abcd'; give one number > 0 for each of 2 ranks"),
+        ({"rank_speed": [[1], [1, 2]]}, "rank_speed is no array"),
+        ({"rank_speed": [1, 1j]}, "give one number > 0"),
+        ({"target_par": "1"}, "target_par is '1'; allowed are numbers"),
+        ({"target_par": 1j}, "target_par is 1j; allowed are numbers"),
     ],
 )
 def test_bad_input_is_refused_with_one_clear_error(change, words):
@@ -421,10 +435,81 @@ def test_the_good_input_of_the_test_above_is_good():
     plan(GOOD_LOAD, GOOD_SLOTS, 2)
 
 
-def test_policy_types_of_vllm_ascend():
-    assert [policy_from_type(n) for n in range(4)] == ["random", "default", "incremental", "incremental"]
-    with pytest.raises(PlanInputError, match="allowed are 0"):
-        policy_from_type(4)
+INTEGERS = ("num_ranks", "num_nodes", "num_groups", "threads", "seed")
+INTEGERS_OR_NONE = ("rounds", "max_moves", "max_moves_per_rank", "max_moves_between_nodes")
+
+
+@pytest.mark.parametrize("policy", ["incremental", "default", "random"])
+@pytest.mark.parametrize("name", INTEGERS + INTEGERS_OR_NONE)
+@pytest.mark.parametrize("value", [1.5, "2", None, True, [1], np.float64(1.0), float("nan"), 1j])
+def test_integers_are_integers(policy, name, value):
+    """Whatever the policy, no value that is no integer gets as far as an operation that raises something else."""
+    given = {"num_ranks": 2, "policy": policy} | {name: value}
+    if value is None and name in INTEGERS_OR_NONE:
+        plan(GOOD_LOAD, GOOD_SLOTS, **given)
+        return
+    with pytest.raises(PlanInputError, match=f"{name} is .*; allowed are integers"):
+        plan(GOOD_LOAD, GOOD_SLOTS, **given)
+
+
+@pytest.mark.parametrize("name", INTEGERS + INTEGERS_OR_NONE)
+@pytest.mark.parametrize("kind", [int, np.int64, np.int32, np.uint8])
+def test_integers_of_any_kind_are_taken(name, kind):
+    plain, made = (plan(GOOD_LOAD, GOOD_SLOTS, **({"num_ranks": 2} | {name: k(2)})) for k in (int, kind))
+    np.testing.assert_array_equal(plain.physical_to_logical, made.physical_to_logical)
+
+
+def test_an_option_that_does_not_exist_is_named():
+    with pytest.raises(TypeError, match="max_move"):
+        plan(GOOD_LOAD, GOOD_SLOTS, 2, max_move=3)
+
+
+@pytest.mark.parametrize("policy", ["default", "random", "incremental"])
+def test_a_flat_series_near_the_end_of_int64_is_flat(policy):
+    """The sum of the windows passes 2^63."""
+    slots = contiguous_placement(1, 8, 4, 8)
+    for windows in (1, 2, 8):
+        huge = np.full((windows, 1, 8), 2**61 + 1)
+        small = plan(np.full((windows, 1, 8), 3), slots, 4, policy=policy)
+        made = plan(huge, slots, 4, policy=policy)
+        np.testing.assert_array_equal(made.physical_to_logical, small.physical_to_logical)
+        np.testing.assert_allclose([made.par_before, made.par_after], [small.par_before, small.par_after])
+
+
+@pytest.mark.parametrize("policy", ["default", "random", "incremental"])
+@settings(max_examples=60, deadline=None)
+@given(instances(empty=False), st.integers(2, 8))
+def test_series_too_large_for_int64_are_planned_by_ratio(policy, instance, windows):
+    """A series of int64 counts and the same in float64, scaled to pass 2^63 in the sum, give equal plans."""
+    load, slots, num_ranks = instance
+    series = np.stack([(load * 256).astype(np.int64) >> 8 << 8] * windows)
+    top = max(int(series.max()), 1)
+    scale = 2 ** max(0, 62 - top.bit_length())
+    counts = series * scale
+    exact = plan(series.astype(np.float64) * scale, slots, num_ranks, policy=policy)
+    np.testing.assert_array_equal(plan(counts, slots, num_ranks, policy=policy).moves, exact.moves)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int32", "uint8"])
+def test_torch_loads_of_any_dtype_are_read(dtype, recwarn):
+    torch = pytest.importorskip("torch")
+    load = torch.tensor([[1, 3, 2, 1, 9, 4, 1, 1]], dtype=getattr(torch, dtype))
+    if load.is_floating_point():
+        load.requires_grad_()
+    slots = torch.arange(10, dtype=torch.int32)[None] % 8
+    made = plan(load, slots, 2)
+    expected = plan([[1, 3, 2, 1, 9, 4, 1, 1]], (np.arange(10) % 8)[None], 2)
+    np.testing.assert_array_equal(made.physical_to_logical, expected.physical_to_logical)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.longdouble, np.int8, np.uint64, ">i4", ">f8"])
+def test_numpy_loads_of_any_dtype_are_read(dtype, recwarn):
+    load = np.array([[1, 3, 2, 1, 9, 4, 1, 1]], dtype=dtype)
+    made = plan(load, (np.arange(10) % 8)[None], 2)
+    expected = plan(load.tolist(), (np.arange(10) % 8)[None], 2)
+    np.testing.assert_array_equal(made.physical_to_logical, expected.physical_to_logical)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(

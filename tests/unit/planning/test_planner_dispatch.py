@@ -10,7 +10,8 @@ from benchmarks.loads import LoadGenerator
 from benchmarks.planner import greedy_placement
 from benchmarks.planner_optimum import least_peak
 from tests.unit.planning.planner_inputs import instances
-from vllm_ascend_eplb.planning import dispatch_shares, dispatch_tables, shared_rank_load
+from vllm_ascend_eplb.planning import dispatch_shares, shared_rank_load
+from vllm_ascend_eplb.planning.shares import entry_counts
 from vllm_ascend_eplb.values.placement import Placement, PlacementError, peak_to_average
 
 
@@ -73,32 +74,15 @@ def test_copies_on_one_rank_share_alike():
 
 @settings(max_examples=150, deadline=None)
 @given(instances(), st.sampled_from([1, 2, 7, 16, 64]))
-def test_tables_realise_shares_within_one_entry_and_in_every_stretch(instance, entries):
+def test_table_entries_realise_shares_within_one_entry(instance, entries):
     load, slots, num_ranks = instance
-    num_experts = load.shape[1]
+    placement = Placement(slots, load.shape[1], num_ranks)
     shares = dispatch_shares(load, slots, num_ranks)
-    tables = dispatch_tables(shares, slots, num_experts, entries)
-    assert tables.shape == (len(slots), num_experts, entries)
-    assert tables.dtype == np.int64
-    layers = np.arange(len(slots))[:, None, None]
-    assert (slots[layers, tables] == np.arange(num_experts)[None, :, None]).all()
-    given_entries = np.zeros(slots.shape)
-    for k in range(entries):
-        np.add.at(given_entries, (np.arange(len(slots))[:, None], tables[..., k]), 1)
-        # Every beginning of a table is close to the shares, too: a slot is ahead or behind by few entries only.
-        replicas = Placement(slots, num_experts, num_ranks).replica_count.max()
-        behind = np.abs(given_entries - shares * (k + 1)) * (slots >= 0)
-        assert behind.max() <= 1 + 0.5 * min(replicas, k + 1) + (k + 1) / entries
-    assert (np.abs(given_entries / entries - shares) * (slots >= 0)).max() < 1 / entries + 1e-9
-
-
-def test_low_discrepancy_order():
-    tables = dispatch_tables([[0.5, 0.25, 0.25, 1.0]], [[0, 0, 0, 1]], 2, 8)
-    assert tables[0, 0].tolist()[:4].count(0) == 2
-    assert tables[0, 0].tolist()[4:].count(0) == 2
-    assert tables[0, 1].tolist() == [3] * 8
-    again = dispatch_tables([[0.5, 0.25, 0.25, 1.0]], [[0, 0, 0, 1]], 2, 8)
-    assert np.array_equal(tables, again)
+    counts = entry_counts(placement, shares, entries)
+    assert (np.abs(counts / entries - shares) * (slots >= 0)).max() < 1 / entries + 1e-9
+    for layer, row in enumerate(counts):
+        held = slots[layer] >= 0
+        assert (np.bincount(slots[layer][held], row[held], minlength=load.shape[1]) == entries).all()
 
 
 @pytest.mark.parametrize(
@@ -115,9 +99,3 @@ def test_low_discrepancy_order():
 def test_bad_input_is_refused(load, slots, ranks, words):
     with pytest.raises((PlacementError, ValueError), match=words):
         dispatch_shares(load, slots, ranks)
-
-
-@pytest.mark.parametrize(("entries", "words"), [(0, "entries"), (70000, "entries")])
-def test_bad_tables_are_refused(entries, words):
-    with pytest.raises(ValueError, match=words):
-        dispatch_tables([[1.0, 1.0]], [[0, 1]], 2, entries)

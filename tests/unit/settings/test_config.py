@@ -156,8 +156,8 @@ def test_an_old_name_is_refused_with_the_new_one(old: str, new: str) -> None:
     assert f'{{"eplb_config": {{"{new}": 1}}}}' in message
     if old != new:
         assert refusal({"eplb_config": {old: 1}}) == f"eplb_config.{old} is an old name; write {new} instead"
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    assert f"`{old}`" in readme
+    page = (Path(__file__).parents[3] / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert f"`{old}`" in page
 
 
 def serve(config: EplbConfig, **changes: object) -> int:
@@ -425,9 +425,9 @@ def test_sizes_without_reason_end_in_one_line_and_at_once(depth: int) -> None:
         assert len(refusal({"eplb_config": value if not isinstance(value, dict) else {**value}})) < 1500
 
 
-def test_the_readme_shows_this_table() -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    assert settings_table() in readme
+def test_settings_page_shows_this_table() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert settings_table() in page
 
 
 def test_speeds_of_ranks() -> None:

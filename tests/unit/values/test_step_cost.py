@@ -72,6 +72,11 @@ def test_file_brings_the_same_value_back(cost: StepCost) -> None:
     assert hash(StepCost.from_json(cost.to_json())) == hash(cost)
 
 
+def test_noise_that_falls_is_levelled_to_its_mean() -> None:
+    cost = StepCost([1, 2, 4, 8], [1.0], [1], np.array([1.0, 4.0, 2.0, 5.0]).reshape(4, 1, 1))
+    assert cost.milliseconds.ravel().tolist() == [1.0, 3.0, 3.0, 5.0]
+
+
 def test_proportional_follows_the_busiest_rank_everywhere() -> None:
     cost = StepCost.proportional()
     assert not cost.in_milliseconds

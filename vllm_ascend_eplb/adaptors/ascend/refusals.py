@@ -59,13 +59,13 @@ def refuse_what_is_not_supported(vllm_config: Any) -> None:
             "use one of the two",
         ),
         (
-            "a drafter that has experts, and --pipeline-parallel-size",
+            "a draft model that has experts, and --pipeline-parallel-size",
             stages if has_experts(drafter) else 1,
             1,
             "use one of the two",
         ),
         (  # there it is a model of its own, and a map is of the layers of one
-            f"an expert_map_path or expert_map_record_path, and a drafter that has experts, with {SECOND_RUNNER}=1",
+            f"an expert_map_path or expert_map_record_path, and a draft model that has experts, with {SECOND_RUNNER}=1",
             has_map and has_experts(drafter) and second_runner(),
             False,
             "use one of the two",
@@ -77,10 +77,10 @@ def refuse_what_is_not_supported(vllm_config: Any) -> None:
         ("--enable-sleep-mode", vllm_config.model_config.enable_sleep_mode, False, "leave it out"),
         ("--weight-transfer-config", vllm_config.weight_transfer_config is not None, False, "leave it out"),
         (
-            "--speculative-config with a drafter that has experts, of method",
+            "--speculative-config with a draft model that has experts, of method",
             drafter.method if has_experts(drafter) else "mtp",
             "mtp",
-            "use a drafter without experts",
+            "use a draft model without experts",
         ),
         ("additional_config.mix_placement", bool(additional.get("mix_placement")), False, "leave it out"),
         ("additional_config.enable_fused_mc2", additional.get("enable_fused_mc2", 0), 0, "leave it out"),

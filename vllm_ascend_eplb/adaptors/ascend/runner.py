@@ -167,8 +167,8 @@ def _hook_runner(runner: Any) -> None:
 
     def reload_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         raise AscendError(
-            "reload_weights fills slots by the initial placement, which may not be in force any more; start the server "
-            "anew with the other weights"
+            "reload_weights fills slots by the initial placement, which may no longer be in force; restart the server "
+            "with the other weights"
         )
 
     runner.execute_model, runner._dummy_run, runner.reload_weights = execute_model, dummy_run, reload_weights

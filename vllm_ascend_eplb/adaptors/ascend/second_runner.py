@@ -47,11 +47,15 @@ EXPERTS = "vllm_ascend.ops.fused_moe.routed_experts"
 SEAMS = tuple(
     Seam(module, name, use, ("npu",), "V2")
     for module, name, use in (
-        (CONTROLLER, "AscendEplbState", "our state takes its place"),
-        (CONTROLLER, "AscendEPLBController.prepare_forward", "the point of forward_before"),
-        ("vllm_ascend.distributed.eplb.eplb_state", "AscendEplbLayerState", "holds a layer's routing table: ours"),
-        (EXPERTS, "_record_v2_eplb_load", "counts what slots received, in our counters"),
-        (EPLB_STATE, "EplbState.build_initial_global_physical_to_logical_map", "order of loading: vLLM's, put back"),
+        (CONTROLLER, "AscendEplbState", "replaced by this package's state"),
+        (CONTROLLER, "AscendEPLBController.prepare_forward", "calls forward_before"),
+        (
+            "vllm_ascend.distributed.eplb.eplb_state",
+            "AscendEplbLayerState",
+            "holds a layer's routing table; replaced",
+        ),
+        (EXPERTS, "_record_v2_eplb_load", "counts what slots received, in this package's counters"),
+        (EPLB_STATE, "EplbState.build_initial_global_physical_to_logical_map", "restored to vLLM's order of loading"),
         (RUNNER, "dispatch_cg_and_sync_dp", "tokens of each data-parallel engine are noted"),
     )
 )

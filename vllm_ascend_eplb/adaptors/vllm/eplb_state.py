@@ -193,7 +193,7 @@ class EplbState:
             if has != new:
                 raise EpConfigurationError(
                     f"{type(new_model).__name__} has {name} {new}, {type(model).__name__} has {has}; models that share "
-                    "an expert-parallel group must agree on it: leave the second one (a drafter) out of balancing"
+                    "an expert-parallel group must agree on it: leave the second one (a draft model) out of balancing"
                 )
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:

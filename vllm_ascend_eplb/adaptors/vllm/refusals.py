@@ -88,25 +88,25 @@ def refuse_what_is_not_supported(vllm_config: Any, config: EplbConfig) -> None:
             "leave it out",
         ),
         (
-            "--speculative-config with a drafter that has experts, of method",
+            "--speculative-config with a draft model that has experts, of method",
             drafter.method if has_experts(drafter) else "mtp",
             "mtp",
-            "use a drafter without experts",
+            "use a draft model without experts",
         ),
         (
-            "a drafter that has experts, and --pipeline-parallel-size",
+            "a draft model that has experts, and --pipeline-parallel-size",
             stages if has_experts(drafter) else 1,
             1,
             "use one of the two",
         ),
         (  # each rank would route a slice of the drafter's batch, whose length with padding it does not say
-            "a drafter that has experts, and --data-parallel-size with --tensor-parallel-size",
+            "a draft model that has experts, and --data-parallel-size with --tensor-parallel-size",
             parallel.tensor_parallel_size if has_experts(drafter) and parallel.data_parallel_size > 1 else 1,
             1,
             "use one of the two",
         ),
         (  # a map is of the layers of one model
-            "an expert_map_path or expert_map_record_path, and a drafter that has experts,",
+            "an expert_map_path or expert_map_record_path, and a draft model that has experts,",
             has_map and has_experts(drafter),
             False,
             "use one of the two",
@@ -115,13 +115,13 @@ def refuse_what_is_not_supported(vllm_config: Any, config: EplbConfig) -> None:
             "inductor_compile_config.freezing",
             _freezes(vllm_config.compilation_config, "freezing"),
             False,
-            "it makes constants of weights that are to move",
+            "it constant-folds weights that EPLB must move",
         ),
         (
             "inductor_compile_config.max_autotune",
             vllm_config.device_config.device_type == "cpu" and _freezes(vllm_config.compilation_config, "max_autotune"),
             False,
-            "on a CPU it makes constants of weights that are to move",
+            "on a CPU it constant-folds weights that EPLB must move",
         ),
     )
     refuse_options(options)

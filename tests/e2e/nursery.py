@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that has imported vLLM once, and forks offline engines, so that none of their processes imports it again.
+
+vLLM on a CPU spawns its processes, and each of them imports vLLM, which takes ten seconds of a core. An offline run
+here forks them instead. Servers are started the way that users start them.
+
+``python nursery.py`` reads jobs from its standard input, a line of JSON each: what to run (a function of a module), its
+arguments, the environment, more paths to import from, and the file that its output goes to. It answers with lines of
+JSON: the process that it forked, and the status that a process ended with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+FOLDER = Path(__file__).parent
+
+PRELOADED = (
+    "vllm",
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.structured_output.backend_xgrammar",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.worker.gpu_model_runner",
+    "vllm.model_executor.models.qwen3_moe",
+    "vllm.model_executor.models.glm4_moe_mtp",
+)
+"""What an engine's processes import. Nothing of the package: where it is off, none of its adaptors may be loaded."""
+
+
+class Nursery:
+    """The process, seen from the tests; it starts with the first job."""
+
+    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
+        self._environment, self._log = dict(environment), log
+        self._process: subprocess.Popen[str] | None = None
+        self._ended: dict[int, int] = {}
+
+    def start(
+        self,
+        function: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        output: Path,
+        paths: Sequence[str] = (),
+    ) -> int:
+        """Forks a process that calls ``module:name`` with the arguments, as the leader of a session of its own.
+
+        Args:
+            environment: its whole environment.
+            output: file for what it writes to standard output and standard error.
+            paths: folders to import from. Where one holds a sitecustomize.py, that runs first.
+
+        Returns:
+            The id of the process.
+        """
+        if self._process is None:
+            with open(self._log, "wb") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, str(FOLDER / "nursery.py")],
+                    env=self._environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+        job = {"function": function, "arguments": list(arguments), "environment": dict(environment)}
+        job |= {"output": str(output), "paths": list(paths)}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return int(self._answer("pid"))
+
+    def wait(self, pid: int) -> int:
+        """The status that the process ends with, negative for a signal."""
+        while pid not in self._ended:
+            self._answer("ended")
+        return self._ended.pop(pid)
+
+    def _answer(self, kind: str) -> Any:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        while True:
+            line = self._process.stdout.readline()
+            assert line, f"the process that forks engines has ended: {self._log.read_text()[-3000:]}"
+            answer = json.loads(line)
+            if "ended" in answer:
+                self._ended[answer["ended"]] = answer["status"]
+            if kind in answer:
+                return answer[kind]
+
+    def close(self) -> None:
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.wait()
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what modules print as they are imported
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):  # other versions of vLLM lack some
+            importlib.import_module(name)
+    children: set[int] = set()
+    try:
+        _serve(answers, children)
+    finally:  # the tests are over, or were killed
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        os._exit(0)  # at once, without the end of every module
+
+
+def _serve(answers: TextIO, children: set[int]) -> None:
+    """Forks a process for each job, until there is no standard input any more."""
+    while True:
+        readable, _, _ = select.select([0], [], [], 0.1 if children else None)
+        if readable:
+            line = _line()
+            if not line:
+                return
+            pid = os.fork()
+            if pid == 0:
+                _run(json.loads(line))
+            children.add(pid)
+            answers.write(json.dumps({"pid": pid}) + "\n")
+        for pid in list(children):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                children.remove(pid)
+                answers.write(json.dumps({"ended": pid, "status": os.waitstatus_to_exitcode(status)}) + "\n")
+
+
+def _line() -> bytes:
+    """A line of standard input without a buffer, of which a child would have a copy."""
+    read = bytearray()
+    while not read.endswith(b"\n"):
+        some = os.read(0, 1)
+        if not some:
+            break
+        read += some
+    return bytes(read)
+
+
+def _run(job: dict[str, Any]) -> None:
+    """The forked process; it never returns."""
+    code = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for target, source in ((0, nothing), (1, output), (2, output)):
+            os.dup2(source, target)
+        os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
+        os.environ.clear()
+        os.environ.update(job["environment"])
+        tempfile.tempdir = None
+        sys.path[:0] = job["paths"]
+        for path in job["paths"]:
+            first = Path(path, "sitecustomize.py")
+            if first.exists():
+                exec(compile(first.read_text(), str(first), "exec"), {"__name__": "sitecustomize"})
+        _fork_everything()
+        _wait_without_spinning()
+        module, _, name = job["function"].partition(":")
+        getattr(importlib.import_module(module), name)(*job["arguments"])
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(bool(error.code))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def run_code(path: str, *arguments: str) -> None:
+    """A job: a script with arguments, as ``python path arguments`` runs it."""
+    sys.argv = [path, *arguments]
+    exec(compile(Path(path).read_text(), path, "exec"), {"__name__": "__main__"})
+
+
+def run_module(name: str, *arguments: str) -> None:
+    """A job: a module with arguments, as ``python -m name arguments`` runs it."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _fork_everything() -> None:
+    """vLLM sets "spawn" on a CPU, whatever its environment says."""
+    import multiprocessing
+
+    def get_mp_context() -> Any:
+        return multiprocessing.get_context("fork")
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.") and "get_mp_context" in vars(module):
+            module.get_mp_context = get_mp_context  # type: ignore[attr-defined]
+
+
+def _wait_without_spinning() -> None:
+    """vLLM's tensor-parallel ranks on a CPU wait for each other in a loop, which takes the core that the other rank
+    needs: where other processes run, a step then takes a hundred times as long. They take sockets instead, as vLLM's
+    own ranks do where they share no memory."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    if hasattr(CpuCommunicator, "_all_group_ranks_share_shm_group_name"):  # vLLM 0.32
+        CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+
+
+if __name__ == "__main__":
+    main()
