@@ -132,7 +132,7 @@ class LoadRecorder:
         self._snapshot = _Snapshot(self._window, own_stream)
         self._oldest = 0
         self._histogram = np.zeros((2, BUCKETS), dtype=np.int64)
-        self._ended_histogram = self._histogram
+        self._ended_histogram = np.zeros_like(self._histogram)
 
     def begin_step(
         self, placement: Placement, *, record: bool, phase: str = "all", tokens_per_rank: float = 1.0

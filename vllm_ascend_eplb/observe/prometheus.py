@@ -103,8 +103,8 @@ class EplbGauges:
             ),
             "moe_time_saved_seconds": gauge(
                 "moe_time_saved_seconds",
-                "Seconds of MoE layers saved so far against the initial placement, predicted from the times measured at "
-                "start-up and the load of each window.",
+                "Seconds of MoE layers saved so far against the initial placement, predicted from the times measured "
+                "at start-up and the load of each window.",
             ),
             "plan_saved_fraction": gauge(
                 "plan_saved_fraction", "Fraction of MoE time that the last plan saves, carried out or not."
