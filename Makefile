@@ -18,13 +18,20 @@ demo: setup  ## serves a real model on RANKS ranks (default 4, 2 for small machi
 	@$(RUN) -m examples.demo --ranks $(RANKS)
 
 test: setup  ## all tests but those on NPUs, the ones with real vLLM engines included
-	@$(RUN) -m pytest -m "not soak and not npu"
+	@$(RUN) -m pytest -m "not soak and not npu and not install"
 
 unit-test: setup  ## the quick ones
 	@$(RUN) -m pytest tests/unit
 
 e2e-test: setup  ## the ones with real vLLM engines
 	@$(RUN) -m pytest tests/e2e
+
+.PHONY: install-test aarch64-test
+install-test: setup  ## builds in isolation, installs as a user does, and serves from there
+	@$(RUN) -m pytest tests/install
+
+aarch64-test: setup  ## the C++ built for aarch64 and run under emulation; skipped where Debian's packages are not to be had
+	@scripts/aarch64.sh
 
 matrix: setup  ## the ones with an offline engine on the other vLLM versions, each in an environment of its own
 	@scripts/matrix.sh 0.30.0 0.31.0

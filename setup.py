@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the C++ parts with CMake: the planner (pybind11, no torch) and, where torch is installed, the torch ops."""
+"""Builds the C++ parts with CMake: the planner (pybind11) and the kernels of the torch op. Neither needs torch."""
 
-import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +15,13 @@ ROOT = Path(__file__).resolve().parent
 
 PLANNER = Extension("vllm_ascend_eplb._planner", sources=[])
 OPS = Extension("vllm_ascend_eplb._ops", sources=[])
-HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 class CMakeBuild(build_ext):
-    """One CMake build for all extensions; CMake writes the libraries into the folder that setuptools names."""
+    """One CMake build for both; CMake writes the libraries into the folder that setuptools names."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # A torch library, loaded by its path: it belongs to no version of Python.
+        # Loaded by its path: it belongs to no version of Python.
         if fullname.rpartition(".")[2] == "_ops":
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
@@ -46,12 +45,13 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
-        if not HAS_TORCH:
-            print("torch is not installed: building without csrc/ops; load is then recorded by ATen operators")
-            configure.append("-DEPLB_BUILD_OPS=OFF")
         subprocess.run(configure, check=True)
         jobs = str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
 
 
-setup(ext_modules=[PLANNER, OPS] if HAS_TORCH else [PLANNER], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[PLANNER, OPS],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=[] if shutil.which("cmake") else ["cmake>=3.18"],
+)

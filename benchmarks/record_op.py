@@ -272,12 +272,10 @@ def measure_recorder(checks: Checks, device: str, rounds: int) -> list[dict[str,
     np.add.at(want, (rows, placement.physical_to_logical), recorder.counts.cpu().numpy())
     recorder.snapshot()
     checks.same(f"{device}, window of a recorder", torch.from_numpy(recorder.take()[0]), want)
-    local = torch.arange(NUM_SLOTS // 32, device=device)
     calls: dict[str, Callable[[], object]] = {
         "begin_step, nothing changes": lambda: recorder.begin_step(placement, record=True),
         "flush": lambda: recorder.flush(placement),
         "snapshot and take": lambda: (recorder.snapshot(placement), recorder.take()),
-        "record_expert_tokens": lambda: ops.record_expert_tokens(local, recorder.counts[0], recorder.recording),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):

@@ -31,7 +31,7 @@ def watch(worker: Any) -> None:
     from vllm_ascend_eplb.adaptors.vllm import cpu as vllm_cpu
     from vllm_ascend_eplb.adaptors.vllm import state as adaptor
 
-    recorder = worker.model_runner.eplb_state.updator._recorder
+    recorder = worker.model_runner.eplb_state.updator.parts.recorder
     worker.watched = steps = []
     spent = [0.0]
     mapped = vllm_cpu.eplb_map_to_physical_and_record

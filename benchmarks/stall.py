@@ -47,6 +47,7 @@ import torch.multiprocessing
 from vllm_ascend_eplb import Placement, Plan
 from vllm_ascend_eplb.agreement.phases import Phase
 from vllm_ascend_eplb.balancer.served_model import EplbAdaptor
+from vllm_ascend_eplb.balancer.start import build_updator
 from vllm_ascend_eplb.balancer.updator import EplbUpdator
 from vllm_ascend_eplb.load import ops
 from vllm_ascend_eplb.load.recorder import LoadRecorder
@@ -555,17 +556,17 @@ class Bench:
         return {"send_recv_gb_per_s": count * size / statistics.median(times[1:]) / 1e9}
 
     def updator(self, transport: str, interval: int, exchange: Exchange, budget_mb: float | None = None) -> EplbUpdator:
-        updator = EplbUpdator(self.model, settings(transport, interval, self.args.buffer, budget_mb))
+        updator = build_updator(self.model, settings(transport, interval, self.args.buffer, budget_mb))
         if self.rank == 0:
-            planner = FixedPlanner(exchange, self.model.topology, updator._loader.buffer_experts)
-            updator._planner = planner  # type: ignore[assignment]
+            planner = FixedPlanner(exchange, self.model.topology, updator.parts.loader.buffer_experts)
+            updator.parts.planner = planner  # type: ignore[assignment]
         return updator
 
     def quiet(self) -> None:
         """none, off and idle, in turns."""
         updator = self.updator(self.args.transports[0], 10_000_000, self.tenth)
-        self.say(updator._loader.describe())
-        self.report["staging"] = updator._loader.describe()
+        self.say(updator.parts.loader.describe())
+        self.report["staging"] = updator.parts.loader.describe()
         for _ in range(self.size.segments):
             self.column("none").add(self.loop.run(self.size.segment, mapped=False)[0])
             updator.pause_recording()
@@ -581,7 +582,7 @@ class Bench:
     ) -> None:
         """Cycles there and back again; the steps of the pauses between them are left out."""
         updator = self.updator(transport, 4, exchange, budget_mb)
-        loader = updator._loader
+        loader = updator.parts.loader
         name = f"cycle, {loader.transport}" + (f", {budget_mb:g} MB per step" if budget_mb else "")
         if not checksums:
             loader.checksums, name = None, f"{name}, no checksums"
@@ -611,7 +612,7 @@ class Bench:
         self.check(f"{name}: slots hold what the maps say", self.model.wrong_slots(updator.placement) == 0)
         busy = [ms for ms, phase in zip(times, phases, strict=True) if phase is not Phase.COLLECT]
         self.column(name).add(busy)
-        moved, waiting = loader.bytes_received - first[0], updator._control.waiting
+        moved, waiting = loader.bytes_received - first[0], updator.parts.control.waiting
         self.report.setdefault("cycles", {})[name] = {
             "transport": loader.transport,
             "cycles": wanted,
@@ -637,13 +638,13 @@ class Bench:
     ) -> tuple[list[float], bool]:
         """Runs steps until so many cycles (an even number) have moved weights; whether they did in time."""
         if self.rank == 0:
-            updator._planner.allowed += cycles  # type: ignore[union-attr]
-        end = updator._loader.commits + cycles // 2 * sum(rounds_of(exchange, updator._loader))
+            updator.parts.planner.allowed += cycles  # type: ignore[union-attr]
+        end = updator.parts.loader.commits + cycles // 2 * sum(rounds_of(exchange, updator.parts.loader))
         times: list[float] = []
         began = time.monotonic()
-        while updator._loader.commits < end and self.everywhere(time.monotonic() - began) < self.patience:
+        while updator.parts.loader.commits < end and self.everywhere(time.monotonic() - began) < self.patience:
             times += self.loop.run(20, before=before, after=updator.forward_end, extra=extra)[0]
-        return times, updator._loader.commits == end and updator.placement == self.model.placement
+        return times, updator.parts.loader.commits == end and updator.placement == self.model.placement
 
     def leave(self, updator: EplbUpdator) -> None:
         """Ends a part; one that failed leaves nothing behind for the next."""

@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU kernels of the load recording ops; ops.py defines the schemas and says what the ops do.
-
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+// CPU kernel of map_and_record; load/ops.py defines the schema and says what the op does.
+#include "cpu_ops.h"
 
 #include <algorithm>
 #include <cstring>
@@ -16,12 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "arguments.h"
 #include "index_rule.h"
-
-// ops.py looks for this mark in the file before it loads it: a library built for another torch is left alone.
-extern "C" __attribute__((used, visibility("default"))) const char eplb_ops_built_for[] =
-    "eplb-ops-built-for-torch:" EPLB_TORCH_VERSION ";";
 
 namespace eplb {
 namespace {
@@ -42,8 +33,15 @@ constexpr int64_t kLargestCompact = 32768;   // elements of a compact table: 64 
 constexpr int64_t kUsesOfCompact = 2;  // batch entries per element of a compact table for which it pays to make it
 constexpr int64_t kUsesOfCompactBesideBytes = 16;  // the same where replica counts are cheap to look up
 
-int64_t scalar(const at::Tensor& t, int64_t i) {
-    return t.scalar_type() == at::kInt ? t.const_data_ptr<int32_t>()[i] : t.const_data_ptr<int64_t>()[i];
+int64_t scalar(const Tensor& t, int64_t i) { return t.is_int32() ? t.data<int32_t>()[i] : t.data<int64_t>()[i]; }
+
+// Runs body(0) .. body(parts - 1) on torch's threads.
+template <typename Body>
+void in_parallel(int64_t parts, const Body& body) {
+    const auto run = [](int64_t begin, int64_t end, void* context) {
+        for (int64_t part = begin; part < end; ++part) (*static_cast<const Body*>(context))(part);
+    };
+    EPLB_TORCH(torch_parallel_for, 0, parts, 1, run, const_cast<Body*>(&body));
 }
 
 // The work on a tile is split in loops that vectorise (these three) and table look-ups, which are quicker one by one
@@ -213,7 +211,7 @@ struct Batch {
             const int64_t slot = entries[element];
             to[j] = static_cast<Id>(slot);
             if constexpr (kCount) {
-                if (kCompact || C10_LIKELY(static_cast<uint64_t>(slot) < slots)) ++bins[copy * stride + slot];
+                if (kCompact || __builtin_expect(static_cast<uint64_t>(slot) < slots, 1)) ++bins[copy * stride + slot];
             }
         };
         int64_t j = 0;
@@ -303,18 +301,16 @@ void add_bins(const uint32_t* bins, int64_t num_slots, int32_t* counts) {
 }
 
 template <typename Id>
-at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::Tensor& replicas, at::Tensor& counts,
-                     int64_t real_first, int64_t real_end) {
+void map_typed(const Tensor& ids, const Tensor& out, const Tensor& table, const Tensor& replicas, const Tensor& counts,
+               int64_t real_first, int64_t real_end) {
     static thread_local Scratch scratch;
-    at::Tensor out = at::empty(ids.sizes(), ids.options());
     const int64_t num_tokens = ids.size(0);
     const int64_t num_slots = counts.size(0);
     const int64_t width = table.size(1);
     scratch.valid.resize(static_cast<size_t>(table.size(0)));
-    const bool uniform =
-        replicas.scalar_type() == at::kInt
-            ? narrow_valid(replicas.const_data_ptr<int32_t>(), table.size(0), width, scratch.valid.data())
-            : narrow_valid(replicas.const_data_ptr<int64_t>(), table.size(0), width, scratch.valid.data());
+    const bool uniform = replicas.is_int32()
+                             ? narrow_valid(replicas.data<int32_t>(), table.size(0), width, scratch.valid.data())
+                             : narrow_valid(replicas.data<int64_t>(), table.size(0), width, scratch.valid.data());
     const bool as_bytes =
         !uniform && has_byte_permutations() && table.size(0) <= kBytes && width < kBytes && ids.numel() >= kBytes;
     if (as_bytes) {
@@ -323,15 +319,21 @@ at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::T
     }
     const int64_t stride = (num_slots + 15) / 16 * 16;  // whole cache lines
     const int64_t copies = ids.numel() < 2 * num_slots ? 1 : kCopies;
-    const int64_t parts = std::clamp<int64_t>(ids.numel() / kEntriesPerThread, 1, at::get_num_threads());
+    int64_t parts = ids.numel() / kEntriesPerThread;
+    if (parts > 1) {
+        uint32_t threads = 1;
+        EPLB_TORCH(torch_get_num_threads, &threads);
+        parts = std::min<int64_t>(parts, threads);
+    }
+    parts = std::max<int64_t>(parts, 1);
     const bool counting = real_first < real_end;
     if (counting) scratch.bins.assign(static_cast<size_t>(parts * copies * stride), 0);
     uint32_t* const bins = scratch.bins.data();
-    if (ids.numel() == 0) return out;
+    if (ids.numel() == 0) return;
     const auto map_all = [&](const auto* entries, int64_t row_stride, int64_t row_width, bool one_width) {
         const Batch<Id, std::remove_const_t<std::remove_pointer_t<decltype(entries)>>> batch{
-            ids.const_data_ptr<Id>(),
-            out.mutable_data_ptr<Id>(),
+            ids.data<Id>(),
+            out.mutable_data<Id>(),
             ids.size(1),
             entries,
             static_cast<uint32_t>(row_stride),
@@ -342,19 +344,17 @@ at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::T
             one_width,
             static_cast<uint64_t>(num_slots),
             copies == 1 ? 0 : stride};
-        const auto map_parts = [&](int64_t begin, int64_t end) {
-            for (int64_t part = begin; part < end; ++part) {
-                batch.map_part(num_tokens * part / parts, num_tokens * (part + 1) / parts, real_first, real_end,
-                               bins + part * copies * stride);
-            }
+        const auto map_part = [&](int64_t part) {
+            batch.map_part(num_tokens * part / parts, num_tokens * (part + 1) / parts, real_first, real_end,
+                           bins + part * copies * stride);
         };
         if (parts == 1) {
-            map_parts(0, 1);
+            map_part(0);
         } else {
-            at::parallel_for(0, parts, 1, map_parts);
+            in_parallel(parts, map_part);
         }
     };
-    const int64_t* const entries = table.const_data_ptr<int64_t>();
+    const int64_t* const entries = table.data<int64_t>();
     const int64_t uses = as_bytes ? kUsesOfCompactBesideBytes : kUsesOfCompact;
     const int64_t most = std::min(kLargestCompact, ids.numel() / uses) / std::max<int64_t>(table.size(0), 1);
     const int64_t common = most >= 1 ? common_width(scratch.valid, most) : 0;
@@ -366,65 +366,36 @@ at::Tensor map_typed(const at::Tensor& ids, const at::Tensor& table, const at::T
         map_all(entries, table.stride(0), width, uniform);
     }
     for (int64_t copy = 0; counting && copy < parts * copies; ++copy) {
-        if (counts.scalar_type() == at::kInt) {
-            add_bins(bins + copy * stride, num_slots, counts.mutable_data_ptr<int32_t>());
+        if (counts.is_int32()) {
+            add_bins(bins + copy * stride, num_slots, counts.mutable_data<int32_t>());
         } else {
-            add_bins(bins + copy * stride, num_slots, counts.mutable_data_ptr<int64_t>());
+            add_bins(bins + copy * stride, num_slots, counts.mutable_data<int64_t>());
         }
-    }
-    return out;
-}
-
-at::Tensor map_and_record(const at::Tensor& topk_ids, const at::Tensor& dispatch_table, const at::Tensor& replica_count,
-                          at::Tensor counts, const at::Tensor& record, const std::optional<at::Tensor>& num_unpadded) {
-    check_map_and_record(topk_ids, dispatch_table, replica_count, counts, record, num_unpadded);
-    int64_t real_first = 0;
-    int64_t real_end = topk_ids.size(0);
-    if (num_unpadded) {
-        const int64_t numbers = num_unpadded->numel();
-        if (numbers == 2) real_first = std::max<int64_t>(scalar(*num_unpadded, 0), 0);
-        real_end = std::min(scalar(*num_unpadded, numbers - 1), real_end);
-    }
-    if (!*record.const_data_ptr<bool>()) real_end = real_first;
-    const at::Tensor ids = topk_ids.contiguous();
-    return ids.scalar_type() == at::kLong
-               ? map_typed<int64_t>(ids, dispatch_table, replica_count, counts, real_first, real_end)
-               : map_typed<int32_t>(ids, dispatch_table, replica_count, counts, real_first, real_end);
-}
-
-template <typename Tokens, typename Count>
-void add_tokens(const Tokens* tokens, int64_t num_slots, bool prefix_sums, Count* counts) {
-    Tokens before = 0;
-    for (int64_t slot = 0; slot < num_slots; ++slot) {
-        counts[slot] += static_cast<Count>(tokens[slot] - before);
-        if (prefix_sums) before = tokens[slot];
-    }
-}
-
-void record_expert_tokens(const at::Tensor& expert_tokens, at::Tensor counts, const at::Tensor& record,
-                          bool prefix_sums, int64_t first_slot) {
-    check_record_expert_tokens(expert_tokens, counts, record, first_slot);
-    if (!*record.const_data_ptr<bool>()) return;
-    const int64_t n = expert_tokens.size(0);
-    const auto add = [&](const auto* tokens) {
-        if (counts.scalar_type() == at::kInt) {
-            add_tokens(tokens, n, prefix_sums, counts.mutable_data_ptr<int32_t>() + first_slot);
-        } else {
-            add_tokens(tokens, n, prefix_sums, counts.mutable_data_ptr<int64_t>() + first_slot);
-        }
-    };
-    if (expert_tokens.scalar_type() == at::kInt) {
-        add(expert_tokens.const_data_ptr<int32_t>());
-    } else {
-        add(expert_tokens.const_data_ptr<int64_t>());
     }
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(vllm_ascend_eplb, CPU, m) {
-    m.impl("map_and_record", &map_and_record);
-    m.impl("record_expert_tokens", &record_expert_tokens);
+Tensor map_and_record_cpu(const Arguments& given) {
+    int64_t real_first = 0;
+    int64_t real_end = given.topk_ids.size(0);
+    if (given.num_unpadded) {
+        const int64_t numbers = given.num_unpadded->numel();
+        if (numbers == 2) real_first = std::max<int64_t>(scalar(*given.num_unpadded, 0), 0);
+        real_end = std::min(scalar(*given.num_unpadded, numbers - 1), real_end);
+    }
+    if (!*given.record.data<bool>()) real_end = real_first;
+    Tensor out = given.topk_ids.empty_like();
+    const auto map = [&](const Tensor& ids) {
+        const auto typed = ids.is_int64() ? map_typed<int64_t> : map_typed<int32_t>;
+        typed(ids, out, given.dispatch_table, given.replica_count, given.counts, real_first, real_end);
+    };
+    if (given.topk_ids.is_contiguous()) {
+        map(given.topk_ids);
+    } else {
+        map(given.topk_ids.copy());
+    }
+    return out;
 }
 
 }  // namespace eplb

@@ -5,7 +5,6 @@
 namespace eplb {
 namespace {
 
-constexpr uint32_t kSlotThreads = 256;
 constexpr uint32_t kMaxSharedSlots = 12 * 1024 - 64;  // what fits in the 48 KiB that need no opt-in
 
 __device__ __forceinline__ int64_t load(const Ints& numbers, int64_t i) {
@@ -109,35 +108,12 @@ cudaError_t choose(const MapArguments& a, cudaStream_t stream) {
     return launch<Id, Count, true, 512, 8>(a, stream);
 }
 
-template <typename Count>
-__global__ void record_expert_tokens_kernel(Ints tokens, uint32_t num_slots, bool prefix_sums, Count* counts,
-                                            const bool* record) {
-    const uint32_t slot = blockIdx.x * kSlotThreads + threadIdx.x;
-    if (slot >= num_slots || !*record) return;
-    const int64_t before = prefix_sums && slot > 0 ? load(tokens, slot - 1) : 0;
-    add(counts + slot, static_cast<uint32_t>(load(tokens, slot) - before));
-}
-
 }  // namespace
 
 cudaError_t map_and_record(const MapArguments& a, cudaStream_t stream) {
     if (a.num_entries == 0) return cudaSuccess;
     if (a.ids.wide) return a.counts.wide ? choose<int64_t, int64_t>(a, stream) : choose<int64_t, int32_t>(a, stream);
     return a.counts.wide ? choose<int32_t, int64_t>(a, stream) : choose<int32_t, int32_t>(a, stream);
-}
-
-cudaError_t record_expert_tokens(Ints tokens, uint32_t num_slots, bool prefix_sums, Counts counts, uint32_t first_slot,
-                                 const bool* record, cudaStream_t stream) {
-    if (num_slots == 0) return cudaSuccess;
-    const uint32_t blocks = (num_slots + kSlotThreads - 1) / kSlotThreads;
-    if (counts.wide) {
-        record_expert_tokens_kernel<<<blocks, kSlotThreads, 0, stream>>>(
-            tokens, num_slots, prefix_sums, static_cast<int64_t*>(counts.data) + first_slot, record);
-    } else {
-        record_expert_tokens_kernel<<<blocks, kSlotThreads, 0, stream>>>(
-            tokens, num_slots, prefix_sums, static_cast<int32_t*>(counts.data) + first_slot, record);
-    }
-    return cudaGetLastError();
 }
 
 }  // namespace eplb

@@ -38,8 +38,4 @@ struct MapArguments {
 
 cudaError_t map_and_record(const MapArguments& arguments, cudaStream_t stream);
 
-// Adds the tokens of `num_slots` slots to counts[first_slot..].
-cudaError_t record_expert_tokens(Ints tokens, uint32_t num_slots, bool prefix_sums, Counts counts, uint32_t first_slot,
-                                 const bool* record, cudaStream_t stream);
-
 }  // namespace eplb

@@ -1,66 +1,61 @@
 // SPDX-License-Identifier: Apache-2.0
-// Registers the CUDA kernels of the load recording ops; ops.py defines the schemas and says what the ops do.
+// The host's part of the CUDA kernel of map_and_record; load/ops.py defines the schema and says what the op does.
+#include "cuda_ops.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
-
-#include "arguments.h"
 #include "cuda_kernels.h"
 
 namespace eplb {
 namespace {
 
-Ints ints(const at::Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == at::kLong}; }
+// Makes a device torch's current one.
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(const Device& device) { EPLB_TORCH_CUDA(aoti_torch_create_cuda_guard, device.index, &guard_); }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+    ~DeviceGuard() { torch_cuda_abi.aoti_torch_delete_cuda_guard(guard_); }
 
-Counts counts_of(at::Tensor& t) {
-    return {t.mutable_data_ptr(), t.scalar_type() == at::kLong, static_cast<uint32_t>(t.size(0))};
-}
+  private:
+    OpaqueGuard* guard_ = nullptr;
+};
 
-at::Tensor map_and_record_cuda(const at::Tensor& topk_ids, const at::Tensor& dispatch_table,
-                               const at::Tensor& replica_count, at::Tensor counts, const at::Tensor& record,
-                               const std::optional<at::Tensor>& num_unpadded) {
-    check_map_and_record(topk_ids, dispatch_table, replica_count, counts, record, num_unpadded);
-    const c10::cuda::CUDAGuard guard(topk_ids.device());
-    const at::Tensor ids = topk_ids.contiguous();
-    at::Tensor out = at::empty(ids.sizes(), ids.options());
+Ints ints(const Tensor& t) { return {t.data(), t.is_int64()}; }
+
+void launch(const Arguments& given, const Tensor& ids, const Tensor& out) {
     MapArguments arguments{};
     arguments.ids = ints(ids);
-    arguments.out = out.mutable_data_ptr();
+    arguments.out = out.mutable_data();
     arguments.num_entries = static_cast<uint32_t>(ids.numel());
     arguments.top_k = static_cast<uint32_t>(ids.size(1));
-    arguments.table = dispatch_table.const_data_ptr<int64_t>();
-    arguments.row_stride = static_cast<uint32_t>(dispatch_table.stride(0));
-    arguments.width = static_cast<uint32_t>(dispatch_table.size(1));
-    arguments.num_experts = static_cast<uint32_t>(dispatch_table.size(0));
-    arguments.replicas = ints(replica_count);
-    arguments.counts = counts_of(counts);
-    arguments.record = record.const_data_ptr<bool>();
-    if (num_unpadded) {
-        arguments.bounds = ints(*num_unpadded);
-        arguments.bounds_have_first = num_unpadded->numel() == 2;
+    arguments.table = given.dispatch_table.data<int64_t>();
+    arguments.row_stride = static_cast<uint32_t>(given.dispatch_table.stride(0));
+    arguments.width = static_cast<uint32_t>(given.dispatch_table.size(1));
+    arguments.num_experts = static_cast<uint32_t>(given.dispatch_table.size(0));
+    arguments.replicas = ints(given.replica_count);
+    arguments.counts = {given.counts.mutable_data(), given.counts.is_int64(),
+                        static_cast<uint32_t>(given.counts.size(0))};
+    arguments.record = given.record.data<bool>();
+    if (given.num_unpadded) {
+        arguments.bounds = ints(*given.num_unpadded);
+        arguments.bounds_have_first = given.num_unpadded->numel() == 2;
     }
-    C10_CUDA_CHECK(map_and_record(arguments, c10::cuda::getCurrentCUDAStream()));
-    return out;
-}
-
-void record_expert_tokens_cuda(const at::Tensor& expert_tokens, at::Tensor counts, const at::Tensor& record,
-                               bool prefix_sums, int64_t first_slot) {
-    check_record_expert_tokens(expert_tokens, counts, record, first_slot);
-    const c10::cuda::CUDAGuard guard(expert_tokens.device());
-    C10_CUDA_CHECK(record_expert_tokens(ints(expert_tokens), static_cast<uint32_t>(expert_tokens.size(0)), prefix_sums,
-                                        counts_of(counts), static_cast<uint32_t>(first_slot),
-                                        record.const_data_ptr<bool>(), c10::cuda::getCurrentCUDAStream()));
+    void* stream = nullptr;
+    EPLB_TORCH_CUDA(aoti_torch_get_current_cuda_stream, ids.device().index, &stream);
+    const cudaError_t error = map_and_record(arguments, static_cast<cudaStream_t>(stream));
+    if (error != cudaSuccess) fail(std::string("map_and_record: CUDA: ") + cudaGetErrorString(error));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(vllm_ascend_eplb, CUDA, m) {
-    m.impl("map_and_record", &map_and_record_cuda);
-    m.impl("record_expert_tokens", &record_expert_tokens_cuda);
+Tensor map_and_record_cuda(const Arguments& given) {
+    const DeviceGuard guard(given.topk_ids.device());
+    Tensor out = given.topk_ids.empty_like();
+    if (given.topk_ids.is_contiguous()) {
+        launch(given, given.topk_ids, out);
+    } else {
+        launch(given, given.topk_ids.copy(), out);
+    }
+    return out;
 }
 
 }  // namespace eplb

@@ -30,8 +30,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from vllm_ascend_eplb.agreement.channel import ControlError
 from vllm_ascend_eplb.agreement.exchange import StartError
 from vllm_ascend_eplb.agreement.phases import AgreementError, Phase
-from vllm_ascend_eplb.balancer import updator as updator_module
-from vllm_ascend_eplb.balancer.start import start_balancer
+from vllm_ascend_eplb.balancer import rollout as rollout_module
+from vllm_ascend_eplb.balancer import start as start_module
+from vllm_ascend_eplb.balancer.start import build_updator, start_balancer
 from vllm_ascend_eplb.balancer.updator import EplbUpdator
 from vllm_ascend_eplb.observe.prometheus import EplbGauges
 from vllm_ascend_eplb.planning import message as plan_message
@@ -105,7 +106,7 @@ class Fault:
 
     @property
     def planner(self) -> EplbProcess | None:
-        return self.updator._planner
+        return self.updator.parts.planner
 
     def forward(self) -> dict[str, Any]:
         return {}
@@ -133,8 +134,8 @@ def serve(ranks: Ranks, fault_name: str) -> Seen:
     model = RoutingModel(ranks)
     config = EplbConfig.from_additional_config({"eplb_config": {**BUSY, **kind.settings}})
     planner = EplbProcess(kind.policy, timeout=kind.planner_timeout) if ranks.rank == 0 else None
-    updator = EplbUpdator(model, config, planner)
-    updator._loader.deadline = kind.deadline
+    updator = build_updator(model, config, planner)
+    updator.parts.loader.deadline = kind.deadline
     fault = kind(ranks, updator, model)
     seen = Seen()
     seen.wrong_at = []
@@ -230,7 +231,7 @@ class KillThePlannerAgainAndAgain(Fault):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         process_module.RESTART_SECONDS = (0.0, 0.1, 0.2, 0.4)
-        updator_module.LEAST_PLAN_AGE = 20
+        start_module.LEAST_PLAN_AGE = 20
         if self.planner is not None:
             threading.Thread(target=self.kill, daemon=True).start()
 
@@ -320,11 +321,11 @@ class LateOnce(Fault):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.updator._settings = replace(self.updator._settings, least_plan_age=25)
+        self.updator.parts.settings = replace(self.updator.parts.settings, least_plan_age=25)
 
     def after(self) -> None:
         if self.cycle == 2:  # time enough for a new planner on a busy machine
-            self.updator._settings = replace(self.updator._settings, least_plan_age=200)
+            self.updator.parts.settings = replace(self.updator.parts.settings, least_plan_age=200)
 
 
 def test_a_plan_that_comes_too_late_is_dropped_and_never_taken_for_the_next() -> None:
@@ -357,11 +358,11 @@ class NoMemory(Fault):
         for point, where, name in (
             ("snapshot", model.recorder, "snapshot"),
             ("take", model.recorder, "take"),
-            ("submit", updator._planner, "submit"),
+            ("submit", updator.parts.planner, "submit"),
             ("unpack", plan_message, "rounds_from_array"),
-            ("check", updator_module, "check_rounds"),
-            ("first round", updator._loader, "prepare"),
-            ("a later round", updator._loader, "prepare"),
+            ("check", rollout_module, "check_rounds"),
+            ("first round", updator.parts.loader, "prepare"),
+            ("a later round", updator.parts.loader, "prepare"),
             ("maps", model.maps, "prepare"),
         ):
             if where is not None:
@@ -400,14 +401,14 @@ class FailToIssue(Fault):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        issue = self.updator._loader._issue_part
+        issue = self.updator.parts.loader._issue_part
 
         def perhaps() -> None:
             if self.cycle == 2 and self.ranks.rank == 1:
                 raise RuntimeError("planted while issuing")
             issue()
 
-        self.updator._loader._issue_part = perhaps  # type: ignore[method-assign]
+        self.updator.parts.loader._issue_part = perhaps  # type: ignore[method-assign]
 
 
 class NeverArrive(Fault):
@@ -418,14 +419,14 @@ class NeverArrive(Fault):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        arrive = self.updator._loader._arrive
+        arrive = self.updator.parts.loader._arrive
 
         def perhaps(flight: Any) -> None:
             if self.cycle == 2 and self.ranks.rank == 1:
                 time.sleep(3600)
             arrive(flight)
 
-        self.updator._loader._arrive = perhaps  # type: ignore[method-assign]
+        self.updator.parts.loader._arrive = perhaps  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("fault", [FailToIssue, NeverArrive])

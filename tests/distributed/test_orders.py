@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from vllm_ascend_eplb.balancer import updator as updator_module
+from vllm_ascend_eplb.balancer import start
 from vllm_ascend_eplb.balancer.orders import Order, OrderBox, write_order
-from vllm_ascend_eplb.balancer.updator import EplbUpdator
 from vllm_ascend_eplb.planning.process import EplbProcess
 from vllm_ascend_eplb.settings.config import EplbConfig
 
@@ -48,7 +47,7 @@ class Moment:
 
 
 def serve(ranks: Ranks, folder: str, steps: int) -> tuple[list[Moment], str, Any]:
-    updator_module.LISTEN_STEPS = 16
+    start.LISTEN_STEPS = 16
     model = RoutingModel(ranks)
     config = EplbConfig(
         dynamic_eplb=True,
@@ -59,7 +58,7 @@ def serve(ranks: Ranks, folder: str, steps: int) -> tuple[list[Moment], str, Any
     )
     first = ranks.rank == 0
     box = OrderBox(Path(folder, "order")) if first else None
-    updator = EplbUpdator(model, config, EplbProcess() if first else None, orders=box)
+    updator = start.build_updator(model, config, EplbProcess() if first else None, orders=box)
     moments, wrong, given, since = [], "", 0, 0
     for _ in range(steps):
         state = updator.state

@@ -63,13 +63,13 @@ def models(ranks: Ranks) -> list[RoutingModel]:
 
 def hold_back(updator: EplbUpdator, seed: int) -> None:
     """Starts each transfer of this model on this rank up to 20 ms late."""
-    run, random = updator._loader._run, Random(seed)
+    run, random = updator.parts.loader._run, Random(seed)
 
     def late(*args: Any) -> None:
         time.sleep(0.02 * random.random())
         run(*args)
 
-    updator._loader._run = late  # type: ignore[method-assign]
+    updator.parts.loader._run = late  # type: ignore[method-assign]
 
 
 def serve_two(ranks: Ranks, cycles: int, own_tags: bool = True) -> Seen:
@@ -98,7 +98,7 @@ def serve_two(ranks: Ranks, cycles: int, own_tags: bool = True) -> Seen:
     stats = [updator.stats.stats() for updator in updators]
     seen.done = tuple(each.cycles_done for each in stats)
     seen.failed = tuple(each.cycles_failed for each in stats)
-    seen.damaged = seen.damaged or any(updator._loader.poisoned for updator in updators)
+    seen.damaged = seen.damaged or any(updator.parts.loader.poisoned for updator in updators)
     seen.tokens = tuple(each.window.tokens if each.window else 0 for each in stats)
     for updator in updators:
         updator.close()

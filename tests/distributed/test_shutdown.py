@@ -25,7 +25,7 @@ import pytest
 import torch.distributed as dist
 
 from vllm_ascend_eplb.agreement.phases import Phase
-from vllm_ascend_eplb.balancer import updator as updator_module
+from vllm_ascend_eplb.balancer import start as start_module
 from vllm_ascend_eplb.balancer.start import start_balancer
 from vllm_ascend_eplb.files.run_folder import OWNED_FOLDER, STATS_VARIABLE
 from vllm_ascend_eplb.observe.stats_file import provide_stats_path
@@ -74,7 +74,7 @@ def serve(ranks: Ranks, phase_name: str, folder: str, in_order: bool) -> None:
         expert_map_record_path=str(Path(folder, "map.json")),
     )
     model = RoutingModel(ranks)
-    updator_module.EplbProcess = partial(EplbProcess, policies.plan_slowly)  # at work when it ends
+    start_module.EplbProcess = partial(EplbProcess, policies.plan_slowly)  # at work when it ends
     updator = start_balancer(model, config)
     try:
         while updator.state.cycle < CYCLE or updator.state.phase is not Phase[phase_name]:

@@ -22,7 +22,7 @@ from vllm_ascend_eplb.agreement.channel import ControlError
 from vllm_ascend_eplb.agreement.phases import AgreementError, Phase, early
 from vllm_ascend_eplb.balancer import balancedness
 from vllm_ascend_eplb.balancer.served_model import EplbAdaptor
-from vllm_ascend_eplb.balancer.updator import EplbUpdator
+from vllm_ascend_eplb.balancer.start import build_updator
 from vllm_ascend_eplb.load import ops
 from vllm_ascend_eplb.load.recorder import LoadRecorder
 from vllm_ascend_eplb.planning.process import EplbProcess
@@ -167,9 +167,9 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
     seen = Seen(first_par=0.0)
     balancedness.logger.addFilter(lambda record: seen.lines.append(record.args) or True)
     balancedness.logger.setLevel(logging.INFO)
-    updator = EplbUpdator(model, config, EplbProcess(policy) if ranks.rank == 0 else None)
+    updator = build_updator(model, config, EplbProcess(policy) if ranks.rank == 0 else None)
     if "cut_after" in options:
-        updator._settings = replace(updator._settings, cut_after=options["cut_after"])
+        updator.parts.settings = replace(updator.parts.settings, cut_after=options["cut_after"])
     if options.get("prepare_fails_on") == ranks.rank:
         prepare, left = model.maps.prepare, [1]
 
@@ -183,7 +183,7 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
     try:
         for step in range(steps):
             if options.get("part_at") == step and ranks.rank == 1:
-                updator._placement = updator.placement.with_moves([[0, EXPERTS, 3]])
+                updator.work.placement = updator.placement.with_moves([[0, EXPERTS, 3]])
             serving = not options.get("idle") or step % 3 == 0
             updator.forward_before(serving=serving)
             if updator.state.cycle > len(seen.began):

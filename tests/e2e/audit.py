@@ -37,7 +37,7 @@ def audit_steps() -> None:
         before, step = module.VllmEplbState.forward_before, module.VllmEplbState.step
 
         def sums(self: Any) -> Any:
-            return self.updator._recorder.counts.sum(dim=1)
+            return self.updator.parts.recorder.counts.sum(dim=1)
 
         def watched_before(self: Any, **names: Any) -> None:
             before(self, **names)

@@ -48,7 +48,7 @@ def _state(worker: Any) -> Any:
 
 def _counted(updator: Any) -> np.ndarray:
     """[L] pairs that the recorder has counted since the last snapshot."""
-    recorder = updator._recorder
+    recorder = updator.parts.recorder
     recorder.flush(updator.placement)
     return recorder._window.sum(dim=(0, 1, 3)).cpu().numpy().copy()
 
@@ -92,7 +92,7 @@ def install(worker: Any) -> None:
     for layer, router in enumerate(routers):
         router.set_capture_fn(lambda ids, layer=layer: captured(layer, ids))
 
-    snapshot, step = updator._recorder.snapshot, updator.forward_before
+    snapshot, step = updator.parts.recorder.snapshot, updator.forward_before
     execute, dummy = runner.execute_model, runner._dummy_run
     calls = [0]
 
@@ -143,20 +143,20 @@ def install(worker: Any) -> None:
 
     runner.execute_model, runner._dummy_run = execute_model, dummy_run
     updator.forward_before = watched_step
-    updator._recorder.snapshot = counted_snapshot
+    updator.parts.recorder.snapshot = counted_snapshot
     if current_platform.is_cpu():  # where the experts are computed in Python
         from vllm_ascend_eplb.adaptors.vllm import cpu as vllm_cpu
 
         compute = vllm_cpu.cpu_local_experts
         vllm_cpu.cpu_local_experts = watched_compute
-    if updator._planner is not None:
-        submit = updator._planner.submit
+    if updator.parts.planner is not None:
+        submit = updator.parts.planner.submit
 
         def watched_submit(request: Any) -> None:
             probe.loads.append(request.load.sum(axis=0))
             submit(request)
 
-        updator._planner.submit = watched_submit
+        updator.parts.planner.submit = watched_submit
 
 
 def _has_router(module: Any, kind: type) -> bool:
@@ -184,7 +184,7 @@ def watch_drafter(worker: Any) -> None:
         return
     updator, tokens = state.drafter.updator, [0]
     counts = np.zeros((updator.placement.num_layers, updator.placement.num_experts), dtype=np.int64)
-    prepare, snapshot, dummy = state.prepare_forward, updator._recorder.snapshot, runner._dummy_run
+    prepare, snapshot, dummy = state.prepare_forward, updator.parts.recorder.snapshot, runner._dummy_run
 
     def dummy_run(*args: Any, **kwargs: Any) -> Any:
         tokens[0] = 0
@@ -211,15 +211,15 @@ def watch_drafter(worker: Any) -> None:
     for layer, router in enumerate({id(router): router for router in routers}.values()):
         router.set_capture_fn(lambda ids, layer=layer: captured(layer, ids))
     runner._dummy_run = dummy_run
-    state.prepare_forward, updator._recorder.snapshot = watched_prepare, watched_snapshot
-    if updator._planner is not None:
-        submit = updator._planner.submit
+    state.prepare_forward, updator.parts.recorder.snapshot = watched_prepare, watched_snapshot
+    if updator.parts.planner is not None:
+        submit = updator.parts.planner.submit
 
         def watched_submit(request: Any) -> None:
             worker.eplb_loads.append(request.load.sum(axis=0).tolist())
             submit(request)
 
-        updator._planner.submit = watched_submit
+        updator.parts.planner.submit = watched_submit
 
 
 def report_of_drafter(worker: Any) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def report_of_drafter(worker: Any) -> dict[str, Any]:
     if state is not None:
         updator = state.drafter.updator
         result |= {
-            "part": updator._adaptor.part,
+            "part": updator.parts.adaptor.part,
             "digest": updator.placement.digest,
             "step": updator.state.step,
             "stats": updator.stats.stats().to_json(),
@@ -243,8 +243,8 @@ def switch_maps_without_weights(worker: Any, of_drafter: bool = False) -> None:
     updator = _state(worker).drafter.updator if of_drafter else _state(worker).updator
     start = updator.placement
     turned = type(start)(np.roll(start.physical_to_logical, 1, axis=1), start.num_experts, start.num_ranks)
-    updator._prepare_maps(turned, list(range(start.num_layers)))
-    updator._commit_maps()
+    updator.rollout.maps.stage(turned, list(range(start.num_layers)))
+    updator.rollout.maps.switch()
 
 
 def remember_weights(worker: Any) -> None:
@@ -277,7 +277,7 @@ def reload_weights(worker: Any) -> dict[str, Any]:
     )
     result.update(
         placement_after=updator.placement.digest,
-        initial=state.updator._adaptor.placement.digest,
+        initial=state.updator.parts.adaptor.placement.digest,
         most_tokens=worker.eplb_most_tokens,
         cycle=updator.state.cycle,
     )
@@ -330,7 +330,7 @@ def report(worker: Any) -> dict[str, Any]:
     if updator is None:  # a placement that stays
         return {}
     result = {
-        "part": updator._adaptor.part,
+        "part": updator.parts.adaptor.part,
         "digest": updator.placement.digest,
         "step": updator.state.step,
         "cycle": updator.state.cycle,

@@ -50,7 +50,7 @@ class Probe:
 
         before = 0
         for balancer, layers in self._parts():
-            freeze(balancer._loader, max(0, first - before))
+            freeze(balancer.parts.loader, max(0, first - before))
             before += len(layers)
         return 1
 
@@ -79,8 +79,8 @@ class Probe:
         """What the slots of this rank hold: for each expert ("layer expert") a digest of the tensors of each copy."""
         balancer: Any = self._parts()[0][0]
         placement, found = balancer.placement, {}
-        first = balancer._rank * placement.slots_per_rank
-        for layer, slots in enumerate(balancer._adaptor.expert_tensors()):
+        first = balancer.parts.rank * placement.slots_per_rank
+        for layer, slots in enumerate(balancer.parts.adaptor.expert_tensors()):
             for slot, tensors in enumerate(slots):
                 digest = hashlib.sha256()
                 for tensor in tensors:
@@ -100,8 +100,8 @@ class Probe:
         """
         (balancer, layers), right, wrong = self._parts()[0], 0, 0
         weights = load_file(path)
-        first = balancer._rank * balancer.placement.slots_per_rank
-        for layer, slots in enumerate(balancer._adaptor.expert_tensors()):
+        first = balancer.parts.rank * balancer.placement.slots_per_rank
+        for layer, slots in enumerate(balancer.parts.adaptor.expert_tensors()):
             for slot, (w13, w2) in enumerate(slots):
                 expert = balancer.placement.physical_to_logical[layer, first + slot]
                 gate, up, down = (
@@ -156,7 +156,7 @@ class Probe:
         chosen = np.zeros((balancer.placement.num_layers, balancer.placement.num_experts), dtype=np.int64)
         rows, layer_at_work = [0], [-1]
         batches: list[list[int]] = []
-        execute, snapshot = runner.execute_model, balancer._recorder.snapshot
+        execute, snapshot = runner.execute_model, balancer.parts.recorder.snapshot
 
         def watched(select: Any, number: int | None = None) -> Any:
             def watched_select(*args: Any, **kwargs: Any) -> Any:
@@ -206,15 +206,15 @@ class Probe:
             routing.select_experts = watched(routing.select_experts)
         runner.execute_model = watched_execute
         self._watch_batches(batches)
-        balancer._recorder.snapshot = watched_snapshot
-        if balancer._planner is not None:
-            submit = balancer._planner.submit
+        balancer.parts.recorder.snapshot = watched_snapshot
+        if balancer.parts.planner is not None:
+            submit = balancer.parts.planner.submit
 
             def watched_submit(request: Any) -> None:
                 kept["loads"].append(request.load.sum(axis=0).tolist())
                 submit(request)
 
-            balancer._planner.submit = watched_submit
+            balancer.parts.planner.submit = watched_submit
 
     def _watch_batches(self, batches: list[list[int]]) -> None:
         """Appends the tokens of each data-parallel engine, in every forward behind the point where its step begins."""

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Audit: does every live slot still hold the weights of its logical expert?
 
-A flipped bit in a slot, or a slot that holds another expert's weights, makes wrong answers and no noise. So each rank
-sums its slots, a few at every step between two cycles, and compares the sums with those that the experts had at
+A flipped bit in a slot, or a slot that holds another expert's weights, silently corrupts outputs. So each rank sums its
+slots, a few at every step between two cycles, and compares the sums with those that the experts had at
 start-up (checksum.py), which are the same on all ranks and for all replicas. When a pass over all slots is over, all
 ranks learn in one agreed step whether any of them found damage. Only then do the sums travel, and EP rank 0 finds for
 each damaged slot another one of its layer that holds what belongs there: a replica, or a slot that was swapped with it.
 
-``SlotAudit`` is one rank's part; ``find_damage`` and ``repair_rounds`` are EP rank 0's.
+``SlotAudit`` sums the slots of one rank; ``Auditor`` drives it, and the repair that may follow, for EplbUpdator.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ..settings.config import EplbConfig
+from ..agreement.channel import Bulk
+from ..planning.message import pack_plan
 from ..transfer.checksum import ChecksumTable, Summer, Sums, wrong_slots
-from ..transfer.loader import D2DExpertWeightLoader
 from ..transfer.transport import Streams
 from ..values.placement import Int32Array, Int64Array, Placement
-from ..values.rounds import LAYER, SLOT, Round
+from ..values.rounds import LAYER, SLOT, Round, rounds_to_array
 from .repair import Damage, find_damage, repair_rounds
+from .work import Parts, Work
+
+logger = logging.getLogger("vllm.eplb")
+
 
 STEP_SECONDS = 0.001
 """Time of the host that summing may take from one step; one slot is summed all the same."""
@@ -137,57 +140,76 @@ class SlotAudit:
         return int(np.count_nonzero(wrong_slots(self._sums, mine, table)))
 
 
-logger = logging.getLogger("vllm.eplb")
-
-
 SHOWN = 8
 """Damaged slots that a line in the log names."""
 
 
 class Auditor:
-    """One rank's audits, pass after pass.
+    """Drives the audits of this rank's slots, and their repair.
+
+    A pass over the slots goes on between cycles. When it is over everywhere, a repair may follow: a cycle that sums
+    checksums over the ranks instead of load, and moves experts to where the placement in force says they are.
 
     Args:
-        loader: knows the slots, and the checksums that their experts have.
-        config: the settings; its ``audit_interval`` is not 0.
-        title: how lines in the log begin.
+        parts, work: of the balancer; the setting ``audit_interval`` is not 0.
     """
 
-    def __init__(self, loader: D2DExpertWeightLoader, config: EplbConfig, title: str) -> None:
-        self._loader, self._config, self._title = loader, config, title
-        self._slots = SlotAudit(loader.slots, loader.streams, config.audit_interval)
-        self._table = loader.checksums
+    def __init__(self, parts: Parts, work: Work) -> None:
+        self._parts, self._work = parts, work
+        self._loader, self._config, self._title = parts.loader, parts.config, parts.title
+        self._slots = SlotAudit(parts.loader.slots, parts.loader.streams, parts.config.audit_interval)
+        self._table = parts.loader.checksums
         self._error: Exception | None = None
         self._last_damage: list[Damage] = []
+        self._summand: Int64Array | None = None  # [L, P], from when the pass is over to its end or its repair
+        self._sum: Bulk[Int64Array | None] | None = None  # during a repair
+        self._damaged = 0
 
     def step(self) -> None:
         """Sums a few slots. An exception is raised when the audit is agreed on, so that the other ranks learn of it."""
         if self._table is not self._loader.checksums:  # the weights are others since a moment ago
             self._table = self._loader.checksums
-            self.restart()
+            self._restart()
         if self._error is None:
             try:
                 self._slots.step()
             except Exception as error:
                 self._error = error
 
-    @property
-    def failed(self) -> bool:
-        """Whether summing threw an exception in this pass."""
-        return self._error is not None
-
-    def complete(self) -> bool:
-        """Whether all slots of this rank have been summed.
+    def ready(self) -> bool:
+        """Whether all slots of this rank are summed, and what it will post if any rank finds damage is there.
 
         Raises:
             Exception: what summing them threw.
         """
         if self._error is not None:
             raise self._error
-        return self._slots.complete
+        if not self._slots.complete or self._parts.control.bulk_busy:
+            return False
+        if self._summand is None:
+            self._summand = self._sums()
+        return True
 
-    def restart(self) -> None:
-        """Begins a new pass."""
+    def damaged(self) -> int:
+        """Slots of this rank that do not hold their expert; the pass is complete."""
+        table = self._loader.checksums
+        return 0 if table is None else self._slots.damaged(self._work.placement, table, self._loader.rank)
+
+    def _sums(self) -> Int64Array:
+        """[L, P], zero for the slots of other ranks: their sum over the ranks is the table of all slots."""
+        placement = self._work.placement
+        sums = np.zeros((placement.num_layers, placement.num_slots), dtype=np.int64)
+        first = self._loader.rank * placement.slots_per_rank
+        sums[:, first : first + placement.slots_per_rank] = self._slots.sums
+        return sums
+
+    def end(self) -> None:
+        """No rank found damage; the next pass begins."""
+        self._parts.stats.audited(0)
+        self._summand = None
+        self._restart()
+
+    def _restart(self) -> None:
         self._error = None
         self._slots.restart()
 
@@ -197,19 +219,50 @@ class Auditor:
         mine = owners == self._loader.rank
         self._slots.written(moves[mine, LAYER], slots[mine])
 
-    def damaged(self, placement: Placement) -> int:
-        """Slots of this rank that do not hold their expert; the pass is complete."""
-        table = self._loader.checksums
-        return 0 if table is None else self._slots.damaged(placement, table, self._loader.rank)
+    # --- the repair ---------------------------------------------------------------------------------------------------
 
-    def sums(self, placement: Placement) -> npt.NDArray[np.int64]:
-        """[L, P], zero for the slots of other ranks: their sum over the ranks is the table of all slots."""
-        sums = np.zeros((placement.num_layers, placement.num_slots), dtype=np.int64)
-        first = self._loader.rank * placement.slots_per_rank
-        sums[:, first : first + placement.slots_per_rank] = self._slots.sums
-        return sums
+    @property
+    def repairing(self) -> bool:
+        return self._sum is not None
 
-    def plan_repair(self, sums: npt.NDArray[np.int64], placement: Placement, step: int) -> tuple[int, list[Round]]:
+    def begin_repair(self) -> None:
+        """Posts the sum of all slots' checksums; all ranks at the same step."""
+        assert self._summand is not None
+        self._sum, self._summand = self._parts.control.reduce_load(self._summand), None
+
+    def summed(self) -> bool:
+        return self._sum is not None and self._sum.done()
+
+    def offer_repair(self) -> None:
+        """On EP rank 0: says which slots are damaged, and offers to send good weights into them."""
+        work = self._work
+        sums = self._sum.result() if self._sum is not None else None
+        if sums is None:
+            return
+        self._damaged, rounds = self._plan_repair(sums, work.placement, work.state.step)
+        self._parts.stats.audited(self._damaged)
+        target = work.placement.physical_to_logical
+        work.offer = pack_plan(work.state.cycle, target, rounds_to_array(rounds)) if rounds else b""
+
+    def repaired(self, slots: int) -> None:
+        """The repair is over; so many slots got good weights."""
+        self._parts.stats.mended(slots)
+        if self._parts.rank == 0 and slots:
+            logger.warning(
+                "%s audit: %d of %d damaged slots were mended by step %d",
+                self._title,
+                slots,
+                self._damaged,
+                self._work.state.step,
+            )
+
+    def forget(self) -> None:
+        """The cycle is over. After a repair, and after a pass that failed, the next pass begins."""
+        if self.repairing or self._error is not None:
+            self._restart()
+        self._summand = self._sum = None
+
+    def _plan_repair(self, sums: Int64Array, placement: Placement, step: int) -> tuple[int, list[Round]]:
         """On EP rank 0: says in the log what is damaged.
 
         Args:

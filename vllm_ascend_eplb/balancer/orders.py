@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..agreement.phases import Command
 from ..files.disk import write_private
 
 logger = logging.getLogger("vllm.eplb")
@@ -120,6 +121,42 @@ def read_order(path: str | os.PathLike[str]) -> Order | None:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the text"
         raise OrderError(f"{os.fspath(path)} holds no order: {where}: {first['msg']}") from None
+
+
+@dataclass(frozen=True)
+class OrderFacts:
+    """An order as it travels in ``Facts``: zeros where there is none."""
+
+    order: int = 0
+    order_command: int = 0
+    order_collect_steps: int = 0
+    order_execution_steps: int = 0
+
+
+class PostedOrders:
+    """Orders that EP rank 0 told the other ranks of, until they take effect; on the other ranks there are none."""
+
+    def __init__(self) -> None:
+        self._posted: dict[int, Order] = {}
+
+    def facts(self, newest: NumberedOrder | None, taken: int) -> OrderFacts:
+        """What to tell the other ranks of.
+
+        Args:
+            newest: order that came in.
+            taken: number of the last order that took effect.
+        """
+        if newest is None or newest.number <= taken:
+            return OrderFacts()
+        order = self._posted[newest.number] = newest.order
+        command = Command[order.command.upper()]
+        return OrderFacts(newest.number, command, order.collect_steps or 0, order.execution_steps or 0)
+
+    def take(self, number: int) -> Order | None:
+        """The order with this number, which has taken effect; None where it came in on another rank."""
+        order = self._posted.get(number)
+        self._posted = {posted: each for posted, each in self._posted.items() if posted > number}
+        return order
 
 
 class OrderBox:

@@ -1,12 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """EplbUpdator: drives the balancer from the two calls that an engine makes around every forward.
 
-``forward_before`` runs one step of the cycle: post what this rank knows, read what all agreed on, advance the state,
-do what it says. It waits for nothing but the agreed facts. Everything that takes time runs elsewhere: planning in the
-planner's process, checks and preparations in a thread, transfers on their own stream or threads.
+One step, on every rank, before every forward::
 
-In mode sync the same turns follow one another within one step until the cycle is over: same parts, same agreement, same
-rounds, so also the same result.
+    facts ──post──> ControlChannel ──read──> agreed facts ──advance──> state, actions ──> one collaborator per action
+    (what this      (all ranks; the         (minimum and              (equal on
+     rank knows)     result comes later)     maximum over ranks)       all ranks)
+
+A cycle, from one window of load to the next placement::
+
+    phase       collaborator   what happens                                              where
+    SNAPSHOT    Gather         the counts of the window are copied to the host           every rank
+    REDUCE      Gather         they are summed                                           EP rank 0
+    PLAN        Lead           the planner is asked, its answer is weighed               EP rank 0
+    BROADCAST   Rollout        the plan travels, is checked, first rounds are prepared   every rank
+    MOVE        Rollout        round by round: prepare, issue, commit                    every rank
+    (end)       Lead           statistics, log line, map file                            EP rank 0
+
+Between cycles, ``Auditor`` sums the live slots; a repair takes the place of REDUCE and PLAN.
+
+A step waits for nothing but the agreed facts. Everything that takes time runs elsewhere: planning in the planner's
+process, checks and preparations in a thread, transfers on their own stream or threads. In mode sync the same turns
+follow one another within one step until the cycle is over: same parts, same agreement, same rounds, so also the same
+result.
+
+Each collaborator holds its own part of the cycle, and only while that part means something. They share ``Parts``, what
+the balancer is made of, and ``Work``, what holds at this step; none of them calls another.
 """
 
 from __future__ import annotations
@@ -16,42 +35,25 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from .. import __version__
-from ..agreement.channel import Bulk, ControlChannel, ControlError, Facts, FlightRecorder
-from ..agreement.exchange import exchange_bytes, require_equal
-from ..agreement.phases import Action, AgreementError, Command, CycleSettings, CycleState, Do, Failure, Phase, early
+from ..agreement.channel import ControlError, Facts, FlightRecorder
+from ..agreement.phases import Action, AgreementError, CycleState, Do, Failure, Phase
 from ..agreement.transition import abandon, advance
-from ..files.map_recorder import MapRecorder
-from ..files.run_folder import remove_orphaned_folder
 from ..observe.keeper import StatsKeeper
-from ..observe.stats import RANK_FIGURES
-from ..observe.stats_file import StatsFile
-from ..planning.message import digest_of, most_plan_bytes, pack_plan, unpack_plan
-from ..planning.payoff import Payoff
-from ..planning.process import EplbProcess
-from ..planning.request import Dispatch, PlanAnswer, PlanRequest
-from ..planning.shares import shared_rank_load
-from ..planning.threshold import PlanJudge
-from ..routing.weighted import TableRows
-from ..settings.config import EplbConfig
-from ..transfer.loader import D2DExpertWeightLoader
-from ..transfer.slots import default_buffer_experts
-from ..values.placement import FloatArray, Placement, peak_to_average
-from ..values.rounds import LAYER, Round, check_rounds, rounds_to_array
-from ..values.traffic import BUCKETS, Traffic
+from ..planning.message import digest_of
+from ..values.placement import Placement
 from .audit import Auditor
 from .balancedness import BalancednessLog
-from .orders import NumberedOrder, OrderBox
-from .served_model import EplbAdaptor
+from .gather import Gather
+from .lead import Lead
+from .new_weights import new_weights
+from .orders import OrderFacts, PostedOrders
+from .rollout import Rollout
 from .timing import learn_times
+from .work import Parts, Work
 
 logger = logging.getLogger("vllm.eplb")  # only loggers below "vllm" are seen in a server's log
 
@@ -59,177 +61,100 @@ logger = logging.getLogger("vllm.eplb")  # only loggers below "vllm" are seen in
 Stage = Literal["prefill", "decode"]
 
 
-LEAST_PLAN_AGE = 200
-"""Steps that the planner has at least, in tests and trials with very short intervals, too."""
-
-
-LISTEN_STEPS = 64
-"""Steps between two times at which all ranks learn of orders. Each costs lag + 1 posts of facts."""
-
-
 TURN_SECONDS = 0.0005
 """Mode sync: pause before the next turn where the last one changed nothing."""
-
-
-DISPATCH_GAIN = 0.002
-"""Least gain of new dispatch shares, as a fraction of PAR. They cost one small broadcast."""
 
 
 PUBLISH_STEPS = 64
 """How often the statistics are published, besides at every change of phase."""
 
 
-@dataclass
-class _Cycle:
-    """What this rank holds of the cycle under way. Dropped as a whole when the cycle ends."""
-
-    start: Placement
-    failure: Failure = Failure.NONE
-    load: npt.NDArray[np.int64] | None = None
-    histogram: npt.NDArray[np.int64] | None = None
-    """Of this rank: steps of the window by tokens per rank, as the recorder counts them."""
-    payoff: Payoff | None = None
-    """What the plan brings; on EP rank 0."""
-    summand: npt.NDArray[np.int64] | None = None
-    """What this rank adds to the sum over the ranks; there before all agree to post it."""
-    reduction: Bulk[npt.NDArray[np.int64] | None] | None = None
-    answer: PlanAnswer | None = None
-    message: bytes = b""
-    broadcast: Bulk[bytes] | None = None
-    unpacking: Future[tuple[list[Round], list[Placement], TableRows | None]] | None = None
-    rounds: list[Round] = field(default_factory=list)
-    placements: list[Placement] = field(default_factory=list)
-    tables: TableRows | None = None
-    """Put in force, on all ranks at one step, when the cycle is complete."""
-    preparing: list[Future[None]] = field(default_factory=list)
-    window_par: float = 0.0
-    """Mean PAR of the window, as the tokens fell."""
-    new_shares: Dispatch | None = None
-    """Dispatch shares that the cycle brings, with or without moves; on EP rank 0."""
-    result: Literal["done", "skipped"] = "done"
-    reason: str = ""
-    repair: bool = False
-    """Whether this is no cycle of load, but a repair of slots that an audit found damaged."""
-    damaged: int = 0
-    still: bool = False
-    """Whether nothing moves because imbalance costs no time with this traffic."""
-    note: str = ""
-    """What the log says beside it: how the last plan turned out."""
-
-
 class EplbUpdator:
-    """The balancer of one model on one rank.
+    """The balancer of one model on one rank; ``start.start_balancer`` makes it.
 
     Args:
-        adaptor: the model.
-        config: the settings, equal on all ranks.
-        planner: EP rank 0's planner process; None elsewhere.
-        stats_file: where EP rank 0 publishes its statistics; None for nowhere.
-        orders: where EP rank 0 finds what an operator orders; None for nowhere.
-        map_recorder: where EP rank 0 records the placement in force; None for nowhere.
+        parts: what it drives.
+
+    Attributes:
+        parts, work: what the collaborators share.
+        gather, rollout, lead, auditor: the collaborators; ``lead`` on EP rank 0 only, ``auditor`` where audits are on.
     """
 
-    def __init__(
-        self,
-        adaptor: EplbAdaptor,
-        config: EplbConfig,
-        planner: EplbProcess | None = None,
-        stats_file: StatsFile | None = None,
-        orders: OrderBox | None = None,
-        map_recorder: MapRecorder | None = None,
-    ) -> None:
-        self._adaptor = adaptor
-        self._config = config
-        self._rank = adaptor.rank
-        self._title = adaptor.title
-        self._recorder = adaptor.recorder
-        synchronous = config.mode == "sync"
-        self._control = ControlChannel(
-            adaptor.control_group,
-            adaptor.rank,
-            adaptor.topology.num_ranks,
-            lag=0 if synchronous else config.control_lag,
-        )
-        placement, topology = adaptor.placement, adaptor.topology
-        if self._rank == 0 and topology.num_blocks != topology.num_nodes:
-            logger.warning(
-                "EPLB plans as if all %d ranks were on one node: its %d nodes do not share them evenly and in a row, "
-                "so copies of an expert may end up on any of them (nodes of the ranks: %s)",
-                topology.num_ranks,
-                topology.num_nodes,
-                topology.node_of_rank,
-            )
-        self._loader = D2DExpertWeightLoader(
-            adaptor.expert_tensors(),
-            adaptor.transfer_group,
-            adaptor.rank,
-            config.transfer_buffer_experts
-            or default_buffer_experts(placement.num_layers, placement.slots_per_rank, config.control_lag),
-            config.transport,
-            topology=adaptor.topology,
-            device_group=adaptor.device_group,
-            budget_bytes=int((config.transfer_budget_mb_per_step or 0) * 1e6),
-            channel=adaptor.channel,
-            own_streams=not synchronous,
-        )
-        self._control.reserve(most_plan_bytes(placement))
-        self._loader.warm_up()
-        if self._rank == 0:
-            logger.info("%s %s", self._title, self._loader.describe())
-        self._differing = self._loader.learn_checksums(placement)
-        self._settings = CycleSettings(
-            collect_steps=config.expert_heat_collection_interval,
-            execution_steps=config.algorithm_execution_interval,
-            first_collect_steps=early(config.expert_heat_collection_interval),
-            max_failures=config.max_failures,
-            buffers=self._loader.num_buffers,
-            least_plan_age=LEAST_PLAN_AGE,
-            cut_after=LEAST_PLAN_AGE,
-            listen_steps=LISTEN_STEPS,
-            audit_steps=config.audit_interval,
-            synchronous=synchronous,
-        )
-        self._auditor = Auditor(self._loader, config, self._title) if config.audit_interval else None
-        self._state = CycleState.start(self._settings)
-        self._start = self._placement = adaptor.placement
-        self._cycle = _Cycle(self._placement)
-        self._planner = planner
-        self._stats = StatsKeeper(__version__, config.policy_name, config.mode)
-        self._stats.intervals(self._state.collect_steps, self._state.execution_steps)
-        self._stats_file = stats_file
-        self._orders = orders
-        self._posted_orders: dict[int, NumberedOrder] = {}  # posted and perhaps not obeyed yet
-        self._map_recorder = map_recorder
-        self._judge = PlanJudge(config.min_gain, config.rank_speed)
-        self._told_still = False
-        self._observed: Placement | None = None  # in mode observe: what the last plan would have led to
-        self._load: npt.NDArray[np.int64] | None = None  # [L, E], on EP rank 0: of the last window
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.work = work = Work(parts.title, parts.rank, CycleState.start(parts.settings), parts.start)
+        self.gather = Gather(parts, work)
+        self.rollout = Rollout(parts, work)
+        self.lead = Lead(parts, work) if parts.rank == 0 else None
+        self.auditor = Auditor(parts, work) if parts.config.audit_interval else None
+        parts.stats.intervals(work.state.collect_steps, work.state.execution_steps)
+        self._posted_orders = PostedOrders()
+        interval = parts.config.log_balancedness_interval
         self._balancedness = (
-            BalancednessLog(adaptor.name, config.log_balancedness_interval, self._recorder, self._control)
-            if config.log_balancedness_interval
-            else None
+            BalancednessLog(parts.adaptor.name, interval, parts.recorder, parts.control) if interval else None
         )
         self._flight = FlightRecorder()
-        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eplb-prepare")
+        self._do = self._table()
+        self._is_ready = {
+            Phase.SNAPSHOT: self.gather.taken,
+            Phase.REDUCE: self._is_summed,
+            Phase.PLAN: self._is_planned,
+            Phase.BROADCAST: self.rollout.ready,
+        }
+        if self.auditor is not None:
+            self._is_ready[Phase.AUDIT] = self.auditor.ready
 
-    def calibrate(self) -> None:
-        """Learns what time layers and moves take here; all ranks together, once the model can run, before it serves."""
-        times = learn_times(self._adaptor, self._config, self._loader)
-        self._judge.learn(times.cost, times.rates, self._placement.slots_per_rank)
+    def _table(self) -> dict[Do, Callable[[Action], object]]:
+        """What every action of the agreed state means on this rank."""
+        gather, rollout, auditor = self.gather, self.rollout, self.auditor
+        table: dict[Do, Callable[[Action], object]] = {
+            Do.SNAPSHOT: self._begin_cycle,
+            Do.REDUCE: lambda _: gather.post(),
+            Do.REQUEST_PLAN: self._request_plan,
+            Do.BROADCAST: lambda _: rollout.broadcast(),
+            Do.PREPARE: lambda action: rollout.prepare(action.round),
+            Do.ISSUE: lambda action: rollout.issue(action.round),
+            Do.COMMIT: self._commit,
+            Do.FINISH: self._finish,
+            Do.DROP: self._drop,
+            Do.SWITCH_OFF: self._switch_off,
+            Do.OBEY: self._obey,
+            Do.NEW_WINDOW: self._begin_window,
+        }
+        if auditor is not None:
+            table |= {
+                Do.END_AUDIT: lambda _: auditor.end(),
+                Do.REDUCE_SUMS: lambda _: auditor.begin_repair(),
+                Do.PLAN_REPAIR: lambda _: auditor.offer_repair(),
+            }
+        return table
 
     @property
     def state(self) -> CycleState:
         """The agreed state; equal on all ranks."""
-        return self._state
+        return self.work.state
 
     @property
     def placement(self) -> Placement:
         """The placement in force on this rank."""
-        return self._placement
+        return self.work.placement
 
     @property
     def stats(self) -> StatsKeeper:
-        return self._stats
+        return self.parts.stats
+
+    @property
+    def differing(self) -> int:
+        """Experts whose copies differed from each other when the weights were loaded first."""
+        return self.parts.differing
+
+    def calibrate(self) -> None:
+        """Learns what time layers and moves take here; all ranks together, once the model can run, before it serves."""
+        times = learn_times(self.parts.adaptor, self.parts.config, self.parts.loader)
+        if self.lead is not None:
+            self.lead.learn(times)
+
+    # --- the two verbs of an engine -----------------------------------------------------------------------------------
 
     def forward_before(self, *, serving: bool = True, stage: Stage = "decode", tokens_per_rank: float = 1.0) -> None:
         """One step; called on every rank before each forward of real or dummy batches, at the same point everywhere.
@@ -243,639 +168,214 @@ class EplbUpdator:
             AgreementError, ControlError: the ranks do not agree any more, so this one must not go on serving.
         """
         began = time.perf_counter()
-        before = self._state
+        before = self.state
         if self._balancedness is not None and before.phase is not Phase.OFF:
-            self._balancedness.before_step(before.step + 1, max(0, before.due - before.step), self._placement)
+            self._balancedness.before_step(before.step + 1, max(0, before.due - before.step), self.placement)
         self._turn()
-        while self._settings.synchronous and self._state.active:
-            last = self._state
+        while self.parts.settings.synchronous and self.state.active:
+            last = self.state
             self._turn()
-            if self._state == last:
+            if self.state == last:
                 time.sleep(TURN_SECONDS)
-        record = serving and self._state.phase is not Phase.OFF
-        self._recorder.begin_step(self._placement, record=record, phase=stage, tokens_per_rank=tokens_per_rank)
-        self._stats.step = self._state.step
-        # Listening is part of collecting, for whoever watches.
-        phase = Phase.COLLECT if self._state.phase is Phase.LISTEN else self._state.phase
-        self._stats.phase = phase.name.lower()  # type: ignore[assignment]
-        self._stats.step_took(time.perf_counter() - began)
-        if self._state.epoch != before.epoch and Phase.LISTEN not in (before.phase, self._state.phase):
+        record = serving and self.state.phase is not Phase.OFF
+        self.parts.recorder.begin_step(self.placement, record=record, phase=stage, tokens_per_rank=tokens_per_rank)
+        self.stats.step = self.state.step
+        # Report LISTEN as COLLECT: the distinction is internal.
+        phase = Phase.COLLECT if self.state.phase is Phase.LISTEN else self.state.phase
+        self.stats.phase = phase.name.lower()  # type: ignore[assignment]
+        self.stats.step_took(time.perf_counter() - began)
+        if self.state.epoch != before.epoch and Phase.LISTEN not in (before.phase, self.state.phase):
+            self._publish()
+
+    def forward_end(self) -> None:
+        """After a forward. Decides nothing, because not every engine gets here."""
+        if self.state.step % PUBLISH_STEPS == 0:
             self._publish()
 
     def _turn(self) -> None:
         """Posts what this rank knows, reads what all agreed on, advances the state, does what it says."""
+        parts, before = self.parts, self.state
         posted = agreed = None
-        before = self._state
         if before.active:
             posted = self._facts()
-            self._control.post(posted)
-            waited = self._control.waiting.total
-            agreed = self._control.read()
-            self._stats.waited_for_control(self._control.waiting.total - waited)
+            parts.control.post(posted)
+            waited = parts.control.waiting.total
+            agreed = parts.control.read()
+            self.stats.waited_for_control(parts.control.waiting.total - waited)
         try:
-            self._state, actions = advance(self._state, agreed, self._settings)
+            self.work.state, actions = advance(before, agreed, parts.settings)
         except AgreementError:
             self._dump_flight("the ranks disagree")
             raise
-        if not self._settings.synchronous or self._state != before:  # turns that only wait would push out the others
-            self._flight.record(self._state.phase, posted, agreed)
-        self._loader.tick()
-        if self._state.paused and self._state.phase is Phase.LISTEN:
-            self._recorder.flush(self._placement)  # no cycle does, and what counts on the device may overflow
+        if not parts.settings.synchronous or self.state != before:  # turns that only wait would push out the others
+            self._flight.record(self.state.phase, posted, agreed)
+        parts.loader.tick()
+        if self.state.paused and self.state.phase is Phase.LISTEN:
+            parts.recorder.flush(self.placement)  # no cycle does, and what counts on the device may overflow
         for action in actions:
             self._perform(action)
-        if self._auditor is not None and self._state.phase in _BETWEEN_CYCLES:
-            self._auditor.step()
+        if self.auditor is not None and self.state.phase in _BETWEEN_CYCLES:
+            self.auditor.step()
 
-    def forward_end(self) -> None:
-        """After a forward. Decides nothing, because not every engine gets here."""
-        if self._state.step % PUBLISH_STEPS == 0:
-            self._publish()
-
-    def pause_recording(self) -> None:
-        """What is computed until the next step serves nobody (warm-up, profiling, capturing)."""
-        self._recorder.set_recording(False)
-
-    @property
-    def differing(self) -> int:
-        """Experts whose copies differed from each other when the weights were loaded first."""
-        return self._differing
-
-    @contextlib.contextmanager
-    def new_weights(self) -> Iterator[None]:
-        """Around an engine's loading of other weights; all ranks together, at the same step, between two forwards.
-
-        An engine loads weights into the slots where they were at the start. So what is under way is dropped, the
-        initial placement is in force again, and afterwards the experts' checksums are learned anew. Blocks.
-
-        Raises:
-            StartError: the ranks are not at the same step. Nothing was changed.
-            RuntimeError: afterwards, copies of an expert differ from each other.
-        """
-        num_ranks = self._adaptor.topology.num_ranks
-        require_equal(
-            self._adaptor.control_group,
-            num_ranks,
-            {
-                "the step": self._state.step,
-                "the phase": self._state.phase.name,
-                "the placement": self._placement.digest,
-            },
-        )
-        self._back_to_start()
-        sound = b"" if self._loader.poisoned else b"sound"
-        intact = all(exchange_bytes(self._adaptor.control_group, num_ranks, sound))
+    def _perform(self, action: Action) -> None:
+        perform = self._do[action.do]
+        if action.do not in _MAY_FAIL:
+            perform(action)
+            return
         try:
-            yield
-        finally:  # on a rank that failed, too: the others wait for its sums
-            differing = self._loader.learn_checksums(self._placement) if intact else self._differing
-        if differing > self._differing:
-            raise RuntimeError(
-                f"copies of {differing - self._differing} experts differ from each other after weights were loaded: "
-                "the server would answer wrongly; restart it, or leave eplb_config out"
-            )
-
-    def _back_to_start(self) -> None:
-        """Drops the cycle and switches the maps to the initial placement, whose weights are about to be loaded."""
-        while self._loader.in_flight and not self._loader.poisoned:
-            self._loader.tick()
-            time.sleep(0.001)
-        while self._control.bulk_busy:
-            time.sleep(0.001)
-        self._state = abandon(self._state, self._settings)
-        self._forget_cycle()
-        self._recorder.flush(self._placement)
-        layers = list(range(self._start.num_layers))
-        self._background.submit(self._prepare_maps, self._start, layers).result()
-        self._commit_maps()
-        self._placement = self._start
-        self._cycle = _Cycle(self._placement)
-        self._judge.forget()
-        self._stats.placement_digest = self._start.digest
-        logger.info(
-            "%s: weights are loaded anew, from step %d on the placement is the initial one",
-            self._title,
-            self._state.step,
-        )
-        self._record_map()
-
-    def close(self) -> None:
-        """Ends the planner and the threads. Serving may go on; nothing is balanced any more."""
-        if self._planner is not None:
-            self._planner.close()
-        if self._orders is not None:
-            self._orders.close()
-        self._background.shutdown(wait=False, cancel_futures=True)
-        self._loader.close()
-        if self._stats_file is not None:
-            self._stats_file.close()
-            remove_orphaned_folder(self._stats_file.path)  # the planner, which would do it later, has just ended
-        if self._map_recorder is not None:
-            if self._state.active:  # some rounds of a cycle may be in force that it has not ended
-                self._record_map()
-            self._map_recorder.close()
+            perform(action)
+        except ControlError:
+            raise
+        except Exception as error:
+            self.work.fail(_MAY_FAIL[action.do], error)
 
     # --- what this rank knows -----------------------------------------------------------------------------------------
 
     def _facts(self) -> Facts:
-        state, cycle = self._state, self._cycle
+        state, work, loader = self.state, self.work, self.parts.loader
         ready = rounds_ready = 0
-        if cycle.failure is Failure.NONE:
+        if work.failure is Failure.NONE:
             try:
-                ready = int(self._ready())
-                rounds_ready = self._rounds_ready()
+                if state.phase in self._is_ready:
+                    ready = int(self._is_ready[state.phase]())
+                rounds_ready = self.rollout.rounds_ready()
             except Exception as error:
-                self._fail(_FAILS_AS.get(state.phase, Failure.PREPARE), error)
-        has_plan = state.phase is Phase.PLAN and cycle.answer is not None
+                work.fail(_FAILS_AS.get(state.phase, Failure.PREPARE), error)
+        offer = work.offer if state.phase is Phase.PLAN else None
+        order = OrderFacts()
+        if self.parts.orders is not None and state.phase is Phase.LISTEN:
+            order = self._posted_orders.facts(self.parts.orders.newest, state.order)
         audited = ready and state.phase is Phase.AUDIT
-        given = self._orders.newest if self._orders is not None and state.phase is Phase.LISTEN else None
-        if given is not None and given.number > state.order:
-            self._posted_orders[given.number] = given
-        else:
-            given = None
         return Facts(
             step=state.step,
             epoch=state.epoch,
-            placement=self._placement.digest,
+            placement=self.placement.digest,
             ready=ready,
-            failure=cycle.failure,
-            poisoned=int(self._loader.poisoned),
-            plan_number=state.cycle if has_plan else 0,
-            plan_length=len(cycle.message) if has_plan else 0,
-            plan_digest=digest_of(cycle.message) if has_plan and cycle.message else 0,
-            rounds=len(cycle.rounds),
+            failure=work.failure,
+            poisoned=int(loader.poisoned),
+            plan_number=state.cycle if offer is not None else 0,
+            plan_length=len(offer or b""),
+            plan_digest=digest_of(offer) if offer else 0,
+            rounds=self.rollout.num_rounds,
             rounds_ready=rounds_ready,
-            rounds_done=self._loader.rounds_done,
-            rounds_intact=self._loader.rounds_intact,
-            order=given.number if given else 0,
-            order_command=Command[given.order.command.upper()] if given else 0,
-            order_collect_steps=(given.order.collect_steps or 0) if given else 0,
-            order_execution_steps=(given.order.execution_steps or 0) if given else 0,
-            damaged=self._auditor.damaged(self._placement) if self._auditor is not None and audited else 0,
+            rounds_done=loader.rounds_done,
+            rounds_intact=loader.rounds_intact,
+            damaged=self.auditor.damaged() if self.auditor is not None and audited else 0,
+            **asdict(order),
         )
 
-    def _ready(self) -> bool:
-        cycle, phase = self._cycle, self._state.phase
-        if phase is Phase.SNAPSHOT:
-            # Taken before all agree to post the sum: a rank that threw then would leave the others' without its part.
-            if cycle.load is None and self._recorder.snapshot_ready() and not self._control.bulk_busy:
-                cycle.load = self._recorder.take()
-                cycle.histogram = self._recorder.histogram()
-                parts = cycle.load, cycle.histogram, self._figures()
-                cycle.summand = np.concatenate([part.ravel() for part in parts])
-            return cycle.summand is not None
-        if phase is Phase.REDUCE:
-            return cycle.reduction is not None and cycle.reduction.done()
-        if phase is Phase.AUDIT:
-            if self._auditor is None or not self._auditor.complete() or self._control.bulk_busy:
-                return False
-            if cycle.summand is None:
-                cycle.summand = self._auditor.sums(self._placement)
-            return True
-        if phase is Phase.PLAN:
-            self._look_for_answer()
-        if phase is Phase.BROADCAST:
-            if cycle.unpacking is None and cycle.broadcast is not None and cycle.broadcast.done():
-                message = cycle.broadcast.result()
-                cycle.unpacking = self._background.submit(self._unpack, message, self._placement)
-            if cycle.unpacking is not None and cycle.unpacking.done():
-                cycle.rounds, cycle.placements, cycle.tables = cycle.unpacking.result()
-                return not cycle.rounds or self._first_rounds_ready()
+    def _is_summed(self) -> bool:
+        return self.auditor.summed() if self.state.repair and self.auditor is not None else self.gather.summed()
+
+    def _is_planned(self) -> bool:
+        """Never: that the plan is there says ``plan_number``, which EP rank 0 alone posts."""
+        if self.lead is not None:
+            self.lead.look_for_answer()
         return False
-
-    def _first_rounds_ready(self) -> bool:
-        """Prepares a round for each buffer as soon as the plan is checked; tells whether the first may be issued."""
-        cycle = self._cycle
-        if not cycle.preparing:
-            try:
-                for number in range(min(len(cycle.rounds), self._settings.buffers)):
-                    self._prepare(number)
-            except Exception as error:
-                self._fail(Failure.PREPARE, error)
-        return self._rounds_ready() > 0 and all(future.done() for future in cycle.preparing)
-
-    def _rounds_ready(self) -> int:
-        """Rounds prepared, as far as they may be issued now."""
-        for number, future in enumerate(self._cycle.preparing):
-            if not future.done():
-                return number
-            if (error := future.exception()) is not None:
-                self._fail(Failure.PREPARE, error)
-                return number
-            if number >= self._state.issued and not self._loader.ready(number):
-                return number
-        return len(self._cycle.preparing)
-
-    def _fail(self, failure: Failure, error: BaseException) -> None:
-        if self._cycle.failure is not Failure.NONE:
-            return
-        self._cycle.failure = failure
-        self._cycle.reason = f"{failure.text}: {type(error).__name__}: {error}"
-        logger.warning("%s rank %d: %s", self._title, self._rank, self._cycle.reason)
 
     # --- what the state says is to be done ----------------------------------------------------------------------------
 
-    def _perform(self, action: Action) -> None:
-        perform = getattr(self, f"_do_{action.do.name.lower()}")
-        if action.do in _MAY_FAIL:
-            try:
-                perform(action)
-            except ControlError:
-                raise
-            except Exception as error:
-                self._fail(_MAY_FAIL[action.do], error)
-        else:
-            perform(action)
+    def _begin_cycle(self, _: Action) -> None:
+        self.work.begin()
+        self.gather.begin()
 
-    def _do_obey(self, _: Action) -> None:
-        state = self._state
-        given = self._posted_orders.get(state.order)
-        self._posted_orders = {number: each for number, each in self._posted_orders.items() if number > state.order}
-        self._stats.obeyed(
-            given.order.id if given else "",
-            state.step,
-            paused=state.paused,
-            collect_steps=state.collect_steps,
-            execution_steps=state.execution_steps,
-        )
-        if given is not None:
-            logger.info(
-                "%s order %r takes effect on all ranks at step %d", self._title, given.order.command, state.step
-            )
+    def _begin_window(self, _: Action) -> None:
+        recorder = self.parts.recorder
+        recorder.begin_window(self.placement, -(-self.state.collect_steps // recorder.num_entries))
+
+    def _request_plan(self, _: Action) -> None:
+        gathered = self.gather.result()
+        if self.lead is not None and gathered is not None:
+            self.lead.request(gathered)
+
+    def _commit(self, action: Action) -> None:
+        committed = self.rollout.commit(action.round)
+        if self.auditor is not None:
+            self.auditor.committed(committed.moves)
+
+    def _finish(self, _: Action) -> None:
+        num_rounds, moved = self.rollout.num_rounds, self.rollout.moved
+        if self.auditor is not None and self.auditor.repairing:
+            self.auditor.repaired(moved)
+        else:
+            if self.state.committed == num_rounds:
+                self.rollout.finish()
+            if self.lead is not None:
+                self.lead.finished(num_rounds, moved)
+        self._forget()
+
+    def _drop(self, action: Action) -> None:
+        if self.lead is not None:
+            self.lead.dropped(action.failure, self.rollout.moved)
+        self._forget()
+
+    def _switch_off(self, action: Action) -> None:
+        reason = self.work.reason or action.failure.text
+        self.stats.switched_off(reason)
+        if self.lead is not None:
+            self.lead.switched_off(action.failure, self.rollout.moved)
+        self._dump_flight(reason)
+        self._forget()
+
+    def _forget(self) -> None:
+        """The cycle is over: nothing is in flight, and what was prepared is dropped."""
+        self.rollout.forget()
+        self.gather.forget()
+        for part in (self.auditor, self.lead):
+            if part is not None:
+                part.forget()
+        self.work.begin()
+
+    def _obey(self, _: Action) -> None:
+        state, order = self.state, self._posted_orders.take(self.state.order)
+        intervals = {"collect_steps": state.collect_steps, "execution_steps": state.execution_steps}
+        self.stats.obeyed(order.id if order is not None else "", state.step, paused=state.paused, **intervals)
+        if order is not None:
+            title = self.parts.title
+            logger.info("%s order %r takes effect on all ranks at step %d", title, order.command, state.step)
         self._publish()
 
-    def _do_new_window(self, _: Action) -> None:
-        self._recorder.begin_window(self._placement, -(-self._state.collect_steps // self._recorder.num_entries))
+    # --- beside the steps ---------------------------------------------------------------------------------------------
 
-    def _do_snapshot(self, _: Action) -> None:
-        self._cycle = _Cycle(self._placement)
-        self._recorder.discard_snapshot()  # that of a cycle which was dropped before it was taken
-        self._recorder.snapshot(self._placement)
+    def pause_recording(self) -> None:
+        """What is computed until the next step serves nobody (warm-up, profiling, capturing)."""
+        self.parts.recorder.set_recording(False)
 
-    def _do_reduce(self, _: Action) -> None:
-        """The load is summed on EP rank 0; behind it each rank writes its own figures into its own row."""
-        assert self._cycle.summand is not None
-        self._cycle.reduction = self._control.reduce_load(self._cycle.summand)
+    def new_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Around an engine's loading of other weights; see :func:`~vllm_ascend_eplb.balancer.new_weights.new_weights`,
+        which says what it raises."""
+        return new_weights(self.parts, self.work, self._back_to_start)
 
-    def _figures(self) -> npt.NDArray[np.int64]:
-        figures = np.zeros((self._adaptor.topology.num_ranks, len(RANK_FIGURES)), dtype=np.int64)
-        figures[self._rank] = self._stats.figures()
-        return figures
-
-    def _do_request_plan(self, _: Action) -> None:
-        reduction, mine = self._cycle.reduction, self._cycle.load
-        total = reduction.result() if reduction is not None else None
-        if self._planner is None or total is None or mine is None:
-            return
-        load, histogram, figures = np.split(total, [mine.size, mine.size + 2 * BUCKETS])
-        load = load.reshape(mine.shape)
-        traffic = Traffic.of_histogram(histogram.reshape(2, BUCKETS))
-        self._window_ended(load.sum(axis=0), figures.reshape(-1, len(RANK_FIGURES)), traffic)
-        config, tables = self._config, self._adaptor.dispatch
-        self._planner.submit(
-            PlanRequest(
-                number=self._state.cycle,
-                load=load,
-                physical_to_logical=self._placement.physical_to_logical,
-                num_experts=self._placement.num_experts,
-                node_of_rank=self._adaptor.topology.node_of_rank,
-                num_groups=self._adaptor.num_groups,
-                buffer_experts=self._loader.buffer_experts,
-                policy="restore" if self._restoring else config.policy_name,
-                limits=self._limits() if not self._restoring else self._way_back(),
-                dispatch_entries=tables.entries if tables is not None else 0,
-            )
+    def _back_to_start(self) -> None:
+        """Drops the cycle and switches the maps to the initial placement, whose weights are about to be loaded."""
+        self.work.state = abandon(self.state, self.parts.settings)
+        self._forget()
+        self.rollout.back_to(self.parts.start)
+        logger.info(
+            "%s: weights are loaded anew, from step %d on the placement is the initial one",
+            self.parts.title,
+            self.state.step,
         )
+        if self.lead is not None:
+            self.lead.went_back()
 
-    @property
-    def _restoring(self) -> bool:
-        return self._state.wanted is Command.RESTORE
-
-    @property
-    def _always_moves(self) -> bool:
-        return self._restoring or self._config.policy_name == "random"
-
-    def _way_back(self) -> dict[str, object]:
-        return {"target": self._start.physical_to_logical}
-
-    def _do_end_audit(self, _: Action) -> None:
-        self._cycle = _Cycle(self._placement)
-        self._stats.audited(0)
-        if self._auditor is not None:
-            self._auditor.restart()
-
-    def _do_reduce_sums(self, _: Action) -> None:
-        sums = self._cycle.summand
-        assert sums is not None
-        self._cycle = _Cycle(self._placement, repair=True)
-        self._cycle.reduction = self._control.reduce_load(sums)
-
-    def _do_plan_repair(self, _: Action) -> None:
-        """On EP rank 0: says which slots are damaged, and plans to send good weights into them."""
-        cycle = self._cycle
-        sums = cycle.reduction.result() if cycle.reduction is not None else None
-        if self._planner is None or sums is None or self._auditor is None:
-            return
-        cycle.damaged, rounds = self._auditor.plan_repair(sums, self._placement, self._state.step)
-        self._stats.audited(cycle.damaged)
-        if rounds:
-            target = self._placement.physical_to_logical
-            cycle.message = pack_plan(self._state.cycle, target, rounds_to_array(rounds))
-        cycle.answer = PlanAnswer(self._state.cycle)
-
-    def _end_repair(self) -> None:
-        mended = self._moved_so_far()
-        self._stats.mended(mended)
-        if self._rank == 0 and mended:
-            logger.warning(
-                "%s audit: %d of %d damaged slots were mended by step %d",
-                self._title,
-                mended,
-                self._cycle.damaged,
-                self._state.step,
-            )
-        self._forget_cycle()
-
-    def _window_ended(self, load: npt.NDArray[np.int64], figures: npt.NDArray[np.int64], traffic: Traffic) -> None:
-        """Takes stock of the window [L, E], of what the last plan promised for it, of the ranks' figures [R, n], and of
-        the steps by tokens per rank."""
-        self._load = load
-        observed, self._observed = self._observed, None
-        rank_load = self._rank_load(load)
-        par = float(peak_to_average(rank_load).mean())
-        self._cycle.window_par = par
-        self._stats.ranks_told(figures, rank_load, self._adaptor.topology.node_of_rank)
-        self._stats.window_ended(
-            rank_load,
-            self._over_speed(self._start.rank_load(load)),
-            self._over_speed(observed.rank_load(load)) if observed is not None else None,
-        )
-        if observed is not None:
-            would = float(observed.par(load, self._config.rank_speed).mean())
-            self._cycle.note = f"; the last plan would have brought PAR {would:.3f} instead of {par:.3f}"
-        self._cycle.note = self._judge.window_ended(load, self._placement, traffic) or self._cycle.note
-        self._judge.steps = self._state.collect_steps
-        if self._judge.cost.in_milliseconds and self._cycle.histogram is not None:
-            start = peak_to_average(self._over_speed(self._start.rank_load(load)))
-            now = peak_to_average(rank_load)
-            steps = int(self._cycle.histogram[0].sum())
-            self._stats.time_spent(self._judge.moe_ms(now), self._judge.moe_ms(start), steps)
-
-    def _rank_load(self, load: npt.NDArray[np.int64]) -> FloatArray:
-        """[L, R] tokens per rank under the placement and the dispatch shares in force, over its speed."""
-        tables, placement = self._adaptor.dispatch, self._placement
-        if tables is None:
-            return self._over_speed(placement.rank_load(load))
-        return shared_rank_load(load, placement, tables.shares, placement.num_ranks)
-
-    def _over_speed(self, rank_load: FloatArray) -> FloatArray:
-        """[L, R] tokens per rank as a rank of average speed would have to have them to take as long."""
-        if self._config.rank_speed is None:
-            return rank_load
-        speed = np.array(self._config.rank_speed)
-        return np.asarray(rank_load * (speed.mean() / speed))
-
-    def _look_for_answer(self) -> None:
-        """On EP rank 0: takes the planner's answer, weighs it and packs it."""
-        if self._planner is None or self._cycle.answer is not None:
-            return
-        answer = self._planner.answer(self._state.cycle)
-        if answer is None:
-            return
-        if answer.plan is None or answer.rounds is None:
-            failure = Failure.PLANNER_DIED if answer.died else Failure.PLANNER_FAILED
-            self._fail(failure, RuntimeError(answer.error))
-            return
-        plan, now, after = answer.plan, answer.dispatch_now, answer.dispatch_after
-        par_before, par_after = plan.par_before, plan.par_after
-        if now is not None and after is not None:  # moves must gain beyond what new shares alone would
-            par_before, par_after = now.par, after.par
-        self._stats.planned(par_after, plan.seconds, plan.num_moves)
-        self._cycle.answer = answer
-        before, gained = float(par_before.mean()), float(par_after.mean())
-        received = self._loader.received_bytes(plan.moves)
-        self._cycle.payoff = payoff = self._judge.weigh(par_before, par_after, received)
-        if self._judge.cost.in_milliseconds:
-            self._stats.weighed(payoff.saved_fraction, payoff.cost_ms)
-        if self._config.mode == "observe":
-            self._observed = Placement(plan.physical_to_logical, self._placement.num_experts, self._placement.num_ranks)
-            would = f"{plan.num_moves} moves would bring PAR from {before:.3f} to {gained:.3f}"
-            self._skip(" and ".join(filter(None, (f"observing only: {would}", self._judge.describe(payoff)))))
-            return
-        if not plan.num_moves:
-            why = self._why_still(par_before)
-            self._cycle.still = bool(why)
-            self._skip(f"nothing to move at PAR {before:.3f}{why}")
-        elif not self._always_moves and (too_little := self._judge.refuses(par_before, par_after, received)):
-            self._skip(too_little)
-        else:
-            self._cycle.new_shares = after
-            self._cycle.message = pack_plan(self._state.cycle, plan.physical_to_logical, answer.rounds, after)
-            return
-        if now is not None and self._cycle.window_par - before > DISPATCH_GAIN * self._cycle.window_par:
-            self._stats.planned(now.par, plan.seconds)  # of which nothing moves
-            self._cycle.new_shares = now
-            nothing = answer.rounds[:0]
-            self._cycle.message = pack_plan(self._state.cycle, self._placement.physical_to_logical, nothing, now)
-
-    def _limits(self) -> dict[str, object]:
-        """The settings that the policy takes."""
-        limits = _limits(self._config, self._state.cycle)
-        if "target_par" in limits:
-            limits["target_par"] = self._judge.target_par(self._config.target_par)
-        return limits
-
-    def _why_still(self, par: FloatArray) -> str:
-        """Says that imbalance costs nothing with this traffic, where it is so; empty elsewhere."""
-        within = self._judge.target_par(self._config.target_par)
-        if within <= self._config.target_par or par.max() <= self._config.target_par:
-            return ""
-        tokens = self._judge.traffic.mean_tokens
-        return f": at {tokens:.3g} tokens per rank and step PAR up to {within:.2f} costs no time that can be measured"
-
-    def _skip(self, reason: str) -> None:
-        self._cycle.result, self._cycle.reason = "skipped", reason
-
-    def _do_broadcast(self, _: Action) -> None:
-        message = self._cycle.message if self._rank == 0 else None
-        self._cycle.broadcast = self._control.broadcast(message, self._state.plan_length)
-
-    def _unpack(self, message: bytes, start: Placement) -> tuple[list[Round], list[Placement], TableRows | None]:
-        """In the background: the rounds of the plan, checked against the placement in force, what they lead to, and the
-        dispatch tables for the last of it."""
-        if digest_of(message) != self._state.plan_digest:
-            raise ValueError("the plan's hash differs from the agreed one")
-        rounds, target, counts = unpack_plan(message, self._state.cycle, start)
-        check_rounds(start, rounds, self._loader.buffer_experts, target, repair=self._cycle.repair)
-        tables = self._adaptor.dispatch
-        rows = tables.rows_of(target, counts) if tables is not None and counts is not None else None
-        placements = []
-        for each in rounds:
-            start = start.with_moves(each.moves)
-            placements.append(start)
-        return rounds, placements, rows
-
-    def _do_prepare(self, action: Action) -> None:
-        cycle, number = self._cycle, action.round
-        if number < len(cycle.preparing):  # it is sent again
-            del cycle.preparing[number:]
-            self._background.submit(self._forget_prepared_maps)
-        self._prepare(number)
-
-    def _prepare(self, number: int) -> None:
-        cycle = self._cycle
-        each, after = cycle.rounds[number], cycle.placements[number]
-        self._loader.prepare(each)
-        layers = np.unique(each.moves[:, LAYER]).tolist()
-        cycle.preparing.append(self._background.submit(self._prepare_maps, after, layers))
-
-    def _prepare_maps(self, placement: Placement, layers: list[int]) -> None:
-        """In the background: what the routers read of ``layers`` under ``placement``."""
-        self._adaptor.prepare_maps(placement, layers)
-        if self._adaptor.dispatch is not None:
-            self._adaptor.dispatch.prepare(placement, layers)
-
-    def _commit_maps(self) -> None:
-        self._adaptor.commit_maps()
-        if self._adaptor.dispatch is not None:
-            self._adaptor.dispatch.commit()
-
-    def _forget_prepared_maps(self) -> None:
-        self._adaptor.forget_prepared_maps()
-        if self._adaptor.dispatch is not None:
-            self._adaptor.dispatch.forget_prepared()
-
-    def _do_issue(self, action: Action) -> None:
-        began = time.perf_counter()
-        self._loader.issue(action.round)
-        self._stats.waited_for_transfer(time.perf_counter() - began)
-
-    def _do_commit(self, action: Action) -> None:
-        # A throw in here is not caught: a half-switched placement must not answer.
-        began = time.perf_counter()
-        after = self._cycle.placements[action.round]
-        self._recorder.flush(self._placement)
-        self._loader.commit(action.round)
-        self._commit_maps()
-        if self._auditor is not None:
-            self._auditor.committed(self._cycle.rounds[action.round].moves)
-        self._placement = after
-        self._stats.committed(time.perf_counter() - began)
-        self._stats.placement_digest = after.digest
-
-    def _do_finish(self, _: Action) -> None:
-        cycle = self._cycle
-        if cycle.repair:
-            self._end_repair()
-            return
-        whole = self._state.committed == len(cycle.rounds)  # or else the rest gave way to a newer plan
-        tables = self._adaptor.dispatch
-        if tables is not None and cycle.tables is not None and whole:  # they belong to the plan's last placement
-            tables.put(cycle.tables)
-        if self._rank == 0:
-            if cycle.new_shares is not None and cycle.answer is not None and cycle.answer.dispatch_now and whole:
-                self._stats.dispatch_changed(cycle.answer.dispatch_now.par)
-                if not cycle.rounds:
-                    shared = cycle.new_shares.par.mean()
-                    cycle.note = f"; new dispatch shares bring PAR {cycle.window_par:.3f} -> {shared:.3f}{cycle.note}"
-            if not whole:
-                cycle.reason = f"cut off after {self._state.committed} of {len(cycle.rounds)} rounds for a newer plan"
-            self._stats.cycle_ended(cycle.result, moved=self._moved_so_far(), reason=cycle.reason)
-            self._tell_of_cycle(whole)
-        self._record_map()
-        self._forget_cycle()
-
-    def _tell_of_cycle(self, whole: bool) -> None:
-        cycle, state = self._cycle, self._state
-        plan = cycle.answer.plan if cycle.answer is not None else None
-        if cycle.result == "skipped":
-            text = f"{cycle.reason}{cycle.note}"
-            # Traffic that leaves nothing to gain stays for hours: it is told once, not in every cycle.
-            level = logging.DEBUG if cycle.still and self._told_still else logging.INFO
-            logger.log(level, "%s cycle %d at step %d: %s", self._title, state.cycle, state.step, text)
-        elif plan is not None:
-            saves = self._judge.describe(cycle.payoff) if cycle.payoff is not None else ""
-            if whole and plan.policy != "restore" and cycle.payoff is not None:
-                self._judge.carried_out(cycle.start, cycle.payoff.saved_fraction)
-            else:
-                self._judge.forget()
-            logger.info(
-                "%s cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
-                "%d steps after its load was taken; planned in %.1f ms%s%s%s",
-                self._title,
-                state.cycle,
-                plan.par_before.mean(),
-                plan.par_after.mean(),
-                plan.par_before.max(),
-                plan.par_after.max(),
-                self._moved_so_far(),
-                state.committed,
-                state.step - state.snapshot_at,
-                1e3 * plan.seconds,
-                "" if whole else f"; {cycle.reason}",
-                f"; {saves}" if saves else "",
-                cycle.note,
-            )
-        self._told_still = cycle.still
-
-    def _do_drop(self, action: Action) -> None:
-        reason = self._cycle.reason or action.failure.text
-        if self._rank == 0:
-            self._stats.cycle_ended("failed", moved=self._moved_so_far(), reason=reason, failure=action.failure.kind)
-            logger.warning(
-                "%s cycle %d dropped on all ranks (%s), %d in a row; serving goes on, next try in %d steps",
-                self._title,
-                self._state.cycle,
-                reason,
-                self._state.failures,
-                self._state.due - self._state.step,
-            )
-        self._record_map()
-        self._forget_cycle()
-
-    def _do_switch_off(self, action: Action) -> None:
-        reason = self._cycle.reason or action.failure.text
-        self._stats.switched_off(reason)
-        if self._rank == 0:
-            self._stats.cycle_ended("failed", moved=self._moved_so_far(), reason=reason, failure=action.failure.kind)
-            logger.error("%s is off from step %d on, serving goes on: %s", self._title, self._state.step, reason)
-        self._dump_flight(reason)
-        self._record_map()
-        self._forget_cycle()
-        if self._planner is not None:
-            self._planner.close(wait=0)
-
-    def _moved_so_far(self) -> int:
-        return sum(len(each.moves) for each in self._cycle.rounds[: self._state.committed])
-
-    def _forget_cycle(self) -> None:
-        """Nothing is in flight; what was prepared is dropped."""
-        for future in self._cycle.preparing:
-            future.cancel()
-        self._background.submit(self._forget_prepared_maps)
-        self._loader.forget()
-        if self._auditor is not None and (self._cycle.repair or self._auditor.failed):
-            self._auditor.restart()
-        self._cycle = _Cycle(self._placement)
-
-    def _record_map(self) -> None:
-        """Leaves the placement in force to be written; it is what it is, however the cycle ended."""
-        if self._map_recorder is not None:
-            load, self._load = self._load, None
-            self._map_recorder.record(self._placement, load)
+    def close(self) -> None:
+        """Ends the planner and the threads. Serving may go on; nothing is balanced any more."""
+        if self.lead is not None:
+            self.lead.close()
+        self.rollout.close()
+        self.parts.loader.close()
 
     def _publish(self) -> None:
-        if self._planner is not None:
-            self._stats.planner_starts = self._planner.starts
-        if self._stats_file is not None and self._rank == 0:
-            self._stats_file.publish(self._stats.stats())
+        if self.lead is not None:
+            self.lead.publish()
 
     def _dump_flight(self, reason: str) -> None:
         try:
             folder = tempfile.mkdtemp(prefix="vllm-eplb-flight-")
-            path = os.path.join(folder, f"rank{self._rank}.json")
-            self._flight.dump(path, rank=self._rank, reason=reason, settings=str(self._settings))
-            logger.warning("%s rank %d: the last steps are in %s", self._title, self._rank, path)
+            path = os.path.join(folder, f"rank{self.parts.rank}.json")
+            self._flight.dump(path, rank=self.parts.rank, reason=reason, settings=str(self.parts.settings))
+            logger.warning("%s rank %d: the last steps are in %s", self.parts.title, self.parts.rank, path)
         except OSError:
             pass  # a full disk must not hide the reason itself
 
@@ -902,17 +402,3 @@ _MAY_FAIL: dict[Do, Failure] = {
     Do.PLAN_REPAIR: Failure.AUDIT,
 }
 """Actions that nothing depends on yet: an exception drops the cycle."""
-
-
-def _limits(config: EplbConfig, cycle: int) -> dict[str, object]:
-    """The settings that the policy takes."""
-    if config.policy_name == "random":
-        return {"seed": cycle}
-    if config.policy_name != "incremental":
-        return {}
-    return {
-        "target_par": config.target_par,
-        "effort": config.planner_effort,
-        "max_moves": config.max_moves_per_cycle,
-        "rank_speed": config.rank_speed,
-    }

@@ -73,7 +73,14 @@ def doctor(
     else:
         with out.status("importing torch and vLLM"):
             answer = probe(not quick)
-    findings = [*_package(), *_devices(answer), *_engine(answer, quick), *_plugins(), *_check(settings, experts, ranks)]
+    findings = [
+        *_package(),
+        *_devices(answer),
+        *_kernels(answer),
+        *_engine(answer, quick),
+        *_plugins(),
+        *_check(settings, experts, ranks),
+    ]
     export = export_line(_installed_plugins(), os.environ.get("VLLM_PLUGINS"))
     verdict = _verdict(findings, quick)
     works = not any(finding.status == "wrong" for finding in findings)
@@ -165,21 +172,25 @@ def _settings(text: str | None) -> EplbConfig | None:
 
 
 def _package() -> list[Finding]:
-    findings = []
     try:
         from .. import _planner  # noqa: F401
-
-        findings.append(Finding("planner (C++)", "ok", "built"))
     except ImportError as error:
-        findings.append(Finding("planner (C++)", "wrong", f"cannot be loaded ({error}); build it: pip install ."))
-    folder = Path(__file__).resolve().parent.parent
-    libraries = sorted(path.name for path in folder.glob("*.so") if "_planner" not in path.name)
-    if libraries:
-        findings.append(Finding("recording ops", "ok", ", ".join(libraries)))
-    else:
-        findings.append(
-            Finding("recording ops", "note", "not built; load is recorded by ATen operators, which is slower")
-        )
+        return [Finding("planner (C++)", "wrong", f"cannot be loaded ({error}); build it: pip install .")]
+    return [Finding("planner (C++)", "ok", "built")]
+
+
+def _kernels(answer: dict[str, Any]) -> list[Finding]:
+    if "kernels_error" in answer:
+        return [Finding("recording op", "wrong", f"cannot be imported: {answer['kernels_error']}")]
+    findings = []
+    for device, kernel in answer.get("kernels", {}).items():
+        if kernel != "aten":
+            findings.append(Finding("recording op", "ok", f"the C++ kernel for {device} is in use"))
+        else:
+            why = answer["no_kernel"].get(device, "it has no kernel")
+            findings.append(
+                Finding("recording op", "note", f"ATen operators on {device}, which are slower, are in use: {why}")
+            )
     return findings
 
 

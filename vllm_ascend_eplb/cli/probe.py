@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import sys
 from typing import Any
 
@@ -30,6 +31,19 @@ def devices() -> dict[str, Any]:
     except Exception as error:
         found["npu_error"] = _line(error)
     return found
+
+
+def kernels() -> dict[str, Any]:
+    """Which kernel the recording op has on each device, and why it has none of its own on one."""
+    logging.getLogger("vllm.eplb").setLevel(logging.ERROR)  # its warning is told as a finding
+    try:
+        import torch
+
+        from ..load import ops
+    except Exception as error:
+        return {"kernels_error": _line(error)}
+    devices = ["cpu", *(["cuda"] if torch.version.cuda is not None else [])]
+    return {"kernels": {device: ops.kernel_for(device) for device in devices}, "no_kernel": dict(ops.why_not)}
 
 
 def seams() -> dict[str, Any]:
@@ -87,5 +101,5 @@ def _line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    answer = {**devices(), **(seams() if "--vllm" in sys.argv else {})}
+    answer = {**devices(), **kernels(), **(seams() if "--vllm" in sys.argv else {})}
     print("\n" + MARK + json.dumps(answer), flush=True)

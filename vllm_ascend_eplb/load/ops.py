@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops inside every MoE layer's forward: choose a replica for every routed token, and count it.
+"""The op inside every MoE layer's forward: choose a replica for every routed token, and count it.
 
-=======================  ==============================================================================================
-``map_and_record``       before dispatch: logical ids [N, K] to physical ids through a layer's dispatch table, counting
-                         physical ids in the same pass
-``record_expert_tokens`` after dispatch: adds the counts (or prefix sums) of a rank's own slots that dispatch reports
-=======================  ==============================================================================================
+``map_and_record`` turns logical ids [N, K] into physical ids through a layer's dispatch table, before dispatch, and
+counts the physical ids in the same pass. It is a torch custom op, ``torch.ops.vllm_ascend_eplb.map_and_record``: opaque
+to torch.compile (no graph break), safe under graph capture (no synchronisation; every number that changes between
+replays is read from a tensor on the device).
 
-Both are torch custom ops, ``torch.ops.vllm_ascend_eplb.*``: opaque to torch.compile (no graph break), safe under graph
-capture (no synchronisation; every number that changes between replays is read from a tensor on the device).
-
-**Kernels.** ``_ops.so``, built from ``csrc/ops``, holds a CPU kernel and, where nvcc was present, a CUDA kernel. Every
-other device, and a machine without that library, runs the same ops as a sequence of ATen operators, defined here.
-:func:`kernel_for` says which one a device gets.
+**Kernels.** ``_ops.so``, built from ``csrc/ops``, holds a CPU kernel and, where nvcc was present, a CUDA kernel. It is
+built without torch and finds torch's stable C interface when it is loaded, so one build serves torch 2.10 and later.
+Every other device, and a torch that the library does not fit, runs the same op as a sequence of ATen operators, defined
+here. :func:`kernel_for` says which one a device gets, :data:`why_not` why a kernel is not in use.
 
 **Which replica.** Row ``e`` of a dispatch table holds ``V = replica_count[e]`` valid entries (slots). Token ``n`` takes
 entry ``floor(V * u)``, where ``u = frac(n / phi + e * (sqrt(2) - 1))`` in 16-bit fixed point; ``n`` is the token's row
@@ -25,8 +22,8 @@ the shares hold best for few tokens if equal entries of a row stand side by side
 
 from __future__ import annotations
 
+import ctypes
 import logging
-import mmap
 from pathlib import Path
 
 import torch
@@ -59,17 +56,7 @@ _definitions.define(  # type: ignore[no-untyped-call]
 )
 
 
-_definitions.define(  # type: ignore[no-untyped-call]
-    "record_expert_tokens(Tensor expert_tokens, Tensor(a!) counts, Tensor record, bool prefix_sums=False, "
-    "int first_slot=0) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
 _map_and_record = torch.ops.vllm_ascend_eplb.map_and_record.default
-
-
-_record_expert_tokens = torch.ops.vllm_ascend_eplb.record_expert_tokens.default
 
 
 def map_and_record(
@@ -105,32 +92,6 @@ def map_and_record(
     """
     out: torch.Tensor = _map_and_record(topk_ids, dispatch_table, replica_count, counts, record, num_unpadded)
     return out
-
-
-def record_expert_tokens(
-    expert_tokens: torch.Tensor,
-    counts: torch.Tensor,
-    record: torch.Tensor,
-    prefix_sums: bool = False,
-    first_slot: int = 0,
-) -> None:
-    """Where ``record`` holds, adds the tokens that a rank's slots received to ``counts``.
-
-    Such counts come after dispatch and contain padding tokens, if the engine dispatches those.
-
-    Args:
-        expert_tokens: int32 or int64 [S], tokens of each local slot, or, with ``prefix_sums``, tokens of all slots up
-            to and including it. (Ascend's grouped matmul calls the two forms group_list_type 1 and 0.)
-        counts: int32 or int64 [P] or [S], **changed in place**.
-        record: bool [1], the switch.
-        prefix_sums: which form ``expert_tokens`` has.
-        first_slot: the element of ``counts`` that belongs to the rank's first slot.
-
-    Raises:
-        RuntimeError: a tensor has another dtype, shape or device than described, or the slots are outside of
-            ``counts``.
-    """
-    _record_expert_tokens(expert_tokens, counts, record, prefix_sums, first_slot)
 
 
 def entries_of(tokens: torch.Tensor, experts: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -174,21 +135,6 @@ def _map_and_record_aten(
     return torch.where(known, slots, ids).to(topk_ids.dtype)
 
 
-def _record_expert_tokens_aten(
-    expert_tokens: torch.Tensor,
-    counts: torch.Tensor,
-    record: torch.Tensor,
-    prefix_sums: bool = False,
-    first_slot: int = 0,
-) -> None:
-    _check_record_expert_tokens(expert_tokens, counts, record, first_slot)
-    local = counts.narrow(0, first_slot, expert_tokens.shape[0])
-    tokens = expert_tokens.to(counts.dtype) * record
-    local.add_(tokens)
-    if prefix_sums:
-        local[1:].sub_(tokens[:-1])
-
-
 def _map_and_record_fake(
     topk_ids: torch.Tensor,
     dispatch_table: torch.Tensor,
@@ -198,16 +144,6 @@ def _map_and_record_fake(
     num_unpadded: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return topk_ids.new_empty(topk_ids.shape)
-
-
-def _record_expert_tokens_fake(
-    expert_tokens: torch.Tensor,
-    counts: torch.Tensor,
-    record: torch.Tensor,
-    prefix_sums: bool = False,
-    first_slot: int = 0,
-) -> None:
-    return None
 
 
 _INTS = (torch.int32, torch.int64)
@@ -250,21 +186,6 @@ def _check_map_and_record(
         )
 
 
-def _check_record_expert_tokens(
-    expert_tokens: torch.Tensor, counts: torch.Tensor, record: torch.Tensor, first_slot: int
-) -> None:
-    if expert_tokens.dtype not in _INTS or expert_tokens.dim() != 1:
-        raise RuntimeError(
-            f"expert_tokens has dtype {expert_tokens.dtype} and shape {list(expert_tokens.shape)}; "
-            f"it is a contiguous int32 or int64 vector with one element per local slot"
-        )
-    _check_counts(counts)
-    _check_record(record)
-    last = first_slot + expert_tokens.shape[0] - 1
-    if first_slot < 0 or last >= counts.shape[0]:
-        raise RuntimeError(f"slots {first_slot}..{last} are outside of counts, which has {counts.shape[0]} slots")
-
-
 def _check_counts(counts: torch.Tensor) -> None:
     if counts.dtype not in _INTS or counts.dim() != 1:
         raise RuntimeError(
@@ -283,32 +204,28 @@ def _check_record(record: torch.Tensor) -> None:
 _definitions.impl("map_and_record", _map_and_record_aten, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-_definitions.impl("record_expert_tokens", _record_expert_tokens_aten, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-
-
 torch.library.register_fake("vllm_ascend_eplb::map_and_record", _map_and_record_fake, lib=_definitions)
 
 
-torch.library.register_fake("vllm_ascend_eplb::record_expert_tokens", _record_expert_tokens_fake, lib=_definitions)
-
-
-def _load_library(path: Path) -> str | None:
-    """Loads the kernels; returns why not, or None."""
+def _register(path: Path, devices: tuple[str, ...]) -> dict[str, str]:
+    """Puts the kernels of the library into the op; says by device why it has none."""
     if not path.exists():
-        return f"{path} is missing (install the package from source in an environment that has torch to build it)"
-    mark = f"eplb-ops-built-for-torch:{torch.__version__};".encode()
+        return dict.fromkeys(devices, f"{path} is missing; reinstall the package")
+    failed = {}
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
-            if contents.find(mark) < 0:
-                return f"{path} was built for another torch than {torch.__version__}; reinstall the package"
-        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, RuntimeError) as error:
-        return f"{path} does not load: {error.__cause__ or error}"
-    return None
+        library = ctypes.CDLL(str(path))
+        for device in devices:
+            register = library[f"eplb_register_{device}"]
+            register.restype = ctypes.c_char_p
+            if why := register().decode():
+                failed[device] = f"{why} ({path.name} beside torch {torch.__version__})"
+    except (OSError, AttributeError) as error:
+        return dict.fromkeys(devices, f"{path} does not load: {error}; reinstall the package")
+    return failed
 
 
 def kernel_for(device: torch.device | str) -> str:
-    """Which kernel the ops run on a device: ``"cpu"`` or ``"cuda"`` from the library, or ``"aten"``."""
+    """Which kernel the op runs on a device: ``"cpu"`` or ``"cuda"`` from the library, or ``"aten"``."""
     kind = torch.device(device).type
     key = kind.upper()
     if key in ("CPU", "CUDA") and torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -318,10 +235,13 @@ def kernel_for(device: torch.device | str) -> str:
     return "aten"
 
 
-_why_not = _load_library(_LIBRARY)
+why_not = _register(_LIBRARY, ("cpu", "cuda") if torch.version.cuda is not None else ("cpu",))
+"""For ``"cpu"`` and, with a torch for CUDA, ``"cuda"``: why the op has no kernel of its own there, if it has none."""
 
 
-if _why_not is not None:
-    logger.warning("EPLB records expert load by ATen operators, which is slower: %s", _why_not)
-elif torch.version.cuda is not None and kernel_for("cuda") == "aten":
-    logger.warning("EPLB was built without nvcc: on CUDA it records expert load by ATen operators, which is slower")
+for _reason in dict.fromkeys(why_not.values()):
+    logger.warning(
+        "EPLB records expert load by ATen operators on %s, which is slower: %s",
+        " and ".join(device for device in why_not if why_not[device] == _reason),
+        _reason,
+    )

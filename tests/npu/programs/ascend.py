@@ -333,13 +333,13 @@ def balance(
     if ours:
         updator.begin()
         if fault == "slow" and RANK == 0:
-            updator.balancer._planner.close()
-            updator.balancer._planner = EplbProcess(slow.plan)
+            updator.balancer.parts.planner.close()
+            updator.balancer.parts.planner = EplbProcess(slow.plan)
     if fault == "kill" and RANK == 0:
         if ours:
-            while updator.balancer._planner.pid is None:
+            while updator.balancer.parts.planner.pid is None:
                 time.sleep(0.05)
-            os.kill(updator.balancer._planner.pid, 9)
+            os.kill(updator.balancer.parts.planner.pid, 9)
         else:
             child.kill()
 

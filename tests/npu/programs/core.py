@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tests.distributed.model import Driver, Slots, Trouble, expert_tensors, random_placement
 from tests.distributed.ranks import Ranks
 from vllm_ascend_eplb.balancer.served_model import EplbAdaptor
-from vllm_ascend_eplb.balancer.updator import EplbUpdator
+from vllm_ascend_eplb.balancer.start import build_updator
 from vllm_ascend_eplb.load import ops
 from vllm_ascend_eplb.load.recorder import LoadRecorder
 from vllm_ascend_eplb.planning.process import EplbProcess
@@ -236,15 +236,15 @@ def updator(device: str, capture: bool, count: int, freeze_weights: bool) -> dic
             }
         }
     )
-    balancer = EplbUpdator(ToyAdaptor(model, ranks), config, EplbProcess() if RANK == 0 else None)
+    balancer = build_updator(ToyAdaptor(model, ranks), config, EplbProcess() if RANK == 0 else None)
     if freeze_weights:
-        commit, kept = balancer._loader.commit, model.weights.clone()
+        commit, kept = balancer.parts.loader.commit, model.weights.clone()
 
         def commit_nothing(number: int) -> None:
             commit(number)
             model.weights.copy_(kept)
 
-        balancer._loader.commit = commit_nothing
+        balancer.parts.loader.commit = commit_nothing
     draw = np.random.default_rng(2)
     wrong, seen = 0, {balancer.placement.digest}
     step = 0

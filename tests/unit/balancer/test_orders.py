@@ -136,7 +136,7 @@ def test_the_command_waits_for_the_effect(tmp_path: Path) -> None:
     finally:
         server.closing.set()
         server.join()
-    assert "waits" in control("cycle", "--stats-file", path, "--timeout", 0.1, status=1)
+    assert "is pending" in control("cycle", "--stats-file", path, "--timeout", 0.1, status=1)
 
 
 def test_every_balancer_of_a_server_gets_the_order(tmp_path: Path) -> None:
@@ -185,4 +185,4 @@ def test_the_command_finds_the_server(tmp_path: Path, monkeypatch: pytest.Monkey
     off = tmp_path / "off.json"
     assert "does not exist" in control("pause", "--stats-file", off, status=2)
     StatsFile(off).write(EplbStats(phase="off", off_reason="planted"))
-    assert "off for good there (planted)" in control("pause", "--stats-file", off, status=2)
+    assert "off for good in this server (planted)" in control("pause", "--stats-file", off, status=2)

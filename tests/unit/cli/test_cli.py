@@ -335,6 +335,17 @@ def test_doctor_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["vLLM"]["status"] == "note"
 
 
+def test_doctor_names_the_kernels_in_use() -> None:
+    import vllm_ascend_eplb.cli.doctor as module
+
+    answer = {"kernels": {"cpu": "cpu", "cuda": "aten"}, "no_kernel": {"cuda": "the package was built without nvcc"}}
+    cpu, cuda = module._kernels(answer)
+    assert (cpu.status, cuda.status) == ("ok", "note")
+    assert "C++ kernel for cpu is in use" in cpu.text
+    assert cuda.text.endswith("the package was built without nvcc")
+    assert module._kernels({"kernels_error": "ImportError: no"})[0].status == "wrong"
+
+
 def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm_ascend_eplb.cli.doctor as module
 

@@ -13,12 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vllm_ascend_eplb
 from vllm_ascend_eplb.load import ops
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 )
 DEVICES = ["cpu", CUDA]
+LIBRARY = Path(vllm_ascend_eplb.__file__).with_name("_ops.so")
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="_ops.so is not built")
 
 
 def map_and_record_oracle(ids, table, replicas, counts, record, bounds):
@@ -208,28 +211,6 @@ def test_threads_record_into_their_own_counts():
         assert torch.equal(batch[3], counts * 20)
 
 
-@pytest.mark.parametrize("path", ["op", "aten"])
-@pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=80, deadline=None)
-@given(
-    tokens=st.lists(st.integers(0, 1000), min_size=1, max_size=20),
-    prefix_sums=st.booleans(),
-    first_slot=st.integers(0, 5),
-    room=st.integers(0, 5),
-    record=st.booleans(),
-    dtypes=st.tuples(st.sampled_from([torch.int32, torch.int64]), st.sampled_from([torch.int32, torch.int64])),
-)
-def test_record_expert_tokens_equals_the_oracle(path, device, tokens, prefix_sums, first_slot, room, record, dtypes):
-    counts = torch.arange(first_slot + len(tokens) + room, dtype=dtypes[0], device=device)
-    expected = counts.cpu().numpy().copy()
-    if record:
-        expected[first_slot : first_slot + len(tokens)] += np.array(tokens, dtype=expected.dtype)
-    reported = torch.tensor(np.cumsum(tokens) if prefix_sums else tokens, dtype=dtypes[1], device=device)
-    op = {"op": ops.record_expert_tokens, "aten": ops._record_expert_tokens_aten}[path]
-    op(reported, counts, torch.tensor([record], device=device), prefix_sums, first_slot)
-    np.testing.assert_array_equal(counts.cpu().numpy(), expected)
-
-
 def misses(choose, shares, stride, entries=64, tokens=32, expert=7):
     """For many runs of tokens: tokens that the replica furthest from its share gets too many or too few."""
     row = np.repeat(np.arange(len(shares)), np.round(np.array(shares) * entries).astype(int))
@@ -309,27 +290,17 @@ def test_errors_name_the_argument(path, name, case):
         run_path(path, *arguments.values())
 
 
-@pytest.mark.parametrize("op", [ops.record_expert_tokens, ops._record_expert_tokens_aten])
-def test_slots_outside_of_counts(op):
-    arguments = torch.ones(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
-    with pytest.raises(RuntimeError, match=r"slots 2\.\.4 are outside of counts, which has 4 slots"):
-        op(*arguments, False, 2)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device):
     batch = model_batch(5, device)
     bounds = torch.tensor([3], device=device)
     torch.library.opcheck(torch.ops.vllm_ascend_eplb.map_and_record.default, batch)
     torch.library.opcheck(torch.ops.vllm_ascend_eplb.map_and_record.default, (*batch, bounds))
-    tokens = torch.arange(8, device=device)
-    torch.library.opcheck(torch.ops.vllm_ascend_eplb.record_expert_tokens.default, (tokens, *batch[3:], True, 4))
 
 
 def layer(ids, table, replicas, counts, record, bounds):
     """Record twice around other work, as two layers would, so that an order or a mutation can get lost."""
     first = ops.map_and_record(ids + 0, table, replicas, counts[0], record, bounds)
-    ops.record_expert_tokens(first[0], counts[1], record, False, 3)
     second = ops.map_and_record((ids + 1) % table.shape[0], table, replicas, counts[1], record, bounds)
     return first * 2, second
 
@@ -406,42 +377,98 @@ def test_never_waits_for_the_device(path):
     torch.cuda.set_sync_debug_mode("error")
     try:
         run_path(path, *batch, bounds)
-        ops.record_expert_tokens(batch[3][:8].clone(), batch[3], batch[4], True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_missing_library_is_replaced_by_aten_with_one_line(tmp_path):
+def run_python(folder, program):
+    return subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
+
+
+RECORD = (
+    "import torch; from vllm_ascend_eplb.load import ops; c = torch.zeros(3, dtype=torch.int64);"
+    "t = torch.ones(1, dtype=torch.bool);"
+    "out = ops.map_and_record(torch.tensor([[1, 0]]), torch.tensor([[2], [1]]), torch.tensor([1, 1]), c, t);"
+    "print(ops.kernel_for('cpu'), out.tolist(), c.tolist())"
+)
+
+
+@pytest.mark.parametrize("library", ["none", "garbage", "of something else"])
+def test_without_a_library_aten_serves_with_one_line(tmp_path, library):
     package = tmp_path / "vllm_ascend_eplb"
-    package.mkdir()
+    (package / "load").mkdir(parents=True)
     (package / "__init__.py").touch()
-    shutil.copy(ops.__file__, package / "ops.py")
-    program = (
-        "import torch; from vllm_ascend_eplb import ops; c = torch.zeros(3, dtype=torch.int64);"
-        "t = torch.ones(1, dtype=torch.bool);"
-        "out = ops.map_and_record(torch.tensor([[1, 0]]), torch.tensor([[2], [1]]), torch.tensor([1, 1]), c, t);"
-        "print(ops.kernel_for('cpu'), out.tolist(), c.tolist())"
-    )
-    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    (package / "load" / "__init__.py").touch()
+    shutil.copy(ops.__file__, package / "load" / "ops.py")
+    if library == "garbage":
+        (package / "_ops.so").write_bytes(b"\x7fELF and so on")
+    elif library == "of something else":
+        compile_library(package / "_ops.so", "int something_else(void) { return 1; }")
+    run = run_python(tmp_path, RECORD)
     assert run.stdout == "aten [[1, 2]] [0, 1, 1]\n"
     assert [line for line in run.stderr.splitlines() if "ATen" in line] == run.stderr.splitlines()
     assert len(run.stderr.splitlines()) == 1
 
 
-def test_a_library_for_another_torch_is_not_loaded(tmp_path):
-    path = tmp_path / "_ops.so"
-    path.write_bytes(b"\x7fELF eplb-ops-built-for-torch:1.0.0; and so on")
-    assert "was built for another torch" in ops._load_library(path)
-    mark = f"eplb-ops-built-for-torch:{torch.__version__};"
-    path.write_bytes(b"\x7fELF " + mark.encode())
-    assert "does not load" in ops._load_library(path)
-    path.write_bytes(b"")
-    assert "does not load" in ops._load_library(path)
+def compile_library(path, program):
+    """A shared library whose name, as the loader knows it, is its file's."""
+    source = path.with_suffix(".c")
+    source.write_text(program)
+    name = f"-Wl,-soname,{path.name}"
+    subprocess.run(["cc", "-shared", "-fPIC", name, "-o", str(path), str(source)], check=True)
 
 
+@pytest.mark.parametrize(
+    ("major", "minor", "expected"),
+    [
+        (2, 9, "torch is 2.9; supported are 2.10 and later 2.x"),
+        (3, 0, "torch is 3.0; supported are 2.10 and later 2.x"),
+        (2, 99, "torch has no aoti_torch_dtype_int32"),
+        (None, None, "libtorch_cpu.so is not loaded"),
+    ],
+)
+@needs_library
+def test_another_torch_is_refused_with_a_reason(tmp_path, major, minor, expected):
+    """A stand-in for torch's library that tells a version, but has none of the functions."""
+    load = ""
+    if major is not None:
+        program = f"unsigned long aoti_torch_abi_version(void) {{ return {major}ul << 56 | {minor}ul << 48; }}"
+        compile_library(tmp_path / "libtorch_cpu.so", program)
+        load = f"ctypes.CDLL({str(tmp_path / 'libtorch_cpu.so')!r});"
+    program = (
+        f"import ctypes; {load} f = ctypes.CDLL({str(LIBRARY)!r}).eplb_register_cpu; f.restype = ctypes.c_char_p;"
+        "print(f().decode())"
+    )
+    assert run_python(tmp_path, program).stdout == expected + "\n"
+
+
+@needs_library
+def test_the_library_needs_nothing_of_torch():
+    """So that it loads beside every torch: the loader finds all that it names without one."""
+    run_python("/", f"import ctypes; ctypes.CDLL({str(LIBRARY)!r}).eplb_register_cpu")
+    assert b"libtorch_cpu.so" in LIBRARY.read_bytes()  # looked up by name instead
+
+
+@needs_library
 def test_the_built_kernel_is_in_use():
-    if not Path(ops.__file__).with_name("_ops.so").exists():
-        pytest.skip("the package was built without torch: there is no _ops.so")
-    assert ops._why_not is None
+    assert not ops.why_not
     assert ops.kernel_for("cpu") == "cpu"
     assert ops.kernel_for("meta") == "aten"
+
+
+@needs_library
+def test_kernels_leave_no_tensor_behind():
+    """Handles and optionals that a kernel takes off torch's stack are its own to free, on errors as well."""
+    batch = model_batch(37, "cpu")
+    bounds = torch.tensor([3])
+    uses = [tensor._use_count() for tensor in (*batch, bounds)]
+    for _ in range(3):
+        out = ops.map_and_record(batch[0][:, ::2], *batch[1:], bounds)
+        with pytest.raises(RuntimeError, match="counts has dtype"):
+            ops.map_and_record(*batch[:3], batch[3].float(), batch[4], bounds)
+    assert [tensor._use_count() for tensor in (*batch, bounds)] == uses
+    assert out._use_count() == 1
+    kept, factor = torch.ones(2), torch.ones(2, requires_grad=True)
+    product = kept * factor  # the figure would have shown a handle kept: here is one
+    assert kept._use_count() > 1
+    del product

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "arguments.h"
+
+namespace eplb {
+
+Tensor map_and_record_cpu(const Arguments& given);
+
+}  // namespace eplb

@@ -1,0 +1,106 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# Builds the package's C++ for aarch64, runs it under emulation, and compares: the planner's plans with those made here, the
+# recording op with its oracle, beside the torch that vllm-ascend uses. Everything is in build/aarch64.
+#
+# Needs Debian's packages g++-aarch64-linux-gnu and qemu-user, and installs them where it may. Where they are not to be
+# had it says so and ends well; AARCH64_REQUIRED=1 makes that an error.
+set -eu
+
+cd "$(dirname "$0")/.."
+name=aarch64
+venv=.venv
+torch_version=2.10.0
+numpy_version=2.3.5
+. scripts/setup_common.sh
+
+skip() {
+    [ -z "${AARCH64_REQUIRED:-}" ] || fail "$1"
+    say "skipped: $1"
+    exit 0
+}
+
+have() { command -v "$1" >/dev/null; }
+[ "$(uname -s)" = Linux ] || skip "this is not Linux"
+have apt-get || skip "there is no apt-get to get an aarch64 Python with"
+if ! { have aarch64-linux-gnu-g++ && have qemu-aarch64; }; then
+    [ "$(id -u)" = 0 ] || skip "install the packages g++-aarch64-linux-gnu and qemu-user"
+    say "installing g++-aarch64-linux-gnu and qemu-user"
+    { apt-get -qq update && apt-get -qq install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user; } \
+        >/dev/null 2>&1 </dev/null || skip "apt-get cannot install g++-aarch64-linux-gnu and qemu-user"
+fi
+
+here=$PWD/build/aarch64
+mkdir -p "$here"
+python=$PWD/$venv/bin/python
+configure_uv
+
+# The foreign Python: Debian's packages, unpacked; no root is needed for that.
+key=$(cat scripts/aarch64.sh | cksum)
+if [ "$(cat "$here/.environment.stamp" 2>/dev/null || true)" != "$key" ]; then
+    say "unpacking a Python for aarch64, and installing torch $torch_version for it"
+    rm -rf "$here"
+    mkdir -p "$here/apt/lists/partial" "$here/apt/archives/partial" "$here/root" "$here/site"
+    sources=$(grep -rhs 'Suites: *bookworm ' -B 2 -A 3 /etc/apt/sources.list.d/ | sed -n 's/^URIs: *//p' | head -n 1)
+    cat >"$here/apt/sources.list" <<LIST
+deb [arch=arm64] ${sources:-http://deb.debian.org/debian} bookworm main
+LIST
+    cat >"$here/apt/apt.conf" <<CONF
+Dir::State "$here/apt";
+Dir::Cache "$here/apt";
+Dir::State::status "/dev/null";
+Dir::Etc::SourceList "$here/apt/sources.list";
+Dir::Etc::SourceParts "-";
+APT::Architecture "arm64";
+APT::Architectures { "arm64"; };
+APT::Sandbox::User "root";
+CONF
+    (
+        cd "$here/apt/archives"
+        export APT_CONFIG="$here/apt/apt.conf"
+        apt-get -qq update &&
+            apt-get -qq download libc6 libgcc-s1 libstdc++6 libgomp1 zlib1g libexpat1 libffi8 libbz2-1.0 liblzma5 \
+                libssl3 libsqlite3-0 libuuid1 libcrypt1 libpython3.11-minimal python3.11-minimal \
+                libpython3.11-stdlib libpython3.11-dev
+    ) >/dev/null 2>&1 || skip "Debian's packages of Python 3.11 for arm64 are not to be had"
+    for package in "$here"/apt/archives/*.deb; do dpkg -x "$package" "$here/root"; done
+    "$venv/bin/uv" pip install --quiet --python-platform aarch64-manylinux_2_28 --python-version 3.11 \
+        --no-compile-bytecode --target "$here/site" "torch==$torch_version" "numpy==$numpy_version" \
+        $(grep -E '^(pytest|hypothesis)' scripts/requirements-dev.txt) ||
+        skip "torch $torch_version for aarch64 is not to be had"
+    echo "$key" >"$here/.environment.stamp"
+fi
+
+say "building"
+package=$here/package
+rm -rf "$package"
+mkdir -p "$package"
+cp -r vllm_ascend_eplb tests pyproject.toml "$package/"
+find "$package" -name '*.so' -delete
+cmake -S . -B "$here/build" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_CXX_FLAGS="-Werror -I$here/root/usr/include" \
+    -DEPLB_BUILD_CUDA=OFF -DEPLB_OUTPUT_DIR="$package/vllm_ascend_eplb" \
+    -DPython_EXECUTABLE="$python" -DPython_INCLUDE_DIR="$here/root/usr/include/python3.11" \
+    -DPYTHON_MODULE_EXTENSION=.cpython-311-aarch64-linux-gnu.so -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
+    >/dev/null
+cmake --build "$here/build" --parallel 2 >/dev/null
+
+emulated() {
+    (
+        cd "$package"
+        PYTHONHOME="$here/root/usr" PYTHONPATH="$package:$here/site" PYTHONDONTWRITEBYTECODE=1 \
+            qemu-aarch64 -L "$here/root" "$here/root/usr/bin/python3.11" "$@"
+    )
+}
+
+say "plans: here and on aarch64"
+PYTHONPATH=$PWD "$python" -m tests.aarch64.plans write "$here/cases.npz"
+PYTHONPATH=$PWD "$python" -m tests.aarch64.plans hash "$here/cases.npz" >"$here/plans_here"
+emulated -m tests.aarch64.plans hash "$here/cases.npz" >"$here/plans_aarch64"
+diff "$here/plans_here" "$here/plans_aarch64" || fail "plans differ"
+[ "$(cut -d' ' -f1 "$here/plans_here" | sort -u | wc -l)" -gt 20 ] || fail "the hashes hardly differ from case to case"
+say "$(wc -l <"$here/plans_here") plans are bit-identical"
+
+say "the recording op beside torch $torch_version"
+emulated -m pytest -q -p no:cacheprovider tests/unit/load/test_ops.py \
+    -k "oracle or of_every_size or errors_name or leave_no or views_of or any_number"

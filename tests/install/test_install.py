@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The installed package: what it holds, that it uses its C++ parts, that an engine balances with it, that it goes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from vllm_ascend_eplb import __version__
+
+from ..e2e.conftest import BUSY, prompts
+from ..e2e.offline import environment
+from .conftest import ROOT, Installation
+
+PACKAGE = "vllm_ascend_eplb"
+BUILT = {f"{PACKAGE}/_ops.so", f"{PACKAGE}/_planner{sysconfig.get_config_var('EXT_SUFFIX')}"}
+METADATA = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
+INSTALLERS = {"INSTALLER", "REQUESTED", "direct_url.json"}
+NOT_PYTHON = {
+    f"{PACKAGE}/_planner.pyi",
+    f"{PACKAGE}/py.typed",
+    f"{PACKAGE}/report/page.css",
+}
+
+
+def files_below(folder: Path) -> set[str]:
+    """Relative paths of the files, without what was compiled."""
+    paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {path for path in paths if "__pycache__" not in path and not path.endswith(".so")}
+
+
+def test_sources_hold_what_a_build_needs_and_no_more(sdist: Path) -> None:
+    wanted = {f"{PACKAGE}/{path}" for path in files_below(ROOT / PACKAGE)}
+    wanted |= {f"csrc/{path}" for path in files_below(ROOT / "csrc")}
+    wanted |= {"CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
+    made = {"PKG-INFO", "setup.cfg"}
+    held = {path for path in files_below(sdist) if ".egg-info/" not in path and not path.startswith("build/")}
+    assert held == wanted | made
+
+
+def test_the_installed_files_are_those_of_the_list(installation: Installation) -> None:
+    python = {f"{PACKAGE}/{path}" for path in files_below(ROOT / PACKAGE) if path.endswith(".py")}
+    info = f"{PACKAGE}-{__version__}.dist-info"
+    wanted = python | NOT_PYTHON | BUILT | {f"{info}/{name}" for name in METADATA | INSTALLERS}
+    program = (
+        "import importlib.metadata as m;"
+        "print('\\n'.join(str(f) for f in m.distribution('vllm-ascend-eplb').files if '__pycache__' not in str(f)))"
+    )
+    held = set(installation.run("-c", program).split())
+    scripts = {path for path in held if path.startswith("../")}
+    assert held - scripts == wanted
+    assert {Path(path).name for path in scripts} == {"vllm-ascend-eplb"}
+    assert {f"{PACKAGE}/{path}" for path in files_below(ROOT / PACKAGE)} == python | NOT_PYTHON
+
+
+def test_it_runs_from_its_own_files_and_cannot_write(installation: Installation) -> None:
+    """What the tests below are worth: neither this checkout nor a right to write is at hand."""
+    program = (
+        f"import {PACKAGE}, os; print({PACKAGE}.__file__, {PACKAGE}.__version__, "
+        f"os.access(os.path.dirname({PACKAGE}.__file__), os.W_OK))"
+    )
+    assert installation.run("-c", program).split() == [
+        str(installation.site / PACKAGE / "__init__.py"),
+        __version__,
+        "False",
+    ]
+
+
+def test_doctor_says_that_the_kernels_are_in_use(installation: Installation) -> None:
+    said = json.loads(installation.run("-m", f"{PACKAGE}.cli", "doctor", "--quick", "--json"))
+    found = {finding["what"]: (finding["status"], finding["text"]) for finding in said["findings"]}
+    assert found["recording op"] == ("ok", "the C++ kernel for cpu is in use")
+    assert found["planner (C++)"][0] == "ok"
+    assert said["works"]
+    assert said["versions"]["vllm-ascend-eplb"] == __version__
+
+
+@pytest.mark.parametrize("broken", ["missing", "of another torch"])
+def test_doctor_says_why_a_kernel_is_not_in_use(installation: Installation, tmp_path: Path, broken: str) -> None:
+    """The control of the test above, on a copy: it balances, one warning and ``doctor`` say what it does not use."""
+    shutil.copytree(installation.site / PACKAGE, tmp_path / PACKAGE)
+    library = tmp_path / PACKAGE / "_ops.so"
+    (tmp_path / PACKAGE).chmod(0o755)
+    if broken == "missing":
+        library.unlink()
+        reason = "is missing"
+    else:
+        contents = library.read_bytes()
+        library.chmod(0o644)
+        assert contents.count(b"torch_get_num_threads\0") == 1
+        library.write_bytes(contents.replace(b"torch_get_num_threads\0", b"torch_gone_in_torch_3\0"))
+        reason = "torch has no torch_gone_in_torch_3"
+    run = {"cwd": tmp_path, "env": installation.environment(), "capture_output": True, "text": True, "check": True}
+    doctor = [str(installation.python), "-m", f"{PACKAGE}.cli", "doctor", "--quick", "--json"]
+    said = json.loads(subprocess.run(doctor, **run).stdout)
+    (found,) = (finding for finding in said["findings"] if finding["what"] == "recording op")
+    assert found["status"] == "note"
+    assert "ATen operators on cpu" in found["text"]
+    assert reason in found["text"]
+    assert said["works"]
+    warned = subprocess.run([str(installation.python), "-c", f"import {PACKAGE}.load.ops"], **run).stderr.splitlines()
+    assert len([line for line in warned if reason in line]) == 1
+
+
+def test_an_engine_balances_with_it(installation: Installation) -> None:
+    """The offline job of the end-to-end tests, on two ranks, from a folder that is no checkout."""
+    job = {"ranks": 2, "eplb": BUSY, "probe": True, "prompts": prompts(2), "cycles": 3, "max_tokens": 16}
+    path, result, log = (installation.elsewhere / name for name in ("job.json", "result.json", "log"))
+    path.write_text(json.dumps(job))
+    with log.open("w") as output:
+        code = subprocess.run(
+            installation.command(str(ROOT / "tests" / "e2e" / "offline.py"), str(path), str(result)),
+            cwd=installation.elsewhere,
+            env={**installation.environment(), **environment(2), "PYTHONPATH": ""},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=600,
+        ).returncode
+    text = log.read_text(errors="replace")
+    assert code == 0, text[-4000:]
+    ranks = json.loads(result.read_text())["ranks"]
+    assert json.loads(ranks[0]["stats"])["cycles_done"] >= 3
+    assert "ATen operators" not in text
+    assert str(ROOT / PACKAGE) not in text
+
+
+def test_uninstalled_it_leaves_nothing(installation: Installation) -> None:
+    for path in [installation.site, *installation.site.rglob("*"), installation.python.parent]:
+        path.chmod(path.stat().st_mode | 0o200)
+    pip = [str(installation.python), "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "uninstall", "-y", "vllm-ascend-eplb"], check=True, env=installation.environment())
+    assert not list(installation.site.glob("vllm_ascend_eplb*"))
+    assert not list(installation.python.parent.glob("vllm-ascend-eplb*"))

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lead: what EP rank 0 does for all ranks. It asks the planner, weighs the answer, and reports what came of it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..agreement.phases import Command, Failure
+from ..files.run_folder import remove_orphaned_folder
+from ..planning.message import pack_plan
+from ..planning.payoff import Payoff
+from ..planning.request import Dispatch, PlanAnswer, PlanRequest
+from ..planning.shares import shared_rank_load
+from ..planning.threshold import PlanJudge
+from ..settings.config import EplbConfig
+from ..values.placement import FloatArray, Int64Array, Placement, peak_to_average
+from ..values.traffic import Traffic
+from .gather import Gathered
+from .timing import Times
+from .work import Parts, Work
+
+logger = logging.getLogger("vllm.eplb")
+
+
+DISPATCH_GAIN = 0.002
+"""Least gain of new dispatch shares, as a fraction of PAR. They cost one small broadcast."""
+
+
+@dataclass
+class _Case:
+    """The plan that was asked for in this cycle, from the request to the end of the cycle.
+
+    Attributes:
+        start: the placement in force when it was asked for.
+        window_par: mean PAR of the window, as the tokens fell.
+        note: what the log says beside the cycle: how the last plan turned out.
+        answer: of the planner, once it is there.
+        new_shares: dispatch shares that the cycle brings, with or without moves.
+        skipped: why no expert is moved; empty if some are.
+        still: whether nothing moves because imbalance costs no time with this traffic.
+        payoff: what the plan brings.
+    """
+
+    start: Placement
+    window_par: float
+    note: str
+    answer: PlanAnswer | None = None
+    new_shares: Dispatch | None = None
+    skipped: str = ""
+    still: bool = False
+    payoff: Payoff | None = None
+
+
+class Lead:
+    """EP rank 0's judgement. It exists on that rank only; the others learn of it by the agreed facts."""
+
+    def __init__(self, parts: Parts, work: Work) -> None:
+        self._parts, self._work = parts, work
+        self._judge = PlanJudge(parts.config.min_gain, parts.config.rank_speed)
+        self._observed: Placement | None = None  # in mode observe: what the last plan would have led to
+        self._load: Int64Array | None = None  # [L, E] of the last window, until the map recorder has it
+        self._case: _Case | None = None
+        self._told_still = False
+
+    def learn(self, times: Times) -> None:
+        """From now on plans are weighed by the times that were measured here."""
+        self._judge.learn(times.cost, times.rates, self._parts.start.slots_per_rank)
+
+    # --- it asks ------------------------------------------------------------------------------------------------------
+
+    def request(self, gathered: Gathered) -> None:
+        """Takes stock of the window and hands its load to the planner."""
+        parts, state, placement = self._parts, self._work.state, self._work.placement
+        if parts.planner is None:
+            return
+        self._take_stock(gathered)
+        config, tables = parts.config, parts.adaptor.dispatch
+        parts.planner.submit(
+            PlanRequest(
+                number=state.cycle,
+                load=gathered.load,
+                physical_to_logical=placement.physical_to_logical,
+                num_experts=placement.num_experts,
+                node_of_rank=parts.adaptor.topology.node_of_rank,
+                num_groups=parts.adaptor.num_groups,
+                buffer_experts=parts.loader.buffer_experts,
+                policy="restore" if self._restoring else config.policy_name,
+                limits=self._limits() if not self._restoring else self._way_back(),
+                dispatch_entries=tables.entries if tables is not None else 0,
+            )
+        )
+
+    @property
+    def _restoring(self) -> bool:
+        return self._work.state.wanted is Command.RESTORE
+
+    def _way_back(self) -> dict[str, object]:
+        return {"target": self._parts.start.physical_to_logical}
+
+    def _limits(self) -> dict[str, object]:
+        """The settings that the policy takes; a layer is left alone where going on saves no time."""
+        limits = _limits(self._parts.config, self._work.state.cycle)
+        if "target_par" in limits:
+            limits["target_par"] = self._judge.target_par(self._parts.config.target_par)
+        return limits
+
+    def _take_stock(self, gathered: Gathered) -> None:
+        """What the window was like, and whether the last plan kept its promise in it."""
+        parts, placement = self._parts, self._work.placement
+        self._load = load = gathered.load.sum(axis=0)
+        observed, self._observed = self._observed, None
+        rank_load = self._rank_load(load)
+        par = float(peak_to_average(rank_load).mean())
+        parts.stats.ranks_told(gathered.figures, rank_load, parts.adaptor.topology.node_of_rank)
+        parts.stats.window_ended(
+            rank_load,
+            self._over_speed(parts.start.rank_load(load)),
+            self._over_speed(observed.rank_load(load)) if observed is not None else None,
+        )
+        note = ""
+        if observed is not None:
+            would = float(observed.par(load, parts.config.rank_speed).mean())
+            note = f"; the last plan would have brought PAR {would:.3f} instead of {par:.3f}"
+        traffic = Traffic.of_histogram(gathered.histogram)
+        self._case = _Case(placement, par, self._judge.window_ended(load, placement, traffic) or note)
+        self._judge.steps = self._work.state.collect_steps
+        if self._judge.cost.in_milliseconds:
+            start = self._over_speed(parts.start.rank_load(load))
+            now_ms, start_ms = (self._judge.moe_ms(peak_to_average(each)) for each in (rank_load, start))
+            parts.stats.time_spent(now_ms, start_ms, gathered.steps)
+
+    def _rank_load(self, load: Int64Array) -> FloatArray:
+        """[L, R] tokens per rank under the placement and the dispatch shares in force, over its speed."""
+        tables, placement = self._parts.adaptor.dispatch, self._work.placement
+        if tables is None:
+            return self._over_speed(placement.rank_load(load))
+        return shared_rank_load(load, placement, tables.shares, placement.num_ranks)
+
+    def _over_speed(self, rank_load: FloatArray) -> FloatArray:
+        """[L, R] tokens per rank as a rank of average speed would have to have them to take as long."""
+        if self._parts.config.rank_speed is None:
+            return rank_load
+        speed = np.array(self._parts.config.rank_speed)
+        return np.asarray(rank_load * (speed.mean() / speed))
+
+    # --- it weighs ----------------------------------------------------------------------------------------------------
+
+    def look_for_answer(self) -> None:
+        """Takes the planner's answer, once it is there, and decides what to offer to the other ranks."""
+        parts, work, case = self._parts, self._work, self._case
+        if parts.planner is None or case is None or case.answer is not None:
+            return
+        answer = parts.planner.answer(work.state.cycle)
+        if answer is None:
+            return
+        if answer.plan is None or answer.rounds is None:
+            failure = Failure.PLANNER_DIED if answer.died else Failure.PLANNER_FAILED
+            work.fail(failure, RuntimeError(answer.error))
+            return
+        case.answer = answer
+        work.offer = self._weigh(case, answer)
+
+    def _weigh(self, case: _Case, answer: PlanAnswer) -> bytes:
+        """The message to broadcast: the plan, or new dispatch shares alone, or nothing."""
+        parts, work = self._parts, self._work
+        plan, rounds, now, after = answer.plan, answer.rounds, answer.dispatch_now, answer.dispatch_after
+        assert plan is not None
+        assert rounds is not None
+        par_before, par_after = plan.par_before, plan.par_after
+        if now is not None and after is not None:  # moves must gain beyond what new shares alone would
+            par_before, par_after = now.par, after.par
+        parts.stats.planned(par_after, plan.seconds, plan.num_moves)
+        received = parts.loader.received_bytes(plan.moves)
+        case.payoff = self._judge.weigh(par_before, par_after, received)
+        if self._judge.cost.in_milliseconds:
+            parts.stats.weighed(case.payoff.saved_fraction, case.payoff.cost_ms)
+        before = float(par_before.mean())
+        if parts.config.mode == "observe":
+            self._observed = Placement(plan.physical_to_logical, work.placement.num_experts, work.placement.num_ranks)
+            would = f"{plan.num_moves} moves would bring PAR from {before:.3f} to {par_after.mean():.3f}"
+            case.skipped = f"observing only: {would}{self._in_time(case.payoff)}"
+            return b""
+        case.skipped = self._not_worth_it(case, plan.num_moves, par_before, par_after, received)
+        if not case.skipped:
+            case.new_shares = after
+            return pack_plan(work.state.cycle, plan.physical_to_logical, rounds, after)
+        if now is not None and case.window_par - before > DISPATCH_GAIN * case.window_par:
+            parts.stats.planned(now.par, plan.seconds)  # shares only; no expert moves
+            case.new_shares = now
+            return pack_plan(work.state.cycle, work.placement.physical_to_logical, rounds[:0], now)
+        return b""
+
+    def _not_worth_it(
+        self, case: _Case, num_moves: int, before: FloatArray, after: FloatArray, received_bytes: Int64Array
+    ) -> str:
+        """Why a plan that brings PAR from ``before`` to ``after``, both [L], is not carried out; empty if it is."""
+        if not num_moves:
+            why = self._why_still(before)
+            case.still = bool(why)
+            return f"nothing to move at PAR {before.mean():.3f}{why}"
+        if self._restoring or self._parts.config.policy_name == "random":
+            return ""
+        return self._judge.refuses(before, after, received_bytes)
+
+    def _why_still(self, par: FloatArray) -> str:
+        """Says that imbalance costs nothing with this traffic, where it is so; empty elsewhere."""
+        wanted = self._parts.config.target_par
+        within = self._judge.target_par(wanted)
+        if within <= wanted or par.max() <= wanted:
+            return ""
+        tokens = self._judge.traffic.mean_tokens
+        return f": at {tokens:.3g} tokens per rank and step PAR up to {within:.2f} costs no time that can be measured"
+
+    def _in_time(self, payoff: Payoff) -> str:
+        said = self._judge.describe(payoff)
+        return f"; {said}" if said else ""
+
+    # --- it reports ---------------------------------------------------------------------------------------------------
+
+    def finished(self, num_rounds: int, moved: int) -> None:
+        """The cycle is over: all rounds were committed, or the rest of them gave way to a newer plan."""
+        case, state, stats = self._case, self._work.state, self._parts.stats
+        assert case is not None
+        assert case.answer is not None
+        whole = state.committed == num_rounds
+        now = case.answer.dispatch_now
+        if case.new_shares is not None and now is not None and whole:
+            stats.dispatch_changed(now.par)
+            if not num_rounds:
+                shared = case.new_shares.par.mean()
+                case.note = f"; new dispatch shares bring PAR {case.window_par:.3f} -> {shared:.3f}{case.note}"
+        reason = case.skipped if whole else f"cut off after {state.committed} of {num_rounds} rounds for a newer plan"
+        stats.cycle_ended("skipped" if case.skipped else "done", moved=moved, reason=reason)
+        if case.skipped:
+            # Traffic that leaves nothing to gain stays for hours: it is told once, not in every cycle.
+            level = logging.DEBUG if case.still and self._told_still else logging.INFO
+            told = self._parts.title, state.cycle, state.step, case.skipped, case.note
+            logger.log(level, "%s cycle %d at step %d: %s%s", *told)
+        else:
+            self._tell_of_plan(case, case.answer, moved, "" if whole else f"; {reason}")
+        self._told_still = case.still
+        self.record_map()
+
+    def _tell_of_plan(self, case: _Case, answer: PlanAnswer, moved: int, cut: str) -> None:
+        plan, state = answer.plan, self._work.state
+        assert plan is not None
+        if cut or plan.policy == "restore" or case.payoff is None:
+            self._judge.forget()
+        else:
+            self._judge.carried_out(case.start, case.payoff.saved_fraction)
+        logger.info(
+            "%s cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
+            "%d steps after its load was taken; planned in %.1f ms%s%s%s",
+            self._parts.title,
+            state.cycle,
+            plan.par_before.mean(),
+            plan.par_after.mean(),
+            plan.par_before.max(),
+            plan.par_after.max(),
+            moved,
+            state.committed,
+            state.step - state.snapshot_at,
+            1e3 * plan.seconds,
+            "" if case.payoff is None else self._in_time(case.payoff),
+            cut,
+            case.note,
+        )
+
+    def dropped(self, failure: Failure, moved: int) -> None:
+        """The cycle was dropped on all ranks, because of this rank or of another one."""
+        reason, state = self._work.reason or failure.text, self._work.state
+        self._parts.stats.cycle_ended("failed", moved=moved, reason=reason, failure=failure.kind)
+        logger.warning(
+            "%s cycle %d dropped on all ranks (%s), %d in a row; serving goes on, next try in %d steps",
+            self._parts.title,
+            state.cycle,
+            reason,
+            state.failures,
+            state.due - state.step,
+        )
+        self.record_map()
+
+    def switched_off(self, failure: Failure, moved: int) -> None:
+        """Balancing ended for good."""
+        reason = self._work.reason or failure.text
+        self._parts.stats.cycle_ended("failed", moved=moved, reason=reason, failure=failure.kind)
+        step = self._work.state.step
+        logger.error("%s is off from step %d on, serving goes on: %s", self._parts.title, step, reason)
+        self.record_map()
+        if self._parts.planner is not None:
+            self._parts.planner.close(wait=0)
+
+    def went_back(self) -> None:
+        """The placement of the start is in force again, because weights are about to be loaded."""
+        self._judge.forget()
+        self.record_map()
+
+    def record_map(self) -> None:
+        """Leaves the placement in force to be written; it is in force however the cycle ended."""
+        if self._parts.map_recorder is not None:
+            load, self._load = self._load, None
+            self._parts.map_recorder.record(self._work.placement, load)
+
+    def publish(self) -> None:
+        """Leaves the statistics to be written."""
+        parts = self._parts
+        if parts.planner is not None:
+            parts.stats.planner_starts = parts.planner.starts
+        if parts.stats_file is not None:
+            parts.stats_file.publish(parts.stats.stats())
+
+    def forget(self) -> None:
+        self._case = None
+
+    def close(self) -> None:
+        """Ends the planner and all that writes files."""
+        parts = self._parts
+        if parts.planner is not None:
+            parts.planner.close()
+        if parts.orders is not None:
+            parts.orders.close()
+        if parts.stats_file is not None:
+            parts.stats_file.close()
+            remove_orphaned_folder(parts.stats_file.path)  # the planner, which would do it later, has just ended
+        if parts.map_recorder is not None:
+            if self._work.state.active:  # some rounds of a cycle may be in force that goes on
+                self.record_map()
+            parts.map_recorder.close()
+
+
+def _limits(config: EplbConfig, cycle: int) -> dict[str, object]:
+    """The settings that the policy takes."""
+    if config.policy_name == "random":
+        return {"seed": cycle}
+    if config.policy_name != "incremental":
+        return {}
+    return {
+        "target_par": config.target_par,
+        "effort": config.planner_effort,
+        "max_moves": config.max_moves_per_cycle,
+        "rank_speed": config.rank_speed,
+    }
