@@ -281,7 +281,7 @@ def _plot(tables: dict[str, dict[tuple[str, int], dict[str, float]]], path: Path
 def prepare(arguments: argparse.Namespace) -> int:
     """The command ``cases``."""
     scenarios = TINY_SCENARIOS if arguments.tiny else SCENARIOS
-    cases = make_cases(scenarios, arguments.loads, arguments.layers, arguments.steps)
+    cases = make_cases(scenarios, arguments.loads, arguments.layers, arguments.steps, arguments.grid_only)
     save_cases(arguments.cases, scenarios, cases)
     print(f"{len(cases)} cases of {', '.join(scenario.name for scenario in scenarios)} in {arguments.cases}")
     return 0
@@ -295,6 +295,7 @@ def main() -> int:
     cases.add_argument("--loads", type=Path, help="folder with recorded loads; lognormal ones without it")
     cases.add_argument("--layers", type=int, default=5)
     cases.add_argument("--steps", type=int, default=3)
+    cases.add_argument("--grid-only", action="store_true", help="only the grid that the calibration measures")
     cases.add_argument("--tiny", action="store_true", help="4 ranks, to see that it runs")
     cases.set_defaults(do=prepare)
     timing = commands.add_parser("time", help="times the cases on this machine's accelerator")

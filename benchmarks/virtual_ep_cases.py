@@ -227,7 +227,8 @@ def cases_of(
 
 
 def grid_of(scenario: Scenario, largest: int, draws: int = 3) -> Iterator[Case]:
-    """The calibration grid: the busiest rank alone, tokens per rank x PAR x slots, rows skewed as real ones."""
+    """The calibration grid: the busiest rank alone, tokens per rank x PAR x slots, rows skewed as real ones; what the
+    rank has beyond the mean is its hottest expert's."""
     random = np.random.default_rng(7)
     for redundant in scenario.redundant:
         width = (scenario.shape.experts + redundant) // scenario.ranks
@@ -236,6 +237,8 @@ def grid_of(scenario: Scenario, largest: int, draws: int = 3) -> Iterator[Case]:
                 pairs = round(par * count * scenario.shape.top_k)
                 weight = np.exp(GRID_SIGMA * random.normal(size=(draws, width)))
                 weight /= weight.sum(axis=1, keepdims=True)
+                weight[np.arange(draws), weight.argmax(axis=1)] += par - 1.0
+                weight /= par
                 drawn = [np.round(weight[0] * pairs), *(random.multinomial(pairs, each) for each in weight)]
                 counts = np.array(drawn, dtype=np.int32)[:, None, :]
                 yield Case(scenario.name, -1, "grid", count, "grid", redundant, width, par, counts)
@@ -275,7 +278,9 @@ def drawn_loads(experts: int, layers: int = 24, seed: int = 1) -> dict[str, tupl
     return loads
 
 
-def make_cases(scenarios: tuple[Scenario, ...], folder: Path | None, layers: int, steps: int) -> list[Case]:
+def make_cases(
+    scenarios: tuple[Scenario, ...], folder: Path | None, layers: int, steps: int, grid_only: bool = False
+) -> list[Case]:
     """Cases of all scenarios, in the order in which they are timed."""
     tiny = scenarios is TINY_SCENARIOS
     tokens = {"decode": (1, 8), "prefill": (32,)} if tiny else {"decode": DECODE_TOKENS, "prefill": PREFILL_TOKENS}
@@ -287,7 +292,8 @@ def make_cases(scenarios: tuple[Scenario, ...], folder: Path | None, layers: int
         for stage, (planned, served) in loads.items():
             chosen = pick_layers(served, scenario.ranks, scenario.redundant[0], layers)
             picked[stage] = planned[chosen], served[chosen]
-        cases += cases_of(scenario, picked, tokens, steps)
+        if not grid_only:
+            cases += cases_of(scenario, picked, tokens, steps)
         cases += grid_of(scenario, tokens["prefill"][-1])
     return cases
 
