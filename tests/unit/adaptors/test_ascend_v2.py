@@ -39,9 +39,9 @@ def test_an_idle_engine_counts_in_the_stage_of_the_others(monkeypatch: pytest.Mo
         assert runner.dispatch_cg_and_sync_dp(sync)[0] == "batch"
         state.forward_before(serving=False, stage="decode", rows=1)
     assert said == [
-        {"serving": True, "stage": "prefill", "rows": 1},
-        {"serving": True, "stage": "decode", "rows": 1},
-        {"serving": False, "stage": "decode", "rows": 1},
+        {"serving": True, "stage": "prefill", "rows": 1, "tokens": 30},
+        {"serving": True, "stage": "decode", "rows": 1, "tokens": 2},
+        {"serving": False, "stage": "decode", "rows": 1, "tokens": 0},
     ]
 
 

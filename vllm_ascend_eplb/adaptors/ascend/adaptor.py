@@ -46,12 +46,14 @@ class ReceivedTokens(LoadRecorder):
     """A recorder whose counters the layers add to after dispatch, recording or not: what they add meanwhile is dropped
     before the next recorded step."""
 
-    def begin_step(self, placement: Placement, *, record: bool, phase: str = "all") -> None:
+    def begin_step(
+        self, placement: Placement, *, record: bool, phase: str = "all", tokens_per_rank: float = 1.0
+    ) -> None:
         if not self._is_recording:
             self.counts.zero_()
         elif not record or (self.phases != ("all",) and phase not in self.phases):
             self.flush(placement)
-        super().begin_step(placement, record=record, phase=phase)
+        super().begin_step(placement, record=record, phase=phase, tokens_per_rank=tokens_per_rank)
 
 
 def placement_of(global_expert_maps: list[np.ndarray], slots_per_rank: int) -> Placement:

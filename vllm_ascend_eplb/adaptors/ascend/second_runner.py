@@ -103,10 +103,11 @@ class AscendV2EplbState(VllmEplbState):
         self._most_in_decode = vllm_config.scheduler_config.max_num_seqs * (1 + guesses)
         super().add_model(model, model_config, model_name)
 
-    def forward_before(self, *, serving: bool, stage: Stage, rows: int) -> None:
+    def forward_before(self, *, serving: bool, stage: Stage, rows: int, tokens: int = 0) -> None:
         if self.across is not None:
             serving, stage = forward_of_all(self.across, self._most_in_decode)
-        super().forward_before(serving=serving, stage=stage, rows=rows)
+            tokens = int(self.across.sum()) // len(self.across)
+        super().forward_before(serving=serving, stage=stage, rows=rows, tokens=tokens)
 
     @contextmanager
     def new_weights(self) -> Iterator[None]:

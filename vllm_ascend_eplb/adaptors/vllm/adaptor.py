@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ...agreement.exchange import exchange_bytes
+from ...balancer.calibration import LayerRuns
 from ...balancer.served_model import EplbAdaptor
 from ...load.recorder import LoadRecorder
 from ...routing.maps import DispatchMaps, RoutingTables
@@ -20,8 +21,12 @@ from ...values.placement import Placement
 from ...values.topology import Topology, host_identity
 from ..parts import DRAFTER, pipeline_parts
 from .eplb_state import MAX_MAP_WIDTH, EplbModelState
+from .layers import layer_runs
 from .loading import placement_loaded
 from .seams import SeamError
+
+TIMED_ON = ("cpu", "cuda")
+"""Types of devices on which vLLM's MoE layers can be run by themselves."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class VllmAdaptor(EplbAdaptor):
 
     Attributes:
         slice: the part of a batch that this rank routes.
+        sharers: ranks that share each batch: those of the tensor-parallel group.
         counts_received: whether layers count what a rank's slots received, after dispatch, and not what it routes.
     """
 
@@ -61,6 +67,7 @@ class VllmAdaptor(EplbAdaptor):
     def __init__(
         self, model: Any, name: str, device: torch.device, config: EplbConfig, *, is_drafter: bool = False
     ) -> None:
+        from vllm.config import get_current_vllm_config
         from vllm.distributed.parallel_state import (
             get_ep_group,
             get_eplb_group,
@@ -89,7 +96,8 @@ class VllmAdaptor(EplbAdaptor):
         # Where slots are counted it does not matter who routes what.
         sequence_parallel = not self.counts_received and _is_sequence_parallel(model)
         tp_rank = get_tensor_model_parallel_rank()
-        self.slice = Slice(tp_rank, get_tensor_model_parallel_world_size()) if sequence_parallel else Slice()
+        self.sharers = get_tensor_model_parallel_world_size()
+        self.slice = Slice(tp_rank, self.sharers) if sequence_parallel else Slice()
         loaded = placement_loaded(model, self.rank)
         if loaded is None and config.expert_map_path is not None:
             raise SeamError(
@@ -115,6 +123,8 @@ class VllmAdaptor(EplbAdaptor):
         self._switched: list[DispatchMaps | RoutingTables] = [self._maps]
         self._let_route(model, config, sequence_parallel)
         self._weights = model.expert_weights
+        self._layers = list(model.moe_layers)
+        self._vllm_config = get_current_vllm_config()
 
     def _let_route(self, model: Any, config: EplbConfig, sequence_parallel: bool) -> None:
         """Gives the layers the counters, and maps or dispatch tables."""
@@ -135,6 +145,18 @@ class VllmAdaptor(EplbAdaptor):
             return torch.from_numpy(in_force().physical_to_logical.astype(np.int64)).to(self.device)
 
         return EplbModelState(model, self.name, self._maps, self.recorder.counts, slots)
+
+    def layer_runs(self) -> LayerRuns | None:
+        if self.device.type not in TIMED_ON or self.counts_received:
+            return None
+        return layer_runs(
+            self._layers,
+            self._vllm_config,
+            num_ranks=self.placement.num_ranks,
+            slots_per_rank=self.placement.slots_per_rank,
+            sharers=self.sharers,
+            own_slice=self.slice.parts > 1,
+        )
 
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
         slots = range(self.placement.slots_per_rank)

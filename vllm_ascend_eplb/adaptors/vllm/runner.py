@@ -57,7 +57,7 @@ class _Forwards:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self._begun: tuple[bool, Stage] | None = None
+        self._begun: tuple[bool, Stage, int] | None = None
         self._in_dummy = False
 
     def step_after(self, original: Any) -> Any:
@@ -68,9 +68,9 @@ class _Forwards:
             result = original(*args, **kwargs)
             begun, self._begun = self._begun, None
             if begun is not None and self._runner.eplb_state is not None:
-                serving, stage = begun
+                serving, stage, tokens = begun
                 rows = getattr(result[1], "num_tokens", 0) if isinstance(result, tuple) else 0  # V2 does not say
-                self._runner.eplb_state.forward_before(serving=serving, stage=stage, rows=rows)
+                self._runner.eplb_state.forward_before(serving=serving, stage=stage, rows=rows, tokens=tokens)
             return result
 
         return then_step
@@ -80,7 +80,8 @@ class _Forwards:
         def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             if self._in_dummy:  # V2's dummy run is an execute_model of its own
                 return execute(scheduler_output, *args, **kwargs)
-            with self._forward(True, _stage_of(scheduler_output, self._decode_tokens())):
+            tokens = int(scheduler_output.total_num_scheduled_tokens)
+            with self._forward(True, _stage_of(scheduler_output, self._decode_tokens()), tokens):
                 return execute(scheduler_output, *args, **kwargs)
 
         return execute_model
@@ -102,8 +103,8 @@ class _Forwards:
         return dummy_run
 
     @contextlib.contextmanager
-    def _forward(self, serving: bool, stage: Stage) -> Iterator[None]:
-        self._begun = (serving, stage)
+    def _forward(self, serving: bool, stage: Stage, tokens: int = 0) -> Iterator[None]:
+        self._begun = (serving, stage, tokens)
         try:
             yield
         finally:

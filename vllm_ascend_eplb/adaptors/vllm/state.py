@@ -76,6 +76,7 @@ class VllmEplbState(EplbState):
         num_unpadded_tokens: int32, the tokens that are no padding, of those that this rank routes; one per
             micro-batch.
         slice: the part of each batch that this rank routes.
+        sharers: ranks that share each batch.
         updator: the model's balancer; None before a model was added, and where its placement stays as it is.
         drafter: the drafter's; None where there is none with experts.
     """
@@ -90,6 +91,7 @@ class VllmEplbState(EplbState):
         self.updator: EplbUpdator | None = None
         self.drafter: _Drafter | None = None
         self.slice = Slice()
+        self.sharers = 1
         self._model: Any = None
         self._adaptor: VllmAdaptor | None = None
         self._rows = 0
@@ -138,6 +140,7 @@ class VllmEplbState(EplbState):
             self._model, self._adaptor, self.updator = model, adaptor, updator
             self.should_record_tensor = adaptor.recorder.recording
             self.slice = adaptor.slice
+            self.sharers = adaptor.sharers
         self.model_states[model_config.compute_hash()] = adaptor.model_state(
             model, lambda: adaptor.placement if updator is None else updator.placement
         )
@@ -153,13 +156,19 @@ class VllmEplbState(EplbState):
             "would stay where they are; start with expert_map_path, or let the balancer move them"
         )
 
+    def calibrate(self) -> None:
+        """Times the model's MoE layers, once it is ready to run and before the KV cache is sized; all ranks together. A
+        drafter's are not timed: its plans are weighed by PAR."""
+        if self.updator is not None:
+            self.updator.calibrate()
+
     def begin(self) -> None:
         """Warm-up is over on this rank: what comes now are steps. The engine calls it on all ranks before it serves."""
         self._began = True
 
-    def forward_before(self, *, serving: bool, stage: Stage, rows: int) -> None:
+    def forward_before(self, *, serving: bool, stage: Stage, rows: int, tokens: int = 0) -> None:
         """One step of the balancer, on every rank, before each real or dummy forward of ``rows`` tokens, padding
-        included."""
+        included, of which ``tokens`` are a request's."""
         self._rows = rows
         if not self._began:
             return
@@ -168,7 +177,7 @@ class VllmEplbState(EplbState):
         # The runner works in inference mode; tensors made here live longer than that.
         with torch.inference_mode(False), torch.no_grad():
             for updator in self._updators():
-                updator.forward_before(serving=serving, stage=stage)
+                updator.forward_before(serving=serving, stage=stage, tokens_per_rank=tokens / self.sharers)
 
     def count_nothing(self) -> None:
         """What follows serves nobody."""

@@ -63,6 +63,7 @@ def _balanced(base: type) -> type:
                 super().load_model(*args, **kwargs)
             ensure_state(self.model_runner, self.vllm_config)
             require_known_slice(self.model_runner)
+            self.model_runner.eplb_state.calibrate()
 
         def compile_or_warm_up_model(self) -> Any:
             result = super().compile_or_warm_up_model()
