@@ -20,6 +20,8 @@ from .. import __version__
 from ..adaptors.ascend.hand_over import contradictions
 from ..settings.config import EplbConfig
 from ..settings.messages import EplbConfigError
+from ..simulate.cost import MACHINES
+from .advice import advise, show
 from .output import CommandError, JsonOption, console, print_json, table, user_errors
 from .probe import MARK
 
@@ -36,6 +38,9 @@ ONLY_IF_NAMED = "vllm.endpoint_plugins"
 """Plugins of this group are loaded only where VLLM_PLUGINS names them."""
 
 PAGE = "eplb_page"
+
+DECODE_AND_PREFILL = (64.0, 4096.0)
+"""Tokens per rank and step of a server that decodes, and of one that prefills."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,31 @@ def doctor(
     ] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Expert-parallel size, to check the settings.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Do not import vLLM (saves about 10 s).")] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A model's config.json, or its folder: only estimate what balancing it would bring."),
+    ] = None,
+    tokens: Annotated[
+        float | None,
+        typer.Option("--tokens-per-step", min=0.1, help="Tokens per rank and step; default: 64 (decode) and 4096."),
+    ] = None,
+    machine: Annotated[str, typer.Option(help=f"For --model: {', '.join(MACHINES)}.")] = "a3",
+    weight_bytes: Annotated[float, typer.Option(min=0.1, max=8.0, help="For --model: 1 int8, 2 bf16.")] = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Show what is installed, and whether balancing would be switched on here, or why not."""
+    if model is not None:
+        with user_errors(as_json):
+            if ranks is None:
+                raise CommandError("--model needs --ranks, the expert-parallel size")
+            stages = DECODE_AND_PREFILL if tokens is None else (tokens,)
+            answers = [advise(model, ranks, each, machine, weight_bytes) for each in stages]
+        if as_json:
+            print_json(answers)
+        else:
+            for each in answers:
+                show(console(), each)
+        return
     with user_errors(as_json):
         settings = _settings(config)
     out = console()
