@@ -289,8 +289,8 @@ def report(arguments: argparse.Namespace) -> int:
     errors, savings = step_cost_error(rows)
     if errors:
         off = np.abs(errors)
-        print(f"times by PAR from the grid, {len(off)} cases: median error {np.median(off):.1%}, "
-              f"90 % under {np.quantile(off, 0.9):.1%}, worst {off.max():.1%}; saved, measured and predicted:")  # fmt: skip
+        print(f"times by PAR, {len(off)} cases: median error {np.median(off):.1%}, "
+              f"90 % under {np.quantile(off, 0.9):.1%}, worst {off.max():.1%}; savings:")  # fmt: skip
         for scenario, steps in savings.items():
             print(f"- {scenario}: " + "; ".join(f"{t:,}: {a:.0%}, {b:.0%}" for t, (a, b) in steps.items()))
     try:
