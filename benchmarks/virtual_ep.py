@@ -231,6 +231,46 @@ def expectation_error(rows: list[dict[str, Any]]) -> list[float]:
     return [each[0]["ms_expected"] / statistics.fmean(row["ms"] for row in each) - 1.0 for each in cases.values()]
 
 
+def step_cost_error(rows: list[dict[str, Any]]) -> tuple[list[float], dict[str, dict[int, tuple[float, float]]]]:
+    """How well a ``StepCost`` made of the grid predicts by PAR: the relative error of every case, and by scenario and
+    tokens per rank what moving without redundant experts saved and what was predicted."""
+    from vllm_ascend_eplb.values.step_cost import StepCost
+
+    names = ("stage", "tokens", "mode", "slots", "layer", "par")
+    errors: list[float] = []
+    savings: dict[str, dict[int, tuple[float, float]]] = {}
+    for scenario in dict.fromkeys(row["scenario"] for row in rows):
+        grid: dict[tuple[float, ...], list[float]] = defaultdict(list)
+        cases: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+        for row in (row for row in rows if row["scenario"] == scenario):
+            if row["mode"] == "grid":
+                grid[row["tokens"], row["par"], row["slots"]].append(row["ms"])
+            elif row["mode"] != "perfect":
+                cases[tuple(row[name] for name in names)].append(row["ms"])
+        if not grid:
+            continue
+        axes = [sorted({point[axis] for point in grid}) for axis in range(3)]
+        mean = [[[statistics.fmean(grid[t, p, k]) for k in axes[2]] for p in axes[1]] for t in axes[0]]
+        cost = StepCost(*(np.array(axis) for axis in axes), np.array(mean))
+        of = {
+            case: (statistics.fmean(ms), float(cost.layer_ms(case[1], case[5], case[3]))) for case, ms in cases.items()
+        }
+        errors += [predicted / measured - 1.0 for measured, predicted in of.values()]
+        both = {
+            way: {(case[0], case[1], case[4], case[3]): times for case, times in of.items() if case[2] == way}
+            for way in ("none", "ours")
+        }
+        by_tokens: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for key, none in both["none"].items():
+            ours = both["ours"][key]
+            by_tokens[int(key[1])].append((1.0 - ours[0] / none[0], 1.0 - ours[1] / none[1]))
+        savings[scenario] = {
+            tokens: (statistics.fmean(a for a, _ in each), statistics.fmean(b for _, b in each))
+            for tokens, each in by_tokens.items()
+        }
+    return errors, savings
+
+
 def report(arguments: argparse.Namespace) -> int:
     """The command ``report``: Markdown tables, how well expectations predict, and a plot."""
     rows = read_rows(arguments.folder)
@@ -246,6 +286,13 @@ def report(arguments: argparse.Namespace) -> int:
     error = np.abs(expectation_error(rows))
     print(f"\nexpected counts against drawn steps, {len(error)} cases: median error {np.median(error):.1%}, "
           f"95 % under {np.quantile(error, 0.95):.1%}, worst {error.max():.1%}")  # fmt: skip
+    errors, savings = step_cost_error(rows)
+    if errors:
+        off = np.abs(errors)
+        print(f"times by PAR, {len(off)} cases: median error {np.median(off):.1%}, "
+              f"90 % under {np.quantile(off, 0.9):.1%}, worst {off.max():.1%}; savings:")  # fmt: skip
+        for scenario, steps in savings.items():
+            print(f"- {scenario}: " + "; ".join(f"{t:,}: {a:.0%}, {b:.0%}" for t, (a, b) in steps.items()))
     try:
         import matplotlib
     except ImportError:

@@ -227,8 +227,7 @@ def cases_of(
 
 
 def grid_of(scenario: Scenario, largest: int, draws: int = 3) -> Iterator[Case]:
-    """The calibration grid: the busiest rank alone, tokens per rank x PAR x slots, rows skewed as real ones; what the
-    rank has beyond the mean is its hottest expert's."""
+    """The calibration grid: the busiest rank alone, tokens per rank x PAR x slots, rows skewed as real ones."""
     random = np.random.default_rng(7)
     for redundant in scenario.redundant:
         width = (scenario.shape.experts + redundant) // scenario.ranks
@@ -237,8 +236,6 @@ def grid_of(scenario: Scenario, largest: int, draws: int = 3) -> Iterator[Case]:
                 pairs = round(par * count * scenario.shape.top_k)
                 weight = np.exp(GRID_SIGMA * random.normal(size=(draws, width)))
                 weight /= weight.sum(axis=1, keepdims=True)
-                weight[np.arange(draws), weight.argmax(axis=1)] += par - 1.0
-                weight /= par
                 drawn = [np.round(weight[0] * pairs), *(random.multinomial(pairs, each) for each in weight)]
                 counts = np.array(drawn, dtype=np.int32)[:, None, :]
                 yield Case(scenario.name, -1, "grid", count, "grid", redundant, width, par, counts)

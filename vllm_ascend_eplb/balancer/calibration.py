@@ -162,10 +162,9 @@ def synthetic_ids(
 ) -> npt.NDArray[np.int64]:
     """int64 [rows, top_k]: slots of a layer, distinct in each row, so that rank 0 has ``par`` times the mean.
 
-    The other ranks share the rest evenly. Within a rank tokens are lognormal with sigma 0.7, and what rank 0 has beyond
-    the mean is that of its hottest experts, as far as a slot can have no more than one token of each row. So it is
-    where load is real; the same number of tokens spread over all of a rank's experts takes longer, because they fill
-    more tiles.
+    The other ranks share the rest evenly. Within a rank tokens are lognormal with sigma 0.7, as far as a slot can have
+    no more than one token of each row. Giving what rank 0 has beyond the mean to its hottest expert alone was measured,
+    too: it predicts real steps no better (median error 7.9 % against 7.5 %, benchmarks/results/virtual_ep_h200).
 
     Args:
         used: slots of each rank that get tokens, its first ones.
@@ -173,9 +172,8 @@ def synthetic_ids(
     """
     random = np.random.default_rng([seed, used, round(100 * par)])
     rest = (num_ranks - par) / max(num_ranks - 1, 1)
-    share = np.array([1.0, *[rest] * (num_ranks - 1)]) * (top_k / num_ranks)
+    share = np.array([par, *[rest] * (num_ranks - 1)]) * (top_k / num_ranks)
     weight = np.concatenate([_capped(np.exp(SIGMA * random.normal(size=used)), total) for total in share])
-    _heat(weight[:used], (par - 1.0) * top_k / num_ranks)
     slots = np.concatenate([rank * slots_per_rank + np.arange(used) for rank in range(num_ranks)])
     order = random.permutation(len(slots))
     until = np.cumsum(weight[order])
@@ -197,14 +195,6 @@ def _capped(weight: npt.NDArray[np.float64], total: float) -> npt.NDArray[np.flo
             break
         capped |= over
     return np.asarray(np.minimum(scaled, 1.0))
-
-
-def _heat(weight: npt.NDArray[np.float64], more: float) -> None:
-    """Adds ``more`` to the largest entries of ``weight``, in place, none above 1."""
-    for slot in np.argsort(-weight):
-        added = min(more, 1.0 - weight[slot])
-        weight[slot] += added
-        more -= added
 
 
 def _pars(num_ranks: int, used: int, top_k: int) -> list[float]:
