@@ -51,7 +51,8 @@ def served(folder: Path) -> Iterator[PrivateServer]:
     own.mkdir()
     requests.mkdir()
     server = PrivateServer(own, settings=settings)
-    server.run_first("import damage\ndamage.damage_on_request()\n", **{REQUESTS: str(requests)})
+    first = "import damage, sockets\ndamage.damage_on_request()\nsockets.wait_at_sockets()\n"
+    server.run_first(first, **{REQUESTS: str(requests)})
     try:
         server.start_and_wait()
         yield server
