@@ -158,7 +158,7 @@ def change_ranks(ranks: Ranks, leave_out: int) -> Seen:
     return seen
 
 
-def test_ranks_leave_and_join_and_are_lost_with_weights_bit_for_bit() -> None:
+def test_ranks_leave_join_and_are_lost_with_weights_bit_for_bit() -> None:
     all_seen = run_ranks(6, change_ranks, -1, timeout=200)
     assert [seen.wrong for seen in all_seen] == [""] * 6
     for number, (_, processes, _) in enumerate(CHANGES):

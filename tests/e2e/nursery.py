@@ -179,7 +179,7 @@ def _run(job: dict[str, Any]) -> None:
             if first.exists():
                 exec(compile(first.read_text(), str(first), "exec"), {"__name__": "sitecustomize"})
         _fork_everything()
-        _wait_without_spinning()
+        importlib.import_module("sockets").wait_at_sockets()
         module, _, name = job["function"].partition(":")
         getattr(importlib.import_module(module), name)(*job["arguments"])
         code = 0
@@ -216,21 +216,6 @@ def _fork_everything() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.") and "get_mp_context" in vars(module):
             module.get_mp_context = get_mp_context  # type: ignore[attr-defined]
-
-
-def _wait_without_spinning() -> None:
-    """vLLM's processes on a CPU wait for each other in loops: tensor-parallel ranks in shared memory, and workers and
-    engine for up to a second until they listen at a socket. With more processes than cores a loop takes the core that
-    another one needs, and a step takes a hundred times as long. Here they wait at sockets from the start: the ranks as
-    vLLM's own do where they share no memory."""
-    from vllm.distributed.device_communicators import cpu_communicator, shm_broadcast
-
-    communicator = cpu_communicator.CpuCommunicator
-    if hasattr(communicator, "_all_group_ranks_share_shm_group_name"):  # vLLM 0.32
-        communicator._all_group_ranks_share_shm_group_name = lambda self: False
-    spin = getattr(shm_broadcast, "SpinCondition", None)
-    if spin is not None and len(spin.__init__.__defaults__ or ()) == 1:  # busy_loop_s
-        spin.__init__.__defaults__ = (0.0,)
 
 
 if __name__ == "__main__":
