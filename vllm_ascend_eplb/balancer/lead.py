@@ -13,6 +13,7 @@ from ..planning.options import PlanOptions
 from ..planning.request import Dispatch, PlanAnswer, PlanRequest, Rebalance, Restore
 from ..planning.shares import shared_rank_load
 from ..planning.threshold import PlanJudge
+from ..settings.config import EplbConfig
 from ..values.placement import Int64Array, Placement
 from ..values.window import WindowLoad
 from .gather import Gathered
@@ -89,10 +90,7 @@ class Lead:
             return Rebalance("random", PlanOptions(seed=self._work.state.cycle))
         if config.policy_name != "incremental":
             return Rebalance(config.policy_name)
-        options = PlanOptions(
-            target_par=config.target_par, effort=config.planner_effort, max_moves=config.max_moves_per_cycle
-        )
-        return Rebalance("incremental", options, config.rank_speed)
+        return Rebalance("incremental", plan_options(config), config.rank_speed)
 
     def _take_stock(self, gathered: Gathered) -> _Case:
         """What the window was like, and whether the last plan kept its promise in it."""
@@ -270,3 +268,15 @@ class Lead:
             if self._work.state.active:  # some rounds of a cycle may be in force that goes on
                 self.record_map()
             parts.map_recorder.close()
+
+
+def plan_options(config: EplbConfig) -> PlanOptions:
+    """The settings that the policy "incremental" takes."""
+    return PlanOptions(
+        target_par=config.target_par,
+        effort=config.planner_effort,
+        max_moves=config.max_moves_per_cycle,
+        max_moves_per_rank=config.max_moves_per_rank,
+        max_moves_between_nodes=config.max_moves_between_nodes,
+        price_between_nodes=config.price_between_nodes,
+    )

@@ -32,8 +32,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -362,13 +360,9 @@ class EplbUpdator:
             self.lead.publish()
 
     def _dump_flight(self, reason: str) -> None:
-        try:
-            folder = tempfile.mkdtemp(prefix="vllm-eplb-flight-")
-            path = os.path.join(folder, f"rank{self.parts.rank}.json")
-            self._flight.dump(path, rank=self.parts.rank, reason=reason, settings=str(self.parts.settings))
+        path = self._flight.leave(self.parts.rank, reason=reason, settings=str(self.parts.settings))
+        if path is not None:
             logger.warning("%s rank %d: the last steps are in %s", self.parts.title, self.parts.rank, path)
-        except OSError:
-            pass  # a full disk must not hide the reason itself
 
 
 _BETWEEN_CYCLES = (Phase.COLLECT, Phase.LISTEN, Phase.AUDIT)

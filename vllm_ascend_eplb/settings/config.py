@@ -112,6 +112,24 @@ class EplbConfig(BaseModel):
         le=10_000_000,
         description="most experts moved in one cycle, over all layers; null: no limit",
     )
+    max_moves_per_rank: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000_000,
+        description="most experts that a rank receives in one cycle, over all layers; null: no limit",
+    )
+    max_moves_between_nodes: int | None = Field(
+        default=None,
+        ge=0,
+        le=10_000_000,
+        description="most experts received from another node in one cycle, over all layers and ranks; null: no limit",
+    )
+    price_between_nodes: float = Field(
+        default=1.0,
+        ge=1.0,
+        le=1000.0,
+        description="cost of an expert received from another node, in experts received within the node",
+    )
     min_gain: float = Field(
         default=0.01,
         ge=0.0,
