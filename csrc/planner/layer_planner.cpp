@@ -61,16 +61,13 @@ LayerPlanner::LayerPlanner(const double* load, const double* variance, const int
       variance_(variance),
       slots_(slots),
       target_(target),
-      search_(shape),
+      search_(shape, {goal.nodes, goal.stay_near ? 0.0F : static_cast<float>(1.0 / goal.far_cost), goal.speed}),
       random_(seed),
       stay_near_(goal.stay_near),
-      nodes_(goal.nodes) {
-    search_.set_nodes(goal.nodes, goal.stay_near ? 0.0F : static_cast<float>(1.0 / goal.far_cost));
-    search_.set_speed(goal.speed);
-}
+      nodes_(goal.nodes) {}
 
 void LayerPlanner::begin(double limit, double square) {
-    search_.aim(limit, square, limit);
+    search_.aim({limit, square, limit});
     has_load_ = search_.begin(load_, slots_, variance_);
 }
 
@@ -125,7 +122,7 @@ void LayerPlanner::sink(int steps) {
     double part = 0.5;
     for (int i = 0; i < steps && !best_.reached && best_.peak > end + kSame; ++i) {
         const double limit = best_.peak - part * (best_.peak - end);
-        search_.aim(limit, kSquares[2], limit);
+        search_.aim({limit, kSquares[2], limit});
         const bool reached = search_.descend();
         if (!keep_if_better()) search_.adopt(best_.slots);
         if (!reached) part *= 0.5;
@@ -172,7 +169,7 @@ void LayerPlanner::improve_once(int round) {
     }
     const bool lower = !best_.reached && round % 2 == 0;
     const double limit = best_.reached || lower ? target_ : search_.peak() + 1e-6;
-    search_.aim(limit, square, limit + kScoredAbove[random_.below(std::size(kScoredAbove))]);
+    search_.aim({limit, square, limit + kScoredAbove[random_.below(std::size(kScoredAbove))]});
     if (lower)
         search_.lower_peak(random_, exact);
     else
