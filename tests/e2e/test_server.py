@@ -214,7 +214,7 @@ def test_the_server_ends_in_order_and_starts_again_from_its_recorded_map(server,
         assert again.stop() == []
     assert read_expert_map(map_file) == recorded
     log = again.log_path.read_text(errors="replace")
-    assert f"EPLB is on: a placement that stays, 4 redundant experts, starting from {map_file}" in log
+    assert f"EPLB is on: static placement, 4 redundant experts, starting from {map_file}" in log
     # vLLM's own shutdown may log that its engine is gone; nothing of ours may be in a traceback
     assert not re.search(r'File "[^"]*vllm_ascend_eplb', log)
     # other programs' come and go; vLLM's own sockets and shared memory the demo's Server removes

@@ -161,6 +161,7 @@ class EplbUpdator:
             device_group=adaptor.device_group,
             budget_bytes=int((config.transfer_budget_mb_per_step or 0) * 1e6),
             channel=adaptor.channel,
+            cooperative_kernels=adaptor.cooperative_kernels,
             own_streams=not synchronous,
         )
         self._control.reserve(most_plan_bytes(placement))

@@ -219,9 +219,9 @@ def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
         )
     missing = answer["missing"]
     if missing:
-        findings += [Finding("seam", "wrong", f"missing: {line}") for line in missing]
+        findings += [Finding("patch point", "wrong", f"missing: {line}") for line in missing]
     else:
-        findings.append(Finding("seams", "ok", f"all {answer['seams']} places that the adaptor needs are there"))
+        findings.append(Finding("patch points", "ok", f"all {answer['patch_points']} that the adaptor needs are there"))
     return findings
 
 

@@ -340,7 +340,7 @@ def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
     answer: dict[str, Any] = {
         "cuda": 0, "npu": 8, "vllm_version": "0.99.0", "checked": False, "checked_versions": ["0.32"],
-        "platform": "cuda", "missing": ["vllm.x.Y (needed): no module"], "seams": 20,
+        "platform": "cuda", "missing": ["vllm.x.Y (needed): no module"], "patch_points": 20,
     }  # fmt: skip
     monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
     monkeypatch.setenv("VLLM_PLUGINS", "ascend")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The places in vLLM that the adaptor takes hold of, looked for in its sources: of the installed release, and of those
-that ``scripts/matrix.sh`` installed or somebody unpacked in ``build/src``. Nothing of vLLM is imported."""
+"""The patch points, looked for in the sources of vLLM: of the installed release, of those that ``scripts/matrix.sh``
+installed, and of those unpacked in ``build/src``. Nothing of vLLM is imported."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_ascend_eplb.adaptors.ascend import second_runner as ascend_v2
-from vllm_ascend_eplb.adaptors.vllm.seams import CHECKED_VERSIONS, READ_VERSIONS, SEAMS, is_checked, patch_points
+from vllm_ascend_eplb.adaptors.ascend import second_runner
+from vllm_ascend_eplb.adaptors.vllm.patch_points import PATCH_POINTS, patch_points
+from vllm_ascend_eplb.adaptors.vllm.versions import CHECKED_VERSIONS, READ_VERSIONS, is_checked
 
 REPOSITORY = Path(__file__).parents[3]
 RUNNER, RUNNER_2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
@@ -83,12 +84,12 @@ def parameters(function: ast.AST) -> set[str]:
 
 
 @each_source
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: f"{seam.module.rpartition('.')[2]}.{seam.name}")
-def test_every_seam_is_there(root: Path, seam) -> None:  # type: ignore[no-untyped-def]
-    look_up(root, seam.module, seam.name)
+@pytest.mark.parametrize("point", PATCH_POINTS, ids=lambda point: f"{point.module.rpartition('.')[2]}.{point.name}")
+def test_every_patch_point_is_there(root: Path, point) -> None:  # type: ignore[no-untyped-def]
+    look_up(root, point.module, point.name)
 
 
-def test_a_place_that_is_not_there_is_noticed() -> None:
+def test_missing_patch_point_is_noticed() -> None:
     root = next(iter(SOURCES.values()))
     with pytest.raises(LookupError):
         look_up(root, RUNNER, "GPUModelRunner.no_such_method")
@@ -164,7 +165,7 @@ def test_versions() -> None:
 def test_the_page_shows_this_table() -> None:
     page = (REPOSITORY / "docs" / "patch_points.md").read_text(encoding="utf-8")
     assert patch_points() in page
-    assert patch_points(ascend_v2.SEAMS) in page
+    assert patch_points(second_runner.PATCH_POINTS) in page
     for version in READ_VERSIONS:
         assert version in page
     for module in BY_NAME:
