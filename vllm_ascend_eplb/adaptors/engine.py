@@ -5,17 +5,29 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..settings.config import EplbConfig
+
+
+class Verdict(NamedTuple):
+    """Whether the installed version of an engine is balanced.
+
+    Attributes:
+        balances: whether balancing is on.
+        warning: a line for the log; empty where there is nothing to say.
+    """
+
+    balances: bool
+    warning: str = ""
 
 
 class Engine(ABC):
     """One engine, as the front end sees it: how its configuration is checked and switched to balancing."""
 
     @abstractmethod
-    def stays_off(self, config: EplbConfig) -> str:
-        """Why balancing stays off with the installed version, as a line for the log; empty where it may run."""
+    def verdict(self, config: EplbConfig) -> Verdict:
+        """Whether the installed version is balanced."""
 
     def without_balancing(self, engine_args: Any) -> Any:
         """The arguments of the engine where balancing stays off."""

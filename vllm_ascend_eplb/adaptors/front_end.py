@@ -35,10 +35,10 @@ def _balancing(original: Any) -> Any:
         if not config.active:
             return original(self, *args, **kwargs)
         engine = engine_in_use()
-        reason = engine.stays_off(config)
-        if reason:
+        verdict = engine.verdict(config)
+        if not verdict.balances:
             vllm_config = original(engine.without_balancing(self), *args, **kwargs)
-            logger.warning(reason)
+            logger.warning(verdict.warning)
             return vllm_config
         if self.enable_eplb:
             config.check_serving(num_experts=None, ep_size=1, expert_parallel=True, vllm_eplb=True)
@@ -50,6 +50,8 @@ def _balancing(original: Any) -> Any:
             _explain(engine, self, config)
             raise
         _balance(engine, vllm_config, config)
+        if verdict.warning:
+            logger.warning(verdict.warning)
         return vllm_config
 
     return create_engine_config

@@ -7,8 +7,9 @@ import copy
 from typing import Any
 
 from ...settings.config import EplbConfig
-from ..engine import Engine, eplb_config_for, let_workers_balance
+from ..engine import Engine, Verdict, eplb_config_for, let_workers_balance
 from ..parts import parts_of, pipeline_parts
+from ..vllm.models import refuse_model
 from ..worker_name import SECOND_RUNNER, worker_class_name
 from . import hand_over, refusals
 
@@ -16,8 +17,8 @@ from . import hand_over, refusals
 class FirstRunner(Engine):
     """vllm-ascend with its first model runner: its own worker stays, and is hooked once its module is imported."""
 
-    def stays_off(self, config: EplbConfig) -> str:
-        return hand_over.stays_off(config)
+    def verdict(self, config: EplbConfig) -> Verdict:
+        return hand_over.verdict(config)
 
     def without_balancing(self, engine_args: Any) -> Any:
         """Without ``eplb_config``, whose keys vllm-ascend does not know."""
@@ -52,6 +53,10 @@ class SecondRunner(FirstRunner):
         switched.enable_eplb = True
         switched.eplb_config = eplb_config_for(switched.eplb_config, config.num_redundant_experts, use_async=True)
         return switched
+
+    def refuse_unsupported(self, vllm_config: Any, config: EplbConfig) -> None:
+        super().refuse_unsupported(vllm_config, config)
+        refuse_model(vllm_config)
 
     def switch_on(self, vllm_config: Any, num_redundant: int) -> None:
         """As for vLLM, but with ``use_async``: vllm-ascend turns it on in any case, with a warning."""

@@ -19,6 +19,7 @@ from ...files.disk import FileError, parse_json, read_bounded, show
 from ...files.expert_map import MAX_MAP_BYTES, ExpertMapError, read_expert_map
 from ...settings.config import EplbConfig
 from ...settings.messages import EplbConfigError
+from ..engine import Verdict
 from ..handed_over import HandedOver, settings_of
 from ..vllm.versions import unchecked_line
 
@@ -85,16 +86,16 @@ def on_ascend() -> bool:
     return str(current_platform.device_type) == "npu"
 
 
-def stays_off(config: EplbConfig) -> str:
-    """Why balancing stays off with the installed vllm-ascend, as a line for the log; empty where it may run.
+def verdict(config: EplbConfig) -> Verdict:
+    """Whether the installed vllm-ascend is balanced.
 
     Only checked releases are balanced by default: layers and loading of vllm-ascend changed their meaning between
     release candidates without changing a name that a self-test could miss.
     """
     version = installed_version()
     if version in ("", *CHECKED_VERSIONS) or config.allow_unchecked_vllm:
-        return ""
-    return unchecked_line("vllm-ascend", CHECKED_VERSIONS, version)
+        return Verdict(True)
+    return Verdict(False, unchecked_line("vllm-ascend", CHECKED_VERSIONS, version))
 
 
 def without_settings(additional_config: dict[str, Any]) -> dict[str, Any]:
@@ -123,9 +124,9 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
     if not config.active or isinstance(additional_config["eplb_config"], HandedOver):
         return additional_config
     version = installed_version()
-    reason = stays_off(config)
-    if reason:
-        logger.warning(reason)
+    allowed = verdict(config)
+    if not allowed.balances:
+        logger.warning(allowed.warning)
         return without_settings(additional_config)
     if second_runner():
         _require(NEEDED_BY_SECOND)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..handed_over import settings_of
 from ..patching import patch_once
+from ..readers import guard_model, guard_worker
 from .hand_over import second_runner, switch_on
 from .runner import RUNNER, RunnerUpdator, take_over
 
@@ -32,6 +33,8 @@ def balanced(base: type) -> type:
                 load_format = str(self.vllm_config.load_config.load_format)
                 updator.configure(settings_of(self.vllm_config.additional_config), load_format)
             super().load_model(*args, **kwargs)
+            if updator is not None:
+                guard_model(self.get_model(), updator.require_unmoved)
 
         def compile_or_warm_up_model(self) -> Any:
             result = super().compile_or_warm_up_model()
@@ -46,7 +49,14 @@ def balanced(base: type) -> type:
                 updator.shutdown()
             super().shutdown()
 
+    guard_worker(EplbNPUWorker, _require_loaded_order)
     return EplbNPUWorker
+
+
+def _require_loaded_order(worker: Any, what: str) -> None:
+    updator = updator_of(worker)
+    if updator is not None:
+        updator.require_loaded_order(what)
 
 
 def updator_of(worker: Any) -> RunnerUpdator | None:

@@ -7,21 +7,25 @@ import copy
 from typing import Any
 
 from ...settings.config import EplbConfig
-from ..engine import Engine, eplb_config_for, let_workers_balance
+from ..engine import Engine, Verdict, eplb_config_for, let_workers_balance
 from ..parts import parts_of
 from ..worker_name import VLLM, worker_class_name
+from .models import refuse_model
 from .refusals import refuse_unsupported
-from .versions import stays_off
+from .sources import installed_root
+from .versions import verdict
 
 
 class Vllm(Engine):
     """vLLM with a worker class of ours."""
 
-    def stays_off(self, config: EplbConfig) -> str:
+    def verdict(self, config: EplbConfig) -> Verdict:
         import vllm
         from vllm.platforms import current_platform
 
-        return "" if config.allow_unchecked_vllm else stays_off(vllm.__version__, str(current_platform.device_type))
+        if config.allow_unchecked_vllm:
+            return Verdict(True)
+        return verdict(vllm.__version__, str(current_platform.device_type), installed_root())
 
     def with_balancing(self, engine_args: Any, config: EplbConfig) -> Any:
         """Turns vLLM's own switch on, so that its checks of the switch apply. Not on a CPU, where they refuse it in any
@@ -37,6 +41,7 @@ class Vllm(Engine):
 
     def refuse_unsupported(self, vllm_config: Any, config: EplbConfig) -> None:
         refuse_unsupported(vllm_config, config)
+        refuse_model(vllm_config)
 
     def switch_on(self, vllm_config: Any, num_redundant: int) -> None:
         name = worker_class_name(VLLM, vllm_config.parallel_config.worker_cls)

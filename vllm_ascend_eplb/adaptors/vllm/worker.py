@@ -12,6 +12,7 @@ from ...values.placement import Placement
 from ..errors import PatchPointError, UnsupportedError
 from ..handed_over import settings_of
 from ..parts import is_draft
+from ..readers import guard_model, guard_worker
 from ..worker_name import base_of
 from . import cpu
 from .loading import loading_by
@@ -49,6 +50,9 @@ def balanced(base: type, prepare: Callable[[], None]) -> type:
                 super().load_model(*args, **kwargs)
             ensure_state(self.model_runner, self.vllm_config)
             require_known_slice(self.model_runner)
+            state = self.model_runner.eplb_state
+            if state is not None:
+                guard_model(self.model_runner.get_model(), state.require_unmoved)
 
         def compile_or_warm_up_model(self) -> Any:
             result = super().compile_or_warm_up_model()
@@ -67,8 +71,15 @@ def balanced(base: type, prepare: Callable[[], None]) -> type:
                 state.close()
             super().shutdown()
 
+    guard_worker(EplbWorker, _require_loaded_order)
     EplbWorker.__name__ = EplbWorker.__qualname__ = f"Eplb{base.__name__}"
     return EplbWorker
+
+
+def _require_loaded_order(worker: Any, what: str) -> None:
+    state = getattr(getattr(worker, "model_runner", None), "eplb_state", None)
+    if state is not None:
+        state.require_loaded_order(what)
 
 
 def take_over() -> None:
