@@ -20,6 +20,7 @@ REFUSED_ALL2ALL = {"deepep_low_latency", "deepep_v2", "nixl_ep", "passthrough", 
 MEGAKERNELS = {
     "deep_gemm_mega_moe",
     "flashinfer_moe_ep_mega_deep_gemm",
+    "flashinfer_moe_ep_mega_cutedsl",
     "flashinfer_moe_ep_cutedsl",
     "aiter_mega_moe",
 }
