@@ -39,14 +39,17 @@ def patch_points() -> dict[str, Any]:
         from vllm.platforms import current_platform
 
         from ..adaptors.vllm.patch_points import missing_patch_points, points_on
-        from ..adaptors.vllm.versions import CHECKED_VERSIONS, is_checked
+        from ..adaptors.vllm.sources import installed_root
+        from ..adaptors.vllm.versions import CHECKED_VERSIONS, verdict
 
         platform = str(current_platform.device_type)
         if platform == "npu":
             return {"vllm_version": str(vllm.__version__), "platform": platform, **ascend()}
+        said = verdict(vllm.__version__, platform, installed_root())
         return {
             "vllm_version": str(vllm.__version__),
-            "checked": is_checked(vllm.__version__),
+            "checked": said.balances,
+            "warning": said.warning,
             "checked_versions": list(CHECKED_VERSIONS),
             "platform": platform,
             "missing": missing_patch_points(platform),
