@@ -22,7 +22,7 @@ STATIONS = NO_TORCH + NO_ENGINE + ENGINES
 SHARED = {"__version__", "_planner"}
 """What every folder may take from the package itself: its version and the compiled planner."""
 
-ASKING = {"adaptors.vllm.worker"}
+ASKING: set[str] = set()
 """Modules of vLLM's adaptor that still ask Ascend's; a front end that names the worker class empties the list."""
 
 MOST_LINES = 400

@@ -255,7 +255,9 @@ def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
     if where == "npu":
         return [Finding("vLLM", "ok", f"{version} on npu, through vllm-ascend"), *_ascend(answer)]
     findings = []
-    if answer["checked"]:
+    if answer["checked"] and answer.get("warning"):
+        findings.append(Finding("vLLM", "note", f"{version} on {where}: {answer['warning']}"))
+    elif answer["checked"]:
         findings.append(Finding("vLLM", "ok", f"{version} on {where}, a version this package was checked against"))
     else:
         findings.append(
@@ -270,7 +272,7 @@ def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
     if missing:
         findings += [Finding("patch point", "wrong", f"missing: {line}") for line in missing]
     else:
-        findings.append(Finding("patch points", "ok", f"all {answer['seams']} patch points are present"))
+        findings.append(Finding("patch points", "ok", f"all {answer['patch_points']} that the adaptor needs are there"))
     return findings
 
 
