@@ -26,12 +26,15 @@ unit-test: setup  ## the quick ones
 e2e-test: setup  ## the ones with real vLLM engines
 	@$(RUN) -m pytest tests/e2e
 
-.PHONY: install-test aarch64-test
+.PHONY: install-test aarch64-test python-test
 install-test: setup  ## builds in isolation, installs as a user does, and serves from there
 	@$(RUN) -m pytest tests/install
 
 aarch64-test: setup  ## the C++ built for aarch64 and run under emulation; skipped where Debian's packages are not to be had
 	@scripts/aarch64.sh
+
+python-test: setup  ## the unit tests without torch on Python 3.10 (with the oldest dependencies), 3.12 and 3.13, where they are
+	@scripts/pythons.sh
 
 matrix: setup  ## the ones with an offline engine on the other vLLM versions, each in an environment of its own
 	@scripts/matrix.sh 0.30.0 0.31.0
@@ -72,7 +75,8 @@ format: setup  ## formats everything
 
 bench: setup  ## the benchmarks, quick; their results as JSON in build/bench
 	@mkdir -p build/bench
-	@$(RUN) -m benchmarks.planner --quick --json build/bench/planner.json
+	@$(RUN) -m benchmarks.planner --quick --csv build/bench/planner.csv
+	@$(RUN) -m benchmarks.planner_checks --quick --json build/bench/planner_checks.json
 	@$(RUN) -m benchmarks.record_op --quick --json build/bench/record_op.json
 	@$(RUN) -m benchmarks.stall --quick --json build/bench/stall.json
 

@@ -19,7 +19,7 @@ struct Potential {
     }
 };
 
-// What a candidate's gain is multiplied with: one over the receipts that it costs; nearly free ones count as kFree.
+// The price of a candidate that costs no receipt.
 constexpr float kFree = 6.0F;
 
 // What rank r gains together with the rank of each slot p by giving it an expert of replica load `share` for slot p's

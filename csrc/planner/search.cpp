@@ -25,8 +25,6 @@ int lowest_bit(uint64_t bits) {
 #endif
 }
 
-float price_of(int cost) { return cost >= 2 ? 0.5F : cost == 1 ? 1.0F : kFree; }
-
 }  // namespace
 
 Search::Search(Shape shape) : shape_(shape) {

@@ -19,6 +19,9 @@ struct Shape {
     int per_rank() const { return slots / ranks; }
 };
 
+// What a candidate's gain is multiplied with: one over the receipts that it costs; nearly free ones count as kFree.
+inline float price_of(int cost) { return cost >= 2 ? 0.5F : cost == 1 ? 1.0F : kFree; }
+
 class Search {
   public:
     explicit Search(Shape shape);

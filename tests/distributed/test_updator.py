@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import time
 import zlib
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -28,7 +27,6 @@ from vllm_ascend_eplb.balancer.timing import Times
 from vllm_ascend_eplb.load import ops
 from vllm_ascend_eplb.load.recorder import LoadRecorder
 from vllm_ascend_eplb.planning.payoff import MoveRates
-from vllm_ascend_eplb.planning.process import EplbProcess
 from vllm_ascend_eplb.planning.request import PlanRequest, plan_request
 from vllm_ascend_eplb.routing.maps import DispatchMaps
 from vllm_ascend_eplb.routing.weighted import DispatchTables
@@ -38,6 +36,7 @@ from vllm_ascend_eplb.values.plan import Plan
 from vllm_ascend_eplb.values.topology import Topology
 
 from .model import Slots
+from .pace import PatientPlanner, settle
 from .ranks import Ranks, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -170,7 +169,8 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
     seen = Seen(first_par=0.0)
     balancedness.logger.addFilter(lambda record: seen.lines.append(record.args) or True)
     balancedness.logger.setLevel(logging.INFO)
-    updator = build_updator(model, config, EplbProcess(policy) if ranks.rank == 0 else None)
+    planner = PatientPlanner(policy) if ranks.rank == 0 else None
+    updator = build_updator(model, config, planner)
     if "tokens" in options and updator.lead is not None:
         updator.lead.learn(Times(FLAT_THEN_STEEP, MoveRates(options.get("receive"))))
     if "cut_after" in options:
@@ -209,8 +209,7 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
             if updator.state.phase is Phase.COLLECT and updator.state.cycle not in seen.after:
                 seen.after[updator.state.cycle] = updator.placement.digest, model.slots.digest()
             dist.barrier()  # a forward's collectives keep the ranks together
-            # An engine's step takes longer; while the planner works, as long as a busy machine may need.
-            time.sleep(0.05 if updator.state.phase is Phase.PLAN else 0.004)
+            settle(updator, planner)
             if updator.state.cycle > options.get("cycles", steps):
                 break
     except (AgreementError, ControlError) as error:

@@ -219,13 +219,18 @@ def _fork_everything() -> None:
 
 
 def _wait_without_spinning() -> None:
-    """vLLM's tensor-parallel ranks on a CPU wait for each other in a loop, which takes the core that the other rank
-    needs: where other processes run, a step then takes a hundred times as long. They take sockets instead, as vLLM's
-    own ranks do where they share no memory."""
-    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    """vLLM's processes on a CPU wait for each other in loops: tensor-parallel ranks in shared memory, and workers and
+    engine for up to a second until they listen at a socket. With more processes than cores a loop takes the core that
+    another one needs, and a step takes a hundred times as long. Here they wait at sockets from the start: the ranks as
+    vLLM's own do where they share no memory."""
+    from vllm.distributed.device_communicators import cpu_communicator, shm_broadcast
 
-    if hasattr(CpuCommunicator, "_all_group_ranks_share_shm_group_name"):  # vLLM 0.32
-        CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+    communicator = cpu_communicator.CpuCommunicator
+    if hasattr(communicator, "_all_group_ranks_share_shm_group_name"):  # vLLM 0.32
+        communicator._all_group_ranks_share_shm_group_name = lambda self: False
+    spin = getattr(shm_broadcast, "SpinCondition", None)
+    if spin is not None and len(spin.__init__.__defaults__ or ()) == 1:  # busy_loop_s
+        spin.__init__.__defaults__ = (0.0,)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def _counted(updator: Any) -> np.ndarray:
     """[L] pairs that the recorder has counted since the last snapshot."""
     recorder = updator.parts.recorder
     recorder.flush(updator.placement)
-    return recorder._window.sum(dim=(0, 1, 3)).cpu().numpy().copy()
+    return recorder.window().sum(axis=(0, 2))
 
 
 def install(worker: Any) -> None:

@@ -258,7 +258,7 @@ def test_a_damaged_weight_is_found_and_mended(server, english):
     answers = asyncio.run(under_load(server, 1, english, damage))
     assert answers.failed == []  # wrong answers are what a damaged weight brings
     assert lines(server, "slots do not hold the weights of their expert") == 1
-    assert lines(server, "EPLB audit: 1 of 1 damaged slots were mended") == 1
+    assert lines(server, "EPLB audit: 1 of 1 damaged slots were repaired") == 1
     run(server, english, lambda _: until_balanced(server))
 
 

@@ -22,7 +22,27 @@ DRAFTED = {"model": "FILES/mtp", "speculative_config": {"method": "mtp", "num_sp
 CASES = {
     "unknown key": ({"dynamic_eplb": True, "num_redundnt_experts": 2}, {}, "num_redundnt_experts"),
     "nearest key": ({"dynamic_eplb": True, "num_redundnt_experts": 2}, {}, "did you mean num_redundant_experts?"),
-    "text for a boolean": ({"dynamic_eplb": "true"}, {}, "dynamic_eplb"),
+    "text for a boolean": ({"dynamic_eplb": "ture"}, {}, "did you mean true?"),
+    "left over of vLLM's own": (
+        {"dynamic_eplb": True},
+        {"eplb_config": {"num_redundant_experts": 2}},
+        '"dynamic_eplb": true, "num_redundant_experts": 2}}\'',
+    ),
+    "setting beside eplb_config": (
+        None,
+        {"additional_config": {"num_wait_woker_iterations": 50, "eplb_config": {"dynamic_eplb": True}}},
+        '{"eplb_config": {"algorithm_execution_interval": 50}}',
+    ),
+    "eplb_config misspelt": (
+        None,
+        {"additional_config": {"eplb-config": {"dynamic_eplb": True}}},
+        "the key is eplb_config",
+    ),
+    "eplb_config nested": (
+        None,
+        {"additional_config": {"additional_config": {"eplb_config": {"dynamic_eplb": True}}}},
+        "to the top level",
+    ),
     "interval": ({"dynamic_eplb": True, "expert_heat_collection_interval": 0}, {}, "expert_heat_collection_interval"),
     "not divisible": ({"dynamic_eplb": True, "num_redundant_experts": 3}, {}, "nearest that works: 2 or 4"),
     "too redundant": ({"dynamic_eplb": True, "num_redundant_experts": 66}, {}, "is more than 64"),
@@ -201,6 +221,8 @@ def answers(tmp_path_factory, nursery):
     asked = {name: (settings, arguments) for name, (settings, arguments, _) in CASES.items()}
     asked["map"] = ({"expert_map_path": "FILES/good.json"}, {})
     asked["off"] = ({}, {})
+    asked["off in words"] = ({"dynamic_eplb": "false", "unknown": 1}, {})
+    asked["on in words"] = ({"dynamic_eplb": "true", "num_redundant_experts": "4"}, {})
     asked["absent"] = (None, {})
     asked["on"] = ({"dynamic_eplb": True, "num_redundant_experts": 4}, {})
     asked["stages"] = ({"dynamic_eplb": True}, {"pipeline_parallel_size": 2})
@@ -223,7 +245,7 @@ def test_a_setting_that_cannot_work_is_refused_with_its_message(answers, name):
     assert "\n" not in answer["message"]
 
 
-@pytest.mark.parametrize("name", ["off", "absent"])
+@pytest.mark.parametrize("name", ["off", "absent", "off in words"])
 def test_without_the_flag_vllm_is_configured_as_ever(answers, name):
     assert answers[name] == {
         "enable_eplb": False,
@@ -237,6 +259,7 @@ def test_the_flag_turns_it_on(answers):
     assert answers["on"]["enable_eplb"] is True
     assert answers["on"]["redundant"] == 4
     assert answers["on"]["worker_cls"].count("vllm_ascend_eplb.") == 1
+    assert answers["on in words"] == {**answers["on"], "adaptor": answers["on in words"]["adaptor"]}
 
 
 def test_redundant_experts_come_from_the_map(answers):

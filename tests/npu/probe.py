@@ -39,7 +39,7 @@ class Probe:
             commit = loader.commit
 
             def commit_maps_only(number: int) -> None:
-                slots = [tensor for layer in loader._slots[first_layer:] for slot in layer for tensor in slot]
+                slots = [tensor for layer in loader.slots[first_layer:] for slot in layer for tensor in slot]
                 kept = [tensor.clone() for tensor in slots]
                 commit(number)
                 with torch.no_grad():

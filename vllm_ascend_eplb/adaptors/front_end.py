@@ -9,8 +9,9 @@ import logging
 from typing import Any
 
 from ..observe import prometheus as metrics
-from ..observe.stats_file import provide_stats_path
-from ..settings.config import EplbConfig
+from ..observe.stats_file import note_first_rank, provide_stats_path
+from ..settings.config import EplbConfig, remarks
+from ..settings.fit import ModelShape, ServerShape, fit, refuse_vllms_own
 from ..settings.messages import EplbConfigError
 from .ascend import hand_over as ascend_config
 from .ascend import refusals as ascend_refusals
@@ -32,10 +33,11 @@ def hook(engine_args: type) -> None:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = settings_of(self.additional_config)
+        for line in remarks(self.additional_config):
+            logger.warning(line)
         if not config.active:
             return original(self, *args, **kwargs)
-        if self.enable_eplb:
-            config.check_serving(num_experts=None, ep_size=1, expert_parallel=True, vllm_eplb=True)
+        refuse_vllms_own(config, self.enable_eplb, self.eplb_config)
         try:
             vllm_config = original(_with_switch(self, config), *args, **kwargs)
         except EplbConfigError:
@@ -93,12 +95,8 @@ def _explain(engine_args: Any, config: EplbConfig) -> None:
             num_layers = None  # a map may be of the drafter's layers, too
     except Exception:  # vLLM's own error says what is wrong with the model
         return
-    config.check_serving(
-        num_experts=num_experts,
-        num_layers=num_layers,
-        ep_size=_expert_parallel_size(engine_args),
-        expert_parallel=engine_args.enable_expert_parallel,
-    )
+    server = ServerShape(_expert_parallel_size(engine_args), engine_args.enable_expert_parallel)
+    fit(config, ModelShape(num_experts, num_layers), server)
 
 
 def _balance(vllm_config: Any, config: EplbConfig) -> None:
@@ -112,15 +110,12 @@ def _balance(vllm_config: Any, config: EplbConfig) -> None:
     if ascend_config.on_ascend() and not settings_of(vllm_config.additional_config).active:
         return  # a release that was not checked
     parallel = vllm_config.parallel_config
+    note_first_rank(parallel.data_parallel_rank)
     num_layers = moe_layers(vllm_config.model_config)
     if ascend_config.on_ascend():
         num_layers = ascend_refusals.layers_of_map(config, num_layers, vllm_config.speculative_config)
-    num_redundant = config.check_serving(
-        num_experts=vllm_config.model_config.get_num_experts(),
-        num_layers=num_layers,
-        ep_size=_expert_parallel_size(parallel),
-        expert_parallel=parallel.enable_expert_parallel,
-    )
+    model = ModelShape(vllm_config.model_config.get_num_experts(), num_layers)
+    num_redundant = fit(config, model, ServerShape(_expert_parallel_size(parallel), parallel.enable_expert_parallel))
     if ascend_config.on_ascend():
         ascend_refusals.refuse_what_is_not_supported(vllm_config)
         if not ascend_config.second_runner():

@@ -4,20 +4,20 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from ..agreement.phases import Command, Failure
 from ..files.run_folder import remove_orphaned_folder
 from ..planning.message import pack_plan
+from ..planning.options import PlanOptions
 from ..planning.payoff import Payoff
-from ..planning.request import Dispatch, PlanAnswer, PlanRequest
+from ..planning.request import Dispatch, PlanAnswer, PlanRequest, Rebalance, Restore
 from ..planning.shares import shared_rank_load
 from ..planning.threshold import PlanJudge
 from ..settings.config import EplbConfig
-from ..values.placement import FloatArray, Int64Array, Placement, peak_to_average
+from ..values.placement import FloatArray, Int64Array, Placement
 from ..values.traffic import Traffic
+from ..values.window import WindowLoad
 from .gather import Gathered
 from .timing import Times
 from .work import Parts, Work
@@ -35,6 +35,7 @@ class _Case:
 
     Attributes:
         start: the placement in force when it was asked for.
+        task: what was asked for.
         window_par: mean PAR of the window, as the tokens fell.
         note: what the log says beside the cycle: how the last plan turned out.
         answer: of the planner, once it is there.
@@ -45,6 +46,7 @@ class _Case:
     """
 
     start: Placement
+    task: Rebalance | Restore
     window_par: float
     note: str
     answer: PlanAnswer | None = None
@@ -59,7 +61,7 @@ class Lead:
 
     def __init__(self, parts: Parts, work: Work) -> None:
         self._parts, self._work = parts, work
-        self._judge = PlanJudge(parts.config.min_gain, parts.config.rank_speed)
+        self._judge = PlanJudge(parts.config.min_gain)
         self._observed: Placement | None = None  # in mode observe: what the last plan would have led to
         self._load: Int64Array | None = None  # [L, E] of the last window, until the map recorder has it
         self._case: _Case | None = None
@@ -76,8 +78,8 @@ class Lead:
         parts, state, placement = self._parts, self._work.state, self._work.placement
         if parts.planner is None:
             return
-        self._take_stock(gathered)
-        config, tables = parts.config, parts.adaptor.dispatch
+        case = self._case = self._take_stock(gathered)
+        tables = parts.adaptor.dispatch
         parts.planner.submit(
             PlanRequest(
                 number=state.cycle,
@@ -87,64 +89,47 @@ class Lead:
                 node_of_rank=parts.adaptor.topology.node_of_rank,
                 num_groups=parts.adaptor.num_groups,
                 buffer_experts=parts.loader.buffer_experts,
-                policy="restore" if self._restoring else config.policy_name,
-                limits=self._limits() if not self._restoring else self._way_back(),
+                task=case.task,
                 dispatch_entries=tables.entries if tables is not None else 0,
             )
         )
 
-    @property
-    def _restoring(self) -> bool:
-        return self._work.state.wanted is Command.RESTORE
+    def _task(self) -> Rebalance | Restore:
+        config = self._parts.config
+        if self._work.state.wanted is Command.RESTORE:
+            return Restore(self._parts.start.physical_to_logical)
+        if config.policy_name == "random":
+            return Rebalance("random", PlanOptions(seed=self._work.state.cycle))
+        if config.policy_name != "incremental":
+            return Rebalance(config.policy_name)
+        # A layer is left alone where going on saves no time.
+        options = replace(plan_options(config), target_par=self._judge.target_par(config.target_par))
+        return Rebalance("incremental", options, config.rank_speed)
 
-    def _way_back(self) -> dict[str, object]:
-        return {"target": self._parts.start.physical_to_logical}
-
-    def _limits(self) -> dict[str, object]:
-        """The settings that the policy takes; a layer is left alone where going on saves no time."""
-        limits = _limits(self._parts.config, self._work.state.cycle)
-        if "target_par" in limits:
-            limits["target_par"] = self._judge.target_par(self._parts.config.target_par)
-        return limits
-
-    def _take_stock(self, gathered: Gathered) -> None:
+    def _take_stock(self, gathered: Gathered) -> _Case:
         """What the window was like, and whether the last plan kept its promise in it."""
         parts, placement = self._parts, self._work.placement
-        self._load = load = gathered.load.sum(axis=0)
         observed, self._observed = self._observed, None
-        rank_load = self._rank_load(load)
-        par = float(peak_to_average(rank_load).mean())
-        parts.stats.ranks_told(gathered.figures, rank_load, parts.adaptor.topology.node_of_rank)
-        parts.stats.window_ended(
-            rank_load,
-            self._over_speed(parts.start.rank_load(load)),
-            self._over_speed(observed.rank_load(load)) if observed is not None else None,
-        )
-        note = ""
-        if observed is not None:
-            would = float(observed.par(load, parts.config.rank_speed).mean())
+        load = gathered.load.sum(axis=0)
+        tables, speed = parts.adaptor.dispatch, parts.config.rank_speed
+        tokens = None
+        if tables is not None:
+            tokens = shared_rank_load(load, placement, tables.shares, placement.num_ranks)
+        window = WindowLoad.of(load, placement, parts.start, observed, tokens=tokens, rank_speed=speed)
+        self._load = load
+        parts.stats.ranks_told(gathered.figures, window.in_force, parts.adaptor.topology.node_of_rank)
+        parts.stats.window_ended(window)
+        note, par = "", float(window.in_force.par.mean())
+        if window.observed is not None:
+            would = float(window.observed.par.mean())
             note = f"; the last plan would have brought PAR {would:.3f} instead of {par:.3f}"
         traffic = Traffic.of_histogram(gathered.histogram)
-        self._case = _Case(placement, par, self._judge.window_ended(load, placement, traffic) or note)
+        note = self._judge.window_ended(window, placement, traffic) or note
         self._judge.steps = self._work.state.collect_steps
         if self._judge.cost.in_milliseconds:
-            start = self._over_speed(parts.start.rank_load(load))
-            now_ms, start_ms = (self._judge.moe_ms(peak_to_average(each)) for each in (rank_load, start))
+            now_ms, start_ms = (self._judge.moe_ms(each.par) for each in (window.in_force, window.at_start))
             parts.stats.time_spent(now_ms, start_ms, gathered.steps)
-
-    def _rank_load(self, load: Int64Array) -> FloatArray:
-        """[L, R] tokens per rank under the placement and the dispatch shares in force, over its speed."""
-        tables, placement = self._parts.adaptor.dispatch, self._work.placement
-        if tables is None:
-            return self._over_speed(placement.rank_load(load))
-        return shared_rank_load(load, placement, tables.shares, placement.num_ranks)
-
-    def _over_speed(self, rank_load: FloatArray) -> FloatArray:
-        """[L, R] tokens per rank as a rank of average speed would have to have them to take as long."""
-        if self._parts.config.rank_speed is None:
-            return rank_load
-        speed = np.array(self._parts.config.rank_speed)
-        return np.asarray(rank_load * (speed.mean() / speed))
+        return _Case(placement, self._task(), par, note)  # the task depends on the traffic of this window
 
     # --- it weighs ----------------------------------------------------------------------------------------------------
 
@@ -201,7 +186,7 @@ class Lead:
             why = self._why_still(before)
             case.still = bool(why)
             return f"nothing to move at PAR {before.mean():.3f}{why}"
-        if self._restoring or self._parts.config.policy_name == "random":
+        if isinstance(case.task, Restore) or case.task.policy == "random":
             return ""
         return self._judge.refuses(before, after, received_bytes)
 
@@ -247,7 +232,7 @@ class Lead:
     def _tell_of_plan(self, case: _Case, answer: PlanAnswer, moved: int, cut: str) -> None:
         plan, state = answer.plan, self._work.state
         assert plan is not None
-        if cut or plan.policy == "restore" or case.payoff is None:
+        if cut or isinstance(case.task, Restore) or case.payoff is None:
             self._judge.forget()
         else:
             self._judge.carried_out(case.start, case.payoff.saved_fraction)
@@ -331,15 +316,13 @@ class Lead:
             parts.map_recorder.close()
 
 
-def _limits(config: EplbConfig, cycle: int) -> dict[str, object]:
-    """The settings that the policy takes."""
-    if config.policy_name == "random":
-        return {"seed": cycle}
-    if config.policy_name != "incremental":
-        return {}
-    return {
-        "target_par": config.target_par,
-        "effort": config.planner_effort,
-        "max_moves": config.max_moves_per_cycle,
-        "rank_speed": config.rank_speed,
-    }
+def plan_options(config: EplbConfig) -> PlanOptions:
+    """The settings that the policy "incremental" takes."""
+    return PlanOptions(
+        target_par=config.target_par,
+        effort=config.planner_effort,
+        max_moves=config.max_moves_per_cycle,
+        max_moves_per_rank=config.max_moves_per_rank,
+        max_moves_between_nodes=config.max_moves_between_nodes,
+        price_between_nodes=config.price_between_nodes,
+    )

@@ -20,7 +20,7 @@ class EplbAdaptor(ABC):
 
     Attributes:
         name: of the model, for the log.
-        part: which of several balancers of one server this is (a pipeline stage, a drafter), for the log and the
+        part: which of several balancers of one server this is (a pipeline stage, a draft model), for the log and the
             statistics; empty for the only one.
         channel: number of the balancer among those that share its process groups, 0..CHANNELS-1.
         rank, topology: this rank within the expert-parallel group, and the node of each of its ranks.
@@ -32,6 +32,7 @@ class EplbAdaptor(ABC):
             through the host; None for a single rank.
         device_group: process group with the device's backend that nothing else uses, or None.
         device: where the weights live.
+        cooperative_kernels: whether the engine launches kernels that need all cores of a GPU at once.
         dispatch: the tables that the routers read where tokens are split by planned shares; None where they are split
             evenly. The updator changes them, with the maps and between placements.
     """
@@ -48,6 +49,7 @@ class EplbAdaptor(ABC):
     transfer_group: Any
     device_group: Any
     device: torch.device
+    cooperative_kernels: bool = False
     dispatch: DispatchTables | None = None
 
     @property

@@ -32,11 +32,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Literal
 
 from ..agreement.channel import ControlError, Facts, FlightRecorder
@@ -261,7 +258,7 @@ class EplbUpdator:
             rounds_done=loader.rounds_done,
             rounds_intact=loader.rounds_intact,
             damaged=self.auditor.damaged() if self.auditor is not None and audited else 0,
-            **asdict(order),
+            **vars(order),
         )
 
     def _is_summed(self) -> bool:
@@ -352,7 +349,7 @@ class EplbUpdator:
         self._forget()
         self.rollout.back_to(self.parts.start)
         logger.info(
-            "%s: weights are loaded anew, from step %d on the placement is the initial one",
+            "%s: weights are reloaded; from step %d on the placement is the initial one",
             self.parts.title,
             self.state.step,
         )
@@ -371,13 +368,9 @@ class EplbUpdator:
             self.lead.publish()
 
     def _dump_flight(self, reason: str) -> None:
-        try:
-            folder = tempfile.mkdtemp(prefix="vllm-eplb-flight-")
-            path = os.path.join(folder, f"rank{self.parts.rank}.json")
-            self._flight.dump(path, rank=self.parts.rank, reason=reason, settings=str(self.parts.settings))
+        path = self._flight.leave(self.parts.rank, reason=reason, settings=str(self.parts.settings))
+        if path is not None:
             logger.warning("%s rank %d: the last steps are in %s", self.parts.title, self.parts.rank, path)
-        except OSError:
-            pass  # a full disk must not hide the reason itself
 
 
 _BETWEEN_CYCLES = (Phase.COLLECT, Phase.LISTEN, Phase.AUDIT)

@@ -47,7 +47,7 @@ def advise(model: Path, ranks: int, tokens: float, machine: str, weight_bytes: f
     }
 
 
-def show(out: Console, answer: dict[str, Any]) -> None:
+def show_advice(out: Console, answer: dict[str, Any]) -> None:
     """The same for people."""
     shown = table(
         "redundant", "slots per rank", "PAR", "MoE time per step", "saved", "memory per rank", "KV tokens lost"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 MARK = "vllm-ascend-eplb probe: "
@@ -55,9 +57,11 @@ def seams() -> dict[str, Any]:
         from ..adaptors.vllm.seams import CHECKED_VERSIONS, SEAMS, is_checked, missing_seams
 
         platform = str(current_platform.device_type)
+        loaded = plugin()
         if platform == "npu":
-            return {"vllm_version": str(vllm.__version__), "platform": platform, **ascend()}
+            return {"vllm_version": str(vllm.__version__), "platform": platform, **loaded, **ascend()}
         return {
+            **loaded,
             "vllm_version": str(vllm.__version__),
             "checked": is_checked(vllm.__version__),
             "checked_versions": list(CHECKED_VERSIONS),
@@ -69,6 +73,37 @@ def seams() -> dict[str, Any]:
         return {"vllm_error": f"not installed ({error})" if error.name == "vllm" else _line(error)}
     except Exception as error:
         return {"vllm_error": _line(error)}
+
+
+def plugin() -> dict[str, Any]:
+    """Whether vLLM's own loading of plugins puts the balancer in place: asked, not modelled.
+
+    vLLM reads VLLM_PLUGINS, finds the entry points and calls them, as in each of its processes; then the function that
+    the plugin hooks is looked at.
+    """
+    found: dict[str, Any] = {"plugin_in_place": False}
+    try:
+        from vllm import envs
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.plugins import load_general_plugins
+
+        found["plugins_named"] = envs.VLLM_PLUGINS
+        load_general_plugins()
+        found["plugin_in_place"] = _is_ours(EngineArgs.create_engine_config)
+    except Exception as error:  # of this plugin or another one
+        found["plugin_error"] = _line(error)
+    return found
+
+
+def _is_ours(function: Any) -> bool:
+    """Whether a function, or one that it wraps, was made by this package."""
+    folder = str(Path(__file__).resolve().parent.parent)
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is not None and os.path.realpath(code.co_filename).startswith(folder + os.sep):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def ascend() -> dict[str, Any]:

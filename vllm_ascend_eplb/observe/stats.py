@@ -199,7 +199,7 @@ class EplbStats(_Frozen):
         paused: whether cycles begin only when ordered.
         collect_steps, execution_steps: the intervals in force, in steps.
         audits: passes over the weights of all slots so far.
-        audit_damaged: slots that the last one found damaged; ``audit_mended``: slots mended so far.
+        audit_damaged: slots that the last one found damaged; ``audit_mended``: slots repaired so far.
         window: the last finished window.
         ranks: all ranks, as of the end of that window.
         cycles: the last cycles, oldest first, at most ``KEPT_CYCLES``.

@@ -14,6 +14,7 @@
   cut into shorter ones at the price of one extra copy per cut. One staging place per rank is enough (two where there
   is one rank only).
 - After all rounds the placement is the one that all moves lead to.
+- An expert that is to stand twice on a rank is sent there once; the rank copies it from one slot to the other.
 
 ``Round.after`` tells how far rounds may overlap: a round reads and writes no slot that a round later than ``after``
 writes. So round k may be in flight as soon as round ``after`` is committed, while k-1 is still being agreed.
@@ -133,6 +134,8 @@ class _Scheduler:
         """Waiting groups by (layer, slot), in order: only the first may write."""
         self.touching: dict[tuple[int, int], list[_Group]] = defaultdict(list)
         """Waiting groups by (layer, expert) whose copies they change, in order."""
+        self.bringing: dict[tuple[int, int, int], deque[_Group]] = defaultdict(deque)
+        """Waiting groups by (layer, expert, rank) to which they bring it, in order: only the first may send it."""
         self.written: dict[tuple[int, int], int] = {}
         """The latest round that writes a (layer, slot)."""
         self.wanted: Counter[tuple[int, int, int]] = Counter()
@@ -157,6 +160,7 @@ class _Scheduler:
             change[layer, expert] += 1
             earlier.append(group)
             self.wanted[layer, expert, self.topology.node_of_rank[slot // self.size]] += 1
+            self.bringing[layer, expert, slot // self.size].append(group)
         group.change = {key: delta for key, delta in change.items() if delta}
         for key in group.change:
             self.touching[key].append(group)
@@ -185,6 +189,7 @@ class _Scheduler:
         self.busy_slots: set[tuple[int, int]] = set()
         self.sending = [0] * len(self.left)
         self.crossing: set[tuple[int, int, int]] = set()
+        self.arriving: set[tuple[int, int, int]] = set()
         self.closed = number - 1 if overlap else number
         """Slots written by this round or later ones are neither read nor written."""
         chosen: list[_Group] = []
@@ -226,7 +231,7 @@ class _Scheduler:
             ):
                 return False
             sources = self._sources(layer, expert)
-            if not sources:
+            if not sources or self._is_sent_in_vain(group, layer, slot, expert, sources):
                 return False
             if not urgent and not self._worthwhile(layer, slot, expert, sources):
                 return False
@@ -234,6 +239,16 @@ class _Scheduler:
 
     def _sources(self, layer: int, expert: int) -> list[int]:
         return [slot for slot in self.holders[layer, expert] if self.written.get((layer, slot), NONE) < self.closed]
+
+    def _is_sent_in_vain(self, group: _Group, layer: int, slot: int, expert: int, sources: list[int]) -> bool:
+        """Whether the rank can copy the expert from a slot of its own a little later: from one just written, or one
+        that an earlier group is going to write."""
+        rank = slot // self.size
+        if any(source // self.size == rank for source in sources):
+            return False
+        if any(held // self.size == rank for held in self.holders[layer, expert]):
+            return True
+        return (layer, expert, rank) in self.arriving or self.bringing[layer, expert, rank][0] is not group
 
     def _worthwhile(self, layer: int, slot: int, expert: int, sources: list[int]) -> bool:
         """Whether now is a good time for a move that could as well wait for a later round."""
@@ -246,7 +261,7 @@ class _Scheduler:
         if self.relay and not near:
             if (layer, expert, node) in self.crossing:
                 return False  # it crosses to this node in this round already; take it from there afterwards
-            if any(self.topology.node_of_rank[its // self.size] == node for its in self.holders[layer, expert]):
+            if any(self.topology.node_of_rank[holder // self.size] == node for holder in self.holders[layer, expert]):
                 return False  # it has just arrived on this node
         return min(self.sending[source] for source in (near or ranks)) < self.most_sends
 
@@ -256,11 +271,11 @@ class _Scheduler:
         copies = self.state.copies[layer][expert] + self.new_copies[key] + delta
         if copies < 1:
             return False
-        for other in self.touching[key]:
-            if other is group:
+        for waiting in self.touching[key]:
+            if waiting is group:
                 return True
-            if not other.done:
-                copies += other.change[key]
+            if not waiting.done:
+                copies += waiting.change[key]
                 if copies < 1:
                     return False
         return True
@@ -276,6 +291,8 @@ class _Scheduler:
         for layer, slot, expert in group.moves:
             self.busy_slots.add((layer, slot))
             self.writers[layer, slot].popleft()
+            self.bringing[layer, expert, slot // self.size].remove(group)
+            self.arriving.add((layer, expert, slot // self.size))
             rank = slot // self.size
             node = self.topology.node_of_rank[rank]
             self.wanted[layer, expert, node] -= 1
@@ -293,12 +310,12 @@ class _Scheduler:
         candidates = [self._best_sources(layer, slot, expert) for (layer, slot, expert), _ in moves]
         sources = level_senders(candidates, self.size, len(self.left), [move[1] for move, _ in moves])
         rows = np.array(
-            [(*move, source, order) for (move, order), source in zip(moves, sources, strict=True)], dtype=np.int32
+            [(*move, order, source) for (move, order), source in zip(moves, sources, strict=True)], dtype=np.int32
         )
         after = max(
-            self.written.get((layer, its), NONE)
+            self.written.get((layer, used), NONE)
             for (layer, slot, _), source in zip((m for m, _ in moves), sources, strict=True)
-            for its in (slot, source)
+            for used in (slot, source)
         )
         for group in chosen:
             for layer, slot, expert in group.moves:
@@ -339,12 +356,12 @@ def level_senders(
     chosen = [-1] * len(candidates)
     by_rank: list[set[int]] = [set() for _ in range(num_ranks)]
     remote = []
-    for move, its in enumerate(candidates):
-        if its[0] // slots_per_rank == slots[move] // slots_per_rank:
-            chosen[move] = its[0]
+    for move, sources in enumerate(candidates):
+        if sources[0] // slots_per_rank == slots[move] // slots_per_rank:
+            chosen[move] = sources[0]
         else:
             remote.append(move)
-    slot_on = [{slot // slots_per_rank: slot for slot in reversed(its)} for its in candidates]
+    slot_on = [{slot // slots_per_rank: slot for slot in reversed(sources)} for sources in candidates]
     for move in sorted(remote, key=lambda m: (len(slot_on[m]), m)):
         rank = min(slot_on[move], key=lambda r: (sends[r], r))
         chosen[move] = slot_on[move][rank]
@@ -382,8 +399,8 @@ def _shift(
                 rank = source
             return path[::-1]
         for move in sorted(by_rank[rank]):
-            for other in sorted(slot_on[move]):
-                if other not in came:
-                    came[other] = (move, rank)
-                    queue.append(other)
+            for target in sorted(slot_on[move]):
+                if target not in came:
+                    came[target] = (move, rank)
+                    queue.append(target)
     return None

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 import numpy as np
 import numpy.typing as npt
 
 from ..values.placement import Placement
 from ..values.step_cost import StepCost
 from ..values.traffic import Traffic
+from ..values.window import WindowLoad
 from .payoff import MoveRates, Payoff, weigh
 
 PAYS_FROM = 0.25
@@ -34,7 +32,6 @@ class PlanJudge:
 
     Args:
         min_gain: the least threshold, as a fraction of MoE time.
-        rank_speed: [R], relative speeds of the ranks; None where they are equal.
 
     Attributes:
         cost: of an MoE layer. rates: of experts on their way.
@@ -42,9 +39,8 @@ class PlanJudge:
         steps: expected until the next plan.
     """
 
-    def __init__(self, min_gain: float, rank_speed: Sequence[float] | None = None) -> None:
+    def __init__(self, min_gain: float) -> None:
         self._least = self.threshold = min_gain
-        self._rank_speed = rank_speed
         self._before: Placement | None = None
         self._promised = 0.0
         self.cost, self.rates = StepCost.proportional(), MoveRates()
@@ -114,8 +110,12 @@ class PlanJudge:
         """What was carried out last is not to be judged."""
         self._before = None
 
-    def window_ended(self, load: npt.NDArray[np.int64], placement: Placement, traffic: Traffic | None = None) -> str:
-        """Judges the last plan by the window [L, E] that followed it; what the log says of it, empty if there is none.
+    def window_ended(self, window: WindowLoad, placement: Placement, traffic: Traffic | None = None) -> str:
+        """Judges the last plan, which led to ``placement``, by the window that followed it.
+
+        Returns:
+            What the log says of the plan; empty if there is none.
+
 
         Load and traffic have gone on changing, so the plan is judged by what this same window would have been without
         it.
@@ -125,9 +125,9 @@ class PlanJudge:
         last, self._before = self._before, None
         if last is None:
             return ""
-        now, without = (each.par(load, self._rank_speed) for each in (placement, last))
+        now, without = (window.under(place).par for place in (placement, last))
         said = f"; the last plan brought PAR {now.mean():.3f} instead of {without.mean():.3f}"
-        realised = replace(self.weigh(without, now), cost_ms=0.0)
+        realised = self.weigh(without, now)
         if self.cost.in_milliseconds:
             said += f" and saved {realised.saved_fraction:.1%} of MoE time"
         if realised.saved_fraction > PAYS_FROM * self._promised:

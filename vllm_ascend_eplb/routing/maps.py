@@ -15,6 +15,7 @@ import torch
 
 from ..load.ops import entries_of
 from ..values.placement import Placement
+from .pinned import PinnedRows
 
 
 class _Prepared:
@@ -26,14 +27,12 @@ class _Prepared:
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self._tensors = tensors
-        self._pinned = tensors[0].device.type != "cpu"
+        self._pinned = PinnedRows(tensors[0].device)
         self._waiting: deque[tuple[list[int], list[torch.Tensor]]] = deque()
-        self._in_use: deque[list[torch.Tensor]] = deque(maxlen=2)
 
     def add(self, layers: list[int], *rows: npt.NDArray[np.signedinteger]) -> None:
         """For each tensor [len(layers), ...], for the next commit that has none yet; from any thread."""
-        hosts = [torch.from_numpy(np.ascontiguousarray(each)) for each in rows]
-        self._waiting.append((layers, [host.pin_memory() for host in hosts] if self._pinned else hosts))
+        self._waiting.append((layers, [self._pinned.rows(row) for row in rows]))
 
     def commit(self) -> None:
         """Puts the oldest in force; only enqueues copies on the current stream."""
@@ -41,8 +40,7 @@ class _Prepared:
         for tensor, host in zip(self._tensors, hosts, strict=True):
             for i, layer in enumerate(layers):
                 tensor[layer].copy_(host[i], non_blocking=True)
-        # A copy from pinned memory may still be under way, with the host a step or two ahead of the device.
-        self._in_use.append(hosts)
+        self._pinned.keep(*hosts)
 
     def forget(self) -> None:
         """Drops what was not committed."""
@@ -113,13 +111,14 @@ def rows_by_token(
     Args:
         slots: int [L, E, W], slots that take an expert's tokens in turn.
         valid: int [L, E], entries of each row of it, 1..W.
-        offset: added to a token's row.
+        offset: added to the entry that a token takes, modulo the valid ones.
 
     Returns:
         int32 [L, ROUTING_ROWS, E].
     """
-    tokens, experts = torch.arange(offset, offset + ROUTING_ROWS).unsqueeze(1), torch.arange(slots.shape[1])
-    entries = entries_of(tokens, experts, torch.from_numpy(valid.astype(np.int64)).unsqueeze(1))
+    tokens, experts = torch.arange(ROUTING_ROWS).unsqueeze(1), torch.arange(slots.shape[1])
+    valid_entries = torch.from_numpy(valid.astype(np.int64)).unsqueeze(1)
+    entries = (entries_of(tokens, experts, valid_entries) + offset) % valid_entries
     taken: npt.NDArray[np.signedinteger] = np.take_along_axis(slots.transpose(0, 2, 1), entries.numpy(), axis=1)
     return np.ascontiguousarray(taken, dtype=np.int32)
 
@@ -131,8 +130,9 @@ class RoutingTables:
     Args:
         placement: the one to start with.
         device: where the routers run.
-        offset: added to a token's row. Ranks that route their own tokens differ in it, so that ranks with few tokens
-            each take different replicas; all others must agree.
+        offset: how many replicas further on a token's choice is. Ranks that route their own tokens differ in it by
+            one: then the n-th tokens of as many ranks as an expert has replicas take one each, also where each rank has
+            a single token. All others must agree.
 
     Attributes:
         table: int32 [L, ROUTING_ROWS, E], slots.

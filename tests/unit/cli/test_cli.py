@@ -20,6 +20,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from typer.testing import CliRunner
 
+from tests.windows import rank_window
 from vllm_ascend_eplb import Placement, __version__
 from vllm_ascend_eplb.cli import app
 from vllm_ascend_eplb.cli.doctor import export_line
@@ -220,7 +221,7 @@ def metrics_page() -> bytes:
     registry = CollectorRegistry()
     keeper = StatsKeeper("1.2", "incremental", "balance")
     keeper.step = 1234
-    keeper.window_ended([[3, 1], [2, 2]], [[4, 0], [1, 3]])
+    keeper.window_ended(rank_window([[3, 1], [2, 2]], [[4, 0], [1, 3]]))
     keeper.planned([1.01, 1.0], 0.02)
     keeper.cycle_ended("done", moved=7)
     keeper.step_took(0.0021)
@@ -342,7 +343,10 @@ def test_doctor_names_the_kernels_in_use() -> None:
     cpu, cuda = module._kernels(answer)
     assert (cpu.status, cuda.status) == ("ok", "note")
     assert "C++ kernel for cpu is in use" in cpu.text
-    assert cuda.text.endswith("the package was built without nvcc")
+    assert "the package was built without nvcc; a server does without" in cuda.text
+    (slow,) = module._kernels({"kernels": {"cpu": "aten"}, "no_kernel": {"cpu": "_ops.so is missing"}})
+    assert slow.status == "note"
+    assert slow.text.endswith("in use: _ops.so is missing")
     assert module._kernels({"kernels_error": "ImportError: no"})[0].status == "wrong"
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.values.test_step_cost import FLAT_THEN_STEEP
+from tests.windows import expert_window
 from vllm_ascend_eplb.planning.payoff import MoveRates
 from vllm_ascend_eplb.planning.threshold import LEAST_RAISED, MOST_RAISED, PlanJudge
 from vllm_ascend_eplb.values.placement import Placement
@@ -29,26 +30,30 @@ def test_a_plan_must_gain_the_threshold() -> None:
 def test_a_plan_that_paid_halves_the_threshold_and_one_that_did_not_doubles_it() -> None:
     judge = PlanJudge(0.0)
     judge.carried_out(BEFORE, 0.8)
-    said = judge.window_ended(np.array([[1, 1, 1, 1]]), AFTER)  # by now the load is even, and the plan brought nothing
+    said = judge.window_ended(
+        expert_window([[1, 1, 1, 1]], AFTER), AFTER
+    )  # by now the load is even, and the plan brought nothing
     assert said == "; the last plan brought PAR 1.000 instead of 1.000, too little, so that a plan must now gain 0.5%"
     assert judge.threshold == LEAST_RAISED
     judge.carried_out(BEFORE, 0.8)
-    assert judge.window_ended(SKEWED, AFTER) == "; the last plan brought PAR 1.000 instead of 1.800"
+    assert (
+        judge.window_ended(expert_window(SKEWED, AFTER), AFTER) == "; the last plan brought PAR 1.000 instead of 1.800"
+    )
     assert judge.threshold == LEAST_RAISED / 2
-    assert judge.window_ended(SKEWED, AFTER) == ""  # judged once
+    assert judge.window_ended(expert_window(SKEWED, AFTER), AFTER) == ""  # judged once
 
 
 def test_speeds_of_ranks_are_heeded() -> None:
-    judge = PlanJudge(0.0, rank_speed=[1.8, 0.2])
+    judge = PlanJudge(0.0)
     judge.carried_out(AFTER, 0.5)
-    assert "brought PAR 1.000 instead of" in judge.window_ended(SKEWED, BEFORE)
+    assert "brought PAR 1.000 instead of" in judge.window_ended(expert_window(SKEWED, BEFORE, [1.8, 0.2]), BEFORE)
 
 
 def test_what_was_forgotten_is_not_judged() -> None:
     judge = PlanJudge(0.0)
     judge.carried_out(BEFORE, 0.8)
     judge.forget()
-    assert judge.window_ended(SKEWED, AFTER) == ""
+    assert judge.window_ended(expert_window(SKEWED, AFTER), AFTER) == ""
 
 
 @given(
@@ -63,7 +68,7 @@ def test_the_threshold_stays_between_its_bounds_and_what_is_refused_is_tried_aga
         refused = judge.refuses(before, after)
         if carried and not refused:
             judge.carried_out(BEFORE, before - after)
-            judge.window_ended(SKEWED if paid else np.array([[1, 1, 1, 1]]), AFTER)
+            judge.window_ended(expert_window(SKEWED if paid else [[1, 1, 1, 1]], AFTER), AFTER)
         assert least <= judge.threshold <= max(least, MOST_RAISED)
     for _ in range(200):
         judge.refuses(1.0, 1.0)
@@ -111,8 +116,8 @@ def test_last_plan_is_judged_by_time() -> None:
     """Traffic turned to decoding: the PAR is better by 0.8, but nothing was saved, so the threshold rises."""
     judge = measured(0.0, PREFILL)
     judge.carried_out(BEFORE, 0.4)
-    said = judge.window_ended(SKEWED, AFTER, DECODE)
+    said = judge.window_ended(expert_window(SKEWED, AFTER), AFTER, DECODE)
     assert "PAR 1.000 instead of 1.800 and saved 0.0% of MoE time, too little" in said
     assert judge.threshold == LEAST_RAISED
     judge.carried_out(BEFORE, 0.4)
-    assert "too little" not in judge.window_ended(SKEWED, AFTER, PREFILL)
+    assert "too little" not in judge.window_ended(expert_window(SKEWED, AFTER), AFTER, PREFILL)

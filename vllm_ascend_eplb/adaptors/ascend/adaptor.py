@@ -16,7 +16,7 @@ from ...settings.config import EplbConfig
 from ...values.placement import EMPTY, Placement
 from ...values.topology import Topology, host_identity
 from ..parts import pipeline_parts
-from .routing import SlotTable, maps_itself, route_by, rows_ahead
+from .routing import SlotTable, maps_itself, replicas_ahead, route_by
 
 
 class AscendError(RuntimeError):
@@ -133,7 +133,7 @@ class AscendAdaptor(EplbAdaptor):
         local = torch.full((self.placement.num_slots,), -1, dtype=torch.int32)
         local[first : first + size] = torch.arange(size, dtype=torch.int32)
         local = local.to(self.device)
-        offset = rows_ahead(self.rank)
+        offset = replicas_ahead(self.rank)
         for number, layer in enumerate(moe_layers):
             layer.moe_load = self.recorder.counts[number, first : first + size]
             route_by(layer, SlotTable(self._maps, number, local, offset))

@@ -43,8 +43,8 @@ class SlotTable:
         maps: the maps of all layers; changed in place by commits.
         layer: which of them.
         local_slots: int32 [P], the local slot of each slot of this rank, -1 for the others.
-        offset: added to the row of a token; where each rank routes its own tokens ranks differ in it, so that few
-            tokens per rank spread, too. 0 where several ranks may map the same token.
+        offset: how many replicas further on a token's choice is; where each rank routes its own tokens ranks differ in
+            it by one, so that few tokens per rank spread, too. 0 where several ranks may map the same token.
     """
 
     def __init__(self, maps: DispatchMaps, layer: int, local_slots: torch.Tensor, offset: int) -> None:
@@ -57,8 +57,9 @@ class SlotTable:
     def __getitem__(self, ids: torch.Tensor) -> torch.Tensor:
         """Slots [N, K] for logical experts [N, K], in their dtype. Only device work, so that graphs may capture it."""
         experts = ids.to(torch.int64)
-        rows = torch.arange(ids.shape[0], device=ids.device, dtype=torch.int64).unsqueeze(1) + self._offset
-        entries = entries_of(rows, experts, self._count[experts])
+        rows = torch.arange(ids.shape[0], device=ids.device, dtype=torch.int64).unsqueeze(1)
+        count = self._count[experts]
+        entries = (entries_of(rows, experts, count) + self._offset) % count
         return self._table[experts * self._width + entries].to(ids.dtype)
 
 
@@ -100,7 +101,7 @@ def ranks_own_their_tokens() -> bool:
     return bool(get_ascend_device_type() == AscendDeviceType.A3)
 
 
-def rows_ahead(rank: int) -> int:
-    """How many rows further on a rank's tables begin. Where each rank routes its own tokens they differ by rank, so
+def replicas_ahead(rank: int) -> int:
+    """How many replicas further on a rank's tables begin. Where each rank routes its own tokens they differ by rank, so
     that those with few tokens take different copies of an expert; elsewhere they must agree."""
-    return rank * 40503 if ranks_own_their_tokens() else 0
+    return rank if ranks_own_their_tokens() else 0

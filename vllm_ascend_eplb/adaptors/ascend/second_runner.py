@@ -30,7 +30,7 @@ from ...settings.config import EplbConfig
 from ..vllm.adaptor import VllmAdaptor
 from ..vllm.seams import Seam, SeamError, not_found
 from ..vllm.state import VllmEplbState
-from .routing import forward_of_all, ranks_own_their_tokens, rows_ahead
+from .routing import forward_of_all, ranks_own_their_tokens, replicas_ahead
 
 CONTROLLER = "vllm_ascend.worker.v2.eplb"
 
@@ -74,7 +74,7 @@ class AscendV2Adaptor(VllmAdaptor):
             self.dispatch = RoutingDispatchTables(self.placement, self.device, config.dispatch_table_entries, **turn)
             table = self.dispatch.table
         else:
-            tables = RoutingTables(self.placement, self.device, rows_ahead(self.rank))
+            tables = RoutingTables(self.placement, self.device, replicas_ahead(self.rank))
             self._switched.append(tables)
             table = tables.table
         for number, layer in enumerate(model.moe_layers):

@@ -12,6 +12,7 @@ import importlib
 import logging
 from typing import Any
 
+from ...settings.fit import read_start_placement
 from ...values.placement import Placement
 from ..handed_over import settings_of
 from ..parts import is_drafter
@@ -130,7 +131,7 @@ def start_placement(vllm_config: Any, num_layers: int, num_experts: int, model_c
     if is_drafter(vllm_config, model_config):
         redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
         return Placement.initial(num_layers, num_experts, num_ranks, redundant)
-    return config.read_start_placement(num_layers=num_layers, num_experts=num_experts, num_ranks=num_ranks)
+    return read_start_placement(config, num_layers=num_layers, num_experts=num_experts, num_ranks=num_ranks)
 
 
 def ensure_state(runner: Any, vllm_config: Any) -> None:
