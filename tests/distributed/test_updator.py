@@ -355,7 +355,6 @@ def test_rates_are_measured_alike_on_all_ranks() -> None:
     assert commit > 0
     assert wrong == ""
     assert not poisoned
-    assert run_ranks(1, measure)[0][:2] == (None, None)
 
 
 def test_the_first_cycle_comes_early_and_idle_steps_are_steps() -> None:
