@@ -335,6 +335,28 @@ def test_measured_time_decides_what_moves(tokens: float, receive: float | None, 
         assert "net less than" in reason
 
 
+def measure(ranks: Ranks) -> tuple[float | None, float | None, str, bool]:
+    """The rates of an idle balancer, what is wrong with its slots afterwards, and whether its loader is poisoned."""
+    model = RoutingModel(ranks)
+    settings = {"dynamic_eplb": True, "num_redundant_experts": redundant(ranks.num_ranks)}
+    updator = build_updator(model, EplbConfig.from_additional_config({"eplb_config": settings}))
+    receive, commit = updator.parts.loader.measure_rates()
+    wrong = model.slots.wrong(updator.placement)
+    poisoned = updator.parts.loader.poisoned
+    updator.close()
+    return receive, commit, wrong, poisoned
+
+
+def test_rates_are_measured_alike_on_all_ranks() -> None:
+    all_seen = run_ranks(3, measure)
+    assert all(seen == all_seen[0] for seen in all_seen)
+    receive, commit, wrong, poisoned = all_seen[0]
+    assert receive > 0
+    assert commit > 0
+    assert wrong == ""
+    assert not poisoned
+
+
 def test_the_first_cycle_comes_early_and_idle_steps_are_steps() -> None:
     """After a quarter of the interval, as in vLLM (test_eplb_state.py compares); an idle step counts as a step there,
     and what it computes counts nowhere."""

@@ -129,7 +129,7 @@ class Lead:
         if self._judge.cost.in_milliseconds:
             now_ms, start_ms = (self._judge.moe_ms(part.par) for part in (window.in_force, window.at_start))
             parts.stats.time_spent(now_ms, start_ms, gathered.steps)
-        return _Case(placement, self._task(), par, note)
+        return _Case(placement, self._task(), par, note)  # the task depends on the traffic of this window
 
     # --- it weighs ----------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import numpy.typing as npt
 
@@ -128,7 +126,7 @@ class PlanJudge:
             return ""
         now, without = (window.under(place).par for place in (placement, last))
         said = f"; the last plan brought PAR {now.mean():.3f} instead of {without.mean():.3f}"
-        realised = replace(self.weigh(without, now), cost_ms=0.0)
+        realised = self.weigh(without, now)
         if self.cost.in_milliseconds:
             said += f" and saved {realised.saved_fraction:.1%} of MoE time"
         if realised.saved_fraction > PAYS_FROM * self._promised:

@@ -198,7 +198,7 @@ class D2DExpertWeightLoader:
     def received_bytes(self, moves: Int32Array) -> Int64Array:
         """int64 [R]: bytes that each rank receives by ``moves``, rows that begin with layer and slot."""
         of_layer = np.array(self._store.expert_bytes, dtype=np.int64)
-        received = np.zeros(self.num_ranks, dtype=np.int64)
+        received: Int64Array = np.zeros(self.num_ranks, dtype=np.int64)
         np.add.at(received, moves[:, SLOT] // self.slots_per_rank, of_layer[moves[:, LAYER]])
         return received
 
