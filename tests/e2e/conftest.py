@@ -52,8 +52,8 @@ BUSY = {
 (`make matrix`)."""
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""What each process of a forked engine computes with. It has two OpenMP libraries, torch's and vLLM's: vLLM preloads one
-for both, but only where it spawns. Two threads bound to one core would wait for each other in loops."""
+"""What each process of a forked engine computes with. It has two OpenMP libraries, torch's and vLLM's: vLLM preloads
+one for both, but only where it spawns. Two threads bound to one core would wait for each other in loops."""
 
 GUESSES = not vllm_version().startswith("0.30.")
 """Whether this vLLM can verify guesses on a CPU. 0.30 cannot: its own sampler for them ends the start with "Cannot
