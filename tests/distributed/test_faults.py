@@ -32,6 +32,7 @@ from vllm_ascend_eplb.agreement.channel import ControlError
 from vllm_ascend_eplb.agreement.exchange import StartError
 from vllm_ascend_eplb.agreement.phases import AgreementError, Phase
 from vllm_ascend_eplb.balancer import rollout as rollout_module
+from vllm_ascend_eplb.balancer import start as start_module
 from vllm_ascend_eplb.balancer.start import build_updator, start_balancer
 from vllm_ascend_eplb.balancer.updator import EplbUpdator
 from vllm_ascend_eplb.observe.prometheus import EplbGauges

@@ -378,9 +378,7 @@ def changes(seen: Seen) -> int:
 
 
 @pytest.mark.parametrize(("num_ranks", "policy", "cycles"), [(2, "random", 3), (4, "random", 2), (2, "incremental", 1)])
-def test_a_synchronous_cycle_takes_one_step(
-    num_ranks: int, policy: str, cycles: int
-) -> None:
+def test_a_synchronous_cycle_takes_one_step(num_ranks: int, policy: str, cycles: int) -> None:
     """The policy "random" makes the same plan in the same cycle, and the first window is the same under every mode."""
     settings = {"policy": policy, "planner_effort": "fast", "transfer_buffer_experts": 1}  # no plan depends on time
     at_once = run_ranks(num_ranks, serve, 400, {**settings, "mode": "sync"}, {"cycles": cycles})
