@@ -79,7 +79,8 @@ format: setup  ## formats everything
 
 bench: setup  ## the benchmarks, quick; their results as JSON in build/bench
 	@mkdir -p build/bench
-	@$(RUN) -m benchmarks.planner --quick --json build/bench/planner.json
+	@$(RUN) -m benchmarks.planner --quick --csv build/bench/planner.csv
+	@$(RUN) -m benchmarks.planner_checks --quick --json build/bench/planner_checks.json
 	@$(RUN) -m benchmarks.record_op --quick --json build/bench/record_op.json
 	@$(RUN) -m benchmarks.stall --quick --json build/bench/stall.json
 

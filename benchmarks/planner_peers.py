@@ -99,6 +99,36 @@ def ascend_peers(path: Path) -> dict[str, Peer]:
     return {f"vllm-ascend {name}": peer(number) for name, number in (("default", 1), ("swift", 2), ("flashlb", 3))}
 
 
+def stair_peer(path: Path) -> Peer | None:
+    """STAIR, the policy of the second model runner of vllm-ascend 0.30.0rc2, with its default settings and without
+    history; None where the sources have none."""
+    root = path / "vllm_ascend"
+    if not (root / "distributed/eplb/policy/stair.py").exists():
+        return None
+    for name in (".distributed", ".distributed.eplb", ""):
+        package = types.ModuleType("vllm_ascend" + name)
+        package.__path__ = [str(root / name[1:].replace(".", "/"))]
+        sys.modules["vllm_ascend" + name] = package
+    build = types.ModuleType("vllm_ascend._build_info")  # written when vllm-ascend is built: which devices it is for
+    build.__dict__["__device_type__"] = "A2"
+    sys.modules["vllm_ascend._build_info"] = build
+    sys.modules["vllm_ascend"].__dict__["_build_info"] = build
+    module: Any = importlib.import_module("vllm_ascend.distributed.eplb.policy.stair")
+    config: Any = importlib.import_module("vllm_ascend.ascend_config").StairConfig()
+
+    def rebalance(load: npt.NDArray[np.float64], slots: Slots, num_ranks: int) -> Slots:
+        made = module.StairEplbPolicy.plan_rebalance(
+            load[None],
+            slots.reshape(len(slots), num_ranks, -1).astype(np.int64),
+            np.full(len(slots), np.nan),
+            np.zeros(num_ranks, dtype=np.int64),
+            config,
+        )
+        return np.asarray(made.rank_expert_ids, dtype=np.int32).reshape(slots.shape)
+
+    return rebalance
+
+
 def _load(name: str, path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.exists():

@@ -53,7 +53,7 @@ def draw_planner(results: dict[str, Any], path: Path) -> None:
     """PAR against experts moved when load changes, for this package's planner and its peers.
 
     Args:
-        results: content of ``planner_cpu.json``, as ``benchmarks.planner --json`` writes it.
+        results: content of ``planner_cpu.json``, as ``benchmarks.planner_checks --json`` writes it.
         path: of the SVG file.
     """
     import matplotlib
@@ -102,7 +102,9 @@ def draw_planner(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS / "planner_cpu.json", help="of benchmarks.planner")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS / "planner_cpu.json", help="of benchmarks.planner_checks"
+    )
     parser.add_argument("--output", type=Path, default=IMAGES / "planner.svg", help="where the figure goes")
     arguments = parser.parse_args()
     draw_planner(json.loads(arguments.results.read_text(encoding="utf-8")), arguments.output)

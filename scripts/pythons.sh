@@ -14,7 +14,7 @@ uv=$PWD/$venv/bin/uv
 configure_uv
 unset UV_PYTHON
 
-# Those ignored import torch, or a server, through the benchmarks or the page's plugin.
+# Those left out import torch or a server, or read what a checkout alone has.
 tests="--ignore tests/unit/planning/test_plan_message.py --ignore tests/unit/planning/test_planner.py
     --ignore tests/unit/planning/test_planner_dispatch.py --ignore tests/unit/planning/test_planner_optimum.py
     --ignore tests/unit/report/test_endpoint.py tests/unit/planning tests/unit/values tests/unit/settings tests/unit/files tests/unit/observe tests/unit/simulate
@@ -42,10 +42,10 @@ for version in ${*:-3.10 3.12 3.13}; do
     "$uv" pip install --quiet --python "$folder/bin/python" pytest hypothesis scipy pyyaml httpx
     # The tests beside the installed package, not beside this checkout's.
     rm -rf "$folder/tests"
-    cp -r tests benchmarks pyproject.toml "$folder/"
-    mkdir -p "$folder/examples"
-    cp -r examples/tiny_moe "$folder/examples/"
+    cp -r tests benchmarks examples docs pyproject.toml "$folder/"
     # shellcheck disable=SC2086
-    (cd "$folder" && bin/python -m pytest -q -p no:cacheprovider $tests -m "not soak") || failed="$failed $version"
+    (cd "$folder" && bin/python -m pytest -q -p no:cacheprovider $tests -m "not soak" \
+        --deselect tests/unit/files/test_file_faults.py::test_a_disk_that_is_really_full_leaves_whole_files_and_one_line_each \
+        --deselect tests/unit/planning/test_process.py::test_the_child_imports_neither_torch_nor_vllm) || failed="$failed $version"
 done
 [ -z "$failed" ] || fail "failed on$failed"

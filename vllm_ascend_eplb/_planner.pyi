@@ -31,4 +31,5 @@ def plan_incremental(
     far_cost: float,
     stay_near: bool,
     speed: _Float,
-) -> tuple[_Int32, _Int32, _Float, _Float]: ...
+    series: _Float,
+) -> tuple[_Int32, _Int32, _Float, _Float] | tuple[_Int32, _Int32, _Float, _Float, _Float, _Float]: ...

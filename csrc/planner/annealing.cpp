@@ -19,12 +19,11 @@ Annealing::Annealing(const Search& search)
       slots_(search.shape().slots),
       ranks_(search.shape().ranks),
       per_rank_(search.shape().per_rank()),
-      share_(experts_ + 1),
+      share_(experts_),
       load_(ranks_),
-      count_(experts_ + 1),
-      held_(static_cast<size_t>(experts_ + 1) * ranks_) {
+      count_(experts_),
+      held_(static_cast<size_t>(experts_) * ranks_) {
     for (int e = 0; e < experts_; ++e) weight_.push_back(search.weight(e) / search.unit());
-    weight_.push_back(0.0);
     for (int r = 0; r < ranks_; ++r) slowness_.push_back(1.0 / search.speed(r));
 }
 
@@ -42,15 +41,15 @@ double Annealing::energy() const {
 // Puts `expert` into `slot`, whatever it held. The holders' loads are added up anew, so that no rounding piles up.
 void Annealing::set(int slot, int expert) {
     const int r = slot / per_rank_, old = expert_[slot];
-    held_[static_cast<size_t>(old) * ranks_ + r] = 0;
-    held_[static_cast<size_t>(expert) * ranks_ + r] = 1;
+    --held_[static_cast<size_t>(old) * ranks_ + r];
+    ++held_[static_cast<size_t>(expert) * ranks_ + r];
     expert_[slot] = expert;
     --count_[old];
     ++count_[expert];
     for (const int e : {old, expert}) {
         share_[e] = count_[e] > 0 ? weight_[e] / count_[e] : 0.0;
         for (int q = 0; q < ranks_; ++q) {
-            if (q != r && (e == experts_ || !holds(q, e))) continue;
+            if (q != r && !holds(q, e)) continue;
             double sum = 0.0;
             for (int p = q * per_rank_; p < (q + 1) * per_rank_; ++p) sum += share_[expert_[p]];
             load_[q] = sum * slowness_[q];
@@ -64,7 +63,7 @@ double Annealing::run(std::vector<int32_t>& slots, int steps, double floor, Rand
     std::fill(held_.begin(), held_.end(), 0);
     for (int p = 0; p < slots_; ++p) {
         ++count_[expert_[p]];
-        held_[static_cast<size_t>(expert_[p]) * ranks_ + p / per_rank_] = 1;
+        ++held_[static_cast<size_t>(expert_[p]) * ranks_ + p / per_rank_];
     }
     for (int e = 0; e < experts_; ++e) share_[e] = weight_[e] / count_[e];
     for (int r = 0; r < ranks_; ++r) {
@@ -79,7 +78,7 @@ double Annealing::run(std::vector<int32_t>& slots, int steps, double floor, Rand
         const double threshold = first_threshold * left * left * random.below(1024) / 1024.0;
         const int p = static_cast<int>(random.below(static_cast<uint32_t>(slots_)));
         const int e = expert_[p], r = p / per_rank_;
-        if ((e == experts_ || count_[e] > 1) && random.below(2) == 0) {
+        if (count_[e] > 1 && random.below(2) == 0) {
             const int other = static_cast<int>(random.below(static_cast<uint32_t>(experts_)));
             if (holds(r, other)) continue;
             set(p, other);
@@ -92,7 +91,7 @@ double Annealing::run(std::vector<int32_t>& slots, int steps, double floor, Rand
         } else {
             const int q = static_cast<int>(random.below(static_cast<uint32_t>(slots_)));
             const int f = expert_[q], s = q / per_rank_;
-            if (s == r || e == f || (e != experts_ && holds(s, e)) || (f != experts_ && holds(r, f))) continue;
+            if (s == r || e == f || holds(s, e) || holds(r, f)) continue;
             set(p, f);
             set(q, e);
             const double then = energy();

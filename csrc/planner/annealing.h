@@ -16,7 +16,7 @@ class Annealing {
     // For the shape and the load that `search` has begun with; experts may go to any rank.
     explicit Annealing(const Search& search);
 
-    // From slots [P], no expert twice on a rank, so many steps; ends early once the busiest rank is at `floor`. Leaves
+    // From slots [P], none of them empty, so many steps; ends early once the busiest rank is at `floor`. Leaves
     // the best placement seen in `slots` and returns its PAR.
     double run(std::vector<int32_t>& slots, int steps, double floor, Random& random);
 
@@ -27,12 +27,12 @@ class Annealing {
     bool holds(int rank, int expert) const { return held_[static_cast<size_t>(expert) * ranks_ + rank] != 0; }
 
     const int experts_, slots_, ranks_, per_rank_;
-    std::vector<double> weight_, share_;  // [E + 1]
+    std::vector<double> weight_, share_;  // [E]
     std::vector<double> slowness_;        // [R] one over the speed
     std::vector<double> load_;            // [R] over the speed
-    std::vector<int32_t> count_;          // [E + 1]
+    std::vector<int32_t> count_;          // [E]
     std::vector<int32_t> expert_;         // [P]
-    std::vector<uint8_t> held_;           // [E + 1, R]
+    std::vector<uint8_t> held_;           // [E, R]
 };
 
 }  // namespace eplb

@@ -14,6 +14,7 @@
 #include "incremental.h"
 #include "random_numbers.h"
 #include "random_policy.h"
+#include "steady.h"
 
 namespace py = pybind11;
 
@@ -150,12 +151,33 @@ py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slot
     return result;
 }
 
-// target [L]; variance [L, E] or of size 0
-// -> (slots [L, P] after all moves, moves [M, 4], PAR before [L], PAR after [L])
+// The 95th percentile [L], by nearest rank, of the PARs in those windows [T, L, E] that have load; 1 where none has.
+py::array_t<double> percentile95(const DoubleArray& series, const int32_t* slots, int num_slots, int num_ranks,
+                                 const double* speed) {
+    const auto layers = series.shape(1);
+    std::vector<std::vector<double>> pars(layers);
+    for (py::ssize_t t = 0; t < series.shape(0); ++t) {
+        const DoubleArray window({layers, series.shape(2)}, series.data(t, 0, 0));
+        const auto par = peak_to_average(window, slots, num_slots, num_ranks, speed);
+        for (py::ssize_t l = 0; l < layers; ++l) {
+            const double* load = window.data(l, 0);
+            if (std::any_of(load, load + series.shape(2), [](double each) { return each > 0.0; }))
+                pars[l].push_back(par.at(l));
+        }
+    }
+    py::array_t<double> result(layers);
+    for (py::ssize_t l = 0; l < layers; ++l) result.mutable_at(l) = pars[l].empty() ? 1.0 : eplb::percentile95(pars[l]);
+    return result;
+}
+
+// target [L]; variance [L, E] and series [T, L, E] or of size 0
+// -> (slots [L, P] after all moves, moves [M, 4], PAR before [L], PAR after [L]; with a series also the 95th percentile
+// of its windows' PARs before [L] and after [L])
 py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, const DoubleArray& variance,
                            const DoubleArray& target, int num_ranks, int num_nodes, bool thorough, int rounds,
                            double seconds, uint64_t seed, int threads, int64_t max_moves, int64_t max_moves_per_rank,
-                           int64_t max_moves_between_nodes, double far_cost, bool stay_near, const DoubleArray& speed) {
+                           int64_t max_moves_between_nodes, double far_cost, bool stay_near, const DoubleArray& speed,
+                           const DoubleArray& series) {
     require_matrix(load, "load");
     require_matrix(slots, "slots");
     require(load.shape(0) == slots.shape(0), "load and slots differ in the number of layers");
@@ -178,7 +200,13 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
     require(far_cost >= 1.0 && far_cost <= 1000.0, "far_cost must be 1..1000");
     const auto layers = slots.shape(0), num_slots = slots.shape(1), num_experts = load.shape(1);
     require_slots(slots, static_cast<int>(num_experts), num_ranks);
+    const bool has_series = series.size() > 0;
+    require(!has_series || (series.ndim() == 3 && series.shape(1) == load.shape(0) && series.shape(2) == load.shape(1)),
+            "series and load differ in shape");
+    require_finite(series);
     eplb::Goal goal;
+    goal.series = has_series ? series.data() : nullptr;
+    goal.windows = has_series ? static_cast<int>(series.shape(0)) : 0;
     goal.target = target.data();
     goal.speed = has_speed ? speed.data() : nullptr;
     goal.nodes = num_nodes;
@@ -203,8 +231,17 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
     std::copy(plan.slots.begin(), plan.slots.end(), after.mutable_data());
     std::copy(plan.moves.begin(), plan.moves.end(), moves.mutable_data());
     const int P = static_cast<int>(num_slots);
-    return py::make_tuple(after, moves, peak_to_average(load, slots.data(), P, num_ranks, goal.speed),
-                          peak_to_average(load, after.data(), P, num_ranks, goal.speed));
+    auto before_par = peak_to_average(load, slots.data(), P, num_ranks, goal.speed);
+    auto after_par = peak_to_average(load, after.data(), P, num_ranks, goal.speed);
+    for (py::ssize_t l = 0; l < layers; ++l) {
+        if (plan.par_of_windows[2 * l] == 0.0) continue;
+        before_par.mutable_at(l) = plan.par_of_windows[2 * l];
+        after_par.mutable_at(l) = plan.par_of_windows[2 * l + 1];
+    }
+    if (!has_series) return py::make_tuple(after, moves, before_par, after_par);
+    return py::make_tuple(after, moves, before_par, after_par,
+                          percentile95(series, slots.data(), P, num_ranks, goal.speed),
+                          percentile95(series, after.data(), P, num_ranks, goal.speed));
 }
 
 // load [L, E], slots [L, P] -> PAR [L]
@@ -265,5 +302,5 @@ PYBIND11_MODULE(_planner, module) {
                py::arg("target"), py::kw_only(), py::arg("num_ranks"), py::arg("num_nodes"), py::arg("thorough"),
                py::arg("rounds"), py::arg("seconds"), py::arg("seed"), py::arg("threads"), py::arg("max_moves"),
                py::arg("max_moves_per_rank"), py::arg("max_moves_between_nodes"), py::arg("far_cost"),
-               py::arg("stay_near"), py::arg("speed"));
+               py::arg("stay_near"), py::arg("speed"), py::arg("series"));
 }

@@ -71,19 +71,27 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
     std::vector<std::unique_ptr<LayerPlanner>> layers(num_layers);
     std::vector<OrderedMoves> ordered(num_layers);
     std::vector<double> start_peak(num_layers, 0.0);
+    std::vector<char> steadied(num_layers, 0);
     Random seeds(goal.seed);
     std::vector<uint64_t> layer_seed(num_layers);
     for (uint64_t& seed : layer_seed) seed = seeds.next();
     const auto begin_layer = [&](int l) {
         const size_t row = static_cast<size_t>(l) * shape.experts;
-        layers[l] = std::make_unique<LayerPlanner>(load + row, variance == nullptr ? nullptr : variance + row,
+        // A layer without any variance stays as it is: nothing is to be kept ready for change.
+        const bool varies = variance != nullptr && std::any_of(variance + row, variance + row + shape.experts,
+                                                               [](double each) { return each > 0.0; });
+        layers[l] = std::make_unique<LayerPlanner>(load + row, varies ? variance + row : nullptr,
                                                    slots + static_cast<size_t>(l) * shape.slots, shape, goal,
                                                    goal.target[l], layer_seed[l]);
         layers[l]->descend();
     };
     const auto finish_layer = [&](int l) {
-        ordered[l] = layers[l]->order();
-        if (!ordered[l].moves.empty()) start_peak[l] = layers[l]->start_peak();
+        std::vector<const double*> windows;
+        for (int t = 0; t < goal.windows; ++t)
+            windows.push_back(goal.series + (static_cast<size_t>(t) * num_layers + l) * shape.experts);
+        ordered[l] = layers[l]->order(windows);
+        start_peak[l] = layers[l]->start_peak();
+        steadied[l] = layers[l]->steadied();
         layers[l].reset();
     };
     if (!goal.thorough) {
@@ -128,6 +136,7 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
 
     LayeredPlan plan;
     plan.slots.assign(slots, slots + static_cast<size_t>(num_layers) * shape.slots);
+    plan.par_of_windows.assign(2 * static_cast<size_t>(num_layers), 0.0);
     std::vector<char> closed(num_layers, 0);
     std::vector<int64_t> received(shape.ranks, 0);
     int64_t total = 0, total_far = 0;
@@ -153,6 +162,10 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
                 const Move& move = from.moves[i];
                 plan.slots[static_cast<size_t>(segment.layer) * shape.slots + move.slot] = move.expert;
                 plan.moves.insert(plan.moves.end(), {segment.layer, move.slot, move.expert, group_number});
+            }
+            if (steadied[segment.layer]) {
+                plan.par_of_windows[2 * segment.layer] = start_peak[segment.layer];
+                plan.par_of_windows[2 * segment.layer + 1] = from.groups[g].peak;
             }
             total += last - first;
             total_far += far;

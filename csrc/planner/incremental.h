@@ -24,14 +24,18 @@ struct Goal {
 
     const double* speed = nullptr;  // [R], mean 1: of the ranks; null where all are alike
 
+    const double* series = nullptr;  // [windows, L, E] that the load was forecast from
+    int windows = 0;
+
     int nodes = 1;
     double far_cost = 1.0;   // of a receipt from another node; one within the node costs 1
     bool stay_near = false;  // no receipts from other nodes
 };
 
 struct LayeredPlan {
-    std::vector<int32_t> slots;  // [L, P] after all moves
-    std::vector<int32_t> moves;  // [M, 4]: layer, slot, expert, group
+    std::vector<int32_t> slots;          // [L, P] after all moves
+    std::vector<int32_t> moves;          // [M, 4]: layer, slot, expert, group
+    std::vector<double> par_of_windows;  // [L, 2]: before and after, where a layer was planned for its windows; else 0
 };
 
 // load [L, E]: finite, not negative. variance [L, E]: of each expert's load from window to window, or null: then the

@@ -19,8 +19,11 @@ struct Potential {
     }
 };
 
-// What a candidate's gain is multiplied with: one over the receipts that it costs; nearly free ones count as kFree.
-constexpr float kFree = 6.0F;
+// Prices: what a candidate's gain is multiplied with.
+constexpr float kImpossible = 0.0F;
+constexpr float kTwoReceipts = 0.5F;
+constexpr float kOneReceipt = 1.0F;
+constexpr float kFree = 6.0F;  // no receipt, or one that goes back to where the expert was at the start
 
 // What rank r gains together with the rank of each slot p by giving it an expert of replica load `share` for slot p's
 // expert, times price[p]. Excess: a rank's load minus the limit.

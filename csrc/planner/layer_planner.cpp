@@ -7,6 +7,7 @@
 #include "annealing.h"
 #include "incremental.h"
 #include "scratch.h"
+#include "steady.h"
 
 namespace eplb {
 
@@ -26,8 +27,10 @@ constexpr int kFewSlots = 128;
 // There a descent is so short that "fast" has time for some rounds: they take off a tenth of the moves.
 constexpr int kSlotsOfFast = 512;
 
-// Rounds of "fast" after a placement from scratch, which receives more than it must.
-constexpr int kRoundsAfterScratch = 8;
+// On larger shapes there is time where the descent was short: so many rounds times receipts, and at most so many
+// rounds.
+constexpr int kReceiptsOfFast = 24;
+constexpr int kMostRoundsOfFast = 8;
 
 // Steps by which "fast" lowers the busiest rank of such a placement.
 constexpr int kStepsOfFast = 8;
@@ -44,6 +47,9 @@ constexpr double kNearLeast = 1.05;
 // Where the target is missed, PARs within this of the lowest found are equally good before improvement.
 constexpr double kSlack = 0.0015;
 
+// A plan may make the windows' PARs worse on average by this part of what it takes off the PAR of their sum.
+constexpr double kHurt = 0.25;
+
 // PARs closer than this are equal.
 constexpr double kSame = 2e-6;
 
@@ -51,13 +57,17 @@ constexpr double kSame = 2e-6;
 
 LayerPlanner::LayerPlanner(const double* load, const double* variance, const int32_t* slots, Shape shape,
                            const Goal& goal, double target, uint64_t seed)
-    : load_(load), variance_(variance), slots_(slots), target_(target), search_(shape), random_(seed) {
-    search_.set_nodes(goal.nodes, goal.stay_near ? 0.0F : static_cast<float>(1.0 / goal.far_cost));
-    search_.set_speed(goal.speed);
-}
+    : load_(load),
+      variance_(variance),
+      slots_(slots),
+      target_(target),
+      search_(shape, {goal.nodes, goal.stay_near ? 0.0F : static_cast<float>(1.0 / goal.far_cost), goal.speed}),
+      random_(seed),
+      stay_near_(goal.stay_near),
+      nodes_(goal.nodes) {}
 
 void LayerPlanner::begin(double limit, double square) {
-    search_.aim(limit, square, limit);
+    search_.aim({limit, square, limit});
     has_load_ = search_.begin(load_, slots_, variance_);
 }
 
@@ -112,7 +122,7 @@ void LayerPlanner::sink(int steps) {
     double part = 0.5;
     for (int i = 0; i < steps && !best_.reached && best_.peak > end + kSame; ++i) {
         const double limit = best_.peak - part * (best_.peak - end);
-        search_.aim(limit, kSquares[2], limit);
+        search_.aim({limit, kSquares[2], limit});
         const bool reached = search_.descend();
         if (!keep_if_better()) search_.adopt(best_.slots);
         if (!reached) part *= 0.5;
@@ -137,6 +147,7 @@ void LayerPlanner::try_from_scratch(Random* noise) {
 
 void LayerPlanner::anneal(int steps) {
     std::vector<int32_t> slots = best_.slots;
+    if (std::find(slots.begin(), slots.end(), search_.shape().experts) != slots.end()) return;
     if (Annealing(search_).run(slots, steps, std::max(target_, floor_), random_) >= best_.peak - kSame) return;
     if (search_.alike()) lay_over_start(search_, slots);
     search_.adopt(slots);
@@ -158,7 +169,7 @@ void LayerPlanner::improve_once(int round) {
     }
     const bool lower = !best_.reached && round % 2 == 0;
     const double limit = best_.reached || lower ? target_ : search_.peak() + 1e-6;
-    search_.aim(limit, square, limit + kScoredAbove[random_.below(std::size(kScoredAbove))]);
+    search_.aim({limit, square, limit + kScoredAbove[random_.below(std::size(kScoredAbove))]});
     if (lower)
         search_.lower_peak(random_, exact);
     else
@@ -171,18 +182,37 @@ void LayerPlanner::improve(int rounds) {
 }
 
 void LayerPlanner::improve_briefly() {
+    const int cheap = best_.cost == 0 ? 0 : kReceiptsOfFast / best_.cost;
+    if (search_.shape().slots > kFewSlots && best_.reached) improve(std::min(cheap, kMostRoundsOfFast));
     if (search_.shape().slots <= kFewSlots) improve(std::clamp(kSlotsOfFast / search_.shape().slots, 4, 32));
 }
 
-OrderedMoves LayerPlanner::order() {
-    if (!has_load_ || best_.slots == search_.start()) return {};
+OrderedMoves LayerPlanner::order(const std::vector<const double*>& windows) {
+    if (!has_load_) return {};
     search_.begin(load_, slots_, variance_);
-    return order_moves(search_, best_.slots);
-}
-
-double LayerPlanner::start_peak() {
-    search_.begin(load_, slots_, variance_);
-    return search_.peak();
+    start_peak_ = search_.peak();
+    std::vector<int32_t> target = best_.slots;
+    if (windows.size() > 1 && search_.alike()) {
+        Steadying steadying(search_.shape(), windows, slots_, stay_near_ ? nodes_ : 1);
+        steadied_ = steadying.improve(target, target_);
+        if (steadied_ && target != search_.start()) {
+            const std::vector<int32_t> start = search_.start();
+            OrderedMoves ordered = order_moves(search_, target);
+            start_peak_ = mean(steadying.pars(start));
+            ordered.groups = {{static_cast<int32_t>(ordered.moves.size()), mean(steadying.pars(target))}};
+            return ordered;
+        }
+        // On a load that stays as it is, what helps the sum of the windows but hurts in most of them is not carried
+        // out.
+        if (!steadied_ && variance_ == nullptr && target != search_.start()) {
+            const std::vector<double> before = steadying.pars(search_.start()), after = steadying.pars(target);
+            const double hurt = kHurt * (start_peak_ - best_.peak);
+            if (!before.empty() && mean(after) > mean(before) + hurt && percentile95(after) > percentile95(before))
+                return {};
+        }
+    }
+    if (target == search_.start()) return {};
+    return order_moves(search_, target);
 }
 
 }  // namespace eplb

@@ -33,8 +33,11 @@ class LayerPlanner {
     // Nothing can be better than what was found.
     bool settled() const { return !has_load_ || (best_.reached && best_.cost == 0); }
 
-    OrderedMoves order();
-    double start_peak();
+    // The moves to what was found, with the PARs after each group, and the PAR before all of them. Where experts are
+    // hot at different times in `windows` [T] to [E], these are means over the windows, and all moves are one group.
+    OrderedMoves order(const std::vector<const double*>& windows);
+    double start_peak() const { return start_peak_; }
+    bool steadied() const { return steadied_; }
 
   private:
     struct Found {
@@ -61,7 +64,11 @@ class LayerPlanner {
     double lowest_ = std::numeric_limits<double>::max();  // PAR of any placement seen
     double slack_ = 0.0;
     double floor_ = 0.0;  // no placement has a lower PAR
+    double start_peak_ = 0.0;
+    const bool stay_near_;
+    const int nodes_;
     bool has_load_ = false;
+    bool steadied_ = false;
 };
 
 }  // namespace eplb

@@ -13,6 +13,9 @@ constexpr int kUnit = 1 << 20;
 constexpr float kPerUnit = 1.0F / kUnit;
 constexpr int kMostUnits = 1 << 11;  // that an int32 holds
 
+// What a receipt costs where copies must be made anyway and only the place is chosen, in units of the potential.
+constexpr float kReceiptInPotential = 0.05F;
+
 float units(int32_t load) { return static_cast<float>(load) * kPerUnit; }
 
 int lowest_bit(uint64_t bits) {
@@ -25,128 +28,119 @@ int lowest_bit(uint64_t bits) {
 #endif
 }
 
-float price_of(int cost) { return cost >= 2 ? 0.5F : cost == 1 ? 1.0F : kFree; }
-
 }  // namespace
 
-Search::Search(Shape shape) : shape_(shape) {
+Search::Search(Shape shape, Conditions conditions) : shape_(shape), conditions_(conditions) {
     const size_t P = shape.slots, E = shape.experts + 1, R = shape.ranks;
-    expert_.resize(P);
-    weight_.resize(E);
-    count_.resize(E);
-    least_.resize(E);
-    share_.resize(E);
-    rank_load_.resize(R);
-    tally_.assign(R, 0);
-    rank_of_.resize(P);
-    for (size_t p = 0; p < P; ++p) rank_of_[p] = static_cast<uint16_t>(p / shape.per_rank());
-    home_.resize(R * E);
-    home_slots_first_.resize(E + 1);
-    is_dirty_.resize(R);
-    seen_.resize(E);
-    for (auto* v : {&slot_share_, &slot_load_, &slot_phi_, &slot_excess_, &home_price_, &away_price_, &price_})
+    state_.expert.resize(P);
+    state_.weight.resize(E);
+    state_.count.resize(E);
+    state_.least.resize(E);
+    state_.share.resize(E);
+    state_.rank_load.resize(R);
+    scratch_.tally.assign(R, 0);
+    state_.rank_of.resize(P);
+    for (size_t p = 0; p < P; ++p) state_.rank_of[p] = static_cast<uint16_t>(p / shape.per_rank());
+    state_.home.resize(R * E);
+    state_.home_slots_first.resize(E + 1);
+    if (!alike()) state_.background.assign(R, 0);
+    if (conditions.nodes > 1 && conditions.far < 1.0F) state_.near.resize(static_cast<size_t>(conditions.nodes) * E);
+    derived_.is_dirty.resize(R);
+    derived_.seen.resize(E);
+    for (auto* v : {&derived_.slot_share, &derived_.slot_load, &derived_.slot_phi, &derived_.slot_excess,
+                    &derived_.home_price, &derived_.away_price, &scratch_.price})
         v->resize(P);
-    for (auto* v : {&spare_base_, &spare_load_, &spare_price_}) v->resize(P);
-    for (auto* v :
-         {&up_, &up_change_, &down_change_, &add_gain_, &drop_gain_, &add_bonus_, &drop_bonus_, &expert_price_})
+    for (auto* v : {&derived_.spare_base, &derived_.spare_load, &derived_.spare_price}) v->resize(P);
+    for (auto* v : {&derived_.up, &derived_.up_change, &derived_.down_change, &derived_.add_gain, &derived_.drop_gain,
+                    &derived_.add_bonus, &derived_.drop_bonus, &scratch_.expert_price})
         v->resize(E);
-    spare_.resize((P + 63) / 64);
-    away_.resize(P);
-    spare_slot_.resize(P);
-    spare_first_.resize(R + 1);
-    returned_price_.resize(shape.per_rank());
-    score_.resize(std::max(P * shape.per_rank(), E));
+    derived_.spare.resize((P + 63) / 64);
+    state_.away.resize(P);
+    derived_.spare_slot.resize(P);
+    derived_.spare_first.resize(R + 1);
+    scratch_.returned_price.resize(shape.per_rank());
+    scratch_.score.resize(std::max(P * shape.per_rank(), E));
 }
 
 bool Search::begin(const double* load, const int32_t* slots, const double* variance) {
     const int P = shape_.slots, E = shape_.experts, R = shape_.ranks;
     double total = 0.0;
     for (int e = 0; e < E; ++e) total += load[e];
-    for (int p = 0; p < P; ++p) expert_[p] = slots[p] < 0 ? E : slots[p];
-    start_ = expert_;
-    std::fill(count_.begin(), count_.end(), 0);
-    std::fill(least_.begin(), least_.end(), 1);
-    std::fill(home_.begin(), home_.end(), 0);
+    for (int p = 0; p < P; ++p) state_.expert[p] = slots[p] < 0 ? E : slots[p];
+    state_.start = state_.expert;
+    std::fill(state_.count.begin(), state_.count.end(), 0);
+    std::fill(state_.least.begin(), state_.least.end(), 1);
+    std::fill(state_.home.begin(), state_.home.end(), 0);
     for (int p = 0; p < P; ++p) {
-        ++count_[expert_[p]];
-        home_[at(rank_of_[p], expert_[p])] = 1;
+        ++state_.count[state_.expert[p]];
+        state_.home[at(state_.rank_of[p], state_.expert[p])] = 1;
     }
     // Copies found twice on a rank, one on every other rank, and one more in the middle of a swap.
-    const int most = *std::max_element(count_.begin(), count_.end() - 1);
-    stride_ = static_cast<size_t>(R + most + 1);
-    place_.resize(stride_ * E);
+    const int most = *std::max_element(state_.count.begin(), state_.count.end() - 1);
+    state_.stride = static_cast<size_t>(R + most + 1);
+    state_.place.resize(state_.stride * E);
     std::vector<int32_t> listed(E, 0);
     for (int p = 0; p < P; ++p)
-        if (expert_[p] < E) holders_of(expert_[p])[listed[expert_[p]]++] = static_cast<uint16_t>(p);
-    if (!near_.empty()) {
-        std::fill(near_.begin(), near_.end(), 0);
-        for (int p = 0; p < P; ++p) near_[static_cast<size_t>(node_of(rank_of_[p])) * (E + 1) + expert_[p]] = 1;
+        if (state_.expert[p] < E) holders_of(state_.expert[p])[listed[state_.expert[p]]++] = static_cast<uint16_t>(p);
+    if (!state_.near.empty()) {
+        std::fill(state_.near.begin(), state_.near.end(), 0);
+        for (int p = 0; p < P; ++p)
+            state_.near[static_cast<size_t>(node_of(state_.rank_of[p])) * (E + 1) + state_.expert[p]] = 1;
     }
-    home_rank_.resize(P);
+    state_.home_rank.resize(P);
     int first = 0;
     for (int e = 0; e < E; ++e) {
-        home_slots_first_[e] = first;
-        for (int i = 0; i < count_[e]; ++i) home_rank_[first++] = rank_of_[holders_of(e)[i]];
+        state_.home_slots_first[e] = first;
+        for (int i = 0; i < state_.count[e]; ++i) state_.home_rank[first++] = state_.rank_of[holders_of(e)[i]];
     }
-    home_slots_first_[E] = first;
-    cost_ = 0;
+    state_.home_slots_first[E] = first;
+    state_.cost = 0;
     most_cost_ = std::numeric_limits<int>::max();
-    trail_.clear();
+    state_.trail.clear();
     if (!(total > 0.0)) return false;
     const double scale = static_cast<double>(R) * kUnit / total;
-    variance_.clear();
+    state_.variance.clear();
     if (variance != nullptr) {
-        for (int e = 0; e < E; ++e) variance_.push_back(static_cast<float>(variance[e] * (R / total) * (R / total)));
-        variance_.push_back(0.0F);
+        for (int e = 0; e < E; ++e)
+            state_.variance.push_back(static_cast<float>(variance[e] * (R / total) * (R / total)));
+        state_.variance.push_back(0.0F);
     }
     for (int e = 0; e < E; ++e) {
-        weight_[e] = static_cast<int32_t>(std::llrint(load[e] * scale));
+        state_.weight[e] = static_cast<int32_t>(std::llrint(load[e] * scale));
         count_shares(e);
     }
-    std::fill(rank_load_.begin(), rank_load_.end(), 0);
-    std::copy(background_.begin(), background_.end(), rank_load_.begin());
+    std::fill(state_.rank_load.begin(), state_.rank_load.end(), 0);
+    std::copy(state_.background.begin(), state_.background.end(), state_.rank_load.begin());
     for (int p = 0; p < P; ++p) {
-        const int e = expert_[p];
-        slot_share_[p] = units(share_[e]);
-        rank_load_[rank_of_[p]] += share_[e];
+        const int e = state_.expert[p];
+        derived_.slot_share[p] = units(state_.share[e]);
+        state_.rank_load[state_.rank_of[p]] += state_.share[e];
         set_away(p, false);
-        set_spare(p, e == E || count_[e] > 1);
+        set_spare(p, e == E || state_.count[e] > 1);
     }
-    dirty_ranks_.clear();
-    for (int r = 0; r < R; ++r) dirty_ranks_.push_back(r);
-    std::fill(is_dirty_.begin(), is_dirty_.end(), 1);
+    derived_.dirty_ranks.clear();
+    for (int r = 0; r < R; ++r) derived_.dirty_ranks.push_back(r);
+    std::fill(derived_.is_dirty.begin(), derived_.is_dirty.end(), 1);
     return true;
-}
-
-void Search::set_nodes(int nodes, float far) {
-    nodes_ = nodes;
-    far_ = far;
-    near_.resize(nodes > 1 && far < 1.0F ? static_cast<size_t>(nodes) * (shape_.experts + 1) : 0);
 }
 
 double Search::unit() { return kUnit; }
 
-void Search::set_speed(const double* speed) {
-    speed_.clear();
-    if (speed != nullptr) speed_.assign(speed, speed + shape_.ranks);
-    background_.assign(speed_.size(), 0);
-}
-
 // With speeds, load / speed <= limit is load + limit * (1 - speed) <= limit: a slow rank has something to do already,
 // its background, and a fast one less than nothing. That is exact at the limit, and shapes the potential elsewhere.
-void Search::aim(double limit, double square, double scored_limit) {
+void Search::aim(const Aim& aim) {
     const double most = kMostUnits / 2.0;  // of a load with its background, so that sums fit
-    limit = std::min(limit, most);
+    const double limit = std::min(aim.limit, most);
     limit_ = static_cast<int32_t>(std::llrint(limit * kUnit));
-    potential_.limit = static_cast<float>(std::min(scored_limit, most));
-    potential_.square = static_cast<float>(square);
+    potential_.limit = static_cast<float>(std::min(aim.scored_limit, most));
+    potential_.square = static_cast<float>(aim.square);
     for (int r = 0; r < shape_.ranks; ++r) {
         int32_t change = 0;
-        if (!speed_.empty()) {
+        if (!alike()) {
             // No rank has more than R to do, so that one with less than -R to begin with is never above the limit.
-            const double background = std::max(limit * (1.0 - speed_[r]), -1.0 - shape_.ranks);
-            change = static_cast<int32_t>(std::llrint(background * kUnit)) - background_[r];
-            background_[r] += change;
+            const double background = std::max(limit * (1.0 - conditions_.speed[r]), -1.0 - shape_.ranks);
+            change = static_cast<int32_t>(std::llrint(background * kUnit)) - state_.background[r];
+            state_.background[r] += change;
         }
         shift(r, change);  // all potentials change
     }
@@ -154,25 +148,27 @@ void Search::aim(double limit, double square, double scored_limit) {
 
 // A rank's load without its background, over its speed, in units of the mean.
 double Search::relative(int rank, int32_t load) const {
-    if (speed_.empty()) return static_cast<double>(load) / kUnit;
-    return static_cast<double>(load - background_[rank]) / kUnit / speed_[rank];
+    if (alike()) return static_cast<double>(load) / kUnit;
+    return static_cast<double>(load - state_.background[rank]) / kUnit / conditions_.speed[rank];
 }
 
 double Search::peak() const {
-    if (speed_.empty()) return static_cast<double>(*std::max_element(rank_load_.begin(), rank_load_.end())) / kUnit;
+    if (alike())
+        return static_cast<double>(*std::max_element(state_.rank_load.begin(), state_.rank_load.end())) / kUnit;
     double peak = 0.0;
-    for (int r = 0; r < shape_.ranks; ++r) peak = std::max(peak, relative(r, rank_load_[r]));
+    for (int r = 0; r < shape_.ranks; ++r) peak = std::max(peak, relative(r, state_.rank_load[r]));
     return peak;
 }
 
-bool Search::reached() const { return *std::max_element(rank_load_.begin(), rank_load_.end()) <= limit_; }
+bool Search::reached() const { return *std::max_element(state_.rank_load.begin(), state_.rank_load.end()) <= limit_; }
 
 bool Search::descend() {
     const int most_steps = 4 * shape_.slots + 64;  // far more than any descent takes; moves that go in circles end here
     for (int step = 0; step < most_steps; ++step) {
-        const int r = static_cast<int>(std::max_element(rank_load_.begin(), rank_load_.end()) - rank_load_.begin());
-        if (rank_load_[r] <= limit_) return true;
-        if (cost_ > most_cost_ || !improve(r)) return false;
+        const int r = static_cast<int>(std::max_element(state_.rank_load.begin(), state_.rank_load.end()) -
+                                       state_.rank_load.begin());
+        if (state_.rank_load[r] <= limit_) return true;
+        if (state_.cost > most_cost_ || !improve(r)) return false;
     }
     return false;
 }
@@ -182,84 +178,84 @@ bool Search::descend() {
 void Search::refresh() {
     const int E = shape_.experts, S = shape_.per_rank();
     const Potential potential = potential_;
-    const int32_t *expert = expert_.data(), *count = count_.data();
-    float *slot_load = slot_load_.data(), *slot_phi = slot_phi_.data();
-    for (const int r : dirty_ranks_) {
-        is_dirty_[r] = 0;
-        const float load = units(rank_load_[r]), phi = potential(load), excess = load - potential.limit;
+    const int32_t *expert = state_.expert.data(), *count = state_.count.data();
+    float *slot_load = derived_.slot_load.data(), *slot_phi = derived_.slot_phi.data();
+    for (const int r : derived_.dirty_ranks) {
+        derived_.is_dirty[r] = 0;
+        const float load = units(state_.rank_load[r]), phi = potential(load), excess = load - potential.limit;
         for (int p = r * S; p < (r + 1) * S; ++p) {
             slot_load[p] = load;
             slot_phi[p] = phi;
-            slot_excess_[p] = excess;
+            derived_.slot_excess[p] = excess;
         }
     }
-    const uint32_t round = ++round_;
-    uint32_t* seen = seen_.data();
-    for (const int r : dirty_ranks_) {
+    const uint32_t round = ++derived_.round;
+    uint32_t* seen = derived_.seen.data();
+    for (const int r : derived_.dirty_ranks) {
         const float load = slot_load[r * S], phi = slot_phi[r * S];
         for (int p = r * S; p < (r + 1) * S; ++p) {
             const int e = expert[p];
-            const float up = up_change_[e];
+            const float up = derived_.up_change[e];
             if (count[e] == 1) {
-                add_gain_[e] = phi - potential(load + up) + add_bonus_[e];
+                derived_.add_gain[e] = phi - potential(load + up) + derived_.add_bonus[e];
                 continue;
             }
             if (seen[e] == round || e == E) continue;
             seen[e] = round;
-            const float down = down_change_[e];
+            const float down = derived_.down_change[e];
             const uint16_t* holders = holders_of(e);
-            float add = add_bonus_[e], drop = -drop_bonus_[e];
+            float add = derived_.add_bonus[e], drop = -derived_.drop_bonus[e];
             for (int i = 0; i < count[e]; ++i) {
                 const float its_load = slot_load[holders[i]], its_phi = slot_phi[holders[i]];
                 add += its_phi - potential(its_load + up);
                 drop += its_phi - potential(its_load + down);
             }
-            add_gain_[e] = add;
-            drop_gain_[e] = drop;
+            derived_.add_gain[e] = add;
+            derived_.drop_gain[e] = drop;
         }
     }
-    dirty_ranks_.clear();
+    derived_.dirty_ranks.clear();
 
     int n = 0, next_rank = 0;
-    const int words = static_cast<int>(spare_.size());
+    const int words = static_cast<int>(derived_.spare.size());
     for (int word = 0; word < words; ++word) {
-        for (uint64_t bits = spare_[word]; bits; bits &= bits - 1) {
+        for (uint64_t bits = derived_.spare[word]; bits; bits &= bits - 1) {
             const int p = word * 64 + lowest_bit(bits);
-            const int e = expert[p], r = rank_of_[p];
-            while (next_rank <= r) spare_first_[next_rank++] = n;
-            // The slot's own rank is among drop_gain_'s holders; what it gains is added by the kernels. An empty slot
-            // has nothing to lose: its drop_gain_ and down_change_ are zero.
-            spare_slot_[n] = p;
-            spare_base_[n] = drop_gain_[e] + potential(slot_load[p] + down_change_[e]);
-            spare_load_[n] = slot_load[p] - slot_share_[p];
-            spare_price_[n] = away_[p] ? kFree : 1.0F;
+            const int e = expert[p], r = state_.rank_of[p];
+            while (next_rank <= r) derived_.spare_first[next_rank++] = n;
+            // The slot's own rank is among derived_.drop_gain's holders; what it gains is added by the kernels. An
+            // empty slot has nothing to lose: its derived_.drop_gain and derived_.down_change are zero.
+            derived_.spare_slot[n] = p;
+            derived_.spare_base[n] = derived_.drop_gain[e] + potential(slot_load[p] + derived_.down_change[e]);
+            derived_.spare_load[n] = slot_load[p] - derived_.slot_share[p];
+            derived_.spare_price[n] = state_.away[p] ? kFree : kOneReceipt;
             ++n;
         }
     }
-    while (next_rank <= shape_.ranks) spare_first_[next_rank++] = n;
+    while (next_rank <= shape_.ranks) derived_.spare_first[next_rank++] = n;
 }
 
 // Rank r drops one of its replicated experts for any expert that it lacks.
 void Search::offer_receipts(int r, Candidate& best) {
     const int E = shape_.experts, S = shape_.per_rank();
-    if (spare_first_[r] == spare_first_[r + 1]) return;
+    if (derived_.spare_first[r] == derived_.spare_first[r + 1]) return;
     for (const bool away : {false, true}) {
         bool built = false;
-        for (int i = spare_first_[r]; i < spare_first_[r + 1]; ++i) {
-            const int p = spare_slot_[i];
-            if ((away_[p] != 0) != away) continue;
+        for (int i = derived_.spare_first[r]; i < derived_.spare_first[r + 1]; ++i) {
+            const int p = derived_.spare_slot[i];
+            if ((state_.away[p] != 0) != away) continue;
             if (!built) {
-                std::fill(expert_price_.begin(), expert_price_.end(), away ? kFree : 1.0F);
-                if (!near_.empty())
+                std::fill(scratch_.expert_price.begin(), scratch_.expert_price.end(), away ? kFree : kOneReceipt);
+                if (!state_.near.empty())
                     for (int e = 0; e < E; ++e)
-                        if (!is_near(node_of(r), e)) expert_price_[e] *= far_;
-                for (int s = r * S; s < (r + 1) * S; ++s) expert_price_[start_[s]] = kFree;
-                for (int s = r * S; s < (r + 1) * S; ++s) expert_price_[expert_[s]] = 0.0F;
+                        if (!is_near(node_of(r), e)) scratch_.expert_price[e] *= conditions_.far;
+                for (int s = r * S; s < (r + 1) * S; ++s) scratch_.expert_price[state_.start[s]] = kFree;
+                for (int s = r * S; s < (r + 1) * S; ++s) scratch_.expert_price[state_.expert[s]] = kImpossible;
                 built = true;
             }
-            score_receipts(E, potential_, spare_base_[i], spare_load_[i], up_.data(), add_gain_.data(),
-                           expert_price_.data(), score_.data());
-            const int e = best_above(E, score_.data(), &best.score);
+            score_receipts(E, potential_, derived_.spare_base[i], derived_.spare_load[i], derived_.up.data(),
+                           derived_.add_gain.data(), scratch_.expert_price.data(), scratch_.score.data());
+            const int e = best_above(E, scratch_.score.data(), &best.score);
             if (e >= 0) best.slot = p, best.other = -1, best.expert = e;
         }
     }
@@ -268,130 +264,140 @@ void Search::offer_receipts(int r, Candidate& best) {
 // Another rank drops one of its replicated experts for one of rank r's.
 void Search::offer_placements(int r, Candidate& best) {
     const int E = shape_.experts, S = shape_.per_rank(), R = shape_.ranks;
-    const int n = spare_first_[R];
+    const int n = derived_.spare_first[R];
     if (n == 0) return;
     for (int s = r * S; s < (r + 1) * S; ++s) {
-        const int e = expert_[s];
-        if (e == E || add_gain_[e] <= 0.0F) continue;
-        score_placements(n, potential_, spare_base_.data(), spare_load_.data(), up_[e], add_gain_[e],
-                         spare_price_.data(), score_.data());
-        for (int i = home_slots_first_[e]; i < home_slots_first_[e + 1]; ++i) {
-            const int q = home_rank_[i];
-            for (int j = spare_first_[q]; j < spare_first_[q + 1]; ++j)
-                if (spare_price_[j] == 1.0F) score_[j] *= kFree;
+        const int e = state_.expert[s];
+        if (e == E || derived_.add_gain[e] <= 0.0F) continue;
+        score_placements(n, potential_, derived_.spare_base.data(), derived_.spare_load.data(), derived_.up[e],
+                         derived_.add_gain[e], derived_.spare_price.data(), scratch_.score.data());
+        for (int i = state_.home_slots_first[e]; i < state_.home_slots_first[e + 1]; ++i) {
+            const int q = state_.home_rank[i];
+            for (int j = derived_.spare_first[q]; j < derived_.spare_first[q + 1]; ++j)
+                if (derived_.spare_price[j] == kOneReceipt) scratch_.score[j] *= kFree;
         }
-        for (int node = 0; node < nodes_ && !near_.empty(); ++node) {
+        for (int node = 0; node < conditions_.nodes && !state_.near.empty(); ++node) {
             if (is_near(node, e)) continue;
-            const int first = node * (R / nodes_), last = first + R / nodes_;
-            for (int j = spare_first_[first]; j < spare_first_[last]; ++j) score_[j] *= far_;
+            const int first = node * (R / conditions_.nodes), last = first + R / conditions_.nodes;
+            for (int j = derived_.spare_first[first]; j < derived_.spare_first[last]; ++j)
+                scratch_.score[j] *= conditions_.far;
         }
         const uint16_t* holders = holders_of(e);
-        for (int i = 0; i < count_[e]; ++i) {
-            const int q = rank_of_[holders[i]];
-            std::fill(score_.begin() + spare_first_[q], score_.begin() + spare_first_[q + 1], 0.0F);
+        for (int i = 0; i < state_.count[e]; ++i) {
+            const int q = state_.rank_of[holders[i]];
+            std::fill(scratch_.score.begin() + derived_.spare_first[q],
+                      scratch_.score.begin() + derived_.spare_first[q + 1], 0.0F);
         }
-        const int j = best_above(n, score_.data(), &best.score);
-        if (j >= 0) best.slot = spare_slot_[j], best.other = -1, best.expert = e;
+        const int j = best_above(n, scratch_.score.data(), &best.score);
+        if (j >= 0) best.slot = derived_.spare_slot[j], best.other = -1, best.expert = e;
     }
 }
 
 // Rank r and another rank exchange two experts.
 void Search::offer_swaps(int r, Candidate& best) {
     const int P = shape_.slots, E = shape_.experts, S = shape_.per_rank();
-    const float excess_r = slot_excess_[r * S];
-    const float far_swap = 2.0F * far_ / (1.0F + far_);  // one of the two receipts is far
-    rows_.clear();
+    const float excess_r = derived_.slot_excess[r * S];
+    const float far_swap = 2.0F * conditions_.far / (1.0F + conditions_.far);  // one of the two receipts is far
+    scratch_.rows.clear();
     for (int pass = 0; pass < 2; ++pass) {  // experts of r that were there at the start, then those that were not
         bool built = false;
         for (int s = r * S; s < (r + 1) * S; ++s) {
-            const int e = expert_[s];
-            if (e == E || away_[s] != pass) continue;
+            const int e = state_.expert[s];
+            if (e == E || state_.away[s] != pass) continue;
             // Receipts: e there (+1), minus e's own at r when it came from elsewhere, plus the other expert here, minus
             // its own there when it came from elsewhere.
             if (!built) {
                 built = true;
-                price_ = pass ? away_price_ : home_price_;
+                scratch_.price = pass ? derived_.away_price : derived_.home_price;
                 for (int h = r * S; h < (r + 1) * S; ++h) {
-                    const int f = start_[h];
+                    const int f = state_.start[h];
                     if (f == E) continue;
                     const uint16_t* holders = holders_of(f);
-                    for (int i = 0; i < count_[f]; ++i) price_[holders[i]] = price_of(1 - pass - away_[holders[i]]);
+                    for (int i = 0; i < state_.count[f]; ++i)
+                        scratch_.price[holders[i]] = price_of(1 - pass - state_.away[holders[i]]);
                 }
                 for (int h = r * S; h < (r + 1) * S; ++h) {
-                    const int f = expert_[h];
+                    const int f = state_.expert[h];
                     if (f == E) continue;
                     const uint16_t* holders = holders_of(f);
-                    for (int i = 0; i < count_[f]; ++i) price_[holders[i]] = 0.0F;
+                    for (int i = 0; i < state_.count[f]; ++i) scratch_.price[holders[i]] = kImpossible;
                 }
-                std::fill(price_.begin() + r * S, price_.begin() + (r + 1) * S, 0.0F);
-                if (!near_.empty())
+                std::fill(scratch_.price.begin() + r * S, scratch_.price.begin() + (r + 1) * S, 0.0F);
+                if (!state_.near.empty())
                     for (int p = 0; p < P; ++p)
-                        if (!is_near(node_of(r), expert_[p])) price_[p] *= far_swap;
+                        if (!is_near(node_of(r), state_.expert[p])) scratch_.price[p] *= far_swap;
             }
-            float* row = score_.data() + rows_.size() * P;
-            rows_.push_back(s);
+            float* row = scratch_.score.data() + scratch_.rows.size() * P;
+            scratch_.rows.push_back(s);
             const auto score = [&](int first, int n, const float* price) {
-                score_swaps(n, potential_, slot_share_[s], excess_r, &slot_share_[first], &slot_excess_[first], price,
-                            row + first);
+                score_swaps(n, potential_, derived_.slot_share[s], excess_r, &derived_.slot_share[first],
+                            &derived_.slot_excess[first], price, row + first);
             };
-            score(0, P, price_.data());
+            score(0, P, scratch_.price.data());
             // Ranks that had e at the start take it back for less; ranks that hold it cannot take it.
-            for (int i = home_slots_first_[e]; i < home_slots_first_[e + 1]; ++i) {
-                const int first = home_rank_[i] * S;
+            for (int i = state_.home_slots_first[e]; i < state_.home_slots_first[e + 1]; ++i) {
+                const int first = state_.home_rank[i] * S;
                 for (int k = 0; k < S; ++k) {
                     const int p = first + k;
-                    returned_price_[k] = price_[p] > 0.0F ? price_of(!is_home(r, expert_[p]) - pass - away_[p]) : 0.0F;
+                    scratch_.returned_price[k] = scratch_.price[p] > 0.0F
+                                                     ? price_of(!is_home(r, state_.expert[p]) - pass - state_.away[p])
+                                                     : 0.0F;
                 }
-                score(first, S, returned_price_.data());
+                score(first, S, scratch_.returned_price.data());
             }
-            for (int node = 0; node < nodes_ && !near_.empty(); ++node) {
+            for (int node = 0; node < conditions_.nodes && !state_.near.empty(); ++node) {
                 if (is_near(node, e)) continue;
-                for (int p = node * (P / nodes_); p < (node + 1) * (P / nodes_); ++p) row[p] *= far_swap;
+                for (int p = node * (P / conditions_.nodes); p < (node + 1) * (P / conditions_.nodes); ++p)
+                    row[p] *= far_swap;
             }
             const uint16_t* holders = holders_of(e);
-            for (int i = 0; i < count_[e]; ++i) {
-                const int first = rank_of_[holders[i]] * S;
+            for (int i = 0; i < state_.count[e]; ++i) {
+                const int first = state_.rank_of[holders[i]] * S;
                 std::fill(row + first, row + first + S, 0.0F);
             }
         }
     }
-    const int i = best_above(P * static_cast<int>(rows_.size()), score_.data(), &best.score);
-    if (i >= 0) best.slot = i % P, best.other = rows_[i / P], best.expert = expert_[rows_[i / P]];
+    const int i = best_above(P * static_cast<int>(scratch_.rows.size()), scratch_.score.data(), &best.score);
+    if (i >= 0) best.slot = i % P, best.other = scratch_.rows[i / P], best.expert = state_.expert[scratch_.rows[i / P]];
 }
 
-// Gives rank r the experts that it held at the start. Experts that lose their last copy thereby are noted in lost_.
+// Gives rank r the experts that it held at the start. Experts that lose their last copy thereby are noted in
+// scratch_.lost.
 void Search::restore(int r) {
     const int E = shape_.experts, S = shape_.per_rank();
     int next = r * S;
     for (int p = r * S; p < (r + 1) * S; ++p) {
-        if (expert_[p] < E && !away_[p]) continue;
+        if (state_.expert[p] < E && !state_.away[p]) continue;
         const auto absent = [&](int e) {
-            return std::find(expert_.begin() + r * S, expert_.begin() + (r + 1) * S, e) ==
-                   expert_.begin() + (r + 1) * S;
+            return std::find(state_.expert.begin() + r * S, state_.expert.begin() + (r + 1) * S, e) ==
+                   state_.expert.begin() + (r + 1) * S;
         };
-        while (next < (r + 1) * S && (start_[next] == E || !absent(start_[next]))) ++next;
+        while (next < (r + 1) * S && (state_.start[next] == E || !absent(state_.start[next]))) ++next;
         if (next == (r + 1) * S) return;  // nothing else to take back
-        const int dropped = expert_[p];
-        place(p, start_[next]);
-        if (dropped < E && count_[dropped] < least_[dropped]) lost_.push_back(dropped);
+        const int dropped = state_.expert[p];
+        place(p, state_.start[next]);
+        if (dropped < E && state_.count[dropped] < state_.least[dropped]) scratch_.lost.push_back(dropped);
     }
 }
 
 // Gives an expert one more copy, in the slot that can best spare its own. Returns false if there is none.
 bool Search::replicate(int expert) {
     refresh();
-    const int n = spare_first_[shape_.ranks];
-    const float add = count_[expert] > 0 ? add_gain_[expert] : 0.0F;
+    const int n = derived_.spare_first[shape_.ranks];
+    const float add = state_.count[expert] > 0 ? derived_.add_gain[expert] : 0.0F;
     float best = -std::numeric_limits<float>::max();
     int slot = -1;
     for (int i = 0; i < n; ++i) {
-        const int p = spare_slot_[i], r = rank_of_[p];
+        const int p = derived_.spare_slot[i], r = state_.rank_of[p];
         const uint16_t* holders = holders_of(expert);
-        const bool held = std::any_of(holders, holders + count_[expert], [&](int h) { return rank_of_[h] == r; });
+        const bool held =
+            std::any_of(holders, holders + state_.count[expert], [&](int h) { return state_.rank_of[h] == r; });
         const bool near = is_near(node_of(r), expert);
-        if (held || (!near && far_ == 0.0F)) continue;
-        const float gain = spare_base_[i] + add - potential_(spare_load_[i] + up_[expert]);
-        const float price = is_home(r, expert) ? 0.0F : near ? 0.05F : 0.05F / far_;
+        if (held || (!near && conditions_.far == 0.0F)) continue;
+        const float gain = derived_.spare_base[i] + add - potential_(derived_.spare_load[i] + derived_.up[expert]);
+        const float price = is_home(r, expert) ? 0.0F
+                            : near             ? kReceiptInPotential
+                                               : kReceiptInPotential / conditions_.far;
         if (gain - price > best) {
             best = gain - price;
             slot = p;
@@ -403,11 +409,11 @@ bool Search::replicate(int expert) {
 }
 
 int Search::copies_needed(int expert, int32_t most) const {
-    return std::max(1, std::min((weight_[expert] - 1) / most + 1, shape_.ranks));
+    return std::max(1, std::min((state_.weight[expert] - 1) / most + 1, shape_.ranks));
 }
 
 double Search::smallest_largest_share() const {
-    int32_t low = 1, high = *std::max_element(weight_.begin(), weight_.end());
+    int32_t low = 1, high = *std::max_element(state_.weight.begin(), state_.weight.end());
     while (low < high) {
         const int32_t middle = low + (high - low) / 2;
         int64_t wanted = 0;
@@ -427,53 +433,53 @@ bool Search::split_heavy(double share) {
     for (int e = 0; e < E; ++e) wanted += copies_needed(e, most);
     if (wanted > shape_.slots) return false;
     for (int e = 0; e < E; ++e) {
-        least_[e] = copies_needed(e, most);
-        if (least_[e] == 1) continue;
-        for (int i = 0; i < count_[e]; ++i) set_spare(holders_of(e)[i], count_[e] > least_[e]);
+        state_.least[e] = copies_needed(e, most);
+        if (state_.least[e] == 1) continue;
+        for (int i = 0; i < state_.count[e]; ++i) set_spare(holders_of(e)[i], state_.count[e] > state_.least[e]);
     }
     for (int e = 0; e < E; ++e)
-        while (count_[e] < least_[e] && replicate(e)) {
+        while (state_.count[e] < state_.least[e] && replicate(e)) {
         }
     return true;
 }
 
 void Search::undo() {
-    while (!trail_.empty()) {
-        const auto [slot, expert] = trail_.back();
-        trail_.pop_back();
+    while (!state_.trail.empty()) {
+        const auto [slot, expert] = state_.trail.back();
+        state_.trail.pop_back();
         place(slot, expert);
-        trail_.pop_back();
+        state_.trail.pop_back();
     }
 }
 
-// Adds up to `wanted` ranks that have received something to chosen_.
+// Adds up to `wanted` ranks that have received something to scratch_.chosen.
 void Search::choose_ranks(Random& random, int wanted) {
     const int R = shape_.ranks, S = shape_.per_rank();
-    for (int tries = 8 * wanted; tries > 0 && static_cast<int>(chosen_.size()) < wanted; --tries) {
+    for (int tries = 8 * wanted; tries > 0 && static_cast<int>(scratch_.chosen.size()) < wanted; --tries) {
         const int r = static_cast<int>(random.below(static_cast<uint32_t>(R)));
-        if (std::find(chosen_.begin(), chosen_.end(), r) != chosen_.end()) continue;
-        const auto first = away_.begin() + r * S;
-        if (std::find(first, first + S, 1) != first + S) chosen_.push_back(r);
+        if (std::find(scratch_.chosen.begin(), scratch_.chosen.end(), r) != scratch_.chosen.end()) continue;
+        const auto first = state_.away.begin() + r * S;
+        if (std::find(first, first + S, 1) != first + S) scratch_.chosen.push_back(r);
     }
 }
 
 bool Search::restore_chosen() {
-    trail_.clear();
-    lost_.clear();
-    for (const int r : chosen_) restore(r);
-    for (const int e : lost_)
-        if (count_[e] < least_[e] && !replicate(e)) return false;
+    state_.trail.clear();
+    scratch_.lost.clear();
+    for (const int r : scratch_.chosen) restore(r);
+    for (const int e : scratch_.lost)
+        if (state_.count[e] < state_.least[e] && !replicate(e)) return false;
     return true;
 }
 
 bool Search::reconsider(Random& random, bool exact) {
     exact_ = exact;
-    chosen_.clear();
+    scratch_.chosen.clear();
     choose_ranks(random, 2 + static_cast<int>(random.below(3)));
-    if (chosen_.empty()) return false;
-    const int before = cost_;
+    if (scratch_.chosen.empty()) return false;
+    const int before = state_.cost;
     most_cost_ = before;
-    const bool kept = restore_chosen() && descend() && cost_ <= before;
+    const bool kept = restore_chosen() && descend() && state_.cost <= before;
     most_cost_ = std::numeric_limits<int>::max();
     exact_ = false;
     if (!kept) undo();
@@ -483,8 +489,8 @@ bool Search::reconsider(Random& random, bool exact) {
 bool Search::lower_peak(Random& random, bool exact) {
     const double before = peak();
     int busiest = 0;
-    while (relative(busiest, rank_load_[busiest]) < before) ++busiest;
-    chosen_.assign(1, busiest);
+    while (relative(busiest, state_.rank_load[busiest]) < before) ++busiest;
+    scratch_.chosen.assign(1, busiest);
     choose_ranks(random, 2 + static_cast<int>(random.below(3)));
     const bool sound = restore_chosen();
     exact_ = exact;
@@ -497,20 +503,20 @@ bool Search::lower_peak(Random& random, bool exact) {
 
 void Search::adopt(const std::vector<int32_t>& slots) {
     for (int p = 0; p < shape_.slots; ++p)
-        if (expert_[p] != slots[p]) place(p, slots[p]);
-    trail_.clear();
+        if (state_.expert[p] != slots[p]) place(p, slots[p]);
+    state_.trail.clear();
 }
 
 // Notes how the loads of an expert's holders, but `besides`, change when it has another number of copies.
 void Search::tally(int expert, int copies, int besides) {
     if (expert == shape_.experts || copies == 0) return;
-    const int32_t change = share_of(expert, copies) - share_[expert];
+    const int32_t change = share_of(expert, copies) - state_.share[expert];
     const uint16_t* holders = holders_of(expert);
-    for (int i = 0; i < count_[expert]; ++i) {
+    for (int i = 0; i < state_.count[expert]; ++i) {
         if (holders[i] == besides) continue;
-        const int r = rank_of_[holders[i]];
-        if (tally_[r] == 0) tallied_.push_back(r);
-        tally_[r] += change;
+        const int r = state_.rank_of[holders[i]];
+        if (scratch_.tally[r] == 0) scratch_.tallied.push_back(r);
+        scratch_.tally[r] += change;
     }
 }
 
@@ -518,35 +524,37 @@ void Search::tally(int expert, int copies, int besides) {
 Search::Outcome Search::settle() {
     float gain = 0.0F;
     double peak = 0.0;
-    for (const int r : tallied_) {
-        if (tally_[r] == 0) continue;
-        const int32_t after = rank_load_[r] + tally_[r];
-        gain += potential_(units(rank_load_[r])) - potential_(units(after));
-        if (tally_[r] > 0) peak = std::max(peak, relative(r, after));
-        tally_[r] = 0;
+    for (const int r : scratch_.tallied) {
+        if (scratch_.tally[r] == 0) continue;
+        const int32_t after = state_.rank_load[r] + scratch_.tally[r];
+        gain += potential_(units(state_.rank_load[r])) - potential_(units(after));
+        if (scratch_.tally[r] > 0) peak = std::max(peak, relative(r, after));
+        scratch_.tally[r] = 0;
     }
-    tallied_.clear();
+    scratch_.tallied.clear();
     return {gain, peak};
 }
 
 Search::Outcome Search::try_receipt(int slot, int expert) {
-    const int r = rank_of_[slot], old = expert_[slot];
-    tally(old, count_[old] - 1, slot);
-    tally(expert, count_[expert] + 1, -1);
-    tallied_.push_back(r);
-    tally_[r] += share_of(expert, count_[expert] + 1) - share_[old];
+    const int r = state_.rank_of[slot], old = state_.expert[slot];
+    tally(old, state_.count[old] - 1, slot);
+    tally(expert, state_.count[expert] + 1, -1);
+    scratch_.tallied.push_back(r);
+    scratch_.tally[r] += share_of(expert, state_.count[expert] + 1) - state_.share[old];
     return settle();
 }
 
 Search::Outcome Search::try_swap(int slot, int other) {
-    const int32_t change = share_[expert_[slot]] - share_[expert_[other]];
-    tallied_.assign({rank_of_[slot], rank_of_[other]});
-    tally_[rank_of_[slot]] -= change;
-    tally_[rank_of_[other]] += change;
+    const int32_t change = state_.share[state_.expert[slot]] - state_.share[state_.expert[other]];
+    scratch_.tallied.assign({state_.rank_of[slot], state_.rank_of[other]});
+    scratch_.tally[state_.rank_of[slot]] -= change;
+    scratch_.tally[state_.rank_of[other]] += change;
     return settle();
 }
 
-int Search::receipt_cost(int slot, int expert) const { return !is_home(rank_of_[slot], expert) - away_[slot]; }
+int Search::receipt_cost(int slot, int expert) const {
+    return !is_home(state_.rank_of[slot], expert) - state_.away[slot];
+}
 
 void Search::offer_outcome(const Outcome& outcome, float price, int slot, int other, int expert, Candidate& best) {
     if (outcome.gain * price <= best.score) return;
@@ -561,26 +569,30 @@ void Search::offer_exactly(int r, Candidate& best) {
     const int P = shape_.slots, E = shape_.experts, S = shape_.per_rank();
     const auto holds = [&](int rank, int e) {
         const uint16_t* holders = holders_of(e);
-        return std::any_of(holders, holders + count_[e], [&](int h) { return rank_of_[h] == rank; });
+        return std::any_of(holders, holders + state_.count[e], [&](int h) { return state_.rank_of[h] == rank; });
     };
-    const auto far = [&](int slot, int e) { return is_near(node_of(rank_of_[slot]), e) ? 1.0F : far_; };
+    const auto far = [&](int slot, int e) {
+        return is_near(node_of(state_.rank_of[slot]), e) ? 1.0F : conditions_.far;
+    };
     const auto receive = [&](int p, int e) {
-        if (e == E || holds(rank_of_[p], e)) return;
+        if (e == E || holds(state_.rank_of[p], e)) return;
         offer_outcome(try_receipt(p, e), price_of(receipt_cost(p, e)) * far(p, e), p, -1, e, best);
     };
-    for (int i = 0; i < spare_first_[shape_.ranks]; ++i) {
-        const int p = spare_slot_[i];
-        if (rank_of_[p] == r) {
+    for (int i = 0; i < derived_.spare_first[shape_.ranks]; ++i) {
+        const int p = derived_.spare_slot[i];
+        if (state_.rank_of[p] == r) {
             for (int e = 0; e < E; ++e) receive(p, e);
         } else {
-            for (int s = r * S; s < (r + 1) * S; ++s) receive(p, expert_[s]);
+            for (int s = r * S; s < (r + 1) * S; ++s) receive(p, state_.expert[s]);
         }
     }
     for (int s = r * S; s < (r + 1) * S; ++s) {
-        const int e = expert_[s];
+        const int e = state_.expert[s];
         for (int p = 0; p < P && e < E; ++p) {
-            const int f = expert_[p];
-            if (f == E || share_[f] >= share_[e] || rank_of_[p] == r || holds(rank_of_[p], e) || holds(r, f)) continue;
+            const int f = state_.expert[p];
+            if (f == E || state_.share[f] >= state_.share[e] || state_.rank_of[p] == r || holds(state_.rank_of[p], e) ||
+                holds(r, f))
+                continue;
             const float price = price_of(receipt_cost(p, e) + receipt_cost(s, f)) * far(p, e) * far(s, f);
             offer_outcome(try_swap(p, s), price, p, s, e, best);
         }
@@ -598,82 +610,82 @@ bool Search::improve(int r) {
         offer_swaps(r, best);
     }
     if (best.slot < 0) return false;
-    const int given = expert_[best.slot];
+    const int given = state_.expert[best.slot];
     place(best.slot, best.expert);
     if (best.other >= 0) place(best.other, given);
     return true;
 }
 
 void Search::shift(int rank, int32_t change) {
-    rank_load_[rank] += change;
-    if (is_dirty_[rank]) return;
-    is_dirty_[rank] = 1;
-    dirty_ranks_.push_back(rank);
+    state_.rank_load[rank] += change;
+    if (derived_.is_dirty[rank]) return;
+    derived_.is_dirty[rank] = 1;
+    derived_.dirty_ranks.push_back(rank);
 }
 
 void Search::set_away(int slot, bool away) {
-    away_[slot] = away;
-    const bool empty = expert_[slot] == shape_.experts;
-    home_price_[slot] = empty ? 0.0F : price_of(2 - away);
-    away_price_[slot] = empty ? 0.0F : price_of(1 - away);
+    state_.away[slot] = away;
+    const bool empty = state_.expert[slot] == shape_.experts;
+    derived_.home_price[slot] = empty ? kImpossible : price_of(2 - away);
+    derived_.away_price[slot] = empty ? kImpossible : price_of(1 - away);
 }
 
 void Search::set_spare(int slot, bool spare) {
     const uint64_t bit = uint64_t{1} << (slot % 64);
-    spare_[slot / 64] = spare ? spare_[slot / 64] | bit : spare_[slot / 64] & ~bit;
+    derived_.spare[slot / 64] = spare ? derived_.spare[slot / 64] | bit : derived_.spare[slot / 64] & ~bit;
 }
 
 // Sets what follows from an expert's weight and number of copies.
 void Search::count_shares(int expert) {
-    const int copies = count_[expert];
-    share_[expert] = copies ? share_of(expert, copies) : 0;
-    const float share = units(share_[expert]);
-    up_[expert] = units(share_of(expert, copies + 1));
-    up_change_[expert] = up_[expert] - share;
-    down_change_[expert] = copies > 1 ? units(share_of(expert, copies - 1)) - share : 0.0F;
-    if (!variance_.empty()) {
-        const float charge = potential_.square * variance_[expert];
-        add_bonus_[expert] = copies ? charge / static_cast<float>(copies * (copies + 1)) : 0.0F;
-        drop_bonus_[expert] = copies > 1 ? charge / static_cast<float>(copies * (copies - 1)) : 0.0F;
+    const int copies = state_.count[expert];
+    state_.share[expert] = copies ? share_of(expert, copies) : 0;
+    const float share = units(state_.share[expert]);
+    derived_.up[expert] = units(share_of(expert, copies + 1));
+    derived_.up_change[expert] = derived_.up[expert] - share;
+    derived_.down_change[expert] = copies > 1 ? units(share_of(expert, copies - 1)) - share : 0.0F;
+    if (!state_.variance.empty()) {
+        const float charge = potential_.square * state_.variance[expert];
+        derived_.add_bonus[expert] = copies ? charge / static_cast<float>(copies * (copies + 1)) : 0.0F;
+        derived_.drop_bonus[expert] = copies > 1 ? charge / static_cast<float>(copies * (copies - 1)) : 0.0F;
     }
 }
 
 void Search::place(int slot, int expert) {
-    const int E = shape_.experts, r = rank_of_[slot], old = expert_[slot];
-    trail_.push_back({slot, old});
+    const int E = shape_.experts, r = state_.rank_of[slot], old = state_.expert[slot];
+    state_.trail.push_back({slot, old});
     if (old < E) {
         uint16_t* holders = holders_of(old);
-        const int left = count_[old] - 1;
+        const int left = state_.count[old] - 1;
         *std::find(holders, holders + left, slot) = holders[left];
-        shift(r, -share_[old]);
+        shift(r, -state_.share[old]);
         recount(old, left);
-        cost_ -= away_[slot];
+        state_.cost -= state_.away[slot];
     }
-    expert_[slot] = expert;
+    state_.expert[slot] = expert;
     if (expert == E) {
-        slot_share_[slot] = 0.0F;
+        derived_.slot_share[slot] = 0.0F;
         set_away(slot, false);
         set_spare(slot, true);
         shift(r, 0);
         return;
     }
-    shift(r, share_[expert]);
-    holders_of(expert)[count_[expert]] = static_cast<uint16_t>(slot);
-    recount(expert, count_[expert] + 1);
+    shift(r, state_.share[expert]);
+    holders_of(expert)[state_.count[expert]] = static_cast<uint16_t>(slot);
+    recount(expert, state_.count[expert] + 1);
     set_away(slot, !is_home(r, expert));
-    cost_ += away_[slot];
+    state_.cost += state_.away[slot];
 }
 
 // Sets the number of copies and spreads the load evenly over the holders, each of which has the old share.
 void Search::recount(int expert, int copies) {
-    const int32_t before = share_[expert];
-    count_[expert] = copies;
+    const int32_t before = state_.share[expert];
+    state_.count[expert] = copies;
     count_shares(expert);
     const uint16_t* holders = holders_of(expert);
     for (int i = 0; i < copies; ++i) {
-        shift(rank_of_[holders[i]], share_[expert] - before);
-        slot_share_[holders[i]] = units(share_[expert]);
-        set_spare(holders[i], copies > least_[expert]);
+        shift(state_.rank_of[holders[i]], state_.share[expert] - before);
+        derived_.slot_share[holders[i]] = units(state_.share[expert]);
+        set_spare(holders[i], copies > state_.least[expert]);
     }
 }
 

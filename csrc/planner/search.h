@@ -19,26 +19,35 @@ struct Shape {
     int per_rank() const { return slots / ranks; }
 };
 
+// What a candidate's gain is multiplied with: one over the receipts that it costs; nearly free ones count as kFree.
+inline float price_of(int cost) { return cost >= 2 ? kTwoReceipts : cost == 1 ? kOneReceipt : kFree; }
+
+// What holds for all placements of a layer.
+struct Conditions {
+    int nodes = 1;     // share the ranks evenly
+    float far = 1.0F;  // a receipt from another node (one that held no copy at the start) counts less by this factor,
+                       // 0 < far <= 1, or is forbidden where it is 0
+    const double* speed = nullptr;  // [R] of the ranks, with a mean of 1; null: all alike. A rank's load is then what
+                                    // it has to do over its speed.
+};
+
+// What a descent goes for, in units of the mean load.
+struct Aim {
+    double limit;         // at which a rank is light enough
+    double square;        // weight of the potential's square
+    double scored_limit;  // from which the potential rises steeply
+};
+
 class Search {
   public:
-    explicit Search(Shape shape);
+    Search(Shape shape, Conditions conditions);
 
     // Starts from `slots` [P] (-1: empty) under `load` [E]. Returns false where there is no load and nothing to do.
     // With `variance` [E] (of each expert's load, tokens squared; may be null) the square of the potential is the one
     // that is to be expected: a rank's variance is the sum of its replicas', each variance / copies^2.
     bool begin(const double* load, const int32_t* slots, const double* variance);
 
-    // Nodes share the ranks evenly. A receipt from another node (one that held no copy at the start) counts less by the
-    // factor `far`, 0 < far <= 1, or is forbidden where it is 0. Call before begin().
-    void set_nodes(int nodes, float far);
-
-    // Ranks are as fast as `speed` [R] says, with a mean of 1; null: all alike. A rank's load is then what it has to do
-    // over its speed. Call before aim() and begin().
-    void set_speed(const double* speed);
-
-    // Sets the load at which a rank is light enough, in units of the mean, the weight of the potential's square, and
-    // the load from which the potential rises steeply.
-    void aim(double limit, double square, double scored_limit);
+    void aim(const Aim& aim);
 
     // Gives experts more copies until none of their replicas carries more than `share` of a rank's mean, and keeps the
     // descent from dropping below. An expert whose replicas leave little room beside them holds a descent up: no
@@ -75,21 +84,23 @@ class Search {
     // Puts `expert` into `slot`, whatever it held.
     void place(int slot, int expert);
 
-    double peak() const;                // load of the busiest rank (over its speed) in units of the mean
-    bool reached() const;               // no rank is above the limit
-    int cost() const { return cost_; }  // receipts: experts on ranks that did not hold them at the start
-    int count(int expert) const { return count_[expert]; }
-    int32_t weight(int expert) const { return weight_[expert]; }  // in units of which a rank has 2^20 on average
-    static double unit();                                         // that many
-    bool alike() const { return speed_.empty(); }                 // all ranks are equally fast
-    double speed(int rank) const { return speed_.empty() ? 1.0 : speed_[rank]; }
-    int confined_nodes() const { return near_.empty() || far_ > 0.0F ? 1 : nodes_; }  // experts never leave theirs
+    double peak() const;                      // load of the busiest rank (over its speed) in units of the mean
+    bool reached() const;                     // no rank is above the limit
+    int cost() const { return state_.cost; }  // receipts: experts on ranks that did not hold them at the start
+    int count(int expert) const { return state_.count[expert]; }
+    int32_t weight(int expert) const { return state_.weight[expert]; }  // in units of which a rank has 2^20 on average
+    static double unit();                                               // that many
+    bool alike() const { return conditions_.speed == nullptr; }         // all ranks are equally fast
+    double speed(int rank) const { return alike() ? 1.0 : conditions_.speed[rank]; }
+    int confined_nodes() const {
+        return state_.near.empty() || conditions_.far > 0.0F ? 1 : conditions_.nodes;
+    }  // experts never leave theirs
     bool is_near(int node, int expert) const {
-        return near_.empty() || near_[static_cast<size_t>(node) * (shape_.experts + 1) + expert];
+        return state_.near.empty() || state_.near[static_cast<size_t>(node) * (shape_.experts + 1) + expert];
     }
     const Shape& shape() const { return shape_; }
-    const std::vector<int32_t>& slots() const { return expert_; }  // E stands for empty
-    const std::vector<int32_t>& start() const { return start_; }
+    const std::vector<int32_t>& slots() const { return state_.expert; }  // E stands for empty
+    const std::vector<int32_t>& start() const { return state_.start; }
 
   private:
     struct Candidate {
@@ -125,58 +136,71 @@ class Search {
 
     double relative(int rank, int32_t load) const;
 
-    int node_of(int rank) const { return rank / (shape_.ranks / nodes_); }
+    int node_of(int rank) const { return rank / (shape_.ranks / conditions_.nodes); }
 
-    bool is_home(int rank, int expert) const { return home_[at(rank, expert)] != 0; }
-    uint16_t* holders_of(int expert) { return &place_[static_cast<size_t>(expert) * stride_]; }
+    bool is_home(int rank, int expert) const { return state_.home[at(rank, expert)] != 0; }
+    uint16_t* holders_of(int expert) { return &state_.place[static_cast<size_t>(expert) * state_.stride]; }
     size_t at(int rank, int expert) const { return static_cast<size_t>(rank) * (shape_.experts + 1) + expert; }
-    int32_t share_of(int expert, int copies) const { return weight_[expert] / copies; }
+    int32_t share_of(int expert, int copies) const { return state_.weight[expert] / copies; }
 
-    Shape shape_;
+    // The placement, and what follows from it at once. Loads are integers in 1/2^20 of a rank's mean, so that sums are
+    // exact in any order.
+    struct State {
+        std::vector<int32_t> expert, start;                // [P]
+        std::vector<int32_t> weight, count, least, share;  // [E + 1], the last stands for "empty"
+        std::vector<int32_t> rank_load;                    // [R]
+        std::vector<int32_t> background;                   // [R], or none: see aim()
+        std::vector<uint8_t> home;                         // [R, E + 1]: the rank held the expert at the start
+        std::vector<uint8_t> away;                         // [P]: the expert was not on this rank at the start
+        std::vector<uint16_t> place;                       // [E, stride]: the slots that hold an expert, count of them
+        size_t stride = 0;                                 // most copies that an expert can have
+        std::vector<uint16_t> rank_of;                     // [P]
+        std::vector<int32_t> home_slots_first;             // [E + 1] into home_rank
+        std::vector<uint16_t> home_rank;                   // ranks that hold an expert at the start
+        std::vector<uint8_t> near;                         // [nodes, E + 1]: a rank of the node held the expert at the
+                                                           // start; none if all is near
+        std::vector<float> variance;                       // [E + 1] in units of a rank's mean, squared; or none
+        int cost = 0;                                      // receipts
+        std::vector<std::pair<int32_t, int32_t>> trail;    // slots changed since the last kept state, and what they
+                                                           // held
+    };
+
+    // What the kernels read. Derived from the state where ranks have changed since the last refresh().
+    struct Derived {
+        std::vector<int32_t> dirty_ranks;
+        std::vector<uint8_t> is_dirty;  // [R]
+        std::vector<uint32_t> seen;     // [E + 1], equal to round where recomputed
+        uint32_t round = 0;
+        std::vector<float> slot_share, slot_load, slot_phi, slot_excess;  // [P]: the replica's load, its rank's and its
+                                                                          // potential
+        std::vector<float> home_price, away_price;  // [P]: price of receiving the slot's expert in exchange for one
+                                                    // that is at home, or that is not
+        std::vector<uint64_t> spare;                // [P] bits: the slot's expert has other copies, or none is there
+        std::vector<float> up, up_change, down_change;  // [E + 1]: replica load with one copy more; changes of it
+        std::vector<float> add_gain, drop_gain, add_bonus, drop_bonus;  // [E + 1]: effect on all holders of one copy
+                                                                        // more or less
+        std::vector<int32_t> spare_slot, spare_first;                   // compact list of spare slots; [R + 1] first of
+                                                                        // each rank
+        std::vector<float> spare_base, spare_load, spare_price;         // by entry of that list
+    };
+
+    // Room for one step, so that none is allocated.
+    struct Scratch {
+        std::vector<int32_t> chosen, lost;    // ranks taken back; experts without a copy
+        std::vector<int32_t> tally, tallied;  // change of each rank's load; ranks that change
+        std::vector<float> price, returned_price, expert_price, score;
+        std::vector<int32_t> rows;  // slots of the rank that has a row of scores
+    };
+
+    const Shape shape_;
+    const Conditions conditions_;
     Potential potential_;
     bool exact_ = false;
-    int nodes_ = 1;
-    float far_ = 1.0F;
-    std::vector<uint8_t> near_;  // [nodes, E + 1]: a rank of the node held the expert at the start; none if all is near
     int32_t limit_ = 0;
-    int cost_ = 0;
-    int most_cost_ = 0;                               // descend() gives up beyond
-    std::vector<std::pair<int32_t, int32_t>> trail_;  // slots changed since the last kept state, and what they held
-    std::vector<int32_t> chosen_, lost_;
-    std::vector<int32_t> tally_, tallied_;  // scratch: change of each rank's load, and the ranks that change
-
-    // Loads are integers in 1/2^20 of a rank's mean, so that sums are exact in any order.
-    std::vector<int32_t> expert_, start_;                  // [P]
-    std::vector<int32_t> weight_, count_, least_, share_;  // [E + 1], the last stands for "empty"
-    std::vector<int32_t> rank_load_;                       // [R]
-    std::vector<double> speed_;                            // [R], or none
-    std::vector<int32_t> background_;                      // [R], or none: see aim()
-    std::vector<uint8_t> home_;                            // [R, E + 1]
-    std::vector<uint16_t> place_;                          // [E, stride]: the slots that hold an expert, count_ of them
-    size_t stride_ = 0;                                    // most copies that an expert can have
-    std::vector<uint16_t> rank_of_;                        // [P]
-    std::vector<int32_t> home_slots_first_;                // [E + 1] into home_rank_
-    std::vector<uint16_t> home_rank_;                      // ranks that hold an expert at the start
-
-    // Derived from the above where ranks have changed since the last refresh(); what the kernels read.
-    std::vector<int32_t> dirty_ranks_;
-    std::vector<uint8_t> is_dirty_;  // [R]
-    std::vector<uint32_t> seen_;     // [E + 1], equal to round_ where recomputed
-    uint32_t round_ = 0;
-    std::vector<float> slot_share_, slot_load_, slot_phi_,
-        slot_excess_;                                  // [P]: the replica's load, its rank's and its potential
-    std::vector<float> home_price_, away_price_;       // [P]: price of receiving the slot's expert in exchange for
-                                                       // one that is at home, or that is not
-    std::vector<uint64_t> spare_;                      // [P] bits: the slot's expert has other copies, or none is there
-    std::vector<uint8_t> away_;                        // [P]: the expert was not on this rank at the start
-    std::vector<float> variance_;                      // [E + 1] in units of a rank's mean, squared; or none
-    std::vector<float> up_, up_change_, down_change_;  // [E + 1]: replica load with one copy more; changes of it
-    std::vector<float> add_gain_, drop_gain_, add_bonus_,
-        drop_bonus_;                                 // [E + 1]: effect on all holders of one copy more or less
-    std::vector<int32_t> spare_slot_, spare_first_;  // compact list of spare slots; [R + 1] first of each rank
-    std::vector<float> spare_base_, spare_load_, spare_price_;          // by entry of that list
-    std::vector<float> price_, returned_price_, expert_price_, score_;  // scratch
-    std::vector<int32_t> rows_;                                         // scratch
+    int most_cost_ = 0;  // descend() gives up beyond
+    State state_;
+    Derived derived_;
+    Scratch scratch_;
 };
 
 }  // namespace eplb

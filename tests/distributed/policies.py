@@ -20,6 +20,11 @@ from vllm_ascend_eplb.values.rounds import rounds_to_array
 from vllm_ascend_eplb.values.topology import Topology
 
 
+def plan_slowly(request: PlanRequest) -> Plan:
+    time.sleep(0.3)
+    return plan_request(request)
+
+
 def plan_at_a_signal(request: PlanRequest) -> Plan:
     """In the third cycle, gives the signal "asked" and waits for "go"."""
     if request.number == 3:

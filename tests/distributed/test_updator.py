@@ -17,13 +17,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.unit.values.test_step_cost import FLAT_THEN_STEEP
 from vllm_ascend_eplb.agreement.channel import ControlError
 from vllm_ascend_eplb.agreement.phases import AgreementError, Phase, early
 from vllm_ascend_eplb.balancer import balancedness
 from vllm_ascend_eplb.balancer.served_model import EplbAdaptor
 from vllm_ascend_eplb.balancer.start import build_updator
+from vllm_ascend_eplb.balancer.timing import Times
 from vllm_ascend_eplb.load import ops
 from vllm_ascend_eplb.load.recorder import LoadRecorder
+from vllm_ascend_eplb.planning.payoff import MoveRates
 from vllm_ascend_eplb.planning.request import PlanRequest, plan_request
 from vllm_ascend_eplb.routing.maps import DispatchMaps
 from vllm_ascend_eplb.routing.weighted import DispatchTables
@@ -168,6 +171,8 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
     balancedness.logger.setLevel(logging.INFO)
     planner = PatientPlanner(policy) if ranks.rank == 0 else None
     updator = build_updator(model, config, planner)
+    if "tokens" in options and updator.lead is not None:
+        updator.lead.learn(Times(FLAT_THEN_STEEP, MoveRates(options.get("receive"))))
     if "cut_after" in options:
         updator.parts.settings = replace(updator.parts.settings, cut_after=options["cut_after"])
     if options.get("prepare_fails_on") == ranks.rank:
@@ -185,7 +190,7 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
             if options.get("part_at") == step and ranks.rank == 1:
                 updator.work.placement = updator.placement.with_moves([[0, EXPERTS, 3]])
             serving = not options.get("idle") or step % 3 == 0
-            updator.forward_before(serving=serving)
+            updator.forward_before(serving=serving, tokens_per_rank=options.get("tokens", 1.0))
             if updator.state.cycle > len(seen.began):
                 seen.began.append(step + 1)
             counted = model.recorder.counts.clone()
@@ -303,6 +308,31 @@ def test_observing_moves_nothing_and_says_what_it_would_bring() -> None:
     assert "would bring PAR from" in stats.cycles[0].reason
     assert stats.cycles[0].par_predicted.mean < stats.cycles[0].par.mean
     check_balancedness(all_seen, interval=7)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "receive", "moves"), [(4096, None, True), (8, None, False), (4096, 1.0, False), (8, 1.0, False)]
+)
+def test_measured_time_decides_what_moves(tokens: float, receive: float | None, moves: bool) -> None:
+    """The same load: it is balanced where steps have many tokens, and left alone where they have few, because steps are
+    no shorter then; or where a rank receives a byte in a second."""
+    options = {"tokens": tokens, "receive": receive, "cycles": 3}
+    all_seen = run_ranks(2, serve, 400, {}, options)
+    check_agreement(all_seen)
+    stats = all_seen[0].stats
+    assert (stats.experts_moved > 0) is moves
+    assert (len(set(all_seen[0].history)) > 1) is moves
+    assert stats.moe_ms > 0
+    assert (stats.moe_time_saved_seconds > 0) is moves
+    reason = stats.cycles[0].reason
+    if moves:
+        assert stats.moe_ms < stats.moe_ms_start
+    elif tokens == 8:
+        assert "at 8 tokens per rank and step PAR up to" in reason
+        assert "costs no time that can be measured" in reason
+    else:
+        assert "ms of MoE time per step" in reason
+        assert "net less than" in reason
 
 
 def test_the_first_cycle_comes_early_and_idle_steps_are_steps() -> None:

@@ -276,6 +276,7 @@ def observed(runs, probed, tmp_path_factory):
     settings = {
         "dynamic_eplb": True,
         "mode": "observe",
+        "calibrate": False,
         "expert_map_path": str(path),
         "expert_heat_collection_interval": 24,
         "algorithm_execution_interval": 1,

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from vllm_ascend_eplb.settings.config import EplbConfig
+from vllm_ascend_eplb.settings.fit import ModelShape, ServerShape, fit
 
 yaml = pytest.importorskip("yaml")
 
@@ -127,7 +128,7 @@ def test_leader_and_worker_make_one_group_of_ranks() -> None:
     assert options[0] == options[1]
     settings = environment(pod_templates(group)["leader"]["containers"][0])["EPLB"]
     config = EplbConfig.from_additional_config(json.loads(settings))
-    config.check_serving(num_experts=256, ep_size=int(ranks), expert_parallel=True)
+    fit(config, ModelShape(num_experts=256), ServerShape(ep_size=int(ranks), expert_parallel=True))
 
 
 def test_compose_wires_server_prometheus_and_grafana() -> None:

@@ -20,6 +20,7 @@ another placement than the others; the group's own timeout ends the wait if a pe
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -348,6 +349,16 @@ class FlightRecorder:
         """Writes all entries as JSON, with ``about`` (rank, reason, settings) beside them."""
         data = {"about": about, "fields": FIELDS, "entries": [asdict(entry) for entry in self._entries]}
         Path(path).write_text(json.dumps(data, indent=1, default=str), encoding="utf-8")
+
+    def leave(self, rank: int, **about: object) -> Path | None:
+        """Dumps into a folder of its own under the temporary one; None where that fails: a full disk must not hide the
+        reason itself."""
+        try:
+            path = Path(tempfile.mkdtemp(prefix="vllm-eplb-flight-"), f"rank{rank}.json")
+            self.dump(path, rank=rank, **about)
+        except OSError:
+            return None
+        return path
 
     @staticmethod
     def load(path: str | Path) -> list[FlightEntry]:

@@ -12,6 +12,7 @@ from ..load.recorder import LoadRecorder
 from ..routing.weighted import DispatchTables
 from ..values.placement import Placement
 from ..values.topology import Topology
+from .calibration import LayerRuns
 
 
 class EplbAdaptor(ABC):
@@ -55,6 +56,10 @@ class EplbAdaptor(ABC):
     def title(self) -> str:
         """How lines in the log begin."""
         return f"EPLB {self.part}".rstrip()
+
+    def layer_runs(self) -> LayerRuns | None:
+        """How the model's MoE layers are run with expert ids from outside, to time them; None where they cannot be."""
+        return None
 
     @abstractmethod
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:

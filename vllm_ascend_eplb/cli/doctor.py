@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -22,6 +23,8 @@ from ..files.json_cause import json_cause
 from ..settings.config import EplbConfig
 from ..settings.fit import ModelShape, ServerShape, fit
 from ..settings.messages import EplbConfigError
+from ..simulate.cost import MACHINES
+from .advice import advise, show_advice
 from .output import CommandError, JsonOption, console, print_json, table, user_errors
 from .probe import MARK
 
@@ -40,6 +43,8 @@ ONLY_IF_NAMED = "vllm.endpoint_plugins"
 PAGE = "eplb_page"
 
 MAX_CONFIG_BYTES = 1 << 20
+DECODE_AND_PREFILL = (64.0, 4096.0)
+"""Tokens per rank and step of a server that decodes, and of one that prefills."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,31 @@ def doctor(
     ] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Expert-parallel size, to check the settings.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Do not import vLLM (saves about 10 s).")] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A model's config.json, or its folder: only estimate what balancing it would bring."),
+    ] = None,
+    tokens: Annotated[
+        float | None,
+        typer.Option("--tokens-per-step", min=0.1, help="Tokens per rank and step; default: 64 (decode) and 4096."),
+    ] = None,
+    machine: Annotated[str, typer.Option(help=f"For --model: {', '.join(MACHINES)}.")] = "a3",
+    weight_bytes: Annotated[float, typer.Option(min=0.1, max=8.0, help="For --model: 1 int8, 2 bf16.")] = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Show what is installed, and whether balancing would be switched on here, or why not."""
+    if model is not None:
+        with user_errors(as_json):
+            if ranks is None:
+                raise CommandError("--model needs --ranks, the expert-parallel size")
+            stages = DECODE_AND_PREFILL if tokens is None else (tokens,)
+            answers = [advise(model, ranks, each, machine, weight_bytes) for each in stages]
+        if as_json:
+            print_json(answers)
+        else:
+            for each in answers:
+                show_advice(console(), each)
+        return
     with user_errors(as_json):
         settings = _settings(config)
     out = console()
@@ -228,7 +255,9 @@ def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
     if where == "npu":
         return [Finding("vLLM", "ok", f"{version} on npu, through vllm-ascend"), *_ascend(answer)]
     findings = []
-    if answer["checked"]:
+    if answer["checked"] and answer.get("warning"):
+        findings.append(Finding("vLLM", "note", f"{version} on {where}: {answer['warning']}"))
+    elif answer["checked"]:
         findings.append(Finding("vLLM", "ok", f"{version} on {where}, a version this package was checked against"))
     else:
         findings.append(
@@ -243,7 +272,7 @@ def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
     if missing:
         findings += [Finding("patch point", "wrong", f"missing: {line}") for line in missing]
     else:
-        findings.append(Finding("patch points", "ok", f"all {answer['seams']} patch points are present"))
+        findings.append(Finding("patch points", "ok", f"all {answer['patch_points']} that the adaptor needs are there"))
     return findings
 
 

@@ -21,12 +21,14 @@ from ..files.traces import TraceError
 from ..observe.stats import StatsError
 from ..planning import PlanInputError
 from ..settings.messages import EplbConfigError
+from ..simulate.advice import AdviceError
 from ..simulate.result import SimulationError
 from ..values.placement import PlacementError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 
 USER_ERRORS = (
+    AdviceError,
     EplbConfigError,
     ExpertMapError,
     FileError,

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from ..values.placement import EMPTY, Int64Array, Placement
+from ..values.traffic import BUCKETS, THOUSANDTHS, bucket_of
 
 PHASES = ("all", "prefill", "decode")
 """Which steps a window may count: all, those that prefill, or those that only decode."""
@@ -121,8 +122,12 @@ class LoadRecorder:
         self._dirty = False
         self._snapshot = _Snapshot(self._window, own_stream)
         self._oldest = 0
+        self._histogram = np.zeros((2, BUCKETS), dtype=np.int64)
+        self._ended_histogram = np.zeros_like(self._histogram)
 
-    def begin_step(self, placement: Placement, *, record: bool, phase: str = "all") -> None:
+    def begin_step(
+        self, placement: Placement, *, record: bool, phase: str = "all", tokens_per_rank: float = 1.0
+    ) -> None:
         """Prepares the coming forward: advances the series, sets the switch.
 
         All ranks call it equally often between two snapshots; that alone moves the series on.
@@ -133,6 +138,7 @@ class LoadRecorder:
                 profile steps.
             phase: ``"prefill"`` or ``"decode"``; needed only where some steps are not counted. Steps of other phases
                 (``"all"``) count in windows of all steps only.
+            tokens_per_rank: that each rank brings into the step, as far as this one knows.
 
         Raises:
             LoadError: the placement has another shape than the recorder.
@@ -147,6 +153,8 @@ class LoadRecorder:
             self._entry = entry
             self._window[entry].zero_()
         self.set_recording(record and (self.phases == ("all",) or phase in self.phases))
+        if self._is_recording:
+            self._histogram[:, bucket_of(tokens_per_rank)] += 1, round(THOUSANDTHS * tokens_per_rank)
 
     def set_recording(self, on: bool) -> None:
         """Sets the switch for the forwards to come; enqueues work only when it changes."""
@@ -187,6 +195,7 @@ class LoadRecorder:
             raise LoadError("snapshot() before any begin_step() or flush(): the recorder knows no placement; pass one")
         self.flush(placement)
         self._snapshot.start(self._window)
+        self._ended_histogram, self._histogram = self._histogram, np.zeros_like(self._histogram)
         self._oldest = (self._entry + 1) % self.num_entries
         self._window.zero_()
         self._steps = self._entry = 0
@@ -200,6 +209,7 @@ class LoadRecorder:
         """
         self.flush(placement)
         self._window.zero_()
+        self._histogram = np.zeros_like(self._histogram)
         self.steps_per_entry = max(1, steps_per_entry)
         self._steps = self._entry = 0
 
@@ -220,6 +230,11 @@ class LoadRecorder:
         window = self._snapshot.contents()[..., : self.num_experts]
         taken: Int64Array = np.roll(window, -self._oldest, axis=0)
         return taken
+
+    def histogram(self) -> Int64Array:
+        """int64 [2, BUCKETS]: recorded steps of the window that the last :meth:`snapshot` ended by tokens per rank, and
+        thousandths of their tokens per rank, as ``Traffic.of_histogram`` takes the sum over ranks."""
+        return self._ended_histogram
 
     def discard_snapshot(self) -> None:
         """Gives up a snapshot that nobody is going to take, because its cycle was dropped. Its load is lost."""

@@ -56,6 +56,8 @@ class StatsKeeper:
         self._moves_planned = 0
         self._planner_seconds = 0.0
         self._last_plan: tuple[Par | None, int, float] = (None, 0, 0.0)
+        self._moe_ms = self._moe_ms_start = self._moe_saved = 0.0
+        self._plan_saves = self._plan_costs = 0.0
         self._last_done: CycleRecord | None = None
         self._cycles: deque[CycleRecord] = deque(maxlen=KEPT_CYCLES)
 
@@ -92,6 +94,16 @@ class StatsKeeper:
             )
             if self._last_done is before:
                 self._last_done = after
+
+    def time_spent(self, moe_ms: float, moe_ms_start: float, steps: int) -> None:
+        """What the MoE layers of a step of the window took, and would have with the placement the server started with,
+        by the measured times of a layer; and the window's steps."""
+        self._moe_ms, self._moe_ms_start = moe_ms, moe_ms_start
+        self._moe_saved += 1e-3 * (moe_ms_start - moe_ms) * steps
+
+    def weighed(self, saved_fraction: float, cost_ms: float) -> None:
+        """What the last plan saves of MoE time, and what carrying it out costs once, by measured times."""
+        self._plan_saves, self._plan_costs = saved_fraction, cost_ms
 
     def figures(self) -> npt.NDArray[np.int64]:
         """int64 [len(RANK_FIGURES)]: this rank's own, in microseconds."""
@@ -214,6 +226,11 @@ class StatsKeeper:
             commit_seconds=self._commit,
             commit_longest_seconds=self._commit_longest,
             longest_step_seconds=self._longest_step,
+            moe_ms=self._moe_ms,
+            moe_ms_start=self._moe_ms_start,
+            moe_time_saved_seconds=self._moe_saved,
+            plan_saved_fraction=self._plan_saves,
+            plan_cost_seconds=1e-3 * self._plan_costs,
             placement_digest=self.placement_digest,
             order=self._order,
             order_step=self._order_step,

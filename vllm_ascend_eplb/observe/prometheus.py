@@ -88,7 +88,7 @@ def _without_value(stats: EplbStats) -> set[str]:
     if stats.cycles_done == 0:
         absent |= {"experts_moved_last", "control_wait_last_cycle_seconds"}
     if stats.audits == 0:
-        absent |= {"audit_damaged", "audit_mended"}
+        absent.add("audit_damaged")
     return absent
 
 
@@ -171,6 +171,15 @@ class EplbGauges:
             "longest_step_seconds": gauge(
                 "longest_step_seconds", "Longest time that balancing added to one step, in seconds."
             ),
+            "moe_time_saved_seconds": gauge(
+                "moe_time_saved_seconds",
+                "Seconds of MoE layers saved so far against the initial placement, predicted from the times measured "
+                "at start-up and the load of each window.",
+            ),
+            "plan_saved_fraction": gauge(
+                "plan_saved_fraction", "Fraction of MoE time that the last plan saves, carried out or not."
+            ),
+            "plan_cost_seconds": gauge("plan_cost_seconds", "Cost of carrying out the last plan once, in seconds."),
             "paused": gauge("paused", "1 while paused: cycles begin only when an operator orders one."),
             "audits": gauge("audits", "Audits of the weights in all slots so far."),
             "audit_damaged": gauge("audit_damaged_slots", "Damaged slots that the last audit found."),

@@ -8,54 +8,108 @@ import numpy.typing as npt
 
 from ..values.placement import FloatArray
 
-SPANS = (1, 2, 3, 4, 6, 8)
-"""Numbers of last windows whose mean may serve as forecast."""
+SPANS = (1.0, 2.0, 4.0)
+"""How much of the latest load may serve as forecast beside all of it, in windows of usual length."""
 
-
-TESTED_WINDOWS = 8
+TESTED_WINDOWS = 5
 """The spans are compared on at most this many of the last windows."""
 
+WHOLE = 0.75
+"""A span is long enough once it has this part of its tokens: a series ends with a fragment, which is no window."""
 
-CLEARLY_BETTER = 0.75
-"""A longer span must bring the error below this part of the last window's: an average lags behind drift, but halves the
-error where the windows differ by noise only."""
+CLEARLY_BETTER = 0.95
+"""The latest load must bring the error below this part of what all of it brings, and the difference above its standard
+error: on a load that stays as it is the mean of everything is best, and the errors differ by chance."""
+
+LAGS = 0.75
+"""Spans between all and the shortest must bring the error below this part of the shortest's: an average lags behind a
+drift, which the next window does not show yet."""
 
 
 def forecast(series: npt.NDArray[np.float64]) -> tuple[FloatArray, FloatArray]:
     """The expected load of the next window and its variance.
 
-    Each layer takes the mean of its last k windows, k chosen by back-testing on the windows given: the k whose
-    forecasts of the layer's distribution over experts had the least error, squared and divided by the forecast (the
-    hotter an expert, the more replicas share its error). The variance of an expert's load is half its own mean squared
-    error in the back-test and half the layer's, in proportion to the squared load. Of two windows the last is the
-    forecast and their difference the error; of one the variance is zero.
+    Each layer takes the tokens of the latest windows together, as many windows as back-testing on those given finds
+    best: the span whose forecasts of the layer's distribution over experts had the least error, squared, divided by the
+    forecast (the hotter an expert, the more replicas share its error) and weighted by the tokens of the window
+    forecast, so that a fragment says little; half of what decides is the other layers' error. A layer that is best
+    forecast by all windows is taken to stay as it is, its variance is zero. Elsewhere the variance of an expert's load
+    is half its own mean squared error in the back-test and half the layer's, in proportion to the squared load.
 
     Args:
-        series: float64 [T, L, E], oldest window first, not negative.
+        series: float64 [T, L, E], oldest window first, not negative; windows may differ in length.
 
     Returns:
-        (load [L, E] in tokens of the last window's total, variance [L, E] in the same unit squared)
+        (load [L, E] in tokens of a window of usual length, variance [L, E] in the same unit squared)
     """
-    totals = series.sum(axis=2, keepdims=True)
-    parts = np.divide(series, totals, out=np.zeros_like(series), where=totals > 0)
-    num_windows = len(parts)
+    num_windows = len(series)
     if num_windows == 1:
         return series[0], np.zeros_like(series[0])
-    sums = np.concatenate([np.zeros_like(parts[:1]), np.cumsum(parts, axis=0)])
-    tested = np.arange(max(1, num_windows - TESTED_WINDOWS), num_windows)
-    spans = [k for k in SPANS if k == 1 or (k <= tested[0] and len(tested) > 1)]
-    # By span: what it would have said for each tested window, how far off that was, and what it says for the next.
-    said = [(sums[tested] - sums[tested - k]) / k for k in spans]
-    off = [(parts[tested] - each) ** 2 for each in said]
-    floor = 0.01 / parts.shape[2]
-    error = np.array([(o / (each + floor)).sum(axis=(0, 2)) for o, each in zip(off, said, strict=True)])  # [spans, L]
-    error[1:] /= CLEARLY_BETTER
-    best = error.argmin(axis=0)  # [L]
-    layers = np.arange(parts.shape[1])
-    expected = np.array([(sums[-1] - sums[num_windows - k]) / k for k in spans])[best, layers]
-    own = np.array([o.mean(axis=0) for o in off])[best, layers]
-    square = expected**2
-    relative = own.sum(axis=1, keepdims=True) / np.maximum(square.sum(axis=1, keepdims=True), 1e-300)
-    variance = 0.5 * own + 0.5 * relative * square
-    total = totals[-1]
+    tokens = series.sum(axis=2)  # [T, L]
+    lengths = tokens.sum(axis=1)
+    usual = float(np.median(lengths[lengths > 0])) if lengths.any() else 1.0
+    sums = np.zeros((num_windows + 1, *series.shape[1:]))
+    for t in range(num_windows):
+        np.add(sums[t], series[t], out=sums[t + 1])
+    before = np.concatenate([[0.0], np.cumsum(lengths)])
+
+    def first(end: int, span: float) -> int:
+        """The first window of the shortest span before ``end`` with enough tokens."""
+        return max(0, int(np.searchsorted(before[: end + 1], before[end] - WHOLE * span * usual, side="right")) - 1)
+
+    tested = [t for t in range(max(1, num_windows - TESTED_WINDOWS), num_windows) if lengths[t] > 0]
+    spans = [span for span in SPANS if first(num_windows, span) > 0]
+
+    def begins(end: int) -> list[int]:
+        """The first window of all and of each span before ``end``."""
+        return [0, *(first(end, span) for span in spans)]
+
+    parts = {t: _parts(series[t]) for t in tested}
+    errors = np.zeros((len(tested), 1 + len(spans), series.shape[1]))  # [tests, all and spans, L]
+    for test, (t, now) in enumerate(parts.items()):
+        known: dict[int, FloatArray] = {}
+        for number, begin in enumerate(begins(t)):
+            if begin not in known:
+                said = _parts(sums[t] - sums[begin])
+                difference = now - said
+                said += 0.01 / said.shape[1]
+                known[begin] = tokens[t] / usual * np.einsum("le,le->l", difference, difference / said)
+            errors[test, number] = known[begin]
+    best = _best_span(errors)  # [L]
+    taken = np.array(begins(num_windows))[best]
+    expected = _parts(sums[-1] - sums[taken, np.arange(series.shape[1])])
+    variance = np.zeros_like(expected)
+    drifting = np.flatnonzero(best)
+    if len(drifting):
+        own = np.zeros((len(drifting), series.shape[2]))
+        weight = tokens[tested][:, drifting].sum(axis=0)[:, None]
+        for t, now in parts.items():
+            said = _parts(sums[t, drifting] - sums[np.array(begins(t))[best[drifting]], drifting])
+            own += tokens[t, drifting][:, None] * (now[drifting] - said) ** 2
+        own /= np.maximum(weight, 1e-300)
+        square = expected[drifting] ** 2
+        relative = own.sum(axis=1, keepdims=True) / np.maximum(square.sum(axis=1, keepdims=True), 1e-300)
+        variance[drifting] = 0.5 * own + 0.5 * relative * square
+    total = np.sort(tokens, axis=0)[num_windows // 2][:, None]
+    total = np.where(total > 0, total, tokens.mean(axis=0)[:, None])
     return expected * total, variance * total**2
+
+
+def _best_span(errors: FloatArray) -> npt.NDArray[np.intp]:
+    """The span [L] to take by its ``errors`` [tests, spans, L]; 0, all windows, unless another is clearly better."""
+    if not len(errors):
+        return np.zeros(errors.shape[2], dtype=np.intp)
+    errors = errors / np.maximum(errors[:, 0].mean(), 1e-300)
+    errors += errors.mean(axis=2, keepdims=True)
+    mean = errors.mean(axis=0)  # [spans, L]
+    gain = errors[:, :1] - errors
+    chance = gain.std(axis=0) / np.sqrt(max(1, len(errors) - 1))
+    clear = (mean < CLEARLY_BETTER * mean[0]) & (gain.mean(axis=0) > chance)
+    clear[0] = True
+    mean[2:] /= LAGS
+    return np.asarray(np.where(clear, mean, np.inf).argmin(axis=0))
+
+
+def _parts(counts: npt.NDArray[np.float64]) -> FloatArray:
+    """``counts`` [L, E] over the layer's sum; zero where that is."""
+    return np.asarray(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1e-300))

@@ -54,7 +54,8 @@ def fitting_groups(
     placement: Placement, rows: npt.NDArray[np.int64], buffer_experts: int, most_moves: int | None
 ) -> list[list[Move]]:
     """Groups in order, valid one after the other, none of which needs more than ``buffer_experts`` places of a rank;
-    those of more than ``most_moves`` are taken apart, too, if a number is given."""
+    those of more than ``most_moves`` are taken apart, too, if a number is given. No group brings an expert to a rank
+    twice: the second copy, which the rank can make itself, is a group of its own afterwards."""
     state, size = Slots(placement), placement.slots_per_rank
     result: list[list[Move]] = []
     bounds = np.flatnonzero(np.diff(rows[:, 3])) + 1
@@ -68,7 +69,9 @@ def fitting_groups(
         ]
         if not group:
             continue
-        dropped = {(layer, state.expert_in[layer][slot]) for layer, slot, _ in group} - {(m[0], EMPTY) for m in group}
+        whole = group
+        group, again = _split_repeated(whole, size)
+        dropped = {(layer, state.expert_in[layer][slot]) for layer, slot, _ in whole} - {(m[0], EMPTY) for m in whole}
         fits = max(Counter(slot // size for _, slot, _ in group).values()) <= buffer_experts
         if fits and (most_moves is None or len(group) <= most_moves):
             pieces = [group]
@@ -79,6 +82,8 @@ def fitting_groups(
                 by_layer[move[0]].append(move)
             for layer, in_layer in by_layer.items():
                 pieces += _decompose(layer, in_layer, state, size, placement.num_slots, buffer_experts)
+        # Postponing it loses nothing: what the slot holds stays, and the first copy is there.
+        pieces += [[move] for move in again]
         for piece in pieces:
             state.apply(piece)
         for layer, expert in dropped:
@@ -86,6 +91,15 @@ def fitting_groups(
                 raise RoundError(f"group {part[0, 3]} leaves expert {expert} of layer {layer} without a copy")
         result += pieces
     return result
+
+
+def _split_repeated(group: list[Move], size: int) -> tuple[list[Move], list[Move]]:
+    """The moves that bring an expert to a rank first, and those that bring it there again."""
+    first: dict[tuple[int, int, int], Move] = {}
+    for move in group:
+        first.setdefault((move[0], move[1] // size, move[2]), move)
+    kept = set(first.values())
+    return list(first.values()), [move for move in group if move not in kept]
 
 
 def _decompose(

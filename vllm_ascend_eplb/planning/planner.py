@@ -42,8 +42,10 @@ def plan(
     Args:
         load: [L, E] or a series [T, L, E] (oldest window first) of tokens per logical expert; integers or floats,
             finite, not negative, at most 1e30. From a series "incremental" forecasts the next window and its variance
-            (``forecast.forecast``) and makes a plan that ages well; from one window it makes the fewest moves. The
-            other policies add the windows up.
+            (``forecast.forecast``). A layer that stays as it is gets the plan with the fewest moves, as from one
+            window; one that drifts gets a plan that ages well; and one whose experts are hot at different times, window
+            by window and in both halves of the series, a plan with the lowest mean PAR of the windows. The other
+            policies add the windows up.
         physical_to_logical: int [L, P], the placement in force; -1 marks an empty slot.
         num_ranks: ranks that share the slots evenly, R.
         num_nodes: nodes that share the ranks evenly.
@@ -58,7 +60,8 @@ def plan(
     Returns:
         The plan. Its moves come in small groups, those that pay most per byte first; after every group the placement
         is valid and no layer's PAR is above what it was before the plan. PARs are predicted for an even split over
-        replicas, with "incremental" and a series under the forecast.
+        replicas, with "incremental" and a series under the forecast; of layers that were planned window by window
+        they are means over the windows. With a series, ``p95_before`` and ``p95_after`` say what it was in bad windows.
 
     Raises:
         PlanInputError: an argument is out of range.
@@ -116,9 +119,12 @@ def _incremental(
             f"{placement.num_ranks} ranks with {placement.num_slots} slots per layer; the policy 'incremental' "
             f"works with at most {MOST_RANKS} ranks and {MOST_SLOTS} slots"
         )
-    expected, variance = np.asarray(series[-1], dtype=np.float64), np.zeros((0, 0))
+    expected, variance, windows = np.asarray(series[-1], dtype=np.float64), np.zeros((0, 0)), np.zeros((0, 0, 0))
     if len(series) > 1:
-        expected, variance = forecast(series.astype(np.float64))
+        windows = series.astype(np.float64)
+        expected, variance = forecast(windows)
+        if not variance.any():
+            variance = np.zeros((0, 0))
     slots = placement.slots
     floor = np.full(placement.num_layers, float(options.target_par))
     if options.count_noise:
@@ -127,7 +133,7 @@ def _incremental(
         )
 
     def attempt(target: FloatArray) -> Plan:
-        after, moves, par_before, par_after = _planner.plan_incremental(
+        after, moves, par_before, par_after, *percentiles = _planner.plan_incremental(
             expected,
             slots,
             variance,
@@ -145,8 +151,9 @@ def _incremental(
             far_cost=float(options.price_between_nodes),
             stay_near=num_nodes > 1 and num_groups > 1 and _groups_have_nodes(placement, num_nodes, num_groups),
             speed=speed,
+            series=windows,
         )
-        return Plan(after, moves, par_before, par_after, "incremental")
+        return Plan(after, moves, par_before, par_after, "incremental", 0.0, *percentiles)
 
     mean = expected.sum(axis=1) / placement.num_ranks  # tokens of a rank in each layer; times PAR: of the busiest
     best = attempt(floor)
@@ -163,7 +170,13 @@ def _incremental(
             else:
                 high = part
     if mean @ (best.par_before - best.par_after) < options.min_gain * (mean @ best.par_before):
-        return Plan(slots.copy(), np.zeros((0, 4), dtype=np.int32), best.par_before, best.par_before, "incremental")
+        return replace(
+            best,
+            physical_to_logical=slots.copy(),
+            moves=np.zeros((0, 4), dtype=np.int32),
+            par_after=best.par_before,
+            p95_after=best.p95_before,
+        )
     return best
 
 

@@ -14,6 +14,7 @@
   cut into shorter ones at the price of one extra copy per cut. One staging place per rank is enough (two where there
   is one rank only).
 - After all rounds the placement is the one that all moves lead to.
+- An expert that is to stand twice on a rank is sent there once; the rank copies it from one slot to the other.
 
 ``Round.after`` tells how far rounds may overlap: a round reads and writes no slot that a round later than ``after``
 writes. So round k may be in flight as soon as round ``after`` is committed, while k-1 is still being agreed.
@@ -133,6 +134,8 @@ class _Scheduler:
         """Waiting groups by (layer, slot), in order: only the first may write."""
         self.touching: dict[tuple[int, int], list[_Group]] = defaultdict(list)
         """Waiting groups by (layer, expert) whose copies they change, in order."""
+        self.bringing: dict[tuple[int, int, int], deque[_Group]] = defaultdict(deque)
+        """Waiting groups by (layer, expert, rank) to which they bring it, in order: only the first may send it."""
         self.written: dict[tuple[int, int], int] = {}
         """The latest round that writes a (layer, slot)."""
         self.wanted: Counter[tuple[int, int, int]] = Counter()
@@ -157,6 +160,7 @@ class _Scheduler:
             change[layer, expert] += 1
             earlier.append(group)
             self.wanted[layer, expert, self.topology.node_of_rank[slot // self.size]] += 1
+            self.bringing[layer, expert, slot // self.size].append(group)
         group.change = {key: delta for key, delta in change.items() if delta}
         for key in group.change:
             self.touching[key].append(group)
@@ -185,6 +189,7 @@ class _Scheduler:
         self.busy_slots: set[tuple[int, int]] = set()
         self.sending = [0] * len(self.left)
         self.crossing: set[tuple[int, int, int]] = set()
+        self.arriving: set[tuple[int, int, int]] = set()
         self.closed = number - 1 if overlap else number
         """Slots written by this round or later ones are neither read nor written."""
         chosen: list[_Group] = []
@@ -226,7 +231,7 @@ class _Scheduler:
             ):
                 return False
             sources = self._sources(layer, expert)
-            if not sources:
+            if not sources or self._is_sent_in_vain(group, layer, slot, expert, sources):
                 return False
             if not urgent and not self._worthwhile(layer, slot, expert, sources):
                 return False
@@ -234,6 +239,16 @@ class _Scheduler:
 
     def _sources(self, layer: int, expert: int) -> list[int]:
         return [slot for slot in self.holders[layer, expert] if self.written.get((layer, slot), NONE) < self.closed]
+
+    def _is_sent_in_vain(self, group: _Group, layer: int, slot: int, expert: int, sources: list[int]) -> bool:
+        """Whether the rank can copy the expert from a slot of its own a little later: from one just written, or one
+        that an earlier group is going to write."""
+        rank = slot // self.size
+        if any(source // self.size == rank for source in sources):
+            return False
+        if any(held // self.size == rank for held in self.holders[layer, expert]):
+            return True
+        return (layer, expert, rank) in self.arriving or self.bringing[layer, expert, rank][0] is not group
 
     def _worthwhile(self, layer: int, slot: int, expert: int, sources: list[int]) -> bool:
         """Whether now is a good time for a move that could as well wait for a later round."""
@@ -276,6 +291,8 @@ class _Scheduler:
         for layer, slot, expert in group.moves:
             self.busy_slots.add((layer, slot))
             self.writers[layer, slot].popleft()
+            self.bringing[layer, expert, slot // self.size].remove(group)
+            self.arriving.add((layer, expert, slot // self.size))
             rank = slot // self.size
             node = self.topology.node_of_rank[rank]
             self.wanted[layer, expert, node] -= 1

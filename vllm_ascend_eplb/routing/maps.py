@@ -111,13 +111,14 @@ def rows_by_token(
     Args:
         slots: int [L, E, W], slots that take an expert's tokens in turn.
         valid: int [L, E], entries of each row of it, 1..W.
-        offset: added to a token's row.
+        offset: added to the entry that a token takes, modulo the valid ones.
 
     Returns:
         int32 [L, ROUTING_ROWS, E].
     """
-    tokens, experts = torch.arange(offset, offset + ROUTING_ROWS).unsqueeze(1), torch.arange(slots.shape[1])
-    entries = entries_of(tokens, experts, torch.from_numpy(valid.astype(np.int64)).unsqueeze(1))
+    tokens, experts = torch.arange(ROUTING_ROWS).unsqueeze(1), torch.arange(slots.shape[1])
+    valid_entries = torch.from_numpy(valid.astype(np.int64)).unsqueeze(1)
+    entries = (entries_of(tokens, experts, valid_entries) + offset) % valid_entries
     taken: npt.NDArray[np.signedinteger] = np.take_along_axis(slots.transpose(0, 2, 1), entries.numpy(), axis=1)
     return np.ascontiguousarray(taken, dtype=np.int32)
 
@@ -129,8 +130,9 @@ class RoutingTables:
     Args:
         placement: the one to start with.
         device: where the routers run.
-        offset: added to a token's row. Ranks that route their own tokens differ in it, so that ranks with few tokens
-            each take different replicas; all others must agree.
+        offset: how many replicas further on a token's choice is. Ranks that route their own tokens differ in it by
+            one: then the n-th tokens of as many ranks as an expert has replicas take one each, also where each rank has
+            a single token. All others must agree.
 
     Attributes:
         table: int32 [L, ROUTING_ROWS, E], slots.

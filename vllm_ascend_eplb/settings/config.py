@@ -112,11 +112,40 @@ class EplbConfig(BaseModel):
         le=10_000_000,
         description="most experts moved in one cycle, over all layers; null: no limit",
     )
+    max_moves_per_rank: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000_000,
+        description="most experts that a rank receives in one cycle, over all layers; null: no limit",
+    )
+    max_moves_between_nodes: int | None = Field(
+        default=None,
+        ge=0,
+        le=10_000_000,
+        description="most experts received from another node in one cycle, over all layers and ranks; null: no limit",
+    )
+    price_between_nodes: float = Field(
+        default=1.0,
+        ge=1.0,
+        le=1000.0,
+        description="cost of an expert received from another node, in experts received within the node",
+    )
     min_gain: float = Field(
         default=0.01,
         ge=0.0,
         le=1.0,
-        description="least predicted gain of a plan, as a fraction of the mean PAR (0.01: from 1.20 to 1.188)",
+        description="least predicted gain of a plan, as a fraction of MoE time, net of its transfers; of the mean PAR "
+        "where that time is not measured (0.01: from 1.20 to 1.188)",
+    )
+    calibrate: bool = Field(
+        default=True,
+        description="measures the time of MoE layers at start-up, about 5 s, to weigh plans in milliseconds; false "
+        "weighs them by PAR",
+    )
+    calibration_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file with the measured times; written if missing or of another model, server or device",
     )
     transfer_buffer_experts: int | None = Field(
         default=None,

@@ -37,10 +37,12 @@ import time
 from collections import deque
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..agreement.exchange import exchange_bytes
-from ..values.placement import Placement
+from ..values.placement import Int32Array, Int64Array, Placement
+from ..values.plan import LAYER, SLOT
 from ..values.rounds import Round
 from ..values.topology import Topology
 from .checksum import ChecksumTable, Summer, sum_slots
@@ -54,6 +56,8 @@ logger = logging.getLogger("vllm.eplb")
 
 
 WARM_UP_BYTES = 64
+MEASUREMENTS = 4
+"""Transfers of one expert of which the fastest gives the rate."""
 
 
 CHANNELS = 4
@@ -191,6 +195,13 @@ class D2DExpertWeightLoader:
     def streams(self) -> Streams:
         return self._streams
 
+    def received_bytes(self, moves: Int32Array) -> Int64Array:
+        """int64 [R]: bytes that each rank receives by ``moves``, rows that begin with layer and slot."""
+        of_layer = np.array(self._store.expert_bytes, dtype=np.int64)
+        received = np.zeros(self.num_ranks, dtype=np.int64)
+        np.add.at(received, moves[:, SLOT] // self.slots_per_rank, of_layer[moves[:, LAYER]])
+        return received
+
     def _exchange(self, data: bytes) -> list[bytes]:
         return exchange_bytes(self._group, self.num_ranks, data)
 
@@ -240,6 +251,45 @@ class D2DExpertWeightLoader:
             if stream is not None:
                 stream.synchronize()
         self._exchange(b"warm")
+
+    def measure_rates(self) -> tuple[float | None, float | None]:
+        """Bytes/s at which the slowest rank receives an expert from its neighbour, and copies one within its memory;
+        None for a single rank. Blocks; all ranks call it together, before anything is in flight."""
+        if self.num_ranks == 1:
+            return None, None
+        after, before = (self.rank + 1) % self.num_ranks, (self.rank - 1) % self.num_ranks
+        views, staged = self._store.live[0][0], self._store.staged(0, 0, 0)
+        nbytes = sum(tensor.numel() for tensor in views)
+        source = (0, 0, tuple((at, 0, tensor.numel()) for at, tensor in enumerate(views)))
+        shortest = [float("inf"), float("inf")]
+        for _ in range(MEASUREMENTS):
+            self._exchange(b"ready")
+            began = time.perf_counter()
+            for transport in self._transports:
+                self._serial += CHANNELS
+                batch = transport.batch(
+                    [Piece(after, 0, tuple(views), source)] if transport.reaches(self.rank, after) else [],
+                    [Piece(before, 0, tuple(staged), source)] if transport.reaches(before, self.rank) else [],
+                )
+                with self._streams.on_entry():
+                    batch.issue(self._serial)
+                if not batch.enters:
+                    with self._streams.on_side():
+                        batch.run()
+            for stream in (self._streams.entry, self._streams.side):
+                if stream is not None:
+                    stream.synchronize()
+            received = time.perf_counter() - began
+            scratch = self._store.staging[-1, -1, :nbytes]
+            began = time.perf_counter()
+            scratch.copy_(self._store.staging[0, 0, :nbytes])
+            if self._streams.module is not None:
+                self._streams.current().synchronize()
+            took = received, time.perf_counter() - began
+            slowest = np.max([np.frombuffer(each) for each in self._exchange(np.array(took).tobytes())], axis=0)
+            shortest = [min(pair) for pair in zip(shortest, slowest.tolist(), strict=True)]
+        receive, commit = (nbytes / max(seconds, 1e-9) for seconds in shortest)
+        return receive, commit
 
     # ---- while serving, in the step thread
 

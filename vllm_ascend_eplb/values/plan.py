@@ -29,6 +29,8 @@ class Plan:
         par_before: float64 [L], predicted PAR of the placement in force.
         par_after: float64 [L], predicted PAR after all moves.
         policy: name of the policy that made it.
+        p95_before, p95_after: float64 [L], the 95th percentile of the PARs in the windows that the plan was made from,
+            in force and after all moves; None where it was made from one.
         seconds: wall time that planning took.
     """
 
@@ -38,6 +40,8 @@ class Plan:
     par_after: FloatArray
     policy: str = ""
     seconds: float = field(default=0.0, compare=False)
+    p95_before: FloatArray | None = None
+    p95_after: FloatArray | None = None
 
     @property
     def num_moves(self) -> int:

@@ -355,7 +355,7 @@ def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
     answer: dict[str, Any] = {
         "cuda": 0, "npu": 8, "vllm_version": "0.99.0", "checked": False, "checked_versions": ["0.32"],
-        "platform": "cuda", "missing": ["vllm.x.Y (needed): no module"], "seams": 20,
+        "platform": "cuda", "missing": ["vllm.x.Y (needed): no module"], "patch_points": 20,
     }  # fmt: skip
     monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
     monkeypatch.setenv("VLLM_PLUGINS", "ascend")
@@ -369,6 +369,25 @@ def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "WRONG" in text
     monkeypatch.setattr(module, "probe", lambda with_vllm: {"probe_error": "it crashed"})
     assert "it crashed" in run("doctor", status=1)
+
+
+def test_doctor_notes_a_newer_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is balanced by default, because the self-test found no difference."""
+    import vllm_ascend_eplb.cli.doctor as module
+
+    answer: dict[str, Any] = {
+        "cuda": 2, "npu": 0, "vllm_version": "0.33.0", "checked": True, "checked_versions": ["0.32"],
+        "warning": "the self-test found every patch point unchanged", "platform": "cuda", "missing": [],
+        "patch_points": 20,
+    }  # fmt: skip
+    monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
+    found = {finding["what"]: finding for finding in run_json_of_any_status("doctor")["findings"]}
+    assert found["vLLM"]["status"] == "note"
+    assert "self-test" in found["vLLM"]["text"]
+
+
+def run_json_of_any_status(command: str) -> dict[str, Any]:
+    return json.loads(CliRunner().invoke(app, [command, "--json"]).stdout)
 
 
 def test_doctor_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from vllm_ascend_eplb.load import ops
 from vllm_ascend_eplb.load.recorder import LoadError, LoadRecorder
 from vllm_ascend_eplb.values.placement import Placement
+from vllm_ascend_eplb.values.traffic import Traffic
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -263,3 +264,33 @@ def test_a_snapshot_that_is_given_up_makes_room_for_the_next() -> None:
     recorder.counts.fill_(4)
     recorder.snapshot(placement)
     assert recorder.take().tolist() == [[[4, 4]]]
+
+
+def test_steps_are_counted_by_tokens_per_rank() -> None:
+    """Only recorded ones, of the window at hand; ranks add theirs up."""
+    recorder = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cpu", phases=("decode",))
+    placement = PLACEMENTS[0]
+    for tokens, record, phase in (
+        (0.5, True, "decode"),
+        (48, True, "decode"),
+        (40, True, "decode"),
+        (9, False, "decode"),
+        (4096, True, "prefill"),
+    ):
+        recorder.begin_step(placement, record=record, phase=phase, tokens_per_rank=tokens)
+    assert not recorder.histogram().any()  # the window is not over
+    recorder.snapshot()
+    steps, thousandths = recorder.histogram()
+    assert {i: int(steps[i]) for i in np.flatnonzero(steps)} == {0: 1, 6: 2}
+    assert {i: int(thousandths[i]) for i in np.flatnonzero(thousandths)} == {0: 500, 6: 88_000}
+    traffic = Traffic.of_histogram(recorder.histogram() + recorder.histogram())
+    assert traffic.tokens[6] == 44
+    recorder.take()
+    recorder.begin_step(placement, record=True, phase="decode", tokens_per_rank=3)
+    recorder.begin_window(placement, 1)
+    recorder.snapshot()
+    assert not recorder.histogram().any()
+    silent = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cpu", contributes=False)
+    silent.begin_step(placement, record=True, tokens_per_rank=7)
+    silent.snapshot()
+    assert not silent.histogram().any()

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from tests.windows import rank_window
 from vllm_ascend_eplb.cli import watch as watch_command
 from vllm_ascend_eplb.cli.output import CommandError
 from vllm_ascend_eplb.files.run_folder import OWNED_FOLDER
@@ -50,7 +51,6 @@ NEEDS = {
     "vllm_eplb_par_realised": "a cycle",
     "vllm_eplb_dispatch_par_before": "shares",
     "vllm_eplb_audit_damaged_slots": "an audit",
-    "vllm_eplb_audit_mended_slots": "an audit",
 }
 
 
@@ -76,7 +76,7 @@ def test_each_sample_comes_with_its_value() -> None:
         return {NEEDS.get(name.partition("{")[0], "") for name in samples(registry)} - {"", "a report"}
 
     assert names() == set()
-    keeper.window_ended([[3, 1], [2, 2]], [[4, 0], [1, 3]])
+    keeper.window_ended(rank_window([[3, 1], [2, 2]], [[4, 0], [1, 3]]))
     assert names() == {"a window"}
     keeper.planned([1.01, 1.0], 0.02)
     assert names() == {"a window", "a plan"}

@@ -86,6 +86,9 @@ def main() -> int:
             "max_moves": int(rng.integers(-1, 20)),
             "max_moves_per_rank": int(rng.integers(-1, 5)), "max_moves_between_nodes": int(rng.integers(-1, 5)),
             "far_cost": float(rng.choice([1.0, 4.0])), "stay_near": bool(rng.random() < 0.2),
+            "series": np.stack([load, load[:, ::-1]] * int(rng.integers(1, 9)))
+            if rng.random() < 0.3
+            else np.zeros((0, 0, 0)),
             "speed": rng.uniform(0.001, 2.0, ranks) if rng.random() < 0.3 else np.zeros(0),
         }  # fmt: skip
         packing = {"weight": load, "order": np.argsort(-load, axis=1), "packs": int(rng.integers(1, 5))}

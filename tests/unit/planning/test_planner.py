@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.loads import LoadGenerator
-from benchmarks.planner import contiguous_placement, greedy_placement, receipts
+from benchmarks.placements import contiguous_placement, greedy_placement, receipts
 from tests.unit.planning.planner_inputs import draw_slots, instances
 from vllm_ascend_eplb.planning import PlanInputError, forecast, noise_par, plan
 from vllm_ascend_eplb.values.placement import Placement, PlacementError
@@ -364,14 +364,15 @@ def test_forecast_averages_noise_and_follows_drift():
     def error(load):
         return np.abs(load / load.sum(axis=1, keepdims=True) - share).sum()
 
-    assert error(expected) < 0.7 * error(noise[-1])
-    assert (variance >= 0).all()
-    assert variance.max() > 0
+    assert error(expected) < 0.4 * error(noise[-1])
+    assert not variance.any(), "a load that stays as it is has nothing to prepare for"
     drifting = np.array(
         [np.exp(rng.normal(0, 0.6, (4, 64)) * 0.05 + 0.3 * t * np.sin(np.arange(64))) for t in range(12)]
     )
-    drifting *= 1e6
-    np.testing.assert_allclose(forecast(drifting)[0], drifting[-1], rtol=1e-9)
+    last = drifting[-1] / drifting[-1].sum(axis=1, keepdims=True)
+    expected, variance = forecast(drifting * 1e6)
+    np.testing.assert_allclose(expected / expected.sum(axis=1, keepdims=True), last, rtol=1e-9)
+    assert (variance > 0).all()
     np.testing.assert_array_equal(forecast(drifting[:1])[0], drifting[0])
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.loads import LoadGenerator
-from benchmarks.planner import greedy_placement
+from benchmarks.placements import greedy_placement
 from benchmarks.planner_optimum import least_peak
 from tests.unit.planning.planner_inputs import instances
 from vllm_ascend_eplb.planning import dispatch_shares, shared_rank_load

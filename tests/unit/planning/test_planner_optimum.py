@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.loads import LoadGenerator
-from benchmarks.planner import receipts
+from benchmarks.placements import receipts
 from vllm_ascend_eplb.planning import plan
 from vllm_ascend_eplb.values.placement import Placement
 

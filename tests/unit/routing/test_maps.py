@@ -64,14 +64,15 @@ def test_too_many_replicas_are_refused():
         maps.prepare(many, [0])
 
 
-@pytest.mark.parametrize("offset", [0, 40503])
+@pytest.mark.parametrize("offset", [0, 1, 319])
 def test_routing_tables_take_what_the_op_takes(offset: int):
     for seed in range(5):
         placement = random_placement(seed)
         tables, maps = RoutingTables(placement, "cpu", offset), DispatchMaps(placement, "cpu", width=8)
-        rows, experts = torch.arange(ROUTING_ROWS)[:, None] + offset, torch.arange(placement.num_experts)[None]
+        rows, experts = torch.arange(ROUTING_ROWS)[:, None], torch.arange(placement.num_experts)[None]
         for layer in range(placement.num_layers):
-            entries = entries_of(rows, experts, maps.replica_count[layer])
+            count = maps.replica_count[layer]
+            entries = (entries_of(rows, experts, count) + offset) % count
             assert torch.equal(tables.table[layer].long(), maps.logical_to_physical[layer].T.gather(0, entries))
 
 
@@ -103,3 +104,15 @@ def test_routing_tables_follow_commits_in_order_and_their_address_stays():
     assert torch.equal(tables.table[0], RoutingTables(third, "cpu").table[0])
     assert torch.equal(tables.table[1], RoutingTables(first, "cpu").table[1])
     assert tables.table.data_ptr() == address
+
+
+@pytest.mark.parametrize("replicas", range(1, 17))
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_ranks_with_few_tokens_take_all_replicas(replicas: int, tokens: int):
+    """As many ranks as an expert has replicas, the same few tokens each: every replica takes as many."""
+    placement = Placement(np.r_[np.zeros(replicas, dtype=np.int32), np.arange(1, 17)][None], 17, 1)
+    taken = [RoutingTables(placement, "cpu", rank).table[0, :tokens, 0].numpy() for rank in range(replicas)]
+    assert (np.bincount(np.concatenate(taken), minlength=replicas)[:replicas] == tokens).all()
+    agreed = [RoutingTables(placement, "cpu").table[0, :tokens, 0].numpy() for _ in range(replicas)]
+    if tokens == 1 < replicas:  # the negative control: one table for all
+        assert np.bincount(np.concatenate(agreed)).max() == replicas

@@ -426,7 +426,7 @@ def test_one_bad_value_among_good_ones_is_named(good: dict[str, object], data: s
     bad = data.draw(
         st.sampled_from([[], {}, {"a": 1}, b"x", object(), -1.5e308, float("nan"), 10**30, "", "\n\n", Unprintable()])
     )
-    if key in ("expert_map_path", "expert_map_record_path") and bad == "\n\n":
+    if key in ("expert_map_path", "expert_map_record_path", "calibration_path") and bad == "\n\n":
         return  # a name that a file may have
     message = refusal({"eplb_config": {**good, key: bad}})
     assert message.startswith(f"eplb_config.{key} = ")
@@ -484,3 +484,15 @@ def test_speeds_of_ranks() -> None:
         with pytest.raises(EplbConfigError, match=wrong):
             serve(parse(dynamic_eplb=True, **chosen), 8, 2)
     serve(parse(dynamic_eplb=True, rank_speed=[1, 2]), 8, 2)
+
+
+def test_limits_reach_the_planner() -> None:
+    """Each is a keyword of plan(), which keeps it."""
+    from vllm_ascend_eplb.balancer.lead import plan_options
+
+    given = {
+        "max_moves_per_cycle": 7, "max_moves_per_rank": 3, "max_moves_between_nodes": 2, "price_between_nodes": 4.0,
+    }  # fmt: skip
+    options = plan_options(parse(**given))
+    assert (options.max_moves, options.max_moves_per_rank, options.max_moves_between_nodes) == (7, 3, 2)
+    assert options.price_between_nodes == 4.0

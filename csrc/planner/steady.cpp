@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "steady.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace eplb {
+
+namespace {
+
+constexpr int kFewestWindows = 4;
+
+// Below this difference between the mean PAR of the windows and the PAR of their mean there is nothing to gain.
+constexpr double kWorthwhile = 0.05;
+
+// The part of the possible gain that must show in the windows that were not looked at.
+constexpr double kConfirmed = 0.25;
+
+constexpr float kSquare = 0.1F;  // weight of the square beside what is above the limit
+constexpr int kRanksTried = 3;
+
+}  // namespace
+
+double mean(const std::vector<double>& values) {
+    return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+}
+
+double percentile95(std::vector<double> values) {
+    std::sort(values.begin(), values.end());
+    return values[(values.size() * 95 + 99) / 100 - 1];
+}
+
+Steadying::Steadying(Shape shape, const std::vector<const double*>& windows, const int32_t* start, int nodes)
+    : shape_(shape), nodes_(nodes), per_node_(shape.ranks / nodes), start_(start, start + shape.slots) {
+    const int T = static_cast<int>(windows.size()), E = shape.experts;
+    for (int32_t& e : start_)
+        if (e < 0) e = E;
+    home_.assign(static_cast<size_t>(shape.ranks) * (E + 1), 0);
+    for (int p = 0; p < shape.slots; ++p) home_[at(p / shape.per_rank(), start_[p])] = 1;
+    const int bins = std::min(T, kMostWindows);
+    std::vector<std::vector<double>> loads;
+    for (int bin = 0; bin < bins; ++bin) {
+        std::vector<double> load(E, 0.0);
+        for (int t = bin * T / bins; t < (bin + 1) * T / bins; ++t)
+            for (int e = 0; e < E; ++e) load[e] += windows[t][e];
+        loads.push_back(std::move(load));
+    }
+    // A fragment of a window is no evidence of its own.
+    std::vector<double> totals;
+    for (const auto& load : loads) totals.push_back(std::accumulate(load.begin(), load.end(), 0.0));
+    const double most = *std::max_element(totals.begin(), totals.end());
+    std::vector<int> kept;
+    for (int bin = 0; bin < bins; ++bin)
+        if (totals[bin] > 0.25 * most) kept.push_back(bin);
+    windows_ = static_cast<int>(kept.size());
+    part_.assign(static_cast<size_t>(E + 1) * windows_, 0.0F);
+    for (int k = 0; k < windows_; ++k)
+        for (int e = 0; e < E; ++e)
+            part_[static_cast<size_t>(e) * windows_ + k] =
+                static_cast<float>(loads[kept[k]][e] * shape.ranks / totals[kept[k]]);
+}
+
+std::vector<double> Steadying::pars(const std::vector<int32_t>& slots) const {
+    std::vector<int32_t> count(shape_.experts + 1, 0);
+    for (const int e : slots) ++count[e];
+    std::vector<double> peak(windows_, 0.0), sum(windows_);
+    for (int r = 0; r < shape_.ranks; ++r) {
+        std::fill(sum.begin(), sum.end(), 0.0);
+        for (int p = r * shape_.per_rank(); p < (r + 1) * shape_.per_rank(); ++p)
+            for (int k = 0; k < windows_; ++k) sum[k] += static_cast<double>(part(slots[p])[k]) / count[slots[p]];
+        for (int k = 0; k < windows_; ++k) peak[k] = std::max(peak[k], sum[k]);
+    }
+    return peak;
+}
+
+double Steadying::mean_of(const std::vector<int32_t>& slots, int first, int last) const {
+    const std::vector<double> all = pars(slots);
+    return std::accumulate(all.begin() + first, all.begin() + last, 0.0) / (last - first);
+}
+
+bool Steadying::improve(std::vector<int32_t>& slots, double target) {
+    if (windows_ < kFewestWindows) return false;
+    const double before = mean_of(slots, 0, windows_);
+    // The PAR of the windows' mean: what a plan for the mean sees.
+    std::vector<double> rank(shape_.ranks, 0.0);
+    std::vector<int32_t> count(shape_.experts + 1, 0);
+    for (const int e : slots) ++count[e];
+    for (int p = 0; p < shape_.slots; ++p)
+        for (int k = 0; k < windows_; ++k)
+            rank[p / shape_.per_rank()] += static_cast<double>(part(slots[p])[k]) / count[slots[p]] / windows_;
+    const double of_mean = *std::max_element(rank.begin(), rank.end());
+    if (before - std::max(of_mean, target) < kWorthwhile) return false;
+    const int half = windows_ / 2;
+    const std::vector<int32_t> trial = descend(slots, 0, half, target);
+    const double gained = mean_of(slots, half, windows_) - mean_of(trial, half, windows_);
+    if (gained < kConfirmed * (before - std::max(of_mean, target))) return false;
+    std::vector<int32_t> found = descend(slots, 0, windows_, target);
+    if (mean_of(found, 0, windows_) >= before || percentile95(pars(found)) > percentile95(pars(start_))) return false;
+    slots = std::move(found);
+    return true;
+}
+
+// What a rank with these loads costs the search, over the windows that count.
+float Steadying::potential(const float* load) const {
+    float sum = 0.0F;
+    for (int k = first_; k < last_; ++k) {
+        const float off = load[k] - 1.0F;
+        sum += std::max(load[k] - limit_, 0.0F) + kSquare * off * off;
+    }
+    return sum;
+}
+
+void Steadying::add(int rank, int expert, float sign) {
+    const float scale = sign / static_cast<float>(count_[expert]);
+    for (int k = 0; k < windows_; ++k) load(rank)[k] += scale * part(expert)[k];
+}
+
+void Steadying::recount(int expert, int copies) {
+    for (const int p : holders_[expert]) add(p / shape_.per_rank(), expert, -1.0F);
+    count_[expert] = copies;
+    for (const int p : holders_[expert]) add(p / shape_.per_rank(), expert, 1.0F);
+}
+
+void Steadying::place(int slot, int expert) {
+    const int old = slots_[slot], r = slot / shape_.per_rank();
+    add(r, old, -1.0F);
+    if (old < shape_.experts) {
+        holders_[old].erase(std::find(holders_[old].begin(), holders_[old].end(), slot));
+        recount(old, count_[old] - 1);
+    }
+    if (expert < shape_.experts) {
+        recount(expert, count_[expert] + 1);
+        holders_[expert].push_back(slot);
+    }
+    --held_[at(r, old)];
+    ++held_[at(r, expert)];
+    slots_[slot] = expert;
+    add(r, expert, 1.0F);
+}
+
+std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int first, int last, double target) {
+    first_ = first;
+    last_ = last;
+    limit_ = static_cast<float>(target);
+    slots_ = std::move(slots);
+    count_.assign(shape_.experts + 1, 0);
+    for (const int e : slots_) ++count_[e];
+    count_[shape_.experts] = 1;  // "empty" weighs nothing, whatever it is divided by
+    load_.assign(static_cast<size_t>(shape_.ranks) * windows_, 0.0F);
+    held_.assign(home_.size(), 0);
+    holders_.assign(shape_.experts + 1, {});
+    for (int p = 0; p < shape_.slots; ++p) {
+        ++held_[at(p / shape_.per_rank(), slots_[p])];
+        if (slots_[p] < shape_.experts) holders_[slots_[p]].push_back(p);
+    }
+    for (int p = 0; p < shape_.slots; ++p) add(p / shape_.per_rank(), slots_[p], 1.0F);
+    std::vector<std::pair<float, int>> order(shape_.ranks);
+    for (int steps = 0; steps < shape_.slots; ++steps) {
+        for (int r = 0; r < shape_.ranks; ++r) order[r] = {-*std::max_element(load(r) + first_, load(r) + last_), r};
+        const int tried = std::min(kRanksTried, shape_.ranks);
+        std::partial_sort(order.begin(), order.begin() + tried, order.end());
+        if (-order[0].first <= limit_) break;
+        bool moved = false;
+        for (int i = 0; i < tried && !moved; ++i) moved = step(order[i].second);
+        if (!moved) break;
+    }
+    return slots_;
+}
+
+bool Steadying::step(int rank) {
+    Candidate best;
+    offer_swaps(rank, best);
+    offer_copies(rank, best);
+    if (best.slot < 0) return false;
+    const int given = slots_[best.slot];
+    place(best.slot, best.expert);
+    if (best.other >= 0) place(best.other, given);
+    return true;
+}
+
+// An expert of the rank for one of another rank.
+void Steadying::offer_swaps(int r, Candidate& best) const {
+    const int S = shape_.per_rank(), E = shape_.experts;
+    std::vector<float> here(windows_), there(windows_);
+    const float before = potential(load(r));
+    for (int q = 0; q < shape_.ranks; ++q) {
+        if (q == r || !may_meet(q, r)) continue;
+        const float both = before + potential(load(q));
+        for (int s = r * S; s < (r + 1) * S; ++s) {
+            const int e = slots_[s];
+            if (e == E || holds(q, e)) continue;
+            const float share_e = 1.0F / static_cast<float>(count_[e]);
+            for (int p = q * S; p < (q + 1) * S; ++p) {
+                const int f = slots_[p];
+                if (f == E || holds(r, f)) continue;
+                const float share_f = 1.0F / static_cast<float>(count_[f]);
+                for (int k = first_; k < last_; ++k) {
+                    const float change = share_e * part(e)[k] - share_f * part(f)[k];
+                    here[k] = load(r)[k] - change;
+                    there[k] = load(q)[k] + change;
+                }
+                const int cost = !is_home(q, e) + !is_home(r, f) - !is_home(r, e) - !is_home(q, f);
+                const float gain = both - potential(here.data()) - potential(there.data());
+                const float score = gain * price_of(cost);
+                if (score > best.score) best = {score, p, s, e};
+            }
+        }
+    }
+}
+
+// A copy of one of the rank's experts elsewhere, in place of an expert that has other copies. The effects of the copy
+// more and of the copy less are added up, which is off where a rank holds both.
+void Steadying::offer_copies(int r, Candidate& best) const {
+    const int S = shape_.per_rank(), E = shape_.experts, P = shape_.slots;
+    std::vector<float> changed(windows_), dropped(P, 0.0F);
+    // What the holders of an expert, but one slot, gain when it has another number of copies.
+    const auto gain_of = [&](int expert, int copies, int besides) {
+        const float change = 1.0F / static_cast<float>(copies) - 1.0F / static_cast<float>(count_[expert]);
+        float gain = 0.0F;
+        for (const int p : holders_[expert]) {
+            if (p == besides) continue;
+            for (int k = first_; k < last_; ++k) changed[k] = load(p / S)[k] + change * part(expert)[k];
+            gain += potential(load(p / S)) - potential(changed.data());
+        }
+        return gain;
+    };
+    std::vector<int> spare;
+    for (int p = 0; p < P; ++p) {
+        const int f = slots_[p];
+        if (p / S == r || !may_meet(p / S, r) || (f < E && count_[f] < 2)) continue;
+        spare.push_back(p);
+        if (f < E) dropped[p] = gain_of(f, count_[f] - 1, p);
+    }
+    for (int s = r * S; s < (r + 1) * S && !spare.empty(); ++s) {
+        const int e = slots_[s];
+        if (e == E) continue;
+        const float added = gain_of(e, count_[e] + 1, -1);
+        const float up = 1.0F / static_cast<float>(count_[e] + 1);
+        for (const int p : spare) {
+            const int f = slots_[p], q = p / S;
+            if (holds(q, e)) continue;
+            const float down = 1.0F / static_cast<float>(count_[f]);
+            for (int k = first_; k < last_; ++k) changed[k] = load(q)[k] + up * part(e)[k] - down * part(f)[k];
+            const float gain = added + dropped[p] + potential(load(q)) - potential(changed.data());
+            const float score = gain * price_of(!is_home(q, e) - (f < E && !is_home(q, f)));
+            if (score > best.score) best = {score, p, -1, e};
+        }
+    }
+}
+
+}  // namespace eplb

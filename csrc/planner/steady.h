@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// Balance in every window, where experts are seen to be hot at different times: the mean of the windows does not tell.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "search.h"
+
+namespace eplb {
+
+double mean(const std::vector<double>& values);
+double percentile95(std::vector<double> values);  // by nearest rank
+
+// Windows of one layer's load, each scaled to the same total; at most kMostWindows, longer series are summed up.
+class Steadying {
+  public:
+    static constexpr int kMostWindows = 16;
+
+    // windows [T] to loads [E] of the layer, oldest first. `nodes`: experts stay on theirs where there are several.
+    Steadying(Shape shape, const std::vector<const double*>& windows, const int32_t* start, int nodes);
+
+    // Whether plans can gain by it: half of the windows tells what to do, and the other half, not looked at, confirms
+    // that it lowers the mean PAR. Windows that differ by chance have no such pattern. If so, `slots` [P] (E: empty)
+    // become a placement with a lower mean PAR of all windows, few receipts away, whose 95th percentile is no worse
+    // than at the start.
+    bool improve(std::vector<int32_t>& slots, double target);
+
+    // PARs of a placement [P], one for each window.
+    std::vector<double> pars(const std::vector<int32_t>& slots) const;
+
+  private:
+    struct Candidate {
+        float score = 1e-4F;
+        int slot = -1, other = -1, expert = -1;
+    };
+
+    double mean_of(const std::vector<int32_t>& slots, int first, int last) const;
+    std::vector<int32_t> descend(std::vector<int32_t> slots, int first, int last, double target);
+    bool step(int rank);
+    void offer_swaps(int rank, Candidate& best) const;
+    void offer_copies(int rank, Candidate& best) const;
+    void place(int slot, int expert);
+    void add(int rank, int expert, float sign);
+    void recount(int expert, int copies);
+    float potential(const float* load) const;
+    size_t at(int rank, int expert) const { return static_cast<size_t>(rank) * (shape_.experts + 1) + expert; }
+    bool holds(int rank, int expert) const { return held_[at(rank, expert)] != 0; }
+    bool is_home(int rank, int expert) const { return home_[at(rank, expert)] != 0; }
+    bool may_meet(int rank, int other) const { return nodes_ == 1 || rank / per_node_ == other / per_node_; }
+    const float* part(int expert) const { return &part_[static_cast<size_t>(expert) * windows_]; }
+    float* load(int rank) { return &load_[static_cast<size_t>(rank) * windows_]; }
+    const float* load(int rank) const { return &load_[static_cast<size_t>(rank) * windows_]; }
+
+    const Shape shape_;
+    const int nodes_, per_node_;
+    int windows_ = 0;
+    std::vector<int32_t> start_;
+    std::vector<float> part_;  // [E + 1, windows], in units of a rank's mean; the last stands for "empty"
+    std::vector<float> load_;  // [R, windows]
+    std::vector<int32_t> slots_, count_;
+    std::vector<uint8_t> held_, home_;           // [R, E + 1], now and at the start
+    std::vector<std::vector<int32_t>> holders_;  // [E] slots
+    int first_ = 0, last_ = 0;                   // windows that count
+    float limit_ = 1.0F;
+};
+
+}  // namespace eplb

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans from a series of windows: as good as from one on a load that stays, better where experts alternate."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.loads import LoadGenerator
+from benchmarks.placements import greedy_placement
+from tests.unit.planning.planner_inputs import instances
+from vllm_ascend_eplb.planning import forecast, plan
+from vllm_ascend_eplb.values.placement import Placement
+
+LAYERS, EXPERTS, RANKS, SLOTS = 8, 64, 8, 72
+
+
+def window_pars(series, slots, num_ranks):
+    """float64 [T, L]."""
+    return np.array([Placement(slots, series.shape[2], num_ranks).par(window) for window in series])
+
+
+def steady_load(seed):
+    """(popularity [L, E] that stays, slots [L, P] made for another one)."""
+    generator = LoadGenerator(LAYERS, EXPERTS, seed)
+    slots = greedy_placement(generator.window().astype(np.float64), SLOTS, RANKS)
+    generator.drift("hard")
+    popularity = generator.window().astype(np.float64)
+    return popularity / popularity.sum(axis=1, keepdims=True), slots
+
+
+@pytest.mark.parametrize("steps", [[29] * 7 + [2], [30] * 8, [29, 2, 29, 29, 7, 27, 29, 29], [29, 29, 29, 7], [30, 1]])
+@pytest.mark.parametrize("tokens_per_step", [20, 2000])
+def test_a_series_of_a_steady_load_is_no_worse_than_its_sum(steps, tokens_per_step):
+    """Windows of any lengths, fragments among them, last of all or anywhere: PAR + 0.003, moves * 1.1."""
+    for seed in range(4):
+        popularity, slots = steady_load(seed)
+        rng = np.random.default_rng(seed)
+        series = np.array([rng.poisson(popularity * n * tokens_per_step * EXPERTS / 8) for n in steps])
+        whole, made = plan(series.sum(axis=0), slots, RANKS), plan(series, slots, RANKS)
+        par = [Placement(p.physical_to_logical, EXPERTS, RANKS).par(popularity).mean() for p in (whole, made)]
+        assert par[1] <= par[0] + 0.003
+        assert made.num_moves <= 1.1 * whole.num_moves + 1
+
+
+def test_the_last_window_alone_is_worse_on_a_steady_load():
+    """Negative control of the test above: this is what a forecast by the fragment would give."""
+    popularity, slots = steady_load(0)
+    rng = np.random.default_rng(0)
+    series = np.array([rng.poisson(popularity * n * 100) for n in [29] * 7 + [2]])
+    whole, fragment = plan(series.sum(axis=0), slots, RANKS), plan(series[-1], slots, RANKS)
+    par = [Placement(p.physical_to_logical, EXPERTS, RANKS).par(popularity).mean() for p in (whole, fragment)]
+    assert par[1] > par[0] + 0.003
+
+
+@pytest.mark.parametrize("windows", [4, 8, 16])
+@pytest.mark.parametrize(("ranks", "slots"), [(8, 64), (8, 72), (16, 64)])
+def test_experts_that_alternate_are_spread_over_ranks(windows, ranks, slots):
+    """Half of the experts are hot in even windows, the others in odd ones: the sum is flat and tells nothing."""
+    series = np.zeros((windows, 3, 64))
+    series[::2, :, ::2] = series[1::2, :, 1::2] = 100.0
+    start = np.tile((np.arange(slots) * 2 % 64 + np.arange(slots) * 2 // 64 % 2).astype(np.int32), (3, 1))
+    assert window_pars(series, start, ranks).mean() > 1.7
+    by_sum = plan(series.sum(axis=0), start, ranks).physical_to_logical
+    assert window_pars(series, by_sum, ranks).mean() > 1.4, "the negative control: the sum shows little"
+    made = plan(series, start, ranks)
+    made.check(Placement(start, 64, ranks))
+    after = window_pars(series, made.physical_to_logical, ranks)
+    assert after.mean() < 1.1
+    np.testing.assert_allclose(made.par_after, after.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(made.p95_after, np.sort(after, axis=0)[int(np.ceil(0.95 * windows)) - 1], rtol=1e-9)
+    assert (made.p95_after <= made.p95_before).all()
+
+
+def test_two_kinds_of_traffic_that_alternate_are_both_balanced():
+    generator = LoadGenerator(4, EXPERTS, 3)
+    kinds = [generator.window()]
+    generator.drift("hard")
+    kinds.append(generator.window())
+    rng = np.random.default_rng(0)
+    series = np.array([rng.poisson(kinds[t % 2]) for t in range(12)])
+    slots = greedy_placement(series.sum(axis=0).astype(np.float64), SLOTS, RANKS)
+    for_sum, made = plan(series.sum(axis=0), slots, RANKS), plan(series, slots, RANKS)
+    unseen = np.array([rng.poisson(kinds[t % 2]) for t in range(12)])
+    par = [window_pars(unseen, p.physical_to_logical, RANKS).mean() for p in (for_sum, made)]
+    assert par[1] < 1 + 0.5 * (par[0] - 1)
+    assert made.num_moves < 0.5 * slots.size
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.5, 1.5])
+def test_windows_that_differ_by_chance_are_planned_as_their_sum(spread):
+    """Large differences, none of which comes again: what looks like a pattern in one half is not in the other."""
+    popularity, slots = steady_load(1)
+    noise = np.exp(np.random.default_rng(2).normal(0, spread, (16, LAYERS, EXPERTS)))
+    series = popularity * noise * 1e6
+    made, whole = plan(series, slots, RANKS), plan(series.sum(axis=0), slots, RANKS)
+    same = [np.array_equal(a, b) for a, b in zip(made.physical_to_logical, whole.physical_to_logical, strict=True)]
+    assert np.mean(same) >= 0.75
+
+
+def test_hundred_windows_of_independent_bursts():
+    """100 windows of uniform numbers to the tenth power per slot, PAR of their sum."""
+    rng = np.random.default_rng(42)
+    slots = np.stack([rng.permutation(np.r_[np.arange(256), rng.integers(0, 256, 32)]) for _ in range(6)])
+    by_slot = (rng.random((100, 6, 288)) ** 10 * 999 + 1).astype(np.int64)
+    series = np.zeros((100, 6, 256))
+    for layer in range(6):
+        np.add.at(series[:, layer], (slice(None), slots[layer]), by_slot[:, layer])
+    made = plan(series, slots, 32)
+    assert Placement(made.physical_to_logical, 256, 32).par(series.sum(axis=0)).mean() <= 1.03
+
+
+@settings(max_examples=150, deadline=None)
+@given(instances(), st.integers(2, 12), st.integers(0, 2**32 - 1))
+def test_every_series_makes_a_valid_plan(instance, windows, seed):
+    load, slots, num_ranks = instance
+    rng = np.random.default_rng(seed)
+    series = np.stack(
+        [load * rng.choice([0.0, 0.1, 1.0, 3.0]) * rng.integers(0, 2, load.shape) for _ in range(windows)]
+    )
+    expected, variance = forecast(series)
+    assert np.isfinite(expected).all()
+    assert np.isfinite(variance).all()
+    assert (variance >= 0).all()
+    made = plan(series, slots, num_ranks)
+    made.check(Placement(slots, load.shape[1], num_ranks))
+    assert (made.par_after <= made.par_before * (1 + 1e-5)).all()
+    again = plan(series, slots, num_ranks, threads=3)
+    np.testing.assert_array_equal(again.moves, made.moves)
+
+
+def test_zero_windows_say_nothing():
+    popularity, slots = steady_load(0)
+    series = np.stack([popularity, np.zeros_like(popularity), popularity, np.zeros_like(popularity)])
+    made, whole = plan(series, slots, RANKS), plan(popularity, slots, RANKS)
+    np.testing.assert_array_equal(made.physical_to_logical, whole.physical_to_logical)
+    assert plan(np.zeros((5, LAYERS, EXPERTS)), slots, RANKS).num_moves == 0
