@@ -52,6 +52,10 @@ BUSY = {
 """Settings under which a cycle follows a cycle and every one moves most experts; also on a vLLM that is being checked
 (`make matrix`)."""
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""What each process of a forked engine computes with. It has two OpenMP libraries, torch's and vLLM's: vLLM preloads
+one for both, but only where it spawns. Two threads bound to one core would wait for each other in loops."""
+
 GUESSES = not vllm_version().startswith("0.30.")
 """Whether this vLLM can verify guesses on a CPU. 0.30 cannot: its own sampler for them ends the start with "Cannot
 inspect kernel parameters for function"."""
@@ -105,7 +109,7 @@ def run_forked(
     paths: Sequence[str] = (),
 ) -> Finished:
     """Runs ``module:function`` in a process that is forked where vLLM is imported already."""
-    values = {**variables, "PYTHONPATH": path_with(paths)}
+    values = {**variables, **ONE_THREAD, "PYTHONPATH": path_with(paths)}
     pid = nursery.start(function, arguments, values, output, [*paths, str(FOLDER)])
     deadline = threading.Timer(START_SECONDS + 300, kill_session, [pid])
     deadline.start()
@@ -176,7 +180,9 @@ def kill_session(leader: int) -> None:
 @pytest.fixture(scope="session")
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     """The process that engines are forked from."""
-    nursery = Nursery({**environment(1), "PYTHONPATH": path_with()}, tmp_path_factory.mktemp("nursery") / "log")
+    nursery = Nursery(
+        {**environment(1), **ONE_THREAD, "PYTHONPATH": path_with()}, tmp_path_factory.mktemp("nursery") / "log"
+    )
     yield nursery
     nursery.close()
 

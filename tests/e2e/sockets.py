@@ -27,5 +27,8 @@ def _share_no_memory(module: Any) -> None:
 
 def _listen_at_once(module: Any) -> None:
     spin = getattr(module, "SpinCondition", None)
-    if spin is not None and len(spin.__init__.__defaults__ or ()) == 1:  # busy_loop_s
-        spin.__init__.__defaults__ = (0.0,)
+    # A reader that listens at once may miss a word, and looks for itself after five seconds in vLLM. Here it does so
+    # every millisecond.
+    if spin is not None and hasattr(module, "SHM_READER_RECHECK_INTERVAL_MS"):
+        spin.__init__.__defaults__ = (0.0,)  # busy_loop_s
+        module.SHM_READER_RECHECK_INTERVAL_MS = 1
