@@ -28,12 +28,12 @@ ALL_FIRST = 0.95
 def forecast(series: npt.NDArray[np.float64]) -> tuple[FloatArray, FloatArray]:
     """The expected load of the next window and its variance.
 
-    Each layer takes the latest window, or a fragment and the one before, unless back-testing finds more windows
-    together clearly better: the span whose forecasts of the layer's distribution over experts had the least error, squared, divided by the
-    forecast (the hotter an expert, the more replicas share its error) and weighted by the tokens of the window
-    forecast, so that a fragment says little; half of what decides is the other layers' error. A layer that is best
-    forecast by all windows is taken to stay as it is, its variance is zero. Elsewhere the variance of an expert's load
-    is half its own mean squared error in the back-test and half the layer's, in proportion to the squared load.
+    Each layer takes the latest window (a fragment together with the one before) unless back-testing finds more windows
+    together clearly better. What counts is the error of the forecast of a layer's distribution over experts: squared,
+    divided by the forecast (the hotter an expert, the more replicas share its error), and weighted by the tokens of the
+    window forecast, so that a fragment says little. Half of what decides is the other layers' error. A layer that is
+    best forecast by all windows is taken to stay as it is, its variance is zero. Elsewhere the variance of an expert's
+    load is half its own mean squared error in the back-test and half the layer's, in proportion to the squared load.
 
     Args:
         series: float64 [T, L, E], oldest window first, not negative; windows may differ in length.
