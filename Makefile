@@ -17,21 +17,28 @@ setup:  ## makes .venv and builds the C++ parts
 demo: setup  ## serves a real model on RANKS ranks (default 4, 2 for small machines) and shows it balancing itself
 	@$(RUN) -m examples.demo --ranks $(RANKS)
 
+# Two lanes: all engines in one of them, file by file the rest (tests/conftest.py).
+LANES := -n 2 --dist loadgroup
+TEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest
+
 test: setup  ## all tests but those on NPUs, the ones with real vLLM engines included
-	@$(RUN) -m pytest -m "not soak and not npu and not install"
+	@$(TEST) $(LANES) --tier test -m "not soak and not npu and not install"
 
 unit-test: setup  ## the quick ones
-	@$(RUN) -m pytest tests/unit
+	@$(TEST) $(LANES) --tier unit -m "not soak" tests/unit
 
 e2e-test: setup  ## the ones with real vLLM engines
-	@$(RUN) -m pytest tests/e2e
+	@$(TEST) -m "not soak" tests/e2e
 
-.PHONY: install-test aarch64-test
+.PHONY: install-test aarch64-test python-test
 install-test: setup  ## builds in isolation, installs as a user does, and serves from there
-	@$(RUN) -m pytest tests/install
+	@$(RUN) -m pytest --tier install tests/install
 
 aarch64-test: setup  ## the C++ built for aarch64 and run under emulation; skipped where Debian's packages are not to be had
 	@scripts/aarch64.sh
+
+python-test: setup  ## the unit tests without torch on Python 3.10 (with the oldest dependencies), 3.12 and 3.13, where they are
+	@scripts/pythons.sh
 
 matrix: setup  ## the ones with an offline engine on the other vLLM versions, each in an environment of its own
 	@scripts/matrix.sh 0.30.0 0.31.0
@@ -42,7 +49,7 @@ npu-setup:
 	@scripts/setup_npu_stack.sh
 
 emulated-npu-test: npu-setup  ## the tests on NPUs: real torch_npu and vllm-ascend on emulated CANN, in .venv-npu
-	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest tests/npu -m "not soak"
+	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest --tier npu tests/npu -m "not soak"
 
 long-emulated-npu-test: npu-setup  ## those that take long: more ranks, data-parallel (also on A3), pipeline stages, guesses, W8A8 experts (also on A3)
 	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest tests/npu -m soak
@@ -80,8 +87,8 @@ bench: setup  ## the benchmarks, quick; their results as JSON in build/bench
 soak: setup  ## a served model under random faults for SOAK_MINUTES (default 30); a report in build/soak
 	@$(RUN) -m tests.e2e.soak --minutes $(SOAK_MINUTES)
 
-long-test: setup  ## the tests that take long and are not part of make test
-	@$(RUN) -m pytest -m "soak and not npu"
+long-test: setup  ## the nightly tier: tests that take long, or whose fast proof is in make test
+	@$(TEST) -m "soak and not npu"
 
 fuzz: setup  ## the planner's C++ boundary under AddressSanitizer and UndefinedBehaviorSanitizer
 	@cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DEPLB_BUILD_OPS=OFF \

@@ -26,7 +26,8 @@ from vllm_ascend_eplb.planning import plan
 from vllm_ascend_eplb.planning.message import pack_plan
 from vllm_ascend_eplb.planning.schedule import schedule_rounds
 from vllm_ascend_eplb.values.placement import Placement
-from vllm_ascend_eplb.values.rounds import SLOT, SOURCE, rounds_to_array
+from vllm_ascend_eplb.values.plan import SLOT
+from vllm_ascend_eplb.values.rounds import SOURCE, rounds_to_array
 from vllm_ascend_eplb.values.topology import Topology
 
 from .loads import LoadGenerator

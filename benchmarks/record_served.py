@@ -28,13 +28,13 @@ SETTINGS = {
 
 def watch(worker: Any) -> None:
     """In a worker: takes the times, and turns recording on and off."""
-    from vllm_ascend_eplb.adaptors.vllm import cpu as vllm_cpu
+    from vllm_ascend_eplb.adaptors.vllm import cpu
     from vllm_ascend_eplb.adaptors.vllm import state as adaptor
 
     recorder = worker.model_runner.eplb_state.updator.parts.recorder
     worker.watched = steps = []
     spent = [0.0]
-    mapped = vllm_cpu.eplb_map_to_physical_and_record
+    mapped = cpu.eplb_map_to_physical_and_record
 
     def timed(*arguments: Any, **names: Any) -> Any:
         began = time.perf_counter()

@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Builds the package's C++ for aarch64, runs it under emulation, and compares: the planner's plans with those made here, the
-# recording op with its oracle, beside the torch that vllm-ascend uses. Everything is in build/aarch64.
+# Builds the package's C++ for aarch64, runs it under emulation, and compares: the planner's plans with those made here,
+# the recording op with its oracle, beside the torch that vllm-ascend uses. Everything is in build/aarch64.
 #
 # Needs Debian's packages g++-aarch64-linux-gnu and qemu-user, and installs them where it may. Where they are not to be
 # had it says so and ends well; AARCH64_REQUIRED=1 makes that an error.
@@ -41,10 +41,11 @@ if [ "$(cat "$here/.environment.stamp" 2>/dev/null || true)" != "$key" ]; then
     say "unpacking a Python for aarch64, and installing torch $torch_version for it"
     rm -rf "$here"
     mkdir -p "$here/apt/lists/partial" "$here/apt/archives/partial" "$here/root" "$here/site"
-    sources=$(grep -rhs 'Suites: *bookworm ' -B 2 -A 3 /etc/apt/sources.list.d/ | sed -n 's/^URIs: *//p' | head -n 1)
-    cat >"$here/apt/sources.list" <<LIST
-deb [arch=arm64] ${sources:-http://deb.debian.org/debian} bookworm main
-LIST
+    # The machine's own source of packages, in either of apt's two formats.
+    mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*debian*.sources 2>/dev/null |
+        sed -nE 's/^URIs: *([^ ]*debian).*/\1/p; s/^deb (\[[^]]*\] )?([^ ]*debian) .*/\2/p' | head -n 1)
+    [ -n "$mirror" ] || skip "apt has no source of Debian's packages"
+    echo "deb [arch=arm64] $mirror bookworm main" >"$here/apt/sources.list"
     cat >"$here/apt/apt.conf" <<CONF
 Dir::State "$here/apt";
 Dir::Cache "$here/apt";

@@ -7,6 +7,8 @@ import multiprocessing.util
 import os
 import signal
 import tempfile
+import time
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,39 @@ with contextlib.suppress(ImportError):  # those on real NPUs do without it
 # A shell that starts a job in the background makes it ignore Ctrl-C, and its children inherit that. Tests interrupt
 # programs, so they must not depend on how they were started themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+BUDGETS = {"unit": 90, "test": 900, "npu": 600, "install": 300}
+"""Seconds that a tier may take on two cores that do nothing else. Nothing fails where it takes longer."""
+
+ROOT = Path(__file__).parents[1]
+BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tier", choices=sorted(BUDGETS), help="keep durations in build/durations-TIER.txt")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two lanes (pytest -n 2 --dist loadgroup): all engines in one of them, file by file the rest."""
+    for item in items:
+        folder = Path(item.path).relative_to(ROOT / "tests").parts[0]
+        item.add_marker(pytest.mark.xdist_group("engines" if folder == "e2e" else str(item.path)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    tier = config.getoption("--tier")
+    if tier is None:
+        return
+    found = [report for reports in terminalreporter.stats.values() for report in reports]
+    reports = sorted((each for each in found if isinstance(each, pytest.TestReport)), key=lambda each: -each.duration)
+    seconds = time.monotonic() - BEGAN
+    line = f"tier {tier}: {seconds:.0f} s of {BUDGETS[tier]} s"
+    lines = [f"{report.duration:8.2f} s {report.when:8} {report.nodeid}" for report in reports[:25]]
+    path = ROOT / "build" / f"durations-{tier}.txt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join([line, *lines]) + "\n")
+    terminalreporter.write_line(line + (" (over its budget)" if seconds > BUDGETS[tier] else ""))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry point of ``vllm.general_plugins``: vLLM calls ``register`` in every process, perhaps twice.
 
-It hooks one function, ``EngineArgs.create_engine_config``: there the settings are read and checked, in the front-end
-process, before any worker starts. If they turn the balancer on, the configuration that goes to the workers names a
-worker class of ours (adaptors/vllm/worker.py), and that class does the rest. If not, vLLM's own configuration passes
-through untouched.
+It wraps one function, ``EngineArgs.create_engine_config``. There the settings are read and checked, in the front-end
+process, before any worker starts. If they turn the balancer on, the configuration for the workers names a worker class
+of ours (adaptors/vllm/worker.py), which does the rest. If not, vLLM's own configuration passes through unchanged.
 
-With vllm-ascend its own worker stays, and is hooked as soon as its module is loaded (adaptors/ascend/worker.py).
-``VLLM_PLUGINS`` may name the platform ``ascend_eplb`` in place of ``ascend`` instead: then ``register_platform``, the
-entry point of ``vllm.platform_plugins``, gives a subclass of vllm-ascend's platform, with a worker class of ours.
+With the first model runner of vllm-ascend, vllm-ascend's worker stays, and is hooked once its module is imported
+(adaptors/ascend/worker.py). Alternatively ``VLLM_PLUGINS`` names the platform ``ascend_eplb`` in place of ``ascend``:
+then ``register_platform``, the entry point of ``vllm.platform_plugins``, gives a subclass of vllm-ascend's platform,
+with a worker class of ours.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .adaptors.post_import import after_import
 
 
 def register() -> None:
-    """Hooks the engine's configuration and vllm-ascend's worker; idempotent."""
+    """Hooks the configuration of the engine and the worker of vllm-ascend; idempotent."""
     after_import("vllm.engine.arg_utils", _hook)
     after_import("vllm_ascend.worker.worker", _hook_ascend)
 
 
 def register_platform() -> str | None:
-    """The platform class, if the user has named it: vLLM allows one platform from outside only."""
+    """The platform class if the user has named it; vLLM allows one platform from outside."""
     named = os.environ.get("VLLM_PLUGINS", "").split(",")
     return "vllm_ascend_eplb.adaptors.ascend.platform.EplbNPUPlatform" if "ascend_eplb" in named else None
 

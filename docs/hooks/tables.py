@@ -11,7 +11,7 @@ LEAST_COLUMNS = 3
 """Tables with fewer columns fit on a phone as they are."""
 
 FIGURE_COLUMNS = 5
-"""Tables with that many columns, or with numbers in front, hold figures: on a card the first cell needs its head, too."""
+"""Tables with that many columns, or with numbers in front, hold figures: a card also shows the first head."""
 
 
 def on_page_content(content: str, **_: Any) -> str:

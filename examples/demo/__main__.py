@@ -109,6 +109,7 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
         "num_redundant_experts": 2 * arguments.ranks,
         "expert_heat_collection_interval": arguments.interval or (200 if arguments.ranks == 2 else 100),
         "algorithm_execution_interval": 5,
+        "calibrate": False,  # by time a few streams of a tiny model gain nothing, and the demo is to show moves
     }
     if arguments.policy:
         settings["policy"] = arguments.policy

@@ -74,7 +74,8 @@ class Traffic:
         timeout = httpx.Timeout(120.0)
         # A connection kept open may be closed by the server in the very moment in which it is used again.
         limits = httpx.Limits(max_connections=self.streams + 1, max_keepalive_connections=0)
-        async with httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits) as client:
+        # trust_env: the server is on this machine, so no proxy of the environment is between.
+        async with httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits, trust_env=False) as client:
             await asyncio.gather(*(self._stream(client, shown=number == 0) for number in range(self.streams)))
 
     async def _stream(self, client: httpx.AsyncClient, shown: bool) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import time
@@ -30,6 +31,7 @@ def random_placement(rng: np.random.Generator, layers: int, experts: int, ranks:
     return Placement(np.array(rows), experts, ranks)
 
 
+@functools.cache
 def expert_tensors(layer: int, expert: int) -> list[torch.Tensor]:
     """The tensors of one expert: weights, int8 ones, their scales, and in odd layers a bias; shapes differ by layer."""
     rng = np.random.default_rng(1000 * layer + expert)

@@ -8,6 +8,7 @@ import struct
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,28 @@ from vllm_ascend_eplb.values.topology import Topology
 def plan_slowly(request: PlanRequest) -> Plan:
     time.sleep(0.3)
     return plan_request(request)
+
+
+def plan_at_a_signal(request: PlanRequest) -> Plan:
+    """In the third cycle, gives the signal "asked" and waits for "go"."""
+    if request.number == 3:
+        _signal("asked").touch()
+        _wait_for_signal("go")
+    return plan_request(request)
+
+
+def never_answer(request: PlanRequest) -> Plan:
+    time.sleep(3600)
+    raise AssertionError("it is killed before")
+
+
+def _signal(name: str) -> Path:
+    return Path(os.environ["EPLB_TEST_SIGNALS"], name)
+
+
+def _wait_for_signal(name: str) -> None:
+    while not _signal(name).exists():
+        time.sleep(0.001)
 
 
 def talk_nonsense(request: PlanRequest) -> Plan:
@@ -64,9 +87,9 @@ def talk_nonsense(request: PlanRequest) -> Plan:
     elif number == 13:  # an expert that does not exist
         answer(rounds=changed(4, request.num_experts))
     elif number == 15:  # a source that holds another expert
-        answer(rounds=changed(5, int(rounds[0, 5]) ^ 1))
+        answer(rounds=changed(6, int(rounds[0, 6]) ^ 1))
     elif number == 17:  # moves that lose an expert
-        row = np.array([[0, -1, 0, slot, 1, 1, 0] for slot in (0, 12)], dtype=np.int32)
+        row = np.array([[0, -1, 0, slot, 1, 0, 1] for slot in (0, 12)], dtype=np.int32)
         answer(rounds=row)
     elif number == 19:  # not a number
         answer(plan=replace(good, par_after=good.par_after * np.nan))
@@ -94,5 +117,5 @@ def plan_duplicate(request: PlanRequest) -> Plan:
 
 def late_once(request: PlanRequest) -> Plan:
     if request.number == 1:
-        time.sleep(2.5)
+        _wait_for_signal("given up")
     return plan_request(request)

@@ -7,6 +7,7 @@ The processes are forked from a server that has torch imported already, so eight
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import time
 import traceback
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+SIGNALS = "EPLB_TEST_SIGNALS"
+"""Names a folder of the ranks' own, whose files are events between them and their planner's process."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -101,7 +105,7 @@ def _main(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    tempfile.tempdir = str(Path(store).parent)  # flight records go with the test
+    tempfile.tempdir = os.environ[SIGNALS] = str(Path(store).parent)  # flight records go with the test
     try:
         dist.init_process_group("gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
         everyone = list(range(num_ranks))

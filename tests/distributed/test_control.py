@@ -79,7 +79,7 @@ def bulk(ranks: Ranks) -> tuple[list[bool], int, bytes, str]:
     return early, 0 if total is None else int(total.sum()), message.result(), refused
 
 
-def test_load_goes_to_rank_0_and_the_plan_comes_back_without_blocking() -> None:
+def test_load_and_plan_travel_without_blocking() -> None:
     results = run_ranks(2, bulk)
     assert results[0][0] == [False]  # rank 1 was late, and rank 0 did not wait for it
     assert results[0][1] == 105 * (2 * 10**15 + 1)

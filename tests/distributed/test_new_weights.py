@@ -140,6 +140,6 @@ def load_copies_that_differ(ranks: Ranks) -> str:
     return ""
 
 
-def test_copies_that_differ_after_loading_are_an_error_on_all_ranks() -> None:
+def test_copies_that_differ_after_loading_are_an_error_on_all() -> None:
     for error in run_ranks(2, load_copies_that_differ):
         assert error.startswith("copies of 1 experts differ from each other after weights were loaded")

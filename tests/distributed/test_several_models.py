@@ -146,7 +146,7 @@ def start_in_another_order(ranks: Ranks) -> str:
     return ""
 
 
-def test_ranks_that_start_their_models_in_another_order_do_not_start() -> None:
+def test_ranks_that_start_models_in_another_order_do_not_start() -> None:
     for error in run_ranks(2, start_in_another_order):
         assert "expert-parallel rank 1 differs from rank 0 in part of the server: drafter against all" in error or (
             "expert-parallel rank 1 differs from rank 0 in initial placement" in error

@@ -46,6 +46,7 @@ BUSY = {
     "transfer_buffer_experts": 64,
     "policy": "random",
     "min_gain": 0.0,
+    "calibrate": False,
     "allow_unchecked_vllm": True,
 }
 """Settings under which a cycle follows a cycle and every one moves most experts; also on a vLLM that is being checked

@@ -179,7 +179,7 @@ def _run(job: dict[str, Any]) -> None:
             if first.exists():
                 exec(compile(first.read_text(), str(first), "exec"), {"__name__": "sitecustomize"})
         _fork_everything()
-        _wait_without_spinning()
+        importlib.import_module("sockets").wait_at_sockets()
         module, _, name = job["function"].partition(":")
         getattr(importlib.import_module(module), name)(*job["arguments"])
         code = 0
@@ -216,16 +216,6 @@ def _fork_everything() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.") and "get_mp_context" in vars(module):
             module.get_mp_context = get_mp_context  # type: ignore[attr-defined]
-
-
-def _wait_without_spinning() -> None:
-    """vLLM's tensor-parallel ranks on a CPU wait for each other in a loop, which takes the core that the other rank
-    needs: where other processes run, a step then takes a hundred times as long. They take sockets instead, as vLLM's
-    own ranks do where they share no memory."""
-    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-
-    if hasattr(CpuCommunicator, "_all_group_ranks_share_shm_group_name"):  # vLLM 0.32
-        CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
 if __name__ == "__main__":

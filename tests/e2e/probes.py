@@ -50,7 +50,7 @@ def _counted(updator: Any) -> np.ndarray:
     """[L] pairs that the recorder has counted since the last snapshot."""
     recorder = updator.parts.recorder
     recorder.flush(updator.placement)
-    return recorder._window.sum(dim=(0, 1, 3)).cpu().numpy().copy()
+    return recorder.window().sum(axis=(0, 2))
 
 
 def install(worker: Any) -> None:
@@ -145,10 +145,10 @@ def install(worker: Any) -> None:
     updator.forward_before = watched_step
     updator.parts.recorder.snapshot = counted_snapshot
     if current_platform.is_cpu():  # where the experts are computed in Python
-        from vllm_ascend_eplb.adaptors.vllm import cpu as vllm_cpu
+        from vllm_ascend_eplb.adaptors.vllm import cpu
 
-        compute = vllm_cpu.cpu_local_experts
-        vllm_cpu.cpu_local_experts = watched_compute
+        compute = cpu.cpu_local_experts
+        cpu.cpu_local_experts = watched_compute
     if updator.parts.planner is not None:
         submit = updator.parts.planner.submit
 
@@ -182,7 +182,7 @@ def watch_drafter(worker: Any) -> None:
     drafter.propose = watched_propose
     if state is None:
         return
-    updator, tokens = state.drafter.updator, [0]
+    updator, tokens = state.draft.updator, [0]
     counts = np.zeros((updator.placement.num_layers, updator.placement.num_experts), dtype=np.int64)
     prepare, snapshot, dummy = state.prepare_forward, updator.parts.recorder.snapshot, runner._dummy_run
 
@@ -228,7 +228,7 @@ def report_of_drafter(worker: Any) -> dict[str, Any]:
     worker.eplb_guesses = []
     state = _state(worker)
     if state is not None:
-        updator = state.drafter.updator
+        updator = state.draft.updator
         result |= {
             "part": updator.parts.adaptor.part,
             "digest": updator.placement.digest,
@@ -240,7 +240,7 @@ def report_of_drafter(worker: Any) -> dict[str, Any]:
 
 def switch_maps_without_weights(worker: Any, of_drafter: bool = False) -> None:
     """The negative control: the routing of a placement whose weights were never moved."""
-    updator = _state(worker).drafter.updator if of_drafter else _state(worker).updator
+    updator = _state(worker).draft.updator if of_drafter else _state(worker).updator
     start = updator.placement
     turned = type(start)(np.roll(start.physical_to_logical, 1, axis=1), start.num_experts, start.num_ranks)
     updator.rollout.maps.stage(turned, list(range(start.num_layers)))
@@ -289,8 +289,8 @@ def routing_that_is_refused(worker: Any) -> list[str]:
     gathered before they are routed, or one that routes by itself; and of the layers as they are."""
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-    from vllm_ascend_eplb.adaptors.vllm.adaptor import _require_routing_of_own_tokens
-    from vllm_ascend_eplb.adaptors.vllm.seams import SeamError
+    from vllm_ascend_eplb.adaptors.errors import UnsupportedError
+    from vllm_ascend_eplb.adaptors.vllm.adaptor import require_routing_of_own_tokens
 
     model = worker.model_runner.model
     layer = next(module for module in model.modules() if isinstance(module, MoERunner))
@@ -303,8 +303,8 @@ def routing_that_is_refused(worker: Any) -> list[str]:
 
     def said() -> str:
         try:
-            _require_routing_of_own_tokens(model)
-        except SeamError as error:
+            require_routing_of_own_tokens(model)
+        except UnsupportedError as error:
             return str(error)
         return ""
 
@@ -327,7 +327,7 @@ def cycles_done(worker: Any) -> int:
 def report(worker: Any) -> dict[str, Any]:
     """What a worker knows at the end; plain values only."""
     updator = _state(worker).updator
-    if updator is None:  # a placement that stays
+    if updator is None:  # static placement
         return {}
     result = {
         "part": updator.parts.adaptor.part,

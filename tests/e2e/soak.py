@@ -55,6 +55,7 @@ SETTINGS: dict[str, object] = {
     "transfer_buffer_experts": 128,
     "policy": "random",
     "min_gain": 0.0,
+    "calibrate": False,
     "max_failures": 1_000_000,
     "audit_interval": 100,
     "audit_action": "repair",

@@ -172,7 +172,7 @@ def test_captured_graphs_are_replayed_while_experts_move(captured, expected):
     assert json.loads(captured["ranks"][0]["stats"])["dispatch_updates"] >= 10
 
 
-def test_captured_graphs_of_data_parallel_engines_are_replayed_while_experts_move(parallel_captured, expected):
+def test_captured_graphs_of_data_parallel_engines_are_replayed(parallel_captured, expected):
     assert_balanced(parallel_captured, expected)
 
 

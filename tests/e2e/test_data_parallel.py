@@ -86,7 +86,7 @@ def test_each_step_counts_its_own_tokens_once_in_every_layer(server, audit, refe
     assert any(tokens == 0 for steps in engines for tokens, *_ in steps)
 
 
-def test_a_server_terminated_under_requests_ends_and_leaves_nothing(server, reference):
+def test_a_server_terminated_under_requests_leaves_nothing(server, reference):
     """The last one of this server."""
     texts = [text for batch in prompts(6) for text in batch]
     assert server.end_by(signal.SIGTERM, list(zip(texts, reference, strict=True))) == []

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from vllm_ascend_eplb.balancer.orders import Order, orders_path, write_order
@@ -50,7 +51,8 @@ def served(folder: Path) -> Iterator[PrivateServer]:
     own.mkdir()
     requests.mkdir()
     server = PrivateServer(own, settings=settings)
-    server.run_first("import damage\ndamage.damage_on_request()\n", **{REQUESTS: str(requests)})
+    first = "import damage, sockets\ndamage.damage_on_request()\nsockets.wait_at_sockets()\n"
+    server.run_first(first, **{REQUESTS: str(requests)})
     try:
         server.start_and_wait()
         yield server
@@ -131,7 +133,12 @@ def test_nobody_else_can_read_what_the_server_writes(server):
     assert server.open_to_others() == []
 
 
-def test_a_stopped_planner_is_replaced_and_the_load_is_balanced_again(server, english, python):
+def test_the_live_page_is_there_only_when_it_is_named(server):
+    assert httpx.get(f"{server.url}/eplb", timeout=30).status_code == 404
+    assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+
+
+def test_a_stopped_planner_is_replaced_and_load_balanced_again(server, english, python):
     async def stop_it(_: Requests) -> None:
         await until_balanced(server)
         (stopped,) = planners(server)
@@ -149,7 +156,7 @@ def test_a_stopped_planner_is_replaced_and_the_load_is_balanced_again(server, en
     run(server, python, recover)
 
 
-def test_a_planner_killed_in_any_phase_is_replaced_and_the_load_is_balanced_again(server, pairs):
+def test_a_planner_killed_in_any_phase_is_replaced(server, pairs):
     killed = "the planner process ended (exit code -9); it is started again"
 
     async def kill(_: Requests) -> None:
@@ -167,7 +174,7 @@ def test_a_planner_killed_in_any_phase_is_replaced_and_the_load_is_balanced_agai
     assert stats(server).phase != "off"
 
 
-def test_a_rank_without_memory_for_a_round_costs_a_cycle_and_the_next_one_works(server, pairs):
+def test_a_rank_without_memory_for_a_round_costs_one_cycle(server, pairs):
     async def fail(_: Requests) -> None:
         failed = stats(server).failures.get("prepare", 0)
         request = ask(server, NO_MEMORY)
@@ -182,7 +189,7 @@ def test_a_rank_without_memory_for_a_round_costs_a_cycle_and_the_next_one_works(
 
 
 @pytest.mark.parametrize("seconds", [4, pytest.param(30, marks=pytest.mark.soak)])
-def test_a_rank_that_stands_still_is_waited_for_and_costs_no_cycle(server, english, seconds):
+def test_a_rank_that_stands_still_costs_no_cycle(server, english, seconds):
     async def pause(_: Requests) -> None:
         failed = stats(server).cycles_failed
         worker = workers(server)[1]
@@ -227,7 +234,7 @@ def test_a_full_disk_is_said_and_disturbs_nobody(server, english, python):
     read_expert_map(path, num_layers=6, num_experts=64, num_ranks=2)
 
 
-def test_a_full_disk_for_the_statistics_is_said_and_disturbs_nobody(server, pairs):
+def test_a_full_disk_for_statistics_is_said_disturbs_nobody(server, pairs):
     if not server.small_disk:
         pytest.skip("this machine lets nobody mount a small disk")
 
@@ -258,11 +265,11 @@ def test_a_damaged_weight_is_found_and_mended(server, english):
     answers = asyncio.run(under_load(server, 1, english, damage))
     assert answers.failed == []  # wrong answers are what a damaged weight brings
     assert lines(server, "slots do not hold the weights of their expert") == 1
-    assert lines(server, "EPLB audit: 1 of 1 damaged slots were mended") == 1
+    assert lines(server, "EPLB audit: 1 of 1 damaged slots were repaired") == 1
     run(server, english, lambda _: until_balanced(server))
 
 
-def test_random_faults_cost_no_request_and_a_crash_of_the_front_end_leaves_nothing(server, pairs):
+def test_random_faults_and_a_crash_leave_nothing(server, pairs):
     """The last one of this server."""
     result = asyncio.run(soak(server, 0.4, 7, pairs))
     assert sum(result["faults"].values()) >= 3
@@ -285,7 +292,7 @@ def test_a_server_that_is_ended_under_requests_leaves_nothing(tmp_path, pairs, n
 
 
 @pytest.mark.soak
-def test_a_transfer_that_fails_behind_the_gate_ends_balancing_and_nothing_else(tmp_path, pairs):
+def test_a_transfer_that_fails_ends_balancing_and_nothing_else(tmp_path, pairs):
     async def fail(_: Requests) -> None:
         await until(lambda: (its := server.stats()) and its.cycles_done >= 3, "three cycles")
         ask(server, NO_ISSUE)

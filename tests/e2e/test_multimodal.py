@@ -105,7 +105,7 @@ def serve(runs, model, name, redundant):
     )
 
 
-def test_text_of_a_multimodal_model_is_the_same_while_experts_move(runs, model):
+def test_text_of_a_multimodal_model_stays_the_same(runs, model):
     run, expected = serve(runs, model, "multimodal", 0), model[2]
     assert run.code == 0, run.log[-6000:]
     turns = len(run.result["tokens"]) // len(expected)
@@ -117,7 +117,7 @@ def test_text_of_a_multimodal_model_is_the_same_while_experts_move(runs, model):
     assert run.result["ranks"][0]["counted"] == run.result["ranks"][0]["routed"]
 
 
-def test_redundant_experts_that_vllm_left_without_weights_end_the_start(runs, model):
+def test_redundant_experts_without_weights_end_the_start(runs, model):
     run = serve(runs, model, "unfilled", 4)
     assert run.code != 0
     assert "copies of 8 experts differ from each other once the weights are loaded" in run.log

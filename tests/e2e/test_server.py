@@ -20,6 +20,7 @@ import pytest
 from examples.demo.server import Server
 from vllm_ascend_eplb.files.expert_map import read_expert_map
 from vllm_ascend_eplb.files.map_recorder import load_path
+from vllm_ascend_eplb.files.run_folder import STATS_VARIABLE
 from vllm_ascend_eplb.observe.stats import EplbStats
 from vllm_ascend_eplb.values.placement import Placement
 
@@ -91,17 +92,58 @@ def test_answers_are_those_of_one_process_while_experts_move(server, texts, refe
     assert server.stats().cycles_failed == 0
 
 
-def test_metrics_show_what_happened(server, texts):
+def as_metrics(stats: EplbStats) -> dict[str, float]:
+    """What /metrics must show of these statistics."""
+    expected: dict[str, float] = {
+        f'vllm_eplb_cycles{{result="{result}"}}': getattr(stats, f"cycles_{result}")
+        for result in ("done", "skipped", "failed")
+    }
+    expected |= {
+        "vllm_eplb_steps": stats.step,
+        "vllm_eplb_experts_moved": stats.experts_moved,
+        "vllm_eplb_experts_moved_last_cycle": stats.experts_moved_last,
+        "vllm_eplb_planner_starts": stats.planner_starts,
+        "vllm_eplb_planner_seconds": stats.planner_seconds,
+        "vllm_eplb_moves_planned": stats.moves_planned,
+        "vllm_eplb_control_wait_seconds": stats.control_wait_seconds,
+        "vllm_eplb_transfer_wait_seconds": stats.transfer_wait_seconds,
+        "vllm_eplb_commit_seconds": stats.commit_seconds,
+        "vllm_eplb_longest_step_seconds": stats.longest_step_seconds,
+        f'vllm_eplb_phase{{phase="{stats.phase}"}}': 1,
+        f'vllm_eplb_info{{mode="{stats.mode}",policy="{stats.policy}",version="{stats.version}"}}': 1,
+    }
+    for name, par in (
+        ("par_before", stats.par_before),
+        ("par_planned", stats.par_planned),
+        ("par_window", stats.window.par),
+        ("par_window_start_placement", stats.window.par_start),
+    ):
+        expected[f'vllm_eplb_{name}{{layers="mean"}}'] = par.mean
+        expected[f'vllm_eplb_{name}{{layers="worst"}}'] = par.worst
+    return expected
+
+
+def differences(server: Server) -> dict[str, tuple[float, float | None]]:
+    """Metrics that do not show what the statistics say. Both stand still while nothing is asked."""
+    shown = server.metrics()
+    return {
+        name: (value, shown.get(name))
+        for name, value in as_metrics(server.stats()).items()
+        if shown.get(name) != pytest.approx(value)
+    }
+
+
+def test_metrics_are_the_statistics(server, texts):
+    earlier = as_metrics(server.stats())
     complete(server, texts)
-    stats = server.stats()
-    # the page follows the statistics within a second or two
-    wait_until(lambda: server.metrics().get("vllm_eplb_cycles", 0) is not None and server.metrics(), 10, "metrics")
-    metrics = server.metrics()
-    names = {re.sub(r"\{.*", "", name) for name in metrics}
-    for word in ("par", "moved", "cycles", "planner", "control_wait", "transfer", "commit", "phase"):
-        assert any(word in name for name in names), f"no metric about {word} in {sorted(names)}"
-    assert all(value == value for value in metrics.values())
+    wait_until(lambda: not differences(server), 60, "metrics that follow the statistics")
+    stats, metrics = server.stats(), server.metrics()
+    assert differences(server) == {}
     assert stats.cycles_done > 0
+    assert stats.experts_moved > 0
+    assert stats.control_wait_seconds > 0
+    assert metrics["vllm_eplb_steps"] > earlier["vllm_eplb_steps"]  # so that old values would not do
+    assert sum(value for name, value in metrics.items() if name.startswith("vllm_eplb_phase")) == 1
     assert len(metrics) < 60  # low cardinality
 
 
@@ -195,7 +237,9 @@ def parent_mark(pid: int) -> str:
     return " eplb-planner" if "Worker" in title else ""
 
 
-def test_the_server_ends_in_order_and_starts_again_from_its_recorded_map(server, texts, reference, tmp_path, map_file):
+def test_the_server_ends_in_order_and_its_map_is_a_start(server, runs, reference, map_file, tmp_path):
+    """The engine that starts from it is an offline one. Its placement is static, and nothing is counted."""
+    shared, counted = server.shared_memory(), semaphores(server.processes())
     assert server.stop() == []
     assert server.processes() == []
     recorded = read_expert_map(map_file, num_layers=6, num_experts=64, num_ranks=2)
@@ -204,29 +248,22 @@ def test_the_server_ends_in_order_and_starts_again_from_its_recorded_map(server,
     with np.load(load_path(map_file)) as archive:
         assert archive["load"][-1].sum() == server.stats().window.tokens
         assert int(archive["digest"]) == recorded.digest
-    again = start(Server(2, {"expert_map_path": str(map_file)}, tmp_path, 16))
-    try:
-        assert complete(again, texts) == reference
-        assert again.stats() is None  # nothing is counted, and nothing moves
-        shared, counted = again.shared_memory(), semaphores(again.processes())
-        assert httpx.get(f"{again.url}/eplb", timeout=30).status_code == 404  # not named
-    finally:
-        assert again.stop() == []
-    assert read_expert_map(map_file) == recorded
-    log = again.log_path.read_text(errors="replace")
-    assert f"EPLB is on: static placement, 4 redundant experts, starting from {map_file}" in log
     # vLLM's own shutdown may log that its engine is gone; nothing of ours may be in a traceback
-    assert not re.search(r'File "[^"]*vllm_ascend_eplb', log)
+    assert not re.search(r'File "[^"]*vllm_ascend_eplb', server.log_path.read_text(errors="replace"))
     # other programs' come and go; vLLM's own sockets and shared memory the demo's Server removes
     assert [path for path in shared if path.exists()] + left_semaphores(counted) == []
-
-
-def test_a_bad_setting_ends_the_server_before_any_worker_starts(tmp_path):
-    server = Server(2, {"dynamic_eplb": True, "num_redundant_experts": 3}, tmp_path, 16)
-    server.start()
-    process = server._process
-    assert process.wait(START_SECONDS) != 0
-    log = server.log_path.read_text(errors="replace")
-    assert "eplb_config.num_redundant_experts = 3: 64 experts + 3 cannot be shared evenly by 2 ranks" in log
-    assert "EngineCore" not in log
-    assert server.processes() == []
+    run = runs(
+        "restarted",
+        ranks=2,
+        eplb={"expert_map_path": str(map_file)},
+        variables={STATS_VARIABLE: str(tmp_path / "stats.json")},
+        prompts=prompts(6),
+        max_tokens=TOKENS,
+    )
+    assert run.code == 0, run.log[-4000:]
+    assert run.result["tokens"] == reference
+    assert run.result["ranks"] == [{}, {}]  # no balancer
+    assert not (tmp_path / "stats.json").exists()
+    assert read_expert_map(map_file) == recorded
+    assert f"EPLB is on: static placement, 4 redundant experts, starting from {map_file}" in run.log
+    assert not re.search(r'File "[^"]*vllm_ascend_eplb', run.log)

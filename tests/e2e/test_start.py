@@ -22,7 +22,27 @@ DRAFTED = {"model": "FILES/mtp", "speculative_config": {"method": "mtp", "num_sp
 CASES = {
     "unknown key": ({"dynamic_eplb": True, "num_redundnt_experts": 2}, {}, "num_redundnt_experts"),
     "nearest key": ({"dynamic_eplb": True, "num_redundnt_experts": 2}, {}, "did you mean num_redundant_experts?"),
-    "text for a boolean": ({"dynamic_eplb": "true"}, {}, "dynamic_eplb"),
+    "text for a boolean": ({"dynamic_eplb": "ture"}, {}, "did you mean true?"),
+    "left over of vLLM's own": (
+        {"dynamic_eplb": True},
+        {"eplb_config": {"num_redundant_experts": 2}},
+        '"dynamic_eplb": true, "num_redundant_experts": 2}}\'',
+    ),
+    "setting beside eplb_config": (
+        None,
+        {"additional_config": {"num_wait_woker_iterations": 50, "eplb_config": {"dynamic_eplb": True}}},
+        '{"eplb_config": {"algorithm_execution_interval": 50}}',
+    ),
+    "eplb_config misspelt": (
+        None,
+        {"additional_config": {"eplb-config": {"dynamic_eplb": True}}},
+        "the key is eplb_config",
+    ),
+    "eplb_config nested": (
+        None,
+        {"additional_config": {"additional_config": {"eplb_config": {"dynamic_eplb": True}}}},
+        "to the top level",
+    ),
     "interval": ({"dynamic_eplb": True, "expert_heat_collection_interval": 0}, {}, "expert_heat_collection_interval"),
     "not divisible": ({"dynamic_eplb": True, "num_redundant_experts": 3}, {}, "nearest that works: 2 or 4"),
     "too redundant": ({"dynamic_eplb": True, "num_redundant_experts": 66}, {}, "is more than 64"),
@@ -99,22 +119,22 @@ CASES = {
     "drafter with experts": (
         {"dynamic_eplb": True},
         {"speculative_config": {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}},
-        "--speculative-config with a draft model that has experts, of method draft_model is not supported",
+        "--speculative-config with a draft model with experts, of method draft_model is not supported",
     ),
     "drafter and pipeline stages": (
         {"dynamic_eplb": True},
         {**DRAFTED, "set": {"parallel_config": {"pipeline_parallel_size": 2}}},
-        "a draft model that has experts, and --pipeline-parallel-size 2 is not supported",
+        "a draft model with experts and --pipeline-parallel-size 2 is not supported",
     ),
     "drafter and several engines of several ranks": (
         {"dynamic_eplb": True},
         {**DRAFTED, "data_parallel_size": 2},
-        "a draft model that has experts, and --data-parallel-size with --tensor-parallel-size 2 is not supported",
+        "a draft model with experts and --data-parallel-size with --tensor-parallel-size 2 is not supported",
     ),
     "drafter and a map": (
         {"dynamic_eplb": True, "expert_map_record_path": "FILES/new.json"},
         DRAFTED,
-        "an expert_map_path or expert_map_record_path, and a draft model that has experts, True is not supported",
+        "an expert_map_path or expert_map_record_path and a draft model with experts True is not supported",
     ),
     "Ray": (
         {"dynamic_eplb": True},
@@ -130,6 +150,16 @@ CASES = {
         {"dynamic_eplb": True},
         {"set": {"parallel_config": {"distributed_executor_backend": "external_launcher"}}},
         "--distributed-executor-backend external_launcher is not supported",
+    ),
+    "NCCL beside cooperative kernels": (
+        {"dynamic_eplb": True, "transport": "nccl"},
+        {"set": {"parallel_config": {"all2all_backend": "deepep_low_latency"}}},
+        '"transport": "nccl" and --all2all-backend deepep_low_latency is not supported',
+    ),
+    "NCCL beside a megakernel": (
+        {"dynamic_eplb": True, "transport": "nccl"},
+        {"set": {"kernel_config": {"moe_backend": "deep_gemm_mega_moe"}}},
+        '"transport": "nccl" and --moe-backend deep_gemm_mega_moe is not supported',
     ),
     "frozen weights": (
         {"dynamic_eplb": True},
@@ -201,6 +231,8 @@ def answers(tmp_path_factory, nursery):
     asked = {name: (settings, arguments) for name, (settings, arguments, _) in CASES.items()}
     asked["map"] = ({"expert_map_path": "FILES/good.json"}, {})
     asked["off"] = ({}, {})
+    asked["off in words"] = ({"dynamic_eplb": "false", "unknown": 1}, {})
+    asked["on in words"] = ({"dynamic_eplb": "true", "num_redundant_experts": "4"}, {})
     asked["absent"] = (None, {})
     asked["on"] = ({"dynamic_eplb": True, "num_redundant_experts": 4}, {})
     asked["stages"] = ({"dynamic_eplb": True}, {"pipeline_parallel_size": 2})
@@ -223,7 +255,7 @@ def test_a_setting_that_cannot_work_is_refused_with_its_message(answers, name):
     assert "\n" not in answer["message"]
 
 
-@pytest.mark.parametrize("name", ["off", "absent"])
+@pytest.mark.parametrize("name", ["off", "absent", "off in words"])
 def test_without_the_flag_vllm_is_configured_as_ever(answers, name):
     assert answers[name] == {
         "enable_eplb": False,
@@ -237,6 +269,7 @@ def test_the_flag_turns_it_on(answers):
     assert answers["on"]["enable_eplb"] is True
     assert answers["on"]["redundant"] == 4
     assert answers["on"]["worker_cls"].count("vllm_ascend_eplb.") == 1
+    assert answers["on in words"] == {**answers["on"], "adaptor": answers["on in words"]["adaptor"]}
 
 
 def test_redundant_experts_come_from_the_map(answers):
@@ -261,7 +294,7 @@ for allow in (False, True):
 
 # On a GPU vLLM's own checks of its switch apply, so they must see it; on an unchecked version nobody sees it.
 from vllm.config.parallel import EPLBConfig
-from vllm_ascend_eplb.adaptors import vllm_config
+from vllm_ascend_eplb.adaptors import front_end
 type(vllm.platforms.current_platform).is_cpu = lambda self: False
 
 class Arguments:
@@ -273,7 +306,7 @@ class Arguments:
         print("CHECKS SEE", seen if self.enable_eplb else [False, self.eplb_config is not given.eplb_config])
         raise SystemError
 
-vllm_config.hook(Arguments)
+front_end.hook(Arguments)
 for allow in (False, True):
     given = Arguments(num_redundant_experts=4, allow_unchecked_vllm=allow)
     try:
@@ -294,19 +327,21 @@ def test_an_unchecked_vllm_is_left_alone_and_gpus_see_the_switch(nursery, tmp_pa
     assert done.log.count("EPLB stays off: it was checked against vLLM") == 1
 
 
-SEAMS = """
-from vllm_ascend_eplb.adaptors import vllm_seams
-print("MISSING", vllm_seams.missing_seams("cpu"))
+PATCH_POINTS = """
+from vllm_ascend_eplb.adaptors.vllm.patch_points import missing_patch_points
+print("MISSING", missing_patch_points("cpu"))
 import vllm.distributed.eplb.eplb_state as eplb_state
 kept = eplb_state.EplbLayerState
 del eplb_state.EplbLayerState
-print("PLANTED", vllm_seams.missing_seams("cpu"))
+print("PLANTED", missing_patch_points("cpu"))
 eplb_state.EplbLayerState = kept
 
 # The hooks of the V2 runner around vLLM's own controller and decorator, in a runner that calls them as V2 does.
 from types import SimpleNamespace
 from vllm.v1.worker.gpu.eplb_utils import EPLBController, step_eplb_after
-from vllm_ascend_eplb.adaptors import vllm, vllm_cpu
+from vllm_ascend_eplb.adaptors.errors import PatchPointError
+from vllm_ascend_eplb.adaptors.vllm import cpu
+from vllm_ascend_eplb.adaptors.vllm.runner import hook_runner
 
 class State:
     should_record_tensor = None
@@ -333,7 +368,7 @@ class Runner:
         self.execute_model(SimpleNamespace(num_scheduled_tokens={"a": num_tokens}), dummy_run=True)
 
 runner, said = Runner(), []
-vllm.hook_runner(runner)
+hook_runner(runner)
 def show(what, call):
     said.clear()
     call()
@@ -346,13 +381,13 @@ show("dummy", lambda: runner._dummy_run(4))
 show("profile", lambda: runner._dummy_run(4, is_profile=True))
 show("capture", lambda: runner._dummy_run(4, skip_eplb=True))
 try:
-    vllm.hook_runner(SimpleNamespace())
-except vllm.SeamError as error:
+    hook_runner(SimpleNamespace())
+except PatchPointError as error:
     print("NEITHER", error)
 
 import vllm.models.deepseek_v4.nvidia.model as by_name
-vllm_cpu.replace_router_mapping()
-print("BY NAME", by_name.eplb_map_to_physical_and_record is vllm_cpu.eplb_map_to_physical_and_record)
+cpu.replace_router_mapping()
+print("BY NAME", by_name.eplb_map_to_physical_and_record is cpu.eplb_map_to_physical_and_record)
 """
 
 COPIES = """
@@ -363,10 +398,10 @@ register()
 settings = {"dynamic_eplb": True, "num_redundant_experts": 4, "allow_unchecked_vllm": True}
 config = EngineArgs(model=sys.argv[1], tensor_parallel_size=2, enable_expert_parallel=True,
                     additional_config={"eplb_config": settings}).create_engine_config()
-from vllm_ascend_eplb.adaptors import vllm
+from vllm_ascend_eplb.adaptors.vllm import worker as workers
 for worker in (False, True):
     if worker:
-        vllm.take_over()
+        workers.take_over()
     try:
         copy = config.with_hf_config(config.model_config.hf_config)
         print("COPY", copy.parallel_config.enable_eplb, copy.parallel_config.eplb_config.num_redundant_experts)
@@ -398,13 +433,13 @@ def test_a_worker_on_a_cpu_may_copy_its_configuration(nursery, tmp_path):
     ]
 
 
-def test_a_missing_seam_is_named_and_both_runners_step(nursery, tmp_path):
+def test_missing_patch_point_is_named_and_v2_steps_right(nursery, tmp_path):
     """Both at the right point of a step."""
-    done = run_script(nursery, tmp_path, SEAMS)
+    done = run_script(nursery, tmp_path, PATCH_POINTS)
     assert done.code == 0, done.log[-4000:]
     assert "MISSING []" in done.log
     planted = next(line for line in done.log.splitlines() if line.startswith("PLANTED"))
-    assert "vllm.distributed.eplb.eplb_state.EplbLayerState (what a router reads)" in planted
+    assert "vllm.distributed.eplb.eplb_state.EplbLayerState (gives each router its maps and counters)" in planted
     v2 = dict(line.removeprefix("V2 ").split(" ", 1) for line in done.log.splitlines() if line.startswith("V2 "))
     assert {what: ast.literal_eval(said) for what, said in v2.items()} == {
         "prefill": ["data parallel", "prepare_forward", "forward_before real prefill", "model"],

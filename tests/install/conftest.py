@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package, installed as the README says: built in isolation from what a source distribution holds, into an environment
-of its own that its user cannot write to.
+"""The package, installed as the README says: built in isolation from what a source distribution holds, into an
+environment of its own that its user cannot write to.
 
 vLLM and torch are those of the environment that runs the tests: their folder is on the new environment's path, without
 this checkout, which is installed there in place.

@@ -23,9 +23,9 @@ class Probe:
         if state is None:
             return []
         parts = [(state.updator, state._model.moe_layers)]
-        if state.drafter is not None:
-            drafter = state.model_states[state.drafter.model_config.compute_hash()]
-            parts.append((state.drafter.updator, drafter.model.moe_layers))
+        if state.draft is not None:
+            drafter = state.model_states[state.draft.model_config.compute_hash()]
+            parts.append((state.draft.updator, drafter.model.moe_layers))
         return [(balancer, [layer.routed_experts for layer in layers]) for balancer, layers in parts]
 
     def probe_freeze_weights(self, first: int = 0) -> int:
@@ -39,7 +39,7 @@ class Probe:
             commit = loader.commit
 
             def commit_maps_only(number: int) -> None:
-                slots = [tensor for layer in loader._slots[first_layer:] for slot in layer for tensor in slot]
+                slots = [tensor for layer in loader.slots[first_layer:] for slot in layer for tensor in slot]
                 kept = [tensor.clone() for tensor in slots]
                 commit(number)
                 with torch.no_grad():

@@ -14,6 +14,7 @@ from examples.demo.summary import DomainResult, Summary
 from examples.demo.traffic import Tally
 from examples.demo.view import View
 from examples.tiny_moe.expert_load import domains, read_prompts
+from tests.windows import rank_window
 from vllm_ascend_eplb.observe.keeper import StatsKeeper
 from vllm_ascend_eplb.observe.stats import EplbStats
 
@@ -24,7 +25,7 @@ def good_stats() -> EplbStats:
     keeper = StatsKeeper("1.0", "default", "balance")
     for step, load in ((100, SKEWED), (200, EVEN)):
         keeper.step = step
-        keeper.window_ended(load, SKEWED)
+        keeper.window_ended(rank_window(load, SKEWED))
         keeper.planned([1.0], 0.01)
         keeper.cycle_ended("done" if load is SKEWED else "skipped", moved=4 if load is SKEWED else 0, reason="no gain")
     return keeper.stats()

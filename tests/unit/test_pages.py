@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -146,6 +147,21 @@ def test_tables_are_whole(page: Path) -> None:
     starts = [at for at, line in enumerate(lines) if line.startswith("|") and (at == 0 or lines[at - 1][:1] != "|")]
     for at in starts:
         assert re.fullmatch(r"\|(?: -+ \|)+", lines[at + 1]), f"{page.name}:{at + 1}"
+
+
+def test_cells_of_wide_tables_know_their_column() -> None:
+    """On a phone the guide shows a row of such a table as a card, with the heads before the cells."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "hooks" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    head = "<table><thead><tr><th>a</th><th><code>b</code></th><th>c</th></tr></thead>"
+    made = tables.on_page_content(f"<p>x</p>{head}<tr><td>1</td><td style='x'>2</td><td></td></tr></table>")
+    assert re.findall(r"<td(.*?)>", made) == [' data-head="a"', " style='x' data-head=\"b\"", ' data-head="c"']
+    assert 'data-wide="figures"' in made
+    narrow = "<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table>"
+    assert tables.on_page_content(narrow) == narrow
 
 
 def test_every_option_that_is_refused_has_its_case() -> None:

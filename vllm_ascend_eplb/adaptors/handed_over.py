@@ -10,8 +10,8 @@ from ..settings.config import EplbConfig
 
 
 class HandedOver(dict[str, Any]):
-    """``eplb_config`` as :func:`hand_over` left it: what vllm-ascend is told, and our settings beside it. Copies of it,
-    pickled ones too, have them as well.
+    """``eplb_config`` as :func:`hand_over` left it: the keys for vllm-ascend, and our settings as an attribute, which
+    copies and pickles of it keep.
 
     Args:
         stock: vllm-ascend's own keys.
@@ -20,7 +20,7 @@ class HandedOver(dict[str, Any]):
 
     def __init__(self, stock: Mapping[str, Any], settings: EplbConfig) -> None:
         super().__init__(stock)
-        # Only what was given: some defaults depend on what is left out.
+        # Only keys that were given: some defaults depend on whether a key was left out.
         self.settings = settings.model_dump(exclude_unset=True)
 
 

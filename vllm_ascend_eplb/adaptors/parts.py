@@ -5,49 +5,49 @@ from __future__ import annotations
 
 from typing import Any
 
+DRAFT = "drafter"
+"""Name of the balancer of a draft model with experts, in the log, the statistics and the metrics; that of the model has
+no name."""
 
-def has_experts(drafter: Any) -> bool:
-    """Whether a drafter is a model of its own with experts. Without weights of its own it carries the model's
-    configuration.
+
+def has_experts(speculative: Any) -> bool:
+    """Whether the draft model is a model of its own with experts.
 
     Args:
-        drafter: vLLM's speculative configuration; None where nothing is guessed.
+        speculative: vLLM's speculative configuration, or None. A method without weights of its own (ngram) carries the
+            configuration of the model.
     """
-    if drafter is None or drafter.draft_model_config in (None, drafter.target_model_config):
+    if speculative is None or speculative.draft_model_config in (None, speculative.target_model_config):
         return False
-    return bool(drafter.draft_model_config.get_num_experts())
+    return bool(speculative.draft_model_config.get_num_experts())
 
 
-def drafter_layers(drafter: Any) -> int | None:
-    """How many layers with experts a drafter in the model's checkpoint (MTP) has; None where its configuration does not
-    say it.
+def draft_layers(speculative: Any) -> int | None:
+    """How many layers with experts a draft model in the checkpoint of the model (MTP) has; None where its configuration
+    does not say it.
 
     Args:
-        drafter: vLLM's speculative configuration, of a drafter that has experts.
+        speculative: vLLM's speculative configuration, of a draft model with experts.
     """
-    layers = getattr(drafter.draft_model_config.hf_config, "n_predict", None)
+    layers = getattr(speculative.draft_model_config.hf_config, "n_predict", None)
     return layers if isinstance(layers, int) else None
 
 
-def is_drafter(vllm_config: Any, model_config: Any) -> bool:
-    """Whether this is the configuration of the drafter, not of the model. A drafter without weights has the model's."""
+def is_draft(vllm_config: Any, model_config: Any) -> bool:
+    """Whether ``model_config`` is the configuration of the draft model, and not of the model."""
     speculative = vllm_config.speculative_config
     if speculative is None or model_config is vllm_config.model_config:
         return False
     return model_config is speculative.draft_model_config
 
 
-DRAFTER = "drafter"
-"""What the balancer of a drafter with experts is called, beside the model's, which has no name."""
-
-
 def pipeline_parts(stages: int) -> list[str]:
-    """What the balancers of a model's pipeline stages are called; none where there is one stage."""
+    """Names of the balancers of the pipeline stages; none where there is one stage."""
     return [f"stage{stage}" for stage in range(stages)] if stages > 1 else []
 
 
 def parts_of(vllm_config: Any) -> list[str]:
-    """The balancers of a server, where it has several."""
+    """Names of the balancers of a server; none where there is one."""
     if has_experts(vllm_config.speculative_config):
-        return ["", DRAFTER]
+        return ["", DRAFT]
     return pipeline_parts(vllm_config.parallel_config.pipeline_parallel_size)

@@ -20,6 +20,7 @@ another placement than the others; the group's own timeout ends the wait if a pe
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -37,7 +38,7 @@ MAX_LAG = 8
 
 
 class ControlError(RuntimeError):
-    """Agreement broke down: a peer is gone, or the channel was used out of order. This rank cannot go on balancing."""
+    """The control channel failed: a peer exited, or calls were made out of order. This rank cannot go on balancing."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Agreed:
 
 def agree(facts: list[Facts]) -> Agreed:
     """What the channel gives all ranks when they post ``facts``; for tests, replays and a single rank."""
-    table = np.array([_as_tuple(each) for each in facts], dtype=np.int64)
+    table = np.array([_as_tuple(posted) for posted in facts], dtype=np.int64)
     return Agreed(Facts(*table.min(axis=0).tolist()), Facts(*table.max(axis=0).tolist()))
 
 
@@ -348,6 +349,16 @@ class FlightRecorder:
         """Writes all entries as JSON, with ``about`` (rank, reason, settings) beside them."""
         data = {"about": about, "fields": FIELDS, "entries": [asdict(entry) for entry in self._entries]}
         Path(path).write_text(json.dumps(data, indent=1, default=str), encoding="utf-8")
+
+    def leave(self, rank: int, **about: object) -> Path | None:
+        """Dumps into a folder of its own under the temporary one; None where that fails: a full disk must not hide the
+        reason itself."""
+        try:
+            path = Path(tempfile.mkdtemp(prefix="vllm-eplb-flight-"), f"rank{rank}.json")
+            self.dump(path, rank=rank, **about)
+        except OSError:
+            return None
+        return path
 
     @staticmethod
     def load(path: str | Path) -> list[FlightEntry]:

@@ -31,9 +31,9 @@ def require_equal(group: Any, num_ranks: int, values: Mapping[str, object]) -> N
         return
     # JSON, not torch's all_gather_object: that would unpickle what the other ranks send.
     theirs = [json.loads(data) for data in exchange_bytes(group, num_ranks, json.dumps(mine).encode())]
-    for rank, other in enumerate(theirs):
-        for name in sorted({*theirs[0], *other}):
-            first, value = theirs[0].get(name, "missing"), other.get(name, "missing")
+    for rank, given in enumerate(theirs):
+        for name in sorted({*theirs[0], *given}):
+            first, value = theirs[0].get(name, "missing"), given.get(name, "missing")
             if first != value:
                 raise StartError(
                     f"expert-parallel rank {rank} differs from rank 0 in {name}: {value} against {first}; "

@@ -80,7 +80,7 @@ class Command(IntEnum):
 
 
 class Do(IntEnum):
-    """What a rank has to do at a step; ``Action.round`` says with which round where one is meant."""
+    """What a rank has to do at a step. ``Action.round`` is the round of PREPARE, ISSUE and COMMIT, else -1."""
 
     SNAPSHOT = 1  # begin to copy the counts to the host
     REDUCE = 2  # post the sum of the counts

@@ -24,7 +24,8 @@ from ..planning.message import pack_plan
 from ..transfer.checksum import ChecksumTable, Summer, Sums, wrong_slots
 from ..transfer.transport import Streams
 from ..values.placement import Int32Array, Int64Array, Placement
-from ..values.rounds import LAYER, SLOT, Round, rounds_to_array
+from ..values.plan import LAYER, SLOT
+from ..values.rounds import Round, rounds_to_array
 from .repair import Damage, find_damage, repair_rounds
 from .work import Parts, Work
 
@@ -69,7 +70,7 @@ class SlotAudit:
         self._under_way: list[tuple[int, int, int, Sums]] = []  # layer, slot, place, prepared sums
         self._event = streams.event()
         for layer in slots:  # what the device's library sets aside is set aside before the engine serves
-            self._summer.enqueue(self._summer.prepare(0, layer[0]))
+            self._summer.enqueue(self._summer.place(0, layer[0]))
         self._summer.fetch()
 
     def step(self) -> None:
@@ -82,7 +83,7 @@ class SlotAudit:
             if todo is None or (place and (nbytes > STEP_BYTES or time.perf_counter() - began > STEP_SECONDS)):
                 break
             tensors = self._slots[todo[0]][todo[1]]
-            sums = self._summer.prepare(place, tensors)
+            sums = self._summer.place(place, tensors)
             self._summer.enqueue(sums)
             self._under_way.append((*todo, place, sums))
             self._next += 1
@@ -112,7 +113,7 @@ class SlotAudit:
         """These local slots got other weights: what was summed of them counts no more."""
         self._sums[layers, slots] = _NOT_YET
         gone = set(zip(layers.tolist(), slots.tolist(), strict=True))
-        self._under_way = [each for each in self._under_way if each[:2] not in gone]
+        self._under_way = [pending for pending in self._under_way if pending[:2] not in gone]
         self._next = 0
 
     def restart(self) -> None:
@@ -249,7 +250,7 @@ class Auditor:
         self._parts.stats.mended(slots)
         if self._parts.rank == 0 and slots:
             logger.warning(
-                "%s audit: %d of %d damaged slots were mended by step %d",
+                "%s audit: %d of %d damaged slots were repaired by step %d",
                 self._title,
                 slots,
                 self._damaged,
@@ -281,7 +282,7 @@ class Auditor:
         rounds: list[Round] = []
         if config.audit_action == "repair" and config.mode != "observe":
             rounds = repair_rounds(damage, placement.slots_per_rank, self._loader.buffer_experts)
-        mending = sum(len(each.moves) for each in rounds)
+        mending = sum(len(round.moves) for round in rounds)
         if mending or damage != self._last_damage:
             self._last_damage = damage
             logger.error(
@@ -290,7 +291,7 @@ class Auditor:
                 step,
                 count,
                 sums.size,
-                "; ".join(each.text(placement.slots_per_rank) for each in damage[:SHOWN])
+                "; ".join(damaged.text(placement.slots_per_rank) for damaged in damage[:SHOWN])
                 + ("; ..." if count > SHOWN else ""),
                 self._what_is_done(mending, count, len(damage)),
             )
@@ -300,6 +301,6 @@ class Auditor:
         if mending == count:
             return "good copies are being sent there"
         if self._config.audit_action == "repair":
-            why = "the next ones follow" if count > known else "the others have none: load the weights anew"
+            why = "the next ones follow" if count > known else "the others have none: reload the weights"
             return f"{mending} get good copies, {why}"
-        return 'answers may be wrong: load the weights anew, or set "audit_action": "repair" in eplb_config'
+        return 'answers may be wrong: reload the weights, or set "audit_action": "repair" in eplb_config'

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from ..agreement.channel import Bulk, ControlChannel
-from ..load.recorder import Int64Array, LoadRecorder
-from ..values.placement import Placement
+from ..load.recorder import LoadRecorder
+from ..values.placement import Int64Array, Placement
 
 logger = logging.getLogger("vllm.eplb")
 

@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from ..agreement.phases import Command, Failure
 from ..files.run_folder import remove_orphaned_folder
 from ..planning.message import pack_plan
-from ..planning.request import Dispatch, PlanAnswer, PlanRequest
+from ..planning.options import PlanOptions
+from ..planning.payoff import Payoff
+from ..planning.request import Dispatch, PlanAnswer, PlanRequest, Rebalance, Restore
 from ..planning.shares import shared_rank_load
 from ..planning.threshold import PlanJudge
 from ..settings.config import EplbConfig
-from ..values.placement import FloatArray, Int64Array, Placement, peak_to_average
+from ..values.placement import FloatArray, Int64Array, Placement
+from ..values.traffic import Traffic
+from ..values.window import WindowLoad
 from .gather import Gathered
+from .timing import Times
 from .work import Parts, Work
 
 logger = logging.getLogger("vllm.eplb")
@@ -32,19 +35,25 @@ class _Case:
 
     Attributes:
         start: the placement in force when it was asked for.
+        task: what was asked for.
         window_par: mean PAR of the window, as the tokens fell.
         note: what the log says beside the cycle: how the last plan turned out.
         answer: of the planner, once it is there.
         new_shares: dispatch shares that the cycle brings, with or without moves.
         skipped: why no expert is moved; empty if some are.
+        still: whether nothing moves because imbalance costs no time with this traffic.
+        payoff: what the plan brings.
     """
 
     start: Placement
+    task: Rebalance | Restore
     window_par: float
     note: str
     answer: PlanAnswer | None = None
     new_shares: Dispatch | None = None
     skipped: str = ""
+    still: bool = False
+    payoff: Payoff | None = None
 
 
 class Lead:
@@ -52,10 +61,15 @@ class Lead:
 
     def __init__(self, parts: Parts, work: Work) -> None:
         self._parts, self._work = parts, work
-        self._judge = PlanJudge(parts.config.min_gain, parts.config.rank_speed)
+        self._judge = PlanJudge(parts.config.min_gain)
         self._observed: Placement | None = None  # in mode observe: what the last plan would have led to
         self._load: Int64Array | None = None  # [L, E] of the last window, until the map recorder has it
         self._case: _Case | None = None
+        self._told_still = False
+
+    def learn(self, times: Times) -> None:
+        """From now on plans are weighed by the times that were measured here."""
+        self._judge.learn(times.cost, times.rates, self._parts.start.slots_per_rank)
 
     # --- it asks ------------------------------------------------------------------------------------------------------
 
@@ -64,8 +78,8 @@ class Lead:
         parts, state, placement = self._parts, self._work.state, self._work.placement
         if parts.planner is None:
             return
-        self._take_stock(gathered)
-        config, tables = parts.config, parts.adaptor.dispatch
+        case = self._case = self._take_stock(gathered)
+        tables = parts.adaptor.dispatch
         parts.planner.submit(
             PlanRequest(
                 number=state.cycle,
@@ -75,51 +89,47 @@ class Lead:
                 node_of_rank=parts.adaptor.topology.node_of_rank,
                 num_groups=parts.adaptor.num_groups,
                 buffer_experts=parts.loader.buffer_experts,
-                policy="restore" if self._restoring else config.policy_name,
-                limits=_limits(config, state.cycle) if not self._restoring else self._way_back(),
+                task=case.task,
                 dispatch_entries=tables.entries if tables is not None else 0,
             )
         )
 
-    @property
-    def _restoring(self) -> bool:
-        return self._work.state.wanted is Command.RESTORE
+    def _task(self) -> Rebalance | Restore:
+        config = self._parts.config
+        if self._work.state.wanted is Command.RESTORE:
+            return Restore(self._parts.start.physical_to_logical)
+        if config.policy_name == "random":
+            return Rebalance("random", PlanOptions(seed=self._work.state.cycle))
+        if config.policy_name != "incremental":
+            return Rebalance(config.policy_name)
+        # A layer is left alone where going on saves no time.
+        options = replace(plan_options(config), target_par=self._judge.target_par(config.target_par))
+        return Rebalance("incremental", options, config.rank_speed)
 
-    def _way_back(self) -> dict[str, object]:
-        return {"target": self._parts.start.physical_to_logical}
-
-    def _take_stock(self, gathered: Gathered) -> None:
+    def _take_stock(self, gathered: Gathered) -> _Case:
         """What the window was like, and whether the last plan kept its promise in it."""
         parts, placement = self._parts, self._work.placement
-        self._load = load = gathered.load.sum(axis=0)
         observed, self._observed = self._observed, None
-        rank_load = self._rank_load(load)
-        par = float(peak_to_average(rank_load).mean())
-        parts.stats.ranks_told(gathered.figures, rank_load, parts.adaptor.topology.node_of_rank)
-        parts.stats.window_ended(
-            rank_load,
-            self._over_speed(parts.start.rank_load(load)),
-            self._over_speed(observed.rank_load(load)) if observed is not None else None,
-        )
-        note = ""
-        if observed is not None:
-            would = float(observed.par(load, parts.config.rank_speed).mean())
+        load = gathered.load.sum(axis=0)
+        tables, speed = parts.adaptor.dispatch, parts.config.rank_speed
+        tokens = None
+        if tables is not None:
+            tokens = shared_rank_load(load, placement, tables.shares, placement.num_ranks)
+        window = WindowLoad.of(load, placement, parts.start, observed, tokens=tokens, rank_speed=speed)
+        self._load = load
+        parts.stats.ranks_told(gathered.figures, window.in_force, parts.adaptor.topology.node_of_rank)
+        parts.stats.window_ended(window)
+        note, par = "", float(window.in_force.par.mean())
+        if window.observed is not None:
+            would = float(window.observed.par.mean())
             note = f"; the last plan would have brought PAR {would:.3f} instead of {par:.3f}"
-        self._case = _Case(placement, par, self._judge.window_ended(load, placement) or note)
-
-    def _rank_load(self, load: Int64Array) -> FloatArray:
-        """[L, R] tokens per rank under the placement and the dispatch shares in force, over its speed."""
-        tables, placement = self._parts.adaptor.dispatch, self._work.placement
-        if tables is None:
-            return self._over_speed(placement.rank_load(load))
-        return shared_rank_load(load, placement, tables.shares, placement.num_ranks)
-
-    def _over_speed(self, rank_load: FloatArray) -> FloatArray:
-        """[L, R] tokens per rank as a rank of average speed would have to have them to take as long."""
-        if self._parts.config.rank_speed is None:
-            return rank_load
-        speed = np.array(self._parts.config.rank_speed)
-        return np.asarray(rank_load * (speed.mean() / speed))
+        traffic = Traffic.of_histogram(gathered.histogram)
+        note = self._judge.window_ended(window, placement, traffic) or note
+        self._judge.steps = self._work.state.collect_steps
+        if self._judge.cost.in_milliseconds:
+            now_ms, start_ms = (self._judge.moe_ms(part.par) for part in (window.in_force, window.at_start))
+            parts.stats.time_spent(now_ms, start_ms, gathered.steps)
+        return _Case(placement, self._task(), par, note)
 
     # --- it weighs ----------------------------------------------------------------------------------------------------
 
@@ -148,12 +158,17 @@ class Lead:
         if now is not None and after is not None:  # moves must gain beyond what new shares alone would
             par_before, par_after = now.par, after.par
         parts.stats.planned(par_after, plan.seconds, plan.num_moves)
-        before, gained = float(par_before.mean()), float(par_after.mean())
+        received = parts.loader.received_bytes(plan.moves)
+        case.payoff = self._judge.weigh(par_before, par_after, received)
+        if self._judge.cost.in_milliseconds:
+            parts.stats.weighed(case.payoff.saved_fraction, case.payoff.cost_ms)
+        before = float(par_before.mean())
         if parts.config.mode == "observe":
             self._observed = Placement(plan.physical_to_logical, work.placement.num_experts, work.placement.num_ranks)
-            case.skipped = f"observing only: {plan.num_moves} moves would bring PAR from {before:.3f} to {gained:.3f}"
+            would = f"{plan.num_moves} moves would bring PAR from {before:.3f} to {par_after.mean():.3f}"
+            case.skipped = f"observing only: {would}{self._in_time(case.payoff)}"
             return b""
-        case.skipped = self._not_worth_it(plan.num_moves, before, gained)
+        case.skipped = self._not_worth_it(case, plan.num_moves, par_before, par_after, received)
         if not case.skipped:
             case.new_shares = after
             return pack_plan(work.state.cycle, plan.physical_to_logical, rounds, after)
@@ -163,13 +178,30 @@ class Lead:
             return pack_plan(work.state.cycle, work.placement.physical_to_logical, rounds[:0], now)
         return b""
 
-    def _not_worth_it(self, num_moves: int, before: float, after: float) -> str:
-        """Why a plan that brings the mean PAR from ``before`` to ``after`` is not carried out; empty if it is."""
+    def _not_worth_it(
+        self, case: _Case, num_moves: int, before: FloatArray, after: FloatArray, received_bytes: Int64Array
+    ) -> str:
+        """Why a plan that brings PAR from ``before`` to ``after``, both [L], is not carried out; empty if it is."""
         if not num_moves:
-            return f"nothing to move at PAR {before:.3f}"
-        if self._restoring or self._parts.config.policy_name == "random":
+            why = self._why_still(before)
+            case.still = bool(why)
+            return f"nothing to move at PAR {before.mean():.3f}{why}"
+        if isinstance(case.task, Restore) or case.task.policy == "random":
             return ""
-        return self._judge.refuses(before, after)
+        return self._judge.refuses(before, after, received_bytes)
+
+    def _why_still(self, par: FloatArray) -> str:
+        """Says that imbalance costs nothing with this traffic, where it is so; empty elsewhere."""
+        wanted = self._parts.config.target_par
+        within = self._judge.target_par(wanted)
+        if within <= wanted or par.max() <= wanted:
+            return ""
+        tokens = self._judge.traffic.mean_tokens
+        return f": at {tokens:.3g} tokens per rank and step PAR up to {within:.2f} costs no time that can be measured"
+
+    def _in_time(self, payoff: Payoff) -> str:
+        said = self._judge.describe(payoff)
+        return f"; {said}" if said else ""
 
     # --- it reports ---------------------------------------------------------------------------------------------------
 
@@ -188,22 +220,25 @@ class Lead:
         reason = case.skipped if whole else f"cut off after {state.committed} of {num_rounds} rounds for a newer plan"
         stats.cycle_ended("skipped" if case.skipped else "done", moved=moved, reason=reason)
         if case.skipped:
-            title = self._parts.title
-            logger.info("%s cycle %d at step %d: %s%s", title, state.cycle, state.step, case.skipped, case.note)
+            # Traffic that leaves nothing to gain stays for hours: it is told once, not in every cycle.
+            level = logging.DEBUG if case.still and self._told_still else logging.INFO
+            told = self._parts.title, state.cycle, state.step, case.skipped, case.note
+            logger.log(level, "%s cycle %d at step %d: %s%s", *told)
         else:
             self._tell_of_plan(case, case.answer, moved, "" if whole else f"; {reason}")
+        self._told_still = case.still
         self.record_map()
 
     def _tell_of_plan(self, case: _Case, answer: PlanAnswer, moved: int, cut: str) -> None:
         plan, state = answer.plan, self._work.state
         assert plan is not None
-        if cut or plan.policy == "restore":
+        if cut or isinstance(case.task, Restore) or case.payoff is None:
             self._judge.forget()
         else:
-            self._judge.carried_out(case.start, float(plan.par_before.mean() - plan.par_after.mean()))
+            self._judge.carried_out(case.start, case.payoff.saved_fraction)
         logger.info(
             "%s cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
-            "%d steps after its load was taken; planned in %.1f ms%s%s",
+            "%d steps after its load was taken; planned in %.1f ms%s%s%s",
             self._parts.title,
             state.cycle,
             plan.par_before.mean(),
@@ -214,6 +249,7 @@ class Lead:
             state.committed,
             state.step - state.snapshot_at,
             1e3 * plan.seconds,
+            "" if case.payoff is None else self._in_time(case.payoff),
             cut,
             case.note,
         )
@@ -280,18 +316,13 @@ class Lead:
             parts.map_recorder.close()
 
 
-def _limits(config: EplbConfig, cycle: int) -> dict[str, object]:
-    """The settings that the policy takes."""
-    if config.policy_name == "random":
-        return {"seed": cycle}
-    if config.policy_name != "incremental":
-        return {}
-    return {
-        "target_par": config.target_par,
-        "effort": config.planner_effort,
-        "max_moves": config.max_moves_per_cycle,
-        "max_moves_per_rank": config.max_moves_per_rank,
-        "max_moves_between_nodes": config.max_moves_between_nodes,
-        "price_between_nodes": config.price_between_nodes,
-        "rank_speed": config.rank_speed,
-    }
+def plan_options(config: EplbConfig) -> PlanOptions:
+    """The settings that the policy "incremental" takes."""
+    return PlanOptions(
+        target_par=config.target_par,
+        effort=config.planner_effort,
+        max_moves=config.max_moves_per_cycle,
+        max_moves_per_rank=config.max_moves_per_rank,
+        max_moves_between_nodes=config.max_moves_between_nodes,
+        price_between_nodes=config.price_between_nodes,
+    )

@@ -155,7 +155,7 @@ class PostedOrders:
     def take(self, number: int) -> Order | None:
         """The order with this number, which has taken effect; None where it came in on another rank."""
         order = self._posted.get(number)
-        self._posted = {posted: each for posted, each in self._posted.items() if posted > number}
+        self._posted = {posted: kept for posted, kept in self._posted.items() if posted > number}
         return order
 
 

@@ -63,11 +63,11 @@ def find_damage(
         sources = np.flatnonzero(good).tolist()
         best = min(
             sources,
-            key=lambda its: (
-                bool(wrong[layer, its]),
-                its // size != rank,
-                not topology.same_node(its // size, rank),
-                its,
+            key=lambda source: (
+                bool(wrong[layer, source]),
+                source // size != rank,
+                not topology.same_node(source // size, rank),
+                source,
             ),
             default=-1,
         )
@@ -86,28 +86,28 @@ def repair_rounds(damage: Sequence[Damage], slots_per_rank: int, buffer_experts:
         slots_per_rank: S.
         buffer_experts: staging places of a rank per round.
     """
-    left = {(each.layer, each.slot): each for each in damage if each.source >= 0}
+    left = {(damaged.layer, damaged.slot): damaged for damaged in damage if damaged.source >= 0}
     rounds: list[Round] = []
     while left:
-        readers = Counter((each.layer, each.source) for each in left.values())
+        readers = Counter((damaged.layer, damaged.source) for damaged in left.values())
         chosen: list[Damage] = []
         room: Counter[int] = Counter()
-        for place, each in left.items():
-            if not readers[place] and room[each.slot // slots_per_rank] < buffer_experts:
-                chosen.append(each)
-                room[each.slot // slots_per_rank] += 1
+        for place, damaged in left.items():
+            if not readers[place] and room[damaged.slot // slots_per_rank] < buffer_experts:
+                chosen.append(damaged)
+                room[damaged.slot // slots_per_rank] += 1
         if not chosen:  # every slot that is left is read by another: rings
             ring = _ring(left)
-            room = Counter(each.slot // slots_per_rank for each in ring)
+            room = Counter(damaged.slot // slots_per_rank for damaged in ring)
             chosen = ring if max(room.values()) <= buffer_experts else []
             if not chosen:
-                for each in ring:
-                    del left[each.layer, each.slot]
+                for damaged in ring:
+                    del left[damaged.layer, damaged.slot]
                 continue
-        for each in chosen:
-            del left[each.layer, each.slot]
+        for damaged in chosen:
+            del left[damaged.layer, damaged.slot]
         number = len(rounds)
-        rows = [(each.layer, each.slot, each.expert, each.source, number) for each in chosen]
+        rows = [(damaged.layer, damaged.slot, damaged.expert, number, damaged.source) for damaged in chosen]
         rounds.append(Round(number, np.array(rows, dtype=np.int32), slots_per_rank, number - 1))
     return rounds
 

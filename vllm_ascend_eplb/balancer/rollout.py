@@ -20,7 +20,8 @@ from ..agreement.phases import CycleState, Failure
 from ..planning.message import digest_of, unpack_plan
 from ..routing.weighted import TableRows
 from ..values.placement import Placement
-from ..values.rounds import LAYER, Round, check_rounds
+from ..values.plan import LAYER
+from ..values.rounds import Round, check_rounds
 from .served_model import EplbAdaptor
 from .work import Parts, Work
 
@@ -90,7 +91,7 @@ class Rollout:
     def moved(self) -> int:
         """Experts that the committed rounds of the plan at hand moved."""
         rounds = self._course.rounds if self._course is not None else []
-        return sum(len(each.moves) for each in rounds[: self._work.state.committed])
+        return sum(len(round.moves) for round in rounds[: self._work.state.committed])
 
     def broadcast(self) -> None:
         """Posts the broadcast of the agreed plan."""
@@ -119,8 +120,8 @@ class Rollout:
         tables = self._parts.adaptor.dispatch
         rows = tables.rows_of(target, counts) if tables is not None and counts is not None else None
         placements = []
-        for each in rounds:
-            start = start.with_moves(each.moves)
+        for round in rounds:
+            start = start.with_moves(round.moves)
             placements.append(start)
         return _Course(rounds, placements, rows)
 

@@ -12,6 +12,7 @@ from ..load.recorder import LoadRecorder
 from ..routing.weighted import DispatchTables
 from ..values.placement import Placement
 from ..values.topology import Topology
+from .calibration import LayerRuns
 
 
 class EplbAdaptor(ABC):
@@ -19,7 +20,7 @@ class EplbAdaptor(ABC):
 
     Attributes:
         name: of the model, for the log.
-        part: which of several balancers of one server this is (a pipeline stage, a drafter), for the log and the
+        part: which of several balancers of one server this is (a pipeline stage, a draft model), for the log and the
             statistics; empty for the only one.
         channel: number of the balancer among those that share its process groups, 0..CHANNELS-1.
         rank, topology: this rank within the expert-parallel group, and the node of each of its ranks.
@@ -31,6 +32,7 @@ class EplbAdaptor(ABC):
             through the host; None for a single rank.
         device_group: process group with the device's backend that nothing else uses, or None.
         device: where the weights live.
+        cooperative_kernels: whether the engine launches kernels that need all cores of a GPU at once.
         dispatch: the tables that the routers read where tokens are split by planned shares; None where they are split
             evenly. The updator changes them, with the maps and between placements.
     """
@@ -47,12 +49,17 @@ class EplbAdaptor(ABC):
     transfer_group: Any
     device_group: Any
     device: torch.device
+    cooperative_kernels: bool = False
     dispatch: DispatchTables | None = None
 
     @property
     def title(self) -> str:
         """How lines in the log begin."""
         return f"EPLB {self.part}".rstrip()
+
+    def layer_runs(self) -> LayerRuns | None:
+        """How the model's MoE layers are run with expert ids from outside, to time them; None where they cannot be."""
+        return None
 
     @abstractmethod
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:

@@ -136,6 +136,7 @@ def _loader(adaptor: EplbAdaptor, config: EplbConfig) -> D2DExpertWeightLoader:
         device_group=adaptor.device_group,
         budget_bytes=int((config.transfer_budget_mb_per_step or 0) * 1e6),
         channel=adaptor.channel,
+        cooperative_kernels=adaptor.cooperative_kernels,
         own_streams=config.mode != "sync",
     )
 

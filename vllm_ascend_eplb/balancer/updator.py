@@ -32,11 +32,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Literal
 
 from ..agreement.channel import ControlError, Facts, FlightRecorder
@@ -52,6 +49,7 @@ from .lead import Lead
 from .new_weights import new_weights
 from .orders import OrderFacts, PostedOrders
 from .rollout import Rollout
+from .timing import learn_times
 from .work import Parts, Work
 
 logger = logging.getLogger("vllm.eplb")  # only loggers below "vllm" are seen in a server's log
@@ -147,14 +145,21 @@ class EplbUpdator:
         """Experts whose copies differed from each other when the weights were loaded first."""
         return self.parts.differing
 
+    def calibrate(self) -> None:
+        """Learns what time layers and moves take here; all ranks together, once the model can run, before it serves."""
+        times = learn_times(self.parts.adaptor, self.parts.config, self.parts.loader)
+        if self.lead is not None:
+            self.lead.learn(times)
+
     # --- the two verbs of an engine -----------------------------------------------------------------------------------
 
-    def forward_before(self, *, serving: bool = True, stage: Stage = "decode") -> None:
+    def forward_before(self, *, serving: bool = True, stage: Stage = "decode", tokens_per_rank: float = 1.0) -> None:
         """One step; called on every rank before each forward of real or dummy batches, at the same point everywhere.
 
         Args:
             serving: whether the forward serves requests. A dummy batch is a step, but its tokens are not counted.
             stage: whether the batch prefills or only decodes; it matters where only one of them is counted.
+            tokens_per_rank: tokens of the batch over the ranks that share it.
 
         Raises:
             AgreementError, ControlError: the ranks do not agree any more, so this one must not go on serving.
@@ -170,7 +175,7 @@ class EplbUpdator:
             if self.state == last:
                 time.sleep(TURN_SECONDS)
         record = serving and self.state.phase is not Phase.OFF
-        self.parts.recorder.begin_step(self.placement, record=record, phase=stage)
+        self.parts.recorder.begin_step(self.placement, record=record, phase=stage, tokens_per_rank=tokens_per_rank)
         self.stats.step = self.state.step
         # Report LISTEN as COLLECT: the distinction is internal.
         phase = Phase.COLLECT if self.state.phase is Phase.LISTEN else self.state.phase
@@ -253,7 +258,7 @@ class EplbUpdator:
             rounds_done=loader.rounds_done,
             rounds_intact=loader.rounds_intact,
             damaged=self.auditor.damaged() if self.auditor is not None and audited else 0,
-            **asdict(order),
+            **vars(order),
         )
 
     def _is_summed(self) -> bool:
@@ -344,7 +349,7 @@ class EplbUpdator:
         self._forget()
         self.rollout.back_to(self.parts.start)
         logger.info(
-            "%s: weights are loaded anew, from step %d on the placement is the initial one",
+            "%s: weights are reloaded; from step %d on the placement is the initial one",
             self.parts.title,
             self.state.step,
         )
@@ -363,13 +368,9 @@ class EplbUpdator:
             self.lead.publish()
 
     def _dump_flight(self, reason: str) -> None:
-        try:
-            folder = tempfile.mkdtemp(prefix="vllm-eplb-flight-")
-            path = os.path.join(folder, f"rank{self.parts.rank}.json")
-            self._flight.dump(path, rank=self.parts.rank, reason=reason, settings=str(self.parts.settings))
+        path = self._flight.leave(self.parts.rank, reason=reason, settings=str(self.parts.settings))
+        if path is not None:
             logger.warning("%s rank %d: the last steps are in %s", self.parts.title, self.parts.rank, path)
-        except OSError:
-            pass  # a full disk must not hide the reason itself
 
 
 _BETWEEN_CYCLES = (Phase.COLLECT, Phase.LISTEN, Phase.AUDIT)

@@ -77,12 +77,12 @@ def control(
     if as_json:
         fields = ("order_step", "paused", "collect_steps", "execution_steps", "phase", "step")
         answer = {"order": order.id, "taken": None not in taken.values()} | _pick(taken[paths[0]], fields)
-        parts = {path.stem: _pick(its, fields) for path, its in taken.items()} if len(paths) > 1 else {}
+        parts = {path.stem: _pick(stats, fields) for path, stats in taken.items()} if len(paths) > 1 else {}
         print_json(answer | ({"parts": parts} if parts else {}))
     else:
-        for path, its in taken.items():
+        for path, effect in taken.items():
             prefix = f"{path.stem}: " if len(paths) > 1 else ""
-            typer.echo(prefix + (_effect(command, its) if its is not None else _no_effect(command, timeout)))
+            typer.echo(prefix + (_effect(command, effect) if effect is not None else _no_effect(command, timeout)))
     if None in taken.values():
         raise typer.Exit(1)
 
@@ -105,8 +105,8 @@ def parts_of(path: Path) -> list[Path]:
     Raises:
         CommandError: there is none.
     """
-    others = sorted(path.parent.glob(f"{glob.escape(path.stem)}-*{glob.escape(path.suffix)}"))
-    found = [each for each in (path, *others) if each.exists()]
+    further = sorted(path.parent.glob(f"{glob.escape(path.stem)}-*{glob.escape(path.suffix)}"))
+    found = [file for file in (path, *further) if file.exists()]
     if not found:
         raise CommandError(f"{path} does not exist: no server writes it, or its server has served nothing yet")
     return found

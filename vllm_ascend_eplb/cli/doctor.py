@@ -18,8 +18,13 @@ from rich.console import Console
 
 from .. import __version__
 from ..adaptors.ascend.hand_over import contradictions
+from ..files.disk import FileError, read_bounded, show
+from ..files.json_cause import json_cause
 from ..settings.config import EplbConfig
+from ..settings.fit import ModelShape, ServerShape, fit
 from ..settings.messages import EplbConfigError
+from ..simulate.cost import MACHINES
+from .advice import advise, show_advice
 from .output import CommandError, JsonOption, console, print_json, table, user_errors
 from .probe import MARK
 
@@ -36,6 +41,10 @@ ONLY_IF_NAMED = "vllm.endpoint_plugins"
 """Plugins of this group are loaded only where VLLM_PLUGINS names them."""
 
 PAGE = "eplb_page"
+
+MAX_CONFIG_BYTES = 1 << 20
+DECODE_AND_PREFILL = (64.0, 4096.0)
+"""Tokens per rank and step of a server that decodes, and of one that prefills."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,31 @@ def doctor(
     ] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Expert-parallel size, to check the settings.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Do not import vLLM (saves about 10 s).")] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A model's config.json, or its folder: only estimate what balancing it would bring."),
+    ] = None,
+    tokens: Annotated[
+        float | None,
+        typer.Option("--tokens-per-step", min=0.1, help="Tokens per rank and step; default: 64 (decode) and 4096."),
+    ] = None,
+    machine: Annotated[str, typer.Option(help=f"For --model: {', '.join(MACHINES)}.")] = "a3",
+    weight_bytes: Annotated[float, typer.Option(min=0.1, max=8.0, help="For --model: 1 int8, 2 bf16.")] = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Show what is installed, and whether balancing would be switched on here, or why not."""
+    if model is not None:
+        with user_errors(as_json):
+            if ranks is None:
+                raise CommandError("--model needs --ranks, the expert-parallel size")
+            stages = DECODE_AND_PREFILL if tokens is None else (tokens,)
+            answers = [advise(model, ranks, each, machine, weight_bytes) for each in stages]
+        if as_json:
+            print_json(answers)
+        else:
+            for each in answers:
+                show_advice(console(), each)
+        return
     with user_errors(as_json):
         settings = _settings(config)
     out = console()
@@ -79,6 +110,7 @@ def doctor(
         *_kernels(answer),
         *_engine(answer, quick),
         *_plugins(),
+        *_loaded(answer),
         *_check(settings, experts, ranks),
     ]
     export = export_line(_installed_plugins(), os.environ.get("VLLM_PLUGINS"))
@@ -137,7 +169,7 @@ def export_line(plugins: dict[str, list[str]], current: str | None) -> str | Non
     """
     ours = {group: [name for name in names if name.startswith("eplb")] for group, names in plugins.items()}
     wanted = [name for group in PLUGIN_GROUPS for name in ours.get(group, [])]
-    named = [] if current is None else [name.strip() for name in current.split(",") if name.strip()]
+    named = [] if current is None else [name for name in current.split(",") if name]
     if current is None:
         if not ours.get(ONLY_IF_NAMED):
             return None
@@ -145,7 +177,7 @@ def export_line(plugins: dict[str, list[str]], current: str | None) -> str | Non
         named = [name for group in PLUGIN_GROUPS if group != ONLY_IF_NAMED for name in plugins.get(group, [])]
     if set(wanted) <= set(named):
         return None
-    return "export VLLM_PLUGINS=" + ",".join(dict.fromkeys([*named, *wanted]))
+    return "export VLLM_PLUGINS=" + ",".join(dict.fromkeys([name.strip() for name in named] + wanted))
 
 
 def _installed_plugins() -> dict[str, list[str]]:
@@ -155,17 +187,21 @@ def _installed_plugins() -> dict[str, list[str]]:
 def _settings(text: str | None) -> EplbConfig | None:
     if text is None:
         return None
+    where = "--config"
     if not text.lstrip().startswith("{"):
+        where = f"--config: {show(text)}"
         try:
-            text = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError, ValueError) as error:
-            raise CommandError(
-                f"--config: {text[:200]} is neither JSON nor a file that can be read ({error})"
-            ) from None
+            text = read_bounded(text, MAX_CONFIG_BYTES, "settings").decode("utf-8")
+        except UnicodeDecodeError:
+            raise CommandError(f"{where} is no text in UTF-8; give settings as JSON") from None
+        except FileError as error:
+            raise CommandError(f"--config is neither JSON nor a file: {error}") from None
     try:
         value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CommandError(f"{where} is no JSON: {json_cause(text, error)} (character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:
-        raise CommandError(f"--config is no JSON ({error}); give it in single quotes") from None
+        raise CommandError(f"{where} is no JSON ({show(str(error))})") from None
     if isinstance(value, dict) and "eplb_config" not in value:
         value = {"eplb_config": value}
     return EplbConfig.from_additional_config(value)
@@ -186,11 +222,13 @@ def _kernels(answer: dict[str, Any]) -> list[Finding]:
     for device, kernel in answer.get("kernels", {}).items():
         if kernel != "aten":
             findings.append(Finding("recording op", "ok", f"the C++ kernel for {device} is in use"))
+            continue
+        why = answer["no_kernel"].get(device, "it has no kernel")
+        if device == "cpu":
+            text = f"ATen operators on cpu, which are slower, are in use: {why}"
         else:
-            why = answer["no_kernel"].get(device, "it has no kernel")
-            findings.append(
-                Finding("recording op", "note", f"ATen operators on {device}, which are slower, are in use: {why}")
-            )
+            text = f"no kernel for {device}: {why}; a server does without, as vLLM's own records there"
+        findings.append(Finding("recording op", "note", text))
     return findings
 
 
@@ -217,7 +255,9 @@ def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
     if where == "npu":
         return [Finding("vLLM", "ok", f"{version} on npu, through vllm-ascend"), *_ascend(answer)]
     findings = []
-    if answer["checked"]:
+    if answer["checked"] and answer.get("warning"):
+        findings.append(Finding("vLLM", "note", f"{version} on {where}: {answer['warning']}"))
+    elif answer["checked"]:
         findings.append(Finding("vLLM", "ok", f"{version} on {where}, a version this package was checked against"))
     else:
         findings.append(
@@ -232,7 +272,7 @@ def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
     if missing:
         findings += [Finding("patch point", "wrong", f"missing: {line}") for line in missing]
     else:
-        findings.append(Finding("patch points", "ok", f"all {answer['seams']} patch points are present"))
+        findings.append(Finding("patch points", "ok", f"all {answer['patch_points']} that the adaptor needs are there"))
     return findings
 
 
@@ -257,11 +297,11 @@ def _ascend(answer: dict[str, Any]) -> list[Finding]:
         findings.append(Finding("vllm-ascend's runner", "ok", right))
     findings += [
         Finding(
-            its.name,
+            needed.name,
             "wrong",
-            f"is {os.environ[its.name]}, so dynamic_eplb is refused: {its.because}; unset it",
+            f"is {os.environ[needed.name]}, so dynamic_eplb is refused: {needed.because}; unset it",
         )
-        for its in contradictions()
+        for needed in contradictions()
     ]
     return findings
 
@@ -273,15 +313,31 @@ def _plugins() -> list[Finding]:
         return [
             Finding("plugin", "wrong", "vLLM does not see the entry point eplb; install the package: pip install .")
         ]
-    if current is not None and "eplb" not in [name.strip() for name in current.split(",")]:
+    if current is not None and "eplb" not in current.split(","):
         return [Finding("plugin", "wrong", f"VLLM_PLUGINS={current} leaves eplb out; see the line below")]
     named = "not set, so all plugins are loaded" if current is None else current
-    page = "on" if current is not None and PAGE in [name.strip() for name in current.split(",")] else "off"
+    page = "on" if current is not None and PAGE in current.split(",") else "off"
     how = "at /eplb" if page == "on" else f"the line below switches it on: VLLM_PLUGINS must name {PAGE}"
     return [
         Finding("plugin", "ok", f"eplb is installed; VLLM_PLUGINS: {named}"),
         Finding("live page", "ok" if page == "on" else "note", f"{page}; {how}"),
     ]
+
+
+def _loaded(answer: dict[str, Any]) -> list[Finding]:
+    """What vLLM's own loading of plugins did, where it was asked."""
+    if "plugin_in_place" not in answer:
+        return []
+    if answer["plugin_in_place"]:
+        return [Finding("plugin in vLLM", "ok", "vLLM's own loading puts it in place")]
+    named = answer.get("plugins_named")
+    reason = answer.get("plugin_error") or (
+        "it loads all plugins" if named is None else f"it reads VLLM_PLUGINS as {json.dumps(named)}"
+    )
+    hint = ""
+    if named is not None and "eplb" in [name.strip() for name in named] and "eplb" not in named:
+        hint = ": a space in VLLM_PLUGINS is a part of the name; take it out"
+    return [Finding("plugin in vLLM", "wrong", f"vLLM's own loading does not put it in place ({reason}){hint}")]
 
 
 def _check(settings: EplbConfig | None, experts: int | None, ranks: int | None) -> list[Finding]:
@@ -294,7 +350,7 @@ def _check(settings: EplbConfig | None, experts: int | None, ranks: int | None) 
     if experts is None or ranks is None:
         return [Finding("settings", "ok", "valid; give --experts and --ranks to check them against a model")]
     try:
-        redundant = settings.check_serving(num_experts=experts, ep_size=ranks, expert_parallel=True)
+        redundant = fit(settings, ModelShape(experts), ServerShape(ranks))
     except EplbConfigError as error:
         return [Finding("settings", "wrong", str(error))]
     slots = f"{(experts + redundant) // ranks} slots per rank and layer"

@@ -12,13 +12,16 @@ import typer
 from ..files.expert_map import default_form, read_expert_map, write_expert_map
 from ..files.traces import read_trace
 from ..values.placement import Placement
-from .output import CommandError, JsonOption, console, print_json, table, user_errors
+from .output import CommandError, JsonOption, console, print_json, show_numbers, table, user_errors, warn
 
 
 class Form(str, Enum):
     ASCEND = "ascend"
     SGLANG = "sglang"
     ARRAY = "array"
+    TRTLLM = "trtllm"
+    OMNI = "omni"
+    DEEPSEEK = "deepseek"
 
 
 MapArgument = Annotated[
@@ -54,13 +57,17 @@ def check(
         facts = describe(placement)
         if load is not None:
             trace = read_trace(load)
-            if (trace.num_layers, trace.num_experts) != (placement.num_layers, placement.num_experts):
+            loaded = trace.of_layers_with_load(placement)
+            if (trace.num_layers, trace.num_experts) != (loaded.num_layers, loaded.num_experts):
                 raise CommandError(
                     f"{load} is for {trace.num_layers} layers of {trace.num_experts} experts, {path} for "
                     f"{placement.num_layers} of {placement.num_experts}; give loads of the same model"
                 )
-            par = placement.par(trace.load.sum(axis=0))
+            par = loaded.par(trace.load.sum(axis=0))
             facts |= {"par_mean": round(float(par.mean()), 4), "par_worst": round(float(par.max()), 4)}
+            if trace.skipped:
+                facts["layers_without_load"] = show_numbers(trace.skipped)
+            warn(trace.remarks)
     if as_json:
         print_json({"path": str(path), "valid": True, **facts})
         return
@@ -81,7 +88,7 @@ def convert(
     allow_duplicates: DuplicatesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert between the map files of vllm-ascend, SGLang and NumPy."""
+    """Convert between the map files of vllm-ascend, SGLang, TensorRT-LLM, OmniPlacement, DeepSeek's EPLB and NumPy."""
     with user_errors(as_json):
         placement = read_expert_map(
             source, num_experts=experts, num_ranks=ranks, dense_layers=dense_layers, allow_duplicates=allow_duplicates
@@ -94,7 +101,7 @@ def convert(
         console().print(f"{target}: {placement.num_layers} layers, {placement.num_slots} slots, {form}", markup=False)
 
 
-def describe(placement: Placement) -> dict[str, int | float]:
+def describe(placement: Placement) -> dict[str, int | float | str]:
     """A placement in numbers."""
     count = placement.replica_count
     return {

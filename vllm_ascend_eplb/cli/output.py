@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, NoReturn
 
 import typer
@@ -20,12 +21,14 @@ from ..files.traces import TraceError
 from ..observe.stats import StatsError
 from ..planning import PlanInputError
 from ..settings.messages import EplbConfigError
+from ..simulate.advice import AdviceError
 from ..simulate.result import SimulationError
 from ..values.placement import PlacementError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 
 USER_ERRORS = (
+    AdviceError,
     EplbConfigError,
     ExpertMapError,
     FileError,
@@ -78,6 +81,21 @@ def fail(message: str, as_json: bool, status: int = 2) -> NoReturn:
     else:
         print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(status)
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Warnings on standard error, where they disturb no JSON."""
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def show_numbers(numbers: Sequence[int]) -> str:
+    """Ascending numbers as ranges: 0-2, 7."""
+    parts: list[str] = []
+    for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        found = [number for _, number in run]
+        parts.append(str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}")
+    return ", ".join(parts)
 
 
 def show_bytes(count: float) -> str:

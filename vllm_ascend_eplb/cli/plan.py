@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +15,10 @@ from ..files.expert_map import read_expert_map, write_expert_map
 from ..files.traces import read_trace
 from ..observe.stats import Par
 from ..planning import plan as make_plan
+from ..values.defaults import EFFORT, TARGET_PAR
 from ..values.placement import Placement
 from .maps import Form
-from .output import CommandError, JsonOption, console, print_json, table, user_errors
+from .output import CommandError, JsonOption, console, print_json, show_numbers, table, user_errors, warn
 
 
 class Policy(str, Enum):
@@ -29,6 +31,9 @@ class Effort(str, Enum):
     THOROUGH = "thorough"
 
 
+DEFAULT_EFFORT = Effort(EFFORT)
+
+
 def plan(
     load: Annotated[Path, typer.Argument(metavar="LOAD", help="Loads: .npz, .npy or JSON; see the guide.")],
     ranks: Annotated[int, typer.Option(min=1, help="Expert-parallel size.")],
@@ -39,10 +44,15 @@ def plan(
     policy: Annotated[Policy, typer.Option(help="Policy that plans.")] = Policy.INCREMENTAL,
     start: Annotated[Path | None, typer.Option(help="Map to start from; default: vLLM's start placement.")] = None,
     last: Annotated[int | None, typer.Option(min=1, help="Use only that many windows, the last ones.")] = None,
-    target_par: Annotated[float, typer.Option(min=1.0, max=10.0, help="PAR at which a layer is good enough.")] = 1.01,
-    effort: Annotated[Effort, typer.Option(help="Search effort; thorough finds fewer moves.")] = Effort.THOROUGH,
+    target_par: Annotated[
+        float, typer.Option(min=1.0, max=10.0, help="PAR at which a layer is good enough.")
+    ] = TARGET_PAR,
+    effort: Annotated[Effort, typer.Option(help="Search effort; thorough finds fewer moves.")] = DEFAULT_EFFORT,
     form: Annotated[Form | None, typer.Option(help="Form of the map; default: by the ending of the file.")] = None,
     dense_layers: Annotated[int, typer.Option(min=0, help="Leading rows to add in SGLang's form.")] = 0,
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="Keep layers without load in the map, as they start.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Plan a placement for a recorded load, and write it as a map file."""
@@ -51,21 +61,27 @@ def plan(
             check_place(output)
         trace = read_trace(load)
         total = trace.load[-(last or 0) :].sum(axis=0)
+        count = trace.file_layers if all_layers else trace.num_layers
         if start is None:
-            before = Placement.initial(trace.num_layers, trace.num_experts, ranks, redundant)
+            whole = Placement.initial(count, trace.num_experts, ranks, redundant)
         else:
-            before = read_expert_map(
+            whole = read_expert_map(
                 start,
-                num_layers=trace.num_layers,
                 num_experts=trace.num_experts,
                 num_ranks=ranks,
                 allow_duplicates=True,
             )
-            if before.num_slots != trace.num_experts + redundant:
+            if whole.num_layers not in (count, trace.file_layers):
                 raise CommandError(
-                    f"{start} has {before.num_slots - trace.num_experts} redundant experts, --redundant is "
+                    f"{start} has {whole.num_layers} MoE layers, {load} has {trace.num_layers} with load of "
+                    f"{trace.file_layers}; give a map and loads of the same model"
+                )
+            if whole.num_slots != trace.num_experts + redundant:
+                raise CommandError(
+                    f"{start} has {whole.num_slots - trace.num_experts} redundant experts, --redundant is "
                     f"{redundant}; give the same number"
                 )
+        before = trace.of_layers_with_load(whole)
         if policy is Policy.INCREMENTAL:
             made = make_plan(
                 total, before, ranks, nodes, groups, target_par=target_par, effort=effort.value, time_budget=2.0
@@ -74,7 +90,11 @@ def plan(
             made = make_plan(total, before, ranks, nodes, groups, policy.value)
         after = Placement(made.physical_to_logical, trace.num_experts, ranks)
         if output is not None:
-            write_expert_map(output, after, form.value if form else None, dense_layers=dense_layers)
+            made_map, numbers = after, [dense_layers + number for number in trace.layers]
+            if whole.num_layers != after.num_layers:
+                made_map = _within(whole, after, trace.layers)
+                numbers = [dense_layers + number for number in range(whole.num_layers)]
+            write_expert_map(output, made_map, form.value if form else None, layers=numbers)
     old, new = Par.of(before.par(total)), Par.of(after.par(total))
     if as_json:
         print_json(
@@ -83,6 +103,8 @@ def plan(
                 "windows": len(trace.load) if last is None else min(last, len(trace.load)),
                 "layers": trace.num_layers,
                 "layers_without_load": trace.skipped_layers,
+                "numbers_without_load": list(trace.skipped),
+                "warnings": list(trace.remarks),
                 "experts": trace.num_experts,
                 "ranks": ranks,
                 "redundant": redundant,
@@ -100,7 +122,16 @@ def plan(
     rows.add_row("planned", f"{new.mean:.3f}", f"{new.worst:.3f}", str(made.num_moves))
     out = console()
     out.print(rows)
-    if trace.skipped_layers:
-        out.print(f"the first {trace.skipped_layers} layers of {load} have no load and were left out", markup=False)
+    warn(trace.remarks)
+    if trace.skipped:
+        kept = "stay as they start" if whole.num_layers != after.num_layers else "are left out"
+        out.print(f"layers without load in {load} {kept}: {show_numbers(trace.skipped)}", markup=False)
     out.print(f"{policy.value}, planned in {made.seconds:.2f} s", markup=False)
     out.print(f"written: {output}" if output else "nothing written; give -o FILE to keep the map", markup=False)
+
+
+def _within(whole: Placement, planned: Placement, layers: Sequence[int]) -> Placement:
+    """A placement of all layers with some of them planned."""
+    slots = whole.physical_to_logical.copy()
+    slots[list(layers)] = planned.physical_to_logical
+    return Placement(slots, whole.num_experts, whole.num_ranks)

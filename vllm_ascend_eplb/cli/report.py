@@ -31,10 +31,10 @@ def report(
     with user_errors(as_json):
         found: dict[type, EplbStats | Simulation | RecordedMap] = {}
         for path in runs:
-            each = read_run(path)
-            if type(each) in found:
-                raise CommandError(f"{path} is a second {NAMES[type(each)]}; give one of each kind at most")
-            found[type(each)] = each
+            run = read_run(path)
+            if type(run) in found:
+                raise CommandError(f"{path} is a second {NAMES[type(run)]}; give one of each kind at most")
+            found[type(run)] = run
         stats, simulation, recorded = (found.get(kind) for kind in NAMES)
         page = make_page(stats, simulation, title, recorded).encode()  # type: ignore[arg-type]
         write_atomic(output, page)

@@ -20,12 +20,25 @@ from .. import __version__
 from ..files.disk import check_place, write_atomic
 from ..files.traces import Trace, read_trace
 from ..settings.config import EplbConfig
+from ..settings.fit import ModelShape, ServerShape, fit
 from ..settings.messages import EplbConfigError
 from ..simulate.cost import LINK_EFFICIENCY, MACHINES, CostModel, Machine, MoeShape, model_of_shape
 from ..simulate.replay import grid, replays
 from ..simulate.replay import simulate as run_simulation
 from ..simulate.result import POLICY_CHOICES, Conditions, PolicyChoice, Simulation
-from .output import CommandError, JsonOption, console, print_json, show_bytes, show_seconds, table, user_errors
+from ..values.defaults import TARGET_PAR
+from .output import (
+    CommandError,
+    JsonOption,
+    console,
+    print_json,
+    show_bytes,
+    show_numbers,
+    show_seconds,
+    table,
+    user_errors,
+    warn,
+)
 
 TABLES = {
     "outcomes",
@@ -76,7 +89,9 @@ def simulate(
         float,
         typer.Option(min=0.0, max=1.0, help="Part of the transfer time that steps wait for; 1: all."),
     ] = 1.0,
-    target_par: Annotated[float, typer.Option(min=1.0, max=10.0, help="PAR at which a layer is good enough.")] = 1.02,
+    target_par: Annotated[
+        float, typer.Option(min=1.0, max=10.0, help="PAR at which a layer is good enough.")
+    ] = TARGET_PAR,
     min_gain: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Least gain of a plan, as a part of the PAR.")
     ] = 0.01,
@@ -91,6 +106,7 @@ def simulate(
         if output is not None:
             check_place(output)
         loaded = read_trace(trace)
+        warn(loaded.remarks)
         preset = _machine(machine, link, link_between)
         cost = CostModel(
             preset, _shape(loaded, hidden, width, top_k), ranks, _nodes(nodes, ranks, preset), batch, weight_bytes
@@ -141,6 +157,8 @@ def simulate(
         )
     else:
         show(result, console())
+        if loaded.skipped:
+            console().print(f"layers without load, left out: {show_numbers(loaded.skipped)}", markup=False)
         if output is not None:
             console().print(f"written: {output}; `vllm-ascend-eplb report {output}` draws it", markup=False)
     if result.interrupted:
@@ -198,9 +216,8 @@ def show(result: Simulation, out: Console) -> None:
 def refusal(result: Simulation) -> str:
     """Why this version would not serve with the best setting; empty where it would."""
     try:
-        EplbConfig.from_additional_config({"eplb_config": result.eplb_config() or {}}).check_serving(
-            num_experts=result.num_experts, ep_size=result.num_ranks, expert_parallel=True
-        )
+        config = EplbConfig.from_additional_config({"eplb_config": result.eplb_config() or {}})
+        fit(config, ModelShape(result.num_experts), ServerShape(result.num_ranks))
     except EplbConfigError as error:
         return str(error)
     return ""

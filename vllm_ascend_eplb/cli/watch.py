@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import http.client
+import ipaddress
+import socket
 import time
 import urllib.error
 import urllib.parse
@@ -20,6 +22,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ..observe.stats_file import ELSEWHERE
 from .output import CommandError, JsonOption, console, fail, print_json, show_seconds
 
 PREFIX = "vllm_eplb_"
@@ -108,26 +111,62 @@ def look(address: str, timeout: float) -> Sample:
     Raises:
         CommandError: the server cannot be reached, answers something else, or has no balancer.
     """
-    opener = urllib.request.build_opener(_NoRedirect)
+    proxy = proxy_for(address)
+    through = f" through the proxy {proxy} (of the environment; NO_PROXY leaves a host out)" if proxy else ""
+    scheme = urllib.parse.urlsplit(address).scheme
+    opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({scheme: proxy} if proxy else {}))
     try:
         with opener.open(urllib.request.Request(address), timeout=timeout) as answer:
             page = answer.read(MAX_PAGE_BYTES + 1)
     except urllib.error.HTTPError as error:
-        raise CommandError(f"{address} answers {error.code} {error.reason}; is that a vLLM server?") from None
+        raise CommandError(f"{address} answers {error.code} {error.reason}{through}; is that a vLLM server?") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise CommandError(
-            f"{address} cannot be reached ({reason}); is the server up, and the address right?"
+            f"{address} cannot be reached{through} ({reason}); is the server up, and the address right?"
         ) from None
     if len(page) > MAX_PAGE_BYTES:
         raise CommandError(f"{address} answers with more than {MAX_PAGE_BYTES} bytes; is that a vLLM server?")
     sample = parse(page.decode("utf-8", "replace"))
+    rank = sample.pop("reported_elsewhere", None)
+    if rank is not None and not sample:
+        raise CommandError(f"{address}: {ELSEWHERE.format(rank=rank)}")
     if not sample:
         raise CommandError(
             f"{address} has no metrics {PREFIX}*: the balancer is off, its first window has not ended, or the "
             f"server does not load the plugin (check with `vllm-ascend-eplb doctor`)"
         )
     return sample
+
+
+def proxy_for(address: str) -> str | None:
+    """The proxy that a request goes through; None for this machine, whatever the environment says."""
+    parts = urllib.parse.urlsplit(address)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    host = parts.hostname or ""
+    if not proxy or is_this_machine(host) or urllib.request.proxy_bypass(host):
+        return None
+    return proxy
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host name or address is this machine: an address is, if a socket can be bound to it."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        own = socket.gethostname()
+        address = ipaddress.ip_address(host if host not in (own, socket.getfqdn()) else "127.0.0.1")
+    except (OSError, ValueError):  # a name of somewhere else, which is not looked up: the proxy may do that alone
+        return False
+    if address.is_loopback or address.is_unspecified:
+        return True
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError:
+        return False
+    return True
 
 
 def parse(page: str) -> Sample:
@@ -144,6 +183,9 @@ def parse(page: str) -> Sample:
                     sample |= {
                         key: value for key, value in entry.labels.items() if key in ("version", "policy", "mode")
                     }
+                elif name == "reported_elsewhere":
+                    if entry.value == 1:
+                        sample[name] = entry.labels.get("dp_rank", "")
                 elif name == "phase":
                     if entry.value == 1:
                         sample["phase"] = entry.labels.get("phase", "")

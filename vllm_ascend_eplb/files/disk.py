@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import stat
 import tempfile
 import zipfile
@@ -21,6 +22,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+
+from .json_cause import json_cause
 
 MAX_JSON_DEPTH = 16
 
@@ -32,6 +35,9 @@ MAX_JSON_CONTAINERS = 1 << 22
 MAX_JSON_VALUES = 1 << 25
 
 
+_VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", re.ASCII)
+
+
 _READ_HEADER: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -40,6 +46,22 @@ _READ_HEADER: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, n
 
 class FileError(ValueError):
     """A file that cannot be used. The message is one line: which file, what is wrong, the way out."""
+
+
+def expand_user(path: str | os.PathLike[str]) -> str:
+    """The path with ``~`` replaced by a home folder, which a shell does on a command line and nobody inside JSON."""
+    name = os.fspath(path)
+    return os.path.expanduser(name) if name.startswith("~") else name
+
+
+def unexpanded(path: str | os.PathLike[str]) -> str:
+    """A sentence about a variable in a path that no shell replaced, such as ``$HOME``; empty where there is none."""
+    found = _VARIABLE.search(os.fspath(path))
+    if found is None:
+        return ""
+    name = found.group(0)
+    value = os.environ.get(name.strip("${}"))
+    return f": {name} was not replaced, write {'its value ' + show(value) if value else 'the path itself'}"
 
 
 def read_bounded(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
@@ -53,13 +75,14 @@ def read_bounded(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
     Raises:
         FileError: it is missing, unreadable, no regular file, empty or too large.
     """
+    path = expand_user(path)
     try:
         # O_NONBLOCK: a FIFO must not block; what is no regular file is refused below
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except FileNotFoundError:
         if os.path.islink(path):
             raise FileError(f"{show(path)} is a symbolic link to nothing; give the path of the {what}") from None
-        raise FileError(f"{show(path)} does not exist; give the path of the {what}") from None
+        raise FileError(f"{show(path)} does not exist{unexpanded(path)}; give the path of the {what}") from None
     except PermissionError:
         raise FileError(f"{show(path)} may not be read by this user; change its permissions (chmod +r)") from None
     except (OSError, ValueError) as error:
@@ -96,8 +119,9 @@ def check_place(path: str | os.PathLike[str]) -> None:
         FileError: the folder is missing or may not be written, or the path is a directory, a symbolic link or no file
             at all.
     """
+    path = expand_user(path)
     target = Path(path)
-    if "\0" in os.fspath(path):
+    if "\0" in path:
         raise FileError(f"{show(path)} is no path: it has a null byte; give the path of a file to write")
     if target.is_symlink():
         raise FileError(f"{show(path)} is a symbolic link, which would be replaced; give the path of the file itself")
@@ -106,7 +130,7 @@ def check_place(path: str | os.PathLike[str]) -> None:
     if target.exists() and not target.is_file():
         raise FileError(f"{show(path)} is not a regular file; give the path of a file to write")
     if not target.parent.is_dir():
-        raise FileError(f"the folder of {show(path)} does not exist; create it first")
+        raise FileError(f"the folder of {show(path)} does not exist{unexpanded(path)}; create it first")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise FileError(f"the folder of {show(path)} may not be written by this user; choose another place")
 
@@ -118,7 +142,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         FileError: as for :func:`check_place`, or the disk refuses.
     """
     check_place(path)
-    target, name = Path(path), ""
+    target, name = Path(expand_user(path)), ""
     try:
         mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.")
@@ -177,9 +201,10 @@ def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(data, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            place = f"line {error.lineno}, column {error.colno}"
+            raise FileError(f"{show(path)} is no JSON: {json_cause(error.doc, error)} ({place})") from None
         reason = str(error) or "nested too deeply"
-        if isinstance(error, json.JSONDecodeError) and error.pos >= len(data.rstrip()) - 1:
-            reason = f"it ends too early, {reason}"
         raise FileError(f"{show(path)} is no JSON ({show(reason)}); copy or write it again") from None
 
 
@@ -195,7 +220,7 @@ def parse_npy(data: bytes, path: str | os.PathLike[str]) -> npt.NDArray[Any]:
         if version not in _READ_HEADER:
             raise ValueError(f"format version {version}")
         shape, fortran, dtype = _READ_HEADER[version](stream)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+    except Exception as error:  # NumPy parses the header as Python, and its tokenizer has errors of its own
         raise FileError(f"{show(path)} is no NumPy array ({show(str(error))}); save it with numpy.save") from None
     if dtype.hasobject or dtype.kind not in "iufb":
         raise FileError(f"{show(path)} holds {dtype}; give an array of numbers")

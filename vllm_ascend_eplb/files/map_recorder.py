@@ -58,7 +58,7 @@ def read_recorded(path: str | os.PathLike[str]) -> RecordedMap:
     beside = load_path(path)
     if not beside.exists():
         return RecordedMap(placement, None)
-    load = read_trace(beside).load
+    load = read_trace(beside).of_all_layers()  # a layer may have had no tokens for long
     fits = load.shape[1:] == (placement.num_layers, placement.num_experts)
     return RecordedMap(placement, load if fits else None)
 

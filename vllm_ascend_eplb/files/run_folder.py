@@ -60,6 +60,12 @@ def _remove_if_abandoned(folder: str) -> None:
         os.close(handle)
 
 
+def owner_of_folder(folder: str | os.PathLike[str]) -> int | None:
+    """The id of the process that made a private folder; None where it is not one."""
+    match = _NAME.fullmatch(os.path.basename(folder))
+    return int(match.group(1)) if match is not None else None
+
+
 def remove_orphaned_folder(stats_file: str | os.PathLike[str]) -> None:
     """Removes the private folder of a statistics file whose front-end process was killed and so could not remove it.
 
@@ -67,11 +73,11 @@ def remove_orphaned_folder(stats_file: str | os.PathLike[str]) -> None:
     It touches no folder that a user chose.
     """
     folder = os.path.dirname(stats_file)
-    match = _NAME.fullmatch(os.path.basename(folder))
-    if match is None or os.path.islink(folder):
+    owner = owner_of_folder(folder)
+    if owner is None or os.path.islink(folder):
         return
     try:
-        os.kill(int(match.group(1)), 0)
+        os.kill(owner, 0)
     except ProcessLookupError:
         shutil.rmtree(folder, ignore_errors=True)
     except OSError:  # it is there, or is somebody else's

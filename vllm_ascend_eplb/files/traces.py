@@ -2,23 +2,32 @@
 """Traces: recorded loads as files, whatever recorded them.
 
 A trace is int or float [T, L, E]: tokens per logical expert in each of T windows. Read are .npz (``load``, ``loads`` or
-``logical_count``), .npy, and JSON with ``logical_count`` or a plain list, as SGLang and DeepSeek publish them; one
-window [L, E] counts as a trace of one. Leading layers without any load (a model's dense layers) are left out.
+``logical_count``), .npy, JSON with ``logical_count`` or a plain list, as SGLang and DeepSeek publish them, and the .pt
+files of SGLang's recorder; one window [L, E] counts as a trace of one. Layers without any load are left out, wherever
+they stand: a model's dense layers, and layers of other pipeline stages. :attr:`Trace.layers` has the numbers of the
+others.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..values.placement import FloatArray
+from ..values.placement import FloatArray, Placement
 from .disk import FileError, parse_json, parse_npy, parse_npz, read_bounded, show
+from .map_forms import MAX_EXPERT
+from .torch_file import is_torch_file, read_torch
 
 MAX_TRACE_BYTES = 2 << 30
 """Largest trace that is read, also when unpacked; 1,000 windows of 58 x 256 experts have 119 MB."""
+
+
+ENOUGH = 8
+"""Tokens per expert in a layer from which an expert without any is no accident."""
 
 
 NAMES = ("load", "loads", "logical_count")
@@ -33,12 +42,37 @@ class Trace:
     """A recorded load.
 
     Attributes:
-        load: float64 [T, L, E], tokens per logical expert, oldest window first.
-        skipped_layers: leading layers of the file that had no load and were left out.
+        load: float64 [T, L, E], tokens per logical expert, oldest window first, of the layers that have load.
+        layers: their numbers in the file.
+        file_layers: layers in the file.
+        remarks: what may be wrong with the file, a line each.
     """
 
     load: FloatArray
-    skipped_layers: int = 0
+    layers: tuple[int, ...]
+    file_layers: int
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """Numbers of the layers that have no load and were left out."""
+        return tuple(sorted(set(range(self.file_layers)) - set(self.layers)))
+
+    @property
+    def skipped_layers(self) -> int:
+        return self.file_layers - len(self.layers)
+
+    def of_all_layers(self) -> FloatArray:
+        """The load of all layers of the file, [T, file_layers, E]."""
+        full = np.zeros((self.num_windows, self.file_layers, self.num_experts))
+        full[:, list(self.layers)] = self.load
+        return full
+
+    def of_layers_with_load(self, placement: Placement) -> Placement:
+        """A placement of all layers of the file without those that have no load; one of the others as it is."""
+        if placement.num_layers != self.file_layers or not self.skipped_layers:
+            return placement
+        return Placement(placement.physical_to_logical[list(self.layers)], placement.num_experts, placement.num_ranks)
 
     @property
     def num_windows(self) -> int:
@@ -64,6 +98,8 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
         data = read_bounded(path, MAX_TRACE_BYTES, "file of loads")
         if data.startswith(b"\x93NUMPY"):
             array = parse_npy(data, path)
+        elif is_torch_file(data):
+            array = _from_torch(read_torch(data, path, MAX_TRACE_BYTES), name)
         elif data.startswith(b"PK"):
             arrays = parse_npz(data, path, MAX_TRACE_BYTES, NAMES)
             if not arrays:
@@ -104,5 +140,71 @@ def _checked(array: npt.NDArray[np.generic], name: str) -> Trace:
     loaded = np.flatnonzero(load.sum(axis=(0, 2)) > 0)
     if not loaded.size:
         raise TraceError(f"{name} has no load in any layer; record it while the server serves")
-    first = int(loaded[0])
-    return Trace(np.ascontiguousarray(load[:, first:]), first)
+    kept = np.ascontiguousarray(load[:, loaded])
+    return Trace(kept, tuple(loaded.tolist()), load.shape[1], _remarks(kept, name))
+
+
+def _from_torch(value: Any, name: str) -> npt.NDArray[Any]:
+    """What SGLang's recorder dumps: counts by step, or a record of each forward pass with counts by slot."""
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, dict) and isinstance(value.get("records"), list):
+        return _from_records(value["records"], value.get("last_physical_to_logical_map"), name)
+    found = next((value[key] for key in NAMES if key in value), None) if isinstance(value, dict) else None
+    if not isinstance(found, np.ndarray) or found.ndim not in (2, 3) or found.dtype.kind not in "iufb":
+        raise TraceError(
+            f"{name} is a file of torch.save without counts [windows, layers, experts] under {' or '.join(NAMES)}; is "
+            "it a dump of SGLang's recorder?"
+        )
+    if found.ndim == 2:
+        return found
+    filled = found.any(axis=(1, 2))  # the recorder's buffer has places for steps that have not been
+    return found[filled] if filled.any() else found
+
+
+def _from_records(records: list[Any], slots: Any, name: str) -> npt.NDArray[np.float64]:
+    """Tokens per expert and forward pass, from tokens per slot; records of one pass are added up."""
+    if not isinstance(slots, np.ndarray) or slots.ndim != 2 or not slots.size or slots.dtype.kind not in "iu":
+        raise TraceError(f"{name} has records, but no last_physical_to_logical_map [layers, slots] to read them by")
+    experts = int(slots.max()) + 1
+    if int(slots.min()) < 0 or experts > MAX_EXPERT or len(records) * len(slots) * experts * 8 > MAX_TRACE_BYTES:
+        raise TraceError(f"{name} has records of {len(slots)} layers, {experts} experts; is it the right file?")
+    windows: dict[Any, npt.NDArray[np.float64]] = {}
+    for number, record in enumerate(records):
+        counts = record.get("global_physical_count") if isinstance(record, dict) else None
+        if not isinstance(counts, np.ndarray) or counts.shape != slots.shape or counts.dtype.kind not in "iuf":
+            raise TraceError(
+                f"{name}: record {number} has no global_physical_count of shape {slots.shape}; is it a dump of "
+                "SGLang's recorder?"
+            )
+        passed = record.get("forward_pass_id")
+        key = passed if isinstance(passed, int) else ("record", number)
+        window = windows.setdefault(key, np.zeros((len(slots), experts)))
+        np.add.at(window, (np.arange(len(slots))[:, None], slots), counts.astype(np.float64))
+    if not windows:
+        raise TraceError(f"{name} has no records; record it while the server serves")
+    return np.stack(list(windows.values()))
+
+
+def _remarks(load: FloatArray, name: str) -> tuple[str, ...]:
+    """Signs that a file holds the counts of one rank only.
+
+    Args:
+        load: float64 [T, L, E] of the layers that have load.
+    """
+    experts, by_layer = load.shape[2], load.sum(axis=0)
+    used = np.flatnonzero(by_layer.sum(axis=0) > 0)
+    first, last = int(used[0]), int(used[-1])
+    enough = (by_layer.sum(axis=1) >= ENOUGH * experts).all()
+    if experts >= 4 and last - first + 1 <= experts // 2:
+        return (
+            f"{name}: only experts {first} to {last} of {experts} have load, in every layer; it looks like the counts "
+            "of one rank or a few: add up those of all ranks",
+        )
+    most = int((by_layer > 0).sum(axis=1).max())
+    if experts >= 4 and enough and most <= experts // 2:
+        return (
+            f"{name}: at most {most} of {experts} experts have load in a layer; it looks like the counts of one rank: "
+            "add up those of all ranks",
+        )
+    return ()

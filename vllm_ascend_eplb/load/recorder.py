@@ -6,7 +6,7 @@
     ops.map_and_record ──> LoadRecorder.counts [L, P] ──flush──> window [T, L, E] ──snapshot──> host ──> take()
        (every forward)       (this rank, on the device)           (this rank)       (side stream)        │
                                                                                                          v
-            policy <── LoadWindow [T, L, E] (all ranks, last / sliding / decayed) <── sum over ranks ────┘
+                                   policy <── window [T, L, E] of all ranks <── sum over ranks ──────────┘
 
 **Who counts.** Every (token, expert) pair must enter the sum over ranks once. Which ranks contribute follows from who
 routes what: if each rank routes its own tokens, all do; if several ranks route the same tokens, one of them does, the
@@ -22,27 +22,20 @@ blocks the host, and after the first use nothing is allocated on the device.
 
 from __future__ import annotations
 
-from os import PathLike
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ..values.placement import EMPTY, FloatArray, Placement
-
-Int64Array = npt.NDArray[np.int64]
-
+from ..values.placement import EMPTY, Int64Array, Placement
+from ..values.traffic import BUCKETS, THOUSANDTHS, bucket_of
 
 PHASES = ("all", "prefill", "decode")
-"""What a window may be of: all recorded steps, those that prefill, or those that only decode."""
-
-
-WINDOW_MODES = ("last", "sliding", "decay")
+"""Which steps a window may count: all, those that prefill, or those that only decode."""
 
 
 class LoadError(ValueError):
-    """A window, a file or a call that does not fit the model or the moment."""
+    """A call that does not fit the model or the moment."""
 
 
 class LoadRecorder:
@@ -62,8 +55,8 @@ class LoadRecorder:
         device: where the model counts.
         contributes: whether this rank's counts enter the sum over ranks. If not, recording is never switched on and
             :meth:`take` returns zeros.
-        phases: what is kept apart: ``("all",)``, or any of ``"prefill"`` and ``"decode"``. Steps of other phases are
-            not recorded. A step's phase decides where it is counted, nothing else, so ranks need not agree on it.
+        phases: which steps are counted: ``("all",)``, or any of ``"prefill"`` and ``"decode"``. A step's phase decides
+            whether it is counted, nothing else, so ranks need not agree on it.
         num_entries: T, entries of the series that a window consists of; more than one where a policy wants to see how
             load changes.
         steps_per_entry: calls of :meth:`begin_step` after which the next entry begins. When all T are in use the oldest
@@ -120,9 +113,8 @@ class LoadRecorder:
         self.counts = torch.zeros((num_layers, num_slots), dtype=dtype, device=self.device)
         self.recording = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._is_recording = False
-        shape = (len(phases), num_entries, num_layers, num_experts + 1)  # the last column takes the empty slots
+        shape = (num_entries, num_layers, num_experts + 1)  # the last column takes the empty slots
         self._window = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        self._bank = 0
         self._entry = 0
         self._steps = 0
         self._maps = _SlotMaps(num_layers, num_experts, num_slots, self.device)
@@ -130,8 +122,12 @@ class LoadRecorder:
         self._dirty = False
         self._snapshot = _Snapshot(self._window, own_stream)
         self._oldest = 0
+        self._histogram = np.zeros((2, BUCKETS), dtype=np.int64)
+        self._ended_histogram = np.zeros_like(self._histogram)
 
-    def begin_step(self, placement: Placement, *, record: bool, phase: str = "all") -> None:
+    def begin_step(
+        self, placement: Placement, *, record: bool, phase: str = "all", tokens_per_rank: float = 1.0
+    ) -> None:
         """Prepares the coming forward: advances the series, sets the switch.
 
         All ranks call it equally often between two snapshots; that alone moves the series on.
@@ -140,8 +136,9 @@ class LoadRecorder:
             placement: in force during this forward. If it is not the last one, what was counted is flushed first.
             record: whether the forward serves requests whose tokens the window needs. False for dummy, warm-up and
                 profile steps.
-            phase: ``"prefill"`` or ``"decode"``; needed only where phases are kept apart. Other words (``"all"``) count
-                in windows of all steps only.
+            phase: ``"prefill"`` or ``"decode"``; needed only where some steps are not counted. Steps of other phases
+                (``"all"``) count in windows of all steps only.
+            tokens_per_rank: that each rank brings into the step, as far as this one knows.
 
         Raises:
             LoadError: the placement has another shape than the recorder.
@@ -154,12 +151,10 @@ class LoadRecorder:
         if entry != self._entry:
             self.flush(placement)
             self._entry = entry
-            self._window[:, entry].zero_()
-        bank = 0 if self.phases == ("all",) else self.phases.index(phase) if phase in self.phases else None
-        if bank is not None and bank != self._bank:
-            self.flush(placement)
-            self._bank = bank
-        self.set_recording(record and bank is not None)
+            self._window[entry].zero_()
+        self.set_recording(record and (self.phases == ("all",) or phase in self.phases))
+        if self._is_recording:
+            self._histogram[:, bucket_of(tokens_per_rank)] += 1, round(THOUSANDTHS * tokens_per_rank)
 
     def set_recording(self, on: bool) -> None:
         """Sets the switch for the forwards to come; enqueues work only when it changes."""
@@ -181,15 +176,10 @@ class LoadRecorder:
         self._use(placement)
         if not self._dirty:
             return
-        target = self._window[self._bank, self._entry].view(-1)
+        target = self._window[self._entry].view(-1)
         self._maps.add_logical(self.counts, placement, target)
         self.counts.zero_()
         self._dirty = self._is_recording
-
-    def prepare(self, placement: Placement) -> None:
-        """Uploads what a later flush under ``placement`` needs, so that the flush only runs prepared work."""
-        self._check(placement)
-        self._maps.index_of(placement)
 
     def snapshot(self, placement: Placement | None = None) -> None:
         """Ends the window: flushes, starts the copy to the host, begins a new, empty window.
@@ -205,6 +195,7 @@ class LoadRecorder:
             raise LoadError("snapshot() before any begin_step() or flush(): the recorder knows no placement; pass one")
         self.flush(placement)
         self._snapshot.start(self._window)
+        self._ended_histogram, self._histogram = self._histogram, np.zeros_like(self._histogram)
         self._oldest = (self._entry + 1) % self.num_entries
         self._window.zero_()
         self._steps = self._entry = 0
@@ -218,6 +209,7 @@ class LoadRecorder:
         """
         self.flush(placement)
         self._window.zero_()
+        self._histogram = np.zeros_like(self._histogram)
         self.steps_per_entry = max(1, steps_per_entry)
         self._steps = self._entry = 0
 
@@ -225,27 +217,24 @@ class LoadRecorder:
         """Whether :meth:`take` would return at once. Never blocks; False without a snapshot."""
         return self._snapshot.ready()
 
-    def take(self, phase: str = "all") -> Int64Array:
+    def take(self) -> Int64Array:
         """The window that the last :meth:`snapshot` ended, this rank's part; waits for the copy if it is not ready.
-
-        May be called once per phase; :meth:`snapshot` starts anew.
-
-        Args:
-            phase: a phase that is kept, or ``"all"`` for the sum of those kept.
 
         Returns:
             int64 [T, L, E], tokens (times experts per token) per logical expert; oldest entry first. Entries that no
             step reached are zero.
 
         Raises:
-            LoadError: there is no snapshot, or the phase is not kept.
+            LoadError: there is no snapshot.
         """
-        if phase != "all" and phase not in self.phases:
-            raise LoadError(f"phase {phase!r} is not recorded; kept are {', '.join(self.phases)}")
-        banks = self._snapshot.contents()[..., : self.num_experts]
-        load = banks.sum(axis=0) if phase == "all" else banks[self.phases.index(phase)]
-        taken: Int64Array = np.roll(load, -self._oldest, axis=0)
+        window = self._snapshot.contents()[..., : self.num_experts]
+        taken: Int64Array = np.roll(window, -self._oldest, axis=0)
         return taken
+
+    def histogram(self) -> Int64Array:
+        """int64 [2, BUCKETS]: recorded steps of the window that the last :meth:`snapshot` ended by tokens per rank, and
+        thousandths of their tokens per rank, as ``Traffic.of_histogram`` takes the sum over ranks."""
+        return self._ended_histogram
 
     def discard_snapshot(self) -> None:
         """Gives up a snapshot that nobody is going to take, because its cycle was dropped. Its load is lost."""
@@ -257,8 +246,8 @@ class LoadRecorder:
         return self._steps
 
     def window(self) -> Int64Array:
-        """int64 [phases, T, L, E]: what was counted and flushed since the window began, this rank's part, in the order
-        in which it is kept. Waits for the device."""
+        """int64 [T, L, E]: what was counted and flushed since the window began, this rank's part, in the order in which
+        it is kept. Waits for the device."""
         window: Int64Array = self._window[..., : self.num_experts].cpu().numpy()
         return window
 
@@ -266,7 +255,7 @@ class LoadRecorder:
         """Takes a window over, for example into the recorder of a model with another number of slots.
 
         Args:
-            window: int64 [phases, T, L, E], as ``window`` gives it.
+            window: int64 [T, L, E], as ``window`` gives it.
             steps: ``steps`` of the recorder that it came from.
 
         Raises:
@@ -390,93 +379,3 @@ def _record_event(device: torch.device) -> Any:
     event = module.Event()
     event.record(module.current_stream(device))
     return event
-
-
-class LoadWindow:
-    """The global loads that policies see, over the windows taken so far.
-
-    Args:
-        num_layers, num_experts: L and E.
-        mode: ``"last"`` keeps the newest window as it is; ``"sliding"`` keeps the newest ``num_entries`` entries over
-            all windows; ``"decay"`` keeps one entry, ``new + decay * old``. Load drifts slowly but for good, so older
-            windows usually make plans worse: prefer ``"last"``.
-        num_entries: entries kept by ``"sliding"``.
-        decay: weight of the past per window in ``"decay"``, 0 <= decay < 1.
-
-    Raises:
-        LoadError: an argument is out of range.
-    """
-
-    def __init__(
-        self, num_layers: int, num_experts: int, *, mode: str = "last", num_entries: int = 1, decay: float = 0.5
-    ) -> None:
-        if mode not in WINDOW_MODES:
-            raise LoadError(f"mode is {mode!r}; allowed are {', '.join(WINDOW_MODES)}")
-        if num_entries < 1:
-            raise LoadError(f"num_entries is {num_entries}; it must be at least 1")
-        if not 0 <= decay < 1:
-            raise LoadError(f"decay is {decay}; allowed is 0 <= decay < 1")
-        self.num_layers = num_layers
-        self.num_experts = num_experts
-        self.mode = mode
-        self.num_entries = num_entries
-        self.decay = decay
-        self._entries: FloatArray = np.zeros((0, num_layers, num_experts))
-
-    def add(self, load: npt.ArrayLike) -> None:
-        """Takes in a new window [T, L, E], oldest entry first.
-
-        Raises:
-            LoadError: wrong shape, or a negative or non-finite entry.
-        """
-        new = _checked(load, (self.num_layers, self.num_experts))
-        if self.mode == "last":
-            self._entries = new
-        elif self.mode == "sliding":
-            self._entries = np.concatenate([self._entries, new])[-self.num_entries :]
-        else:
-            past = self._entries.sum(axis=0, keepdims=True) * self.decay
-            self._entries = new.sum(axis=0, keepdims=True) + past
-
-    @property
-    def series(self) -> FloatArray:
-        """float64 [T, L, E], oldest first; T is 0 before the first window."""
-        return self._entries
-
-    @property
-    def load(self) -> FloatArray:
-        """float64 [L, E]: the sum of the series."""
-        total: FloatArray = self._entries.sum(axis=0)
-        return total
-
-
-def save_load(file: str | PathLike[str] | IO[bytes], series: npt.ArrayLike, phase: str = "all") -> None:
-    """Writes a series of loads [T, L, E] as .npz: ``load`` (int64 where all entries are whole) and ``phase``."""
-    load = _checked(series, None)
-    whole = load.astype(np.int64)
-    np.savez_compressed(file, load=whole if np.array_equal(whole, load) else load, phase=np.str_(phase))
-
-
-def read_load(file: str | PathLike[str] | IO[bytes]) -> tuple[FloatArray, str]:
-    """Reads what :func:`save_load` wrote: the series, float64 [T, L, E], and its phase.
-
-    Raises:
-        LoadError: the file is not such an archive.
-    """
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return _checked(archive["load"], None), str(archive["phase"])
-    except (KeyError, OSError, ValueError, EOFError) as error:
-        raise LoadError(
-            f"{file} holds no load: expected an .npz archive with 'load' [T, L, E] and 'phase' ({error})"
-        ) from error
-
-
-def _checked(load: npt.ArrayLike, shape: tuple[int, int] | None) -> FloatArray:
-    series = np.array(load, dtype=np.float64)
-    if series.ndim != 3 or (shape is not None and series.shape[1:] != shape):
-        layers, experts = shape or ("L", "E")
-        raise LoadError(f"the load has shape {series.shape}; expected [T, {layers}, {experts}]")
-    if not np.isfinite(series).all() or (series < 0).any():
-        raise LoadError("the load has negative or non-finite entries; tokens are counted from 0 up")
-    return series

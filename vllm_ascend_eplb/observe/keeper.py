@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..values.placement import peak_to_average
+from ..values.window import RankLoad, WindowLoad
 from .stats import (
     KEPT_CYCLES,
     MAX_TABLE_ENTRIES,
@@ -56,6 +56,8 @@ class StatsKeeper:
         self._moves_planned = 0
         self._planner_seconds = 0.0
         self._last_plan: tuple[Par | None, int, float] = (None, 0, 0.0)
+        self._moe_ms = self._moe_ms_start = self._moe_saved = 0.0
+        self._plan_saves = self._plan_costs = 0.0
         self._last_done: CycleRecord | None = None
         self._cycles: deque[CycleRecord] = deque(maxlen=KEPT_CYCLES)
 
@@ -71,30 +73,18 @@ class StatsKeeper:
         self._order, self._order_step, self._paused = order[:300], step, paused
         self.intervals(collect_steps, execution_steps)
 
-    def window_ended(
-        self,
-        rank_load: npt.ArrayLike,
-        rank_load_start: npt.ArrayLike,
-        rank_load_observed: npt.ArrayLike | None = None,
-    ) -> None:
-        """A window is over and its load is known.
-
-        Args:
-            rank_load: [L, R] tokens per rank with the placement in force.
-            rank_load_start: [L, R] the same tokens with the placement the server started with.
-            rank_load_observed: [L, R] the same tokens with the last plan, where it was made and not carried out.
-        """
-        load, start = np.asarray(rank_load, dtype=np.float64), np.asarray(rank_load_start, dtype=np.float64)
-        observed = None if rank_load_observed is None else np.asarray(rank_load_observed, dtype=np.float64)
+    def window_ended(self, window: WindowLoad) -> None:
+        """A window is over and its load is known."""
+        load, start, observed = window.in_force, window.at_start, window.observed
         self._window = Window(
             step=self.step,
-            tokens=round(float(load.sum())),
-            par=Par.of(peak_to_average(load)),
-            par_start=Par.of(peak_to_average(start)),
-            par_observed=None if observed is None else Par.of(peak_to_average(observed)),
-            rank_load=_relative(load),
-            rank_load_start=_relative(start),
-            rank_load_observed=() if observed is None else _relative(observed),
+            tokens=int(window.load.sum()),
+            par=Par.of(load.par),
+            par_start=Par.of(start.par),
+            par_observed=None if observed is None else Par.of(observed.par),
+            rank_load=_relative(load.tokens),
+            rank_load_start=_relative(start.tokens),
+            rank_load_observed=() if observed is None else _relative(observed.tokens),
         )
         self._predicted, self._moves_planned, self._planner_seconds = None, 0, 0.0
         if self._cycles:
@@ -105,22 +95,30 @@ class StatsKeeper:
             if self._last_done is before:
                 self._last_done = after
 
+    def time_spent(self, moe_ms: float, moe_ms_start: float, steps: int) -> None:
+        """What the MoE layers of a step of the window took, and would have with the placement the server started with,
+        by the measured times of a layer; and the window's steps."""
+        self._moe_ms, self._moe_ms_start = moe_ms, moe_ms_start
+        self._moe_saved += 1e-3 * (moe_ms_start - moe_ms) * steps
+
+    def weighed(self, saved_fraction: float, cost_ms: float) -> None:
+        """What the last plan saves of MoE time, and what carrying it out costs once, by measured times."""
+        self._plan_saves, self._plan_costs = saved_fraction, cost_ms
+
     def figures(self) -> npt.NDArray[np.int64]:
         """int64 [len(RANK_FIGURES)]: this rank's own, in microseconds."""
         seconds = (self._control, self._transfer, self._commit, self._longest_step)
-        return np.array([round(1e6 * each) for each in seconds], dtype=np.int64)
+        return np.array([round(1e6 * value) for value in seconds], dtype=np.int64)
 
-    def ranks_told(
-        self, figures: npt.NDArray[np.int64], rank_load: npt.NDArray[np.float64], node_of_rank: Sequence[int]
-    ) -> None:
+    def ranks_told(self, figures: npt.NDArray[np.int64], rank_load: RankLoad, node_of_rank: Sequence[int]) -> None:
         """All ranks' figures are known, with the load of the window.
 
         Args:
             figures: [R, len(RANK_FIGURES)], of each rank.
-            rank_load: [L, R] tokens per rank with the placement in force.
+            rank_load: of the window, with the placement in force.
             node_of_rank: R integers.
         """
-        relative = _over_mean(rank_load)
+        relative = _over_mean(rank_load.tokens)
         self._ranks = tuple(
             RankRecord(
                 rank=rank,
@@ -228,6 +226,11 @@ class StatsKeeper:
             commit_seconds=self._commit,
             commit_longest_seconds=self._commit_longest,
             longest_step_seconds=self._longest_step,
+            moe_ms=self._moe_ms,
+            moe_ms_start=self._moe_ms_start,
+            moe_time_saved_seconds=self._moe_saved,
+            plan_saved_fraction=self._plan_saves,
+            plan_cost_seconds=1e-3 * self._plan_costs,
             placement_digest=self.placement_digest,
             order=self._order,
             order_step=self._order_step,

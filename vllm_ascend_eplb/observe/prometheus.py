@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -19,12 +20,76 @@ from typing import get_args
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 
 from .stats import EplbStats, Par, PhaseName, StatsError
-from .stats_file import read_stats, stats_path
+from .stats_file import read_stats, reported_elsewhere, stats_path
 
 __all__ = ["EplbGauges", "StatsWatcher", "metrics_table", "read_stats", "watch"]
 
 
 logger = logging.getLogger("vllm.eplb.metrics")  # only loggers under vllm have handlers in a server
+
+
+class _Gauge:
+    """A gauge of Prometheus that has no sample where it has no value.
+
+    prometheus_client gives a gauge without labels the value 0 as soon as it is made, in the files that several API
+    servers share, too; so it is made with its first value. A value that is gone is taken out, or NaN in those files,
+    from which nothing can be taken.
+    """
+
+    def __init__(self, name: str, text: str, labels: tuple[str, ...], registry: CollectorRegistry) -> None:
+        self.name = name
+        self.text = text
+        self.labels = labels
+        self._registry = registry
+        self._made: Gauge | None = None
+        self._shown: set[tuple[str, ...]] = set()
+
+    def set(self, value: float | None, **labels: str) -> None:
+        """Shows a value for these labels, or none."""
+        key = tuple(labels[name] for name in self.labels)
+        if value is None:
+            if key in self._shown:
+                self._clear(key)
+            return
+        if self._made is None:
+            self._made = Gauge(
+                self.name, self.text, self.labels, registry=self._registry, multiprocess_mode="mostrecent"
+            )
+        self._shown.add(key)
+        (self._made.labels(*key) if self.labels else self._made).set(value)
+
+    def register(self) -> None:
+        """Puts the gauge back if somebody took it out of the registry."""
+        if self._made is not None:
+            with contextlib.suppress(ValueError):  # still there
+                self._registry.register(self._made)
+
+    def _clear(self, key: tuple[str, ...]) -> None:
+        assert self._made is not None
+        self._shown.discard(key)
+        if not any(name in os.environ for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")):
+            if self.labels:
+                self._made.remove(*key)
+            else:
+                with contextlib.suppress(KeyError):  # somebody took it out
+                    self._registry.unregister(self._made)
+                self._made = None
+            return
+        (self._made.labels(*key) if self.labels else self._made).set(math.nan)
+
+
+def _without_value(stats: EplbStats) -> set[str]:
+    """The numbers that say nothing yet, though they are there: 0 for what has not been."""
+    absent = set()
+    if not stats.updated_at:
+        absent.add("updated_at")
+    if stats.par_planned is None:
+        absent |= {"moves_planned", "planner_seconds"}
+    if stats.cycles_done == 0:
+        absent |= {"experts_moved_last", "control_wait_last_cycle_seconds"}
+    if stats.audits == 0:
+        absent.add("audit_damaged")
+    return absent
 
 
 class EplbGauges:
@@ -37,12 +102,11 @@ class EplbGauges:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, parts: Sequence[str] = ()) -> None:
         self.parts = tuple(parts)
-        self._registry = registry
+        self._shown_info: dict[str, dict[str, str]] = {}
         common = ("part",) if parts else ()
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            names = (*labels, *common)
-            return Gauge(f"vllm_eplb_{name}", text, names, registry=registry, multiprocess_mode="mostrecent")
+        def gauge(name: str, text: str, *labels: str) -> _Gauge:
+            return _Gauge(f"vllm_eplb_{name}", text, (*labels, *common), registry)
 
         par = "Peak-to-average ratio (PAR) of rank load over MoE layers, 1 is perfect: "
         self._par = {
@@ -75,6 +139,12 @@ class EplbGauges:
         self._cycles = gauge("cycles", "Balancing cycles so far, by result.", "result")
         self._failures = gauge("failures", "Cycles that failed so far, by kind of failure.", "kind")
         self._phase = gauge("phase", "1 for the current phase of the balancer, 0 for all others.", "phase")
+        self._elsewhere = _Gauge(
+            "vllm_eplb_reported_elsewhere",
+            "1 where the API server that hosts DP rank 0 has the balancer's metrics, and this one has none.",
+            ("dp_rank",),
+            registry,
+        )
         self._info = gauge(
             "info", "Always 1; the labels are the version and the settings in force.", "version", "policy", "mode"
         )
@@ -101,22 +171,50 @@ class EplbGauges:
             "longest_step_seconds": gauge(
                 "longest_step_seconds", "Longest time that balancing added to one step, in seconds."
             ),
+            "moe_time_saved_seconds": gauge(
+                "moe_time_saved_seconds",
+                "Seconds of MoE layers saved so far against the initial placement, predicted from the times measured "
+                "at start-up and the load of each window.",
+            ),
+            "plan_saved_fraction": gauge(
+                "plan_saved_fraction", "Fraction of MoE time that the last plan saves, carried out or not."
+            ),
+            "plan_cost_seconds": gauge("plan_cost_seconds", "Cost of carrying out the last plan once, in seconds."),
             "paused": gauge("paused", "1 while paused: cycles begin only when an operator orders one."),
             "audits": gauge("audits", "Audits of the weights in all slots so far."),
             "audit_damaged": gauge("audit_damaged_slots", "Damaged slots that the last audit found."),
-            "audit_mended": gauge("audit_mended_slots", "Damaged slots that were repaired so far."),
+            "audit_mended": gauge("audit_repaired_slots", "Damaged slots that were repaired so far."),
             "updated_at": gauge("updated_timestamp_seconds", "Time of the last report, in seconds since 1970."),
         }
+
+        # of metrics that were renamed; they stay for one release
+        self._old_names = {"audit_mended": gauge("audit_mended_slots", "Old name of vllm_eplb_audit_repaired_slots.")}
 
     def register(self) -> None:
         """Puts gauges back that somebody took out of the registry: vLLM 0.23, vllm-ascend's, empties it of all that has
         "vllm" in its name when an engine starts."""
         for gauge in self.gauges():
-            with contextlib.suppress(ValueError):  # still there
-                self._registry.register(gauge)
+            gauge.register()
 
-    def gauges(self) -> list[Gauge]:
-        return [*self._par.values(), self._cycles, self._failures, self._phase, self._info, *self._numbers.values()]
+    def gauges(self) -> list[_Gauge]:
+        return [
+            *self._par.values(),
+            self._cycles,
+            self._failures,
+            self._phase,
+            self._info,
+            *self._numbers.values(),
+            self._elsewhere,
+            *self._old_names.values(),
+        ]
+
+    def show_elsewhere(self, rank: int) -> None:
+        """Says that another API server has the metrics.
+
+        Args:
+            rank: first DP rank of this server.
+        """
+        self._elsewhere.set(1, dp_rank=str(rank))
 
     def show(self, stats: EplbStats, part: str = "") -> None:
         """Sets all gauges, or those of one part."""
@@ -134,18 +232,26 @@ class EplbGauges:
             "par_window_observed": window.par_observed if window else None,
         }
         for name, par in pars.items():
-            if par is not None:
-                self._par[name].labels(layers="mean", **own).set(par.mean)
-                self._par[name].labels(layers="worst", **own).set(par.worst)
+            self._par[name].set(par.mean if par else None, layers="mean", **own)
+            self._par[name].set(par.worst if par else None, layers="worst", **own)
         for result in ("done", "skipped", "failed"):
-            self._cycles.labels(result=result, **own).set(getattr(stats, f"cycles_{result}"))
+            self._cycles.set(getattr(stats, f"cycles_{result}"), result=result, **own)
         for kind, count in stats.failures.items():
-            self._failures.labels(kind=kind, **own).set(count)
+            self._failures.set(count, kind=kind, **own)
         for phase in get_args(PhaseName):
-            self._phase.labels(phase=phase, **own).set(phase == stats.phase)
-        self._info.labels(version=stats.version, policy=stats.policy, mode=stats.mode, **own).set(1)
-        for name, number in self._numbers.items():
-            (number.labels(**own) if own else number).set(getattr(stats, name))
+            self._phase.set(phase == stats.phase, phase=phase, **own)
+        info = {"version": stats.version, "policy": stats.policy, "mode": stats.mode}
+        shown = self._shown_info.get(part)
+        if shown is not None and shown != info:
+            self._info.set(None, **shown, **own)
+        self._shown_info[part] = info
+        self._info.set(1, **info, **own)
+        absent = _without_value(stats)
+        for name, number in (*self._numbers.items(), *self._old_names.items()):
+            number.set(None if name in absent else getattr(stats, name), **own)
+        rank = reported_elsewhere()
+        if rank is not None:
+            self._elsewhere.set(None, dp_rank=str(rank))
 
 
 def metrics_table() -> str:
@@ -155,8 +261,8 @@ def metrics_table() -> str:
     values = {"layers": "mean, worst", "result": "done, skipped, failed", "phase": ", ".join(get_args(PhaseName))}
     rows = ["| metric | labels | meaning |", "| --- | --- | --- |"]
     for gauge in made.gauges():
-        labels = "; ".join(f"{name}: {values[name]}" if name in values else name for name in gauge._labelnames)
-        rows.append(f"| `{gauge._name}` | {labels} | {gauge._documentation} |")
+        labels = "; ".join(f"{name}: {values[name]}" if name in values else name for name in gauge.labels)
+        rows.append(f"| `{gauge.name}` | {labels} | {gauge.text} |")
     return "\n".join(rows) + "\n"
 
 
@@ -229,6 +335,9 @@ def watch(parts: Sequence[str] = ()) -> None:
         if not _watchers:
             gauges = EplbGauges(parts=parts)
             _watchers.extend(StatsWatcher(path, gauges, part=part) for part in parts or ("",))
+            rank = reported_elsewhere()
+            if rank is not None:
+                gauges.show_elsewhere(rank)
             for watcher in _watchers:
                 watcher.start()
         for watcher in _watchers:

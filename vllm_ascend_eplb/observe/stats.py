@@ -38,6 +38,9 @@ Count: TypeAlias = Annotated[int, Field(ge=0, le=2**62)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.0, le=1e12)]
 
 
+Saved: TypeAlias = Annotated[float, Field(ge=-1e12, le=1e12)]
+
+
 Ratio: TypeAlias = Annotated[float, Field(ge=0.0, le=1e6)]
 
 
@@ -185,12 +188,18 @@ class EplbStats(_Frozen):
         transfer_wait_seconds: waiting for transfers, total.
         commit_*: switching over to received experts: total, longest in one step.
         longest_step_seconds: the longest time that one ``forward_before`` took: the longest wait caused by balancing.
+        moe_ms, moe_ms_start: milliseconds of the MoE layers in an average step of the last window, with the placement
+            in force and with the one the server started with, by the times of a layer that were measured at start-up;
+            0 where none were.
+        moe_time_saved_seconds: the difference of the two over all steps so far.
+        plan_saved_fraction: part of MoE time that the last plan saves, carried out or not; plan_cost_seconds: what
+            carrying it out costs once. Both 0 where no time was measured.
         placement_digest: hash of the placement in force.
         order, order_step: id of the last order that took effect (orders.py), and the step at which it did.
         paused: whether cycles begin only when ordered.
         collect_steps, execution_steps: the intervals in force, in steps.
         audits: passes over the weights of all slots so far.
-        audit_damaged: slots that the last one found damaged; ``audit_mended``: slots mended so far.
+        audit_damaged: slots that the last one found damaged; ``audit_mended``: slots repaired so far.
         window: the last finished window.
         ranks: all ranks, as of the end of that window.
         cycles: the last cycles, oldest first, at most ``KEPT_CYCLES``.
@@ -226,6 +235,11 @@ class EplbStats(_Frozen):
     commit_seconds: Seconds = 0.0
     commit_longest_seconds: Seconds = 0.0
     longest_step_seconds: Seconds = 0.0
+    moe_ms: Seconds = 0.0
+    moe_ms_start: Seconds = 0.0
+    moe_time_saved_seconds: Saved = 0.0
+    plan_saved_fraction: Saved = 0.0
+    plan_cost_seconds: Seconds = 0.0
     placement_digest: Count = 0
     order: Text = ""
     order_step: Count = 0

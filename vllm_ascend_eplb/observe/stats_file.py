@@ -10,9 +10,36 @@ import stat
 import threading
 from pathlib import Path
 
-from ..files.disk import write_private
-from ..files.run_folder import STATS_VARIABLE, make_private_folder
+from ..files.disk import expand_user, write_private
+from ..files.run_folder import STATS_VARIABLE, make_private_folder, owner_of_folder
 from .stats import MAX_STATS_BYTES, EplbStats, StatsError, logger
+
+OWNER_ENDS = 5.0
+"""Seconds that a front-end process may take from the removal of its private folder to its end."""
+
+
+RANK_VARIABLE = "EPLB_FIRST_DP_RANK"
+"""Environment variable with the first DP rank that a server hosts, where that is not 0."""
+
+
+def note_first_rank(data_parallel_rank: int) -> None:
+    """In the front-end process: which DP rank is the first of this server. Rank 0 alone reports statistics, so a server
+    on another host has none."""
+    os.environ.pop(RANK_VARIABLE, None)
+    if data_parallel_rank > 0:
+        os.environ[RANK_VARIABLE] = str(data_parallel_rank)
+
+
+def reported_elsewhere() -> int | None:
+    """The first DP rank of this server where another server hosts rank 0 and has the statistics; else None."""
+    rank = os.environ.get(RANK_VARIABLE, "")
+    return int(rank) if rank.isascii() and rank.isdigit() and len(rank) < 10 and int(rank) > 0 else None
+
+
+ELSEWHERE = (
+    "this server hosts the data-parallel ranks from {rank} on; rank 0 reports for the balancer: ask the API server "
+    "that hosts it"
+)
 
 
 class StatsFile:
@@ -66,12 +93,28 @@ class StatsFile:
                 try:
                     self.write(stats)
                 except Exception as error:
-                    if not complained:
+                    if not complained and not self._removed_by_owner():
                         logger.warning("EPLB statistics cannot be written to %s: %s", self.path, error)
                         complained = True
             if closing:
                 return
             self._closing.wait(self._min_interval)
+
+    def _removed_by_owner(self) -> bool:
+        """Whether the private folder is gone because the front-end process that made it is ending: it removes the
+        folder before it ends the engine's processes, where an offline program comes to its end."""
+        owner = owner_of_folder(self.path.parent)
+        if owner is None or self.path.parent.exists():
+            return False
+        if not self._closing.wait(OWNER_ENDS):  # this process is ended next, or the owner is gone by then
+            try:
+                os.kill(owner, 0)
+            except ProcessLookupError:
+                return True
+            except OSError:
+                pass
+            return False
+        return True
 
 
 def read_stats(path: str | os.PathLike[str]) -> EplbStats | None:
@@ -100,7 +143,7 @@ def stats_path(part: str = "") -> Path | None:
     name = os.environ.get(STATS_VARIABLE, "")
     if not name:
         return None
-    path = Path(name)
+    path = Path(expand_user(name))
     return path.with_stem(f"{path.stem}-{part}") if part else path
 
 

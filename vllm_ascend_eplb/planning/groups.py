@@ -80,8 +80,8 @@ def fitting_groups(
             by_layer: dict[int, list[Move]] = defaultdict(list)
             for move in group:
                 by_layer[move[0]].append(move)
-            for layer, its in by_layer.items():
-                pieces += _decompose(layer, its, state, size, placement.num_slots, buffer_experts)
+            for layer, in_layer in by_layer.items():
+                pieces += _decompose(layer, in_layer, state, size, placement.num_slots, buffer_experts)
         # Postponing it loses nothing: what the slot holds stays, and the first copy is there.
         pieces += [[move] for move in again]
         for piece in pieces:

@@ -7,6 +7,8 @@ import math
 import numbers
 from dataclasses import dataclass
 
+from ..values.defaults import TARGET_PAR
+
 EFFORTS = ("fast", "thorough")
 
 
@@ -37,7 +39,7 @@ class PlanOptions:
         PlanInputError: a value is out of range.
     """
 
-    target_par: float = 1.02
+    target_par: float = TARGET_PAR
     effort: str = "fast"
     time_budget: float = 0.3
     rounds: int | None = None

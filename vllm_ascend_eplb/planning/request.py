@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,30 @@ from ..values.placement import Placement, peak_to_average
 from ..values.plan import Plan
 from ..values.rounds import rounds_to_array
 from ..values.topology import Topology
+from .options import PlanOptions
 from .schedule import schedule_rounds
+
+
+@dataclass(frozen=True)
+class Rebalance:
+    """A task: a placement that suits the load better.
+
+    Attributes:
+        policy: "incremental", "default" or "random".
+        options: see there.
+        rank_speed: [R], relative speeds of the ranks; None where they are equal.
+    """
+
+    policy: str = "incremental"
+    options: PlanOptions = field(default_factory=PlanOptions)
+    rank_speed: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Restore:
+    """A task: every expert goes to where ``target`` (int32 [L, P]) has it, whatever the load."""
+
+    target: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -30,8 +53,7 @@ class PlanRequest:
         node_of_rank: the node of each rank.
         num_groups: groups of experts, as the model routes them; 1 where it does not.
         buffer_experts: staging places of a rank per round.
-        policy: name of the policy; or "restore", which moves every expert to where ``limits["target"]`` [L, P] has it.
-        limits: keyword arguments for the policy.
+        task: what the plan is for.
         dispatch_entries: entries K of a row of the dispatch tables; 0 where tokens are split evenly.
     """
 
@@ -42,8 +64,7 @@ class PlanRequest:
     node_of_rank: tuple[int, ...]
     num_groups: int = 1
     buffer_experts: int = 1
-    policy: str = "incremental"
-    limits: dict[str, Any] = field(default_factory=dict)
+    task: Rebalance | Restore = Rebalance()
     dispatch_entries: int = 0
 
     @property
@@ -109,9 +130,9 @@ def plan_request(request: PlanRequest) -> Plan:
     """Answers a request with this package's planner."""
     from . import plan
 
-    if request.policy == "restore":
-        load = request.load.sum(axis=0)
-        return Plan.between(request.placement, request.limits["target"], load, policy="restore")
+    task = request.task
+    if isinstance(task, Restore):
+        return Plan.between(request.placement, task.target, request.load.sum(axis=0), policy="restore")
     topology = Topology(request.node_of_rank)
     return plan(
         request.load,
@@ -119,8 +140,9 @@ def plan_request(request: PlanRequest) -> Plan:
         topology.num_ranks,
         num_nodes=topology.num_blocks,
         num_groups=request.num_groups,
-        policy=request.policy,
-        **request.limits,
+        policy=task.policy,
+        rank_speed=task.rank_speed,
+        **asdict(task.options),
     )
 
 

@@ -261,7 +261,7 @@ class _Scheduler:
         if self.relay and not near:
             if (layer, expert, node) in self.crossing:
                 return False  # it crosses to this node in this round already; take it from there afterwards
-            if any(self.topology.node_of_rank[its // self.size] == node for its in self.holders[layer, expert]):
+            if any(self.topology.node_of_rank[holder // self.size] == node for holder in self.holders[layer, expert]):
                 return False  # it has just arrived on this node
         return min(self.sending[source] for source in (near or ranks)) < self.most_sends
 
@@ -271,11 +271,11 @@ class _Scheduler:
         copies = self.state.copies[layer][expert] + self.new_copies[key] + delta
         if copies < 1:
             return False
-        for other in self.touching[key]:
-            if other is group:
+        for waiting in self.touching[key]:
+            if waiting is group:
                 return True
-            if not other.done:
-                copies += other.change[key]
+            if not waiting.done:
+                copies += waiting.change[key]
                 if copies < 1:
                     return False
         return True
@@ -310,12 +310,12 @@ class _Scheduler:
         candidates = [self._best_sources(layer, slot, expert) for (layer, slot, expert), _ in moves]
         sources = level_senders(candidates, self.size, len(self.left), [move[1] for move, _ in moves])
         rows = np.array(
-            [(*move, source, order) for (move, order), source in zip(moves, sources, strict=True)], dtype=np.int32
+            [(*move, order, source) for (move, order), source in zip(moves, sources, strict=True)], dtype=np.int32
         )
         after = max(
-            self.written.get((layer, its), NONE)
+            self.written.get((layer, used), NONE)
             for (layer, slot, _), source in zip((m for m, _ in moves), sources, strict=True)
-            for its in (slot, source)
+            for used in (slot, source)
         )
         for group in chosen:
             for layer, slot, expert in group.moves:
@@ -356,12 +356,12 @@ def level_senders(
     chosen = [-1] * len(candidates)
     by_rank: list[set[int]] = [set() for _ in range(num_ranks)]
     remote = []
-    for move, its in enumerate(candidates):
-        if its[0] // slots_per_rank == slots[move] // slots_per_rank:
-            chosen[move] = its[0]
+    for move, sources in enumerate(candidates):
+        if sources[0] // slots_per_rank == slots[move] // slots_per_rank:
+            chosen[move] = sources[0]
         else:
             remote.append(move)
-    slot_on = [{slot // slots_per_rank: slot for slot in reversed(its)} for its in candidates]
+    slot_on = [{slot // slots_per_rank: slot for slot in reversed(sources)} for sources in candidates]
     for move in sorted(remote, key=lambda m: (len(slot_on[m]), m)):
         rank = min(slot_on[move], key=lambda r: (sends[r], r))
         chosen[move] = slot_on[move][rank]
@@ -399,8 +399,8 @@ def _shift(
                 rank = source
             return path[::-1]
         for move in sorted(by_rank[rank]):
-            for other in sorted(slot_on[move]):
-                if other not in came:
-                    came[other] = (move, rank)
-                    queue.append(other)
+            for target in sorted(slot_on[move]):
+                if target not in came:
+                    came[target] = (move, rank)
+                    queue.append(target)
     return None

@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from ..values.placement import Placement
+from ..values.step_cost import StepCost
+from ..values.traffic import Traffic
+from ..values.window import WindowLoad
+from .payoff import MoveRates, Payoff, weigh
 
 PAYS_FROM = 0.25
 """Part of the promised gain that a plan must bring in the next window, or the threshold rises."""
 
 
 LEAST_RAISED, MOST_RAISED = 0.005, 0.2
-"""Between these the threshold is raised, as fractions of PAR."""
+"""Between these the threshold is raised, as fractions of MoE time."""
 
 
 EASES = 0.9
@@ -23,46 +27,111 @@ EASES = 0.9
 
 
 class PlanJudge:
-    """Weighs plans on EP rank 0. A plan must gain more than a threshold; plans that did not pay raise it for the next.
+    """Weighs plans on EP rank 0. A plan must save more than a threshold; plans that did not pay raise it for the next.
+
+    Time is what counts: milliseconds of a step's MoE layers, by the tokens per rank of the window's steps. Where no
+    time was measured it follows the PAR, and moves are free.
 
     Args:
-        min_gain: the least threshold, as a fraction of PAR.
-        rank_speed: [R], relative speeds of the ranks; None where they are equal.
+        min_gain: the least threshold, as a fraction of MoE time.
+
+    Attributes:
+        cost: of an MoE layer. rates: of experts on their way.
+        traffic: of the last window.
+        steps: expected until the next plan.
     """
 
-    def __init__(self, min_gain: float, rank_speed: Sequence[float] | None = None) -> None:
+    def __init__(self, min_gain: float) -> None:
         self._least = self.threshold = min_gain
-        self._rank_speed = rank_speed
         self._before: Placement | None = None
         self._promised = 0.0
+        self.cost, self.rates = StepCost.proportional(), MoveRates()
+        self.traffic = Traffic(np.ones(1), np.ones(1))
+        self.steps = 1
+        self._slots = 1
 
-    def refuses(self, before: float, after: float) -> str:
-        """Why a plan that brings PAR from ``before`` to ``after`` is not carried out; empty if it is."""
+    def learn(self, cost: StepCost, rates: MoveRates, slots_per_rank: int) -> None:
+        """From now on time is counted by what was measured here."""
+        self.cost, self.rates, self._slots = cost, rates, slots_per_rank
+
+    def moe_ms(self, par: npt.ArrayLike) -> float:
+        """Milliseconds of the MoE layers of an average step of the last window, by the PAR of each, [L]."""
+        return float(self.traffic.layer_ms(self.cost, par, self._slots).sum())
+
+    def target_par(self, wanted: float) -> float:
+        """The PAR at which a layer is left alone: ``wanted``, or where going below saves nothing that can be
+        measured."""
+        if not self.cost.in_milliseconds:
+            return wanted
+        return max(wanted, self.traffic.par_within(self.cost, self._slots))
+
+    def weigh(self, before: npt.ArrayLike, after: npt.ArrayLike, received_bytes: npt.ArrayLike = ()) -> Payoff:
+        """What a plan brings that leads from PAR ``before`` [L] to ``after`` [L], with ``received_bytes`` [R]."""
+        move_ms = self.rates.milliseconds(received_bytes)
+        return weigh(
+            self.cost,
+            self.traffic,
+            np.atleast_1d(before),
+            np.atleast_1d(after),
+            self._slots,
+            move_ms=move_ms,
+            steps=self.steps,
+        )
+
+    def refuses(self, before: npt.ArrayLike, after: npt.ArrayLike, received_bytes: npt.ArrayLike = ()) -> str:
+        """Why a plan that brings PAR from ``before`` to ``after``, [L] or the mean, is not carried out; empty if it
+        is."""
         threshold = self.threshold
-        if before - after >= threshold * before:
+        payoff = self.weigh(before, after, received_bytes)
+        pars = f"PAR {np.asarray(before).mean():.3f} to {np.asarray(after).mean():.3f}"
+        if not self.cost.in_milliseconds:
+            if payoff.saved_fraction >= threshold:
+                return ""
+            said = f"{pars} gains less than {threshold:.1%}"
+        elif payoff.pays(threshold):
             return ""
+        else:
+            said = f"{pars} {self.describe(payoff)}, net less than {threshold:.1%}"
         self.threshold = max(self._least, EASES * threshold)
-        return f"PAR {before:.3f} to {after:.3f} gains less than {threshold:.1%}"
+        return said
+
+    def describe(self, payoff: Payoff) -> str:
+        """What a plan brings, in words; empty where no time was measured."""
+        if not self.cost.in_milliseconds:
+            return ""
+        return (
+            f"saves {payoff.saved_ms:.3f} ms of {payoff.moe_ms:.3f} ms of MoE time per step "
+            f"({payoff.saved_fraction:.1%}) and costs {payoff.cost_ms:.1f} ms once, over {payoff.steps:g} steps"
+        )
 
     def carried_out(self, before: Placement, promised: float) -> None:
-        """A plan was carried out: the placement before it, and how much less PAR it promised."""
+        """A plan was carried out: the placement before it, and which part of MoE time it promised to save."""
         self._before, self._promised = before, promised
 
     def forget(self) -> None:
         """What was carried out last is not to be judged."""
         self._before = None
 
-    def window_ended(self, load: npt.NDArray[np.int64], placement: Placement) -> str:
-        """Judges the last plan by the window [L, E] that followed it; what the log says of it, empty if there is none.
+    def window_ended(self, window: WindowLoad, placement: Placement, traffic: Traffic | None = None) -> str:
+        """Judges the last plan, which led to ``placement``, by the window that followed it.
 
-        Load has gone on changing, so the plan is judged by what this same window would have been without it.
+        Returns:
+            What the log says of the plan; empty if there is none.
+
+        Load and traffic have gone on changing, so the plan is judged by what this same window would have been without
+        it.
         """
+        if traffic is not None:
+            self.traffic = traffic
         last, self._before = self._before, None
         if last is None:
             return ""
-        par, without = (float(each.par(load, self._rank_speed).mean()) for each in (placement, last))
-        said = f"; the last plan brought PAR {par:.3f} instead of {without:.3f}"
-        if without - par > PAYS_FROM * self._promised:
+        now, without = (window.under(place).par for place in (placement, last))
+        said = f"; the last plan brought PAR {now.mean():.3f} instead of {without.mean():.3f}"
+        realised = replace(self.weigh(without, now), cost_ms=0.0)
+        if self.cost.in_milliseconds:
+            said += f" and saved {realised.saved_fraction:.1%} of MoE time"
+        if realised.saved_fraction > PAYS_FROM * self._promised:
             self.threshold = max(self._least, self.threshold / 2)
             return said
         self.threshold = min(max(self._least, MOST_RAISED), max(LEAST_RAISED, self.threshold * 2))

@@ -13,8 +13,9 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from ..observe.stats import EplbStats, StatsError
-from ..observe.stats_file import read_stats, stats_path
-from .page import document, run_parts, subtitle
+from ..observe.stats_file import ELSEWHERE, read_stats, reported_elsewhere, stats_path
+from .page import document, subtitle
+from .run import run_parts
 
 _SCRIPT = """
 "use strict";
@@ -119,6 +120,9 @@ class StatsReader:
                     raise FileNotFoundError
                 self._seen, self._stats, self._body = seen, stats, None
         except FileNotFoundError:
+            rank = reported_elsewhere()
+            if rank is not None:
+                raise NoStatsError(ELSEWHERE.format(rank=rank)) from None
             raise NoStatsError(
                 "the balancer has not reported yet: its first report comes with its first steps"
             ) from None

@@ -15,6 +15,7 @@ import torch
 
 from ..load.ops import entries_of
 from ..values.placement import Placement
+from .pinned import PinnedRows
 
 
 class _Prepared:
@@ -26,14 +27,12 @@ class _Prepared:
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self._tensors = tensors
-        self._pinned = tensors[0].device.type != "cpu"
+        self._pinned = PinnedRows(tensors[0].device)
         self._waiting: deque[tuple[list[int], list[torch.Tensor]]] = deque()
-        self._in_use: deque[list[torch.Tensor]] = deque(maxlen=2)
 
     def add(self, layers: list[int], *rows: npt.NDArray[np.signedinteger]) -> None:
         """For each tensor [len(layers), ...], for the next commit that has none yet; from any thread."""
-        hosts = [torch.from_numpy(np.ascontiguousarray(each)) for each in rows]
-        self._waiting.append((layers, [host.pin_memory() for host in hosts] if self._pinned else hosts))
+        self._waiting.append((layers, [self._pinned.rows(row) for row in rows]))
 
     def commit(self) -> None:
         """Puts the oldest in force; only enqueues copies on the current stream."""
@@ -41,8 +40,7 @@ class _Prepared:
         for tensor, host in zip(self._tensors, hosts, strict=True):
             for i, layer in enumerate(layers):
                 tensor[layer].copy_(host[i], non_blocking=True)
-        # A copy from pinned memory may still be under way, with the host a step or two ahead of the device.
-        self._in_use.append(hosts)
+        self._pinned.keep(*hosts)
 
     def forget(self) -> None:
         """Drops what was not committed."""

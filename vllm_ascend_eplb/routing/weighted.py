@@ -25,6 +25,7 @@ import torch
 from ..planning.shares import ShareError, entry_counts
 from ..values.placement import EMPTY, FloatArray, Placement
 from .maps import rows_by_token
+from .pinned import PinnedRows
 
 ENTRIES = range(16, 65)
 """Allowed widths K of a table."""
@@ -105,7 +106,7 @@ class DispatchTables:
         shape = (placement.num_layers, placement.num_experts)
         self.count = torch.full(shape, entries, dtype=torch.int64, device=device)
         self._prepared: deque[TableRows] = deque()
-        self._in_use: deque[tuple[torch.Tensor, torch.Event | None]] = deque()
+        self._pinned = PinnedRows(self.device)
 
     def _rows(self, placement: Placement, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.signedinteger]:
         return np.ascontiguousarray(np.roll(_arranged(placement, counts), -self._turn, axis=2))
@@ -138,8 +139,7 @@ class DispatchTables:
     def _make(self, placement: Placement, layers: list[int], shares: npt.ArrayLike | None) -> TableRows:
         part = Placement(placement.physical_to_logical[layers], placement.num_experts, placement.num_ranks)
         counts = entry_counts(part, even_shares(part) if shares is None else shares, self.entries)
-        rows = torch.from_numpy(self._rows(part, counts))
-        return TableRows(layers, rows.pin_memory() if self.device.type != "cpu" else rows, counts / self.entries)
+        return TableRows(layers, self._pinned.rows(self._rows(part, counts)), counts / self.entries)
 
     def commit(self) -> None:
         """Puts the oldest prepared rows in force; only enqueues copies on the current stream."""
@@ -150,14 +150,7 @@ class DispatchTables:
         for i, layer in enumerate(prepared.layers):
             self.table[layer].copy_(prepared.rows[i], non_blocking=True)
         self.shares[prepared.layers] = prepared.shares
-        # the host may be a step or two ahead of the device: pinned rows stay until their copies are done
-        while self._in_use and (self._in_use[0][1] is None or self._in_use[0][1].query()):
-            self._in_use.popleft()
-        event = None
-        if self.device.type != "cpu":
-            event = torch.get_device_module(self.device).Event()
-            event.record()
-        self._in_use.append((prepared.rows, event))
+        self._pinned.keep(prepared.rows)
 
     def forget_prepared(self) -> None:
         """Drops what was prepared and not committed."""

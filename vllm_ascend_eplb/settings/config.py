@@ -2,8 +2,8 @@
 """Configuration: what stands in ``additional_config["eplb_config"]``, parsed once into a typed, checked object.
 
 The keys that vllm-ascend knows keep its names and defaults; the others are this package's own, in the same dictionary.
-A value is never coerced: ``"true"`` is no boolean and ``600.0`` is no integer, because a setting that is silently read
-as something else is found out in production.
+Values are taken in every form that vLLM and vllm-ascend take, and in no form that could mean two things (reading.py).
+What stands beside ``eplb_config`` and was meant to stand in it is refused (beside.py).
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..files.disk import show
-from ..files.expert_map import ExpertMapError, read_expert_map
-from ..values.placement import Placement
-from .fit import check_record_path
+from ..values.defaults import EFFORT, TARGET_PAR
+from .beside import misplaced
 from .messages import (
-    MOVED_INTO_EPLB_CONFIG,
     OF_OTHERS,
     EplbConfigError,
     allowed_of,
@@ -28,6 +25,7 @@ from .messages import (
     to_json,
     unknown_key,
 )
+from .reading import PATHS, says_off, taken, taken_path
 
 SERIES_ENTRIES = 8
 """Entries of the load series for a policy that weighs how load varies (eplb_policy_type 3)."""
@@ -94,13 +92,13 @@ class EplbConfig(BaseModel):
         "offline jobs",
     )
     target_par: float = Field(
-        default=1.02,
+        default=TARGET_PAR,
         ge=1.0,
         le=10.0,
         description="peak-to-average ratio of rank load at which a layer is good enough; 1.0 is perfect",
     )
     planner_effort: Literal["fast", "thorough"] = Field(
-        default="thorough", description="how long the planner searches for a plan with fewer moves"
+        default=EFFORT, description="how long the planner searches for a plan with fewer moves"
     )
     rank_speed: list[Annotated[float, Field(ge=0.1, le=10.0)]] | None = Field(
         default=None,
@@ -136,7 +134,18 @@ class EplbConfig(BaseModel):
         default=0.01,
         ge=0.0,
         le=1.0,
-        description="least predicted gain of a plan, as a fraction of the mean PAR (0.01: from 1.20 to 1.188)",
+        description="least predicted gain of a plan, as a fraction of MoE time, net of its transfers; of the mean PAR "
+        "where that time is not measured (0.01: from 1.20 to 1.188)",
+    )
+    calibrate: bool = Field(
+        default=True,
+        description="measures the time of MoE layers at start-up, about 5 s, to weigh plans in milliseconds; false "
+        "weighs them by PAR",
+    )
+    calibration_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file with the measured times; written if missing or of another model, server or device",
     )
     transfer_buffer_experts: int | None = Field(
         default=None,
@@ -202,30 +211,45 @@ class EplbConfig(BaseModel):
         """
         if not isinstance(additional_config, Mapping):
             return cls()
-        for old, new in MOVED_INTO_EPLB_CONFIG.items():
-            if old in additional_config:
-                raise EplbConfigError(
-                    f"additional_config.{old} is an old name; write it as "
-                    f'{{"eplb_config": {{"{new}": {show_value(additional_config[old])}}}}}'
-                )
-        if "eplb_config" not in additional_config:
-            return cls()
-        settings = additional_config["eplb_config"]
-        if not isinstance(settings, Mapping):
+        beside = list(misplaced(additional_config, cls.model_fields))
+        given = additional_config.get("eplb_config", {})
+        if says_off(given):  # whatever else stands there is no matter of a balancer that is off
+            try:
+                return cls._checked(given)
+            except EplbConfigError:
+                return cls()
+        for found in beside:
+            if found.weight == "sure":
+                raise EplbConfigError(found.line)
+        if not isinstance(given, Mapping):
             raise EplbConfigError(
-                f"additional_config.eplb_config = {show_value(settings)} is {kind_of(settings)}; it must be a "
+                f"additional_config.eplb_config = {show_value(given)} is {kind_of(given)}; it must be a "
                 f'dictionary such as {{"dynamic_eplb": true}}, or left out'
             )
-        if settings and settings.keys() <= OF_OTHERS:
+        if given and given.keys() <= OF_OTHERS:
             return cls()
-        for key in settings:
-            if key not in cls.model_fields:
+        config = cls._checked(given)
+        for found in beside:
+            if found.weight == "likely" and config.active:
+                raise EplbConfigError(found.line)
+        return config
+
+    @classmethod
+    def _checked(cls, given: Mapping[object, object]) -> EplbConfig:
+        """
+        Raises:
+            EplbConfigError: a key or value that is not allowed.
+        """
+        values: dict[str, object] = {}
+        for key, value in given.items():
+            if not isinstance(key, str) or key not in cls.model_fields:
                 raise EplbConfigError(unknown_key(key, tuple(cls.model_fields)))
+            values[key] = taken_path(value) if key in PATHS else taken(value, cls.model_fields[key])
         try:
-            return cls.model_validate(dict(settings))
+            return cls.model_validate(values)
         except ValidationError as error:
             key = str(error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0])
-            raise EplbConfigError(bad_value(key, settings[key], cls.model_fields[key])) from None
+            raise EplbConfigError(bad_value(key, given[key], values[key], cls.model_fields[key])) from None
 
     @property
     def active(self) -> bool:
@@ -235,7 +259,7 @@ class EplbConfig(BaseModel):
     @property
     def dynamic(self) -> bool:
         """Whether load is counted and plans are made. A map to record turns it on, as it does in vllm-ascend; a map to
-        start from alone is a placement that stays."""
+        start from alone is a static placement."""
         return self.dynamic_eplb or self.expert_map_record_path is not None
 
     @property
@@ -248,134 +272,30 @@ class EplbConfig(BaseModel):
         """Entries of the load series that the policy is given: several where it weighs how load varies."""
         return SERIES_ENTRIES if self.policy is None and self.eplb_policy_type == 3 else 1
 
-    def check_serving(
-        self,
-        *,
-        num_experts: int | None,
-        ep_size: int,
-        expert_parallel: bool,
-        vllm_eplb: bool = False,
-        num_layers: int | None = None,
-    ) -> int:
-        """Checks the settings against the model and the server they are meant for. Does nothing unless ``active``.
 
-        Args:
-            num_experts: logical experts in each MoE layer, E; None or 0 for a model without MoE layers.
-            ep_size: ranks of the expert-parallel group, R.
-            expert_parallel: whether vLLM's ``--enable-expert-parallel`` is given.
-            vllm_eplb: whether vLLM's own ``--enable-eplb`` is given.
-            num_layers: MoE layers, L; None where that is not known, then only the workers compare it with a map's.
+def remarks(additional_config: object) -> list[str]:
+    """Lines to log about settings that are valid and do perhaps not what was meant.
 
-        Returns:
-            Redundant experts per layer: ``num_redundant_experts``, or those of the map to start from.
-
-        Raises:
-            EplbConfigError: what cannot work, and the way out.
-        """
-        if not self.active:
-            return self.num_redundant_experts
-        if vllm_eplb:
-            raise EplbConfigError(
-                "--enable-eplb turns on vLLM's own balancer, and eplb_config turns on this one; only one may run: "
-                "leave out --enable-eplb, or eplb_config"
-            )
-        if not num_experts:
-            raise EplbConfigError(
-                "eplb_config is given for a model without experts (no MoE layers found in its configuration); leave "
-                "eplb_config out, or serve a Mixture-of-Experts model"
-            )
-        if not expert_parallel:
-            raise EplbConfigError(
-                "eplb_config needs expert parallelism, which is off; add --enable-expert-parallel, or leave "
-                "eplb_config out"
-            )
-        if ep_size < 2:
-            raise EplbConfigError(
-                f"the expert-parallel size is {ep_size}; balancing needs 2 or more ranks: raise "
-                f"--tensor-parallel-size or --data-parallel-size, or leave eplb_config out"
-            )
-        start = self.read_start_placement(num_layers=num_layers, num_experts=num_experts, num_ranks=ep_size)
-        redundant = self.num_redundant_experts
-        if start is None:
-            self._check_redundancy(num_experts, ep_size)
-        else:
-            redundant = start.num_slots - num_experts
-        self._check_speed(ep_size)
-        if self.expert_map_record_path is not None:
-            check_record_path(self.expert_map_record_path)
-        return redundant
-
-    def read_start_placement(self, *, num_layers: int | None, num_experts: int, num_ranks: int) -> Placement | None:
-        """The placement of ``expert_map_path``, checked against the model; None where no map is given.
-
-        Args:
-            num_layers: MoE layers, L; None accepts any number.
-            num_experts: logical experts per layer, E.
-            num_ranks: ranks of the expert-parallel group, R.
-
-        Raises:
-            EplbConfigError: the file is no map, or not one for this model and server; names layer, device and slot.
-        """
-        if self.expert_map_path is None:
-            return None
-        where = "eplb_config.expert_map_path"
-        try:
-            # what another balancer wrote may hold an expert twice on a device: that wastes a slot, and serves all right
-            placement = read_expert_map(
-                self.expert_map_path,
-                num_layers=num_layers,
-                num_experts=num_experts,
-                num_ranks=num_ranks,
-                allow_duplicates=True,
-            )
-        except ExpertMapError as error:
-            raise EplbConfigError(f"{where}: {error}") from None
-        name = show(self.expert_map_path)
-        redundant, most = placement.num_slots - num_experts, num_experts * (num_ranks - 1)
-        if redundant > most:
-            raise EplbConfigError(
-                f"{where}: {name} has {placement.num_slots} slots per layer, more than {num_experts + most}, which "
-                f"hold each of {num_experts} experts on each of {num_ranks} ranks; use a map with at most {most} "
-                f"redundant experts"
-            )
-        if "num_redundant_experts" in self.model_fields_set and self.num_redundant_experts != redundant:
-            raise EplbConfigError(
-                f"{where}: {name} has {redundant} redundant experts per layer, eplb_config.num_redundant_experts is "
-                f"{self.num_redundant_experts}; leave the number out, or use a map made for it"
-            )
-        return placement
-
-    def _check_speed(self, ep_size: int) -> None:
-        if self.rank_speed is None:
-            return
-        if len(self.rank_speed) != ep_size:
-            raise EplbConfigError(
-                f"eplb_config.rank_speed has {len(self.rank_speed)} numbers, the expert-parallel size is {ep_size}; "
-                "give one for each rank, or leave it out"
-            )
-        if self.policy_name != "incremental" or self.weighted_dispatch:
-            other = "weighted_dispatch" if self.weighted_dispatch else f"the policy {self.policy_name}"
-            raise EplbConfigError(
-                f"eplb_config.rank_speed = {show_value(self.rank_speed)} is not supported together with {other}; "
-                'leave one of the two out (allowed: "policy": "incremental" without "weighted_dispatch")'
-            )
-
-    def _check_redundancy(self, num_experts: int, ep_size: int) -> None:
-        redundant, most = self.num_redundant_experts, num_experts * (ep_size - 1)
-        if redundant > most:
-            raise EplbConfigError(
-                f"eplb_config.num_redundant_experts = {redundant} is more than {most}, which puts each of "
-                f"{num_experts} experts on each of {ep_size} ranks; allowed are {most % ep_size}..{most} "
-                f"in steps of {ep_size}"
-            )
-        excess = (num_experts + redundant) % ep_size
-        if excess:
-            lower, upper = redundant - excess, redundant - excess + ep_size
-            works = f"{lower} or {upper}" if lower >= 0 else f"{upper}"
-            raise EplbConfigError(
-                f"eplb_config.num_redundant_experts = {redundant}: {num_experts} experts + {redundant} cannot be "
-                f"shared evenly by {ep_size} ranks; nearest that works: {works}"
-            )
+    Args:
+        additional_config: vLLM's dictionary, from which :class:`EplbConfig` was read without an error.
+    """
+    if not isinstance(additional_config, Mapping):
+        return []
+    given = additional_config.get("eplb_config", {})
+    if not isinstance(given, Mapping) or says_off(given) or given.keys() <= OF_OTHERS:
+        return []
+    config = EplbConfig.from_additional_config(additional_config)
+    if not config.active:
+        names = ", ".join(sorted(config.model_fields_set))
+        return [
+            f"EPLB is off: eplb_config sets {names}, but not dynamic_eplb; to balance, write "
+            '{"eplb_config": {"dynamic_eplb": true, ...}}, and "dynamic_eplb": false to say that it is off'
+        ]
+    return [
+        f"EPLB: {found.line}"
+        for found in misplaced(additional_config, EplbConfig.model_fields)
+        if found.weight == "perhaps"
+    ]
 
 
 def settings_table() -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import reprlib
 import typing
 from collections.abc import Mapping
@@ -41,44 +40,82 @@ OF_OTHERS = {"load_collection_phase", "stair_config"}
 """Settings of vllm-ascend's own EPLB under its second model runner, which stand at the same place."""
 
 
+OF_VLLM = {
+    "enable_eplb": "dynamic_eplb",
+    "step_interval": "expert_heat_collection_interval",
+    "num_redundant_experts": "num_redundant_experts",
+    "log_balancedness_interval": "log_balancedness_interval",
+    "window_size": "",
+    "log_balancedness": "",
+    "use_async": "",
+    "communicator": "",
+    "enable_migration_batching": "",
+}
+"""Settings of vLLM's own EPLB, and the setting here that does the same; empty where none does."""
+
+
+WITHOUT_COUNTERPART = {
+    "gate_eplb": "it is a switch of older vllm-ascend releases without a counterpart here; leave it out",
+    "stair_config": "it belongs to vllm-ascend's own EPLB under its second model runner; leave it out",
+    "window_size": "it belongs to vLLM's own EPLB; here a window is as long as expert_heat_collection_interval",
+    "log_balancedness": "it belongs to vLLM's own EPLB; write log_balancedness_interval, in steps, instead",
+    "use_async": 'it belongs to vLLM\'s own EPLB; leave it out ("mode": "sync" waits for the transfers)',
+    "communicator": "it belongs to vLLM's own EPLB; the setting here is transport",
+    "enable_migration_batching": "it belongs to vLLM's own EPLB; leave it out",
+}
+"""Settings of other balancers for which no setting of ours does the same, and what to do with them."""
+
+
 def unknown_key(key: object, known: tuple[str, ...]) -> str:
+    """The line about a key that ``eplb_config`` does not have."""
     name = key if isinstance(key, str) else ""
     if name in RENAMED:
         whose = "the name of another EPLB's setting" if name in OF_OTHERS else "an old name"
         return f"eplb_config.{name} is {whose}; write {RENAMED[name]} instead"
-    near = difflib.get_close_matches(name[:200].lower().replace("-", "_"), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    if name in WITHOUT_COUNTERPART:
+        hint = WITHOUT_COUNTERPART[name]
+    elif OF_VLLM.get(name):
+        hint = f"it belongs to vLLM's own EPLB; write {OF_VLLM[name]} instead"
+    elif "eplb_config" in name.lower() or name == "additional_config":
+        hint = 'the settings stand in it directly: {"eplb_config": {"dynamic_eplb": true, ...}}'
+    else:
+        near = difflib.get_close_matches(name[:200].lower().replace("-", "_"), known, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
     return f"eplb_config has no setting {show_value(key)}; {hint}"
 
 
-def bad_value(key: str, value: object, field: FieldInfo) -> str:
+def bad_value(key: str, given: object, value: object, field: FieldInfo) -> str:
+    """The line about a value that a setting does not accept.
+
+    Args:
+        key: name of the setting.
+        given: the value as it was written.
+        value: the same in the type of the setting, where it could be brought to it.
+        field: of the schema.
+    """
     default = to_json(field.default)
-    base, hint = _base_type(field), ""
+    base, hint = base_type(field), ""
     right_type = type(value) is base or (base is float and type(value) is int)
     if not right_type:
-        wrong = kind_of(value)
+        wrong = kind_of(given)
     elif base is str:
         wrong = "not one of the choices" if _choices(field) else "no path"
     else:
         wrong = "no list of such numbers" if base is list else "out of range"
     if isinstance(value, str):
         hint = _hint_for_text(value, field)
-    elif isinstance(value, float) and base is int and math.isfinite(value) and value == int(value):
-        hint = f" (write {int(value)} without a decimal point)"
     return (
-        f"eplb_config.{key} = {show_value(value)} is {wrong}; allowed: {allowed_of(field)}{hint}; "
+        f"eplb_config.{key} = {show_value(given)} is {wrong}; allowed: {allowed_of(field)}{hint}; "
         f"leave it out for the default, {default}"
     )
 
 
 def _hint_for_text(value: str, field: FieldInfo) -> str:
-    base = _base_type(field)
-    if base is bool and value.lower() in ("true", "false"):
-        return f" (write {value.lower()} without quotes)"
-    if base in (int, float) and value.replace(".", "", 1).isascii() and value.replace(".", "", 1).isdigit():
-        return f" (write {_clip(value)} without quotes)"
-    choices = _choices(field)
-    near = difflib.get_close_matches(value[:200].lower(), choices, n=1, cutoff=0.5)
+    word = value[:200].strip().lower()
+    if word in ("null", "none") and type(None) in typing.get_args(field.annotation):
+        return " (write null without quotes)"
+    choices = ("true", "false") if base_type(field) is bool else _choices(field)
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
@@ -95,7 +132,8 @@ def _choices(field: FieldInfo) -> tuple[str, ...]:
     return tuple(typing.get_args(only)) if typing.get_origin(only) is Literal else ()
 
 
-def _base_type(field: FieldInfo) -> Any:
+def base_type(field: FieldInfo) -> Any:
+    """bool, int, float, list or str (also for a choice of words)."""
     only = _alternatives(field)[0]
     return str if _choices(field) else typing.get_origin(only) or only
 
@@ -104,7 +142,7 @@ def allowed_of(field: FieldInfo) -> str:
     """What a field accepts, in words, from the very constraints that check it."""
     low = next((m.ge for m in field.metadata if isinstance(m, annotated_types.Ge)), None)
     high = next((m.le for m in field.metadata if isinstance(m, annotated_types.Le)), None)
-    base, choices = _base_type(field), _choices(field)
+    base, choices = base_type(field), _choices(field)
     if choices:
         text = " | ".join(choices)
     elif base is bool:
@@ -159,8 +197,10 @@ def show_value(value: object) -> str:
         text = _repr.repr(value)
     except Exception:  # an integer too long to print, an object whose __repr__ fails
         text = f"<{type(value).__name__}>"
-    return _clip(" ".join(text.split()))
+    return clip(" ".join(text.split()))
 
 
-def _clip(text: str) -> str:
+def clip(text: str) -> str:
+    """Text on one line and of bounded length."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= 200 else text[:197] + "..."

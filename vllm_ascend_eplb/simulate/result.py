@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..values.defaults import TARGET_PAR
 from .cost import CostModel
 
 PolicyChoice: TypeAlias = Literal["none", "incremental", "default", "random"]
@@ -90,7 +91,7 @@ class Conditions:
     cost: CostModel
     window_steps: int = 600
     delay_steps: int = 50
-    target_par: float = 1.02
+    target_par: float = TARGET_PAR
     min_gain: float = 0.01
     effort: str = "fast"
     num_groups: int = 1

@@ -50,7 +50,7 @@ class Summer:
         pinned = streams.module is not None
         self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=True) if pinned else self._sums
 
-    def prepare(self, place: int, tensors: Sequence[torch.Tensor]) -> Sums:
+    def place(self, place: int, tensors: Sequence[torch.Tensor]) -> Sums:
         """The sums of an expert, given as flat uint8 views, into one of the places."""
         prepared = []
         for number, tensor in enumerate(tensors):
@@ -77,6 +77,26 @@ class Summer:
             for section, part in enumerate(self._host[place, number, : len(out)].tolist()):
                 total += part * (_FACTOR * (2 * (number * SECTIONS + section) + 1))
         return (total & _MASK) >> 2
+
+
+def sum_slots(
+    slots: Sequence[Sequence[Sequence[torch.Tensor]]], summer: Summer, streams: Streams, places: int
+) -> Int64Array:
+    """int64 [L, S]: the checksums of all experts in ``slots`` [L][S], as flat uint8 views; blocks. ``places`` of the
+    summer are used at a time."""
+    flat = [(layer, slot) for layer, row in enumerate(slots) for slot in range(len(row))]
+    values: Int64Array = np.zeros((len(slots), len(slots[0])), dtype=np.int64)
+    for first in range(0, len(flat), places):
+        group = flat[first : first + places]
+        prepared = [summer.place(place, slots[layer][slot]) for place, (layer, slot) in enumerate(group)]
+        for sums in prepared:
+            summer.enqueue(sums)
+        summer.fetch()
+        if streams.module is not None:
+            streams.current().synchronize()
+        for place, (layer, slot) in enumerate(group):
+            values[layer, slot] = summer.value(place, prepared[place])
+    return values
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

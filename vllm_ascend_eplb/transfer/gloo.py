@@ -113,26 +113,26 @@ class _StagedBatch(Batch):
         sends: Sequence[Piece],
         receives: list[tuple[Piece, torch.Tensor]],
     ) -> None:
-        self._its, self._sends, self._receives, self._serial = transport, sends, receives, 0
+        self._transport, self._sends, self._receives, self._serial = transport, sends, receives, 0
 
     def issue(self, serial: int) -> None:
         self._serial = serial
 
     def run(self) -> None:
-        its, group = self._its, self._its._group
+        transport, group = self._transport, self._transport._group
         arriving = [group.recv([row], piece.peer, _tag(self._serial, piece.index)) for piece, row in self._receives]
-        leaving: list[Any] = [None] * len(its._out)
+        leaving: list[Any] = [None] * len(transport._out)
         filling: list[tuple[int, Piece]] = []
         for number, piece in enumerate(self._sends):
-            row = number % len(its._out)
-            if len(filling) == len(its._out):
+            row = number % len(transport._out)
+            if len(filling) == len(transport._out):
                 self._send(*filling.pop(0), leaving)
             if leaving[row] is not None:
                 leaving[row].wait()
                 leaving[row] = None
-            _pack(piece.tensors, its._out[row])
-            if its._filled[row] is not None:
-                its._filled[row].record(its._streams.side)
+            _pack(piece.tensors, transport._out[row])
+            if transport._filled[row] is not None:
+                transport._filled[row].record(transport._streams.side)
             filling.append((row, piece))
         for row, piece in filling:
             self._send(row, piece, leaving)
@@ -144,11 +144,11 @@ class _StagedBatch(Batch):
                 work.wait()
 
     def _send(self, row: int, piece: Piece, leaving: list[Any]) -> None:
-        its = self._its
-        if its._filled[row] is not None:
-            its._filled[row].synchronize()
-        packed = its._out[row][: piece.nbytes]
-        leaving[row] = its._group.send([packed], piece.peer, _tag(self._serial, piece.index))
+        transport = self._transport
+        if transport._filled[row] is not None:
+            transport._filled[row].synchronize()
+        packed = transport._out[row][: piece.nbytes]
+        leaving[row] = transport._group.send([packed], piece.peer, _tag(self._serial, piece.index))
 
 
 def _pack(tensors: Sequence[torch.Tensor], row: torch.Tensor) -> None:

@@ -21,6 +21,9 @@ in flight while round k is being agreed; ``Round.after`` says when it must wait 
 What a device can do by itself is enqueued by ``issue``: copies, checksums, an event. One mover thread per rank does
 what would block: it waits for events and sockets, compares the sums, and sets flags that ``rounds_done`` reads.
 
+One file, because the step thread and the mover thread share the flags of a flight: in which order they touch them is
+read in one place.
+
 Order on a device: a transfer waits, on its stream, for the event of the last commit that concerns its slots or its
 staging buffer; the compute stream waits for the event of the transfer before it commits.
 """
@@ -38,19 +41,23 @@ import numpy as np
 import torch
 
 from ..agreement.exchange import exchange_bytes
-from ..values.placement import Int32Array, Placement
-from ..values.rounds import LAYER, SLOT, SOURCE, Round
+from ..values.placement import Int32Array, Int64Array, Placement
+from ..values.plan import LAYER, SLOT
+from ..values.rounds import Round
 from ..values.topology import Topology
-from .checksum import ChecksumTable, Summer
-from .flight import CHUNK, MOST_PARTS, Flight, cut_parts
-from .gloo import GlooTransport, StagedGlooTransport
-from .slots import Weights, aligned_offsets, default_buffer_experts, flat_views
-from .transport import Batch, Copies, Piece, Streams, TransferError, Transport
+from .checksum import ChecksumTable, Summer, sum_slots
+from .choice import Peers, choose
+from .flight import CHUNK, Flight, FlightPlanner
+from .gloo import StagedGlooTransport
+from .slots import ExpertSlots, Weights
+from .transport import Piece, Streams, TransferError
 
 logger = logging.getLogger("vllm.eplb")
 
 
 WARM_UP_BYTES = 64
+MEASUREMENTS = 4
+"""Transfers of one expert of which the fastest gives the rate."""
 
 
 CHANNELS = 4
@@ -120,21 +127,21 @@ class D2DExpertWeightLoader:
         self.topology = topology or Topology.even(self.num_ranks)
         if self.topology.num_ranks != self.num_ranks:
             raise TransferError(f"the topology has {self.topology.num_ranks} ranks, the group {self.num_ranks}")
-        self._slots, self.device = flat_views(weights)
-        self.num_layers, self.slots_per_rank = len(self._slots), len(self._slots[0])
-        if buffer_experts is None:
-            buffer_experts = default_buffer_experts(self.num_layers, self.slots_per_rank, buffers=buffers)
-        self.buffer_experts: int = buffer_experts
+        self._store = store = ExpertSlots(weights, buffers, buffer_experts)
+        self.device, self.num_layers, self.slots_per_rank = store.device, store.num_layers, store.slots_per_rank
+        self.buffer_experts = store.buffer_experts
         self._streams = Streams(self.device, own_streams)
-        self._expert_bytes = [sum(tensor.numel() for tensor in layer[0]) for layer in self._slots]
-        self._offsets = [aligned_offsets(layer[0]) for layer in self._slots]
-        row_bytes = max(offsets[-1] for offsets in self._offsets)
-        self._staging = torch.empty((buffers, buffer_experts, row_bytes), dtype=torch.uint8, device=self.device)
-        most_tensors = max(len(layer[0]) for layer in self._slots)
-        self._summers = [Summer(self._streams, buffer_experts, most_tensors) for _ in range(buffers)]
+        self._summers = [Summer(self._streams, self.buffer_experts, store.most_tensors) for _ in range(buffers)]
         self.checksums: ChecksumTable | None = None
-        self._transports = self._choose(transport, device_group, cooperative_kernels, row_bytes)
-        self._one_sided = any(each.one_sided for each in self._transports)
+        self._transports = choose(
+            transport,
+            store,
+            Peers(group, device_group, rank, self.num_ranks, self.topology),
+            self._streams,
+            cooperative_kernels=cooperative_kernels,
+        )
+        self._one_sided = any(transport.one_sided for transport in self._transports)
+        self._planner = FlightPlanner(store, self._transports, self._summers, rank, self.num_ranks, budget_bytes)
 
         self._serial = channel
         self._flights: dict[int, Flight] = {}
@@ -160,67 +167,40 @@ class D2DExpertWeightLoader:
     @property
     def transport(self) -> str:
         """The transports in use, for example "pull" or "pull+gloo"."""
-        return "+".join(each.name for each in self._transports) or "local"
+        return "+".join(transport.name for transport in self._transports) or "local"
 
     @property
     def buffer_bytes(self) -> int:
         """Bytes of device memory that staging takes."""
-        return self._staging.numel()
+        return self._store.staging.numel()
 
     def describe(self) -> str:
         """One line about the memory taken, for the log."""
-        pinned = sum(each.pinned_bytes for each in self._transports if isinstance(each, StagedGlooTransport))
+        pinned = sum(
+            transport.pinned_bytes for transport in self._transports if isinstance(transport, StagedGlooTransport)
+        )
         return (
             f"expert transfers by {self.transport}: staging of {self.num_buffers} x {self.buffer_experts} experts of "
-            f"{self._staging.shape[2] / 2**20:.1f} MiB takes {self.buffer_bytes / 2**20:.1f} MiB on {self.device}"
+            f"{self._store.row_bytes / 2**20:.1f} MiB takes {self.buffer_bytes / 2**20:.1f} MiB on {self.device}"
             + (f" and {pinned / 2**20:.1f} MiB of pinned host memory" if pinned else "")
             + (f"; at most {self.budget_bytes / 2**20:.1f} MiB per rank and step" if self.budget_bytes else "")
         )
 
-    def _choose(self, wanted: str, device_group: Any, cooperative_kernels: bool, row_bytes: int) -> list[Transport]:
-        kind = self.device.type
-        allowed = {"cpu": ("auto", "gloo"), "cuda": ("auto", "gloo", "pull", "nccl")}.get(
-            kind, ("auto", "gloo", "hccl")
-        )
-        if wanted not in allowed:
-            raise TransferError(f"transport {wanted!r} does not work on {kind}; allowed are {', '.join(allowed)}")
-        if self.num_ranks == 1:
-            return []
-        if kind == "cpu":
-            return [GlooTransport(self._group)]
-        if wanted in ("nccl", "hccl") or (wanted == "auto" and kind != "cuda" and device_group is not None):
-            from .collective import CollectiveTransport
-
-            return [CollectiveTransport(device_group, self._streams, cooperative_kernels=cooperative_kernels)]
-        chosen: list[Transport] = []
-        pairs = [(a, b) for a in range(self.num_ranks) for b in range(self.num_ranks) if a != b]
-        if kind == "cuda" and wanted in ("auto", "pull"):
-            from .pull import PullTransport
-
-            near = [self.topology.same_node(self.rank, peer) for peer in range(self.num_ranks)]
-            pull = PullTransport(self._slots, self.rank, self.num_ranks, near, self._exchange, self._streams)
-            apart = [pair for pair in pairs if not pull.reaches(*pair)]
-            if wanted == "pull" and apart:
-                why = pull.failures.get(apart[0][0], "they are on different nodes, or a peer failed")
-                raise TransferError(
-                    f"transport pull: rank {apart[0][1]} cannot read the memory of rank {apart[0][0]} ({why}); "
-                    "choose transport auto or gloo"
-                )
-            if len(apart) < len(pairs):
-                chosen.append(pull)
-            if not apart:
-                return chosen
-        chosen.append(StagedGlooTransport(self._group, self._streams, row_bytes, self.buffer_experts))
-        return chosen
-
     @property
     def slots(self) -> Weights:
         """The expert tensors of this rank's live slots."""
-        return self._slots
+        return self._store.live
 
     @property
     def streams(self) -> Streams:
         return self._streams
+
+    def received_bytes(self, moves: Int32Array) -> Int64Array:
+        """int64 [R]: bytes that each rank receives by ``moves``, rows that begin with layer and slot."""
+        of_layer = np.array(self._store.expert_bytes, dtype=np.int64)
+        received = np.zeros(self.num_ranks, dtype=np.int64)
+        np.add.at(received, moves[:, SLOT] // self.slots_per_rank, of_layer[moves[:, LAYER]])
+        return received
 
     def _exchange(self, data: bytes) -> list[bytes]:
         return exchange_bytes(self._group, self.num_ranks, data)
@@ -234,19 +214,7 @@ class D2DExpertWeightLoader:
         Returns:
             Experts that cannot be verified because their copies differ.
         """
-        summer = self._summers[0]
-        mine = np.zeros((self.num_layers, self.slots_per_rank), dtype=np.int64)
-        flat = [(layer, slot) for layer in range(self.num_layers) for slot in range(self.slots_per_rank)]
-        for first in range(0, len(flat), self.buffer_experts):
-            group = flat[first : first + self.buffer_experts]
-            sums = [summer.prepare(place, self._slots[layer][slot]) for place, (layer, slot) in enumerate(group)]
-            for each in sums:
-                summer.enqueue(each)
-            summer.fetch()
-            if self._streams.module is not None:
-                self._streams.current().synchronize()
-            for place, (layer, slot) in enumerate(group):
-                mine[layer, slot] = summer.value(place, sums[place])
+        mine = sum_slots(self._store.live, self._summers[0], self._streams, self.buffer_experts)
         table = ChecksumTable(self.num_layers, placement.num_experts)
         differing = table.learn(mine, placement, self._exchange)
         self.checksums = table
@@ -257,11 +225,11 @@ class D2DExpertWeightLoader:
     def warm_up(self) -> None:
         """One small transfer with every peer over every transport, one checksum and one copy; blocks. All ranks call
         it together, in the engine's profile run, so that what libraries allocate is counted there."""
-        length = min(WARM_UP_BYTES, self._slots[0][0][0].numel())
+        length = min(WARM_UP_BYTES, self._store.live[0][0][0].numel())
         scratch = torch.zeros((self.num_ranks, length), dtype=torch.uint8, device=self.device)
         if self._streams.module is not None:
             self._streams.current().synchronize()  # weights and buffers, which the other streams use from here on
-        probe, source = self._slots[0][0][0][:length], (0, 0, ((0, 0, length),))
+        probe, source = self._store.live[0][0][0][:length], (0, 0, ((0, 0, length),))
         peers = [peer for peer in range(self.num_ranks) if peer != self.rank]
         for transport in self._transports:
             self._serial += CHANNELS
@@ -278,11 +246,50 @@ class D2DExpertWeightLoader:
         for stream, on in ((self._streams.entry, self._streams.on_entry), (self._streams.side, self._streams.on_side)):
             with on():
                 for summer in self._summers:
-                    summer.enqueue(summer.prepare(0, self._views(0, 0, 0)))
+                    summer.enqueue(summer.place(0, self._store.staged(0, 0, 0)))
                     summer.fetch()
             if stream is not None:
                 stream.synchronize()
         self._exchange(b"warm")
+
+    def measure_rates(self) -> tuple[float | None, float | None]:
+        """Bytes/s at which the slowest rank receives an expert from its neighbour, and copies one within its memory;
+        None for a single rank. Blocks; all ranks call it together, before anything is in flight."""
+        if self.num_ranks == 1:
+            return None, None
+        after, before = (self.rank + 1) % self.num_ranks, (self.rank - 1) % self.num_ranks
+        views, staged = self._store.live[0][0], self._store.staged(0, 0, 0)
+        nbytes = sum(tensor.numel() for tensor in views)
+        source = (0, 0, tuple((at, 0, tensor.numel()) for at, tensor in enumerate(views)))
+        shortest = [float("inf"), float("inf")]
+        for _ in range(MEASUREMENTS):
+            self._exchange(b"ready")
+            began = time.perf_counter()
+            for transport in self._transports:
+                self._serial += CHANNELS
+                batch = transport.batch(
+                    [Piece(after, 0, tuple(views), source)] if transport.reaches(self.rank, after) else [],
+                    [Piece(before, 0, tuple(staged), source)] if transport.reaches(before, self.rank) else [],
+                )
+                with self._streams.on_entry():
+                    batch.issue(self._serial)
+                if not batch.enters:
+                    with self._streams.on_side():
+                        batch.run()
+            for stream in (self._streams.entry, self._streams.side):
+                if stream is not None:
+                    stream.synchronize()
+            received = time.perf_counter() - began
+            scratch = self._store.staging[-1, -1, :nbytes]
+            began = time.perf_counter()
+            scratch.copy_(self._store.staging[0, 0, :nbytes])
+            if self._streams.module is not None:
+                self._streams.current().synchronize()
+            took = received, time.perf_counter() - began
+            slowest = np.max([np.frombuffer(each) for each in self._exchange(np.array(took).tobytes())], axis=0)
+            shortest = [min(pair) for pair in zip(shortest, slowest.tolist(), strict=True)]
+        receive, commit = (nbytes / max(seconds, 1e-9) for seconds in shortest)
+        return receive, commit
 
     # ---- while serving, in the step thread
 
@@ -295,7 +302,7 @@ class D2DExpertWeightLoader:
         """
         if self.poisoned:
             raise TransferError("a transfer failed before; its process group is not used again")
-        flight = self._plan_flight(round)
+        flight = self._planner.plan(round, verify=self.checksums is not None)
         old = self._flights.get(round.number)
         if old is not None and old.issued:  # it is sent again, and so are those after it
             if self.in_flight:
@@ -448,7 +455,7 @@ class D2DExpertWeightLoader:
         if compute is not None:
             compute.wait_event(self._arrival_events[flight.buffer])
         for (layer, slot, _), staged in zip(flight.places, flight.staged, strict=True):
-            for target, source in zip(self._slots[layer][slot], staged, strict=True):
+            for target, source in zip(self._store.live[layer][slot], staged, strict=True):
                 target.copy_(source, non_blocking=True)
         self._commits += 1
         if compute is not None:
@@ -470,99 +477,6 @@ class D2DExpertWeightLoader:
     def close(self) -> None:
         """Ends the mover thread once it has nothing to do; does not wait for it."""
         self._jobs.put(None)
-
-    # ---- parts of prepare
-
-    def _plan_flight(self, round: Round) -> Flight:
-        if round.slots_per_rank != self.slots_per_rank:
-            raise TransferError(
-                f"the round is for {round.slots_per_rank} slots per rank, here are {self.slots_per_rank}"
-            )
-        moves, size = round.moves, self.slots_per_rank
-        senders, receivers = moves[:, SOURCE] // size, moves[:, SLOT] // size
-        mine = np.flatnonzero(receivers == self.rank)
-        if len(mine) > self.buffer_experts:
-            raise TransferError(f"round {round.number} brings {len(mine)} experts, staging holds {self.buffer_experts}")
-        buffer = round.number % self.num_buffers
-        places = [(layer, slot - self.rank * size, expert) for layer, slot, expert in moves[mine, :SOURCE].tolist()]
-        staged = [self._views(layer, buffer, place) for place, (layer, _, _) in enumerate(places)]
-        summer = self._summers[buffer]
-        sums = [summer.prepare(place, each) for place, each in enumerate(staged)] if self.checksums is not None else []
-        flight = Flight(round, buffer, places, staged, sums)
-        staged_of = dict(zip(mine.tolist(), staged, strict=True))
-        for part in self._parts(moves[:, LAYER], senders, receivers):
-            flight.parts.append(self._part(flight, part, moves, senders, receivers, staged_of))
-        flight.enters = self._streams.module is not None and all(its.enters for part in flight.parts for its in part)
-        flight.began, flight.ended = [None] * len(flight.parts), [None] * len(flight.parts)
-        return flight
-
-    def _parts(
-        self, layers: Int32Array, senders: Int32Array, receivers: Int32Array
-    ) -> list[list[tuple[int, int, int]]]:
-        """The (move, first byte, end byte) that concern this rank, per part."""
-        if not self.budget_bytes:
-            concern = np.flatnonzero((senders == self.rank) | (receivers == self.rank))
-            return [[(move, 0, self._expert_bytes[layers[move]]) for move in concern.tolist()]]
-        sizes = [self._expert_bytes[layer] for layer in layers.tolist()]
-        ends = list(zip(senders.tolist(), receivers.tolist(), strict=True))
-        parts = cut_parts(sizes, ends, self.num_ranks, self.budget_bytes)
-        if len(parts) > MOST_PARTS:
-            raise TransferError(
-                f"a round would take {len(parts)} steps under the budget of {self.budget_bytes} bytes per step; "
-                f"allowed are {MOST_PARTS}: raise the budget"
-            )
-        return [[piece for piece in part if self.rank in ends[piece[0]]] for part in parts]
-
-    def _part(
-        self,
-        flight: Flight,
-        part: list[tuple[int, int, int]],
-        moves: Int32Array,
-        senders: Int32Array,
-        receivers: Int32Array,
-        staged_of: dict[int, tuple[torch.Tensor, ...]],
-    ) -> list[Batch]:
-        sends: dict[Transport, list[Piece]] = {each: [] for each in self._transports}
-        receives: dict[Transport, list[Piece]] = {each: [] for each in self._transports}
-        local: list[tuple[torch.Tensor, torch.Tensor]] = []
-        count: dict[tuple[int, int], int] = {}
-        for move, start, end in part:
-            sender, receiver, layer = int(senders[move]), int(receivers[move]), int(moves[move, LAYER])
-            slot = int(moves[move, SOURCE]) - sender * self.slots_per_rank
-            ranges = self._ranges(layer, start, end)
-            if sender == receiver:
-                source, staged = self._slots[layer][slot], staged_of[move]
-                local += [(staged[i][a:b], source[i][a:b]) for i, a, b in ranges]
-                continue
-            at = count.get((sender, receiver), 0)
-            count[sender, receiver] = at + len(ranges)
-            transport = next(each for each in self._transports if each.reaches(sender, receiver))
-            tensors = self._slots[layer][slot] if sender == self.rank else staged_of[move]
-            views = tuple(tensors[i][a:b] for i, a, b in ranges)
-            if sender == self.rank:
-                sends[transport].append(Piece(receiver, at, views, (layer, slot, ranges)))
-            else:
-                receives[transport].append(Piece(sender, at, views, (layer, slot, ranges)))
-                flight.nbytes += end - start
-        batches: list[Batch] = [Copies(local, enters=self._streams.module is not None)] if local else []
-        return batches + [
-            each.batch(sends[each], receives[each]) for each in self._transports if sends[each] or receives[each]
-        ]
-
-    def _views(self, layer: int, buffer: int, place: int) -> tuple[torch.Tensor, ...]:
-        """Flat uint8 views of one staging place, shaped for the tensors of ``layer``."""
-        row, offsets = self._staging[buffer, place], self._offsets[layer]
-        return tuple(row[at : at + tensor.numel()] for at, tensor in zip(offsets, self._slots[layer][0], strict=False))
-
-    def _ranges(self, layer: int, start: int, end: int) -> tuple[tuple[int, int, int], ...]:
-        """Bytes start..end of an expert as (tensor, first byte, end byte)."""
-        ranges, at = [], 0
-        for number, tensor in enumerate(self._slots[layer][0]):
-            a, b = max(start - at, 0), min(end - at, tensor.numel())
-            if a < b:
-                ranges.append((number, a, b))
-            at += tensor.numel()
-        return tuple(ranges)
 
     def _executed(self, commits: int) -> bool:
         """Whether the first ``commits`` commits have been executed on the device."""

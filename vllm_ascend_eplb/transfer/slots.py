@@ -52,14 +52,17 @@ def flat_views(weights: Weights) -> tuple[list[list[tuple[torch.Tensor, ...]]], 
                 if tensor.numel():
                     taken.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, slot))
         taken.sort()
-        for (_, end, one), (start, _, other) in pairwise(taken):
-            if start < end and one != other:
+        for (_, end, slot), (start, _, later) in pairwise(taken):
+            if start < end and slot != later:
                 raise TransferError(
-                    f"layer {number}: slots {one} and {other} share memory; weights that are packed over experts "
+                    f"layer {number}: slots {slot} and {later} share memory; weights that are packed over experts "
                     "cannot be moved: switch dynamic EPLB off for this model"
                 )
         result.append(
-            [tuple(tensor.detach().view(-1).view(torch.uint8) for tensor in its if tensor.numel()) for its in layer]
+            [
+                tuple(tensor.detach().view(-1).view(torch.uint8) for tensor in tensors if tensor.numel())
+                for tensors in layer
+            ]
         )
     return result, device
 
@@ -70,3 +73,49 @@ def aligned_offsets(tensors: Sequence[torch.Tensor]) -> list[int]:
     for tensor in tensors:
         offsets.append(offsets[-1] + -(-tensor.numel() // ALIGNMENT) * ALIGNMENT)
     return offsets
+
+
+class ExpertSlots:
+    """The live slots of one rank, and the staging buffers in which experts arrive.
+
+    Args:
+        weights: [L][S] lists of tensors, the engine's own.
+        buffers: staging buffers.
+        buffer_experts: places of a staging buffer; None for ``default_buffer_experts``.
+
+    Attributes:
+        live: [L][S] tuples of flat uint8 views of the expert's tensors.
+        staging: uint8 [buffers, places, row_bytes].
+        expert_bytes: [L], bytes of one expert.
+        most_tensors: tensors of an expert, at most.
+
+    Raises:
+        TransferError: weights cannot be sliced per expert.
+    """
+
+    def __init__(self, weights: Weights, buffers: int, buffer_experts: int | None) -> None:
+        self.live, self.device = flat_views(weights)
+        self.num_layers, self.slots_per_rank = len(self.live), len(self.live[0])
+        if buffer_experts is None:
+            buffer_experts = default_buffer_experts(self.num_layers, self.slots_per_rank, buffers=buffers)
+        self.buffer_experts: int = buffer_experts
+        self.expert_bytes = [sum(tensor.numel() for tensor in layer[0]) for layer in self.live]
+        self.most_tensors = max(len(layer[0]) for layer in self.live)
+        self._offsets = [aligned_offsets(layer[0]) for layer in self.live]
+        self.row_bytes = max(offsets[-1] for offsets in self._offsets)
+        self.staging = torch.empty((buffers, buffer_experts, self.row_bytes), dtype=torch.uint8, device=self.device)
+
+    def staged(self, layer: int, buffer: int, place: int) -> tuple[torch.Tensor, ...]:
+        """Flat uint8 views of one staging place, shaped for the tensors of ``layer``."""
+        row, offsets = self.staging[buffer, place], self._offsets[layer]
+        return tuple(row[at : at + tensor.numel()] for at, tensor in zip(offsets, self.live[layer][0], strict=False))
+
+    def ranges(self, layer: int, start: int, end: int) -> tuple[tuple[int, int, int], ...]:
+        """Bytes start..end of an expert as (tensor, first byte, end byte)."""
+        ranges, at = [], 0
+        for number, tensor in enumerate(self.live[layer][0]):
+            a, b = max(start - at, 0), min(end - at, tensor.numel())
+            if a < b:
+                ranges.append((number, a, b))
+            at += tensor.numel()
+        return tuple(ranges)

@@ -166,10 +166,6 @@ class Placement:
         table[layers, experts, nth] = slots
         return table
 
-    def rank_of(self, slot: int) -> int:
-        """The rank that owns a slot."""
-        return slot // self.slots_per_rank
-
     def expert_map(self, rank: int) -> Int32Array:
         """int32 [L, E]: the local slot (0..S-1) of each expert on ``rank``, -1 where the rank does not hold it.
 

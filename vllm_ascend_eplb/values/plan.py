@@ -11,7 +11,7 @@ import numpy.typing as npt
 from .placement import FloatArray, Int32Array, Placement
 
 LAYER, SLOT, EXPERT, GROUP = range(4)
-"""Columns of ``Plan.moves``."""
+"""Columns of ``Plan.moves``, and the first ones of ``Round.moves``."""
 
 
 class PlanError(ValueError):

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .placement import EMPTY, Int32Array, Placement
+from .plan import EXPERT, LAYER, SLOT
 
-LAYER, SLOT, EXPERT, SOURCE, GROUP = range(5)
-"""Columns of ``Round.moves``."""
+SOURCE = 4
+"""The column of ``Round.moves`` behind those of a plan's moves (values/plan.py): the slot that is copied."""
 
 
 NONE = -1
@@ -28,7 +29,7 @@ class Round:
 
     Attributes:
         number: position in the plan, 0, 1, ...
-        moves: int32 [n, 5], rows (layer, slot, expert, source_slot, group): copy ``expert`` of ``layer`` from
+        moves: int32 [n, 5], rows (layer, slot, expert, group, source_slot): copy ``expert`` of ``layer`` from
             ``source_slot`` into ``slot``. ``group`` counts the scheduler's groups, which may be parts of the plan's.
         slots_per_rank: S; the rank of a slot is ``slot // S``.
         after: the latest earlier round that must be committed before this one may be issued, -1 for none.
@@ -39,29 +40,12 @@ class Round:
     slots_per_rank: int
     after: int = NONE
 
-    def receives(self, rank: int) -> Int32Array:
-        """int32 [k, 5]: the moves into ``rank`` from other ranks, in the round's order."""
-        return self._select(rank, True, False)
-
-    def sends(self, rank: int) -> Int32Array:
-        """int32 [k, 5]: the moves from ``rank`` to other ranks, in the round's order."""
-        return self._select(rank, False, True)
-
-    def local_copies(self, rank: int) -> Int32Array:
-        """int32 [k, 5]: the moves from one slot of ``rank`` to another of its slots, in the round's order."""
-        return self._select(rank, True, True)
-
-    def _select(self, rank: int, to_rank: bool, from_rank: bool) -> Int32Array:
-        to, source = self.moves[:, SLOT] // self.slots_per_rank, self.moves[:, SOURCE] // self.slots_per_rank
-        rows: Int32Array = self.moves[((to == rank) == to_rank) & ((source == rank) == from_rank)]
-        return rows
-
 
 def receive_bound(placement: Placement, rounds: Sequence[Round], buffer_experts: int) -> int:
     """The fewest rounds that could carry the same moves: ceil(staging places the busiest rank needs / buffer)."""
     places = np.zeros(placement.num_ranks, dtype=np.int64)
-    for each in rounds:
-        np.add.at(places, each.moves[:, SLOT] // each.slots_per_rank, 1)
+    for round in rounds:
+        np.add.at(places, round.moves[:, SLOT] // round.slots_per_rank, 1)
     return -(-int(places.max()) // buffer_experts)
 
 
@@ -88,16 +72,19 @@ def check_rounds(
     """
     row_of, slots_per_rank = placement.physical_to_logical.copy(), placement.slots_per_rank
     written = np.full(row_of.shape, NONE, dtype=np.int64)
-    for number, each in enumerate(rounds):
-        name, moves = f"round {number}", each.moves
-        if each.number != number or each.slots_per_rank != slots_per_rank or not NONE <= each.after < number:
-            raise RoundError(f"{name} calls itself {each.number}, of {each.slots_per_rank} slots, after {each.after}")
+    for number, round in enumerate(rounds):
+        name, moves = f"round {number}", round.moves
+        if round.number != number or round.slots_per_rank != slots_per_rank or not NONE <= round.after < number:
+            raise RoundError(
+                f"{name} calls itself {round.number}, of {round.slots_per_rank} slots, after {round.after}"
+            )
         if moves.ndim != 2 or moves.shape[1] != 5 or moves.dtype != np.int32 or not len(moves):
             raise RoundError(f"{name} has moves of shape {moves.shape}, {moves.dtype}; expected int32 [n >= 1, 5]")
         limits = (placement.num_layers, placement.num_slots, placement.num_experts, placement.num_slots)
-        if (moves[:, :GROUP] < 0).any() or (moves[:, :GROUP] >= limits).any():
+        named = moves[:, [LAYER, SLOT, EXPERT, SOURCE]]
+        if (named < 0).any() or (named >= limits).any():
             raise RoundError(f"{name} names a layer, slot or expert out of range; limits are {limits}")
-        layers, slots, experts, sources = (moves[:, i] for i in (LAYER, SLOT, EXPERT, SOURCE))
+        layers, slots, experts, sources = named.T
         if len(np.unique(layers.astype(np.int64) * placement.num_slots + slots)) != len(moves):
             raise RoundError(f"{name} writes one slot twice")
         places = np.bincount(slots // slots_per_rank, minlength=placement.num_ranks)
@@ -110,8 +97,8 @@ def check_rounds(
                 f"{name}: slot {sources[at]} of layer {layers[at]} holds expert {row_of[layers[at], sources[at]]}, "
                 f"not {experts[at]}"
             )
-        if max(written[layers, sources].max(), written[layers, slots].max()) > each.after:
-            raise RoundError(f"{name} uses a slot that a round later than {each.after} writes")
+        if max(written[layers, sources].max(), written[layers, slots].max()) > round.after:
+            raise RoundError(f"{name} uses a slot that a round later than {round.after} writes")
         row_of[layers, slots] = experts
         written[layers, slots] = number
         for layer in np.unique(layers):
@@ -125,8 +112,8 @@ def check_rounds(
 def rounds_to_array(rounds: Sequence[Round]) -> Int32Array:
     """int32 [N, 7]: all moves of all rounds, each behind its round's number and ``after``; for broadcasts."""
     parts = [
-        np.column_stack([np.full((len(each.moves), 2), (each.number, each.after), dtype=np.int32), each.moves])
-        for each in rounds
+        np.column_stack([np.full((len(round.moves), 2), (round.number, round.after), dtype=np.int32), round.moves])
+        for round in rounds
     ]
     return np.concatenate(parts).astype(np.int32) if parts else np.zeros((0, 7), dtype=np.int32)
 

@@ -67,7 +67,7 @@ class Topology:
 
     def ranks_of(self, node: int) -> tuple[int, ...]:
         """The ranks on ``node``, in order."""
-        return tuple(rank for rank, its in enumerate(self.node_of_rank) if its == node)
+        return tuple(rank for rank, own in enumerate(self.node_of_rank) if own == node)
 
 
 def host_identity() -> str:

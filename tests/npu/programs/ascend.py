@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from vllm_ascend_eplb.adaptors import handed_over
 from vllm_ascend_eplb.adaptors.ascend import routing
+from vllm_ascend_eplb.adaptors.ascend.adaptor import placement_of
 from vllm_ascend_eplb.files.expert_map import write_expert_map
 from vllm_ascend_eplb.planning.process import EplbProcess
 from vllm_ascend_eplb.values.placement import Placement
@@ -291,7 +292,7 @@ def balance(
     stage = {"eplb_heat_collection_stage": "decode" if fault == "skew" else "all"}
     config = stock_config({**settings, **stage, "eplb_policy_type": 2})
     if ours:
-        from vllm_ascend_eplb.adaptors.ascend import hand_over as ascend_config
+        from vllm_ascend_eplb.adaptors.ascend import hand_over
 
         if fault == "map":
             path = Path(tempfile.gettempdir()) / f"eplb-map-{os.environ['MASTER_PORT']}.json"  # one for all ranks
@@ -299,9 +300,8 @@ def balance(
             settings = {"expert_map_path": str(path)}
             dist.barrier()
         given = {"eplb_config": {**settings, **stage, "transport": "hccl"}}
-        config = stock_config(ascend_config.hand_over(given)["eplb_config"])
+        config = stock_config(hand_over.hand_over(given)["eplb_config"])
         assert config.dynamic_eplb
-        runner.EplbUpdator.settings = handed_over.settings_of(given)
         routing.ranks_own_their_tokens = lambda: owned  # type: ignore[assignment]
     layers = [Layer(number, config, owned, quantised) for number in range(LAYERS)]
     torch.npu.synchronize()
@@ -328,6 +328,8 @@ def balance(
     adaptor = runner.VllmEplbAdaptor(model=model)
     loader.set_adator(adaptor)
     updator.set_adaptor(adaptor)
+    if ours:
+        updator.configure(handed_over.settings_of(given), "auto")
     updator.warm_up_eplb()
     updator.adaptor.clear_all_moe_loads()
     if ours:
@@ -382,7 +384,7 @@ def balance(
     result: dict[str, Any] = {"wrong": wrong, "placements": len(moved), "slowest": slowest}
     if fault == "map":
         maps = [layer.global_expert_map.cpu().numpy() for layer in layers]
-        assert adaptor.placement_of(maps, layers[0].local_num_experts) == _some_placement(redundant)
+        assert placement_of(maps, layers[0].local_num_experts) == _some_placement(redundant)
         dist.barrier()
         if RANK == 0:
             Path(config.expert_map_path).unlink()
@@ -412,7 +414,7 @@ def _some_placement(redundant: int) -> Placement:
 def surface() -> dict[str, Any]:
     """Whose classes the runner has, and what our settings become for vllm-ascend."""
     runner = _runner_module(True)
-    from vllm_ascend_eplb.adaptors.ascend import hand_over as ascend_config
+    from vllm_ascend_eplb.adaptors.ascend import hand_over
     from vllm_ascend_eplb.adaptors.ascend import runner as ascend
 
     modules = [
@@ -420,7 +422,7 @@ def surface() -> dict[str, Any]:
         for name in ("EplbUpdator", "EplbProcess", "D2DExpertWeightLoader", "VllmEplbAdaptor")
     ]
     given = {"eplb_config": {"dynamic_eplb": True, "target_par": 1.1, "eplb_policy_type": 3, "transport": "hccl"}}
-    changed = ascend_config.hand_over(given)
+    changed = hand_over.hand_over(given)
     wrong = ""
     if not stock_config(changed["eplb_config"]).dynamic_eplb or os.environ["DYNAMIC_EPLB"] != "true":
         wrong = "vllm-ascend would not balance"

@@ -73,7 +73,7 @@ def recorder() -> str:
                 load.snapshot(placement)
                 while not load.snapshot_ready():
                     pass
-                taken[device] += [load.take(), load.take("prefill")]
+                taken[device].append(load.take())
     for number, (a, b) in enumerate(zip(ids["cpu"], ids["npu"], strict=True)):
         if not torch.equal(a, b):
             return f"mapped ids differ in call {number}"
@@ -314,7 +314,7 @@ def bystander(transport: str) -> dict[str, Any]:
     for number in range(2):
         size = placement.slots_per_rank
         held = placement.physical_to_logical[0]
-        swap = np.array([[0, 0, held[size], size, 0], [0, size, held[0], 0, 0]], dtype=np.int32)
+        swap = np.array([[0, 0, held[size], 0, size], [0, size, held[0], 0, 0]], dtype=np.int32)
         each = Round(number, swap, size, after=number - 1)
         loader.prepare(each)
         while not loader.ready(number):

@@ -12,8 +12,7 @@ import pytest
 
 from vllm_ascend_eplb import plugin
 from vllm_ascend_eplb.adaptors import handed_over
-from vllm_ascend_eplb.adaptors.ascend import hand_over as ascend_config
-from vllm_ascend_eplb.adaptors.ascend import refusals
+from vllm_ascend_eplb.adaptors.ascend import hand_over, refusals
 from vllm_ascend_eplb.files.expert_map import write_expert_map
 from vllm_ascend_eplb.settings.config import EplbConfig
 from vllm_ascend_eplb.settings.messages import EplbConfigError
@@ -24,25 +23,25 @@ STOCK = {"dynamic_eplb", "expert_heat_collection_interval", "algorithm_execution
 
 @pytest.fixture(autouse=True)
 def switch(monkeypatch):
-    for name in (ascend_config.SWITCH, ascend_config.SECOND_RUNNER):
+    for name in (hand_over.SWITCH, hand_over.SECOND_RUNNER):
         monkeypatch.delenv(name, raising=False)
     yield
-    for name in (ascend_config.SWITCH, ascend_config.SECOND_RUNNER):
+    for name in (hand_over.SWITCH, hand_over.SECOND_RUNNER):
         os.environ.pop(name, None)
 
 
 def test_vllm_ascend_gets_its_own_keys_and_the_workers_get_ours():
     given = {"other": 1, "eplb_config": {"dynamic_eplb": True, "target_par": 1.1, "eplb_policy_type": 3}}
     before = json.dumps(given)
-    changed = ascend_config.hand_over(given)
+    changed = hand_over.hand_over(given)
     assert json.dumps(given) == before
     assert set(changed) == {"other", "eplb_config"}  # no key that vllm-ascend does not know
     assert set(changed["eplb_config"]) == STOCK
     assert changed["eplb_config"]["dynamic_eplb"] is True
     assert changed["other"] == 1
-    assert os.environ[ascend_config.SWITCH] == "true"
-    assert os.environ[ascend_config.SECOND_RUNNER] == "0"
-    assert ascend_config.hand_over(changed) is changed  # once only
+    assert os.environ[hand_over.SWITCH] == "true"
+    assert os.environ[hand_over.SECOND_RUNNER] == "0"
+    assert hand_over.hand_over(changed) is changed  # once only
 
     config = served(additional_config=changed)
     for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
@@ -51,7 +50,7 @@ def test_vllm_ascend_gets_its_own_keys_and_the_workers_get_ours():
 
 
 def test_what_was_left_out_stays_left_out():
-    changed = ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
+    changed = hand_over.hand_over({"eplb_config": {"dynamic_eplb": True}})
     assert handed_over.settings_of(changed).model_fields_set == {"dynamic_eplb"}
 
 
@@ -62,75 +61,75 @@ OTHERS = {"load_collection_phase": "decode", "stair_config": {"some": 1}}
     "given", [{}, {"eplb_config": {}}, {"eplb_config": {"dynamic_eplb": False}}, {"eplb_config": OTHERS}]
 )
 def test_without_the_flag_nothing_changes(given):
-    assert ascend_config.hand_over(given) is given
-    assert ascend_config.SWITCH not in os.environ
+    assert hand_over.hand_over(given) is given
+    assert hand_over.SWITCH not in os.environ
     assert handed_over.settings_of(given) == EplbConfig()
 
 
 def test_an_unchecked_release_is_served_without_balancing_unless_asked_for(monkeypatch, caplog):
-    monkeypatch.setattr(ascend_config, "installed_version", lambda: "0.99.0")
+    monkeypatch.setattr(hand_over, "installed_version", lambda: "0.99.0")
     given = {"other": 1, "eplb_config": {"dynamic_eplb": True}}
-    assert ascend_config.hand_over(given) == {"other": 1}
-    assert ascend_config.SWITCH not in os.environ
-    assert f"checked against vllm-ascend {', '.join(ascend_config.CHECKED_VERSIONS)}, and this is 0.99.0" in caplog.text
+    assert hand_over.hand_over(given) == {"other": 1}
+    assert hand_over.SWITCH not in os.environ
+    assert f"checked against vllm-ascend {', '.join(hand_over.CHECKED_VERSIONS)}, and this is 0.99.0" in caplog.text
     caplog.clear()
     given["eplb_config"]["allow_unchecked_vllm"] = True
-    changed = ascend_config.hand_over(given)
+    changed = hand_over.hand_over(given)
     assert handed_over.settings_of(changed).active
-    assert ascend_config.hand_over(changed) is changed  # the platform does so once more
+    assert hand_over.hand_over(changed) is changed  # the platform does so once more
     assert not caplog.text
 
 
 def test_an_environment_that_contradicts_is_an_error_with_the_line_to_export(monkeypatch):
-    monkeypatch.setenv(ascend_config.SWITCH, "0")
+    monkeypatch.setenv(hand_over.SWITCH, "0")
     with pytest.raises(EplbConfigError, match=r"DYNAMIC_EPLB=0, .* export DYNAMIC_EPLB=true"):
-        ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
-    os.environ[ascend_config.SWITCH] = "1"
-    ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
+        hand_over.hand_over({"eplb_config": {"dynamic_eplb": True}})
+    os.environ[hand_over.SWITCH] = "1"
+    hand_over.hand_over({"eplb_config": {"dynamic_eplb": True}})
 
 
 def test_the_second_model_runner_is_an_error_with_the_line_to_export(monkeypatch):
-    monkeypatch.setenv(ascend_config.SECOND_RUNNER, "1")
+    monkeypatch.setenv(hand_over.SECOND_RUNNER, "1")
     with pytest.raises(EplbConfigError, match=r"VLLM_USE_V2_MODEL_RUNNER=1, .* export VLLM_USE_V2_MODEL_RUNNER=0"):
-        ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
-    os.environ[ascend_config.SECOND_RUNNER] = "0"
-    ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
+        hand_over.hand_over({"eplb_config": {"dynamic_eplb": True}})
+    os.environ[hand_over.SECOND_RUNNER] = "0"
+    hand_over.hand_over({"eplb_config": {"dynamic_eplb": True}})
 
 
 @pytest.fixture
 def second_runner(monkeypatch):
-    monkeypatch.setattr(ascend_config, "installed_version", lambda: ascend_config.SECOND_RUNNER_VERSIONS[0])
-    monkeypatch.setenv(ascend_config.SECOND_RUNNER, "1")
+    monkeypatch.setattr(hand_over, "installed_version", lambda: hand_over.SECOND_RUNNER_VERSIONS[0])
+    monkeypatch.setenv(hand_over.SECOND_RUNNER, "1")
 
 
 def test_where_the_second_model_runner_is_balanced_it_gets_no_key_and_no_switch(second_runner):
     given = {"eplb_config": {"dynamic_eplb": True, "target_par": 1.1, "expert_map_path": "any-form.npy"}}
-    changed = ascend_config.hand_over(given)
+    changed = hand_over.hand_over(given)
     assert changed["eplb_config"] == {}
-    assert ascend_config.SWITCH not in os.environ
-    assert ascend_config.hand_over(changed) is changed
+    assert hand_over.SWITCH not in os.environ
+    assert hand_over.hand_over(changed) is changed
     sent = pickle.loads(pickle.dumps(changed))
     assert handed_over.settings_of(sent) == handed_over.settings_of(given)
 
 
 def test_weighted_dispatch_is_the_second_model_runners(second_runner, monkeypatch):
     given = {"eplb_config": {"dynamic_eplb": True, "weighted_dispatch": True, "num_redundant_experts": 2}}
-    assert handed_over.settings_of(ascend_config.hand_over(given)).weighted_dispatch
-    monkeypatch.delenv(ascend_config.SECOND_RUNNER)
+    assert handed_over.settings_of(hand_over.hand_over(given)).weighted_dispatch
+    monkeypatch.delenv(hand_over.SECOND_RUNNER)
     with pytest.raises(EplbConfigError, match=r"weighted_dispatch = true .* or: export VLLM_USE_V2_MODEL_RUNNER=1"):
-        ascend_config.hand_over(given)
-    monkeypatch.setattr(ascend_config, "installed_version", lambda: "0.23.0.post1")
+        hand_over.hand_over(given)
+    monkeypatch.setattr(hand_over, "installed_version", lambda: "0.23.0.post1")
     with pytest.raises(EplbConfigError, match=r"weighted_dispatch = true .*\(allowed: false\); leave it out$"):
-        ascend_config.hand_over(given)
+        hand_over.hand_over(given)
 
 
 def test_the_second_model_runner_does_not_start_with_the_first_ones_switch(second_runner, monkeypatch):
-    monkeypatch.setenv(ascend_config.SWITCH, "true")
+    monkeypatch.setenv(hand_over.SWITCH, "true")
     with pytest.raises(EplbConfigError, match=r"DYNAMIC_EPLB=true, .* export DYNAMIC_EPLB=false"):
-        ascend_config.hand_over({"eplb_config": {"dynamic_eplb": True}})
-    assert [its.name for its in ascend_config.contradictions()] == [ascend_config.SWITCH]
-    os.environ[ascend_config.SWITCH] = "false"
-    assert ascend_config.contradictions() == []
+        hand_over.hand_over({"eplb_config": {"dynamic_eplb": True}})
+    assert [entry.name for entry in hand_over.contradictions()] == [hand_over.SWITCH]
+    os.environ[hand_over.SWITCH] = "false"
+    assert hand_over.contradictions() == []
 
 
 def test_a_map_is_handed_over_in_vllm_ascends_form_only(tmp_path):
@@ -145,27 +144,27 @@ def test_a_map_is_handed_over_in_vllm_ascends_form_only(tmp_path):
         given = {"eplb_config": {"expert_map_path": str(path)}}
         if words:
             with pytest.raises(EplbConfigError, match=words):
-                ascend_config.hand_over(given)
+                hand_over.hand_over(given)
         else:
-            stock = ascend_config.hand_over(given)["eplb_config"]
+            stock = hand_over.hand_over(given)["eplb_config"]
             assert stock["expert_map_path"] == str(path)
             assert stock["dynamic_eplb"] is True
 
 
 def test_a_map_that_a_release_would_not_load_by_is_refused(monkeypatch):
-    monkeypatch.setattr(ascend_config, "installed_version", lambda: "0.30.0rc2")
+    monkeypatch.setattr(hand_over, "installed_version", lambda: "0.30.0rc2")
     given = {"eplb_config": {"expert_map_path": "map.json", "allow_unchecked_vllm": True}}
     with pytest.raises(
         EplbConfigError, match=r"map\.json.* with vllm-ascend 0\.30\.0rc2.*\(allowed: null\); leave it out"
     ):
-        ascend_config.hand_over(given)
+        hand_over.hand_over(given)
 
 
 def test_an_expert_twice_on_a_device_is_refused(tmp_path):
     path = tmp_path / "map.json"
     write_expert_map(path, Placement(np.array([[0, 1, 1, 2, 3, 0]], dtype=np.int32), 4, 2))
     with pytest.raises(EplbConfigError, match="expert 1 twice"):
-        ascend_config.hand_over({"eplb_config": {"expert_map_path": str(path)}})
+        hand_over.hand_over({"eplb_config": {"expert_map_path": str(path)}})
 
 
 def served(**changes):
@@ -202,7 +201,7 @@ def test_guesses_are_allowed():
     model = SimpleNamespace(get_num_experts=lambda: 8)
     without_weights = SimpleNamespace(method="ngram", draft_model_config=model, target_model_config=model)
     for drafter in (without_weights, drafted("mtp"), drafted("draft_model", num_experts=0)):
-        refusals.refuse_what_is_not_supported(served(speculative_config=drafter))
+        refusals.refuse_unsupported(served(speculative_config=drafter))
 
 
 def test_what_is_not_supported_is_refused_by_name():
@@ -210,30 +209,30 @@ def test_what_is_not_supported_is_refused_by_name():
     stages = {"parallel_config__pipeline_parallel_size": 2}
     engines = {"parallel_config__data_parallel_size": 2}
     for change in ({}, engines, stages, {**engines, "speculative_config": drafted("mtp")}, recorded):
-        refusals.refuse_what_is_not_supported(served(**change))
+        refusals.refuse_unsupported(served(**change))
     for change, words in (
         ({**stages, **engines}, "--pipeline-parallel-size with --data-parallel-size 2"),
         ({**stages, **recorded}, "an expert_map_path or expert_map_record_path and --pipeline-parallel-size 2"),
         (
             {**stages, "speculative_config": drafted("mtp")},
-            "a draft model that has experts, and --pipeline-parallel-size 2",
+            "a draft model with experts and --pipeline-parallel-size 2",
         ),
         ({"model_config__enable_sleep_mode": True}, "--enable-sleep-mode True"),
-        ({"speculative_config": drafted("draft_model")}, "draft model that has experts, of method draft_model"),
+        ({"speculative_config": drafted("draft_model")}, "draft model with experts, of method draft_model"),
         ({"additional_config": {"mix_placement": True}}, "mix_placement"),
         ({"additional_config": {"enable_fused_mc2": 1}}, "enable_fused_mc2 1"),
     ):
         with pytest.raises(EplbConfigError, match=words):
-            refusals.refuse_what_is_not_supported(served(**change))
+            refusals.refuse_unsupported(served(**change))
 
 
 def test_maps_and_drafters_with_experts_exclude_each_other_under_the_second_model_runner(second_runner):
     recorded = {"eplb_config": {"dynamic_eplb": True, "expert_map_record_path": "map.json"}}
     drafter = {"speculative_config": drafted("mtp")}
     for additional, changes in ((recorded, {}), ({}, drafter)):
-        refusals.refuse_what_is_not_supported(served(additional_config=additional, **changes))
+        refusals.refuse_unsupported(served(additional_config=additional, **changes))
     with pytest.raises(EplbConfigError, match="VLLM_USE_V2_MODEL_RUNNER=1"):
-        refusals.refuse_what_is_not_supported(served(additional_config=recorded, **drafter))
+        refusals.refuse_unsupported(served(additional_config=recorded, **drafter))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_ascend_eplb.adaptors.ascend import adaptor, routing
+from vllm_ascend_eplb.adaptors import engine_adaptor
+from vllm_ascend_eplb.adaptors.ascend import routing
+from vllm_ascend_eplb.adaptors.errors import UnsupportedError
 from vllm_ascend_eplb.routing.maps import DispatchMaps
 from vllm_ascend_eplb.values.placement import Placement
 
@@ -67,7 +69,7 @@ def test_vllms_order_is_all_experts_and_then_copies() -> None:
 )
 def test_empty_slots_end_the_start(differing: int, load_format: str, ends: bool) -> None:
     if not ends:
-        adaptor.require_loaded_copies(differing, load_format)
+        engine_adaptor.require_loaded_copies(differing, load_format)
         return
-    with pytest.raises(adaptor.AscendError, match=r"copies of 3 experts differ .* set num_redundant_experts to 0"):
-        adaptor.require_loaded_copies(differing, load_format)
+    with pytest.raises(UnsupportedError, match=r"copies of 3 experts differ .* set num_redundant_experts to 0"):
+        engine_adaptor.require_loaded_copies(differing, load_format)

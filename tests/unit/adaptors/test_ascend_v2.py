@@ -1,27 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adaptor for vllm-ascend's second model runner, where that is not: what it takes for granted of vLLM, and what it
-makes of a data-parallel forward."""
+"""The adaptor for the second model runner of vllm-ascend, without vllm-ascend: what it makes of a data-parallel
+forward, and what it refuses."""
 
-from types import SimpleNamespace
+import importlib
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from vllm_ascend_eplb.adaptors.ascend import second_runner as ascend_v2
+from vllm_ascend_eplb.adaptors.ascend import second_runner
+from vllm_ascend_eplb.adaptors.errors import PatchPointError
 from vllm_ascend_eplb.adaptors.vllm.state import VllmEplbState
 
 
-def test_experts_are_loaded_in_vllms_order() -> None:
-    from vllm.distributed.eplb.eplb_state import EplbState
-
-    for experts, redundant in ((8, 0), (8, 3), (4, 9)):
-        order = ascend_v2.vllm_order(experts, redundant)
-        assert order == list(EplbState.build_initial_global_physical_to_logical_map(experts, redundant))
-
-
-def test_an_idle_engine_counts_in_the_stage_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its slots receive their tokens. The runner's function is wrapped once, however often a state is made."""
+def test_idle_engine_counts_in_stage_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slots of an idle engine receive tokens of the others. The runner's function is wrapped once, however often a
+    state is made."""
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(VllmEplbState, "__init__", lambda self, *unused: None)
     monkeypatch.setattr(VllmEplbState, "forward_before", lambda self, **kinds: said.append(kinds))
@@ -29,30 +24,43 @@ def test_an_idle_engine_counts_in_the_stage_of_the_others(monkeypatch: pytest.Mo
     runner = SimpleNamespace(
         dispatch_cg_and_sync_dp=lambda across: ("batch", across and SimpleNamespace(num_tokens_across_dp=across.tokens))
     )
-    monkeypatch.setattr(ascend_v2, "importlib", SimpleNamespace(import_module=lambda name: runner))
-    monkeypatch.setattr(ascend_v2.AscendV2EplbState, "across", None)
-    for _ in range(2):
-        state = ascend_v2.AscendV2EplbState(None, torch.device("cpu"))
-    state._most_in_decode = 16
+    monkeypatch.setattr(second_runner, "importlib", SimpleNamespace(import_module=lambda name: runner))
+    states = [second_runner.SecondRunnerEplbState(None, torch.device("cpu")) for _ in range(2)]
+    for state in states:
+        state._most_in_decode = 16
     for tokens in answers:
         sync = None if tokens is None else SimpleNamespace(tokens=tokens)
         assert runner.dispatch_cg_and_sync_dp(sync)[0] == "batch"
-        state.forward_before(serving=False, stage="decode", rows=1)
-    assert said == [
-        {"serving": True, "stage": "prefill", "rows": 1},
-        {"serving": True, "stage": "decode", "rows": 1},
-        {"serving": False, "stage": "decode", "rows": 1},
-    ]
+        for state in states:
+            state.forward_before(serving=False, stage="decode", rows=1)
+    prefill = {"serving": True, "stage": "prefill", "rows": 1, "tokens": 30}
+    decode = {"serving": True, "stage": "decode", "rows": 1, "tokens": 2}
+    idle = {"serving": False, "stage": "decode", "rows": 1, "tokens": 0}
+    assert said == [prefill, prefill, decode, decode, idle, idle]
 
 
-def test_new_weights_are_refused() -> None:
-    state = ascend_v2.AscendV2EplbState.__new__(ascend_v2.AscendV2EplbState)
+def test_reload_is_refused() -> None:
+    state = second_runner.SecondRunnerEplbState.__new__(second_runner.SecondRunnerEplbState)
     with pytest.raises(RuntimeError, match="restart the server"), state.new_weights():
         pass
 
 
-def test_a_vllm_ascend_that_lacks_a_place_is_named() -> None:
-    with pytest.raises(
-        ascend_v2.SeamError, match=r"AscendEplbState .*No module named 'vllm_ascend'.*leave eplb_config"
-    ):
-        ascend_v2.take_over()
+def test_missing_patch_point_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether vllm-ascend is installed or not: its modules are stand-ins that lack one name."""
+    modules: dict[str, ModuleType] = {}
+    for point in second_runner.PATCH_POINTS:
+        owner: Any = modules.setdefault(point.module, ModuleType(point.module))
+        *parents, name = point.name.split(".")
+        for parent in parents:
+            owner.__dict__.setdefault(parent, type(parent, (), {}))
+            owner = getattr(owner, parent)
+        setattr(owner, name, object())
+    monkeypatch.setattr(importlib, "import_module", modules.__getitem__)
+    second_runner.take_over()
+    assert modules[second_runner.CONTROLLER].AscendEplbState is second_runner.SecondRunnerEplbState
+    del modules[second_runner.CONTROLLER].AscendEplbState
+    with pytest.raises(PatchPointError, match=r"v2\.eplb\.AscendEplbState \(.*leave eplb_config out"):
+        second_runner.take_over()
+    del modules[second_runner.EXPERTS]._record_v2_eplb_load
+    with pytest.raises(PatchPointError, match=r"AscendEplbState .*; .*_record_v2_eplb_load \("):
+        second_runner.take_over()

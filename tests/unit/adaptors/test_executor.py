@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_ascend_eplb.adaptors.vllm.refusals import _executor
+from vllm_ascend_eplb.adaptors.vllm.refusals import executor
 
 pytest.importorskip("vllm")
 
@@ -33,4 +33,35 @@ def test_rays_second_executor_on_gpus_counts_as_processes(monkeypatch, backend, 
         parallel_config=SimpleNamespace(distributed_executor_backend=backend),
         device_config=SimpleNamespace(device_type=device),
     )
-    assert _executor(config) == counts_as
+    assert executor(config) == counts_as
+
+
+class RayWorkers:
+    pass
+
+
+@pytest.mark.parametrize("multiprocess", [True, False])
+def test_ray_executor_of_vllm_0_33_is_known_by_its_class(monkeypatch, multiprocess):
+    """0.33 has no variable that chooses between two executors for Ray."""
+    from vllm import envs
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    name = "VLLM_USE_RAY_V2_EXECUTOR_BACKEND"
+    monkeypatch.delitem(envs.environment_variables, name)
+    monkeypatch.setattr(envs, "__getattr__", _without(name, envs.__getattr__))
+    monkeypatch.setattr(Executor, "get_class", lambda config: MultiprocExecutor if multiprocess else RayWorkers)
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(distributed_executor_backend="ray"),
+        device_config=SimpleNamespace(device_type="cuda"),
+    )
+    assert executor(config) == ("mp" if multiprocess else "ray")
+
+
+def _without(name, original):
+    def get(asked):
+        if asked == name:
+            raise AttributeError(name)
+        return original(asked)
+
+    return get

@@ -138,8 +138,8 @@ RELOAD = """
 import sys
 import torch
 from types import SimpleNamespace
-from tests.unit.test_vllm_loading import Layer, checkpoint, random_placement
-from vllm_ascend_eplb.adaptors import vllm_loading
+from tests.unit.adaptors.test_vllm_loading import Layer, checkpoint, random_placement
+from vllm_ascend_eplb.adaptors.vllm import loading
 from vllm.model_executor.model_loader import base_loader
 from vllm.model_executor.model_loader.reload import layerwise
 import vllm.model_executor.models.interfaces as interfaces
@@ -167,20 +167,20 @@ def shown(model, placement):
 base_loader.initialize_model = build
 interfaces.get_mixture_of_experts_model = lambda model: model
 placement = random_placement(3)
-with vllm_loading.loading_by(lambda layers, experts, config: placement):
+with loading.loading_by(lambda layers, experts, config: placement):
     model = base_loader.initialize_model()
 checkpoint(model)
 first = shown(model, placement)
-with vllm_loading.loading_anew(model, 2):
+with loading.reloading(model, 2):
     layerwise.initialize_layerwise_reload(model)
     checkpoint(model)
     layerwise.finalize_layerwise_processing(model, None)
 again = shown(model, placement)
 try:
-    with vllm_loading.loading_anew(model, 2):
+    with loading.reloading(model, 2):
         pass
     noticed = False
-except vllm_loading.LoadingError:
+except loading.LoadingError:
     noticed = True
 print("RESULT", base_loader.initialize_model is build, first, again, noticed)
 """

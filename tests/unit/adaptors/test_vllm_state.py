@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_ascend_eplb.adaptors.engine_adaptor import require_loaded_copies
+from vllm_ascend_eplb.adaptors.errors import UnsupportedError
 from vllm_ascend_eplb.adaptors.vllm.adaptor import Slice
 from vllm_ascend_eplb.adaptors.vllm.runner import require_known_slice
-from vllm_ascend_eplb.adaptors.vllm.seams import SeamError
-from vllm_ascend_eplb.adaptors.vllm.state import VllmEplbState, require_loaded_copies
+from vllm_ascend_eplb.adaptors.vllm.state import VllmEplbState
 
 
 @given(st.integers(1, 9), st.integers(1, 300), st.data())
@@ -53,14 +54,14 @@ def test_a_runner_that_does_not_say_the_rows_is_refused_where_batches_are_sliced
     sliced.slice = Slice(0, 2)
     require_known_slice(SimpleNamespace(eplb_state=state(2)))
     require_known_slice(SimpleNamespace(eplb_state=sliced, _determine_batch_execution_and_padding=None))
-    with pytest.raises(SeamError, match="not supported with vLLM's V2 model runner"):
+    with pytest.raises(UnsupportedError, match="not supported with vLLM's V2 model runner"):
         require_known_slice(SimpleNamespace(eplb_state=sliced))
 
 
 def test_redundant_slots_that_were_left_without_weights_end_the_start() -> None:
     require_loaded_copies(0, "auto")
     require_loaded_copies(8, "dummy")
-    with pytest.raises(SeamError, match=r"copies of 8 experts differ.*; set num_redundant_experts to 0"):
+    with pytest.raises(UnsupportedError, match=r"copies of 8 experts differ.*; set num_redundant_experts to 0"):
         require_loaded_copies(8, "auto")
 
 

@@ -20,6 +20,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from typer.testing import CliRunner
 
+from tests.windows import rank_window
 from vllm_ascend_eplb import Placement, __version__
 from vllm_ascend_eplb.cli import app
 from vllm_ascend_eplb.cli.doctor import export_line
@@ -220,7 +221,7 @@ def metrics_page() -> bytes:
     registry = CollectorRegistry()
     keeper = StatsKeeper("1.2", "incremental", "balance")
     keeper.step = 1234
-    keeper.window_ended([[3, 1], [2, 2]], [[4, 0], [1, 3]])
+    keeper.window_ended(rank_window([[3, 1], [2, 2]], [[4, 0], [1, 3]]))
     keeper.planned([1.01, 1.0], 0.02)
     keeper.cycle_ended("done", moved=7)
     keeper.step_took(0.0021)
@@ -342,7 +343,10 @@ def test_doctor_names_the_kernels_in_use() -> None:
     cpu, cuda = module._kernels(answer)
     assert (cpu.status, cuda.status) == ("ok", "note")
     assert "C++ kernel for cpu is in use" in cpu.text
-    assert cuda.text.endswith("the package was built without nvcc")
+    assert "the package was built without nvcc; a server does without" in cuda.text
+    (slow,) = module._kernels({"kernels": {"cpu": "aten"}, "no_kernel": {"cpu": "_ops.so is missing"}})
+    assert slow.status == "note"
+    assert slow.text.endswith("in use: _ops.so is missing")
     assert module._kernels({"kernels_error": "ImportError: no"})[0].status == "wrong"
 
 
@@ -351,7 +355,7 @@ def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
     answer: dict[str, Any] = {
         "cuda": 0, "npu": 8, "vllm_version": "0.99.0", "checked": False, "checked_versions": ["0.32"],
-        "platform": "cuda", "missing": ["vllm.x.Y (needed): no module"], "seams": 20,
+        "platform": "cuda", "missing": ["vllm.x.Y (needed): no module"], "patch_points": 20,
     }  # fmt: skip
     monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
     monkeypatch.setenv("VLLM_PLUGINS", "ascend")
@@ -365,6 +369,25 @@ def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "WRONG" in text
     monkeypatch.setattr(module, "probe", lambda with_vllm: {"probe_error": "it crashed"})
     assert "it crashed" in run("doctor", status=1)
+
+
+def test_doctor_notes_a_newer_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is balanced by default, because the self-test found no difference."""
+    import vllm_ascend_eplb.cli.doctor as module
+
+    answer: dict[str, Any] = {
+        "cuda": 2, "npu": 0, "vllm_version": "0.33.0", "checked": True, "checked_versions": ["0.32"],
+        "warning": "the self-test found every patch point unchanged", "platform": "cuda", "missing": [],
+        "patch_points": 20,
+    }  # fmt: skip
+    monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
+    found = {finding["what"]: finding for finding in run_json_of_any_status("doctor")["findings"]}
+    assert found["vLLM"]["status"] == "note"
+    assert "self-test" in found["vLLM"]["text"]
+
+
+def run_json_of_any_status(command: str) -> dict[str, Any]:
+    return json.loads(CliRunner().invoke(app, [command, "--json"]).stdout)
 
 
 def test_doctor_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:

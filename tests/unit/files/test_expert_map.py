@@ -88,14 +88,40 @@ def test_vllm_ascends_own_example(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "again.json").read_text()) == ASCEND
 
 
-def test_layers_and_devices_in_any_order(tmp_path: Path) -> None:
+def test_ids_may_be_missing_or_begin_anywhere(tmp_path: Path) -> None:
+    """vllm-ascend's loader goes by the order of the lists and reads no ids; so must we. Where ids contradict the order
+    two readers would disagree, and the map is refused."""
     before = placement()
-    value = to_ascend(before)
-    value["layer_list"].reverse()
+    for change in (
+        lambda entry, key: entry.pop(key),
+        lambda entry, key: entry.update({key: entry[key] + 3}),
+        lambda entry, key: entry.update({key: 2 * entry[key]}),
+        lambda entry, key: entry.update({key: None}),
+        lambda entry, key: entry.update({key: f"model.layers.{entry[key]}"}),
+    ):
+        value = to_ascend(before)
+        for layer in value["layer_list"]:
+            change(layer, "layer_id")
+            for device in layer["device_list"]:
+                change(device, "device_id")
+            del layer["device_count"]
+        (tmp_path / "map.json").write_text(json.dumps(value))
+        assert read_expert_map(tmp_path / "map.json") == before
+    example = '{"moe_layer_count":1,"layer_list":[{"device_count":2,"device_list":[{"device_expert":[0,1]},'
+    (tmp_path / "map.json").write_text(example + '{"device_expert":[2,3]}]}]}')
+    assert read_expert_map(tmp_path / "map.json").physical_to_logical.tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("which", ["layer", "device"])
+def test_ids_against_the_order_are_refused(tmp_path: Path, which: str) -> None:
+    value = to_ascend(placement())
     for layer in value["layer_list"]:
-        layer["device_list"].reverse()
+        layer["device_list"].reverse() if which == "device" else None
+    if which == "layer":
+        value["layer_list"].reverse()
     (tmp_path / "map.json").write_text(json.dumps(value))
-    assert read_expert_map(tmp_path / "map.json") == before
+    with pytest.raises(ExpertMapError, match=rf"{which}_id \d stands after \d.*sort it by id"):
+        read_expert_map(tmp_path / "map.json")
 
 
 def test_sglang_counts_layers_without_experts(tmp_path: Path) -> None:
@@ -135,7 +161,12 @@ BAD_VALUES = {
     "wrong layer count": (_changed(moe_layer_count=2), r"moe_layer_count is 2, but layer_list has 1"),
     "no layers": (_changed(layer_list=[], moe_layer_count=0), r"layer_list must be a list"),
     "layer no object": (_changed(layer_list=[3]), r"layer_list\[0\] is 3"),
-    "layer id": (_changed(layer_list=[{**ASCEND["layer_list"][0], "layer_id": 5}]), "layer_id is 5"),
+    "layer text": (_changed(layer_list=["a"]), r'layer_list\[0\] is "a"; expected an object'),
+    "count as text": (_changed(moe_layer_count="1"), r'count is "1", text; write the number 1 without quotes'),
+    "count as float": (_changed(moe_layer_count=1.0), r"moe_layer_count is 1.0; write 1 without a decimal point"),
+    "devices as text": (
+        _changed(layer_list=[{**ASCEND["layer_list"][0], "device_count": "2"}]), r"write the number 2 without quotes"
+    ),
     "layer twice": (_changed(moe_layer_count=2, layer_list=ASCEND["layer_list"] * 2), r"layer 0 stands twice"),
     "device count": (_changed(layer_list=[{**ASCEND["layer_list"][0], "device_count": 3}]), r"device_count is 3, but"),
     "other JSON": ({"hello": 1}, r"no expert map: expected"),

@@ -221,6 +221,8 @@ def test_nothing_that_is_read_is_ever_executed_or_unpickled() -> None:
         for name, call in calls(ast.parse(path.read_text(encoding="utf-8"))):
             if f"{path.name}: {name}" in FROM_OUR_OWN_RANKS:
                 continue
+            if name == "torch.load" and "weights_only=True" in ast.unparse(call):
+                continue  # tensors, numbers, text and containers
             if name in forbidden or name.endswith(("all_gather_object", "broadcast_object_list", "recv_object_list")):
                 found.append(f"{path.name}:{call.lineno}: {name}")
             if name.endswith(("np.load", "read_array")):

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoadRecorder and LoadWindow: what was routed comes out, per logical expert, whatever moved in between."""
-
-import io
+"""LoadRecorder: what was routed comes out, per logical expert, whatever moved in between."""
 
 import numpy as np
 import pytest
@@ -10,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_ascend_eplb.load import ops
-from vllm_ascend_eplb.load.recorder import LoadError, LoadRecorder, LoadWindow, read_load, save_load
+from vllm_ascend_eplb.load.recorder import LoadError, LoadRecorder
 from vllm_ascend_eplb.values.placement import Placement
+from vllm_ascend_eplb.values.traffic import Traffic
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -93,15 +92,14 @@ def test_takes_what_the_router_chose(device, story, phases, num_entries, steps_p
     placement = PLACEMENTS[0]
     model.commit(placement)
     empty = np.zeros((0, LAYERS, EXPERTS), dtype=np.int64)
-    expected = dict.fromkeys(phases, empty)  # the series since the last snapshot, the oldest entry first
+    expected = empty  # the series since the last snapshot, the oldest entry first
     num_steps = 0
 
     def begin_step(**step):
-        nonlocal num_steps
+        nonlocal num_steps, expected
         recorder.begin_step(placement, **step)
         if num_steps == 0 or (num_entries > 1 and num_steps % steps_per_entry == 0):
-            for phase in phases:
-                expected[phase] = np.concatenate([expected[phase], np.zeros((1, LAYERS, EXPERTS), dtype=np.int64)])
+            expected = np.concatenate([expected, np.zeros((1, LAYERS, EXPERTS), dtype=np.int64)])
         num_steps += 1
 
     for kind, seed, num_tokens in [*story, ("snapshot", 0, 0)]:
@@ -109,32 +107,25 @@ def test_takes_what_the_router_chose(device, story, phases, num_entries, steps_p
             if explicit:
                 recorder.flush(placement)
             placement = PLACEMENTS[seed % len(PLACEMENTS)]
-            if explicit:
-                recorder.prepare(placement)
-            else:  # the recorder must notice the change itself, before the next forward counts
+            if not explicit:  # the recorder must notice the change itself, before the next forward counts
                 begin_step(record=False)
             model.commit(placement)
         elif kind == "snapshot":
             recorder.snapshot(placement)
-            total = 0
-            for phase in phases:
-                missing = np.zeros((num_entries, LAYERS, EXPERTS), dtype=np.int64)
-                window = np.concatenate([missing, expected[phase]])[-num_entries:] * contributes
-                np.testing.assert_array_equal(recorder.take(phase), window)
-                total = total + window
-            np.testing.assert_array_equal(recorder.take(), total)
+            missing = np.zeros((num_entries, LAYERS, EXPERTS), dtype=np.int64)
+            window = np.concatenate([missing, expected])[-num_entries:] * contributes
+            np.testing.assert_array_equal(recorder.take(), window)
             assert recorder.snapshot_ready()
-            expected, num_steps = dict.fromkeys(phases, empty), 0
+            expected, num_steps = empty, 0
         elif kind == "new window":
             steps_per_entry = 1 + seed % 3
             recorder.begin_window(placement, steps_per_entry)
-            expected, num_steps = dict.fromkeys(phases, empty), 0
+            expected, num_steps = empty, 0
         else:
             begin_step(record=kind != "dummy", phase=kind)
             chosen = model.forward(draw_ids(np.random.default_rng(seed), num_tokens + 3), num_tokens)
-            counted_as = "all" if phases == ("all",) else kind
-            if kind != "dummy" and counted_as in expected:
-                expected[counted_as][-1] += chosen
+            if kind != "dummy" and (phases == ("all",) or kind in phases):
+                expected[-1] += chosen
     assert recorder.counts.data_ptr() == address
 
 
@@ -212,7 +203,6 @@ def test_neither_waits_for_the_device_nor_allocates_there():
     def cycle(placement, following):
         recorder.begin_step(placement, record=True, phase="prefill")
         recorder.begin_step(placement, record=True, phase="decode")
-        recorder.prepare(following)
         recorder.flush(placement)
         recorder.begin_step(following, record=True, phase="decode")
         recorder.snapshot(following)
@@ -257,83 +247,8 @@ def test_errors_of_the_recorder():
     with pytest.raises(LoadError, match=r"\(1, 2, 2\); the recorder was made for \(3, 6, 10\)"):
         recorder.flush(Placement.initial(1, 2, 1))
     recorder.snapshot(PLACEMENTS[0])
-    with pytest.raises(LoadError, match="phase 'prefill' is not recorded; kept are decode"):
-        recorder.take("prefill")
     with pytest.raises(LoadError, match="has not been taken"):
         recorder.snapshot(PLACEMENTS[0])
-
-
-series_of_loads = st.lists(st.integers(1, 4), min_size=1, max_size=5).map(
-    lambda lengths: [np.random.default_rng(i).integers(0, 99, (t, 2, 3)) for i, t in enumerate(lengths)]
-)
-
-
-@settings(max_examples=50, deadline=None)
-@given(windows=series_of_loads, num_entries=st.integers(1, 4), decay=st.sampled_from([0.0, 0.25, 0.5]))
-def test_load_window_modes(windows, num_entries, decay):
-    last, sliding = LoadWindow(2, 3), LoadWindow(2, 3, mode="sliding", num_entries=num_entries)
-    decaying = LoadWindow(2, 3, mode="decay", decay=decay)
-    assert last.series.shape == (0, 2, 3)
-    assert not last.load.any()
-    expected = np.zeros((2, 3))
-    for window in windows:
-        for history in (last, sliding, decaying):
-            history.add(window)
-        expected = expected * decay + window.sum(axis=0)
-    np.testing.assert_array_equal(last.series, windows[-1])
-    np.testing.assert_array_equal(last.load, windows[-1].sum(axis=0))
-    np.testing.assert_array_equal(sliding.series, np.concatenate(windows)[-num_entries:])
-    np.testing.assert_allclose(decaying.load, expected, rtol=1e-12)
-    assert decaying.series.shape == (1, 2, 3)
-
-
-def test_the_window_keeps_a_copy():
-    load = np.ones((1, 2, 3))
-    window = LoadWindow(2, 3)
-    window.add(load)
-    load[:] = 5
-    assert window.load.max() == 1
-
-
-@pytest.mark.parametrize(
-    ("load", "message"),
-    [
-        (np.ones((2, 3)), r"shape \(2, 3\); expected \[T, 2, 3\]"),
-        (np.ones((1, 3, 2)), r"shape \(1, 3, 2\)"),
-        (-np.ones((1, 2, 3)), "negative"),
-        (np.full((1, 2, 3), np.nan), "non-finite"),
-    ],
-)
-def test_windows_refuse_what_is_no_load(load, message):
-    with pytest.raises(LoadError, match=message):
-        LoadWindow(2, 3).add(load)
-
-
-@pytest.mark.parametrize("arguments", [{"mode": "mean"}, {"num_entries": 0}, {"decay": 1.0}, {"decay": -0.1}])
-def test_errors_of_the_window(arguments):
-    with pytest.raises(LoadError, match=f"{next(iter(arguments))} is "):
-        LoadWindow(2, 3, **arguments)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_file_gives_back_what_was_saved(tmp_path, whole):
-    series = np.random.default_rng(0).integers(0, 2**40, (4, 2, 3)) + (0 if whole else 0.25)
-    save_load(tmp_path / "load.npz", series, "decode")
-    loaded, phase = read_load(tmp_path / "load.npz")
-    np.testing.assert_array_equal(loaded, series)
-    assert phase == "decode"
-    with np.load(tmp_path / "load.npz") as archive:
-        assert archive["load"].dtype == (np.int64 if whole else np.float64)
-
-
-def test_files_that_hold_no_load(tmp_path):
-    np.savez(tmp_path / "other.npz", weights=np.ones(3))
-    (tmp_path / "text.npz").write_text("not an archive")
-    for name in ("other.npz", "text.npz", "missing.npz"):
-        with pytest.raises(LoadError, match=r"holds no load: expected an \.npz archive"):
-            read_load(tmp_path / name)
-    with pytest.raises(LoadError, match="holds no load"):
-        read_load(io.BytesIO(b""))
 
 
 def test_a_snapshot_that_is_given_up_makes_room_for_the_next() -> None:
@@ -349,3 +264,33 @@ def test_a_snapshot_that_is_given_up_makes_room_for_the_next() -> None:
     recorder.counts.fill_(4)
     recorder.snapshot(placement)
     assert recorder.take().tolist() == [[[4, 4]]]
+
+
+def test_steps_are_counted_by_tokens_per_rank() -> None:
+    """Only recorded ones, of the window at hand; ranks add theirs up."""
+    recorder = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cpu", phases=("decode",))
+    placement = PLACEMENTS[0]
+    for tokens, record, phase in (
+        (0.5, True, "decode"),
+        (48, True, "decode"),
+        (40, True, "decode"),
+        (9, False, "decode"),
+        (4096, True, "prefill"),
+    ):
+        recorder.begin_step(placement, record=record, phase=phase, tokens_per_rank=tokens)
+    assert not recorder.histogram().any()  # the window is not over
+    recorder.snapshot()
+    steps, thousandths = recorder.histogram()
+    assert {i: int(steps[i]) for i in np.flatnonzero(steps)} == {0: 1, 6: 2}
+    assert {i: int(thousandths[i]) for i in np.flatnonzero(thousandths)} == {0: 500, 6: 88_000}
+    traffic = Traffic.of_histogram(recorder.histogram() + recorder.histogram())
+    assert traffic.tokens[6] == 44
+    recorder.take()
+    recorder.begin_step(placement, record=True, phase="decode", tokens_per_rank=3)
+    recorder.begin_window(placement, 1)
+    recorder.snapshot()
+    assert not recorder.histogram().any()
+    silent = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cpu", contributes=False)
+    silent.begin_step(placement, record=True, tokens_per_rank=7)
+    silent.snapshot()
+    assert not silent.histogram().any()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from tests.windows import rank_window
 from vllm_ascend_eplb.files.run_folder import STATS_VARIABLE
 from vllm_ascend_eplb.observe import prometheus as metrics
 from vllm_ascend_eplb.observe.keeper import StatsKeeper
@@ -25,10 +26,10 @@ from vllm_ascend_eplb.observe.stats_file import StatsFile, stats_path
 def sample_stats() -> EplbStats:
     keeper = StatsKeeper("1.0", "default", "balance")
     keeper.step = 40
-    keeper.window_ended([[30.0, 10.0]], [[40.0, 0.0]])
+    keeper.window_ended(rank_window([[30.0, 10.0]], [[40.0, 0.0]]))
     keeper.planned([1.0], 0.5, 6)
     keeper.cycle_ended("done", moved=6)
-    keeper.window_ended([[22.0, 18.0]], [[40.0, 0.0]], [[21.0, 19.0]])
+    keeper.window_ended(rank_window([[22.0, 18.0]], [[40.0, 0.0]], [[21.0, 19.0]]))
     keeper.cycle_ended("skipped")
     keeper.phase = "move"
     keeper.committed(0.25)
@@ -105,6 +106,13 @@ def test_off_means_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made == []
 
 
+def test_old_names_of_metrics_show_the_same_value() -> None:
+    registry = CollectorRegistry()
+    EplbGauges(registry).show(EplbStats(audits=1, audit_mended=7))
+    assert registry.get_sample_value("vllm_eplb_audit_repaired_slots") == 7
+    assert registry.get_sample_value("vllm_eplb_audit_mended_slots") == 7
+
+
 def test_two_engines_share_one_watcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = CollectorRegistry()
     made: list[EplbGauges] = []
@@ -145,8 +153,10 @@ def test_gauges_come_back_that_vllm_has_taken_out(tmp_path: Path) -> None:
     registry = CollectorRegistry()
     gauges = EplbGauges(registry)
     path = tmp_path / "stats.json"
+    gauges.show(EplbStats(step=3))
+    assert shown(registry)["vllm_eplb_steps"] == 3
     StatsFile(path).write(EplbStats(step=7))
-    for gauge in gauges.gauges():  # as vLLM 0.23 does, in which an engine starts after the gauges were made
+    for gauge in list(registry._collector_to_names):  # as vLLM 0.23 does, in which an engine starts after that
         registry.unregister(gauge)
     assert not shown(registry)
     watcher = StatsWatcher(path, gauges, interval=0.01)

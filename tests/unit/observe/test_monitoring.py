@@ -24,10 +24,7 @@ PROMTOOL = shutil.which("promtool")
 @pytest.fixture(scope="module")
 def labels() -> dict[str, set[str]]:
     """The labels of each of our metrics."""
-    registry = CollectorRegistry()
-    gauges = EplbGauges(registry)
-    assert gauges
-    return {name: set(gauge._labelnames) for name, gauge in registry._names_to_collectors.items()}
+    return {gauge.name: set(gauge.labels) for gauge in EplbGauges(CollectorRegistry()).gauges()}
 
 
 def uses(text: str) -> list[tuple[str, set[str]]]:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.windows import rank_window
 from vllm_ascend_eplb.files.run_folder import STATS_VARIABLE
 from vllm_ascend_eplb.observe import stats_file
 from vllm_ascend_eplb.observe.keeper import StatsKeeper
@@ -32,7 +33,7 @@ def busy_keeper(cycles: int = 1) -> StatsKeeper:
     keeper = StatsKeeper("1.0", "default", "balance")
     for number in range(cycles):
         keeper.step = 100 * (number + 1)
-        keeper.window_ended(START, START)
+        keeper.window_ended(rank_window(START, START))
         keeper.planned([1.1, 1.0], 0.25)
         keeper.step += 10
         keeper.cycle_ended("done", moved=3)
@@ -50,7 +51,7 @@ def test_keeper_tells_the_story_of_a_cycle() -> None:
     assert (done.cycles[0].step, done.cycles[0].end_step) == (100, 110)
 
     keeper.step = 200
-    keeper.window_ended(BALANCED, START)
+    keeper.window_ended(rank_window(BALANCED, START))
     keeper.cycle_ended("skipped", reason="gain below min_gain")
     after = keeper.stats()
     assert after.par_realised == Par(mean=1.05, worst=1.1)
@@ -94,11 +95,11 @@ def test_keeper_forgets_old_cycles_and_switches_off() -> None:
 
 def test_no_load_and_many_ranks() -> None:
     keeper = StatsKeeper()
-    keeper.window_ended(np.zeros((2, 4)), np.zeros((2, 4)))
+    keeper.window_ended(rank_window(np.zeros((2, 4)), np.zeros((2, 4))))
     window = keeper.stats().window
     assert window is not None
     assert window.par == Par(mean=1.0, worst=1.0)
-    keeper.window_ended(np.ones((64, 65)), np.ones((64, 65)))
+    keeper.window_ended(rank_window(np.ones((64, 65)), np.ones((64, 65))))
     window = keeper.stats().window
     assert window is not None
     assert window.rank_load == ()

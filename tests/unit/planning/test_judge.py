@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.values.test_step_cost import FLAT_THEN_STEEP
+from tests.windows import expert_window
+from vllm_ascend_eplb.planning.payoff import MoveRates
 from vllm_ascend_eplb.planning.threshold import LEAST_RAISED, MOST_RAISED, PlanJudge
 from vllm_ascend_eplb.values.placement import Placement
+from vllm_ascend_eplb.values.traffic import Traffic
 
 BEFORE = Placement([[0, 1, 2, 3]], num_experts=4, num_ranks=2)
 AFTER = Placement([[0, 3, 2, 1]], num_experts=4, num_ranks=2)
@@ -26,26 +30,30 @@ def test_a_plan_must_gain_the_threshold() -> None:
 def test_a_plan_that_paid_halves_the_threshold_and_one_that_did_not_doubles_it() -> None:
     judge = PlanJudge(0.0)
     judge.carried_out(BEFORE, 0.8)
-    said = judge.window_ended(np.array([[1, 1, 1, 1]]), AFTER)  # by now the load is even, and the plan brought nothing
+    said = judge.window_ended(
+        expert_window([[1, 1, 1, 1]], AFTER), AFTER
+    )  # by now the load is even, and the plan brought nothing
     assert said == "; the last plan brought PAR 1.000 instead of 1.000, too little, so that a plan must now gain 0.5%"
     assert judge.threshold == LEAST_RAISED
     judge.carried_out(BEFORE, 0.8)
-    assert judge.window_ended(SKEWED, AFTER) == "; the last plan brought PAR 1.000 instead of 1.800"
+    assert (
+        judge.window_ended(expert_window(SKEWED, AFTER), AFTER) == "; the last plan brought PAR 1.000 instead of 1.800"
+    )
     assert judge.threshold == LEAST_RAISED / 2
-    assert judge.window_ended(SKEWED, AFTER) == ""  # judged once
+    assert judge.window_ended(expert_window(SKEWED, AFTER), AFTER) == ""  # judged once
 
 
 def test_speeds_of_ranks_are_heeded() -> None:
-    judge = PlanJudge(0.0, rank_speed=[1.8, 0.2])
+    judge = PlanJudge(0.0)
     judge.carried_out(AFTER, 0.5)
-    assert "brought PAR 1.000 instead of" in judge.window_ended(SKEWED, BEFORE)
+    assert "brought PAR 1.000 instead of" in judge.window_ended(expert_window(SKEWED, BEFORE, [1.8, 0.2]), BEFORE)
 
 
 def test_what_was_forgotten_is_not_judged() -> None:
     judge = PlanJudge(0.0)
     judge.carried_out(BEFORE, 0.8)
     judge.forget()
-    assert judge.window_ended(SKEWED, AFTER) == ""
+    assert judge.window_ended(expert_window(SKEWED, AFTER), AFTER) == ""
 
 
 @given(
@@ -60,8 +68,56 @@ def test_the_threshold_stays_between_its_bounds_and_what_is_refused_is_tried_aga
         refused = judge.refuses(before, after)
         if carried and not refused:
             judge.carried_out(BEFORE, before - after)
-            judge.window_ended(SKEWED if paid else np.array([[1, 1, 1, 1]]), AFTER)
+            judge.window_ended(expert_window(SKEWED if paid else [[1, 1, 1, 1]], AFTER), AFTER)
         assert least <= judge.threshold <= max(least, MOST_RAISED)
     for _ in range(200):
         judge.refuses(1.0, 1.0)
     assert judge.threshold == pytest.approx(least, abs=1e-8)
+
+
+DECODE, PREFILL = Traffic(np.ones(1), np.full(1, 8.0)), Traffic(np.ones(1), np.full(1, 4096.0))
+
+
+def measured(min_gain: float, traffic: Traffic) -> PlanJudge:
+    """A judge that knows times: flat up to 64 tokens per rank; 1 kB/s between ranks."""
+    judge = PlanJudge(min_gain)
+    judge.learn(FLAT_THEN_STEEP, MoveRates(receive=1e3), 8)
+    judge.traffic, judge.steps = traffic, 600
+    return judge
+
+
+def test_time_decides_where_it_was_measured() -> None:
+    """The same plan, in tokens worth half of the time, is refused where steps decode few tokens."""
+    decode = measured(0.01, DECODE)
+    said = decode.refuses([2.0, 1.5], [1.0, 1.0])
+    assert said == (
+        "PAR 1.750 to 1.000 saves 0.000 ms of 0.600 ms of MoE time per step (0.0%) and costs 0.0 ms once, over 600 "
+        "steps, net less than 1.0%"
+    )
+    assert measured(0.01, PREFILL).refuses([2.0, 1.5], [1.0, 1.0]) == ""
+    assert PlanJudge(0.01).refuses([2.0, 1.5], [1.0, 1.0]) == ""
+
+
+def test_moves_that_cost_more_than_they_save_are_refused() -> None:
+    judge = measured(0.0, PREFILL)
+    saved = 600 * judge.weigh([2.0], [1.0]).saved_ms
+    assert judge.refuses([2.0], [1.0], [0, 0.9 * saved]) == ""  # 1 kB/s is a byte in a millisecond
+    assert "costs" in judge.refuses([2.0], [1.0], [0, 1.1 * saved])
+    assert PlanJudge(0.0).refuses([2.0], [1.0], [0, 1e30]) == ""  # without a measurement nobody can tell
+
+
+def test_layers_are_left_alone_where_it_saves_no_time() -> None:
+    assert measured(0.01, DECODE).target_par(1.02) > 2.0
+    assert measured(0.01, PREFILL).target_par(1.02) == 1.02
+    assert PlanJudge(0.01).target_par(1.02) == 1.02
+
+
+def test_last_plan_is_judged_by_time() -> None:
+    """Traffic turned to decoding: the PAR is better by 0.8, but nothing was saved, so the threshold rises."""
+    judge = measured(0.0, PREFILL)
+    judge.carried_out(BEFORE, 0.4)
+    said = judge.window_ended(expert_window(SKEWED, AFTER), AFTER, DECODE)
+    assert "PAR 1.000 instead of 1.800 and saved 0.0% of MoE time, too little" in said
+    assert judge.threshold == LEAST_RAISED
+    judge.carried_out(BEFORE, 0.4)
+    assert "too little" not in judge.window_ended(expert_window(SKEWED, AFTER), AFTER, PREFILL)

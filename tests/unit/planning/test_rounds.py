@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from vllm_ascend_eplb.planning.schedule import level_senders, schedule_rounds
 from vllm_ascend_eplb.values.placement import EMPTY, Placement
-from vllm_ascend_eplb.values.plan import Plan
+from vllm_ascend_eplb.values.plan import EXPERT, GROUP, SLOT, Plan
 from vllm_ascend_eplb.values.rounds import (
+    SOURCE,
     Round,
     RoundError,
     check_rounds,
@@ -62,7 +63,7 @@ def replay(start: Placement, rounds: list[Round], buffer_experts: int) -> np.nda
         before = history[-1]
         after = before.copy()
         received = Counter()
-        for layer, slot, expert, source, _ in each.moves.tolist():
+        for layer, slot, expert, _, source in each.moves.tolist():
             received[slot // size] += 1
             for then in range(each.after + 1, number + 1):
                 assert history[then][layer, source] == expert
@@ -118,7 +119,7 @@ def test_groups_that_fit_stay_whole(shape: tuple[int, int, int, int, float, int,
     assert np.array_equal(after, expected)
     round_of = {}
     for each in rounds:
-        for group in each.moves[:, 4].tolist():
+        for group in each.moves[:, GROUP].tolist():
             assert round_of.setdefault(group, each.number) == each.number
 
 
@@ -138,15 +139,6 @@ def test_empty_slots_are_filled() -> None:
     assert rounds[0].moves.tolist() == [[0, 3, 0, 0, 0]]
 
 
-def test_a_rank_sees_its_part_of_a_round() -> None:
-    moves = np.array([[0, 0, 5, 2, 0], [0, 1, 4, 0, 0], [0, 3, 6, 1, 0]], dtype=np.int32)
-    each = Round(0, moves, 2)
-    assert each.receives(0).tolist() == [[0, 0, 5, 2, 0]]
-    assert each.local_copies(0).tolist() == [[0, 1, 4, 0, 0]]
-    assert each.sends(0).tolist() == [[0, 3, 6, 1, 0]]
-    assert each.sends(1).tolist() == [[0, 0, 5, 2, 0]]
-
-
 def test_slots_of_one_rank_swap_with_one_staging_place() -> None:
     start = Placement([[0, 1, 2, 3]], 4, 2)
     moves = np.array([[0, 0, 1, 0], [0, 1, 0, 0]])
@@ -161,7 +153,7 @@ def test_the_nearest_and_least_busy_rank_sends() -> None:
     start = Placement([[0, 1, 2, 1, 0, 3, 3, 2]], 4, 4)
     moves = np.array([[0, 3, 0, 0], [0, 6, 0, 1]])
     (each,) = schedule_rounds(start, moves, Topology((0, 0, 1, 1)), 1)
-    assert {int(row[1]): int(row[3]) for row in each.moves} == {3: 0, 6: 4}
+    assert {int(row[SLOT]): int(row[SOURCE]) for row in each.moves} == {3: 0, 6: 4}
 
 
 def test_an_expert_crosses_to_a_node_once_without_delay() -> None:
@@ -172,7 +164,7 @@ def test_an_expert_crosses_to_a_node_once_without_delay() -> None:
     def crossings(relay: bool) -> tuple[int, int]:
         rounds = schedule_rounds(start, moves, Topology((0, 0, 1, 1)), 1, relay=relay)
         replay(start, rounds, 1)
-        return sum(row[2] == 0 and row[3] < 4 for each in rounds for row in each.moves.tolist()), len(rounds)
+        return sum(row[EXPERT] == 0 and row[SOURCE] < 4 for each in rounds for row in each.moves.tolist()), len(rounds)
 
     assert crossings(relay=True) == (1, 4)
     assert crossings(relay=False) == (2, 4)
@@ -230,11 +222,11 @@ def test_bad_arguments_are_refused() -> None:
 
 def bad_rounds() -> list[tuple[list[list[int]], int, str]]:
     return [
-        ([[0, 0, 1, 3, 0]], NONE_AFTER, "holds expert"),
-        ([[0, 0, 1, 1, 0]], NONE_AFTER, "without a copy"),
-        ([[0, 0, 1, 1, 0], [0, 1, 0, 0, 0]], NONE_AFTER, "needs 2 places"),
-        ([[0, 0, 9, 1, 0]], NONE_AFTER, "out of range"),
-        ([[0, 0, 1, 1, 0]], 3, "calls itself"),
+        ([[0, 0, 1, 0, 3]], NONE_AFTER, "holds expert"),
+        ([[0, 0, 1, 0, 1]], NONE_AFTER, "without a copy"),
+        ([[0, 0, 1, 0, 1], [0, 1, 0, 0, 0]], NONE_AFTER, "needs 2 places"),
+        ([[0, 0, 9, 0, 1]], NONE_AFTER, "out of range"),
+        ([[0, 0, 1, 0, 1]], 3, "calls itself"),
     ]
 
 
@@ -250,10 +242,10 @@ def test_the_check_finds_bad_rounds(moves: list[list[int]], after: int, message:
 
 def test_the_check_finds_rounds_that_overlap_too_early() -> None:
     start = Placement([[0, 1, 0, 2]], 3, 2)
-    first = Round(0, np.array([[0, 2, 1, 1, 0]], dtype=np.int32), 2)
-    second = Round(1, np.array([[0, 1, 2, 3, 1]], dtype=np.int32), 2)
+    first = Round(0, np.array([[0, 2, 1, 0, 1]], dtype=np.int32), 2)
+    second = Round(1, np.array([[0, 1, 2, 1, 3]], dtype=np.int32), 2)
     check_rounds(start, [first, second], 1)
-    late = Round(1, np.array([[0, 3, 1, 2, 1], [0, 0, 2, 3, 1]], dtype=np.int32), 2)
+    late = Round(1, np.array([[0, 3, 1, 1, 2], [0, 0, 2, 1, 3]], dtype=np.int32), 2)
     with pytest.raises(RoundError, match="later than -1"):
         check_rounds(start, [first, late], 1)
 

@@ -17,6 +17,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from tests.windows import rank_window
 from vllm_ascend_eplb.files.run_folder import STATS_VARIABLE
 from vllm_ascend_eplb.observe.keeper import StatsKeeper
 from vllm_ascend_eplb.observe.stats import EplbStats
@@ -30,7 +31,7 @@ def statistics(cycles: int, reason: str = "") -> EplbStats:
     keeper = StatsKeeper("1.0", "incremental", "balance")
     for number in range(cycles):
         keeper.step += 100
-        keeper.window_ended([[22.0 + number, 18.0], [20.0, 20.0]], [[30.0, 10.0], [20.0, 20.0]])
+        keeper.window_ended(rank_window([[22.0 + number, 18.0], [20.0, 20.0]], [[30.0, 10.0], [20.0, 20.0]]))
         keeper.planned([1.0, 1.0], 0.25, 3)
         keeper.cycle_ended("done", moved=3, reason=reason)
     return keeper.stats()

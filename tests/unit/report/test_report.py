@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from tests.windows import rank_window
 from vllm_ascend_eplb import Placement, plan
 from vllm_ascend_eplb.cli import app
 from vllm_ascend_eplb.files.map_recorder import MapRecorder, load_path
@@ -100,7 +101,7 @@ def run_statistics(cycles: int = 6) -> EplbStats:
     placement = start = Placement.initial(6, 64, 8, 8)
     for t in range(cycles):
         keeper.step += 600
-        keeper.window_ended(placement.rank_load(trace[t]), start.rank_load(trace[t]))
+        keeper.window_ended(rank_window(placement.rank_load(trace[t]), start.rank_load(trace[t])))
         made = plan(trace[t], placement, 8)
         keeper.planned(made.par_after, made.seconds)
         keeper.waited_for_control(2e-4)
@@ -153,7 +154,9 @@ def test_page_of_an_observed_run() -> None:
     planned, would, was = None, [], []
     for t in range(4):
         keeper.window_ended(
-            start.rank_load(trace[t]), start.rank_load(trace[t]), planned.rank_load(trace[t]) if planned else None
+            rank_window(
+                start.rank_load(trace[t]), start.rank_load(trace[t]), planned.rank_load(trace[t]) if planned else None
+            )
         )
         if planned is not None:
             would.append(planned.par(trace[t]).mean())
@@ -207,7 +210,7 @@ def test_page_of_an_interrupted_run(simulation: Simulation) -> None:
     nothing_yet = read(make_page(StatsKeeper("", "", "").stats(), None))
     assert "No collection window has ended yet" in nothing_yet.text
     keeper = StatsKeeper("0.1.0", "default", "observe")
-    keeper.window_ended([[0.0, 0.0]], [[0.0, 0.0]])
+    keeper.window_ended(rank_window([[0.0, 0.0]], [[0.0, 0.0]]))
     keeper.cycle_ended("failed", reason="cut off")
     keeper.switched_off("too many failures " + HOSTILE)
     off = read(make_page(keeper.stats(), None))

@@ -25,7 +25,7 @@ def slots(count: int = 4, layers: int = 1) -> list[list[list[torch.Tensor]]]:
 
 def swap(a: int, b: int, number: int = 0, after: int = -1) -> Round:
     """Slots a and b of layer 0 take each other's expert."""
-    return Round(number, np.array([[0, a, b, b, 0], [0, b, a, a, 0]], dtype=np.int32), 4, after)
+    return Round(number, np.array([[0, a, b, 0, b], [0, b, a, 0, a]], dtype=np.int32), 4, after)
 
 
 def wait(loader: D2DExpertWeightLoader, rounds: int) -> None:
@@ -56,11 +56,11 @@ def test_slots_change_in_place_and_only_at_the_commit() -> None:
 def test_a_wrong_expert_is_not_intact() -> None:
     loader = D2DExpertWeightLoader(slots(), None, 0, 2)
     loader.learn_checksums(Placement([[0, 1, 2, 3]], 4, 1))
-    loader.prepare(Round(0, np.array([[0, 0, 3, 2, 0]], dtype=np.int32), 4))  # says expert 3, reads slot 2
+    loader.prepare(Round(0, np.array([[0, 0, 3, 0, 2]], dtype=np.int32), 4))  # says expert 3, reads slot 2
     loader.issue(0)
     wait(loader, 1)
     assert loader.rounds_intact == 0
-    loader.prepare(Round(0, np.array([[0, 0, 3, 3, 0]], dtype=np.int32), 4))  # sent again, from the right slot
+    loader.prepare(Round(0, np.array([[0, 0, 3, 0, 3]], dtype=np.int32), 4))  # sent again, from the right slot
     assert loader.rounds_done == 0
     loader.issue(0)
     wait(loader, 1)
@@ -173,7 +173,7 @@ def test_rounds_that_do_not_fit_are_refused() -> None:
     with pytest.raises(TransferError, match="brings 2 experts"):
         loader.prepare(swap(0, 1))
     with pytest.raises(TransferError, match="3 slots per rank"):
-        loader.prepare(Round(0, np.array([[0, 0, 1, 1, 0]], dtype=np.int32), 3))
+        loader.prepare(Round(0, np.array([[0, 0, 1, 0, 1]], dtype=np.int32), 3))
 
 
 @given(

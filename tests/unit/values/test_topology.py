@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vllm_ascend_eplb.planning import plan
-from vllm_ascend_eplb.planning.request import PlanRequest, plan_request
+from vllm_ascend_eplb.planning.request import PlanRequest, Rebalance, plan_request
 from vllm_ascend_eplb.values.placement import Placement
 from vllm_ascend_eplb.values.topology import Topology
 
@@ -39,7 +39,7 @@ def request(nodes, num_groups):
         num_experts=12,
         node_of_rank=nodes,
         num_groups=num_groups,
-        policy="default",
+        task=Rebalance("default"),
     )
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adaptor for vllm-ascend, for both of its model runners."""
+"""The adaptors for vllm-ascend, one for each of its model runners."""

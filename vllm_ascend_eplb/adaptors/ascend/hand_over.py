@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings on their way through vllm-ascend, which knows a part of ``eplb_config`` and refuses the rest.
+"""The settings on their way through vllm-ascend, which knows a part of ``eplb_config`` and refuses other keys.
 
 In the front-end process, before vLLM builds its configuration, ``hand_over`` takes our settings out of ``eplb_config``
-and leaves what vllm-ascend accepts; in the workers, ``settings_of`` reads them again. They travel as an attribute of
-that dictionary (:class:`HandedOver`): since 0.30 vllm-ascend refuses every key that it does not know, and vLLM copies
-its own configuration field by field.
+and leaves the keys that vllm-ascend accepts; in the workers, ``settings_of`` reads the settings again. They travel as
+an attribute of that dictionary (:class:`HandedOver`): vllm-ascend refuses unknown keys since 0.30, and vLLM copies its
+configuration field by field.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from typing import Any
 
 from ...files.disk import FileError, parse_json, read_bounded, show
 from ...files.expert_map import MAX_MAP_BYTES, ExpertMapError, read_expert_map
+from ...settings.config import EplbConfig
 from ...settings.messages import EplbConfigError
+from ..engine import Verdict
 from ..handed_over import HandedOver, settings_of
+from ..vllm.versions import unchecked_line
 
 logger = logging.getLogger("vllm.eplb")
 
@@ -27,16 +30,16 @@ CHECKED_VERSIONS = ("0.23.0.post1", "0.30.0rc2")
 """Releases of vllm-ascend whose sources were read and on which the tests ran."""
 
 
-DEAF_TO_MAPS = ("0.30.0rc2",)
-"""Releases that load weights in vLLM's order, whatever ``expert_map_path`` says, and route by the map all the same."""
+IGNORE_MAPS = ("0.30.0rc2",)
+"""Releases that load weights in vLLM's order, whatever ``expert_map_path`` says, but route by the map."""
 
 
 SWITCH = "DYNAMIC_EPLB"
-"""Environment variable that vllm-ascend wants to be true before it accepts dynamic_eplb."""
+"""Environment variable without which vllm-ascend refuses dynamic_eplb."""
 
 
 SECOND_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-"""Environment variable that chooses vLLM's second model runner, which knows other settings than the first."""
+"""Environment variable that chooses vLLM's second model runner, which reads other settings than the first."""
 
 
 SECOND_RUNNER_VERSIONS = ("0.30.0rc2",)
@@ -45,7 +48,14 @@ SECOND_RUNNER_VERSIONS = ("0.30.0rc2",)
 
 @dataclass(frozen=True)
 class Needed:
-    """An environment variable: what it is set to, what it may have been set to, and why nothing else will do."""
+    """An environment variable that balancing needs.
+
+    Attributes:
+        name: of the variable.
+        value: what it is set to where it is unset.
+        accepted: values that it may have.
+        because: what happens with other values, for the error message.
+    """
 
     name: str
     value: str
@@ -57,38 +67,44 @@ NEEDED = (
     Needed(SWITCH, "true", ("true", "1"), "with which vllm-ascend refuses it"),
     Needed(SECOND_RUNNER, "0", ("0",), "and only the first model runner of this vllm-ascend is balanced"),
 )
-"""What dynamic balancing needs to have in the environment for the first model runner."""
+"""What dynamic balancing needs in the environment with the first model runner."""
 
 
 NEEDED_BY_SECOND = (Needed(SWITCH, "false", ("false", "0"), "with which its second model runner does not start"),)
-"""And for the second."""
+"""And with the second."""
 
 
 STOCK_KEYS = ("expert_heat_collection_interval", "algorithm_execution_interval", "num_redundant_experts")
-"""What vllm-ascend is told besides ``dynamic_eplb`` and the map to load by. Not the policy: under its number 3 its
-layers count load in another form. Not the map to record: it would write to the same file."""
+"""The keys that vllm-ascend gets, besides ``dynamic_eplb`` and the map to load by. Not the policy: with its number 3
+the layers of vllm-ascend count load in another form. Not the map to record: vllm-ascend would write the same file."""
 
 
 def on_ascend() -> bool:
-    """Whether vLLM runs on vllm-ascend's platform."""
+    """Whether vLLM runs on the platform of vllm-ascend."""
     from vllm.platforms import current_platform
 
     return str(current_platform.device_type) == "npu"
 
 
-def warn_of_unchecked(what: str, checked: tuple[str, ...], version: str) -> None:
-    """Says that balancing stays off with this version of vLLM or vllm-ascend, and how to have it all the same."""
-    logger.warning(
-        "EPLB stays off: it was checked against %s %s, and this is %s; to balance all the same, set "
-        '"allow_unchecked_vllm": true in eplb_config',
-        what,
-        ", ".join(checked),
-        version,
-    )
+def verdict(config: EplbConfig) -> Verdict:
+    """Whether the installed vllm-ascend is balanced.
+
+    Only checked releases are balanced by default: layers and loading of vllm-ascend changed their meaning between
+    release candidates without changing a name that a self-test could miss.
+    """
+    version = installed_version()
+    if version in ("", *CHECKED_VERSIONS) or config.allow_unchecked_vllm:
+        return Verdict(True)
+    return Verdict(False, unchecked_line("vllm-ascend", CHECKED_VERSIONS, version))
+
+
+def without_settings(additional_config: dict[str, Any]) -> dict[str, Any]:
+    """The same configuration without ``eplb_config``."""
+    return {key: value for key, value in additional_config.items() if key != "eplb_config"}
 
 
 def installed_version() -> str:
-    """Of vllm-ascend; empty where it is not installed."""
+    """The version of vllm-ascend; empty where it is not installed."""
     try:
         return importlib.metadata.version("vllm-ascend")
     except importlib.metadata.PackageNotFoundError:
@@ -96,9 +112,10 @@ def installed_version() -> str:
 
 
 def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
-    """The same configuration in the dialect that vllm-ascend accepts: its own keys in ``eplb_config``, none of ours.
-    Sets the environment variables that this needs; processes started later inherit them. On a release that was not
-    checked it is the configuration without ``eplb_config``, unless the settings say otherwise.
+    """The same configuration in the form that vllm-ascend accepts: its own keys in ``eplb_config``, none of ours.
+
+    Sets the environment variables that this needs; processes started later inherit them. Where balancing stays off, the
+    result has no ``eplb_config``, and the log says why.
 
     Raises:
         EplbConfigError: a setting cannot work, or the environment contradicts it.
@@ -107,9 +124,10 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
     if not config.active or isinstance(additional_config["eplb_config"], HandedOver):
         return additional_config
     version = installed_version()
-    if version not in ("", *CHECKED_VERSIONS) and not config.allow_unchecked_vllm:
-        warn_of_unchecked("vllm-ascend", CHECKED_VERSIONS, version)
-        return {key: value for key, value in additional_config.items() if key != "eplb_config"}
+    allowed = verdict(config)
+    if not allowed.balances:
+        logger.warning(allowed.warning)
+        return without_settings(additional_config)
     if second_runner():
         _require(NEEDED_BY_SECOND)
         return {**additional_config, "eplb_config": HandedOver({}, config)}
@@ -119,10 +137,10 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
             f"(allowed: false); leave it out{_or_the_second_runner(version)}"
         )
     switch_on()
-    # Also for a placement that stays: only then does its runner build what ours stands in for, and route by our tables.
+    # Also with a static placement: only then does its runner build the classes that ours replace.
     stock = {"dynamic_eplb": True, **{key: getattr(config, key) for key in STOCK_KEYS}}
     if config.expert_map_path is not None:
-        if version in DEAF_TO_MAPS:
+        if version in IGNORE_MAPS:
             raise EplbConfigError(
                 f"eplb_config.expert_map_path = {show(config.expert_map_path)} cannot be used with vllm-ascend "
                 f"{version}, which loads weights in vLLM's order whatever a map says (allowed: null); leave it out"
@@ -137,10 +155,10 @@ def _or_the_second_runner(version: str) -> str:
 
 
 def _check_map(path: str) -> None:
-    """The map is read by vllm-ascend, which loads the weights by it.
+    """Checks a map that vllm-ascend will read, which loads the weights by it.
 
     Raises:
-        EplbConfigError: it is not in vllm-ascend's form, no map at all, or has an expert twice on a device.
+        EplbConfigError: it is no map, not in vllm-ascend's form, or has an expert twice on a device.
     """
     try:
         form = parse_json(read_bounded(path, MAX_MAP_BYTES, "expert map"), path) if path.endswith(".json") else None
@@ -160,27 +178,27 @@ def second_runner() -> bool:
 
 
 def contradictions() -> list[Needed]:
-    """What the environment sets otherwise than dynamic balancing on vllm-ascend needs it."""
+    """Environment variables whose values contradict dynamic balancing on vllm-ascend."""
     return _unmet(NEEDED_BY_SECOND if second_runner() else NEEDED)
 
 
 def _unmet(needed: tuple[Needed, ...]) -> list[Needed]:
-    return [its for its in needed if os.environ.get(its.name, its.value).lower() not in its.accepted]
+    return [entry for entry in needed if os.environ.get(entry.name, entry.value).lower() not in entry.accepted]
 
 
 def switch_on() -> None:
-    """Sets what dynamic balancing by the first model runner needs to have in the environment.
+    """Sets the environment variables that dynamic balancing needs with the first model runner.
 
     Raises:
-        EplbConfigError: something of it is set to something else.
+        EplbConfigError: a variable has another value.
     """
     _require(NEEDED)
-    os.environ.update({its.name: its.value for its in NEEDED})
+    os.environ.update({entry.name: entry.value for entry in NEEDED})
 
 
 def _require(needed: tuple[Needed, ...]) -> None:
-    for its in _unmet(needed):
+    for entry in _unmet(needed):
         raise EplbConfigError(
-            f"eplb_config.dynamic_eplb is true, but the environment says {its.name}={os.environ[its.name]}, "
-            f"{its.because}; unset it, or: export {its.name}={its.value}"
+            f"eplb_config.dynamic_eplb is true, but the environment says {entry.name}={os.environ[entry.name]}, "
+            f"{entry.because}; unset it, or: export {entry.name}={entry.value}"
         )

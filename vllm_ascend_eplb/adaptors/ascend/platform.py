@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-ascend's platform with a worker class of ours: the way in without a hook, for those who name it themselves::
+"""The platform of vllm-ascend with a worker class of ours: an entry without hooks, for users who name it::
 
     VLLM_PLUGINS=ascend_eplb,eplb,ascend_kv_connector,ascend_model,ascend_model_loader,ascend_service_profiling
 
@@ -13,10 +13,10 @@ from typing import Any
 from vllm_ascend.platform import NPUPlatform
 
 from ..handed_over import settings_of
-from . import hand_over as ascend_config
+from .hand_over import hand_over
 
 _WORKERS = {"vllm_ascend.worker.worker.NPUWorker": "vllm_ascend_eplb.adaptors.ascend.platform_worker.EplbNPUWorker"}
-"""Worker classes of vllm-ascend, and ours in place of them."""
+"""Worker classes of vllm-ascend, and ours that replace them."""
 
 
 class EplbNPUPlatform(NPUPlatform):  # type: ignore[misc]
@@ -24,8 +24,8 @@ class EplbNPUPlatform(NPUPlatform):  # type: ignore[misc]
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        """Hands the settings over in vllm-ascend's dialect, and sets the worker class."""
-        vllm_config.additional_config = ascend_config.hand_over(vllm_config.additional_config)
+        """Hands the settings over in the form that vllm-ascend accepts, and sets the worker class."""
+        vllm_config.additional_config = hand_over(vllm_config.additional_config)
         super().check_and_update_config(vllm_config)
         parallel = vllm_config.parallel_config
         if settings_of(vllm_config.additional_config).active:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worker class that the platform ``ascend_eplb`` sets: vllm-ascend's, with the balancer in it."""
 
-from vllm_ascend.worker.worker import NPUWorker
+from vllm_ascend.worker import worker
 
-from .worker import balanced
+from .worker import hook_worker
 
-EplbNPUWorker = NPUWorker if getattr(NPUWorker, "_eplb", False) else balanced(NPUWorker)
+EplbNPUWorker = hook_worker(worker)

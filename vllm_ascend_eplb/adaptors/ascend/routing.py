@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a logical expert to a slot, in vllm-ascend's layers and dispatchers."""
+"""How layers and dispatchers of vllm-ascend get from a logical expert to a slot."""
 
 from __future__ import annotations
 
@@ -13,38 +13,37 @@ import torch
 from ...balancer.updator import Stage
 from ...load.ops import entries_of
 from ...routing.maps import DispatchMaps
+from ..patching import patch_once
 
 DISPATCHER = "vllm_ascend.ops.fused_moe.token_dispatcher"
 
 
 def look_up_slots(dispatcher: ModuleType) -> None:
     """Lets the AllGather dispatcher look slots up in a map of slots; idempotent."""
-    cls: Any = dispatcher.TokenDispatcherWithAllGather
-    original = cls.token_dispatch
-    if getattr(original, "_eplb", False):
-        return
 
-    @functools.wraps(original)
-    def token_dispatch(self: Any, token_dispatch_input: Any) -> Any:
-        routing = token_dispatch_input.routing
-        if isinstance(routing.log2phy, SlotTable):
-            routing = replace(routing, expert_map=routing.log2phy.local_slots, global_redundant_expert_num=0)
-            token_dispatch_input = replace(token_dispatch_input, routing=routing)
-        return original(self, token_dispatch_input)
+    def by_slots(original: Any) -> Any:
+        @functools.wraps(original)
+        def token_dispatch(self: Any, token_dispatch_input: Any) -> Any:
+            routing = token_dispatch_input.routing
+            if isinstance(routing.log2phy, SlotTable):
+                routing = replace(routing, expert_map=routing.log2phy.local_slots, global_redundant_expert_num=0)
+                token_dispatch_input = replace(token_dispatch_input, routing=routing)
+            return original(self, token_dispatch_input)
 
-    token_dispatch._eplb = True  # type: ignore[attr-defined]
-    cls.token_dispatch = token_dispatch
+        return token_dispatch
+
+    patch_once(dispatcher.TokenDispatcherWithAllGather, "token_dispatch", by_slots)
 
 
 class SlotTable:
-    """Stands where a layer's ``log2phy`` stood: indexed by logical experts, gives slots.
+    """Takes the place of the ``log2phy`` of a layer: indexed by logical experts, it gives slots.
 
     Args:
         maps: the maps of all layers; changed in place by commits.
-        layer: which of them.
-        local_slots: int32 [P], the local slot of each slot of this rank, -1 for the others.
-        offset: how many replicas further on a token's choice is; where each rank routes its own tokens ranks differ in
-            it by one, so that few tokens per rank spread, too. 0 where several ranks may map the same token.
+        layer: number of the layer.
+        local_slots: int32 [P], the local number of each slot of this rank, -1 for slots of other ranks.
+        offset: how many replicas further on a token's choice is. It differs by rank where each rank routes its own
+            tokens, so that few tokens per rank spread, too; 0 where several ranks may map the same token.
     """
 
     def __init__(self, maps: DispatchMaps, layer: int, local_slots: torch.Tensor, offset: int) -> None:
@@ -55,7 +54,7 @@ class SlotTable:
         self.local_slots = local_slots
 
     def __getitem__(self, ids: torch.Tensor) -> torch.Tensor:
-        """Slots [N, K] for logical experts [N, K], in their dtype. Only device work, so that graphs may capture it."""
+        """Slots [N, K] for logical experts [N, K], in their dtype. Device work only, so that graphs can capture it."""
         experts = ids.to(torch.int64)
         rows = torch.arange(ids.shape[0], device=ids.device, dtype=torch.int64).unsqueeze(1)
         count = self._count[experts]
@@ -64,44 +63,41 @@ class SlotTable:
 
 
 def maps_itself(layer: Any) -> bool:
-    """Whether a layer turns experts into slots before it calls a dispatcher, as layers do since 0.30. Such layers are
+    """Whether a layer turns experts into slots before it calls a dispatcher, as since vllm-ascend 0.30. Such layers are
     loaded in vLLM's own order, whatever their maps say."""
     return hasattr(layer, "ascend_expert_map")
 
 
 def route_by(layer: Any, table: SlotTable) -> None:
     """Puts a table in place of a layer's own."""
-    del layer.log2phy  # a buffer since 0.30, which would take tensors only
+    del layer.log2phy  # a buffer since 0.30, which accepts tensors only
     layer.log2phy = table
     if maps_itself(layer):
-        # All that the dispatchers get: a map to look up slots in, and how many there are beyond its length.
+        # The dispatchers get these two only: a map to look slots up in, and the number of slots beyond its length.
         layer.ascend_expert_map, layer.global_redundant_expert_num = table.local_slots, 0
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
 def forward_of_all(tokens_of_engines: torch.Tensor, most_in_decode: int) -> tuple[bool, Stage]:
-    """What data-parallel engines make of a forward together: whether it serves requests, and its stage.
+    """Whether a forward of several data-parallel engines serves requests, and its stage.
 
-    A slot receives tokens of all engines, also while its own has no request, so all of them count, and by the same
-    stage. They make dummy batches only while one of them serves; the token of such a batch is counted, too.
+    A slot receives tokens of all engines, also while its own engine has no request. So all engines count, by the same
+    stage. They run dummy batches only while an engine serves; the token of such a batch is counted, too.
 
     Args:
         tokens_of_engines: int [D], the same on all ranks.
-        most_in_decode: tokens of a batch that only decodes, at most; vllm-ascend's own bound between its stages.
+        most_in_decode: most tokens of a batch that only decodes; vllm-ascend's own bound between its stages.
     """
     return True, "prefill" if int(tokens_of_engines.max()) > most_in_decode else "decode"
 
 
 def ranks_own_their_tokens() -> bool:
-    """Whether every token is routed by one rank only, for batches of any size (MC2, All2All)."""
+    """Whether each token is routed by a single rank, for batches of any size (MC2, All2All)."""
     from vllm_ascend.utils import AscendDeviceType, get_ascend_device_type
 
     return bool(get_ascend_device_type() == AscendDeviceType.A3)
 
 
 def replicas_ahead(rank: int) -> int:
-    """How many replicas further on a rank's tables begin. Where each rank routes its own tokens they differ by rank, so
-    that those with few tokens take different copies of an expert; elsewhere they must agree."""
+    """How many replicas further on the tables of a rank begin. Where each rank routes its own tokens, this differs by
+    rank, so that ranks with few tokens use different copies of an expert; elsewhere tables must agree."""
     return rank if ranks_own_their_tokens() else 0

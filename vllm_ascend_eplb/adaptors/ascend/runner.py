@@ -1,39 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The balancer inside vllm-ascend.
+"""The balancer under the first model runner of vllm-ascend.
 
-vllm-ascend has an EPLB of its own, whose four classes only its model runner uses, by names that it imports. In a worker
-whose settings turn the balancer on, these names stand for the classes below, which keep the calls that the runner
-makes::
+vllm-ascend has an EPLB of its own. Only its model runner uses the four classes of it, by names that it imports. In a
+worker whose settings turn the balancer on, these names stand for the classes below, which accept the calls of the
+runner::
 
     D2DExpertWeightLoader(), EplbProcess(...)   nothing: EplbUpdator owns both
     VllmEplbAdaptor(model=)                     the layers and their expert tensors, by vllm-ascend's own class
-    EplbUpdator(...), warm_up_eplb()            builds the balancer in the profile run, when the weights are there
+    EplbUpdator(...), warm_up_eplb()            builds the balancer in the profile run, when the weights are loaded
 
-and the steps come from the one point that is right for real and dummy forwards::
+The steps come from the same point of real and dummy forwards::
 
-    _determine_batch_execution_and_padding returned ──> forward_before   (behind the data-parallel collective)
+    _determine_batch_execution_and_padding returned ──> forward_before   (after the data-parallel collective)
     the runner's own call of forward_end            ──> forward_end
 
 **Routing.** vllm-ascend turns a logical expert into a slot by ``log2phy[ids]``, with one slot per expert and rank. Here
-``log2phy`` is a :class:`SlotTable`, an object that is indexed the same way and spreads an expert's tokens over all its
-replicas. Where ranks may gather tokens before routing (AllGather), every rank then maps a token alike, so each pair is
-computed once; vllm-ascend's own tables differ between ranks there.
+``log2phy`` is a :class:`SlotTable`, an object that is indexed the same way and spreads the tokens of an expert over all
+replicas. Where ranks may gather tokens before routing (AllGather), every rank maps a token alike, so each pair is
+computed once; the tables of vllm-ascend differ between ranks there.
 
-**Slots under AllGather.** Its AllGather dispatcher looks up slots in a map that is indexed by logical experts, which
-fails as soon as there are redundant experts. ``look_up_slots`` gives it one that is indexed by slots. Since 0.30 layers
-map experts themselves and the dispatchers see slots only; there ``route_by`` gives the layers such a map.
+**Slots under AllGather.** The AllGather dispatcher looks slots up in a map that is indexed by logical experts, which
+fails with redundant experts. ``look_up_slots`` gives it a map that is indexed by slots. Since 0.30 layers map experts
+themselves and the dispatchers see slots only; there ``route_by`` gives the layers such a map.
 
-**Loading.** Since 0.30 weights are loaded in vLLM's own order, experts 0..E-1 and then the copies. That this
-is what the layers' maps say is checked, and that copies are equal.
+**Loading.** Since 0.30 weights are loaded in vLLM's own order, experts 0..E-1 and then the copies. The adaptor checks
+that the maps of the layers say the same, and the start checks that copies are equal.
 
-**Load** comes from the layers' ``moe_load``, which counts what the slots of a rank have received, whatever way the
-tokens came. It is made a view of the recorder's counters, and added to in every forward.
+**Load** comes from ``moe_load`` of the layers, which counts the tokens that the slots of a rank received, from any
+rank. It is made a view of the counters of the recorder, and added to in every forward.
 
-**A drafter with experts** registers its layers where the model has registered its own: all are layers of one placement,
-the drafter's last. It guesses between the two calls of a step, so by the same maps and into the same load.
+**A draft model with experts** registers its layers after those of the model: all are layers of one placement. It runs
+between the two calls of a step, so by the same maps and into the same load.
 
-**Pipeline stages** are balancers of their own: vllm-ascend's groups of ranks that share experts, and the layers that it
-registers, are those of one stage.
+**Pipeline stages** have a balancer each: the expert-parallel groups of vllm-ascend, and the layers that it registers,
+are those of one stage.
 """
 
 from __future__ import annotations
@@ -52,8 +52,13 @@ import torch
 from ...balancer.start import require_equal_start, start_balancer
 from ...balancer.updator import EplbUpdator, Stage
 from ...settings.config import EplbConfig
+from ...values.placement import Placement
+from ..engine_adaptor import require_loaded_copies
+from ..errors import UnsupportedError
+from ..patching import patch_once
 from ..post_import import after_import
-from .adaptor import AscendAdaptor, AscendError, require_loaded_copies
+from ..readers import require_loaded_order
+from .adaptor import AscendAdaptor
 from .hand_over import CHECKED_VERSIONS, installed_version
 from .routing import DISPATCHER, forward_of_all, look_up_slots
 
@@ -71,11 +76,11 @@ CALLS = {
     "eplb_process": {"_launch_process"},
     "eplb_updator": {"set_adaptor", "warm_up_eplb", "forward_before", "forward_end", "adaptor.clear_all_moe_loads"},
 }
-"""What the runner calls on the objects that are replaced. A runner that calls more is left alone."""
+"""Methods that the runner calls on the replaced objects. A runner that calls others keeps its own classes."""
 
 
 def differences(runner: ModuleType) -> list[str]:
-    """What the runner's module lacks or does that these classes do not know; empty where they fit."""
+    """How the module of the runner differs from the one that these classes fit; empty where they fit."""
     found = []
     for name in ("D2DExpertWeightLoader", "EplbProcess", "EplbUpdator", "VllmEplbAdaptor", "NPUModelRunner"):
         if not hasattr(runner, name):
@@ -98,10 +103,8 @@ def differences(runner: ModuleType) -> list[str]:
 
 
 def take_over(runner: ModuleType) -> None:
-    """Puts our classes in place of vllm-ascend's four, in its model runner's module. Where the runner does not fit they
-    are left alone, with a warning that says why."""
-    if getattr(runner, "_eplb", False):
-        return
+    """Puts our classes in place of vllm-ascend's four in the module of its model runner; idempotent. A runner that they
+    do not fit keeps its own classes, and the log says why."""
     version = installed_version()
     found = differences(runner)
     if found:
@@ -114,45 +117,54 @@ def take_over(runner: ModuleType) -> None:
         return
     if version not in CHECKED_VERSIONS:
         logger.warning("EPLB was checked against vllm-ascend %s; this is %s", ", ".join(CHECKED_VERSIONS), version)
-    runner.D2DExpertWeightLoader = _Loader  # type: ignore[attr-defined]
-    runner.EplbProcess = _Process  # type: ignore[attr-defined]
-    runner.EplbUpdator = RunnerUpdator  # type: ignore[attr-defined]
-    runner.VllmEplbAdaptor = _layers_class(runner.VllmEplbAdaptor)  # type: ignore[attr-defined]
+    patch_once(runner, "D2DExpertWeightLoader", lambda stock: _Loader)
+    patch_once(runner, "EplbProcess", lambda stock: _Process)
+    patch_once(runner, "EplbUpdator", lambda stock: RunnerUpdator)
+    patch_once(runner, "VllmEplbAdaptor", _layers_class)
     runner.Manager = _Manager  # type: ignore[attr-defined]
     _hook_runner(runner.NPUModelRunner)
     after_import(DISPATCHER, look_up_slots)
     count_in_every_forward(importlib.import_module(FORWARD_CONTEXT))
-    runner._eplb = True  # type: ignore[attr-defined]
 
 
 def _hook_runner(runner: Any) -> None:
-    """Says what kind of forward begins, and steps at the right point of it."""
-    execute, dummy, determine = (
-        runner.execute_model,
-        runner._dummy_run,
-        runner._determine_batch_execution_and_padding,
-    )
+    """Notes the kind of forward that begins, and steps at the right point of it; idempotent."""
+    patch_once(runner, "execute_model", _real)
+    patch_once(runner, "_dummy_run", _dummy)
+    patch_once(runner, "_determine_batch_execution_and_padding", _then_step)
+    runner.reload_weights = _refuse_reload
 
-    def begun(self: Any, forward: Callable[[], Any], serving: bool, stage: Stage) -> Any:
-        self._eplb_forward = (serving, stage)
-        try:
-            return forward()
-        finally:
-            self._eplb_forward = None
 
+def _begun(runner: Any, forward: Callable[[], Any], serving: bool, stage: Stage) -> Any:
+    runner._eplb_forward = (serving, stage)
+    try:
+        return forward()
+    finally:
+        runner._eplb_forward = None
+
+
+def _real(execute: Any) -> Any:
     @functools.wraps(execute)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         most = max(scheduler_output.num_scheduled_tokens.values(), default=0)
         stage: Stage = "prefill" if most > self.uniform_decode_query_len else "decode"
-        return begun(self, lambda: execute(self, scheduler_output, *args, **kwargs), True, stage)
+        return _begun(self, lambda: execute(self, scheduler_output, *args, **kwargs), True, stage)
 
-    @functools.wraps(dummy)
+    return execute_model
+
+
+def _dummy(run: Any) -> Any:
+    @functools.wraps(run)
     def dummy_run(self: Any, *args: Any, skip_eplb: bool = False, is_profile: bool = False, **kwargs: Any) -> Any:
         def forward() -> Any:
-            return dummy(self, *args, skip_eplb=skip_eplb, is_profile=is_profile, **kwargs)
+            return run(self, *args, skip_eplb=skip_eplb, is_profile=is_profile, **kwargs)
 
-        return forward() if skip_eplb or is_profile else begun(self, forward, False, "decode")
+        return forward() if skip_eplb or is_profile else _begun(self, forward, False, "decode")
 
+    return dummy_run
+
+
+def _then_step(determine: Any) -> Any:
     @functools.wraps(determine)
     def determine_then_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = determine(self, *args, **kwargs)
@@ -165,24 +177,25 @@ def _hook_runner(runner: Any) -> None:
             self.eplb_updator.step(*forward)
         return result
 
-    def reload_weights(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise AscendError(
-            "reload_weights fills slots by the initial placement, which may no longer be in force; restart the server "
-            "with the other weights"
-        )
+    return determine_then_step
 
-    runner.execute_model, runner._dummy_run, runner.reload_weights = execute_model, dummy_run, reload_weights
-    runner._determine_batch_execution_and_padding = determine_then_step
+
+def _refuse_reload(runner: Any, *args: Any, **kwargs: Any) -> None:
+    raise UnsupportedError(
+        "reload_weights fills slots by the initial placement, which may no longer be in force; restart the server with "
+        "the new weights, or leave eplb_config out"
+    )
 
 
 def count_in_every_forward(context: ModuleType) -> None:
-    """Lets the layers count whatever runs them; the recorder knows what is to be kept. vllm-ascend leaves a drafter's
-    dummy batches out, in which the slots of an idle engine receive the other engines' tokens; idempotent."""
+    """Lets the layers count in all forwards; the recorder knows which counts are kept. vllm-ascend does not count in
+    dummy batches of a draft model, in which the slots of an idle engine receive tokens of the other engines.
+    Idempotent."""
     type(context._EXTRA_CTX).eplb_heat_collection_status = property(lambda self: True)
 
 
 class _Manager:
-    """vllm-ascend's planner shares a dictionary through a process of its own; here nothing reads it."""
+    """Makes the dictionary that vllm-ascend shares with its planner; nothing reads it here."""
 
     def dict(self, values: dict[str, Any]) -> dict[str, Any]:
         return values
@@ -190,11 +203,11 @@ class _Manager:
 
 class _Loader:
     def set_adator(self, adaptor: Any) -> None:
-        """The name is the runner's."""
+        """Accepts the call of the runner, which names the method so."""
 
 
 class _Process:
-    """There is one planner for all ranks; EplbUpdator of expert-parallel rank 0 owns it."""
+    """Starts no process: EplbUpdator of expert-parallel rank 0 owns the planner of all ranks."""
 
     pid = None
 
@@ -209,53 +222,83 @@ class _Process:
 
 
 def _layers_class(stock: type) -> type:
-    """vllm-ascend's adaptor without its buffers: staging is the loader's."""
+    """The adaptor of vllm-ascend without its buffers: the loader has staging of its own."""
 
     class EplbLayers(stock):  # type: ignore[misc]
         def init_buffer_tensor(self, num_buffer_tensor: int) -> None:
-            """As many experts as a rank has would be allocated here."""
+            """Does not allocate buffers of the size of all experts of a rank."""
 
     return EplbLayers
 
 
 class RunnerUpdator:
-    """EplbUpdator under the calls of vllm-ascend's runner."""
-
-    settings = EplbConfig()
-    load_format = "auto"
+    """EplbUpdator under the calls of the runner of vllm-ascend."""
 
     def __init__(self, eplb_config: Any, loader: Any, eplb_process: Any, process: Any) -> None:
         self.adaptor: Any = None
         self.balancer: EplbUpdator | None = None
+        self._settings = EplbConfig()
+        self._load_format = "auto"
         self._began = False
+        self._loaded: Placement | None = None
+
+    def configure(self, settings: EplbConfig, load_format: str) -> None:
+        """Takes the settings, which the runner does not pass on. The worker calls it before it loads the model.
+
+        Args:
+            load_format: vLLM's ``--load-format``.
+        """
+        self._settings, self._load_format = settings, load_format
 
     def set_adaptor(self, adaptor: Any) -> None:
         self.adaptor = adaptor
 
     def warm_up_eplb(self) -> None:
-        """Builds the balancer, or for a placement that stays its tables only; in the profile run, on all ranks
+        """Builds the balancer, or with a static placement its tables only. Called in the profile run, on all ranks
         together."""
         # The profile run is in inference mode; tensors made here are changed outside of it, too.
         with torch.inference_mode(False), torch.no_grad():
-            adaptor = AscendAdaptor(self.adaptor, self.settings)
-            if self.settings.dynamic:
-                self.balancer = start_balancer(adaptor, self.settings)
-                require_loaded_copies(self.balancer.differing, self.load_format)
+            adaptor = AscendAdaptor(self.adaptor, self._settings)
+            self._loaded = adaptor.placement
+            if self._settings.dynamic:
+                self.balancer = start_balancer(adaptor, self._settings)
+                require_loaded_copies(self.balancer.differing, self._load_format)
             else:
-                require_equal_start(adaptor, self.settings)
+                require_equal_start(adaptor, self._settings)
+
+    def require_loaded_order(self, what: str) -> None:
+        """Refuses a reader of weights that would find experts in other slots than a checkpoint has them in.
+
+        Raises:
+            MovedExpertsError: experts have moved, or were loaded by a map.
+        """
+        self.require_unmoved(what)
+        if self._loaded is not None:
+            by_map = self._settings.expert_map_path is not None
+            require_loaded_order(what, self._loaded, self._loaded, by_map=by_map)
+
+    def require_unmoved(self, what: str) -> None:
+        """The same for weights that are read within the server, where a map does no harm.
+
+        Raises:
+            MovedExpertsError: experts have moved.
+        """
+        if self._loaded is not None and self.balancer is not None:
+            require_loaded_order(what, self.balancer.placement, self._loaded, by_map=False)
 
     def begin(self) -> None:
-        """Warm-up is over on this rank: what comes now are steps."""
+        """Counts steps from now on: warm-up is over on this rank."""
         self._began = True
 
     def forward_before(self) -> None:
-        """The runner's call comes behind the data-parallel collective of real forwards and before that of dummy ones;
-        ``step`` is called at the point that is the same for both."""
+        """Does nothing. The runner calls it after the data-parallel collective of real forwards and before that of
+        dummy forwards; ``step`` is called at the same point of both."""
 
     def step(self, serving: bool, stage: Stage) -> None:
+        """Does one step of the balancer."""
         if self.balancer is None or not self._began:
             return
-        # The runner works in inference mode; tensors made here live longer than that.
+        # The runner works in inference mode; tensors made here outlive it.
         with torch.inference_mode(False), torch.no_grad():
             self.balancer.forward_before(serving=serving, stage=stage)
 

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The balancer under vllm-ascend's second model runner, which is vLLM's V2 runner with an EPLB made of vLLM's.
+"""The balancer under the second model runner of vllm-ascend: vLLM's V2 runner with an EPLB derived from vLLM's.
 
-The worker, the calls and the state are those of the adaptor for vLLM (vllm.py). Different are:
+The worker, the calls and the state are those of the adaptor for vLLM (adaptors/vllm). Three things differ.
 
-**Routing.** A layer takes token n's expert e to ``expert_replica_routing_table[n % rows, e]``. vllm-ascend builds that
-table with the rank in it, so ranks that route the same gathered tokens (AllGather) send a token to different copies of
-an expert, and one of them computes it twice, or nobody. Here tables are the same on all ranks there.
+**Routing.** A layer takes expert e of token n to ``expert_replica_routing_table[n % rows, e]``. The table of
+vllm-ascend depends on the rank. Ranks that route the same gathered tokens (AllGather) then send a token to different
+copies of an expert, so that a pair is computed twice or not at all. Here the tables of such ranks are equal.
 
-**Load** is what a rank's slots received, from whatever rank: every rank counts its own, also in dummy batches, in which
-the slots of an idle data-parallel engine receive the other engines' tokens.
+**Load** is what the slots of a rank received, from any rank. Every rank counts its own slots, also in dummy batches, in
+which the slots of an idle data-parallel engine receive tokens of the other engines.
 
-**Loading.** vllm-ascend has the copies of experts spread over the ranks. Here they are loaded in vLLM's order, which is
-the one that is known to the rest of this package.
+**Loading.** vllm-ascend spreads the copies of experts over the ranks. Here they are loaded in vLLM's order, which the
+rest of this package knows.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,8 +27,11 @@ from ...balancer.updator import Stage
 from ...routing.maps import RoutingTables
 from ...routing.weighted import RoutingDispatchTables
 from ...settings.config import EplbConfig
+from ..errors import PatchPointError
+from ..patching import patch_once
 from ..vllm.adaptor import VllmAdaptor
-from ..vllm.seams import Seam, SeamError, not_found
+from ..vllm.eplb_state import build_initial_global_physical_to_logical_map
+from ..vllm.patch_points import PatchPoint, not_found
 from ..vllm.state import VllmEplbState
 from .routing import forward_of_all, ranks_own_their_tokens, replicas_ahead
 
@@ -44,26 +47,26 @@ RUNNER = "vllm.v1.worker.gpu.model_runner"
 EXPERTS = "vllm_ascend.ops.fused_moe.routed_experts"
 
 
-SEAMS = tuple(
-    Seam(module, name, use, ("npu",), "V2")
+PATCH_POINTS = tuple(
+    PatchPoint(module, name, use, ("npu",), "V2")
     for module, name, use in (
-        (CONTROLLER, "AscendEplbState", "replaced by this package's state"),
-        (CONTROLLER, "AscendEPLBController.prepare_forward", "calls forward_before"),
+        (CONTROLLER, "AscendEplbState", "replaces it by the state of the balancer"),
+        (CONTROLLER, "AscendEPLBController.prepare_forward", "calls forward_before when it returns"),
         (
             "vllm_ascend.distributed.eplb.eplb_state",
             "AscendEplbLayerState",
-            "holds a layer's routing table; replaced",
+            "holds the routing table of a layer, which is ours",
         ),
-        (EXPERTS, "_record_v2_eplb_load", "counts what slots received, in this package's counters"),
-        (EPLB_STATE, "EplbState.build_initial_global_physical_to_logical_map", "restored to vLLM's order of loading"),
-        (RUNNER, "dispatch_cg_and_sync_dp", "tokens of each data-parallel engine are noted"),
+        (EXPERTS, "_record_v2_eplb_load", "counts the tokens that slots received, in our counters"),
+        (EPLB_STATE, "EplbState.build_initial_global_physical_to_logical_map", "puts the loading order of vLLM back"),
+        (RUNNER, "dispatch_cg_and_sync_dp", "notes the tokens of each data-parallel engine"),
     )
 )
-"""Places in vllm-ascend, and in vLLM, besides those of the adaptor for vLLM."""
+"""Patch points in vllm-ascend and in vLLM, besides those of the adaptor for vLLM."""
 
 
-class AscendV2Adaptor(VllmAdaptor):
-    """A model under vllm-ascend's second runner."""
+class SecondRunnerAdaptor(VllmAdaptor):
+    """A model under the second runner of vllm-ascend."""
 
     counts_received = True
 
@@ -75,42 +78,41 @@ class AscendV2Adaptor(VllmAdaptor):
             table = self.dispatch.table
         else:
             tables = RoutingTables(self.placement, self.device, replicas_ahead(self.rank))
-            self._switched.append(tables)
+            self.switched.append(tables)
             table = tables.table
         for number, layer in enumerate(model.moe_layers):
             layer.eplb_state.expert_replica_routing_table = table[number]
 
 
-class AscendV2EplbState(VllmEplbState):
-    """Stands for vllm-ascend's ``AscendEplbState``; a policy of its own is not asked for its plans."""
+class SecondRunnerEplbState(VllmEplbState):
+    """Takes the place of ``AscendEplbState`` of vllm-ascend, whose policy is not used."""
 
-    adaptor_class = AscendV2Adaptor
+    adaptor_class = SecondRunnerAdaptor
     uses_custom_load_stats = False
-    across: torch.Tensor | None = None
-    """int [D]: tokens of each data-parallel engine in the forward that has begun; None where there is one."""
 
     def __init__(self, parallel_config: Any, device: torch.device, policy: Any = None) -> None:
         super().__init__(parallel_config, device)
         self._most_in_decode = 0
-        note_tokens_across()
+        self._dispatch = note_tokens_across()
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
         from vllm.config import get_current_vllm_config
 
         vllm_config = get_current_vllm_config()
         speculative = vllm_config.speculative_config
-        guesses = 0 if speculative is None else speculative.num_speculative_tokens
-        self._most_in_decode = vllm_config.scheduler_config.max_num_seqs * (1 + guesses)
+        draft_tokens = 0 if speculative is None else speculative.num_speculative_tokens
+        self._most_in_decode = vllm_config.scheduler_config.max_num_seqs * (1 + draft_tokens)
         super().add_model(model, model_config, model_name)
 
-    def forward_before(self, *, serving: bool, stage: Stage, rows: int) -> None:
-        if self.across is not None:
-            serving, stage = forward_of_all(self.across, self._most_in_decode)
-        super().forward_before(serving=serving, stage=stage, rows=rows)
+    def forward_before(self, *, serving: bool, stage: Stage, rows: int, tokens: int = 0) -> None:
+        if self._dispatch.across is not None:
+            serving, stage = forward_of_all(self._dispatch.across, self._most_in_decode)
+            tokens = int(self._dispatch.across.sum()) // len(self._dispatch.across)
+        super().forward_before(serving=serving, stage=stage, rows=rows, tokens=tokens)
 
     @contextmanager
     def new_weights(self) -> Iterator[None]:
-        """Refused: vllm-ascend lays weights out anew once they are loaded, in tensors of its own.
+        """Refused: vllm-ascend copies loaded weights into tensors of another layout.
 
         Raises:
             RuntimeError: always.
@@ -120,36 +122,43 @@ class AscendV2EplbState(VllmEplbState):
 
 
 def take_over() -> None:
-    """Puts our state in place of vllm-ascend's, in this worker's process; idempotent.
+    """Puts our state in place of vllm-ascend's, in the process of this worker; idempotent.
 
     Raises:
-        SeamError: vllm-ascend lacks a place for it; names all that are missing.
+        PatchPointError: vllm-ascend is missing a patch point; names all that are missing.
     """
-    missing = not_found(SEAMS)
+    missing = not_found(PATCH_POINTS)
     if missing:
-        raise SeamError(f"this vllm-ascend lacks what the balancer needs: {'; '.join(missing)}; leave eplb_config out")
-    importlib.import_module(CONTROLLER).AscendEplbState = AscendV2EplbState  # type: ignore[attr-defined]
+        raise PatchPointError(
+            f"this vllm-ascend is missing patch points that the balancer needs: {'; '.join(missing)}; "
+            "leave eplb_config out"
+        )
+    importlib.import_module(CONTROLLER).AscendEplbState = SecondRunnerEplbState  # type: ignore[attr-defined]
     state: Any = importlib.import_module(EPLB_STATE).EplbState
-    state.build_initial_global_physical_to_logical_map = staticmethod(vllm_order)
+    vllm_order = staticmethod(build_initial_global_physical_to_logical_map)
+    state.build_initial_global_physical_to_logical_map = vllm_order
 
 
-def vllm_order(num_routed_experts: int, num_redundant_experts: int) -> list[int]:
-    """The expert in each slot as vLLM loads them: all, then copies of the first."""
-    return [slot % num_routed_experts for slot in range(num_routed_experts + num_redundant_experts)]
+class DispatchNoting:
+    """The function ``dispatch_cg_and_sync_dp`` of the runner, which notes what the data-parallel engines agreed on.
 
+    Attributes:
+        across: int [D], tokens of each data-parallel engine in the forward that has begun; None where there is one
+            engine.
+    """
 
-def note_tokens_across() -> None:
-    """Lets the state know how many tokens each data-parallel engine brings to a forward. Not before the runner is
-    there: vllm-ascend puts a function of its own in that place while a worker is made."""
-    runner: Any = importlib.import_module(RUNNER)
-    dispatch: Callable[..., Any] = runner.dispatch_cg_and_sync_dp
-    if getattr(dispatch, "_eplb", False):
-        return
+    def __init__(self, dispatch: Any) -> None:
+        self._dispatch = dispatch
+        self.across: torch.Tensor | None = None
 
-    def dispatch_and_note(*args: Any, **kwargs: Any) -> Any:
-        result = dispatch(*args, **kwargs)
-        AscendV2EplbState.across = None if result[1] is None else result[1].num_tokens_across_dp
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._dispatch(*args, **kwargs)
+        self.across = None if result[1] is None else result[1].num_tokens_across_dp
         return result
 
-    dispatch_and_note._eplb = True  # type: ignore[attr-defined]
-    runner.dispatch_cg_and_sync_dp = dispatch_and_note
+
+def note_tokens_across() -> DispatchNoting:
+    """Wraps the runner's ``dispatch_cg_and_sync_dp``; idempotent. Not before the runner is built: vllm-ascend replaces
+    that function while a worker is made."""
+    noting: DispatchNoting = patch_once(importlib.import_module(RUNNER), "dispatch_cg_and_sync_dp", DispatchNoting)
+    return noting

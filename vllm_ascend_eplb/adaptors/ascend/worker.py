@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TODO"""
+"""The worker of vllm-ascend with the balancer in it, for its first model runner."""
 
 from __future__ import annotations
 
@@ -8,55 +8,68 @@ from types import ModuleType
 from typing import Any
 
 from ..handed_over import settings_of
+from ..patching import patch_once
+from ..readers import guard_model, guard_worker
 from .hand_over import second_runner, switch_on
 from .runner import RUNNER, RunnerUpdator, take_over
 
-# --- taking over, in the worker ---------------------------------------------------------------------------------------
 
-
-def hook_worker(module: ModuleType) -> None:
-    """Puts a balanced worker in place of vllm-ascend's, in its module; idempotent."""
-    if not getattr(module.NPUWorker, "_eplb", False):
-        module.NPUWorker = balanced(module.NPUWorker)  # type: ignore[attr-defined]
+def hook_worker(module: ModuleType) -> Any:
+    """Puts a balanced worker in place of vllm-ascend's in its module, and returns it; idempotent."""
+    return patch_once(module, "NPUWorker", balanced)
 
 
 def balanced(base: type) -> type:
-    """A subclass of vllm-ascend's worker that takes the names over where the settings ask for it, counts steps once
-    warm-up is over, and ends the balancer with itself."""
+    """A subclass of the worker of vllm-ascend that balances where the settings ask for it."""
 
     class EplbNPUWorker(base):  # type: ignore[misc]
-        _eplb = True
-
         def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             prepare(vllm_config)
             super().__init__(vllm_config, *args, **kwargs)
 
+        def load_model(self, *args: Any, **kwargs: Any) -> None:
+            updator = updator_of(self)
+            if updator is not None:
+                load_format = str(self.vllm_config.load_config.load_format)
+                updator.configure(settings_of(self.vllm_config.additional_config), load_format)
+            super().load_model(*args, **kwargs)
+            if updator is not None:
+                guard_model(self.get_model(), updator.require_unmoved)
+
         def compile_or_warm_up_model(self) -> Any:
             result = super().compile_or_warm_up_model()
-            updator = _updator_of(self)
+            updator = updator_of(self)
             if updator is not None:
                 updator.begin()
             return result
 
         def shutdown(self) -> None:
-            updator = _updator_of(self)
+            updator = updator_of(self)
             if updator is not None:
                 updator.shutdown()
             super().shutdown()
 
+    guard_worker(EplbNPUWorker, _require_loaded_order)
     return EplbNPUWorker
 
 
-def _updator_of(worker: Any) -> RunnerUpdator | None:
+def _require_loaded_order(worker: Any, what: str) -> None:
+    updator = updator_of(worker)
+    if updator is not None:
+        updator.require_loaded_order(what)
+
+
+def updator_of(worker: Any) -> RunnerUpdator | None:
+    """The balancer of a worker's model runner; None where vllm-ascend's own runs, or none."""
     updator = getattr(getattr(worker, "model_runner", None), "eplb_updator", None)
     return updator if isinstance(updator, RunnerUpdator) else None
 
 
 def prepare(vllm_config: Any) -> None:
-    """In a worker's process, before its runner is built: takes the names over if the settings turn the balancer on."""
+    """Replaces the EPLB classes of vllm-ascend if the settings turn the balancer on; in the process of a worker, before
+    its runner is built."""
     config = settings_of(vllm_config.additional_config)
     if not config.active or second_runner():
         return
-    switch_on()  # a worker on another machine has not inherited it
-    RunnerUpdator.settings, RunnerUpdator.load_format = config, str(vllm_config.load_config.load_format)
+    switch_on()  # a worker on another host has not inherited it
     take_over(importlib.import_module(RUNNER))

@@ -10,18 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...agreement.exchange import exchange_bytes
-from ...balancer.served_model import EplbAdaptor
+from ...balancer.calibration import LayerRuns
 from ...load.recorder import LoadRecorder
-from ...routing.maps import DispatchMaps, RoutingTables
+from ...routing.maps import DispatchMaps
 from ...routing.weighted import DispatchTables
 from ...settings.config import EplbConfig
 from ...values.placement import Placement
-from ...values.topology import Topology, host_identity
-from ..parts import DRAFTER, pipeline_parts
+from ..engine_adaptor import EngineAdaptor, recorder_for, topology_of
+from ..errors import UnsupportedError
+from ..parts import DRAFT, pipeline_parts
 from .eplb_state import MAX_MAP_WIDTH, EplbModelState
+from .layers import layer_runs
 from .loading import placement_loaded
-from .seams import SeamError
+
+TIMED_ON = ("cpu", "cuda")
+"""Types of devices on which vLLM's MoE layers can be run by themselves."""
 
 
 @dataclass(frozen=True)
@@ -32,35 +35,43 @@ class Slice:
     parts: int = 1
 
     def real(self, tokens: int, rows: int) -> int:
-        """How many of a batch's first ``tokens`` of ``rows`` rows, the others being padding, lie in this part."""
+        """How many tokens of a batch lie in this part.
+
+        Args:
+            tokens: tokens of the batch; they are in its first rows.
+            rows: rows of the batch, padding included.
+        """
         if self.parts == 1:
             return tokens
         length = -(-rows // self.parts)
         return min(max(tokens - self.part * length, 0), length)
 
 
-class VllmAdaptor(EplbAdaptor):
+class VllmAdaptor(EngineAdaptor):
     """A vLLM model with the MixtureOfExperts protocol.
 
-    With pipeline stages, each stage is a balancer of its own: vLLM's expert-parallel groups, and the layers that a
-    model reports, are those of one stage.
+    Each pipeline stage has a balancer of its own: the expert-parallel groups of vLLM, and the layers that a model
+    reports, are those of one stage.
 
-    Maps are the same on all ranks. Who counts depends on who routes what: data-parallel ranks route their own tokens
-    (the *owned* regime), so each counts, and dispatch tables may begin at another entry on each. Within a
-    tensor-parallel group all ranks route the same tokens (the *replicated* regime), so the first of them counts, and
-    tables are the same; but where the MoE layers are sequence-parallel, each routes a slice of the batch, so that it
-    counts its own.
+    Maps are the same on all ranks. Which ranks count depends on which rank routes which tokens. Data-parallel ranks
+    route their own tokens (the *owned* regime): each rank counts, and dispatch tables may begin at another entry on
+    each. In a tensor-parallel group all ranks route the same tokens (the *replicated* regime): the first rank counts,
+    and tables are the same. Where the MoE layers are sequence-parallel, each rank routes and counts a slice of the
+    batch.
 
     Attributes:
         slice: the part of a batch that this rank routes.
-        counts_received: whether layers count what a rank's slots received, after dispatch, and not what it routes.
+        sharers: ranks that share each batch: those of the tensor-parallel group.
+        counts_received: whether layers count the tokens that the slots of a rank received, after dispatch, instead of
+            the tokens that it routes.
     """
 
     counts_received = False
 
     def __init__(
-        self, model: Any, name: str, device: torch.device, config: EplbConfig, *, is_drafter: bool = False
+        self, model: Any, name: str, device: torch.device, config: EplbConfig, *, is_draft: bool = False
     ) -> None:
+        from vllm.config import get_current_vllm_config
         from vllm.distributed.parallel_state import (
             get_ep_group,
             get_eplb_group,
@@ -72,8 +83,8 @@ class VllmAdaptor(EplbAdaptor):
         group = get_eplb_group()
         self.name = name
         stages = pipeline_parts(get_pp_group().world_size)
-        self.part = stages[get_pp_group().rank_in_group] if stages else DRAFTER if is_drafter else ""
-        self.channel = int(is_drafter)  # they share the process groups
+        self.part = stages[get_pp_group().rank_in_group] if stages else DRAFT if is_draft else ""
+        self.channel = int(is_draft)  # model and draft model share the process groups
         self.rank = get_ep_group().rank_in_group
         self.device = device
         self.control_group = group.cpu_group
@@ -81,40 +92,38 @@ class VllmAdaptor(EplbAdaptor):
         self.transfer_group = group.device_group if on_host else get_ep_group().cpu_group
         self.device_group = None if on_host else group.device_group
         num_ranks = get_ep_group().world_size
-        hosts = exchange_bytes(group.cpu_group, num_ranks, host_identity().encode())
-        self.topology = Topology(tuple(hosts.index(host) for host in hosts))
+        self.topology = topology_of(self.control_group, num_ranks)
         self.num_groups = max(1, model.num_expert_groups or 1)
         if not self.counts_received:
-            _require_routing_of_own_tokens(model)
-        # Where slots are counted it does not matter who routes what.
+            require_routing_of_own_tokens(model)
+        # Where slots are counted it does not matter which rank routes which tokens.
         sequence_parallel = not self.counts_received and _is_sequence_parallel(model)
         tp_rank = get_tensor_model_parallel_rank()
-        self.slice = Slice(tp_rank, get_tensor_model_parallel_world_size()) if sequence_parallel else Slice()
+        self.sharers = get_tensor_model_parallel_world_size()
+        self.slice = Slice(tp_rank, self.sharers) if sequence_parallel else Slice()
         loaded = placement_loaded(model, self.rank)
         if loaded is None and config.expert_map_path is not None:
-            raise SeamError(
+            raise UnsupportedError(
                 "the weights were not loaded by eplb_config.expert_map_path: this --load-format builds models in a way "
                 "of its own; use another, or leave expert_map_path out"
             )
         self.placement = loaded or Placement.initial(
             model.num_moe_layers, model.num_logical_experts, num_ranks, model.num_redundant_experts
         )
-        self.recorder = LoadRecorder(
-            self.placement.num_layers,
-            self.placement.num_experts,
-            self.placement.num_slots,
+        self.recorder = recorder_for(
+            LoadRecorder,
+            self.placement,
             device,
+            config,
             contributes=self.counts_received or sequence_parallel or tp_rank == 0,
-            phases=("all",) if config.eplb_heat_collection_stage == "all" else (config.eplb_heat_collection_stage,),
-            num_entries=config.load_entries,
-            steps_per_entry=-(-config.expert_heat_collection_interval // config.load_entries),
             dtype=torch.int64 if device.type == "cpu" else torch.int32,  # vLLM's own kernel counts in int32
-            own_stream=config.mode != "sync",
         )
         self._maps = DispatchMaps(self.placement, device, width=min(MAX_MAP_WIDTH, model.num_redundant_experts + 1))
-        self._switched: list[DispatchMaps | RoutingTables] = [self._maps]
+        self.switched = [self._maps]
         self._let_route(model, config, sequence_parallel)
         self._weights = model.expert_weights
+        self._layers = list(model.moe_layers)
+        self._vllm_config = get_current_vllm_config()
 
     def _let_route(self, model: Any, config: EplbConfig, sequence_parallel: bool) -> None:
         """Gives the layers the counters, and maps or dispatch tables."""
@@ -129,46 +138,52 @@ class VllmAdaptor(EplbAdaptor):
         model.set_eplb_state(self.recorder.counts, *maps)
 
     def model_state(self, model: Any, in_force: Callable[[], Placement]) -> EplbModelState:
-        """The model's maps and counters as vLLM's own EPLB shows them; ``in_force`` gives the placement."""
+        """The maps and counters of the model as vLLM's own EPLB shows them.
+
+        Args:
+            in_force: gives the placement in force.
+        """
 
         def slots() -> torch.Tensor:
             return torch.from_numpy(in_force().physical_to_logical.astype(np.int64)).to(self.device)
 
         return EplbModelState(model, self.name, self._maps, self.recorder.counts, slots)
 
+    def layer_runs(self) -> LayerRuns | None:
+        if self.device.type not in TIMED_ON or self.counts_received:
+            return None
+        return layer_runs(
+            self._layers,
+            self._vllm_config,
+            num_ranks=self.placement.num_ranks,
+            slots_per_rank=self.placement.slots_per_rank,
+            sharers=self.sharers,
+            own_slice=self.slice.parts > 1,
+        )
+
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
         slots = range(self.placement.slots_per_rank)
         return [[[tensor.data[slot] for tensor in layer] for slot in slots] for layer in self._weights]
 
-    def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
-        for its in self._switched:
-            its.prepare(placement, layers)
 
-    def commit_maps(self) -> None:
-        for its in self._switched:
-            its.commit()
+def require_routing_of_own_tokens(model: Any) -> None:
+    """Refuses layers whose routing a rank cannot count or change.
 
-    def forget_prepared_maps(self) -> None:
-        for its in self._switched:
-            its.forget_prepared()
-
-
-def _require_routing_of_own_tokens(model: Any) -> None:
-    """Where tokens are gathered from other ranks before they are routed, every rank would count everybody's, padding
-    included; where a kernel routes by itself, nobody counts and no map is heeded.
+    Where tokens are gathered from other ranks before they are routed, every rank would count the tokens of all ranks,
+    padding included. Where a kernel routes by itself, no token is counted and no map is read.
 
     Raises:
-        SeamError: a layer does so.
+        UnsupportedError: there is such a layer.
     """
     for module in model.modules():
         if getattr(module, "do_naive_dispatch_combine", False):
-            raise SeamError(
+            raise UnsupportedError(
                 f"{type(module).__name__} gathers the tokens of all ranks before it routes them, as vLLM does for this "
                 "quantisation; balancing that is not supported in this version: leave eplb_config out, or use "
                 "--tensor-parallel-size alone"
             )
         if getattr(module, "is_monolithic", False):
-            raise SeamError(
+            raise UnsupportedError(
                 f"{type(module).__name__} routes inside of its kernel, where no expert can be counted or moved; choose "
                 "another --moe-backend, or leave eplb_config out"
             )

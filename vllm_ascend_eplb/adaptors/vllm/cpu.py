@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Expert parallelism on vLLM's CPU backend, made right.
+"""Fixes expert parallelism on vLLM's CPU backend.
 
-**Experts.**
-vLLM's CPU kernel for experts ignores the expert map: it takes every id for a local one. Here a rank takes the (token,
-expert) pairs of its own slots only, computes each as a batch of its own with one expert per row, and adds the results
-up per token in float32. The other ranks' pairs are theirs; the all-reduce after the layer sums the ranks.
+**Experts.** The CPU kernel of vLLM ignores the expert map: it takes every id for a local one. Here a rank computes the
+(token, expert) pairs of its own slots only, with one expert per row, and sums the results per token in float32. The
+all-reduce after the layer adds the pairs of the other ranks.
 
-**The switch.** vLLM refuses its EPLB switch on a CPU. It is set behind that check, which runs once more where a worker
-copies its configuration for a part of a model, as multimodal ones have: there it is told that balancing is possible.
+**The switch.** vLLM refuses its EPLB switch on a CPU. The front end sets it after that check. The check runs once more
+where a worker copies its configuration for a part of a multimodal model; there it is told that balancing is possible.
 
-**Data parallel.** vLLM gathers the ranks' tokens before its experts and scatters the sums after them; its communicator
-for CPUs lacks the two collectives for unequal numbers of tokens. Here they are made of equal ones.
+**Data parallel.** vLLM gathers the tokens of all ranks before the experts and scatters the sums after them. Its CPU
+communicator lacks the two collectives for unequal numbers of tokens; here they are built of equal ones.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
 import torch
+
+from ...load import ops
+from ..patching import patch_once
 
 
 @torch.library.custom_op("vllm_ascend_eplb::cpu_local_experts", mutates_args=("output",))
@@ -36,15 +39,15 @@ def cpu_local_experts(
     isa: str,
     apply_router_weight_on_input: bool,
 ) -> None:
-    """What this rank's slots contribute to ``output``, in place.
+    """Writes the contribution of the slots of this rank to ``output``.
 
     Args:
         output: [N, H], overwritten.
         hidden_states: [N, H].
-        w1, w2: this rank's weights, in the layout of vLLM's kernel.
+        w1, w2: weights of this rank, in the layout of vLLM's kernel.
         w1_bias, w2_bias: or None.
         topk_weights: [N, K].
-        topk_ids: [N, K] physical experts; negative ones are nobody's.
+        topk_ids: [N, K] physical experts; negative ones belong to no rank.
         expert_map: [P] local slot of each physical expert, -1 on another rank.
         activation, isa, apply_router_weight_on_input: as vLLM's kernel takes them.
     """
@@ -82,11 +85,14 @@ def _(output: torch.Tensor, *args: Any) -> None:
 
 
 def replace_experts(experts: Any) -> None:
-    """Lets the class ``CPUUnquantizedExperts`` heed the expert map; idempotent."""
-    original = experts.apply
-    if getattr(original, "_eplb", False):
-        return
+    """Lets the class ``CPUUnquantizedExperts`` follow the expert map; idempotent."""
+    patch_once(experts, "apply", _local_experts_of)
 
+
+def _local_experts_of(original: Any) -> Any:
+    """``CPUUnquantizedExperts.apply`` that computes the local experts where there is an expert map."""
+
+    @functools.wraps(original)
     def apply(
         self: Any,
         output: torch.Tensor,
@@ -98,33 +104,14 @@ def replace_experts(experts: Any) -> None:
         activation: Any,
         global_num_experts: int,
         expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor,
-        workspace2: torch.Tensor,
-        expert_tokens_meta: Any,
+        *args: Any,
         apply_router_weight_on_input: bool,
-    ) -> None:
+        **kwargs: Any,
+    ) -> Any:
         if expert_map is None:
-            original(
-                self,
-                output,
-                hidden_states,
-                w1,
-                w2,
-                topk_weights,
-                topk_ids,
-                activation,
-                global_num_experts,
-                expert_map,
-                a1q_scale,
-                a2_scale,
-                workspace13,
-                workspace2,
-                expert_tokens_meta,
-                apply_router_weight_on_input,
-            )
-            return
+            given = (output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map)
+            kwargs["apply_router_weight_on_input"] = apply_router_weight_on_input
+            return original(self, *given, *args, **kwargs)
         if self._use_zentorch:
             raise RuntimeError("expert parallelism on a CPU is not supported with zentorch; uninstall zentorch")
         cpu_local_experts(
@@ -141,9 +128,9 @@ def replace_experts(experts: Any) -> None:
             self.isa,
             apply_router_weight_on_input,
         )
+        return None
 
-    apply._eplb = True  # type: ignore[attr-defined]
-    experts.apply = apply
+    return apply
 
 
 def eplb_map_to_physical_and_record(
@@ -155,8 +142,6 @@ def eplb_map_to_physical_and_record(
     num_unpadded_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Our mapping under vLLM's name and with its arguments."""
-    from ...load import ops
-
     return ops.map_and_record(
         topk_ids,
         logical_to_physical_map,
@@ -168,10 +153,10 @@ def eplb_map_to_physical_and_record(
 
 
 def replace_router_mapping() -> None:
-    """Puts our mapping in place of vLLM's, which on a CPU maps nothing and counts nothing; idempotent.
+    """Puts our mapping in place of vLLM's, which maps and counts nothing on a CPU; idempotent.
 
-    Some models import vLLM's by name (deepseek_v4, kimi_k3), so it is replaced wherever it is: call this again once the
-    model is loaded. What is imported later gets ours anyway.
+    Some models import vLLM's by name (deepseek_v4, kimi_k3), so it is replaced in every module that has it: call this
+    again once the model is loaded. Modules that are imported later get ours.
     """
     name = eplb_map_to_physical_and_record.__name__
     for module in list(sys.modules.values()):
@@ -184,7 +169,11 @@ def let_configurations_be_copied(parallel: Any) -> None:
 
     Nothing else in that module asks for a GPU in this way.
     """
-    platform = parallel.current_platform
+    patch_once(parallel, "current_platform", _cuda_alike)
+
+
+def _cuda_alike(platform: Any) -> Any:
+    """The platform, which says of itself that it is like CUDA."""
 
     class Platform:
         def __getattr__(self, name: str) -> Any:
@@ -193,17 +182,17 @@ def let_configurations_be_copied(parallel: Any) -> None:
         def is_cuda_alike(self) -> bool:
             return True
 
-    parallel.current_platform = Platform()
+    return Platform()
 
 
 def add_collectives(communicator: Any) -> None:
-    """Gives the class ``CpuCommunicator`` ``all_gatherv`` and ``reduce_scatterv``, if it has none of its own."""
+    """Gives the class ``CpuCommunicator`` the methods ``all_gatherv`` and ``reduce_scatterv`` where it lacks them."""
 
     def all_gatherv(
         self: Any, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
         if isinstance(input_, list):
-            return [all_gatherv(self, each, dim, sizes) for each in input_]  # type: ignore[misc]
+            return [all_gatherv(self, tensor, dim, sizes) for tensor in input_]  # type: ignore[misc]
         if dim != 0:
             raise NotImplementedError(f"all_gatherv along dimension {dim}; only 0 is used")
         if sizes is None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EplbState: the maps and counters of one or several models, under the names that vLLM's own EPLB gave them.
+"""The maps and counters of one or several models, under vLLM's own names, with vLLM's shapes and dtypes.
 
-For code that expects vLLM's entry points (``add_model``, ``from_mapping``, ``model_states``, per-layer views). Shapes
-and dtypes are vLLM's. Nothing here plans or moves weights: a change of placement is handed in, by ``update_mapping`` or
-by the balancer through ``DispatchMaps``.
+``EplbState`` is for code that expects vLLM's entry points (``add_model``, ``from_mapping``, ``update_mapping``,
+``model_states``, per-layer views) and moves weights by itself. The state of a served model (``VllmEplbState``) shares
+``ModelStates`` with it; there the balancer alone changes the placement. Nothing here plans or moves weights.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def compute_logical_maps(
     layers, places, experts = layers[order], places[order], experts[order]
     first = np.cumsum(count) - count.ravel()  # of each (layer, expert) in that order
     by_expert[layers, experts, np.arange(len(order)) - first[layers * num_logical_experts + experts]] = places
-    maps = (torch.from_numpy(each).to(physical_to_logical_map.dtype) for each in (by_expert, count))
-    inverse, counts = (each.squeeze(0) if per_layer else each for each in maps)
+    maps = (torch.from_numpy(made).to(physical_to_logical_map.dtype) for made in (by_expert, count))
+    inverse, counts = (made.squeeze(0) if per_layer else made for made in maps)
     return inverse, counts
 
 
@@ -124,7 +124,7 @@ class EplbModelState:
         model, model_name: as given to ``add_model``.
         maps: what the routers read.
         expert_load_pass: int32 or int64 [L, P], tokens per slot since the counts were last taken away.
-        placement_in_force: gives the placement; asked every time, because a balancer changes it.
+        placement_in_force: gives the placement; called for each access, because a balancer changes it.
     """
 
     model: Any
@@ -155,23 +155,23 @@ class EplbModelState:
         return state
 
 
-class EplbState:
-    """The states of all models that one expert-parallel group serves (a model and its drafter).
+class ModelStates:
+    """The states of all models that one expert-parallel group serves (a model and its draft model).
 
     Args:
-        parallel_config: vLLM's; kept for those who read it there, and not looked at.
+        parallel_config: vLLM's; kept for code that reads it from here.
         device: where the routers run.
 
     Attributes:
         model_states: by ``model_config.compute_hash()``.
     """
 
+    build_initial_global_physical_to_logical_map = staticmethod(build_initial_global_physical_to_logical_map)
+
     def __init__(self, parallel_config: Any, device: torch.device) -> None:
         self.parallel_config = parallel_config
         self.device = torch.device(device)
         self.model_states: dict[str, EplbModelState] = {}
-
-    build_initial_global_physical_to_logical_map = staticmethod(build_initial_global_physical_to_logical_map)
 
     def validate_ep_configuration(self, new_model: Any) -> None:
         """Checks that a model may stand beside those that were added.
@@ -185,16 +185,23 @@ class EplbState:
 
     @staticmethod
     def assert_confs_equal(model: Any, new_model: Any) -> None:
-        """Raises:
-        EpConfigurationError: the two models differ in a number of experts; names which.
+        """Compares two models.
+
+        Raises:
+            EpConfigurationError: they differ in a number of experts; names which.
         """
         for name in _AGREE_ON:
             has, new = getattr(model, name), getattr(new_model, name)
             if has != new:
                 raise EpConfigurationError(
-                    f"{type(new_model).__name__} has {name} {new}, {type(model).__name__} has {has}; models that share "
-                    "an expert-parallel group must agree on it: leave the second one (a draft model) out of balancing"
+                    f"mismatch of two models: {type(new_model).__name__} has {name} {new}, {type(model).__name__} has "
+                    f"{has}; models that share an expert-parallel group must agree on it: leave the second model (a "
+                    "draft model) out"
                 )
+
+
+class EplbState(ModelStates):
+    """Maps that are set from outside: vLLM's entry points, for code that moves the weights by itself."""
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
         """Gives a model its maps and counters, for the placement that its weight loader filled.

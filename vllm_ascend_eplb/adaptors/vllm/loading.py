@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a model's experts into the slots of a given placement, instead of those that vLLM would fill.
+"""Loads the experts of a model into the slots of a given placement, instead of the slots that vLLM would fill.
 
 vLLM gives every expert weight of a checkpoint to the ``weight_loader`` of its parameter, with the id of a slot: once
-for each slot that holds the expert in vLLM's own order (experts 0..E-1, then copies of 0, 1, ...), until one is local.
-Here the first of these calls stands for the expert: its weight goes to every slot that holds the expert in this layer,
-and the calls for copies do nothing. So nothing is moved after loading, and a rank keeps no more than its own slots.
+for each slot that holds the expert in vLLM's own order (experts 0..E-1, then copies of 0, 1, ...), until a slot is
+local. Here the first of these calls loads the expert: its weight goes to every slot that holds the expert in this
+layer, and the calls for copies do nothing. No weight is moved after loading, and a rank keeps its own slots only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LayerSlots:
         self._loaded: dict[str, set[int]] = {}
 
     def loader(self, original: Callable[..., bool | None]) -> Callable[..., bool | None]:
-        """A parameter's ``weight_loader`` that heeds the placement, made of vLLM's, which loads one slot."""
+        """A ``weight_loader`` that follows the placement, built on vLLM's, which loads one slot."""
 
         @functools.wraps(original)
         def weight_loader(
@@ -65,18 +65,18 @@ class LayerSlots:
         return weight_loader
 
     def forget(self) -> None:
-        """Weights come anew."""
+        """Forgets what was loaded, before a reload."""
         self._loaded = {}
 
     def missing(self, local: range) -> list[int]:
-        """Slots of ``local`` that lack a part of their expert; all of them where nothing was loaded."""
+        """Slots of ``local`` that are missing a part of their expert; all of them where nothing was loaded."""
         parts = list(self._loaded.values())
         return [slot for slot in local if not parts or any(slot not in part for part in parts)]
 
 
 @contextlib.contextmanager
 def loading_by(read: Callable[[int, int, Any], Placement | None]) -> Iterator[None]:
-    """While this is open, models that are built are loaded by a placement.
+    """Lets models that are built in this context load by a placement.
 
     Args:
         read: gives the placement for so many MoE layers and logical experts of a model of this configuration, or None
@@ -96,7 +96,7 @@ def loading_by(read: Callable[[int, int, Any], Placement | None]) -> Iterator[No
         placement = read(moe.num_moe_layers, moe.num_logical_experts, config) if moe is not None else None
         if placement is not None:
             load_by(moe, placement)
-            reload.record_metadata_for_reloading(model)  # once more: new weights come through the loaders noted here
+            reload.record_metadata_for_reloading(model)  # once more: a reload goes through the loaders noted here
         return model
 
     base_loader.initialize_model = initialize_model
@@ -107,7 +107,7 @@ def loading_by(read: Callable[[int, int, Any], Placement | None]) -> Iterator[No
 
 
 def load_by(moe: Any, placement: Placement) -> None:
-    """Makes a model that was built and not loaded yet load by a placement.
+    """Lets a model that was built, and not loaded yet, load by a placement.
 
     Args:
         moe: the MixtureOfExperts part of the model.
@@ -138,8 +138,8 @@ def load_by(moe: Any, placement: Placement) -> None:
 
 
 @contextlib.contextmanager
-def loading_anew(moe: Any, rank: int) -> Iterator[None]:
-    """Around the loading of new weights into a model that may have been loaded by a placement.
+def reloading(moe: Any, rank: int) -> Iterator[None]:
+    """Context of a reload of a model that may have been loaded by a placement.
 
     Raises:
         LoadingError: as for :func:`placement_loaded`; the model then holds a mixture of weights.
@@ -179,5 +179,5 @@ def placement_loaded(moe: Any, rank: int) -> Placement | None:
 
 
 def _experts(layer: Any) -> Any:
-    """The module that holds the weights of a layer's experts."""
+    """The module that holds the expert weights of a layer."""
     return getattr(layer, "routed_experts", layer)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The balancer inside a vLLM worker: vLLM's MixtureOfExperts protocol on one side, EplbUpdator on the other.
 
-``VllmEplbState`` stands where vLLM's own ``EplbState`` would. The runner's calls become the two verbs of the updator::
+``VllmEplbState`` takes the place of vLLM's own ``EplbState``. The calls of the runner become the two verbs of the
+updator::
 
-    execute_model, _dummy_run ── say what kind of forward begins
+    execute_model, _dummy_run ── note the kind of forward that begins
     _determine_batch_execution_and_padding (V1), EPLBController.prepare_forward (V2) returned ──> forward_before
     eplb_step (V1), EPLBController.step (V2) ──> forward_end
 """
@@ -21,24 +22,29 @@ import torch
 
 from ...balancer.start import require_equal_start, start_balancer
 from ...balancer.updator import EplbUpdator, Stage
+from ...values.placement import Placement
+from ..engine_adaptor import require_loaded_copies
+from ..errors import UnsupportedError
 from ..handed_over import settings_of
-from ..parts import is_drafter
+from ..parts import is_draft
+from ..patching import patch_once
+from ..readers import guard_model, require_loaded_order
 from .adaptor import Slice, VllmAdaptor
-from .eplb_state import EplbState
-from .loading import loading_anew
-from .seams import SeamError
+from .cooperative import cooperative_kernels
+from .eplb_state import ModelStates
+from .loading import reloading
 
 logger = logging.getLogger("vllm.eplb")
 
 
 @dataclass(frozen=True)
-class _Drafter:
-    """A second model that runs in the same forwards.
+class _Draft:
+    """The draft model, which runs in the same forwards.
 
     Attributes:
-        model_config: by which its forwards are told from the model's.
-        num_unpadded_tokens: int32 [], tokens of its coming forward that are no padding.
-        updator: its balancer; None where its placement stays as it is.
+        model_config: tells its forwards from those of the model.
+        num_unpadded_tokens: int32 [], tokens of its next forward without padding.
+        updator: its balancer; None with a static placement.
     """
 
     model_config: Any
@@ -46,38 +52,19 @@ class _Drafter:
     updator: EplbUpdator | None
 
 
-def require_loaded_copies(differing: int, load_format: str) -> None:
-    """vLLM leaves slots of redundant experts without weights where a checkpoint has all experts of a layer in one
-    tensor; tokens that are sent there would be answered wrongly.
+class VllmEplbState(ModelStates):
+    """Stands for vLLM's ``EplbState`` in a runner: the same maps and views, and the balancer that changes them.
 
-    Args:
-        differing: experts whose copies differ from each other once the model is loaded.
-        load_format: with vLLM's "dummy" every slot gets weights of its own, which is no fault.
-
-    Raises:
-        SeamError: copies differ that should not.
-    """
-    if differing and load_format != "dummy":
-        raise SeamError(
-            f"copies of {differing} experts differ from each other once the weights are loaded, so tokens would be "
-            "answered wrongly: vLLM does not fill redundant slots from a checkpoint with all experts of a layer in one "
-            "tensor; set num_redundant_experts to 0, or leave eplb_config out"
-        )
-
-
-class VllmEplbState(EplbState):
-    """What a vLLM runner takes for its ``EplbState``: maps and views as there, and the balancer that changes them.
-
-    A drafter with experts is a second model: with maps, counters and a balancer of its own, which steps with the
-    model's, since both run in the same forward of the engine.
+    A draft model with experts has maps, counters and a balancer of its own, which steps with that of the model, because
+    both run in the same forward of the engine.
 
     Attributes:
         should_record_tensor: bool [1], read by every router of the model.
-        num_unpadded_tokens: int32, the tokens that are no padding, of those that this rank routes; one per
-            micro-batch.
+        num_unpadded_tokens: int32, tokens that this rank routes, without padding; one tensor per micro-batch.
         slice: the part of each batch that this rank routes.
-        updator: the model's balancer; None before a model was added, and where its placement stays as it is.
-        drafter: the drafter's; None where there is none with experts.
+        sharers: ranks that share each batch.
+        updator: the balancer of the model; None before a model was added, and with a static placement.
+        draft: the draft model; None where there is none with experts.
     """
 
     is_async = False
@@ -88,35 +75,39 @@ class VllmEplbState(EplbState):
         self.should_record_tensor: torch.Tensor | None = None
         self.num_unpadded_tokens = [torch.zeros((), dtype=torch.int32, device=device)]
         self.updator: EplbUpdator | None = None
-        self.drafter: _Drafter | None = None
+        self.draft: _Draft | None = None
         self.slice = Slice()
+        self.sharers = 1
         self._model: Any = None
         self._adaptor: VllmAdaptor | None = None
         self._rows = 0
         self._began = False
         self._loading = False
+        self._by_map = False
+        self._loaded: list[tuple[Placement, EplbUpdator]] = []
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
-        """Takes a model in, once its weights are loaded; all ranks together.
+        """Adds a model once its weights are loaded; all ranks call it together.
 
         Raises:
             StartError: the ranks were started differently; names rank and field.
-            EpConfigurationError: a drafter has another number of experts than the model.
-            SeamError: there is such a model already, or redundant slots were left without weights.
+            EpConfigurationError: the draft model has another number of experts than the model.
+            UnsupportedError: there is such a model already, or redundant slots were left without weights.
         """
         from vllm.config import get_current_vllm_config
         from vllm.distributed.eplb.eplb_state import EplbLayerState
 
         self.validate_ep_configuration(model)
         vllm_config = get_current_vllm_config()
-        name, drafts = model_name or model_config.model, is_drafter(vllm_config, model_config)
-        if (self.drafter if drafts else self._adaptor) is not None:
-            raise SeamError(
-                f"{name} is a second model with experts of its kind; balancing it is not supported in this version: "
-                "leave eplb_config or that model out"
+        name, drafts = model_name or model_config.model, is_draft(vllm_config, model_config)
+        if (self.draft if drafts else self._adaptor) is not None:
+            raise UnsupportedError(
+                f"{name} is a second {'draft model' if drafts else 'model'} with experts; balancing it is not "
+                "supported in this version: leave eplb_config or that model out"
             )
         config = settings_of(vllm_config.additional_config)
-        adaptor = self.adaptor_class(model, name, self.device, config, is_drafter=drafts)
+        adaptor = self.adaptor_class(model, name, self.device, config, is_draft=drafts)
+        adaptor.cooperative_kernels = bool(cooperative_kernels(vllm_config))
         tokens = self.num_unpadded_tokens
         if drafts:
             tokens = [torch.zeros((), dtype=torch.int32, device=self.device)]
@@ -129,90 +120,96 @@ class VllmEplbState(EplbState):
         if config.dynamic:
             updator = start_balancer(adaptor, config)
             require_loaded_copies(updator.differing, str(vllm_config.load_config.load_format))
+            self._loaded.append((adaptor.placement, updator))
             self.guard(model)
         else:
             require_equal_start(adaptor, config)
+        self._by_map |= config.expert_map_path is not None
         if drafts:
-            self.drafter = _Drafter(model_config, tokens[0], updator)
+            self.draft = _Draft(model_config, tokens[0], updator)
         else:
             self._model, self._adaptor, self.updator = model, adaptor, updator
             self.should_record_tensor = adaptor.recorder.recording
             self.slice = adaptor.slice
+            self.sharers = adaptor.sharers
         self.model_states[model_config.compute_hash()] = adaptor.model_state(
             model, lambda: adaptor.placement if updator is None else updator.placement
         )
 
-    def update_mapping(self, model_config: Any, expanded_physical_to_logical: torch.Tensor) -> None:
-        """Refused: the weights of a served model are where the balancer put them.
-
-        Raises:
-            SeamError: always.
-        """
-        raise SeamError(
-            f"the placement of {model_config.model} cannot be set from outside while it is served, because its weights "
-            "would stay where they are; start with expert_map_path, or let the balancer move them"
-        )
+    def calibrate(self) -> None:
+        """Times the MoE layers of the model, once it is ready to run and before the KV cache is sized; all ranks
+        together. Those of a draft model are not timed: its plans are weighed by PAR."""
+        if self.updator is not None:
+            self.updator.calibrate()
 
     def begin(self) -> None:
-        """Warm-up is over on this rank: what comes now are steps. The engine calls it on all ranks before it serves."""
+        """Counts steps from now on: warm-up is over. The engine calls it on all ranks before it serves."""
         self._began = True
 
-    def forward_before(self, *, serving: bool, stage: Stage, rows: int) -> None:
-        """One step of the balancer, on every rank, before each real or dummy forward of ``rows`` tokens, padding
-        included."""
+    def forward_before(self, *, serving: bool, stage: Stage, rows: int, tokens: int = 0) -> None:
+        """Does one step of the balancer, on every rank, before each real or dummy forward.
+
+        Args:
+            rows: tokens of the batch, padding included; 0 where the runner does not tell.
+            tokens: those of requests among them.
+        """
         self._rows = rows
         if not self._began:
             return
         if not serving:
             self._no_tokens()
-        # The runner works in inference mode; tensors made here live longer than that.
+        # The runner works in inference mode; tensors made here outlive it.
         with torch.inference_mode(False), torch.no_grad():
             for updator in self._updators():
-                updator.forward_before(serving=serving, stage=stage)
+                updator.forward_before(serving=serving, stage=stage, tokens_per_rank=tokens / self.sharers)
 
     def count_nothing(self) -> None:
-        """What follows serves nobody."""
+        """Counts no token of the forwards to come, which serve no request."""
         self._no_tokens()
         for updator in self._updators():
             updator.pause_recording()
 
     def _no_tokens(self) -> None:
         self.num_unpadded_tokens[0].fill_(0)
-        if self.drafter is not None:
-            self.drafter.num_unpadded_tokens.fill_(0)
+        if self.draft is not None:
+            self.draft.num_unpadded_tokens.fill_(0)
 
     def _updators(self) -> list[EplbUpdator]:
-        both = (self.updator, self.drafter.updator if self.drafter is not None else None)
+        both = (self.updator, self.draft.updator if self.draft is not None else None)
         return [updator for updator in both if updator is not None]
 
     def prepare_forward(
         self, model_config: Any, num_unpadded_tokens: int, ubatch_slices: list[Any] | None = None
     ) -> None:
-        """How many tokens of the coming batch are no padding; called by the runner, and by its drafter for each of its
-        forwards, for real batches."""
-        if self.drafter is not None and model_config is self.drafter.model_config:
-            self.drafter.num_unpadded_tokens.fill_(num_unpadded_tokens)
+        """Notes how many tokens of the next batch are no padding.
+
+        The runner calls it for real batches, and its drafter for each of its own forwards.
+        """
+        if self.draft is not None and model_config is self.draft.model_config:
+            self.draft.num_unpadded_tokens.fill_(num_unpadded_tokens)
             return
         self.num_unpadded_tokens[0].fill_(self.slice.real(num_unpadded_tokens, self._rows))
 
     def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
-        """A forward is over. In a profile run nothing is to be done: staging, checksums and maps were allocated, and
-        every connection was used once, when the model was added, so vLLM finds that memory taken when it sizes its KV
-        cache. No expert moves there."""
+        """Notes the end of a forward.
+
+        A profile run needs nothing: staging, checksums and maps were allocated, and every connection was used once,
+        when the model was added, so that vLLM counts this memory when it sizes its KV cache.
+        """
         if self._began and not is_profile:
             for updator in self._updators():
                 updator.forward_end()
 
     @contextlib.contextmanager
     def new_weights(self) -> Iterator[None]:
-        """Around vLLM's loading of other weights, on all workers of an engine.
+        """Context of a reload, on all workers of an engine.
 
         Raises:
-            RuntimeError: the server has several engines: each gets the call at another step, so their ranks, which
-                share the experts, cannot go back to the initial placement together. Or there is a drafter with
-                experts, which vLLM does not load anew.
+            RuntimeError: the server has several engines. Each gets the call at another step, so their ranks, which
+                share the experts, cannot go back to the initial placement together. Or there is a draft model with
+                experts, which vLLM does not reload.
         """
-        if self.drafter is not None:
+        if self.draft is not None:
             raise RuntimeError(
                 "reload_weights with a draft model that has experts is not supported together with balancing; restart "
                 "the server, or leave eplb_config out"
@@ -222,8 +219,8 @@ class VllmEplbState(EplbState):
                 f"reload_weights with --data-parallel-size {self.parallel_config.data_parallel_size} is not supported "
                 "together with balancing (allowed: 1); restart the server, or leave eplb_config out"
             )
-        anew = contextlib.nullcontext() if self._adaptor is None else loading_anew(self._model, self._adaptor.rank)
-        with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), anew:
+        loading = contextlib.nullcontext() if self._adaptor is None else reloading(self._model, self._adaptor.rank)
+        with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), loading:
             self._loading = True
             try:
                 yield
@@ -231,22 +228,49 @@ class VllmEplbState(EplbState):
                 self._loading = False
 
     def guard(self, model: Any) -> None:
-        """From now on refuses weights that come past ``new_weights``: vLLM would load them into the wrong slots."""
-        load = model.load_weights
+        """Refuses weights that are loaded outside of ``new_weights``, because vLLM would fill the wrong slots, and
+        weights that are read while experts have moved."""
 
-        @functools.wraps(load)
-        def load_weights(*args: Any, **kwargs: Any) -> Any:
-            if not self._loading:
-                raise RuntimeError(
-                    "weights were given to the model while its experts are being balanced, so they would get into "
-                    "wrong slots: use the worker's reload_weights, or leave eplb_config out"
-                )
-            return load(*args, **kwargs)
+        def only_in_reload(load: Any) -> Any:
+            @functools.wraps(load)
+            def load_weights(*args: Any, **kwargs: Any) -> Any:
+                if not self._loading:
+                    raise RuntimeError(
+                        "weights were given to the model while its experts are being balanced, so they would get into "
+                        "wrong slots: use the worker's reload_weights, or leave eplb_config out"
+                    )
+                return load(*args, **kwargs)
 
-        model.load_weights = load_weights
+            return load_weights
+
+        patch_once(model, "load_weights", only_in_reload)
+        guard_model(model, self.require_unmoved)
+
+    def require_loaded_order(self, what: str) -> None:
+        """Refuses a reader of weights that would find experts in other slots than a checkpoint has them in.
+
+        Args:
+            what: the reader, for the error message.
+
+        Raises:
+            MovedExpertsError: experts have moved, or were loaded by a map.
+        """
+        self.require_unmoved(what)
+        if self._adaptor is not None:
+            loaded = self._adaptor.placement
+            require_loaded_order(what, loaded, loaded, by_map=self._by_map)
+
+    def require_unmoved(self, what: str) -> None:
+        """The same for weights that are read within the server, where a map does no harm.
+
+        Raises:
+            MovedExpertsError: experts have moved.
+        """
+        for loaded, updator in self._loaded:
+            require_loaded_order(what, updator.placement, loaded, by_map=False)
 
     def start_async_loop(self) -> None:
-        """vLLM's own state starts a thread here; ours has what it needs."""
+        """Does nothing: vLLM's own state starts a thread here, ours has one."""
 
     def close(self) -> None:
         for updator in self._updators():

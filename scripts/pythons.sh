@@ -1,0 +1,51 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# The unit tests that need neither torch nor vLLM on the other Pythons that the package is for (3.10, 3.12, 3.13), as far
+# as this machine has them, and on the oldest dependencies that pyproject.toml allows. Environments are in build/pythons.
+#
+#   scripts/pythons.sh [VERSION...]
+set -eu
+
+cd "$(dirname "$0")/.."
+name=pythons
+venv=.venv
+. scripts/setup_common.sh
+uv=$PWD/$venv/bin/uv
+configure_uv
+unset UV_PYTHON
+
+# Those left out import torch or a server, or read what a checkout alone has.
+tests="--ignore tests/unit/planning/test_plan_message.py --ignore tests/unit/planning/test_planner.py
+    --ignore tests/unit/planning/test_planner_dispatch.py --ignore tests/unit/planning/test_planner_optimum.py
+    --ignore tests/unit/report/test_endpoint.py tests/unit/planning tests/unit/values tests/unit/settings tests/unit/files tests/unit/observe tests/unit/simulate
+    tests/unit/report tests/unit/cli"
+failed=
+for version in ${*:-3.10 3.12 3.13}; do
+    python=
+    for candidate in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
+        if "$candidate" -c '' 2>/dev/null; then python=$candidate; fi
+    done
+    if [ -z "$python" ]; then
+        say "Python $version is not on this machine: skipped"
+        continue
+    fi
+    # Oldest and newest dependencies, where wheels of the oldest exist: those of numpy 1.26 are for 3.9 to 3.12.
+    resolution=highest
+    [ "$version" = 3.10 ] && resolution=lowest-direct
+    folder=build/pythons/$version
+    say "Python $version, dependencies: $resolution"
+    rm -rf "$folder"
+    "$uv" venv --quiet --python "$python" "$folder"
+    "$uv" pip install --quiet --python "$folder/bin/python" --resolution "$resolution" --reinstall-package \
+        vllm-ascend-eplb . 'setuptools>=77' 'pybind11>=2.13'
+    # Not pinned: the pinned ones are not for 3.10.
+    "$uv" pip install --quiet --python "$folder/bin/python" pytest hypothesis scipy pyyaml httpx
+    # The tests beside the installed package, not beside this checkout's.
+    rm -rf "$folder/tests"
+    cp -r tests benchmarks examples docs pyproject.toml "$folder/"
+    # shellcheck disable=SC2086
+    (cd "$folder" && bin/python -m pytest -q -p no:cacheprovider $tests -m "not soak" \
+        --deselect tests/unit/files/test_file_faults.py::test_a_disk_that_is_really_full_leaves_whole_files_and_one_line_each \
+        --deselect tests/unit/planning/test_process.py::test_the_child_imports_neither_torch_nor_vllm) || failed="$failed $version"
+done
+[ -z "$failed" ] || fail "failed on$failed"

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights leave a server in the order of the checkpoint, or not at all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from .conftest import BUSY, FOLDER, START_SECONDS, kill_session, prompts
+from .offline import environment
+
+
+def saved_by(mode: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What an engine said, and the tensors that it saved, by file and name."""
+    folder.mkdir()
+    result = folder / "result.json"
+    eplb = {**BUSY, "mode": mode}
+    job = {"eplb": eplb, "folder": str(folder), "result": str(result), "prompts": prompts(4)}
+    (folder / "job.json").write_text(json.dumps(job))
+    with open(folder / "log", "w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(FOLDER / "weights_out.py"), str(folder / "job.json")],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(2),
+            start_new_session=True,
+        )
+        try:
+            process.wait(START_SECONDS + 300)
+        finally:
+            kill_session(process.pid)
+        log.seek(0)
+        assert result.exists(), log.read()[-4000:]
+    tensors = {
+        f"{path.name} {name}": tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    return json.loads(result.read_text()), tensors
+
+
+def test_sharded_state_is_saved_in_checkpoint_order(tmp_path: Path) -> None:
+    """Against a server that moves nothing. Negative control: with experts of one layer exchanged files differ."""
+    expected, wanted = saved_by("observe", tmp_path / "observe")
+    assert expected["saved"] == ""
+    said, tensors = saved_by("balance", tmp_path / "balance")
+    assert "save_sharded_state reads weights by slot" in said["refused"]
+    assert "control restore" in said["refused"]
+    assert said["files"] == 0
+    assert all("named_parameters of the model reads weights by slot" in answer for answer in said["read"])
+    assert said["saved"] == ""
+    assert said["read_at_last"] == expected["read_at_last"]
+    assert tensors.keys() == wanted.keys()
+    experts = [name for name in wanted if "w13_weight" in name]
+    assert len(experts) == 2 * 6  # ranks, layers
+    assert all(tensors[name].equal(wanted[name]) for name in wanted)
+    assert not any(tensors[name].roll(1, 0).equal(wanted[name]) for name in experts)

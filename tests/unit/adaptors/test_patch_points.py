@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The patch points, looked for in the sources of vLLM: of the installed release, of those that ``scripts/matrix.sh``
+installed, and of those unpacked in ``build/src``. Nothing of vLLM is imported."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from vllm_ascend_eplb.adaptors.ascend import second_runner
+from vllm_ascend_eplb.adaptors.vllm.patch_points import PATCH_POINTS, patch_points
+from vllm_ascend_eplb.adaptors.vllm.self_test import differences
+from vllm_ascend_eplb.adaptors.vllm.sources import SourceError, installed_root, look_up, parameters, tree
+from vllm_ascend_eplb.adaptors.vllm.versions import READ_VERSIONS
+
+REPOSITORY = Path(__file__).parents[3]
+RUNNER = "vllm.v1.worker.gpu_model_runner"
+MAPPING = "eplb_map_to_physical_and_record"
+BY_NAME = {
+    "vllm.models.deepseek_v4.nvidia.model",
+    "vllm.models.kimi_k3.nvidia.model",
+    "vllm.model_executor.layers.fused_moe.deep_gemm_mega_moe",
+}
+"""Modules that import the mapping by name. On a CPU it is replaced in them too; on a GPU it stays vLLM's."""
+
+
+def sources() -> dict[str, Path]:
+    """Folders that hold a ``vllm``, by a name for each."""
+    found = {}
+    root = installed_root()
+    if root is not None:
+        found["installed"] = root
+    for path in sorted((REPOSITORY / "build").glob("vllm-*/lib/python*/site-packages")):
+        found[path.parents[2].name] = path
+    for path in sorted((REPOSITORY / "build" / "src").glob("*")):
+        found[f"source {path.name}"] = path
+    return {name: path for name, path in found.items() if (path / "vllm" / "version.py").exists()}
+
+
+SOURCES = sources()
+each_source = pytest.mark.parametrize("root", SOURCES.values(), ids=SOURCES.keys())
+
+pytestmark = pytest.mark.skipif(not SOURCES, reason="no vLLM here")
+
+
+@each_source
+@pytest.mark.parametrize("point", PATCH_POINTS, ids=lambda point: f"{point.module.rpartition('.')[2]}.{point.name}")
+def test_every_patch_point_is_there(root: Path, point) -> None:  # type: ignore[no-untyped-def]
+    look_up(root, point.module, point.name)
+
+
+def test_missing_patch_point_is_noticed() -> None:
+    root = next(iter(SOURCES.values()))
+    with pytest.raises(SourceError):
+        look_up(root, RUNNER, "GPUModelRunner.no_such_method")
+    with pytest.raises(SourceError, match="no_such_module"):
+        look_up(root, "vllm.no_such_module", "anything")
+
+
+@each_source
+@pytest.mark.parametrize("platform", ["cuda", "cpu", "npu"])
+def test_self_test_finds_no_difference(root: Path, platform: str) -> None:
+    """Beyond names: the order of calls around forward_before, parameters, and what runners use of the state."""
+    assert differences(root, platform) == []
+
+
+@each_source
+def test_who_takes_the_mapping_by_name_is_known(root: Path) -> None:
+    """A model that takes it by name must pass what ours takes, too."""
+    users = set()
+    for path in (root / "vllm").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if re.search(rf"^    {MAPPING},$|import .*\b{MAPPING}\b", text, re.MULTILINE):
+            users.add(".".join(path.relative_to(root).with_suffix("").parts))
+    assert users <= BY_NAME, "another module takes the mapping by name; see that it is covered"
+    assert users
+    taken = parameters(look_up(root, "vllm.model_executor.layers.fused_moe.router.base_router", MAPPING))
+    for module in users:
+        for node in ast.walk(tree(root, module)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == MAPPING:
+                assert not node.args
+                assert {each.arg for each in node.keywords} <= taken
+
+
+def test_the_page_shows_this_table() -> None:
+    page = (REPOSITORY / "docs" / "patch_points.md").read_text(encoding="utf-8")
+    assert patch_points() in page
+    assert patch_points(second_runner.PATCH_POINTS) in page
+    for version in READ_VERSIONS:
+        assert version in page
+    for module in BY_NAME:
+        assert f"`{module}`" in page

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readers of weights: refused while experts have moved, for every way that vLLM's workers offer."""
+
+from __future__ import annotations
+
+import ast
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_ascend_eplb.adaptors.ascend.runner import RunnerUpdator
+from vllm_ascend_eplb.adaptors.readers import (
+    MODEL_READERS,
+    WORKER_READERS,
+    MovedExpertsError,
+    guard_model,
+    guard_worker,
+    require_loaded_order,
+)
+from vllm_ascend_eplb.adaptors.vllm.sources import calls, installed_root, look_up
+from vllm_ascend_eplb.adaptors.vllm.state import VllmEplbState
+from vllm_ascend_eplb.settings.config import EplbConfig
+from vllm_ascend_eplb.values.placement import Placement
+
+LOADED = Placement.initial(2, 4, 2, 2)
+MOVED = Placement(np.roll(LOADED.physical_to_logical, 1, axis=1), 4, 2)
+
+OTHER_METHODS = {
+    "get_model": "gives the module to code in the same process",
+    "get_model_inspection": "shows modules, no weights",
+    "load_model": "balancing starts after it",
+    "reload_weights": "goes back to the initial placement first",
+    "reset_weights": "writes zeros to every slot",
+    "sleep": "--enable-sleep-mode is refused",
+    "wake_up": "--enable-sleep-mode is refused",
+    "_get_sleep_parameters": "--enable-sleep-mode is refused",
+    "_save_sleep_parameters": "--enable-sleep-mode is refused",
+    "compile_or_warm_up_model": "looks for compiled modules",
+    "_compile_or_warm_up_model": "looks for compiled modules",
+    "__init__": "sets a field",
+    "supports_draft_weight_updates": "--weight-transfer-config is refused",
+    "_set_draft_weight_update_target": "--weight-transfer-config is refused",
+    "_check_weight_transfer_engine": "--weight-transfer-config is refused",
+    "init_weight_transfer_engine": "--weight-transfer-config is refused",
+    "shutdown_weight_transfer_engine": "--weight-transfer-config is refused",
+    "_start_weight_update": "--weight-transfer-config is refused",
+    "update_weights": "--weight-transfer-config is refused",
+    "finish_weight_update": "--weight-transfer-config is refused",
+    "shutdown": "ends the engine of --weight-transfer-config, which is refused",
+}
+"""Methods of vLLM's workers that touch the model or weights and need no check, with the reason."""
+
+
+class Where:
+    """Stands for a balancer: the placement in force."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+
+
+def state(in_force: Placement, by_map: bool = False) -> VllmEplbState:
+    made = VllmEplbState(SimpleNamespace(data_parallel_size=1), torch.device("cpu"))
+    made._adaptor = SimpleNamespace(placement=LOADED)  # type: ignore[assignment]
+    made._loaded.append((LOADED, Where(in_force)))  # type: ignore[arg-type]
+    made._by_map = by_map
+    return made
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w13_weight = torch.nn.Parameter(torch.arange(4.0), requires_grad=False)
+
+
+def test_error_names_slots_and_way_out() -> None:
+    require_loaded_order("save_sharded_state", LOADED, LOADED, by_map=False)
+    with pytest.raises(MovedExpertsError) as raised:
+        require_loaded_order("save_sharded_state", MOVED, LOADED, by_map=False)
+    assert re.search(r"save_sharded_state reads .* 12 of 12 slots .*allowed: 0.* control restore$", str(raised.value))
+    with pytest.raises(MovedExpertsError, match=r"expert_map_path, .*allowed: null.*; restart the server without"):
+        require_loaded_order("save_sharded_state", LOADED, LOADED, by_map=True)
+
+
+@pytest.mark.parametrize("reader", WORKER_READERS)
+def test_worker_readers_are_refused_while_experts_moved(reader: str) -> None:
+    """Readers of both adaptors' workers; each works again once the experts are back."""
+    mine = state(LOADED)
+    first = RunnerUpdator(None, None, None, None)
+    first._loaded, first.balancer = LOADED, Where(LOADED)  # type: ignore[assignment]
+    for check, where in ((mine.require_loaded_order, mine._loaded[0][1]), (first.require_loaded_order, first.balancer)):
+        base = type("Worker", (), {reader: lambda self, value: value, "other": lambda self: "other"})
+        guard_worker(base, lambda worker, what, check=check: check(what))
+        guard_worker(base, lambda worker, what: None)  # the second has no effect
+        worker: Any = base()
+        assert getattr(worker, reader)(7) == 7
+        where.placement = MOVED  # type: ignore[misc, union-attr]
+        with pytest.raises(MovedExpertsError, match=reader):
+            getattr(worker, reader)(7)
+        assert worker.other() == "other"
+        where.placement = LOADED  # type: ignore[misc, union-attr]
+        assert getattr(worker, reader)(7) == 7
+
+
+def test_map_order_is_exported_by_no_worker() -> None:
+    """A checkpoint has no such order; within the server the model may be read."""
+    mine = state(LOADED, by_map=True)
+    with pytest.raises(MovedExpertsError, match="expert_map_path"):
+        mine.require_loaded_order("save_sharded_state")
+    mine.require_unmoved("named_parameters of the model")
+    first = RunnerUpdator(None, None, None, None)
+    first.configure(EplbConfig(expert_map_path="map.json"), "auto")
+    first.require_loaded_order("apply_model")  # before a model is loaded
+    first._loaded = LOADED
+    with pytest.raises(MovedExpertsError, match="expert_map_path"):
+        first.require_loaded_order("apply_model")
+
+
+def test_model_readers_are_refused_while_experts_moved() -> None:
+    """As functions that run by collective_rpc call them; a model that was not guarded is read."""
+    mine, model, other = state(LOADED), Model(), Model()
+    guard_model(model, mine.require_unmoved)
+    readers = {name: (lambda m, name=name: list(getattr(m, name)())) for name in (*MODEL_READERS, "parameters")}
+    for read in readers.values():
+        assert len(read(model)) == 1
+    mine._loaded[0][1].placement = MOVED  # type: ignore[misc]
+    for name, read in readers.items():
+        with pytest.raises(MovedExpertsError, match="of the model reads weights"):
+            read(model)
+        assert len(read(other)) == 1, name
+    assert torch.equal(model.w13_weight, torch.arange(4.0))  # serving reads attributes
+
+
+def test_vllm_writes_no_file_of_moved_experts(tmp_path: Any) -> None:
+    """vLLM's own writer and its checksums, on a model that is guarded."""
+    pytest.importorskip("vllm")
+    from vllm.model_executor.model_loader import ShardedStateLoader
+
+    mine, model = state(MOVED), Model()
+    guard_model(model, mine.require_unmoved)
+    readers: list[Any] = [lambda: ShardedStateLoader._filter_subtensors(model.state_dict())]
+    try:
+        from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
+    except ImportError:  # since 0.32
+        pass
+    else:
+        readers.append(lambda: compute_tensor_digests(model))
+    for read in readers:
+        with pytest.raises(MovedExpertsError):
+            read()
+    mine._loaded[0][1].placement = LOADED  # type: ignore[misc]
+    for read in readers:
+        assert list(read()) == ["w13_weight"]
+
+
+def test_every_worker_method_that_reads_weights_is_known() -> None:
+    """A reader that a new vLLM adds shows here, so that a person decides."""
+    root = installed_root()
+    if root is None:
+        pytest.skip("no vLLM here")
+    reads = re.compile(
+        r"get_model\(|model_runner\.model\b|state_dict|named_parameters|\.parameters\(|weight_transfer_engine|"
+        r"zero_weights|save_model|tensor_digests|_weights\b"
+    )
+    found = {
+        method.name
+        for module, name in (("worker_base", "WorkerBase"), ("gpu_worker", "Worker"), ("cpu_worker", "CPUWorker"))
+        for method in look_up(root, f"vllm.v1.worker.{module}", name).body  # type: ignore[attr-defined]
+        if isinstance(method, ast.FunctionDef) and reads.search(ast.unparse(method))
+    }
+    assert {"save_sharded_state", "apply_model"} <= found
+    assert found <= {*WORKER_READERS, *OTHER_METHODS}, "decide what becomes of the new readers"
+
+
+def test_returned_expert_ids_are_logical() -> None:
+    """Routers note ids before they map them to slots."""
+    root = installed_root()
+    if root is None:
+        pytest.skip("no vLLM here")
+    for module, function in (
+        ("vllm.model_executor.layers.fused_moe.router.base_router", "BaseRouter._select_experts"),
+        ("vllm.models.deepseek_v4.nvidia.model", None),
+        ("vllm.models.kimi_k3.nvidia.model", None),
+    ):
+        called = calls(look_up(root, module, function) if function else _tree(root, module))
+        mapping = "self._apply_eplb_mapping" if function else "eplb_map_to_physical_and_record"
+        assert called.index("self.capture_fn") < called.index(mapping)
+
+
+def _tree(root: Any, module: str) -> ast.AST:
+    from vllm_ascend_eplb.adaptors.vllm.sources import tree
+
+    return tree(root, module)

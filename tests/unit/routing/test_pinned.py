@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pinned rows outlive their copies, by the copies' own events."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_ascend_eplb.routing.maps import DispatchMaps
+from vllm_ascend_eplb.routing.pinned import PinnedRows
+from vllm_ascend_eplb.values.placement import Placement
+
+
+class LateEvent:
+    """A stand-in for a device's event; ``done`` says when the device got there."""
+
+    made: list[LateEvent]
+
+    def __init__(self) -> None:
+        self.recorded, self.done = False, False
+        self.made.append(self)
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def query(self) -> bool:
+        assert self.recorded
+        return self.done
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[LateEvent]:
+    LateEvent.made = []
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=LateEvent))
+    return LateEvent.made
+
+
+def test_rows_are_kept_until_their_copies_are_done(events: list[LateEvent]) -> None:
+    """However many commits the host is ahead; a fixed number of them would let go of rows that are being read."""
+    pinned, device_rows = PinnedRows(torch.device("cuda")), torch.zeros(3)
+    for number in range(5):
+        pinned.keep(device_rows)
+        assert pinned.num_kept == number + 1
+    for event in events[:3]:
+        event.done = True
+    pinned.keep(device_rows)
+    assert pinned.num_kept == 3
+
+
+def test_a_host_has_nothing_to_keep() -> None:
+    pinned = PinnedRows(torch.device("cpu"))
+    rows: Any = pinned.rows(np.arange(6).reshape(2, 3)[:, ::-1])
+    assert rows.tolist() == [[2, 1, 0], [5, 4, 3]]
+    pinned.keep(rows)
+    assert pinned.num_kept == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_maps_let_go_of_rows_once_copied() -> None:
+    placement = Placement.initial(2, 4, 2, 2)
+    maps = DispatchMaps(placement, "cuda", 2)
+    for _ in range(5):
+        maps.prepare(placement, [0, 1])
+        maps.commit()
+        torch.cuda.synchronize()
+    assert maps._prepared._pinned.num_kept == 1

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the front end needs to know of an engine (vLLM, or vllm-ascend with one of two model runners)."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from ..settings.config import EplbConfig
+
+
+class Verdict(NamedTuple):
+    """Whether the installed version of an engine is balanced.
+
+    Attributes:
+        balances: whether balancing is on.
+        warning: a line for the log; empty where there is nothing to say.
+    """
+
+    balances: bool
+    warning: str = ""
+
+
+class Engine(ABC):
+    """One engine, as the front end sees it: how its configuration is checked and switched to balancing."""
+
+    @abstractmethod
+    def verdict(self, config: EplbConfig) -> Verdict:
+        """Whether the installed version is balanced."""
+
+    def without_balancing(self, engine_args: Any) -> Any:
+        """The arguments of the engine where balancing stays off."""
+        return engine_args
+
+    @abstractmethod
+    def with_balancing(self, engine_args: Any, config: EplbConfig) -> Any:
+        """The arguments of the engine in the form that its own checks accept; a changed copy, or the same object.
+
+        Raises:
+            EplbConfigError: a setting cannot work, or the environment contradicts it.
+        """
+
+    def layers_of_map(self, config: EplbConfig, layers: int | None, speculative: Any) -> int | None:
+        """How many layers ``expert_map_path`` must have; None where that is not known.
+
+        Args:
+            config: the settings.
+            layers: layers with experts of the model; None where that is not known.
+            speculative: vLLM's speculative configuration, or None.
+        """
+        return layers
+
+    @abstractmethod
+    def refuse_unsupported(self, vllm_config: Any, config: EplbConfig) -> None:
+        """Checks the complete configuration.
+
+        Raises:
+            EplbConfigError: the first thing in it that is not supported, and the way out.
+        """
+
+    @abstractmethod
+    def switch_on(self, vllm_config: Any, num_redundant: int) -> None:
+        """Changes the complete configuration so that the workers balance."""
+
+    @abstractmethod
+    def parts(self, vllm_config: Any) -> list[str]:
+        """Names of the balancers of the server; none where there is one."""
+
+
+def eplb_config_for(given: Any, num_redundant: int, *, use_async: bool) -> Any:
+    """A copy of vLLM's settings of its own balancer, with the values that ours needs.
+
+    Args:
+        given: vLLM's ``EPLBConfig``; other code holds the same object.
+        num_redundant: redundant experts per layer.
+        use_async: vLLM's flag of that name.
+    """
+    made = copy.copy(given)
+    made.num_redundant_experts = num_redundant
+    made.use_async = use_async
+    made.communicator = made.communicator or "torch_gloo"
+    return made
+
+
+def let_workers_balance(vllm_config: Any, num_redundant: int, worker_cls: str, *, use_async: bool) -> None:
+    """Sets vLLM's own switch and the worker class in a complete configuration.
+
+    The models build redundant slots, and routers with a placement, only with that switch. vLLM has validated the
+    configuration by now, so that the switch can also be set on a CPU, where the validation refuses it.
+    """
+    parallel = vllm_config.parallel_config
+    parallel.eplb_config = eplb_config_for(parallel.eplb_config, num_redundant, use_async=use_async)
+    parallel.enable_eplb = True
+    parallel.worker_cls = worker_cls

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replaces an attribute of the engine once, however often a plugin is loaded or a worker is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+_MARK = "_eplb_patch"
+
+
+def patch_once(owner: Any, name: str, replace: Callable[[Any], Any]) -> Any:
+    """Puts ``replace(original)`` in place of an attribute, unless a patch of ours is there already.
+
+    Args:
+        owner: a module, a class or an instance; an instance is patched alone, not its class.
+        name: the attribute.
+        replace: makes the replacement, a function, class or object that can hold attributes.
+
+    Returns:
+        What the attribute is now.
+
+    Raises:
+        AttributeError: ``owner`` has no such attribute.
+    """
+    original = getattr(owner, name)
+    if is_patch(original):
+        return original
+    made = replace(original)
+    setattr(made, _MARK, True)
+    setattr(owner, name, made)
+    return made
+
+
+def is_patch(found: Any) -> bool:
+    """Whether this was made by :func:`patch_once`, or is a subclass of a class that was.
+
+    Attributes are looked for without ``getattr``: some objects of vLLM answer, and log, whatever they are asked for.
+    """
+    kinds = found.__mro__ if isinstance(found, type) else (found,)
+    return any(_MARK in getattr(kind, "__dict__", {}) for kind in kinds)

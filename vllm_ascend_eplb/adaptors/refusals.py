@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that are not supported together with balancing on any engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..settings.config import EplbConfig
+from .parts import has_experts
+
+Option = tuple[str, object, object, str]
+"""Name, value, allowed value, way out; see :func:`vllm_ascend_eplb.settings.fit.refuse_options`."""
+
+
+def common_options(vllm_config: Any, config: EplbConfig) -> tuple[Option, ...]:
+    """The options that vLLM and vllm-ascend have in common, with their values.
+
+    Args:
+        vllm_config: the complete configuration of vLLM.
+        config: the settings.
+    """
+    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    stages = parallel.pipeline_parallel_size
+    draft = has_experts(speculative)
+    return (
+        (
+            "--pipeline-parallel-size with --data-parallel-size",
+            parallel.data_parallel_size if stages > 1 else 1,
+            1,
+            "use one of the two",
+        ),
+        (  # a map has all layers of a model, and each stage has some of them
+            "an expert_map_path or expert_map_record_path and --pipeline-parallel-size",
+            stages if has_map(config) else 1,
+            1,
+            "use one of the two",
+        ),
+        (
+            "a draft model with experts and --pipeline-parallel-size",
+            stages if draft else 1,
+            1,
+            "use one of the two",
+        ),
+        (
+            "--speculative-config with a draft model with experts, of method",
+            speculative.method if draft else "mtp",
+            "mtp",
+            "use a draft model without experts",
+        ),
+        _parallel(vllm_config, "prefill_context_parallel_size", 1),
+        _parallel(vllm_config, "decode_context_parallel_size", 1),
+        _parallel(vllm_config, "enable_elastic_ep", False),
+        ("--enable-lora", vllm_config.lora_config is not None, False, "leave it out"),
+        ("--enable-sleep-mode", value_at(vllm_config, "model_config.enable_sleep_mode", False), False, "leave it out"),
+        (
+            "--weight-transfer-config",
+            value_at(vllm_config, "weight_transfer_config", None) is not None,
+            False,
+            "update weights through reload_weights of the workers",
+        ),
+    )
+
+
+def has_map(config: EplbConfig) -> bool:
+    """Whether a map is read or recorded."""
+    return config.expert_map_path is not None or config.expert_map_record_path is not None
+
+
+def value_at(config: Any, path: str, default: object) -> Any:
+    """The value at a dotted path of a configuration; ``default`` where this version has no such field, or None."""
+    for name in path.split("."):
+        config = getattr(config, name, None)
+        if config is None:
+            return default
+    return config
+
+
+def _parallel(vllm_config: Any, field: str, allowed: object) -> Option:
+    value = value_at(vllm_config, f"parallel_config.{field}", allowed)
+    return (f"--{field.replace('_', '-')}", value, allowed, "leave it out")

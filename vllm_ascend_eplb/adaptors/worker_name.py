@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of worker classes: vLLM finds its worker by a qualified name (``parallel_config.worker_cls``).
+
+The name that the front end gives stands for a worker class of vLLM, or of any package, with the balancer in it. It is
+resolved in the process of the worker only, by the ``__getattr__`` of the module that it names.
+"""
+
+from __future__ import annotations
+
+VLLM = "vllm_ascend_eplb.adaptors.vllm.worker"
+SECOND_RUNNER = "vllm_ascend_eplb.adaptors.ascend.second_worker"
+
+_PREFIX = "Eplb:"
+
+
+def worker_class_name(module: str, base: str) -> str:
+    """The name of the class ``base`` (a qualified name) with the balancer in it, as ``module`` builds it."""
+    return base if base.startswith(f"{module}.") else f"{module}.{_PREFIX}{base.replace('.', '/')}"
+
+
+def base_of(module: str, attribute: str) -> str:
+    """The qualified name of the class that an attribute of ``module`` stands for.
+
+    Raises:
+        AttributeError: it is no such name.
+    """
+    if not attribute.startswith(_PREFIX):
+        raise AttributeError(f"module {module!r} has no attribute {attribute!r}")
+    return attribute.removeprefix(_PREFIX).replace("/", ".")

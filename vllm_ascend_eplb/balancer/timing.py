@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of time on this server: what a layer takes, and how fast experts travel. Learned once, at start-up."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+
+from ..agreement.exchange import exchange_bytes
+from ..files.disk import read_bounded, write_atomic
+from ..planning.payoff import MoveRates
+from ..settings.config import EplbConfig
+from ..transfer.loader import D2DExpertWeightLoader
+from ..values.step_cost import StepCost, StepCostError
+from .calibration import CalibrationError, LayerRuns, calibrate, describe
+from .served_model import EplbAdaptor
+
+logger = logging.getLogger("vllm.eplb")
+
+MOST_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Times:
+    """Attributes:
+    cost: of an MoE layer. rates: of experts on their way.
+    """
+
+    cost: StepCost = field(default_factory=StepCost.proportional)
+    rates: MoveRates = field(default_factory=MoveRates)
+
+
+def learn_times(adaptor: EplbAdaptor, config: EplbConfig, loader: D2DExpertWeightLoader) -> Times:
+    """Measures what is not read from ``calibration_path``; all ranks together. Blocks for some seconds.
+
+    Where layers cannot be timed, or are not to be, their time is taken to follow the tokens of the busiest rank, which
+    the log says.
+    """
+    told = adaptor.rank == 0
+    if not config.calibrate:
+        return Times()
+    runs = adaptor.layer_runs()
+    if runs is None:
+        if told:
+            logger.info(
+                "%s: MoE layers cannot be timed on %s by this version; plans are weighed by PAR, not by milliseconds",
+                adaptor.title,
+                adaptor.device.type,
+            )
+        return Times()
+    cost = _read(adaptor, config, runs)
+    if cost is None:
+        try:
+            cost = _measure(adaptor, runs)
+        except CalibrationError as error:
+            if told:
+                logger.warning("%s: MoE layers were not timed, plans are weighed by PAR: %s", adaptor.title, error)
+            return Times()
+        if told and config.calibration_path is not None:
+            _write(config.calibration_path, cost, adaptor.title)
+    if told:
+        logger.info("%s", describe(cost, f"{adaptor.title}: cost of an MoE layer"))
+    receive, commit = loader.measure_rates()
+    return Times(cost, MoveRates(receive, commit))
+
+
+def _measure(adaptor: EplbAdaptor, runs: LayerRuns) -> StepCost:
+    placement = adaptor.placement
+    return calibrate(
+        runs,
+        num_ranks=placement.num_ranks,
+        rank=adaptor.rank,
+        slots_per_rank=placement.slots_per_rank,
+        num_experts=placement.num_experts,
+        group=adaptor.control_group,
+        device=adaptor.device,
+    )
+
+
+def _read(adaptor: EplbAdaptor, config: EplbConfig, runs: LayerRuns) -> StepCost | None:
+    """What the file says, as EP rank 0 reads it; None where there is none, or it is of something else."""
+    text = b""
+    path = config.calibration_path
+    if adaptor.rank == 0 and path is not None and os.path.exists(path):
+        try:
+            text = read_bounded(path, MOST_FILE_BYTES, "step cost")
+            subject = StepCost.from_json(text).subject
+            if subject != runs.subject:
+                logger.warning(
+                    "%s: %s was measured for another server (%s) and is replaced", adaptor.title, path, subject
+                )
+                text = b""
+        except (OSError, ValueError) as error:
+            logger.warning("%s: %s is not used, and replaced: %s", adaptor.title, path, error)
+            text = b""
+    text = exchange_bytes(adaptor.control_group, adaptor.placement.num_ranks, text)[0]
+    try:
+        return StepCost.from_json(text) if text else None
+    except StepCostError:
+        return None
+
+
+def _write(path: str, cost: StepCost, title: str) -> None:
+    try:
+        write_atomic(path, cost.to_json().encode())
+    except (OSError, ValueError) as error:
+        logger.warning("%s: the times of MoE layers cannot be written to %s: %s", title, path, error)

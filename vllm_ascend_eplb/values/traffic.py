@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Traffic: how many tokens the steps of a window had, as a small histogram that ranks can add up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .step_cost import FloatArray, StepCost, StepCostError, array_of
+
+BUCKETS = 16
+"""Of a histogram: up to 1, 2, 4, ... 16,384 tokens per rank, and more."""
+
+THOUSANDTHS = 1000
+"""Tokens per rank are added up in thousandths: where ranks share a batch, they are no whole numbers."""
+
+LARGEST_PAR = 1024.0
+"""PAR up to which ``par_within`` searches: as many ranks as the planner knows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Traffic:
+    """How many steps there were by tokens per rank.
+
+    Args:
+        steps: [B] of each kind, not negative.
+        tokens: [B] that each rank brings into a step of that kind, >= 0.
+
+    Raises:
+        StepCostError: shapes differ, or a number is negative or not finite.
+    """
+
+    steps: FloatArray
+    tokens: FloatArray
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "tokens"):
+            array = array_of(name, getattr(self, name))
+            if array.ndim != 1 or (array < 0).any() or array.shape != np.shape(self.steps):
+                raise StepCostError(f"{name} has shape {array.shape}; allowed are as many numbers >= 0 in both")
+            object.__setattr__(self, name, array)
+
+    @classmethod
+    def of_histogram(cls, histogram: npt.ArrayLike) -> Traffic:
+        """From integers [2, B]: steps in each bucket, and thousandths of the tokens per rank of all of them together.
+        Without any step it is that of one with a single token: nothing is known, and something has to be assumed."""
+        steps, total = np.asarray(histogram, dtype=np.float64)
+        if not steps.any():
+            return cls(np.ones(1), np.ones(1))
+        total = total / THOUSANDTHS
+        return cls(steps, np.divide(total, steps, out=np.zeros_like(total), where=steps > 0))
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens per rank of an average step; 0 where there was none."""
+        return float(self.steps @ self.tokens / max(self.steps.sum(), 1e-300))
+
+    def layer_ms(self, cost: StepCost, par: npt.ArrayLike, slots: float) -> FloatArray:
+        """float64 [...]: milliseconds of layers with PAR [...] in an average step; 0 where there was no step."""
+        pars = np.asarray(par, dtype=np.float64)
+        used = self.steps > 0
+        if not used.any():
+            return np.zeros(pars.shape)
+        each = cost.layer_ms(self.tokens[used], pars[..., None], slots)
+        return np.asarray(each @ (self.steps[used] / self.steps.sum()))
+
+    def par_within(self, cost: StepCost, slots: float) -> float:
+        """The largest PAR at which a layer takes no longer than with perfect balance, as far as can be measured."""
+        pars = np.geomspace(1.0, LARGEST_PAR, 2049)
+        ms = self.layer_ms(cost, pars, slots)
+        return float(pars[ms <= ms[0] * (1.0 + cost.noise)][-1])
+
+
+def bucket_of(tokens: float) -> int:
+    """The bucket of a histogram for a step with so many tokens per rank: at most 1, 2, 4, 8, ...; the last has the
+    rest."""
+    return min(BUCKETS - 1, max(0, math.ceil(math.log2(max(tokens, 1.0)))))
