@@ -17,24 +17,23 @@ TESTED_WINDOWS = 5
 WHOLE = 0.75
 """A span is long enough once it has this part of its tokens: a series ends with a fragment, which is no window."""
 
-CLEARLY_BETTER = 0.95
-"""The latest load must bring the error below this part of what all of it brings, and the difference above its standard
-error: on a load that stays as it is the mean of everything is best, and the errors differ by chance."""
+CLEARLY_BETTER = 0.85
+"""A longer span must bring the error below this part of the shortest's: an average lags behind a drift, which the next
+window does not show yet, but halves the error where the windows differ by noise only."""
 
-LAGS = 0.75
-"""Spans between all and the shortest must bring the error below this part of the shortest's: an average lags behind a
-drift, which the next window does not show yet."""
+ALL_FIRST = 0.95
+"""All windows are taken rather than a part of them where the errors differ by less: that is by chance."""
 
 
 def forecast(series: npt.NDArray[np.float64]) -> tuple[FloatArray, FloatArray]:
     """The expected load of the next window and its variance.
 
-    Each layer takes the tokens of the latest windows together, as many windows as back-testing on those given finds
-    best: the span whose forecasts of the layer's distribution over experts had the least error, squared, divided by the
-    forecast (the hotter an expert, the more replicas share its error) and weighted by the tokens of the window
-    forecast, so that a fragment says little; half of what decides is the other layers' error. A layer that is best
-    forecast by all windows is taken to stay as it is, its variance is zero. Elsewhere the variance of an expert's load
-    is half its own mean squared error in the back-test and half the layer's, in proportion to the squared load.
+    Each layer takes the latest window (a fragment together with the one before) unless back-testing finds more windows
+    together clearly better. What counts is the error of the forecast of a layer's distribution over experts: squared,
+    divided by the forecast (the hotter an expert, the more replicas share its error), and weighted by the tokens of the
+    window forecast, so that a fragment says little. Half of what decides is the other layers' error. A layer that is
+    best forecast by all windows is taken to stay as it is, its variance is zero. Elsewhere the variance of an expert's
+    load is half its own mean squared error in the back-test and half the layer's, in proportion to the squared load.
 
     Args:
         series: float64 [T, L, E], oldest window first, not negative; windows may differ in length.
@@ -96,18 +95,21 @@ def forecast(series: npt.NDArray[np.float64]) -> tuple[FloatArray, FloatArray]:
 
 
 def _best_span(errors: FloatArray) -> npt.NDArray[np.intp]:
-    """The span [L] to take by its ``errors`` [tests, spans, L]; 0, all windows, unless another is clearly better."""
-    if not len(errors):
+    """The span [L] to take by its ``errors`` [tests, spans, L]: 1, the shortest, unless a longer is clearly better."""
+    if errors.shape[1] == 1:
         return np.zeros(errors.shape[2], dtype=np.intp)
     errors = errors / np.maximum(errors[:, 0].mean(), 1e-300)
     errors += errors.mean(axis=2, keepdims=True)
-    mean = errors.mean(axis=0)  # [spans, L]
-    gain = errors[:, :1] - errors
-    chance = gain.std(axis=0) / np.sqrt(max(1, len(errors) - 1))
-    clear = (mean < CLEARLY_BETTER * mean[0]) & (gain.mean(axis=0) > chance)
-    clear[0] = True
-    mean[2:] /= LAGS
-    return np.asarray(np.where(clear, mean, np.inf).argmin(axis=0))
+    # Where the shortest span reaches back to the first window, a test tells nothing.
+    telling = (errors[:, 1] != errors[:, 0])[:, None]
+    error = (errors * telling).sum(axis=0)  # [spans, L]
+    shortest = error[1]
+    error[0] *= ALL_FIRST
+    longer = np.where(np.arange(len(error)) == 1, np.inf, error.T).T
+    best = longer.argmin(axis=0)
+    clear = np.take_along_axis(longer, best[None], axis=0)[0] < CLEARLY_BETTER * shortest
+    clear &= telling.sum(axis=0)[0] > 1  # a single test may be chance
+    return np.asarray(np.where(clear, best, 1))
 
 
 def _parts(counts: npt.NDArray[np.float64]) -> FloatArray:

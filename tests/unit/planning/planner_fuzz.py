@@ -115,7 +115,7 @@ def main() -> int:
             continue
         answered += 1
         if function is _planner.plan_incremental and not spoil:
-            after, moves, before_par, after_par = result
+            after, moves, before_par, after_par, *_ = result
             Plan(after, moves, before_par, after_par).check(Placement(slots, experts, ranks))
             if (after_par > before_par * (1 + 1e-5)).any():
                 print("a layer got worse:", given)
