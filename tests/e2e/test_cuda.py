@@ -15,7 +15,7 @@ from .conftest import BUSY, prompts
 from .test_drafter import (  # noqa: F401  the tests, with the engines of this module
     drafting,
     in_parallel,
-    test_data_parallel_engines_draft_the_same_while_experts_of_both_move,
+    test_data_parallel_engines_draft_the_same,
     test_guesses_notice_maps_without_weights,
     test_neither_tokens_nor_guesses_change,
     test_the_drafters_load_is_its_routers_own_choice,

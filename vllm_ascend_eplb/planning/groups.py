@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of moves that must be committed together: a plan's changes of one layer, decomposed."""
+"""Groups of moves that must be committed together, cut to fit a staging buffer.
+
+A move that drops a redundant copy stands alone. What then remains of a layer is a permutation of slots, and a cycle of
+it that does not fit is cut into shorter ones, at the price of one extra copy per cut. One staging place per rank is
+enough (two where there is one rank only).
+"""
 
 from __future__ import annotations
 

@@ -1,26 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds: what is sent and committed together, so that a small staging buffer is enough.
 
-``schedule_rounds`` turns the ordered moves of a plan into rounds. What holds for every list of rounds it returns:
+What holds for every list of rounds that ``schedule_rounds`` makes of the ordered moves of a plan:
 
 - After each round every expert of every layer still has a copy.
-- No rank fills more than ``buffer_experts`` staging places in a round. A copy from one slot to another of the same
-  rank takes a place, too.
-- All sources of a round are slots that hold the expert when the round begins. Weights arrive in staging, so all
-  sources are read before any slot is written: any permutation of slots within a round is legal.
-- A group that fits into the buffer is not split, unless it has more moves than there are ranks and keeping it whole
-  would cost many rounds. A larger one (the policy "default" makes a whole layer one group) is decomposed: a move that
-  drops a redundant copy stands alone; what then remains is a permutation of slots, and a cycle that does not fit is
-  cut into shorter ones at the price of one extra copy per cut. One staging place per rank is enough (two where there
-  is one rank only).
+- No rank fills more than ``buffer_experts`` staging places in a round; a copy within a rank takes one, too.
+- All sources of a round are slots that hold the expert when it begins. All are read before any slot is written, so
+  any permutation of slots within a round is legal.
+- A group that fits into the buffer is not split, unless it has more moves than ranks and would cost many rounds whole.
+  A larger one (policy "default": a whole layer) is decomposed by :mod:`.groups`. One staging place per rank is enough.
 - After all rounds the placement is the one that all moves lead to.
 - An expert that is to stand twice on a rank is sent there once; the rank copies it from one slot to the other.
 
 ``Round.after`` tells how far rounds may overlap: a round reads and writes no slot that a round later than ``after``
-writes. So round k may be in flight as soon as round ``after`` is committed, while k-1 is still being agreed.
-
-The scheduler keeps the plan's order (best gain per byte first) per receiving rank, and lets the ranks with most left
-to receive go first, which keeps the number of rounds near the bound ceil(receives of the busiest rank / buffer).
+writes. The scheduler keeps the plan's order per receiving rank, and lets the ranks with most left to receive go first,
+which keeps the number of rounds near the bound ceil(receives of the busiest rank / buffer).
 """
 
 from __future__ import annotations
