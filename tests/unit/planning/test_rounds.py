@@ -265,7 +265,7 @@ def sends_by_receipt(start: Placement, rounds: list[Round]) -> Counter:
     """How often each (layer, expert, rank) that holds the expert after the rounds was sent it by another rank."""
     sent: Counter = Counter()
     for each in rounds:
-        for layer, slot, expert, source, _ in each.moves.tolist():
+        for layer, slot, expert, _, source in each.moves.tolist():
             if slot // start.slots_per_rank != source // start.slots_per_rank:
                 sent[layer, expert, slot // start.slots_per_rank] += 1
     return sent
