@@ -39,11 +39,11 @@ def damage_on_request() -> None:
 
         def watched_before(self: Any, **names: Any) -> None:
             phase = self.state.phase.name
-            if self._rank == 1 and phase == "COLLECT" and taken(requests / DAMAGE):
+            if self.parts.rank == 1 and phase == "COLLECT" and taken(requests / DAMAGE):
                 layer, slot = replicated(self.placement)
-                weight = self._adaptor.expert_tensors()[layer][slot][0]
+                weight = self.parts.adaptor.expert_tensors()[layer][slot][0]
                 weight[(0,) * weight.dim()] *= 1.5
-            planner = self._planner.pid if self._planner is not None else None
+            planner = self.parts.planner.pid if self.parts.planner is not None else None
             if planner is not None and taken(requests / kill_in(phase)):
                 os.kill(planner, signal.SIGKILL)
             before(self, **names)

@@ -25,7 +25,7 @@ MOST_SECONDS = 300.0
 def moved(worker: Any) -> int:
     """Slots that hold another expert than when they were loaded, in all layers and ranks."""
     updator = worker.model_runner.eplb_state.updator
-    now, loaded = updator.placement, updator._adaptor.placement
+    now, loaded = updator.placement, updator.parts.adaptor.placement
     return int((now.physical_to_logical != loaded.physical_to_logical).sum())
 
 
