@@ -115,6 +115,7 @@ def fuzz(count: int, seed: int) -> dict[str, Any]:
                 *[folder / file], **({} if file in ("dump.pt", "records.pt") else {"num_ranks": 4})
             )
             assert data
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for number in range(count):
             file = sorted(good)[number % len(good)]
             way = WAYS[number // len(good) % len(WAYS)]
@@ -123,7 +124,7 @@ def fuzz(count: int, seed: int) -> dict[str, Any]:
             _read(path, f"{way.__name__} {file} {number}", outcome, number % 7 == 0)
             key = outcome["by"].setdefault(file, 0)
             outcome["by"][file] = key + 1
-    outcome["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    outcome["grown_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
     return outcome
 
 

@@ -41,7 +41,7 @@ def test_malformed_maps_end_in_one_clear_error(count: int, seed: int) -> None:
     assert outcome["read"] > 0
     assert outcome["slowest"] < MAX_SECONDS
     assert outcome["largest"] < MAX_BYTES
-    assert outcome["peak_mb"] < 700  # with torch, which takes about 250
+    assert outcome["grown_mb"] < 200
 
 
 def test_the_fuzz_sees_an_error_of_another_kind() -> None:
