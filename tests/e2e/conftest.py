@@ -52,9 +52,10 @@ BUSY = {
 """Settings under which a cycle follows a cycle and every one moves most experts; also on a vLLM that is being checked
 (`make matrix`)."""
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1"}
 """What each process of a forked engine computes with. It has two OpenMP libraries, torch's and vLLM's: vLLM preloads
-one for both, but only where it spawns. Two threads bound to one core would wait for each other in loops."""
+one for both, but only where it spawns. Two threads bound to one core would wait for each other in loops; compiled code
+asks for two by itself, which only the limit prevents."""
 
 GUESSES = not vllm_version().startswith("0.30.")
 """Whether this vLLM can verify guesses on a CPU. 0.30 cannot: its own sampler for them ends the start with "Cannot

@@ -98,7 +98,7 @@ def test_moves_change_no_output(ours: dict[str, list[dict[str, Any]]], case: str
             assert result["slowest"] < slow.SECONDS / 2  # no step waits for it
 
 
-def test_experts_whose_tensors_vllm_ascend_does_not_name_are_refused() -> None:
+def test_experts_with_unknown_tensors_are_refused() -> None:
     unnamed = "W4A8" if ASCEND == RELEASE else "W4A8MXFP"
     outcome = run("balance", 2, [True, True, 2, 10, "", [10, 3], unnamed], check=False)
     assert outcome.results == [None, None]
@@ -117,7 +117,7 @@ def test_where_both_are_right_both_move(stock: dict[str, list[dict[str, Any]]]) 
         assert result["placements"] >= 2
 
 
-def test_its_own_tables_count_replicas_twice_where_tokens_are_gathered(stock: dict[str, list[dict[str, Any]]]) -> None:
+def test_stock_tables_count_gathered_replicas_twice(stock: dict[str, list[dict[str, Any]]]) -> None:
     """Not ours: with redundant experts its tables name another replica on each rank, so where all ranks route
     the same tokens each of them computes it, or none."""
     for result in stock["gathered, redundant"]:

@@ -193,7 +193,7 @@ def test_captured_graphs_replay_with_the_experts_that_moved(
         server.stop()
 
 
-def test_a_release_that_was_not_checked_is_served_without_balancing(
+def test_unchecked_release_is_served_without_balancing(
     tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
     """Only its number differs."""

@@ -71,7 +71,7 @@ def ngrams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
 
 
 @only_first
-def test_with_ngrams_tokens_are_those_of_transformers_while_experts_move(
+def test_ngrams_keep_tokens_while_experts_move(
     ngrams: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
     assert "EPLB is on: " in ngrams.log
@@ -95,7 +95,7 @@ def test_with_ngrams_no_race_and_no_wrong_order(ngrams: NpuServer) -> None:
 
 
 @only_first
-def test_with_ngrams_the_comparison_notices_weights_that_did_not_move(
+def test_ngrams_notice_weights_that_did_not_move(
     ngrams: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
     """The last on this server."""
@@ -185,7 +185,7 @@ def drafted(tmp_path_factory: pytest.TempPathFactory, model: Path, guesses: list
     server.stop()
 
 
-def test_with_a_drafter_neither_tokens_nor_guesses_change_while_the_experts_of_both_move(
+def test_draft_model_keeps_tokens_and_draft_tokens(
     drafted: NpuServer, prompts: list[str], answers: list[list[int]], guesses: list[list[object]]
 ) -> None:
     start = np.array(drafted.call("probe_watched")[0]["placement"])
@@ -314,7 +314,7 @@ def test_two_engines_share_the_experts_of_model_and_drafter(
 
 
 @only_first
-def test_maps_hold_the_layers_of_the_model_and_behind_them_the_drafters(
+def test_maps_hold_model_layers_then_draft_layers(
     tmp_path: Path, model: Path, prompts: list[str], answers: list[list[int]], guesses: list[list[object]]
 ) -> None:
     """A server starts from a map of the model alone; another one from the map that the first recorded."""

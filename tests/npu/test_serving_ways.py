@@ -71,7 +71,7 @@ def test_one_request_alone_moves_experts_too(
     serve_until(server, [batch[:1] for batch in batches], [batch[:1] for batch in want], 2)
 
 
-def test_every_token_is_counted_once_in_every_layer_whoever_is_idle(server: NpuServer, way: str) -> None:
+def test_every_token_is_counted_once_whoever_is_idle(server: NpuServer, way: str) -> None:
     """Load is what slots receive, also those of an engine without requests. Where ranks gather each other's tokens
     before they are routed (A2), each sees all of the load, and batches are padded to the longest."""
     workers = server.call("probe_watched")  # of the first engine
@@ -93,7 +93,7 @@ def test_each_balancer_has_a_planner_and_shows_what_it_did(server: NpuServer) ->
         assert server.metric("vllm_eplb_cycles", 'result="done"', part) >= 10
 
 
-def test_pipeline_stages_see_the_same_steps_and_route_by_themselves(server: NpuServer) -> None:
+def test_pipeline_stages_step_alike_and_route_alone(server: NpuServer) -> None:
     if not server.parts:
         pytest.skip("one stage")
     first, second, third, fourth = server.call("probe_watched")

@@ -66,7 +66,7 @@ def test_without_the_flag_nothing_changes(given):
     assert handed_over.settings_of(given) == EplbConfig()
 
 
-def test_an_unchecked_release_is_served_without_balancing_unless_asked_for(monkeypatch, caplog):
+def test_unchecked_release_is_balanced_only_if_asked_for(monkeypatch, caplog):
     monkeypatch.setattr(hand_over, "installed_version", lambda: "0.99.0")
     given = {"other": 1, "eplb_config": {"dynamic_eplb": True}}
     assert hand_over.hand_over(given) == {"other": 1}
@@ -80,7 +80,7 @@ def test_an_unchecked_release_is_served_without_balancing_unless_asked_for(monke
     assert not caplog.text
 
 
-def test_an_environment_that_contradicts_is_an_error_with_the_line_to_export(monkeypatch):
+def test_contradicting_environment_names_line_to_export(monkeypatch):
     monkeypatch.setenv(hand_over.SWITCH, "0")
     with pytest.raises(EplbConfigError, match=r"DYNAMIC_EPLB=0, .* export DYNAMIC_EPLB=true"):
         hand_over.hand_over({"eplb_config": {"dynamic_eplb": True}})
@@ -88,7 +88,7 @@ def test_an_environment_that_contradicts_is_an_error_with_the_line_to_export(mon
     hand_over.hand_over({"eplb_config": {"dynamic_eplb": True}})
 
 
-def test_the_second_model_runner_is_an_error_with_the_line_to_export(monkeypatch):
+def test_second_runner_is_an_error_with_line_to_export(monkeypatch):
     monkeypatch.setenv(hand_over.SECOND_RUNNER, "1")
     with pytest.raises(EplbConfigError, match=r"VLLM_USE_V2_MODEL_RUNNER=1, .* export VLLM_USE_V2_MODEL_RUNNER=0"):
         hand_over.hand_over({"eplb_config": {"dynamic_eplb": True}})
@@ -102,7 +102,7 @@ def second_runner(monkeypatch):
     monkeypatch.setenv(hand_over.SECOND_RUNNER, "1")
 
 
-def test_where_the_second_model_runner_is_balanced_it_gets_no_key_and_no_switch(second_runner):
+def test_balanced_second_runner_gets_no_key_and_no_switch(second_runner):
     given = {"eplb_config": {"dynamic_eplb": True, "target_par": 1.1, "expert_map_path": "any-form.npy"}}
     changed = hand_over.hand_over(given)
     assert changed["eplb_config"] == {}
@@ -123,7 +123,7 @@ def test_weighted_dispatch_is_the_second_model_runners(second_runner, monkeypatc
         hand_over.hand_over(given)
 
 
-def test_the_second_model_runner_does_not_start_with_the_first_ones_switch(second_runner, monkeypatch):
+def test_second_runner_refuses_switch_of_the_first(second_runner, monkeypatch):
     monkeypatch.setenv(hand_over.SWITCH, "true")
     with pytest.raises(EplbConfigError, match=r"DYNAMIC_EPLB=true, .* export DYNAMIC_EPLB=false"):
         hand_over.hand_over({"eplb_config": {"dynamic_eplb": True}})
@@ -226,7 +226,7 @@ def test_what_is_not_supported_is_refused_by_name():
             refusals.refuse_unsupported(served(**change))
 
 
-def test_maps_and_drafters_with_experts_exclude_each_other_under_the_second_model_runner(second_runner):
+def test_second_runner_refuses_maps_beside_draft_experts(second_runner):
     recorded = {"eplb_config": {"dynamic_eplb": True, "expert_map_record_path": "map.json"}}
     drafter = {"speculative_config": drafted("mtp")}
     for additional, changes in ((recorded, {}), ({}, drafter)):

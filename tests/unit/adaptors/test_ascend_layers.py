@@ -50,7 +50,7 @@ def test_a_layer_routes_by_the_table_in_place_of_its_own(form: type, table: rout
     assert "log2phy" not in layer.state_dict()
 
 
-def test_dispatchers_of_a_layer_that_maps_itself_look_slots_up_by_slot(table: routing.SlotTable) -> None:
+def test_dispatchers_look_slots_up_by_slot(table: routing.SlotTable) -> None:
     layer = Since030()
     assert routing.maps_itself(layer)
     assert not routing.maps_itself(UntilThen())

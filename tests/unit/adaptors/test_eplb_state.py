@@ -161,7 +161,7 @@ def test_models_that_agree_stand_beside_each_other():
 
 
 @pytest.mark.parametrize("name", ["num_routed_experts", "num_redundant_experts", "num_expert_groups"])
-def test_a_model_that_does_not_agree_is_refused_with_the_name_of_what_differs(name):
+def test_differing_model_is_refused_by_name_of_difference(name):
     state = EplbState(None, torch.device("cpu"))
     state.add_model(Model(), config())
     other = Model(**{name: 2})

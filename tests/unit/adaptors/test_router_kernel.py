@@ -151,7 +151,7 @@ def check(model: Model, layer: int, ids: torch.Tensor, mapped: torch.Tensor) -> 
 @pytest.mark.cuda
 @needs_gpu
 @pytest.mark.parametrize("tokens", [1, 7, 600])
-def test_every_token_goes_to_a_replica_of_its_expert_and_counts_once(kernel: Mapping, tokens: int) -> None:
+def test_every_token_goes_to_one_replica_and_counts_once(kernel: Mapping, tokens: int) -> None:
     model = Model(kernel, placement_of(1))
     real = max(1, tokens - 3)
     expected = np.zeros((LAYERS, EXPERTS), dtype=np.int64)

@@ -19,7 +19,7 @@ from vllm_ascend_eplb.adaptors.vllm.state import VllmEplbState
 
 
 @given(st.integers(1, 9), st.integers(1, 300), st.data())
-def test_the_slices_of_a_batch_hold_every_token_once_and_no_padding(parts: int, rows: int, data: st.DataObject) -> None:
+def test_slices_of_a_batch_hold_every_token_once(parts: int, rows: int, data: st.DataObject) -> None:
     tokens = data.draw(st.integers(0, rows))
     length = -(-rows // parts)
     padded = torch.arange(parts * length)
@@ -49,7 +49,7 @@ def test_a_rank_counts_its_slice_of_a_batch() -> None:
     assert int(mine.num_unpadded_tokens[0]) == 0
 
 
-def test_a_runner_that_does_not_say_the_rows_is_refused_where_batches_are_sliced() -> None:
+def test_runner_without_rows_is_refused_for_sliced_batches() -> None:
     sliced = state(2)
     sliced.slice = Slice(0, 2)
     require_known_slice(SimpleNamespace(eplb_state=state(2)))
@@ -58,14 +58,14 @@ def test_a_runner_that_does_not_say_the_rows_is_refused_where_batches_are_sliced
         require_known_slice(SimpleNamespace(eplb_state=sliced))
 
 
-def test_redundant_slots_that_were_left_without_weights_end_the_start() -> None:
+def test_redundant_slots_without_weights_end_the_start() -> None:
     require_loaded_copies(0, "auto")
     require_loaded_copies(8, "dummy")
     with pytest.raises(UnsupportedError, match=r"copies of 8 experts differ.*; set num_redundant_experts to 0"):
         require_loaded_copies(8, "auto")
 
 
-def test_weights_are_not_loaded_anew_where_several_engines_share_the_experts() -> None:
+def test_reload_is_refused_where_engines_share_experts() -> None:
     with pytest.raises(RuntimeError, match=r"--data-parallel-size 2 is not supported"), state(2).new_weights():
         raise AssertionError("weights were loaded")
 

@@ -87,7 +87,7 @@ def test_bulk_operations_of_a_single_rank_are_done_at_once() -> None:
         channel.broadcast(b"plan", 5)
 
 
-def test_what_all_ranks_wait_for_takes_no_memory_when_it_is_posted() -> None:
+def test_posted_facts_take_no_memory() -> None:
     channel = ControlChannel(None, 0, 1)
     channel.reserve(1 << 20)
     load, plan = np.ones((1024, 1024), dtype=np.int64), bytes(1 << 20)

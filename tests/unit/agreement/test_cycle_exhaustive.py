@@ -441,7 +441,7 @@ def test_the_search_finds_ranks_that_trust_their_own_facts() -> None:
         ("rounds_done", "while in flight"),
     ],
 )
-def test_the_search_finds_ranks_that_are_content_with_the_fastest(field: str, found: str) -> None:
+def test_search_finds_ranks_content_with_the_fastest(field: str, found: str) -> None:
     def fastest(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank: int) -> Agreed | None:
         del posted, rank
         return agreed and Agreed(replace(agreed.min, **{field: getattr(agreed.max, field)}), agreed.max)

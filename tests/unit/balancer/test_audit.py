@@ -59,7 +59,7 @@ def complete(audit: SlotAudit, most: int = 100) -> int:
     raise AssertionError("the pass does not end")
 
 
-def test_a_pass_takes_its_interval_and_finds_what_was_damaged_meanwhile(slots, loader, monkeypatch):
+def test_pass_takes_its_interval_and_finds_new_damage(slots, loader, monkeypatch):
     monkeypatch.setattr(audit_module, "STEP_SECONDS", 60.0)  # a busy machine takes its time
     audit = SlotAudit(loader.slots, loader.streams, 9)
     assert complete(audit) == 9
@@ -75,7 +75,7 @@ def test_a_pass_takes_its_interval_and_finds_what_was_damaged_meanwhile(slots, l
     assert damage == [Damage(layer=1, slot=2, expert=2, source=-1)]
 
 
-def test_slots_that_changed_places_are_found_and_each_has_what_the_other_needs(slots, loader):
+def test_swapped_slots_repair_each_other(slots, loader):
     for one, other in zip(slots[2][2], slots[2][3], strict=True):
         one[:], other[:] = other.clone(), one.clone()
     audit = SlotAudit(loader.slots, loader.streams, 1000)
@@ -149,7 +149,7 @@ def contents(placement: Placement) -> tuple[np.ndarray, ChecksumTable]:
 
 @settings(deadline=None, max_examples=300)
 @given(st.data())
-def test_repairs_mend_all_that_can_be_mended_and_keep_to_the_buffer(data: st.DataObject) -> None:
+def test_repairs_fit_the_buffer_and_leave_nothing_possible(data: st.DataObject) -> None:
     ranks, size, experts = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 5)), data.draw(st.integers(2, 5))
     if ranks * size < experts:
         return
@@ -186,7 +186,7 @@ def test_repairs_mend_all_that_can_be_mended_and_keep_to_the_buffer(data: st.Dat
             assert max(Counter(its.slot // size for its in ring).values()) > buffer
 
 
-def test_one_repair_is_bounded_and_never_destroys_what_a_later_one_needs() -> None:
+def test_repair_is_bounded_and_keeps_what_later_ones_need() -> None:
     experts = MOST_REPAIRS // 2 + 40
     placement = Placement(np.tile(np.arange(experts), (4, 2)), experts, 2)  # each expert on both ranks
     good, table = contents(placement)

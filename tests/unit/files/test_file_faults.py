@@ -84,7 +84,7 @@ print("LINES", *(sum(part in line for line in lines) for part in ("not recorded"
 """
 
 
-def test_a_disk_that_is_really_full_leaves_whole_files_and_one_line_each(tmp_path: Path) -> None:
+def test_full_disk_leaves_whole_files_and_a_line_for_each(tmp_path: Path) -> None:
     program = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     command = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), *program]
     if shutil.which("unshare") is None or subprocess.run([*command[: -len(program)], "true"]).returncode:
@@ -116,7 +116,7 @@ print("DONE")
 """
 
 
-def test_two_servers_that_record_to_one_file_never_leave_half_of_one(tmp_path: Path) -> None:
+def test_two_servers_never_leave_half_of_a_shared_file(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     writers = [
         subprocess.Popen([sys.executable, "-c", RECORD, str(path), str(seed)], stdout=subprocess.PIPE, text=True)

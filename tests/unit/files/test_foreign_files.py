@@ -252,7 +252,7 @@ def test_a_view_that_claims_much_takes_no_memory(tmp_path: Path) -> None:
     assert (tmp_path / "a.pt").stat().st_size < 4096
 
 
-def test_a_torch_file_is_read_where_torch_is_and_nothing_else_needs_it(tmp_path: Path) -> None:
+def test_torch_files_alone_need_torch(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     torch.save({"logical_count": torch.ones(2, 4)}, tmp_path / "a.pt")
     write_expert_map(tmp_path / "b.yaml", placement())

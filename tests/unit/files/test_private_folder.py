@@ -57,7 +57,7 @@ def end(session: int, number: int) -> None:
         os.killpg(session, number)
 
 
-def test_the_folder_of_a_killed_front_end_is_removed_and_no_other(tmp_path):
+def test_only_the_folder_of_a_killed_front_end_is_removed(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     ours, living, foreign = (
@@ -75,7 +75,7 @@ def test_the_folder_of_a_killed_front_end_is_removed_and_no_other(tmp_path):
     assert (foreign / "stats.json").exists()
 
 
-def test_what_a_server_left_whose_processes_were_all_ended_at_once_goes_at_the_next_start(tmp_path):
+def test_leftovers_of_a_killed_server_are_removed_at_next_start(tmp_path):
     with server(tmp_path) as (_, its), server(tmp_path, forks=True) as (_, forked):
         with server(tmp_path) as (session, left):
             end(session, signal.SIGTERM)  # which it does not treat
@@ -88,7 +88,7 @@ def test_what_a_server_left_whose_processes_were_all_ended_at_once_goes_at_the_n
             assert (forked / "stats.json").exists()
 
 
-def test_only_private_folders_of_this_user_are_taken_for_abandoned(tmp_path, monkeypatch):
+def test_only_private_folders_of_the_user_are_abandoned(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     kept = {"vllm-eplb-7", "vllm-eplb-flight-ab", "vllm-eplb-7-a.b", "my-vllm-eplb-7-ab", "elsewhere"}
     for name in (*kept, "vllm-eplb-7-ab"):
@@ -107,7 +107,7 @@ def test_only_private_folders_of_this_user_are_taken_for_abandoned(tmp_path, mon
 
 
 @pytest.mark.parametrize(("module", "name"), [(tempfile, "mkdtemp"), (os, "open")])
-def test_a_folder_that_another_start_takes_away_before_it_is_locked_is_made_anew(tmp_path, monkeypatch, module, name):
+def test_folder_lost_before_its_lock_is_made_again(tmp_path, monkeypatch, module, name):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     call, made = getattr(module, name), []
 

@@ -136,7 +136,7 @@ def record_some(recorder, placement, num_tokens=5, seed=0, **step):
     return model.forward(draw_ids(np.random.default_rng(seed), num_tokens), num_tokens)
 
 
-def test_a_window_lasts_over_a_commit_and_the_wrong_placement_shows():
+def test_window_lasts_over_a_commit():
     """The negative control of the property: flushing under the placement after the commit gives other loads."""
     before, after = some_placement(1, empty=False), some_placement(2, empty=False)
     loads = {}

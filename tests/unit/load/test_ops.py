@@ -247,7 +247,7 @@ def test_a_rule_by_remainders_would_not_hold_shares():
     assert misses(by_remainder, [0.5, 0.5], stride=2, entries=2).min() == 16
 
 
-def test_one_token_spreads_its_experts_over_first_and_later_replicas():
+def test_one_token_spreads_experts_over_replicas():
     entries = ops.entries_of(torch.tensor(0), torch.arange(256), torch.tensor(2))
     assert 115 <= int(entries.sum()) <= 141
 
@@ -325,7 +325,7 @@ def test_compiles_without_graph_breaks(device, backend):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("path", ["op", "aten"])
-def test_a_captured_graph_reads_switch_bounds_and_table_at_replay(path):
+def test_captured_graph_reads_switch_and_table_at_replay(path):
     ids, table, replicas, counts, record = model_batch(512, "cuda")
     bounds = torch.tensor([500], device="cuda")
     stream = torch.cuda.Stream()

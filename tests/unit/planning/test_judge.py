@@ -27,7 +27,7 @@ def test_a_plan_must_gain_the_threshold() -> None:
     assert judge.refuses(1.5, 1.4) == "PAR 1.500 to 1.400 gains less than 10.0%"
 
 
-def test_a_plan_that_paid_halves_the_threshold_and_one_that_did_not_doubles_it() -> None:
+def test_threshold_halves_or_doubles_with_what_plans_paid() -> None:
     judge = PlanJudge(0.0)
     judge.carried_out(BEFORE, 0.8)
     said = judge.window_ended(
@@ -60,7 +60,7 @@ def test_what_was_forgotten_is_not_judged() -> None:
     st.floats(0, 0.5),
     st.lists(st.tuples(st.floats(1, 4), st.floats(1, 4), st.booleans(), st.booleans()), max_size=60),
 )
-def test_the_threshold_stays_between_its_bounds_and_what_is_refused_is_tried_again(
+def test_threshold_stays_bounded_and_refused_plans_return(
     least: float, plans: list[tuple[float, float, bool, bool]]
 ) -> None:
     judge = PlanJudge(least)

@@ -56,7 +56,7 @@ def test_no_step_or_no_gain_never_pays() -> None:
     assert not weigh(FLAT_THEN_STEEP, PREFILL, [1.5], [1.6], 8, move_ms=0, steps=9).pays(0.0)
 
 
-def test_rates_take_the_busiest_rank_and_know_what_they_do_not_know() -> None:
+def test_rates_take_the_busiest_rank_or_say_unknown() -> None:
     assert np.isclose(MoveRates(receive=1e9, commit=4e9).milliseconds([1e6, 8e6, 0]), 8.0 + 2.0)
     assert np.isclose(MoveRates(receive=1e9).milliseconds([8e6]), 8.0)
     assert MoveRates().milliseconds([8e6]) == 0.0

@@ -156,7 +156,7 @@ def test_a_newer_request_overtakes_one_that_hangs(process, clock):
     assert process.answer(1) is None
 
 
-def test_a_newer_request_overtakes_a_slow_one_without_a_new_child(monkeypatch, tmp_path):
+def test_newer_request_overtakes_a_slow_one_in_one_child(monkeypatch, tmp_path):
     monkeypatch.setenv(SIGNAL, str(tmp_path / "go"))
     monkeypatch.setattr("vllm_ascend_eplb.planning.process.PATIENCE_SECONDS", 3600.0)
     process = EplbProcess(reverse)
@@ -295,7 +295,7 @@ def test_nobody_else_can_reach_what_parent_and_child_say(process):
         assert path.stat().st_mode & 0o077 == 0
 
 
-def test_the_folder_goes_with_the_last_process_of_a_killed_server():
+def test_folder_goes_with_last_process_of_killed_server():
     code = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})

@@ -87,7 +87,7 @@ def test_routing_tables_spread_an_expert_over_its_replicas():
             assert np.abs(shares - 1 / replicas).max() < most
 
 
-def test_routing_tables_follow_commits_in_order_and_their_address_stays():
+def test_routing_tables_follow_commits_in_place():
     first, second, third = (random_placement(seed) for seed in range(3))
     tables = RoutingTables(first, "cpu")
     address = tables.table.data_ptr()

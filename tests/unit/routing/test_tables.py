@@ -142,7 +142,7 @@ def test_rows_of_all_layers_are_put_in_force_at_once() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_captured_step_routes_by_the_shares_that_are_put_in_force_between_its_replays() -> None:
+def test_captured_step_routes_by_shares_put_between_replays() -> None:
     rng = np.random.default_rng(5)
     placement, shares = skewed(rng, 2, 12, 4, 4)
     tables = DispatchTables(placement, "cuda", 32)

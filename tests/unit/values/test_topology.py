@@ -55,7 +55,7 @@ def test_groups_stay_on_a_node_where_nodes_are_even():
 
 
 @pytest.mark.parametrize("nodes", [(0, 0, 0, 1), (0, 1, 0, 1)])
-def test_nodes_that_do_not_share_the_ranks_evenly_get_the_global_policy(nodes):
+def test_uneven_nodes_get_the_global_policy(nodes):
     asked = request(nodes, 4)
     made = plan_request(asked).physical_to_logical
     np.testing.assert_array_equal(
