@@ -102,7 +102,7 @@ def calibrate(
             f"a batch of {runs.most_rows} tokens leaves none for some of the {runs.sharers} ranks that share it; raise "
             "max_num_batched_tokens"
         )
-    tokens = sorted({each for each in TOKENS if each < largest} | {largest})
+    tokens = sorted({count for count in TOKENS if count < largest} | {largest})
     clock = _Clock(device, group)
     shortest: dict[tuple[int, float, int], list[float]] = {}
     measured = 0
@@ -122,8 +122,8 @@ def calibrate(
     for _ in range(MOST_TURNS):
         turn_began = clock.elapsed
         for point in points:
-            one = shortest[point][0] * runs.num_layers
-            times = max(1, int(LEAST_MILLISECONDS / max(one, 1e-3)))
+            estimate = shortest[point][0] * runs.num_layers
+            times = max(1, int(LEAST_MILLISECONDS / max(estimate, 1e-3)))
             run = _prepare(runs, point, num_ranks, rank, slots_per_rank)
             shortest[point].append(clock.milliseconds(run, times) / times / runs.num_layers)
         if clock.elapsed + (clock.elapsed - turn_began) > seconds:
@@ -214,7 +214,7 @@ def _prepare(
 
 def _noise(times: Sequence[Sequence[float]]) -> float:
     """By how much the shortest times of odd and of even turns differ, in parts: median over the points."""
-    differ = [abs(min(each[0::2]) / min(each[1::2]) - 1.0) for each in times if len(each) > 1]
+    differ = [abs(min(turns[0::2]) / min(turns[1::2]) - 1.0) for turns in times if len(turns) > 1]
     return float(np.clip(np.median(differ), 0.001, 0.5)) if differ else 0.05
 
 

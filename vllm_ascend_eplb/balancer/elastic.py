@@ -204,15 +204,15 @@ def carry_out(
         raise TransferError(f"the channel has a lag of {channel.lag}; moving at once needs a lag of 0")
     rounds = schedule_rounds(placement, moves, topology, loader.buffer_experts)
     loader.forget()
-    for each in rounds:
+    for sent in rounds:
         for _ in range(max_resends + 1):
-            _send(each, placement, loader, channel)
-            if _agree(channel, loader, placement, each.number).min.rounds_intact > each.number:
+            _send(sent, placement, loader, channel)
+            if _agree(channel, loader, placement, sent.number).min.rounds_intact > sent.number:
                 break
         else:
-            raise TransferError(f"round {each.number} arrived damaged {max_resends + 1} times")
-        loader.commit(each.number)
-        placement = placement.with_moves(each.moves)
+            raise TransferError(f"round {sent.number} arrived damaged {max_resends + 1} times")
+        loader.commit(sent.number)
+        placement = placement.with_moves(sent.moves)
     loader.forget()
     return rounds
 

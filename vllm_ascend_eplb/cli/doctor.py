@@ -89,12 +89,12 @@ def doctor(
             if ranks is None:
                 raise CommandError("--model needs --ranks, the expert-parallel size")
             stages = DECODE_AND_PREFILL if tokens is None else (tokens,)
-            answers = [advise(model, ranks, each, machine, weight_bytes) for each in stages]
+            answers = [advise(model, ranks, stage, machine, weight_bytes) for stage in stages]
         if as_json:
             print_json(answers)
         else:
-            for each in answers:
-                show_advice(console(), each)
+            for answer in answers:
+                show_advice(console(), answer)
         return
     with user_errors(as_json):
         settings = _settings(config)

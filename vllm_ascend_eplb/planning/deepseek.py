@@ -97,7 +97,7 @@ def rebalance_experts_hierarchical(
             f"num_physical_experts is {num_physical_experts}; {array.shape[1]} experts need at least as many"
         )
     maps = _hierarchical(array, num_physical_experts, num_groups, num_nodes, num_gpus)
-    return tuple(_like(weight, each) for each in maps)
+    return tuple(_like(weight, made) for made in maps)
 
 
 def rebalance_experts(

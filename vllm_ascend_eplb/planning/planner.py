@@ -102,7 +102,7 @@ def _all_at_once(placement: InForce, after: Int32Array, load: FloatArray, policy
     moves = np.empty((len(layers), 4), dtype=np.int32)
     moves[:, 0], moves[:, 1], moves[:, 2] = layers, slots, after[layers, slots]
     moves[:, 3] = np.cumsum(np.diff(layers, prepend=layers[:1]) != 0)
-    before, then = (_planner.par(load, each, placement.num_ranks) for each in (placement.slots, after))
+    before, then = (_planner.par(load, slots, placement.num_ranks) for slots in (placement.slots, after))
     return Plan(after, moves, before, then, policy)
 
 
@@ -162,10 +162,10 @@ def _incremental(
         low, high = 0.0, 1.0
         for _ in range(FRUGAL_ATTEMPTS):
             part = 0.5 * (low + high)
-            other = attempt(floor + part * np.maximum(best.par_before - floor, 0.0))
-            if mean @ other.par_after < mean @ best.par_after:
-                best = other
-            if other.num_moves > 0.95 * options.max_moves:
+            nearer = attempt(floor + part * np.maximum(best.par_before - floor, 0.0))
+            if mean @ nearer.par_after < mean @ best.par_after:
+                best = nearer
+            if nearer.num_moves > 0.95 * options.max_moves:
                 low = part
             else:
                 high = part

@@ -286,7 +286,7 @@ class D2DExpertWeightLoader:
             if self._streams.module is not None:
                 self._streams.current().synchronize()
             took = received, time.perf_counter() - began
-            slowest = np.max([np.frombuffer(each) for each in self._exchange(np.array(took).tobytes())], axis=0)
+            slowest = np.max([np.frombuffer(seconds) for seconds in self._exchange(np.array(took).tobytes())], axis=0)
             shortest = [min(pair) for pair in zip(shortest, slowest.tolist(), strict=True)]
         receive, commit = (nbytes / max(seconds, 1e-9) for seconds in shortest)
         return receive, commit

@@ -64,8 +64,8 @@ class Traffic:
         used = self.steps > 0
         if not used.any():
             return np.zeros(pars.shape)
-        each = cost.layer_ms(self.tokens[used], pars[..., None], slots)
-        return np.asarray(each @ (self.steps[used] / self.steps.sum()))
+        milliseconds = cost.layer_ms(self.tokens[used], pars[..., None], slots)
+        return np.asarray(milliseconds @ (self.steps[used] / self.steps.sum()))
 
     def par_within(self, cost: StepCost, slots: float) -> float:
         """The largest PAR at which a layer takes no longer than with perfect balance, as far as can be measured."""
