@@ -52,10 +52,10 @@ BUSY = {
 """Settings under which a cycle follows a cycle and every one moves most experts; also on a vLLM that is being checked
 (`make matrix`)."""
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """What each process of a forked engine computes with. It has two OpenMP libraries, torch's and vLLM's: vLLM preloads
-one for both, but only where it spawns. Two threads bound to one core would wait for each other in loops; compiled code
-asks for two by itself, which only the limit prevents."""
+one for both, but only where it spawns. Two threads bound to one core would wait for each other in loops. Compiled code
+asks for two by itself, so engines that compile are spawned."""
 
 GUESSES = not vllm_version().startswith("0.30.")
 """Whether this vLLM can verify guesses on a CPU. 0.30 cannot: its own sampler for them ends the start with "Cannot
@@ -190,13 +190,13 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Callable[..., Finished]:
-    """Offline runs by name, each made once per session; forked, unless they are to be ``spawned``."""
+    """Offline runs by name, each made once per session; forked, unless they compile or are to be ``spawned``."""
     made: dict[str, Finished] = {}
     folder = tmp_path_factory.mktemp("offline")
 
     def run(name: str, spawned: bool = False, **job: Any) -> Finished:
         if name not in made:
-            made[name] = run_offline(folder / name, None if spawned else nursery, **job)
+            made[name] = run_offline(folder / name, None if spawned or job.get("compile") else nursery, **job)
         return made[name]
 
     return run
