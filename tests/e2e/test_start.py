@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from vllm_ascend_eplb.adaptors.vllm.versions import READ_VERSIONS
 from vllm_ascend_eplb.files.expert_map import write_expert_map
 from vllm_ascend_eplb.values.placement import Placement
 
@@ -50,6 +51,11 @@ CASES = {
     "one rank": ({"dynamic_eplb": True}, {"tensor_parallel_size": 1}, "needs 2 or more ranks"),
     "vLLM's own": ({"dynamic_eplb": True}, {"enable_eplb": True}, "--enable-eplb turns on vLLM's own balancer"),
     "not a MoE model": ({"dynamic_eplb": True}, {"model": "FILES/dense"}, "without experts"),
+    "model without the protocol": (
+        {"dynamic_eplb": True},
+        {"model": "FILES/qwen2"},
+        "does not implement the MixtureOfExperts protocol (allowed: ",
+    ),
     "map path": ({"expert_map_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
     "map for other ranks": ({"expert_map_path": "FILES/4ranks.json"}, {}, "is for 4 devices, the server has 2 ranks"),
     "map with other layers": ({"expert_map_path": "FILES/7layers.json"}, {}, "has 7 MoE layers, the model has 6"),
@@ -219,7 +225,12 @@ def answers(tmp_path_factory, nursery):
     files = tmp_path_factory.mktemp("files")
     ours = json.loads((MODEL / "config.json").read_text())
     dense = {key: value for key, value in ours.items() if "expert" not in key and "moe" not in key}
-    configs = {"dense": {**dense, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "mtp": CONFIG}
+    qwen2 = {**ours, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}
+    configs = {
+        "dense": {**dense, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+        "mtp": CONFIG,
+        "qwen2": {**qwen2, "shared_expert_intermediate_size": 64},
+    }
     for folder, config in configs.items():
         (files / folder).mkdir()
         (files / folder / "config.json").write_text(json.dumps(config))
@@ -325,6 +336,27 @@ def test_an_unchecked_vllm_is_left_alone_and_gpus_see_the_switch(nursery, tmp_pa
     assert done.log.count("ENABLED False") == 1
     assert done.log.count("ENABLED True") == 1
     assert done.log.count("EPLB stays off: it was checked against vLLM") == 1
+
+
+NEWER = """
+import sys, vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm_ascend_eplb.plugin import register
+register()
+vllm.__version__ = sys.argv[2]
+config = EngineArgs(model=sys.argv[1], tensor_parallel_size=2, enable_expert_parallel=True,
+                    additional_config={"eplb_config": {"dynamic_eplb": True}}).create_engine_config()
+print("ENABLED", config.parallel_config.enable_eplb)
+"""
+
+
+def test_newer_vllm_is_balanced_with_a_warning(nursery, tmp_path):
+    """One release after those that were read: the self-test reads the installed sources."""
+    major, minor = READ_VERSIONS[-1].split(".")
+    done = run_script(nursery, tmp_path, NEWER, str(MODEL), f"{major}.{int(minor) + 1}.0")
+    assert done.code == 0, done.log[-4000:]
+    assert "ENABLED True" in done.log
+    assert done.log.count("the self-test found every patch point unchanged") == 1
 
 
 PATCH_POINTS = """
