@@ -370,6 +370,10 @@ eplb_state.EplbLayerState = kept
 
 # The hooks of the V2 runner around vLLM's own controller and decorator, in a runner that calls them as V2 does.
 from types import SimpleNamespace
+
+def asked(**tokens):
+    return SimpleNamespace(num_scheduled_tokens=tokens, total_num_scheduled_tokens=sum(tokens.values()))
+
 from vllm.v1.worker.gpu.eplb_utils import EPLBController, step_eplb_after
 from vllm_ascend_eplb.adaptors.errors import PatchPointError
 from vllm_ascend_eplb.adaptors.vllm import cpu
@@ -397,7 +401,7 @@ class Runner:
         pass
     @step_eplb_after(is_dummy=True)
     def _dummy_run(self, num_tokens, skip_eplb=False, is_profile=False):
-        self.execute_model(SimpleNamespace(num_scheduled_tokens={"a": num_tokens}), dummy_run=True)
+        self.execute_model(asked(a=num_tokens), dummy_run=True)
 
 runner, said = Runner(), []
 hook_runner(runner)
@@ -406,9 +410,9 @@ def show(what, call):
     call()
     print("V2", what, [" ".join(filter(None, (name, {True: "real", False: "dummy", None: ""}[serving], stage)))
                        for name, serving, stage in said])
-show("prefill", lambda: runner.execute_model(SimpleNamespace(num_scheduled_tokens={"a": 5, "b": 1})))
-show("decode", lambda: (runner.execute_model(SimpleNamespace(num_scheduled_tokens={"a": 1})), runner.sample_tokens()))
-show("nothing", lambda: runner.execute_model(SimpleNamespace(num_scheduled_tokens={})))
+show("prefill", lambda: runner.execute_model(asked(a=5, b=1)))
+show("decode", lambda: (runner.execute_model(asked(a=1)), runner.sample_tokens()))
+show("nothing", lambda: runner.execute_model(asked()))
 show("dummy", lambda: runner._dummy_run(4))
 show("profile", lambda: runner._dummy_run(4, is_profile=True))
 show("capture", lambda: runner._dummy_run(4, skip_eplb=True))
