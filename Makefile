@@ -18,7 +18,7 @@ demo: setup  ## serves a real model on RANKS ranks (default 4, 2 for small machi
 	@$(RUN) -m examples.demo --ranks $(RANKS)
 
 # Two lanes: all engines in one of them, file by file the rest (tests/conftest.py).
-LANES := -n 2 --dist loadgroup
+LANES := -n 2 --dist loadscope --no-loadscope-reorder
 TEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest
 
 test: setup  ## all tests but those on NPUs, the ones with real vLLM engines included
