@@ -44,6 +44,10 @@ constexpr double kRoomBeside = 0.45;
 // Under drift the heaviest replicas decide how well a plan ages: none may exceed the least possible by more.
 constexpr double kNearLeast = 1.05;
 
+// A placement from scratch must take so much off the PAR for all slots received, or the same part of that for part of
+// them, where the search alone came as low as a placement from scratch is before its descent.
+constexpr double kReceiptsForPar = 0.05;
+
 // Where the target is missed, PARs within this of the lowest found are equally good before improvement.
 constexpr double kSlack = 0.0015;
 
@@ -80,9 +84,8 @@ bool LayerPlanner::keep_if_better() {
     const double enough = lowest_ + std::max(slack_, kSame / 2);
     const bool better = best_.slots.empty()            ? true
                         : reached != best_.reached     ? reached
-                        : reached                      ? search_.cost() < best_.cost
-                        : peak > enough                ? false
-                        : best_.peak > enough          ? true
+                        : !reached && peak > enough    ? false
+                        : !reached && best_.peak > enough ? true
                         : search_.cost() == best_.cost ? peak < best_.peak
                                                        : search_.cost() < best_.cost;
     if (better) best_ = {search_.slots(), peak, search_.cost(), reached};
@@ -105,13 +108,34 @@ void LayerPlanner::descend() {
         search_.descend();
         keep_if_better();
         if (best_.reached) return;
-        floor_ = std::max(1.0, search_.smallest_largest_share());
+        floor_ = search_.least_peak();
         if (floor_ >= target_) break;  // out of reach: other weights do not change that
     }
-    try_from_scratch(nullptr);
     sink(kStepsOfFast);
+    if (!best_.reached && best_.peak > floor_ + slack_) {
+        const Found kept = best_;
+        try_from_scratch(nullptr);
+        sink(kStepsOfFast);
+        const double price = kReceiptsForPar * (best_.cost - kept.cost) / shape.slots;
+        if (kept.peak <= scratch_peak_ + slack_ && kept.peak - best_.peak < price) {
+            best_ = kept;
+            lowest_ = kept.peak;
+        }
+    }
+    save_receipts();
     slack_ = 0.0;
     search_.adopt(best_.slots);
+}
+
+// On the way to a target out of reach a descent changes ranks that need not change for what was reached: descends once
+// more, just to there.
+void LayerPlanner::save_receipts() {
+    if (best_.reached) return;
+    const double limit = best_.peak + kSame / 2;
+    for (const double square : kSquares) {
+        begin(limit, square);
+        if (search_.descend()) keep_if_better();
+    }
 }
 
 // Lowers the busiest rank step by step: a descent to a limit just below it touches few ranks, and all others may get
@@ -135,6 +159,7 @@ void LayerPlanner::try_from_scratch(Random* noise) {
     if (slots.empty()) return;
     search_.adopt(slots);
     const double peak = search_.peak();
+    scratch_peak_ = std::min(scratch_peak_, peak);
     keep_if_better();
     search_.descend();
     keep_if_better();

@@ -51,6 +51,7 @@ class LayerPlanner {
     bool keep_if_better();
     void try_from_scratch(Random* noise);
     void sink(int steps);
+    void save_receipts();
     void anneal(int steps);
     void improve_once(int round);
 
@@ -62,6 +63,7 @@ class LayerPlanner {
     Random random_;
     Found best_;
     double lowest_ = std::numeric_limits<double>::max();  // PAR of any placement seen
+    double scratch_peak_ = std::numeric_limits<double>::max();  // the same of those made from scratch
     double slack_ = 0.0;
     double floor_ = 0.0;  // no placement has a lower PAR
     double start_peak_ = 0.0;
