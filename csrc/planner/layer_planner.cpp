@@ -47,6 +47,7 @@ constexpr double kNearLeast = 1.05;
 // A placement from scratch must take so much off the PAR for all slots received, or the same part of that for part of
 // them, where the search alone came as low as a placement from scratch is before its descent.
 constexpr double kReceiptsForPar = 0.05;
+constexpr double kNearScratch = 0.002;
 
 // Where the target is missed, PARs within this of the lowest found are equally good before improvement.
 constexpr double kSlack = 0.0015;
@@ -101,15 +102,16 @@ void LayerPlanner::descend() {
         if (!has_load_) return;
         keep_if_better();
         if (best_.reached) return;
+        floor_ = search_.least_peak();
+        if (floor_ > target_) search_.aim({floor_ + kSame / 2, square, floor_});  // below are no receipts to be spent
         double share = 1.0 - room;
         if (variance_ != nullptr) share = std::min(share, kNearLeast * search_.smallest_largest_share());
         // With one slot per rank a replica is a rank's load: the least largest share is the best there is.
         if (!search_.split_heavy(share) && shape.per_rank() == 1) search_.split_heavy(search_.smallest_largest_share());
-        search_.descend();
+        const bool reached = search_.descend();
         keep_if_better();
         if (best_.reached) return;
-        floor_ = search_.least_peak();
-        if (floor_ >= target_) break;  // out of reach: other weights do not change that
+        if (reached) break;
     }
     sink(kStepsOfFast);
     if (!best_.reached && best_.peak > floor_ + slack_) {
@@ -117,7 +119,7 @@ void LayerPlanner::descend() {
         try_from_scratch(nullptr);
         sink(kStepsOfFast);
         const double price = kReceiptsForPar * (best_.cost - kept.cost) / shape.slots;
-        if (kept.peak <= scratch_peak_ + slack_ && kept.peak - best_.peak < price) {
+        if (kept.peak <= scratch_peak_ + kNearScratch && kept.peak - best_.peak < price) {
             best_ = kept;
             lowest_ = kept.peak;
         }
@@ -132,7 +134,7 @@ void LayerPlanner::descend() {
 void LayerPlanner::save_receipts() {
     if (best_.reached) return;
     const double limit = best_.peak + kSame / 2;
-    for (const double square : kSquares) {
+    for (const double square : {kSquares[0], kSquares[2]}) {
         begin(limit, square);
         if (search_.descend()) keep_if_better();
     }
