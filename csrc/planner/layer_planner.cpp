@@ -52,6 +52,12 @@ constexpr double kNearScratch = 0.002;
 // Where the target is missed, PARs within this of the lowest found are equally good before improvement.
 constexpr double kSlack = 0.0015;
 
+// Placements kept for each number of receipts in the search for few moves, and how many receipts it looks at where the
+// descent is stuck.
+constexpr int kWidthOfFast = 8;
+constexpr int kWidthOfThorough = 48;
+constexpr int kDepthWhereStuck = 4;
+
 // A plan may make the windows' PARs worse on average by this part of what it takes off the PAR of their sum.
 constexpr double kHurt = 0.25;
 
@@ -69,6 +75,7 @@ LayerPlanner::LayerPlanner(const double* load, const double* variance, const int
       search_(shape, {goal.nodes, goal.stay_near ? 0.0F : static_cast<float>(1.0 / goal.far_cost), goal.speed}),
       random_(seed),
       stay_near_(goal.stay_near),
+      thorough_(goal.thorough),
       nodes_(goal.nodes) {}
 
 void LayerPlanner::begin(double limit, double square) {
@@ -83,12 +90,12 @@ bool LayerPlanner::keep_if_better() {
     const bool reached = peak <= target_ + kSame / 2;
     lowest_ = std::min(lowest_, peak);
     const double enough = lowest_ + std::max(slack_, kSame / 2);
-    const bool better = best_.slots.empty()            ? true
-                        : reached != best_.reached     ? reached
-                        : !reached && peak > enough    ? false
+    const bool better = best_.slots.empty()               ? true
+                        : reached != best_.reached        ? reached
+                        : !reached && peak > enough       ? false
                         : !reached && best_.peak > enough ? true
-                        : search_.cost() == best_.cost ? peak < best_.peak
-                                                       : search_.cost() < best_.cost;
+                        : search_.cost() == best_.cost    ? peak < best_.peak
+                                                          : search_.cost() < best_.cost;
     if (better) best_ = {search_.slots(), peak, search_.cost(), reached};
     return better;
 }
@@ -202,6 +209,20 @@ void LayerPlanner::improve_once(int round) {
     else
         search_.reconsider(random_, exact);
     keep_if_better();
+}
+
+void LayerPlanner::save_moves() {
+    if (settled() || variance_ != nullptr) return;
+    search_.begin(load_, slots_, variance_);
+    const int most = best_.reached ? best_.cost : std::max(best_.cost, kDepthWhereStuck);
+    few_ = find_few_moves(search_, most, thorough_ ? kWidthOfThorough : kWidthOfFast);
+    for (const FewMoves& few : few_) {
+        search_.adopt(few.slots);
+        keep_if_better();
+    }
+    few_.erase(std::remove_if(few_.begin(), few_.end(), [&](const FewMoves& few) { return few.cost >= best_.cost; }),
+               few_.end());
+    search_.adopt(best_.slots);
 }
 
 void LayerPlanner::improve(int rounds) {

@@ -98,6 +98,7 @@ class Search {
     int confined_nodes() const {
         return state_.near.empty() || conditions_.far > 0.0F ? 1 : conditions_.nodes;
     }  // experts never leave theirs
+    bool nodes_differ() const { return !state_.near.empty(); }
     bool is_near(int node, int expert) const {
         return state_.near.empty() || state_.near[static_cast<size_t>(node) * (shape_.experts + 1) + expert];
     }
