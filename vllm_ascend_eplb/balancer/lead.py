@@ -16,6 +16,7 @@ from ..planning.shares import shared_rank_load
 from ..planning.threshold import PlanJudge
 from ..settings.config import EplbConfig
 from ..values.placement import FloatArray, Int64Array, Placement
+from ..values.plan import Plan
 from ..values.traffic import Traffic
 from ..values.window import WindowLoad
 from .gather import Gathered
@@ -237,7 +238,7 @@ class Lead:
         else:
             self._judge.carried_out(case.start, case.payoff.saved_fraction)
         logger.info(
-            "%s cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
+            "%s cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f%s), %d experts moved in %d rounds, "
             "%d steps after its load was taken; planned in %.1f ms%s%s%s",
             self._parts.title,
             state.cycle,
@@ -245,6 +246,7 @@ class Lead:
             plan.par_after.mean(),
             plan.par_before.max(),
             plan.par_after.max(),
+            _in_bad_windows(plan),
             moved,
             state.committed,
             state.step - state.snapshot_at,
@@ -314,6 +316,13 @@ class Lead:
             if self._work.state.active:  # some rounds of a cycle may be in force that goes on
                 self.record_map()
             parts.map_recorder.close()
+
+
+def _in_bad_windows(plan: Plan) -> str:
+    """For the log line: the 95th percentile of the windows' PARs, mean over layers, where there are windows."""
+    if plan.p95_before is None or plan.p95_after is None:
+        return ""
+    return f"; p95 of windows {plan.p95_before.mean():.3f} -> {plan.p95_after.mean():.3f}"
 
 
 def plan_options(config: EplbConfig) -> PlanOptions:
