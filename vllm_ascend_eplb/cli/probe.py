@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``doctor`` asks of torch and vLLM, in a process of its own: importing them takes seconds, prints, and may crash.
 
-The last line on standard output is one JSON object that begins with ``MARK``.
+``python -m vllm_ascend_eplb.cli.probe [--vllm [-- ARGUMENTS OF A SERVER]]``. The last line on standard output is one
+JSON object that begins with ``MARK``.
 """
 
 from __future__ import annotations
@@ -138,5 +139,13 @@ def _line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    answer = {**devices(), **kernels(), **(patch_points() if "--vllm" in sys.argv else {})}
+    options, behind, words = sys.argv[1:], "--" in sys.argv, []
+    if behind:
+        options, words = options[: options.index("--")], options[options.index("--") + 1 :]
+        os.environ["VLLM_LOGGING_LEVEL"] = "INFO"  # the balancer's lines are told as findings
+    answer = {**devices(), **kernels(), **(patch_points() if "--vllm" in options else {})}
+    if behind and "platform" in answer:
+        from .probe_server import ask_server
+
+        answer["server"] = ask_server(words)
     print("\n" + MARK + json.dumps(answer), flush=True)
