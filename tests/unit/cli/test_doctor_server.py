@@ -80,7 +80,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         "option": [MODEL, "--enable-expert-paralel", *settings()],
         "value": [MODEL, "--tensor-parallel-size", "two"],
         "help": [MODEL, "--help"],
-        "heads": [MODEL, "--enable-expert-parallel", "--tensor-parallel-size", "3", *settings()],
+        "length": [MODEL, *EP, "--max-model-len", "100000000", *settings()],
         "dense": [
             config_of(folder / "dense", architectures=["Qwen3ForCausalLM"], model_type="qwen3"),
             *EP,
@@ -93,7 +93,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         ],
         "no folder": [folder / "none", *EP, *settings()],
     }
-    (folder / "cases.json").write_text(json.dumps({name: [str(word) for word in words] for name, words in cases.items()}))
+    (folder / "cases.json").write_text(
+        json.dumps({name: [str(word) for word in words] for name, words in cases.items()})
+    )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("VLLM_PLUGINS", None)
     done = subprocess.run(
@@ -144,7 +146,7 @@ def test_vllm_leaves_balancing_off(answers: dict[str, dict[str, Any]], name: str
         ("option", "unrecognized arguments: --enable-expert-paralel"),
         ("value", "argument --tensor-parallel-size"),
         ("help", "leave that out"),
-        ("heads", "divisible by tensor parallel size (3)"),
+        ("length", "max_model_len (100000000)"),
         ("dense", "a model without experts"),
         ("refused class", "does not implement the MixtureOfExperts protocol"),
         ("no folder", "none"),

@@ -11,7 +11,9 @@ import stat
 import tempfile
 import threading
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -69,9 +71,10 @@ def test_round_trip(tmp_path: Path, name: str, form: str | None) -> None:
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**16))
 def test_round_trip_of_any_placement(layers: int, per_rank: int, spare: int, seed: int) -> None:
+    """The disk is not waited for here: tests of writing do that."""
     ranks = 4
     before = placement(layers, per_rank * ranks, ranks, min(spare, per_rank) * ranks and ranks, seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
         for form in ("ascend", "sglang", "array"):
             path = Path(folder) / f"{form}.json"
             write_expert_map(path, before, form, dense_layers=3)  # type: ignore[arg-type]
@@ -133,6 +136,31 @@ def test_sglang_counts_layers_without_experts(tmp_path: Path) -> None:
     assert read_expert_map(tmp_path / "map.json", num_ranks=4, dense_layers=3) == before
     with pytest.raises(ExpertMapError, match=r"6 MoE layers, the model has 3.*without experts"):
         read_expert_map(tmp_path / "map.json", num_ranks=4, num_layers=3)
+
+
+@pytest.mark.parametrize("name", ["map.json", "map.pt"])
+@pytest.mark.parametrize("dense", [[1], [0, 2, 4], [0, 1, 2], (3,), {5, 1}])
+def test_sglang_layers_without_experts_between_others(tmp_path: Path, name: str, dense: Collection[int]) -> None:
+    """Control: read without their numbers, the same file is refused."""
+    if name.endswith(".pt"):
+        pytest.importorskip("torch")
+    before = placement(layers=4)
+    write_expert_map(tmp_path / name, before, "sglang", dense_layers=dense)
+    assert read_expert_map(tmp_path / name, num_ranks=4, num_layers=4, dense_layers=dense) == before
+    with pytest.raises(ExpertMapError, match="give the number of layers without experts"):
+        read_expert_map(tmp_path / name, num_ranks=4, num_layers=4)
+
+
+@pytest.mark.parametrize(
+    ("dense", "said"), [([9], "layer 9"), (-1, "-1"), ([-2], "-2"), (7, "7 of them"), (range(7), "7 of")]
+)
+def test_layers_that_cannot_be_without_experts(tmp_path: Path, dense: int | Collection[int], said: str) -> None:
+    write_expert_map(tmp_path / "map.json", placement(), "sglang", dense_layers=3)
+    with pytest.raises(ExpertMapError, match=said):
+        read_expert_map(tmp_path / "map.json", num_ranks=4, dense_layers=dense)
+    if said in ("layer 9", "-1", "-2"):
+        with pytest.raises(ExpertMapError, match=said):
+            write_expert_map(tmp_path / "out.json", placement(), "sglang", dense_layers=dense)
 
 
 def _changed(**changes: object) -> dict[str, object]:
