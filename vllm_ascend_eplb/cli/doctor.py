@@ -138,7 +138,7 @@ def versions() -> dict[str, str | None]:
 
 def probe(with_vllm: bool, words: Sequence[str] = (), timeout: float = 180.0) -> dict[str, Any]:
     """What torch and vLLM say of themselves, and of the arguments of a server; see probe.py."""
-    command = [sys.executable, "-m", "vllm_ascend_eplb.cli.probe", "--stacks-after", str(0.9 * timeout)]
+    command = [sys.executable, "-m", "vllm_ascend_eplb.cli.probe", "--stacks-after", str(0.6 * timeout)]
     command += [*(["--vllm"] if with_vllm else []), *(["--", *words] if words else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, errors="replace", check=False)

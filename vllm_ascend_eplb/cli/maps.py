@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -37,7 +37,7 @@ def layer_numbers(text: str) -> int | list[int]:
     """``3``, a number of leading layers, or ``1,3,5-7``, numbers of layers; ``3,`` is layer 3 alone.
 
     Raises:
-        typer.BadParameter: it is neither.
+        CommandError: it is neither.
     """
     if text.isascii() and text.isdigit() and len(text) < 6:
         return int(text)
@@ -45,15 +45,16 @@ def layer_numbers(text: str) -> int | list[int]:
     for part in text.removesuffix(",").split(","):
         ends = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part, re.ASCII)
         if ends is None or int(ends[2] or ends[1]) < int(ends[1]):
-            raise typer.BadParameter(f"{show(text)}: give how many leading layers, as 3, or their numbers, as 1,3,5-7")
+            raise CommandError(
+                f"--dense-layers {show(text)}: give how many leading layers, as 3, or their numbers, as 1,3,5-7"
+            )
         numbers += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
     return numbers
 
 
 DenseOption = Annotated[
-    Any,
+    str,
     typer.Option(
-        parser=layer_numbers,
         metavar="COUNT|NUMBERS",
         help="Layers without experts in SGLang's form: how many lead (DeepSeek-V3: 3), or their numbers, as 1,3,5-7.",
     ),
@@ -77,7 +78,7 @@ def check(
             num_layers=layers,
             num_experts=experts,
             num_ranks=ranks,
-            dense_layers=dense_layers,
+            dense_layers=layer_numbers(dense_layers),
             allow_duplicates=allow_duplicates,
         )
         facts = describe(placement)
@@ -117,10 +118,14 @@ def convert(
     """Convert between the map files of vllm-ascend, SGLang, TensorRT-LLM, OmniPlacement, DeepSeek's EPLB and NumPy."""
     with user_errors(as_json):
         placement = read_expert_map(
-            source, num_experts=experts, num_ranks=ranks, dense_layers=dense_layers, allow_duplicates=allow_duplicates
+            source,
+            num_experts=experts,
+            num_ranks=ranks,
+            dense_layers=layer_numbers(dense_layers),
+            allow_duplicates=allow_duplicates,
         )
         form = to.value if to else default_form(target)
-        write_expert_map(target, placement, form, dense_layers=dense_layers)
+        write_expert_map(target, placement, form, dense_layers=layer_numbers(dense_layers))
     if as_json:
         print_json({"path": str(target), "form": form, **describe(placement)})
     else:

@@ -2,8 +2,8 @@
 """What ``doctor`` asks of torch and vLLM, in a process of its own: importing them takes seconds, prints, and may crash.
 
 ``python -m vllm_ascend_eplb.cli.probe [--stacks-after SECONDS] [--vllm [-- ARGUMENTS OF A SERVER]]``. The last line on
-standard output is one JSON object that begins with ``MARK``. A process that still works after so many seconds writes the
-stacks of all its threads to standard error, so that a hang explains itself.
+standard output is one JSON object that begins with ``MARK``. A process that still works after so many seconds writes
+the stacks of all its threads to standard error, so that a hang explains itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from .finding import MARK
 
-STACKS_AFTER_SECONDS = 150.0
+STACKS_AFTER_SECONDS = 120.0
 
 
 def devices() -> dict[str, Any]:

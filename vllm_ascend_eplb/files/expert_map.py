@@ -158,17 +158,18 @@ def write_expert_map(
         layer, slot = (int(i) for i in empty[0])
         raise ExpertMapError(f"layer {layer}, slot {slot} is empty; a map file must name an expert for every slot")
     if layers is not None:
-        numbers = list(layers)
+        numbers, total = list(layers), layers[-1] + 1
     else:
         dense = _dense(dense_layers)
-        numbers = [row for row in range(placement.num_layers + len(dense)) if row not in dense]
+        total = placement.num_layers + len(dense)
+        numbers = [row for row in range(total) if row not in dense]
         if len(numbers) != placement.num_layers:
             raise ExpertMapError(
                 f"layer {max(dense)} cannot be without experts: with {placement.num_layers} layers that have them, the "
-                f"model has {placement.num_layers + len(dense)}"
+                f"model has {total}"
             )
     try:
-        write_atomic(path, _format(placement, form, Path(path).suffix, numbers))
+        write_atomic(path, _format(placement, form, Path(path).suffix, numbers, total))
     except FileError as error:
         raise ExpertMapError(str(error)) from None
 
@@ -181,12 +182,12 @@ def default_form(path: str | os.PathLike[str]) -> MapForm:
     return by_ending.get(Path(path).suffix.lower(), "ascend")
 
 
-def _format(placement: Placement, form: MapForm, ending: str, layers: list[int]) -> bytes:
+def _format(placement: Placement, form: MapForm, ending: str, layers: list[int], total: int) -> bytes:
     slots, ending = placement.physical_to_logical, ending.lower()
     if form == "ascend":
         return json.dumps(to_ascend(placement)).encode() + b"\n"
     if form == "sglang":
-        rows = np.tile(np.arange(placement.num_slots, dtype=np.int32) % placement.num_experts, (layers[-1] + 1, 1))
+        rows = np.tile(np.arange(placement.num_slots, dtype=np.int32) % placement.num_experts, (total, 1))
         rows[layers] = slots
         if ending == ".pt":
             return write_torch({_SGLANG_KEY: rows.astype(np.int64)})
