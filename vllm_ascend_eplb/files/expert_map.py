@@ -37,6 +37,7 @@ from .foreign_forms import (
     from_omni,
     from_trtllm,
     parse_yaml,
+    settings_of_balancer,
     to_deepseek,
     to_omni,
     to_trtllm,
@@ -235,6 +236,7 @@ def _parse(data: bytes, path: str | os.PathLike[str], dense_layers: int | Collec
     if data.startswith(b"PK"):
         return _from_npz(data, path, name)
     value = parse_yaml(data, name) if _is_yaml(data, path) else parse_json(data, path)
+    value = settings_of_balancer(value, name)
     if isinstance(value, list):
         return Found(from_rows(value, name))
     if isinstance(value, dict) and "layer_list" in value:
