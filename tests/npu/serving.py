@@ -313,20 +313,23 @@ def serve_until(
     raise AssertionError(f"{server.cycles_done()} of {until} cycles: {server.all_stats()}\n{server.log[-3000:]}")
 
 
-def rows_computed(windows: list[list[list[int]]], ranks: int = 1, gathered: bool = True) -> np.ndarray:
+def rows_computed(windows: list[list[list[list[int]]]], ranks: int = 1, gathered: bool = True) -> np.ndarray:
     """int [T], what a MoE layer computed in each window.
 
     Args:
-        windows: for each window, the tokens of each data-parallel engine, step by step (probe.py).
+        windows: for each window, step by step, the tokens of each data-parallel engine, filled up and as they were
+            (probe.py).
         ranks: of an engine.
         gathered: whether engines gather their batches, filled up to the longest (A2). Otherwise (A3) each rank sends
-            its part; where a batch is too large for MC2, All2All gives each rank of an engine a row at least.
+            its part, and masks what it was filled up with; where a batch is too large for MC2, All2All gives each rank
+            of an engine a row at least.
     """
 
-    def rows(step: list[int]) -> int:
+    def rows(step: list[list[int]]) -> int:
+        filled, sent = step
         if gathered:
-            return max(step) * len(step)
-        return sum(max(tokens, ranks) if max(step) > MAX_SEQUENCES else tokens for tokens in step)
+            return max(filled) * len(filled)
+        return sum(max(tokens, ranks) for tokens in filled) if max(filled) > MAX_SEQUENCES else sum(sent)
 
     return np.array([sum(map(rows, window)) for window in windows])
 
