@@ -115,11 +115,11 @@ def load_pairs(shape: Shape, files: dict[str, FloatArray], seeds: int, quick: bo
     """Names and functions that give (load before, load)."""
     if shape.experts == 256 and files:
         names = ("prefill_in1024", "prefill_in4096", "decode_in1000out1000", "decode_in500out1500")
-        short, longer, decode, other = names if set(names) <= files.keys() else (list(files) * 4)[:4]
+        short, longer, decode, longer_decode = names if set(names) <= files.keys() else (list(files) * 4)[:4]
         for name, first, second in (
             ("real, prompts 1K to 4K", short, longer),
             ("real, prefill to decode", short, decode),
-            ("real, decode to decode", decode, other),
+            ("real, decode to decode", decode, longer_decode),
         ):
             yield name, lambda first=first, second=second: (files[first], files[second])
     for seed in range(1 if quick else seeds):

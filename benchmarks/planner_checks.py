@@ -259,13 +259,15 @@ def check_plans(results: Results, case: Case, in_force: Placement) -> None:
         plan(case.load, case.slots, case.num_ranks, target_par=case.target_par, effort="thorough", rounds=5, threads=n)
         for n in (1, 3)
     ]
-    for one, other in (made[:2], made[2:]):
-        results.check(bool(np.array_equal(one.moves, other.moves)), f"{case.name}: the plan depends on the threads")
+    for single, threaded in (made[:2], made[2:]):
+        results.check(
+            bool(np.array_equal(single.moves, threaded.moves)), f"{case.name}: the plan depends on the threads"
+        )
         try:
-            one.check(in_force)
+            single.check(in_force)
         except ValueError as error:
             results.check(False, f"{case.name}: {error}")
-        results.check(bool((one.par_after <= one.par_before + 1e-6).all()), f"{case.name}: a layer got worse")
+        results.check(bool((single.par_after <= single.par_before + 1e-6).all()), f"{case.name}: a layer got worse")
     worst = float(made[0].par_after.max())
     results.check(worst <= case.target_par + 0.01, f"{case.name}: worst layer at {worst:.4f}")
 

@@ -214,7 +214,7 @@ def measure_cpu(checks: Checks, rounds: int, tables: tuple[str, ...]) -> tuple[l
                     spent_on = {"us_median": statistics.median(spent), "us_min": min(spent)}
                     rows.append({**row, "candidate": name, **spent_on})
                 for name in ("choose + index + bincount", "index + bincount", "identity + bincount", "bincount alone"):
-                    of_rounds = [other / own for other, own in zip(times[name], times["op"], strict=True)]
+                    of_rounds = [theirs / own for theirs, own in zip(times[name], times["op"], strict=True)]
                     ratios[f"{case}: {name} / op"] = statistics.median(of_rounds)
                     ratios[f"{case}: {name} / op, best rounds"] = min(times[name]) / min(times["op"])
     torch.set_num_threads(all_threads)

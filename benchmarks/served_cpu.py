@@ -146,9 +146,7 @@ def main() -> int:
     ratios: dict[str, Any] = {}
     for load in arguments.loads:
         for key in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-            off, on = (
-                [each[key] for each in runs if each["load"] == load and each["on"] is on] for on in (False, True)
-            )
+            off, on = ([run[key] for run in runs if run["load"] == load and run["on"] is on] for on in (False, True))
             of_pairs = [b / a for a, b in zip(off, on, strict=True)]
             ratios[f"{load} {key}"] = {"median": statistics.median(of_pairs), "pairs": of_pairs}
     report = {
@@ -163,7 +161,7 @@ def main() -> int:
     print(text)
     if arguments.json:
         arguments.json.write_text(text + "\n")
-    return int(any(each["load"] == "skewed" and each["on"] and not each["moved"] for each in runs))
+    return int(any(run["load"] == "skewed" and run["on"] and not run["moved"] for run in runs))
 
 
 if __name__ == "__main__":

@@ -689,14 +689,14 @@ class Bench:
             def stop(a: Placement = a, rounds: list[Round] = rounds) -> None:
                 self.barrier()
                 now = a
-                for each in rounds:
-                    loader.prepare(each)
-                    loader.issue(each.number)
-                    while loader.rounds_done <= each.number and not loader.poisoned:
+                for round_ in rounds:
+                    loader.prepare(round_)
+                    loader.issue(round_.number)
+                    while loader.rounds_done <= round_.number and not loader.poisoned:
                         time.sleep(20e-6)
                     self.barrier()
-                    loader.commit(each.number)
-                    now = now.with_moves(each.moves)
+                    loader.commit(round_.number)
+                    now = now.with_moves(round_.moves)
                 loader.forget()
                 self.model.maps.prepare(now, list(range(self.size.layers)))
                 self.model.maps.commit()

@@ -232,11 +232,11 @@ def grid_of(scenario: Scenario, largest: int, draws: int = 3) -> Iterator[Case]:
     for redundant in scenario.redundant:
         width = (scenario.shape.experts + redundant) // scenario.ranks
         for par in GRID_PARS:
-            for count in (each for each in GRID_TOKENS if each <= largest):
+            for count in (tokens for tokens in GRID_TOKENS if tokens <= largest):
                 pairs = round(par * count * scenario.shape.top_k)
                 weight = np.exp(GRID_SIGMA * random.normal(size=(draws, width)))
                 weight /= weight.sum(axis=1, keepdims=True)
-                drawn = [np.round(weight[0] * pairs), *(random.multinomial(pairs, each) for each in weight)]
+                drawn = [np.round(weight[0] * pairs), *(random.multinomial(pairs, shares) for shares in weight)]
                 counts = np.array(drawn, dtype=np.int32)[:, None, :]
                 yield Case(scenario.name, -1, "grid", count, "grid", redundant, width, par, counts)
 
@@ -270,7 +270,7 @@ def drawn_loads(experts: int, layers: int = 24, seed: int = 1) -> dict[str, tupl
     for stage in ("decode", "prefill"):
         latent = random.normal(size=(layers, experts))
         drifted = 0.97 * latent + np.sqrt(1 - 0.97**2) * random.normal(size=(layers, experts))
-        pair = [np.exp(GRID_SIGMA * each) for each in (latent, drifted)]
+        pair = [np.exp(GRID_SIGMA * logarithm) for logarithm in (latent, drifted)]
         loads[stage] = (pair[0] / pair[0].sum(axis=1, keepdims=True), pair[1] / pair[1].sum(axis=1, keepdims=True))
     return loads
 
@@ -298,7 +298,7 @@ def make_cases(
 def save_cases(path: Path, scenarios: tuple[Scenario, ...], cases: list[Case]) -> None:
     """One .npz: ``about`` (JSON of scenarios and of every case without counts) and an array per case."""
     about = [{name: value for name, value in vars(case).items() if name != "counts"} for case in cases]
-    text = json.dumps({"scenarios": [asdict(each) for each in scenarios], "cases": about})
+    text = json.dumps({"scenarios": [asdict(scenario) for scenario in scenarios], "cases": about})
     np.savez_compressed(path, about=np.str_(text), **{f"c{i}": case.counts for i, case in enumerate(cases)})
 
 

@@ -61,9 +61,9 @@ class Slots:
         """Other weights, in place, as ``placement`` says."""
         self.first_layer = first_layer
         fresh = Slots(placement, self.rank, first_layer=first_layer)
-        for mine, its in zip(self.stacked, fresh.stacked, strict=True):
-            for kind, other in zip(mine, its, strict=True):
-                kind.copy_(other)
+        for mine, target in zip(self.stacked, fresh.stacked, strict=True):
+            for kind, value in zip(mine, target, strict=True):
+                kind.copy_(value)
 
     def views(self) -> list[list[list[torch.Tensor]]]:
         return [[[kind[slot] for kind in layer] for slot in range(self.size)] for layer in self.stacked]

@@ -76,7 +76,7 @@ class Seen(_Seen):
         return [cycle.result for cycle in self.stats.cycles]
 
     def said(self, level: str, part: str = "") -> list[str]:
-        return [text for its, text in self.log if its == level and part in text]
+        return [text for logged, text in self.log if logged == level and part in text]
 
 
 class Fault:
@@ -512,10 +512,10 @@ class Skewed(Fault):
             time.sleep(self.luck.random() / 5)
         if self.ranks.rank == 1 and self.cycle == 5 and self.phase is Phase.MOVE and not self.stopped:
             self.stopped = True
-            others = [
+            signals = [
                 signal_path(f"{rank} in forward {self.step}") for rank in range(self.ranks.num_ranks) if rank != 1
             ]
-            watch = "".join(f'until [ -e "{path}" ]; do sleep 0.01; done; ' for path in others)
+            watch = "".join(f'until [ -e "{path}" ]; do sleep 0.01; done; ' for path in signals)
             go_on = f"{watch} touch '{signal_path('waited')}'; sleep {self.stopped_for}; kill -CONT {os.getpid()}"
             subprocess.Popen(["sh", "-c", go_on])
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -34,7 +34,7 @@ def run_on_two_hosts(
         for rank in range(RANKS):
             (folder / f"settings{rank}.json").write_text(json.dumps(settings[rank]))
             command = [sys.executable, "-m", "tests.distributed.host_rank"]
-            command += [str(each) for each in (rank, RANKS, ADDRESSES[0], PORT, folder, STEPS)]
+            command += [str(argument) for argument in (rank, RANKS, ADDRESSES[0], PORT, folder, STEPS)]
             environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lan"}
             environment.pop("EPLB_STATS_FILE", None)
             with open(folder / f"log{rank}", "wb") as log:

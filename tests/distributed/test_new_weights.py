@@ -90,8 +90,8 @@ def serve_and_load(ranks: Ranks, back_to_start: bool) -> Seen:
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_other_weights_may_be_loaded_in_any_phase(num_ranks: int) -> None:
-    first, *others = run_ranks(num_ranks, serve_and_load, True)
-    for seen in (first, *others):
+    first, *rest = run_ranks(num_ranks, serve_and_load, True)
+    for seen in (first, *rest):
         assert seen.wrong == ""
         assert seen.history == first.history
         assert seen.loaded_in == first.loaded_in

@@ -96,10 +96,10 @@ def serve_two(ranks: Ranks, cycles: int, own_tags: bool = True) -> Seen:
         planning = any(updator.state.phase is Phase.PLAN for updator in updators)
         time.sleep(0.05 if planning else 0.002)
     stats = [updator.stats.stats() for updator in updators]
-    seen.done = tuple(each.cycles_done for each in stats)
-    seen.failed = tuple(each.cycles_failed for each in stats)
+    seen.done = tuple(model.cycles_done for model in stats)
+    seen.failed = tuple(model.cycles_failed for model in stats)
     seen.damaged = seen.damaged or any(updator.parts.loader.poisoned for updator in updators)
-    seen.tokens = tuple(each.window.tokens if each.window else 0 for each in stats)
+    seen.tokens = tuple(model.window.tokens if model.window else 0 for model in stats)
     for updator in updators:
         updator.close()
     return seen
@@ -107,8 +107,8 @@ def serve_two(ranks: Ranks, cycles: int, own_tags: bool = True) -> Seen:
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_two_models_balance_on_shared_groups_each_by_itself(num_ranks: int) -> None:
-    first, *others = run_ranks(num_ranks, serve_two, 6)
-    for seen in (first, *others):
+    first, *rest = run_ranks(num_ranks, serve_two, 6)
+    for seen in (first, *rest):
         assert seen.wrong == ""
         assert seen.history == first.history
     assert min(first.done) >= 5

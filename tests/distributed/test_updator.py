@@ -437,10 +437,10 @@ def test_a_synchronous_cycle_takes_one_step(num_ranks: int, policy: str, cycles:
     in_rounds = run_ranks(num_ranks, serve, 400, settings, {"cycles": cycles})
     check_agreement(at_once)
     check_agreement(in_rounds)
-    for one, other in zip(at_once, in_rounds, strict=True):
-        assert changes(one) == sum(one.after[n] != one.after[n - 1] for n in range(1, max(one.after) + 1))
-        assert [one.after[n] for n in range(cycles + 1)] == [other.after[n] for n in range(cycles + 1)]
-        assert len({one.after[n][1] for n in range(cycles + 1)}) == cycles + 1  # weights did move
-        assert changes(other) > cycles  # so the count above can fail
+    for whole, stepwise in zip(at_once, in_rounds, strict=True):
+        assert changes(whole) == sum(whole.after[n] != whole.after[n - 1] for n in range(1, max(whole.after) + 1))
+        assert [whole.after[n] for n in range(cycles + 1)] == [stepwise.after[n] for n in range(cycles + 1)]
+        assert len({whole.after[n][1] for n in range(cycles + 1)}) == cycles + 1  # weights did move
+        assert changes(stepwise) > cycles  # so the count above can fail
     assert at_once[0].stats.cycles_failed == in_rounds[0].stats.cycles_failed == 0
     assert at_once[0].step == (cycles + 1) * 10 - 8  # waiting is no step: the first cycle at step 2, then every 10

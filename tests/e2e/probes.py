@@ -359,12 +359,12 @@ def views_agree(worker: Any) -> bool:
     """Whether the maps that vLLM's state API shows are those that vLLM itself makes of the placement shown."""
     from vllm.distributed.eplb.eplb_state import compute_logical_maps
 
-    def agree(its: Any) -> bool:
-        shown, copies = its.logical_to_physical_map.cpu(), its.logical_replica_count.cpu()
-        inverse, count = compute_logical_maps(its.physical_to_logical_map.cpu(), its.model.num_logical_experts)
+    def agree(views: Any) -> bool:
+        shown, copies = views.logical_to_physical_map.cpu(), views.logical_replica_count.cpu()
+        inverse, count = compute_logical_maps(views.physical_to_logical_map.cpu(), views.model.num_logical_experts)
         width = inverse.shape[-1]
         return bool(
             torch.equal(count, copies) and torch.equal(inverse, shown[..., :width]) and (shown[..., width:] == -1).all()
         )
 
-    return all(agree(its) for its in _state(worker).model_states.values())
+    return all(agree(views) for views in _state(worker).model_states.values())

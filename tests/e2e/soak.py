@@ -336,8 +336,8 @@ def growth(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 def vllm_growth(requests: float) -> float:
     """Most MiB by which vLLM's workers have grown after so many requests."""
     total = 0.0
-    for count, each in VLLM_GROWTH_MIB:
-        total += each * min(requests, count)
+    for count, mib in VLLM_GROWTH_MIB:
+        total += mib * min(requests, count)
         requests = max(0.0, requests - count)
     return total
 
@@ -353,12 +353,12 @@ def judge(result: dict[str, Any], left: list[str], log: str) -> list[str]:
     if not answers.requests:
         said.append("no request was answered")
     for name, most in MOST_GROWTH.items() if "growth" in result else ():
-        its = result["growth"][name]
+        median = result["growth"][name]
         if name == "memory_mib":
             answered = result["growth"]["requests"]
             most += vllm_growth(answered["last"]) - vllm_growth(answered["first"])
-        if its["last"] - its["first"] > most:
-            said.append(f"{name} grew from {its['first']} to {its['last']}; at most {most:.0f} more are allowed")
+        if median["last"] - median["first"] > most:
+            said.append(f"{name} grew from {median['first']} to {median['last']}; at most {most:.0f} more are allowed")
     if stats is None or not stats.cycles_done:
         said.append("no cycle was done")
     elif stats.phase == "off":
@@ -399,7 +399,7 @@ def report(result: dict[str, Any]) -> str:
         "",
         "| resource, median of | first quarter | last quarter |",
         "| --- | --- | --- |",
-        *(f"| {name} | {its['first']} | {its['last']} |" for name, its in result["growth"].items()),
+        *(f"| {name} | {median['first']} | {median['last']} |" for name, median in result["growth"].items()),
     ]
     return "\n".join(lines) + "\n"
 

@@ -48,10 +48,10 @@ def test_answers_are_those_of_one_process_while_experts_move(server, reference):
             break
     assert stats.cycles_done >= 10
     assert stats.cycles_failed == 0
-    assert [each.rank for each in stats.ranks] == [0, 1]  # of both engines
-    assert all(each.longest_step_seconds > 0 for each in stats.ranks)
+    assert [rank.rank for rank in stats.ranks] == [0, 1]  # of both engines
+    assert all(rank.longest_step_seconds > 0 for rank in stats.ranks)
     shown = EplbStats.from_json(httpx.get(f"{server.url}/eplb/stats", timeout=30).text)
-    assert [each.rank for each in shown.ranks] == [0, 1]
+    assert [rank.rank for rank in shown.ranks] == [0, 1]
 
 
 def test_an_idle_engine_stays_in_step(server, reference):

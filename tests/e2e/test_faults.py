@@ -69,9 +69,9 @@ def server(tmp_path_factory, pairs):
 
 
 def stats(server: PrivateServer) -> EplbStats:
-    its = server.stats()
-    assert its is not None
-    return its
+    found = server.stats()
+    assert found is not None
+    return found
 
 
 def planned(server: PrivateServer) -> int:
@@ -285,7 +285,9 @@ def test_a_server_that_is_ended_under_requests_leaves_nothing(tmp_path, pairs, n
     server = PrivateServer(tmp_path)
     try:
         server.start_and_wait()
-        run(server, pairs, lambda _: until(lambda: (its := server.stats()) and its.cycles_done >= 3, "three cycles"))
+        run(
+            server, pairs, lambda _: until(lambda: (found := server.stats()) and found.cycles_done >= 3, "three cycles")
+        )
         assert server.end_by(number, pairs) == []
     finally:
         server.remove()
@@ -294,7 +296,7 @@ def test_a_server_that_is_ended_under_requests_leaves_nothing(tmp_path, pairs, n
 @pytest.mark.soak
 def test_a_transfer_that_fails_ends_balancing_and_nothing_else(tmp_path, pairs):
     async def fail(_: Requests) -> None:
-        await until(lambda: (its := server.stats()) and its.cycles_done >= 3, "three cycles")
+        await until(lambda: (found := server.stats()) and found.cycles_done >= 3, "three cycles")
         ask(server, NO_ISSUE)
         await until(lambda: stats(server).phase == "off", "the end of balancing")
 

@@ -27,7 +27,7 @@ CYCLES = 12
 
 def equal_tokens(ours: list[list[int]], theirs: list[list[int]]) -> tuple[int, int]:
     assert [len(tokens) for tokens in ours] == [len(tokens) for tokens in theirs]
-    pairs = [(a, b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)]
+    pairs = [(a, b) for mine, reference in zip(ours, theirs, strict=True) for a, b in zip(mine, reference, strict=True)]
     return sum(a == b for a, b in pairs), len(pairs)
 
 
@@ -101,9 +101,9 @@ def test_steps_are_scheduled_ahead_and_counted_as_routed(probed):
 
 
 def test_all_ranks_hold_one_placement_at_one_step(probed):
-    first, *others = probed.result["ranks"]
-    for other in others:
-        assert {key: other[key] for key in ("digest", "step", "cycle", "phase")} == {
+    first, *rest = probed.result["ranks"]
+    for rank in rest:
+        assert {key: rank[key] for key in ("digest", "step", "cycle", "phase")} == {
             key: first[key] for key in ("digest", "step", "cycle", "phase")
         }
 
@@ -123,8 +123,8 @@ def test_the_recorded_load_is_the_routers_own_choice(probed):
 def test_every_pair_is_computed_once_with_the_right_weights(probed):
     first, second = (rank["masks"] for rank in probed.result["ranks"])
     assert len(first) == len(second) > 1000
-    for mine, other in zip(first, second, strict=True):
-        np.testing.assert_array_equal(np.array(mine) + np.array(other), 1)
+    for mine, theirs in zip(first, second, strict=True):
+        np.testing.assert_array_equal(np.array(mine) + np.array(theirs), 1)
     assert [rank["wrong_experts"] for rank in probed.result["ranks"]] == [0, 0]
 
 
@@ -248,8 +248,8 @@ def test_each_pipeline_stage_is_a_balancer_of_its_own(staged, reference):
         assert stats["cycles_failed"] == 0
         assert stage[0]["history"] == stage[1]["history"]
         assert [rank["wrong_experts"] for rank in stage] == [0, 0]
-        for mine, other in zip(stage[0]["masks"], stage[1]["masks"], strict=True):
-            np.testing.assert_array_equal(np.array(mine) + np.array(other), 1)
+        for mine, theirs in zip(stage[0]["masks"], stage[1]["masks"], strict=True):
+            np.testing.assert_array_equal(np.array(mine) + np.array(theirs), 1)
         # three of the six layers, whose tokens the first rank counts
         assert stage[0]["counted"] == [staged["computed"] * 4] * 3
         assert stage[1]["counted"] == [0] * 3

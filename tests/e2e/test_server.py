@@ -152,9 +152,9 @@ def test_the_live_page_shows_all_ranks(server, tmp_path):
     assert answer.status_code == 200
     shown, kept = EplbStats.from_json(answer.text), server.stats()
     assert shown.cycles_done <= kept.cycles_done
-    assert [each.rank for each in shown.ranks] == [0, 1]
-    assert sum(each.load for each in shown.ranks) == pytest.approx(2, abs=1e-3)
-    assert all(each.longest_step_seconds > 0 for each in shown.ranks)
+    assert [rank.rank for rank in shown.ranks] == [0, 1]
+    assert sum(rank.load for rank in shown.ranks) == pytest.approx(2, abs=1e-3)
+    assert all(rank.longest_step_seconds > 0 for rank in shown.ranks)
     assert httpx.post(f"{server.url}/eplb/stats", timeout=30).status_code == 405
     chromium = shutil.which("chromium")
     if chromium is None:

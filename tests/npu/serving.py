@@ -254,7 +254,7 @@ class NpuServer(Server):
     def unexpected_races(self) -> list[str]:
         """Races but those of vLLM's runner: it copies the sampled tokens to the host on a stream of its own and gives
         their memory back meanwhile, to whatever is computed next."""
-        return [race for race in self.races() if "data race" not in race or not any(its in race for its in UPSTREAM)]
+        return [race for race in self.races() if "data race" not in race or not any(part in race for part in UPSTREAM)]
 
     def complete(self, texts: list[str], tokens: int, engine: int | None = None) -> list[list[int]]:
         """Greedy answers to all texts, asked at the same time.

@@ -46,11 +46,11 @@ def check_load(server: NpuServer, layers: int, experts_per_token: int) -> None:
         experts_per_token: K.
     """
     first, second = server.call("probe_watched")
-    for one, other in ((first, second), *zip(first["drafter"], second["drafter"], strict=True)):
-        loads, windows = np.array(one["loads"]), np.array(one["windows"])
+    for planning, routing in ((first, second), *zip(first["drafter"], second["drafter"], strict=True)):
+        loads, windows = np.array(planning["loads"]), np.array(planning["windows"])
         assert len(loads) >= 10
         np.testing.assert_array_equal(loads, windows[: len(loads)])
-        np.testing.assert_array_equal(np.array(other["windows"]), windows)  # the ranks route the same tokens
+        np.testing.assert_array_equal(np.array(routing["windows"]), windows)  # the ranks route the same tokens
     loads = np.array(first["loads"])
     scheduled = np.array(first["rows"])[: len(loads)]
     for layer in range(layers):
@@ -128,8 +128,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory, model: Path, prompts: list
 def ask(server: NpuServer, prompt: str, engine: int | None = None) -> tuple[list[int], list[object]]:
     """The answer, and what the drafter (of the first engine, if there are several) guessed on the way, step by step."""
     (tokens,) = server.complete([prompt], TOKENS, engine)
-    first, *others = server.call("probe_guesses")
-    assert all(other == first for other in others)
+    first, *rest = server.call("probe_guesses")
+    assert all(rank == first for rank in rest)
     return tokens, first["guesses"]
 
 
@@ -194,7 +194,7 @@ def test_draft_model_keeps_tokens_and_draft_tokens(
     for turn in range(60):
         number = turn % len(prompts)
         assert ask(drafted, prompts[number]) == (answers[number], of_turn(guesses, turn))
-        first, second = (np.array(each["placement"]) for each in drafted.call("probe_watched"))
+        first, second = (np.array(rank["placement"]) for rank in drafted.call("probe_watched"))
         np.testing.assert_array_equal(first, second)
         changed += (first != start).any(axis=1)
         start = first

@@ -12,6 +12,7 @@ import pytest
 import vllm_ascend_eplb
 
 PACKAGE = Path(vllm_ascend_eplb.__file__).parent
+ROOT = Path(__file__).parents[2]
 
 NO_TORCH = ("values", "files", "settings", "observe", "planning", "simulate", "report")
 NO_ENGINE = ("load", "agreement", "transfer", "routing", "balancer")
@@ -43,7 +44,7 @@ def modules(folders: Iterable[str] = STATIONS) -> dict[str, Path]:
 def imports(name: str, source: str, known: Iterable[str]) -> set[str]:
     """The modules of the package that a module's source imports anywhere, also within functions; for a name that is
     taken from the package itself, that name."""
-    package = name if name in {each.rpartition(".")[0] for each in known} else name.rpartition(".")[0]
+    package = name if name in {module.rpartition(".")[0] for module in known} else name.rpartition(".")[0]
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -54,7 +55,7 @@ def imports(name: str, source: str, known: Iterable[str]) -> set[str]:
         else:
             if isinstance(node, ast.Import):
                 own = [alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE.name]
-                found |= {each.partition(".")[2] for each in own}
+                found |= {module.partition(".")[2] for module in own}
             continue
         for alias in node.names:
             inner = f"{base}.{alias.name}" if base else alias.name
@@ -173,5 +174,36 @@ def test_every_logger_is_one_that_a_server_shows():
     """vLLM gives handlers to the loggers under its own name only; what becomes of others depends on the release."""
     names = [(path.name, name) for path in PACKAGE.rglob("*.py") for name in loggers(path.read_text())]
     assert len(names) > 10
-    assert [each for each in names if not str(each[1]).startswith("vllm.eplb")] == []
+    assert [entry for entry in names if not str(entry[1]).startswith("vllm.eplb")] == []
     assert list(loggers("import logging\nlogging.getLogger(__name__)")) == [None]
+
+
+def bound_names(source: str) -> Iterable[tuple[int, str]]:
+    """Line and name of every variable, argument and import that a source gives a name to."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            yield node.lineno, node.name
+        elif isinstance(node, ast.alias):
+            yield node.lineno, node.asname or node.name
+        elif isinstance(node, ast.FunctionDef) and node.name == "__eq__":
+            node.args.args.clear()  # Python itself names the argument "other"
+
+
+PRONOUNS = {"each", "its", "other", "others", "one"}
+
+
+def test_variables_say_what_they_hold():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for folder in (PACKAGE, *(ROOT / name for name in ("tests", "benchmarks", "examples", "scripts", "docs")))
+        for path in sorted(folder.rglob("*.py"))
+        for line, name in bound_names(path.read_text(encoding="utf-8"))
+        if name in PRONOUNS
+    ]
+    assert found == []
+    source = "for each in rows:\n  f = lambda its: (found := its)\ndef __eq__(self, other): ..."
+    assert {name for _, name in bound_names(source)} & PRONOUNS == {"each", "its"}

@@ -82,7 +82,7 @@ def test_who_takes_the_mapping_by_name_is_known(root: Path) -> None:
         for node in ast.walk(tree(root, module)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == MAPPING:
                 assert not node.args
-                assert {each.arg for each in node.keywords} <= taken
+                assert {keyword.arg for keyword in node.keywords} <= taken
 
 
 def test_the_page_shows_this_table() -> None:

@@ -121,7 +121,7 @@ def test_map_order_is_exported_by_no_worker() -> None:
 
 def test_model_readers_are_refused_while_experts_moved() -> None:
     """As functions that run by collective_rpc call them; a model that was not guarded is read."""
-    mine, model, other = state(LOADED), Model(), Model()
+    mine, model, unguarded = state(LOADED), Model(), Model()
     guard_model(model, mine.require_unmoved)
     readers = {name: (lambda m, name=name: list(getattr(m, name)())) for name in (*MODEL_READERS, "parameters")}
     for read in readers.values():
@@ -130,7 +130,7 @@ def test_model_readers_are_refused_while_experts_moved() -> None:
     for name, read in readers.items():
         with pytest.raises(MovedExpertsError, match="of the model reads weights"):
             read(model)
-        assert len(read(other)) == 1, name
+        assert len(read(unguarded)) == 1, name
     assert torch.equal(model.w13_weight, torch.arange(4.0))  # serving reads attributes
 
 

@@ -118,7 +118,7 @@ def test_a_flight_can_be_written_read_and_replayed(tmp_path: Path) -> None:
         state, _ = advance(state, agreed, settings)
         states.append(state)
         recorder.record(state.phase, facts, agreed)
-    assert {its.phase for its in states} >= {Phase.COLLECT, Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN}
+    assert {state.phase for state in states} >= {Phase.COLLECT, Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN}
     recorder.dump(tmp_path / "flight.json", rank=0, reason="test", settings=settings)
     entries = FlightRecorder.load(tmp_path / "flight.json")
     assert tuple(entries) == recorder.entries

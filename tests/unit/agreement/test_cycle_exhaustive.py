@@ -122,10 +122,10 @@ def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> I
         elif not env.bulk:
             yield replace(env, ready=1), 0
         if fault:
-            its = {Phase.SNAPSHOT: Failure.SNAPSHOT, Phase.REDUCE: Failure.REDUCE}.get(
+            failure = {Phase.SNAPSHOT: Failure.SNAPSHOT, Phase.REDUCE: Failure.REDUCE}.get(
                 state.phase, Failure.PLAN_INVALID
             )
-            yield replace(env, failure=int(its)), 1
+            yield replace(env, failure=int(failure)), 1
     if state.phase is Phase.AUDIT and not env.ready and not env.failure and not env.bulk:
         yield replace(env, ready=1), 0
         if faults:
@@ -255,7 +255,7 @@ def follow(world: World, case: Case, see: See) -> Iterator[World]:
                 posted = posted[1:]
         results = [advance(state, see(agreed, posted, rank), case.settings) for rank, state in enumerate(world.states)]
         states, actions = zip(*results, strict=True)
-        if any(state != states[0] for state in states) or any(its != actions[0] for its in actions):
+        if any(state != states[0] for state in states) or any(done != actions[0] for done in actions):
             raise ViolationError(f"ranks part: {[state.phase.name for state in states]}, {actions}, {envs}")
         perform(actions[0], envs, states[0], case)
         if len({env.placement for env in envs}) != 1:
@@ -271,7 +271,7 @@ def as_agreed(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank
 
 @cache
 def bounds(facts: tuple[Facts, ...]) -> Agreed:
-    columns = list(zip(*(astuple(each) for each in facts), strict=True))
+    columns = list(zip(*(astuple(fact) for fact in facts), strict=True))
     return Agreed(Facts(*map(min, columns)), Facts(*map(max, columns)))
 
 
@@ -342,7 +342,7 @@ def explore(case: Case, see: See = as_agreed, limit: int = 2_000_000) -> dict[Wo
             if world in after:
                 continue
             after[world] = list(set(step(world, case, see)))
-            front_next += [its for its in after[world] if its not in after]
+            front_next += [following for following in after[world] if following not in after]
         front = front_next
         assert len(after) < limit, "the search does not end; its worlds are not compared as they should be"
     return after
@@ -351,8 +351,8 @@ def explore(case: Case, see: See = as_agreed, limit: int = 2_000_000) -> dict[Wo
 def assert_all_end(worlds: dict[World, list[World]]) -> None:
     """From every world there is a way to the end of the cycle."""
     before: dict[World, list[World]] = {world: [] for world in worlds}
-    for world, its in worlds.items():
-        for after in its:
+    for world, following in worlds.items():
+        for after in following:
             before[after].append(world)
     good = {world for world in worlds if world.states[0].phase in (Phase.COLLECT, Phase.OFF)}
     front = list(good)
@@ -362,8 +362,8 @@ def assert_all_end(worlds: dict[World, list[World]]) -> None:
     assert not stuck, f"{len(stuck)} worlds have no way out, for example {stuck[0]}"
 
 
-def settings(lag: int, buffers: int = 2, **others: int) -> CycleSettings:
-    values = {"max_failures": 2, "max_resends": 1, **others}
+def settings(lag: int, buffers: int = 2, **limits: int) -> CycleSettings:
+    values = {"max_failures": 2, "max_resends": 1, **limits}
     return CycleSettings(
         collect_steps=4 * (lag + 1) + 1, execution_steps=2, first_collect_steps=1, buffers=buffers, **values
     )
@@ -465,10 +465,12 @@ def test_the_search_finds_a_rank_that_obeys_before_all_know() -> None:
 def test_the_search_finds_cycles_that_begin_while_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     original = cycle._collect
 
-    def heedless(state: CycleState, its: CycleSettings) -> tuple[CycleState, Actions]:
-        state, actions = original(replace(state, paused=False), its)
+    def heedless(state: CycleState, limits: CycleSettings) -> tuple[CycleState, Actions]:
+        state, actions = original(replace(state, paused=False), limits)
         return replace(state, paused=True), actions
 
-    monkeypatch.setattr(cycle, "_collect", lambda state, its: (heedless if state.paused else original)(state, its))
+    monkeypatch.setattr(
+        cycle, "_collect", lambda state, limits: (heedless if state.paused else original)(state, limits)
+    )
     with pytest.raises(ViolationError, match="begun while paused"):
         explore(Case(2, 1, settings(1, 1, listen_steps=2), (1,), 0, 1))

@@ -25,7 +25,7 @@ def test_what_is_written_is_read_and_private(tmp_path: Path) -> None:
     write_order(path, order)
     assert read_order(path) == order
     assert path.stat().st_mode & 0o777 == 0o600
-    assert [each.name for each in tmp_path.iterdir()] == ["stats.json.order"]
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.json.order"]
 
 
 @pytest.mark.parametrize(

@@ -75,16 +75,16 @@ def test_plan_writes_a_map_that_balances(tmp_path: Path) -> None:
 
 
 def test_plan_from_the_last_windows_and_from_a_map(tmp_path: Path) -> None:
-    one, two = tmp_path / "one.json", tmp_path / "two.json"
-    run("plan", TRACE, "--ranks", 8, "--redundant", 8, "-o", one, "--effort", "fast", "--last", 1)
+    cold, two = tmp_path / "one.json", tmp_path / "two.json"
+    run("plan", TRACE, "--ranks", 8, "--redundant", 8, "-o", cold, "--effort", "fast", "--last", 1)
     last = np.load(TRACE)["loads"][-1]
-    assert read_expert_map(one).par(last).max() < 1.05
+    assert read_expert_map(cold).par(last).max() < 1.05
     again = run_json(
-        "plan", TRACE, "--ranks", 8, "--redundant", 8, "-o", two, "--effort", "fast", "--last", 1, "--start", one
+        "plan", TRACE, "--ranks", 8, "--redundant", 8, "-o", two, "--effort", "fast", "--last", 1, "--start", cold
     )
     assert again["moves"] == 0
-    assert one.read_bytes() == two.read_bytes()
-    message = run("plan", TRACE, "--ranks", 8, "--redundant", 16, "--start", one, status=2)
+    assert cold.read_bytes() == two.read_bytes()
+    message = run("plan", TRACE, "--ranks", 8, "--redundant", 16, "--start", cold, status=2)
     assert "8 redundant experts, --redundant is 16" in message
 
 
@@ -401,15 +401,15 @@ def test_doctor_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
         answer = {"npu": 8, "vllm_version": "0.23.0", "platform": "npu", "ascend_differences": [], **known, **changes}
         monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
         said = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
-        return {each["what"]: (each["status"], each["text"]) for each in said["findings"]}
+        return {finding["what"]: (finding["status"], finding["text"]) for finding in said["findings"]}
 
     well = findings()
     assert well["vllm-ascend"][0] == well["vllm-ascend's runner"][0] == "ok"
     status, text = findings(ascend_version="0.24.0")["vllm-ascend"]
     assert status == "wrong"
     assert text.startswith("0.24.0; checked against 0.23.0.post1: balancing stays off unless ")
-    other = findings(ascend_differences=["it calls eplb_updator.turn"])["vllm-ascend's runner"]
-    assert other == ("wrong", "it calls eplb_updator.turn: vllm-ascend's own EPLB stays in place")
+    first = findings(ascend_differences=["it calls eplb_updator.turn"])["vllm-ascend's runner"]
+    assert first == ("wrong", "it calls eplb_updator.turn: vllm-ascend's own EPLB stays in place")
     second = findings(ascend_missing=[])["vllm-ascend's runner"]
     assert second == ("ok", "the second one; all patch points are present")
     gone = findings(ascend_missing=["a.b (its use): gone"])["vllm-ascend's runner"]

@@ -384,8 +384,8 @@ def test_what_is_recorded_is_what_was_last_in_force(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     recorder = MapRecorder(path)
     placements = [placement(seed=seed) for seed in range(20)]
-    for number, each in enumerate(placements):
-        recorder.record(each, np.full((3, 8), number))
+    for number, in_force in enumerate(placements):
+        recorder.record(in_force, np.full((3, 8), number))
     recorder.record(placements[-1])  # a cycle without a window of its own
     recorder.close()
     assert read_expert_map(path) == placements[-1]

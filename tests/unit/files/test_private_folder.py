@@ -97,15 +97,15 @@ def test_folder_of_an_unreaped_front_end_is_removed(tmp_path):
 
 
 def test_leftovers_of_a_killed_server_are_removed_at_next_start(tmp_path):
-    with server(tmp_path) as (_, its), server(tmp_path, forks=True) as (_, forked):
+    with server(tmp_path) as (_, served), server(tmp_path, forks=True) as (_, forked):
         with server(tmp_path) as (session, left):
             end(session, signal.SIGTERM)  # which it does not treat
         assert left.is_dir()
         assert left.stat().st_mode & 0o077 == 0
-        assert {its, forked, left} == set(tmp_path.iterdir())
+        assert {served, forked, left} == set(tmp_path.iterdir())
         with server(tmp_path) as (_, new):
-            assert {its, forked, new} == set(tmp_path.iterdir())
-            assert (its / "stats.json").exists()
+            assert {served, forked, new} == set(tmp_path.iterdir())
+            assert (served / "stats.json").exists()
             assert (forked / "stats.json").exists()
 
 

@@ -256,9 +256,9 @@ def test_the_choice_depends_on_position_and_expert_alone():
     """Ranks that route the same tokens must agree, so other tokens of the batch must not matter."""
     ids, table, replicas, counts, record = model_batch(64, "cpu")
     whole = ops.map_and_record(ids, table, replicas, counts, record)
-    other = ids.clone()
-    other[1::2] = (other[1::2] + 5) % 256
-    changed = ops.map_and_record(other, table, replicas, counts, record)
+    changed_ids = ids.clone()
+    changed_ids[1::2] = (changed_ids[1::2] + 5) % 256
+    changed = ops.map_and_record(changed_ids, table, replicas, counts, record)
     assert torch.equal(whole[::2], changed[::2])
     assert not torch.equal(whole[1::2], changed[1::2])
 

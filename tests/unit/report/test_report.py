@@ -176,8 +176,8 @@ def test_page_of_an_observed_run() -> None:
         "Rank load, with the plan of the window before",
     ):
         assert expected in reader.text
-    one = StatsKeeper("0.1.0", "incremental", "observe").stats()
-    assert "No plan has been measured yet" in read(make_page(one, None)).text
+    stats = StatsKeeper("0.1.0", "incremental", "observe").stats()
+    assert "No plan has been measured yet" in read(make_page(stats, None)).text
 
 
 def test_page_of_a_simulation(simulation: Simulation) -> None:
