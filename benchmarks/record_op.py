@@ -118,7 +118,7 @@ def op_switched_off(inputs: Inputs) -> Call:
 
 def op_by_aten(inputs: Inputs) -> Call:
     arguments = inputs.table, inputs.replicas, inputs.counts, inputs.record, inputs.num_unpadded
-    return lambda i: ops._map_and_record_aten(inputs.ids[i], *arguments)
+    return lambda i: ops.map_and_record_aten(inputs.ids[i], *arguments)
 
 
 def choose_index_bincount(inputs: Inputs) -> Call:

@@ -404,7 +404,7 @@ class Loop:
                 extra()
             if number and after is not None:
                 after()
-            marks.append(self._mark())
+            marks.append(self.mark())
             if number > 1 and self.cuda:
                 marks[number - 1].synchronize()
         if self.cuda:
@@ -414,7 +414,7 @@ class Loop:
             times = [1e3 * (b - a) for a, b in pairwise(marks)]
         return times, results
 
-    def _mark(self) -> Any:
+    def mark(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True, blocking=True)
@@ -537,7 +537,7 @@ class Bench:
         times = []
         for _ in range(6):
             self.barrier()
-            marks = [self.loop._mark()]
+            marks = [self.loop.mark()]
             works = dist.batch_isend_irecv(
                 [dist.P2POp(dist.isend, tensor, to, self.groups["compute"], tag=i) for i, tensor in enumerate(mine)]
                 + [
@@ -547,7 +547,7 @@ class Bench:
             )
             for work in works:
                 work.wait()
-            marks.append(self.loop._mark())
+            marks.append(self.loop.mark())
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
                 times.append(marks[0].elapsed_time(marks[1]) / 1e3)

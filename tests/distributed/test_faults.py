@@ -40,9 +40,11 @@ from vllm_ascend_eplb.planning import message as plan_message
 from vllm_ascend_eplb.planning import process as process_module
 from vllm_ascend_eplb.planning.request import plan_request
 from vllm_ascend_eplb.settings.config import EplbConfig
+from vllm_ascend_eplb.transfer.transport import Transport
 from vllm_ascend_eplb.values.placement import Placement
 
 from . import policies
+from .faulty import FaultyTransport, interpose
 from .model import Slots
 from .pace import Clock, PatientPlanner, give_signal, settle, signal_path, wait_for, wait_for_signal
 from .ranks import Ranks, run_ranks
@@ -435,14 +437,32 @@ class FailToIssue(Fault):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        issue = self.updator.parts.loader._issue_part
+        interpose(self.updator.parts.loader, ThrowsAtIssue, self)
 
-        def perhaps() -> None:
-            if self.cycle == 2 and self.ranks.rank == 1:
-                raise RuntimeError("planted while issuing")
-            issue()
 
-        self.updator.parts.loader._issue_part = perhaps  # type: ignore[method-assign]
+class OfFault(FaultyTransport):
+    """Goes wrong on rank 1 in cycle 2 of ``fault``."""
+
+    def __init__(self, real: Transport, fault: Fault) -> None:
+        super().__init__(real)
+        self.fault = fault
+
+    @property
+    def now(self) -> bool:
+        return self.fault.cycle == 2 and self.fault.ranks.rank == 1
+
+
+class ThrowsAtIssue(OfFault):
+    def issuing(self, serial: int) -> int:
+        if self.now:
+            raise RuntimeError("planted while issuing")
+        return serial
+
+
+class SleepsAtArrival(OfFault):
+    def arrived(self, received: list[torch.Tensor]) -> None:
+        if self.now:
+            time.sleep(3600)
 
 
 class NeverArrive(Fault):
@@ -452,14 +472,7 @@ class NeverArrive(Fault):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        arrive = self.updator.parts.loader._arrive
-
-        def perhaps(flight: Any) -> None:
-            if self.cycle == 2 and self.ranks.rank == 1:
-                time.sleep(3600)
-            arrive(flight)
-
-        self.updator.parts.loader._arrive = perhaps  # type: ignore[method-assign]
+        interpose(self.updator.parts.loader, SleepsAtArrival, self)
 
     @property
     def settles(self) -> bool:

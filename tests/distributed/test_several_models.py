@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -14,11 +13,10 @@ import torch.distributed as dist
 from vllm_ascend_eplb.agreement.exchange import StartError
 from vllm_ascend_eplb.agreement.phases import Phase
 from vllm_ascend_eplb.balancer.start import start_balancer
-from vllm_ascend_eplb.balancer.updator import EplbUpdator
 from vllm_ascend_eplb.settings.config import EplbConfig
-from vllm_ascend_eplb.transfer import gloo
-from vllm_ascend_eplb.transfer.loader import TransferError
+from vllm_ascend_eplb.transfer.transport import TransferError, Transport
 
+from .faulty import FaultyTransport, interpose
 from .ranks import Ranks, run_ranks
 from .test_updator import RoutingModel
 
@@ -61,24 +59,26 @@ def models(ranks: Ranks) -> list[RoutingModel]:
     ]
 
 
-def hold_back(updator: EplbUpdator, seed: int) -> None:
-    """Starts each transfer of this model on this rank up to 20 ms late."""
-    run, random = updator.parts.loader._run, Random(seed)
+class HeldBack(FaultyTransport):
+    """Starts each transfer of this model on this rank up to 20 ms late. Without ``own_tags`` the messages of all
+    models and rounds have the same tags."""
 
-    def late(*args: Any) -> None:
-        time.sleep(0.02 * random.random())
-        run(*args)
+    def __init__(self, real: Transport, seed: int, own_tags: bool) -> None:
+        super().__init__(real)
+        self.luck, self.own_tags = Random(seed), own_tags
 
-    updator.parts.loader._run = late  # type: ignore[method-assign]
+    def issuing(self, serial: int) -> int:
+        return serial if self.own_tags else 0
+
+    def running(self) -> None:
+        time.sleep(0.02 * self.luck.random())
 
 
 def serve_two(ranks: Ranks, cycles: int, own_tags: bool = True) -> Seen:
-    if not own_tags:
-        gloo._tag = lambda _, index: index  # type: ignore[assignment]
     both = models(ranks)
     updators = [start_balancer(model, CONFIG) for model in both]
     for number, updator in enumerate(updators):
-        hold_back(updator, 2 * ranks.rank + number)
+        interpose(updator.parts.loader, HeldBack, 2 * ranks.rank + number, own_tags)
     seen = Seen()
     while min(updator.state.cycle for updator in updators) <= cycles and len(seen.history) < 2000:
         for updator in updators:

@@ -102,7 +102,7 @@ def wait_for(value: Any, seconds: float = 60.0) -> Any:
 def front_ends(way: str, folder: str) -> None:
     """One server for each phase, in a session and a folder of its own; writes with which status each ended."""
     os.environ.pop(STATS_VARIABLE, None)
-    ranks_module._context = multiprocessing.get_context("fork")
+    ranks_module.context = multiprocessing.get_context("fork")
     phase_of = {}
     for phase in PHASES:
         own = Path(folder, phase.name)

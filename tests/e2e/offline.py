@@ -49,7 +49,7 @@ class Engine:
         self.parts = arguments.get("data_parallel_size", 1)
         self._requests = 0
         if self.parts == 1:
-            self._llm = LLM(**arguments)
+            self.llm = LLM(**arguments)
         else:
             self._loop = asyncio.new_event_loop()
             asyncio.set_event_loop(self._loop)
@@ -58,7 +58,7 @@ class Engine:
     def rpc(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """``function(worker, *args)`` in every worker; what each returned, in rank order."""
         if self.parts == 1:
-            return self._llm.collective_rpc(function, args=args)
+            return self.llm.collective_rpc(function, args=args)
         return [result for part in self._loop.run_until_complete(self._call(function, args)) for result in part]
 
     async def _call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[list[Any]]:
@@ -73,7 +73,7 @@ class Engine:
     def generate(self, prompts: list[str], sampling: Any, part: int | None = None) -> list[Any]:
         """Answers to all prompts, asked at the same time, of one data-parallel part or of whichever is free."""
         if self.parts == 1:
-            return self._llm.generate(prompts, sampling, use_tqdm=False)
+            return self.llm.generate(prompts, sampling, use_tqdm=False)
         return self._loop.run_until_complete(self._gather(prompts, sampling, part))
 
     async def _gather(self, prompts: list[str], sampling: Any, part: int | None) -> list[Any]:
@@ -89,7 +89,7 @@ class Engine:
 
     def close(self) -> None:
         if self.parts == 1:
-            self._llm.llm_engine.engine_core.shutdown()
+            self.llm.llm_engine.engine_core.shutdown()
         else:
             self._many.shutdown()
 

@@ -110,7 +110,7 @@ class Requests:
             await self.pause.wait()
             text, expected = luck.choice(self._pairs)
             try:
-                response = await self._client.post("/v1/completions", json=self._request(text))
+                response = await self._client.post("/v1/completions", json=self.completion(text))
                 response.raise_for_status()
                 got = response.json()["choices"][0]["token_ids"]
             except (httpx.HTTPError, KeyError, ValueError) as error:
@@ -127,7 +127,7 @@ class Requests:
     async def abort(self) -> None:
         """Begins a request and goes away in the middle of its answer."""
         luck = self._luck
-        request = self._request(luck.choice(self._pairs)[0]) | {"stream": True, "max_tokens": 200}
+        request = self.completion(luck.choice(self._pairs)[0]) | {"stream": True, "max_tokens": 200}
         with contextlib.suppress(httpx.HTTPError):
             async with self._client.stream("POST", "/v1/completions", json=request) as response:
                 count = luck.randint(1, 20)
@@ -141,7 +141,7 @@ class Requests:
         await self._client.aclose()
 
     @staticmethod
-    def _request(text: str) -> dict[str, Any]:
+    def completion(text: str) -> dict[str, Any]:
         return {
             "model": "tiny-moe",
             "prompt": text,
@@ -195,7 +195,7 @@ class Faults:
     """One fault after the other, each undone before the next."""
 
     def __init__(self, server: PrivateServer, requests: Requests, luck: random.Random) -> None:
-        self._server, self._requests, self._stats, self._luck = server, requests, server._stats_path, luck
+        self._server, self._requests, self._stats, self._luck = server, requests, server.stats_path, luck
         self.done: Counter[str] = Counter()
         self.kinds: dict[str, Callable[[], Any]] = {
             "planner killed (SIGKILL)": lambda: self._signal(planners, signal.SIGKILL),
@@ -432,8 +432,8 @@ class PrivateServer(Server):
         self.command += ["--num-gpu-blocks-override", str(KV_BLOCKS)]
         if parallel == "data":
             self.command[self.command.index("--tensor-parallel-size")] = "--data-parallel-size"
-        del self._environment[STATS_VARIABLE]
-        self._environment["TMPDIR"] = str(self.temporary)
+        del self.environment[STATS_VARIABLE]
+        self.environment["TMPDIR"] = str(self.temporary)
         is_root = os.geteuid() == 0
         own_mounts = ["unshare", "--mount", *([] if is_root else ["--map-root-user"])]
         self._its_mounts = ["nsenter", "--mount", *([] if is_root else ["--user", "--preserve-credentials"])]
@@ -452,7 +452,7 @@ class PrivateServer(Server):
         start = Path(tempfile.mkdtemp(dir=self.temporary.parent, prefix="start-"))
         (start / "sitecustomize.py").write_text(code)
         paths = [str(start), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        self._environment |= {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+        self.environment |= {**environment, "PYTHONPATH": os.pathsep.join(paths)}
 
     def start_and_wait(self) -> None:
         self.start()
@@ -467,7 +467,7 @@ class PrivateServer(Server):
             if time.monotonic() > deadline:
                 raise ServerError("the server made no folder for its statistics")
             time.sleep(0.2)
-        self._stats_path = found[0] / "stats.json"
+        self.stats_path = found[0] / "stats.json"
 
     def remove(self) -> None:
         """Ends what is still there, and removes what a server leaves in its folder but the log."""
@@ -495,7 +495,7 @@ class PrivateServer(Server):
         statistics stand still."""
         assert self._process is not None
         inside = [*self._its_mounts, "--target", str(self._process.pid)]
-        folder = str(self._stats_path.parent)
+        folder = str(self.stats_path.parent)
         subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", "size=4k,mode=700", "tmpfs", folder], check=True)
         try:
             yield
@@ -504,7 +504,7 @@ class PrivateServer(Server):
 
     def open_to_others(self) -> list[str]:
         """Files of the balancer that users other than the owner may read or write."""
-        folder = self._stats_path.parent
+        folder = self.stats_path.parent
         return [str(path) for path in [folder, *folder.iterdir()] if path.stat().st_mode & 0o077]
 
     def end_by(self, number: int, pairs: Pairs) -> list[str]:
@@ -541,7 +541,7 @@ class PrivateServer(Server):
 
 def _ask_in_vain(url: str, text: str) -> None:
     with contextlib.suppress(httpx.HTTPError):
-        httpx.post(f"{url}/v1/completions", json=Requests._request(text) | {"max_tokens": 200}, timeout=60)
+        httpx.post(f"{url}/v1/completions", json=Requests.completion(text) | {"max_tokens": 200}, timeout=60)
 
 
 ENDS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "crash": signal.SIGKILL}

@@ -106,13 +106,13 @@ async def until_balanced(server: PrivateServer) -> None:
 
 async def obey(server: PrivateServer, command: str) -> None:
     order = Order(command=command)
-    write_order(orders_path(server._stats_path), order)
+    write_order(orders_path(server.stats_path), order)
     await until(lambda: stats(server).order == order.id, f"the effect of {command}")
 
 
 def ask(server: PrivateServer, fault: str) -> Path:
     """Asks for a fault that damage.py makes; the file is gone when it is made."""
-    request = Path(server._environment[REQUESTS], fault)
+    request = Path(server.environment[REQUESTS], fault)
     request.touch()
     return request
 

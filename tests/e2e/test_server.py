@@ -60,7 +60,7 @@ def map_file(tmp_path_factory) -> Path:
 def server(tmp_path_factory, map_file):
     settings = {**BUSY, "policy": "incremental", "target_par": 1.0, "expert_map_record_path": str(map_file)}
     server = Server(2, settings, tmp_path_factory.mktemp("server"), 16)
-    server._environment["VLLM_PLUGINS"] = "eplb,eplb_page"  # the page is off unless it is named
+    server.environment["VLLM_PLUGINS"] = "eplb,eplb_page"  # the page is off unless it is named
     start(server)
     yield server
     server.stop()
@@ -181,7 +181,7 @@ def test_every_cycle_has_one_line_in_the_log(server):
 def order(server: Server, *arguments: str) -> dict[str, object]:
     """Gives an order with the command line tool, while requests keep the server's steps going."""
     command = [sys.executable, "-m", "vllm_ascend_eplb.cli", "control", *arguments, "--json", "--timeout", "120"]
-    process = subprocess.Popen([*command, "--stats-file", str(server._stats_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, "--stats-file", str(server.stats_path)], stdout=subprocess.PIPE, text=True)
     texts = [text for batch in prompts(1) for text in batch]
     while process.poll() is None:
         complete(server, texts, 16)

@@ -65,7 +65,7 @@ def main(job_path: str) -> None:
         enable_expert_parallel=True,
         additional_config={"eplb_config": job["eplb"]},
     )
-    core = engine._llm.llm_engine.engine_core
+    core = engine.llm.llm_engine.engine_core
     sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
     def generate_until(moves: bool) -> None:

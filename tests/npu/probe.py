@@ -22,7 +22,7 @@ class Probe:
         state = runner.eplb_state
         if state is None:
             return []
-        parts = [(state.updator, state._model.moe_layers)]
+        parts = [(state.updator, state.model.moe_layers)]
         if state.draft is not None:
             drafter = state.model_states[state.draft.model_config.compute_hash()]
             parts.append((state.draft.updator, drafter.model.moe_layers))

@@ -205,8 +205,8 @@ class NpuServer(Server):
             settings |= COMPILING
         if probe:
             settings["VLLM_SERVER_DEV_MODE"] = "1"  # serves /collective_rpc
-        own = {key: self._environment[key] for key in ("EPLB_STATS_FILE", "VLLM_RPC_BASE_PATH")}
-        self._environment = environment(self.report, device, **own, **settings)
+        own = {key: self.environment[key] for key in ("EPLB_STATS_FILE", "VLLM_RPC_BASE_PATH")}
+        self.environment = environment(self.report, device, **own, **settings)
 
     def started(self) -> NpuServer:
         self.start()
@@ -227,7 +227,7 @@ class NpuServer(Server):
 
     def all_stats(self) -> list[EplbStats | None]:
         """What each of its balancers last reported."""
-        path = self._stats_path
+        path = self.stats_path
         return [read_stats(path.with_stem(f"{path.stem}-{part}".rstrip("-"))) for part in self.parts] or [self.stats()]
 
     def cycles_done(self) -> int:

@@ -108,7 +108,7 @@ def entries_of(tokens: torch.Tensor, experts: torch.Tensor, valid: torch.Tensor)
     return torch.div(fraction * valid, 65536, rounding_mode="floor")
 
 
-def _map_and_record_aten(
+def map_and_record_aten(
     topk_ids: torch.Tensor,
     dispatch_table: torch.Tensor,
     replica_count: torch.Tensor,
@@ -202,7 +202,7 @@ def _check_record(record: torch.Tensor) -> None:
         )
 
 
-_definitions.impl("map_and_record", _map_and_record_aten, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_definitions.impl("map_and_record", map_and_record_aten, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 torch.library.register_fake("vllm_ascend_eplb::map_and_record", _map_and_record_fake, lib=_definitions)

@@ -26,7 +26,6 @@ from itertools import product
 
 import pytest
 
-from vllm_ascend_eplb.agreement import transition as cycle
 from vllm_ascend_eplb.agreement.channel import Agreed, Facts
 from vllm_ascend_eplb.agreement.phases import Actions, Command, CycleSettings, CycleState, Do, Failure, Phase
 from vllm_ascend_eplb.agreement.transition import advance
@@ -463,14 +462,14 @@ def test_the_search_finds_a_rank_that_obeys_before_all_know() -> None:
 
 
 def test_the_search_finds_cycles_that_begin_while_paused(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = cycle._collect
+    original = advance
 
-    def heedless(state: CycleState, limits: CycleSettings) -> tuple[CycleState, Actions]:
-        state, actions = original(replace(state, paused=False), limits)
-        return replace(state, paused=True), actions
+    def heedless(state: CycleState, agreed: Agreed | None, limits: CycleSettings) -> tuple[CycleState, Actions]:
+        if state.phase is not Phase.COLLECT:
+            return original(state, agreed, limits)
+        following, actions = original(replace(state, paused=False), agreed, limits)
+        return replace(following, paused=state.paused), actions
 
-    monkeypatch.setattr(
-        cycle, "_collect", lambda state, limits: (heedless if state.paused else original)(state, limits)
-    )
+    monkeypatch.setitem(globals(), "advance", heedless)
     with pytest.raises(ViolationError, match="begun while paused"):
         explore(Case(2, 1, settings(1, 1, listen_steps=2), (1,), 0, 1))

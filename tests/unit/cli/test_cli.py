@@ -200,7 +200,7 @@ def test_simulate_can_be_interrupted(short_trace: Path, tmp_path: Path, monkeypa
 
         yield tick
 
-    monkeypatch.setattr(module, "_progress", interrupted_in_the_second)
+    monkeypatch.setattr(module, "progress", interrupted_in_the_second)
     kept = tmp_path / "sim.json"
     arguments = ("simulate", short_trace, "--ranks", 8, "--policies", "none,default", "--intervals", 1, "-o", kept)
     text = run(*arguments, status=130)
@@ -340,14 +340,14 @@ def test_doctor_names_the_kernels_in_use() -> None:
     import vllm_ascend_eplb.cli.doctor as module
 
     answer = {"kernels": {"cpu": "cpu", "cuda": "aten"}, "no_kernel": {"cuda": "the package was built without nvcc"}}
-    cpu, cuda = module._kernels(answer)
+    cpu, cuda = module.kernel_findings(answer)
     assert (cpu.status, cuda.status) == ("ok", "note")
     assert "C++ kernel for cpu is in use" in cpu.text
     assert "the package was built without nvcc; a server does without" in cuda.text
-    (slow,) = module._kernels({"kernels": {"cpu": "aten"}, "no_kernel": {"cpu": "_ops.so is missing"}})
+    (slow,) = module.kernel_findings({"kernels": {"cpu": "aten"}, "no_kernel": {"cpu": "_ops.so is missing"}})
     assert slow.status == "note"
     assert slow.text.endswith("in use: _ops.so is missing")
-    assert module._kernels({"kernels_error": "ImportError: no"})[0].status == "wrong"
+    assert module.kernel_findings({"kernels_error": "ImportError: no"})[0].status == "wrong"
 
 
 def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +393,7 @@ def run_json_of_any_status(command: str) -> dict[str, Any]:
 def test_doctor_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm_ascend_eplb.cli.doctor as module
 
-    monkeypatch.setattr(module, "_plugins", list)
+    monkeypatch.setattr(module, "plugin_findings", list)
     monkeypatch.delenv("DYNAMIC_EPLB", raising=False)
 
     def findings(**changes: object) -> dict[str, tuple[str, str]]:
@@ -423,7 +423,7 @@ def test_doctor_checks_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     import vllm_ascend_eplb.cli.doctor as module
 
     monkeypatch.setattr(module, "probe", lambda with_vllm: {"cuda": 0, "npu": 0})
-    monkeypatch.setattr(module, "_plugins", list)
+    monkeypatch.setattr(module, "plugin_findings", list)
 
     def settings(text: str, status: int = 0) -> str:
         said = run_json("doctor", "--config", text, "--experts", 64, "--ranks", 4, status=status)

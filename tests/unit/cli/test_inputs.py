@@ -236,7 +236,7 @@ def test_doctor_takes_words_for_booleans(tmp_path: Path) -> None:
 
 
 def loaded(**answer: object) -> dict[str, tuple[str, str]]:
-    return {finding.what: (finding.status, finding.text) for finding in doctor._loaded(answer)}
+    return {finding.what: (finding.status, finding.text) for finding in doctor.loaded_findings(answer)}
 
 
 def test_doctor_believes_vllm_about_plugins() -> None:

@@ -422,8 +422,8 @@ def test_a_disk_that_refuses_is_said_once_and_disturbs_nobody(
 ) -> None:
     recorder = MapRecorder(tmp_path / "gone" / "map.json")
     written = threading.Event()
-    original = recorder._write
-    monkeypatch.setattr(recorder, "_write", lambda *args: (original(*args), written.set()))
+    original = recorder.write
+    monkeypatch.setattr(recorder, "write", lambda *args: (original(*args), written.set()))
     for seed in range(3):
         written.clear()
         recorder.record(placement(seed=seed), np.zeros((3, 8), dtype=np.int64))

@@ -45,7 +45,7 @@ def map_and_record_oracle(ids, table, replicas, counts, record, bounds):
 
 
 def run_path(path, *arguments):
-    return {"op": ops.map_and_record, "aten": ops._map_and_record_aten}[path](*arguments)
+    return {"op": ops.map_and_record, "aten": ops.map_and_record_aten}[path](*arguments)
 
 
 @st.composite
@@ -109,7 +109,7 @@ def model_batch(num_tokens, device, dtype=torch.int64, num_experts=256, top_k=8,
 def reference(ids, table, replicas, counts, record, bounds=None):
     """The ATen path on the CPU, which the small batches above tie to the oracle."""
     arguments = [t.cpu().clone() for t in (ids, table, replicas, counts, record)]
-    out = ops._map_and_record_aten(*arguments, None if bounds is None else bounds.cpu())
+    out = ops.map_and_record_aten(*arguments, None if bounds is None else bounds.cpu())
     return out, arguments[3]
 
 

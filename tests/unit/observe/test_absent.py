@@ -154,7 +154,7 @@ def test_metrics_of_a_server_without_rank_0_say_so(second_host: Path, monkeypatc
     from vllm_ascend_eplb.observe import prometheus
 
     registry = CollectorRegistry()
-    monkeypatch.setattr(prometheus, "_watchers", [])
+    monkeypatch.setattr(prometheus, "watchers", [])
     monkeypatch.setattr(prometheus, "EplbGauges", lambda parts: EplbGauges(registry, parts))
     prometheus.watch()
     try:
@@ -166,7 +166,7 @@ def test_metrics_of_a_server_without_rank_0_say_so(second_host: Path, monkeypatc
         assert samples(registry)["vllm_eplb_steps"] == 5
         assert not [name for name in samples(registry) if "elsewhere" in name]
     finally:
-        for watcher in prometheus._watchers:
+        for watcher in prometheus.watchers:
             watcher.close()
 
 

@@ -32,7 +32,7 @@ from vllm_ascend_eplb.report.charts import (
     DIVERGING,
     SEQUENTIAL,
     Line,
-    _axis,
+    axis_of,
     bar_chart,
     colours,
     heat_map,
@@ -356,7 +356,7 @@ def test_bars_are_as_tall_as_their_values() -> None:
 @settings(deadline=None)
 @given(st.floats(-1e12, 1e12), st.floats(0, 1e12))
 def test_axis_covers_the_values_with_few_ticks(least: float, spread: float) -> None:
-    low, high, ticks = _axis(least, least + spread)
+    low, high, ticks = axis_of(least, least + spread)
     slack = 1e-6 * (high - low)
     assert low - slack <= least
     assert least + spread <= high + slack
