@@ -18,7 +18,7 @@ from vllm_ascend_eplb.transfer.transport import TransferError, Transport
 
 from .faulty import FaultyTransport, interpose
 from .ranks import Ranks, run_ranks
-from .test_updator import RoutingModel
+from .routing_model import RoutingModel
 
 pytestmark = pytest.mark.distributed
 

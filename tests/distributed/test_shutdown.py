@@ -36,7 +36,7 @@ from ..processes import left_semaphores, semaphores, session_members, title
 from . import policies
 from . import ranks as ranks_module
 from .ranks import Ranks, run_ranks
-from .test_updator import REDUNDANT, RoutingModel
+from .routing_model import REDUNDANT, RoutingModel
 
 pytestmark = pytest.mark.distributed
 
