@@ -4,6 +4,8 @@
 Every run is the same: ranks step as an engine does, with the real EplbUpdator, planner process, control channel and
 transfers over Gloo; a fault object does its work around the steps. What must hold after every step, whatever happened:
 each slot holds bit for bit what the placement says, and all ranks hold the same placement.
+
+One file, because faults stand in the order in which a cycle meets them: the plan, the gate, the transfer, the clock.
 """
 
 from __future__ import annotations

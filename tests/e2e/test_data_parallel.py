@@ -15,7 +15,7 @@ from vllm_ascend_eplb.observe.stats import EplbStats
 
 from .audit import AUDIT
 from .conftest import BUSY, prompts
-from .soak import PrivateServer
+from .private_server import PrivateServer
 from .test_server import complete
 
 TOP_K, NUM_LAYERS = 4, 6

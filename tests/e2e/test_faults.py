@@ -24,7 +24,10 @@ from vllm_ascend_eplb.observe.stats import EplbStats
 
 from .conftest import prompts
 from .damage import DAMAGE, NO_ISSUE, NO_MEMORY, REQUESTS, kill_in
-from .soak import SETTINGS, Answers, Pairs, PrivateServer, Requests, judge, planners, soak, under_load, workers
+from .private_server import SETTINGS, PrivateServer, planners, workers
+from .soak import soak, under_load
+from .soak_judge import judge
+from .steady_requests import Answers, Pairs, Requests
 
 
 @pytest.fixture(scope="module")

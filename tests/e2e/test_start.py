@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said, in the front-end process and before any worker starts, of settings that cannot work."""
+"""What is said, in the front-end process and before any worker starts, of settings that cannot work.
+
+One file, because all cases are answered by one front-end process.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,16 @@ SHARED = {"__version__", "_planner"}
 """What every folder may take from the package itself: its version and the compiled planner."""
 
 MOST_LINES = 400
-LONGER = {"transfer/loader.py"}
+LONGER = {
+    "vllm_ascend_eplb/transfer/loader.py",
+    "tests/distributed/test_faults.py",
+    "tests/e2e/test_start.py",
+    "tests/npu/programs/ascend.py",
+    "tests/unit/agreement/test_cycle_exhaustive.py",
+    "tests/unit/load/test_ops.py",
+    "tests/unit/planning/test_planner.py",
+    "tests/unit/settings/test_config.py",
+}
 """Longer files, whose docstring says why they are one idea."""
 
 CODE = """
@@ -86,6 +95,12 @@ def circle(edges: dict[str, set[str]]) -> list[str]:
     return next((found for name in sorted(edges) if (found := visit(name, []))), [])
 
 
+def sources() -> list[Path]:
+    """All Python files of the repository but setup.py."""
+    folders = (PACKAGE.name, "tests", "benchmarks", "examples", "scripts", "docs")
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
 def imported_by(names: Iterable[str]) -> str:
     return subprocess.run(
         [sys.executable, "-c", CODE, " ".join(names)], capture_output=True, text=True, check=True, timeout=120
@@ -142,10 +157,10 @@ def test_the_adaptor_of_vllm_knows_nothing_of_ascend():
 
 
 def test_no_file_is_long_without_a_reason():
-    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources()}
     assert {name for name, lines in lengths.items() if lines > MOST_LINES} == LONGER
     for name in LONGER:
-        assert "One file, because" in (ast.get_docstring(ast.parse((PACKAGE / name).read_text())) or "")
+        assert "One file, because" in (ast.get_docstring(ast.parse((ROOT / name).read_text())) or "")
 
 
 def test_no_folder_holds_a_single_file():
@@ -199,8 +214,7 @@ PRONOUNS = {"each", "its", "other", "others", "one"}
 def test_variables_say_what_they_hold():
     found = [
         f"{path.relative_to(ROOT)}:{line}: {name}"
-        for folder in (PACKAGE, *(ROOT / name for name in ("tests", "benchmarks", "examples", "scripts", "docs")))
-        for path in sorted(folder.rglob("*.py"))
+        for path in sources()
         for line, name in bound_names(path.read_text(encoding="utf-8"))
         if name in PRONOUNS
     ]

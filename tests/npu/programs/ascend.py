@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vllm-ascend's own modules, unmodified, with their EPLB classes or ours: the calls of its model runner over MoE layers
-that are small enough to be compared exactly."""
+that are small enough to be compared exactly.
+
+One file, because its programs run one set of small layers, whose exact results are computed here.
+"""
 
 from __future__ import annotations
 

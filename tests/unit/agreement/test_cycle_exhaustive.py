@@ -15,6 +15,8 @@ and a few faults may happen. The search visits every world that can be reached a
 
 Orders of every kind come in on EP rank 0. Steps, epochs, cycle and order numbers only grow, so worlds are compared
 after moving them back to fixed numbers.
+
+One file, because a world, the steps out of it and what must hold there are one model.
 """
 
 from __future__ import annotations

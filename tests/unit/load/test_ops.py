@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The load recording ops against a NumPy oracle, on every device and every path (kernel, ATen) that is there."""
+"""The load recording ops against a NumPy oracle, on every device and every path (kernel, ATen) that is there.
+
+One file, because every test compares one op with one oracle.
+"""
 
 import shutil
 import subprocess

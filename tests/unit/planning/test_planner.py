@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""plan(): what holds for every plan, and what the policy "incremental" reaches."""
+"""plan(): what holds for every plan, and what the policy "incremental" reaches.
+
+One file, because all tests ask one function about the same instances.
+"""
 
 import itertools
 

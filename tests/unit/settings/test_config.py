@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings: defaults, each refusal with its message, and random dictionaries."""
+"""The settings: defaults, each refusal with its message, and random dictionaries.
+
+One file, because it is one table of values, with the message of each.
+"""
 
 from __future__ import annotations
 
