@@ -247,6 +247,7 @@ def test_a_map_is_of_the_layers_of_the_model_and_of_its_drafter(tmp_path, in_map
     drafter = None if of_drafter is None else drafted("mtp", layers=of_drafter)
     assert refusals.layers_of_map(config, 4, drafter) == wanted
     assert refusals.layers_of_map(config, None, drafter) is None
+    assert refusals.layers_of_map(config, 4, {"method": "mtp"}) is None  # not read yet: it may have layers of its own
 
 
 def test_the_platform_is_there_for_those_who_name_it(monkeypatch):
