@@ -78,7 +78,7 @@ class DamageOnly(Damage):
     most_steps = 160
 
 
-def test_a_flipped_bit_and_swapped_slots_are_mended() -> None:
+def test_flipped_bit_and_swapped_slots_are_repaired() -> None:
     first, second = run_all(Damage)
     flipped = [step for step in second.wrong_at if step < 260]
     swapped = [step for step in first.wrong_at if step < 260]
@@ -86,7 +86,7 @@ def test_a_flipped_bit_and_swapped_slots_are_mended() -> None:
     assert flipped[-1] < 60 + 2 * 25 + 25
     assert swapped[0] == 160
     assert swapped[-1] < 160 + 2 * 25 + 25
-    assert second.wrong_at[-1] == 359  # nothing can mend this one, and that is said
+    assert second.wrong_at[-1] == 359  # nothing can repair this one, and that is said
     errors = first.said("ERROR", "EPLB audit at step")
     assert len(errors) == 3
     assert "1 of 54 slots do not hold the weights of their expert: layer 2, slot 13 (rank 1, expert 1)" in errors[0]
@@ -128,7 +128,7 @@ class NewWeights(Fault):
                     live[1] ^= 1
 
 
-def test_an_audit_knows_of_weights_that_were_loaded_anew() -> None:
+def test_audit_uses_the_checksums_of_reloaded_weights() -> None:
     first, second = run_all(NewWeights)
     assert first.wrong_at
     assert second.wrong_at  # they are others than at the start

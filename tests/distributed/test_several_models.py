@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model and its drafter: two balancers with states of their own, one clock, and the same process groups."""
+"""A model and its draft model: two balancers with states of their own, one clock, and the same process groups."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .routing_model import RoutingModel
 pytestmark = pytest.mark.distributed
 
 SHAPES = ((3, 12), (2, 6))
-"""(layers, experts) of the model and of the drafter."""
+"""(layers, experts) of the model and of the draft model."""
 
 CONFIG = EplbConfig.from_additional_config(
     {

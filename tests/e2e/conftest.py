@@ -57,8 +57,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 one for both, but only where it spawns. Two threads bound to one core would wait for each other in loops. Compiled code
 asks for two by itself, so engines that compile are spawned."""
 
-GUESSES = not vllm_version().startswith("0.30.")
-"""Whether this vLLM can verify guesses on a CPU. 0.30 cannot: its own sampler for them ends the start with "Cannot
+DRAFT_TOKENS = not vllm_version().startswith("0.30.")
+"""Whether this vLLM can verify draft tokens on a CPU. 0.30 cannot: its own sampler for them ends the start with "Cannot
 inspect kernel parameters for function"."""
 
 PATTERN = r"[a-z]{2,9}( [a-z]{2,9}){3}: [0-9]{4}"

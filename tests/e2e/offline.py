@@ -5,7 +5,7 @@ The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config 
 (more of the engine's), ``variables`` (of its environment), ``max_tokens``, ``prompts`` (a list of batches), ``cycles``
 (the prompts are repeated until so many cycles are done), ``parts`` (which data-parallel part gets them, turn by turn),
 ``pattern`` (a regular expression that the answers to the first batch must match in the end), ``reload`` (in the end
-weights are loaded anew), ``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is watched, and
+weights are reloaded), ``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is watched, and
 it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after all that,
 for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went through the
 model if none came from a cache.
@@ -158,7 +158,7 @@ def main(job_path: str, result_path: str) -> None:
         result["corrupt_tokens"] = token_ids(ask())
         result["corrupt_views"] = engine.rpc(probes.views_agree)
         if job.get("drafter"):
-            result["corrupt_guesses"] = engine.rpc(probes.report_of_drafter)[0]["guesses"]
+            result["corrupt_drafts"] = engine.rpc(probes.report_of_drafter)[0]["drafts"]
     engine.close()
     Path(result_path).write_text(json.dumps(result))
 

@@ -164,20 +164,20 @@ def _has_router(module: Any, kind: type) -> bool:
 
 
 def watch_drafter(worker: Any) -> None:
-    """Keeps what a drafter guesses, and what its routers choose for tokens that are no padding, per window."""
+    """Keeps what a draft model proposes, and what its routers choose for tokens that are no padding, per window."""
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
     runner, state = worker.model_runner, _state(worker)
     drafter = runner.drafter if hasattr(runner, "drafter") else runner.speculator  # of the V1 and the V2 runner
     draft_config = worker.vllm_config.speculative_config.draft_model_config
-    worker.eplb_guesses, worker.eplb_windows, worker.eplb_loads = [], [], []
+    worker.eplb_drafts, worker.eplb_windows, worker.eplb_loads = [], [], []
     propose = drafter.propose
 
     def watched_propose(*args: Any, **kwargs: Any) -> Any:
-        guesses = propose(*args, **kwargs)
-        if not kwargs.get("dummy_run"):  # the V2 runner's dummy batches have guesses, too
-            worker.eplb_guesses.append(guesses.tolist())
-        return guesses
+        drafts = propose(*args, **kwargs)
+        if not kwargs.get("dummy_run"):  # the V2 runner's dummy batches have draft tokens, too
+            worker.eplb_drafts.append(drafts.tolist())
+        return drafts
 
     drafter.propose = watched_propose
     if state is None:
@@ -188,7 +188,7 @@ def watch_drafter(worker: Any) -> None:
 
     def dummy_run(*args: Any, **kwargs: Any) -> Any:
         tokens[0] = 0
-        state.prepare_forward = prepare  # the V2 runner's drafter calls it for dummy batches, too
+        state.prepare_forward = prepare  # the V2 runner's draft model calls it for dummy batches, too
         try:
             return dummy(*args, **kwargs)
         finally:
@@ -223,9 +223,9 @@ def watch_drafter(worker: Any) -> None:
 
 
 def report_of_drafter(worker: Any) -> dict[str, Any]:
-    """What was watched since the last report, and what the drafter's balancer knows."""
-    result = {"guesses": worker.eplb_guesses, "windows": worker.eplb_windows, "loads": worker.eplb_loads}
-    worker.eplb_guesses = []
+    """What was watched since the last report, and what the draft model's balancer knows."""
+    result = {"drafts": worker.eplb_drafts, "windows": worker.eplb_windows, "loads": worker.eplb_loads}
+    worker.eplb_drafts = []
     state = _state(worker)
     if state is not None:
         updator = state.draft.updator

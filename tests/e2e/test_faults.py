@@ -255,7 +255,7 @@ def test_a_full_disk_for_statistics_is_said_disturbs_nobody(server, pairs):
     assert server.open_to_others() == []
 
 
-def test_a_damaged_weight_is_found_and_mended(server, english):
+def test_damaged_weight_is_found_and_repaired(server, english):
     async def damage(_: Requests) -> None:
         # Else a plan may take the good copy away before the audit sees that it is the only one.
         await obey(server, "pause")

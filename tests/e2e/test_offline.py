@@ -15,7 +15,7 @@ from vllm_ascend_eplb.report import make_page
 from vllm_ascend_eplb.values.placement import Placement
 
 from . import kept
-from .conftest import BUSY, GUESSES, PATTERN, prompts, reference_run
+from .conftest import BUSY, DRAFT_TOKENS, PATTERN, prompts, reference_run
 
 TOKENS = 48
 CHUNK = 64
@@ -130,9 +130,9 @@ def test_every_pair_is_computed_once_with_the_right_weights(probed):
 
 @pytest.fixture(scope="module")
 def featured(runs):
-    """A compiled model with what users turn on: chunks of prompts, a prefix cache, guesses that are verified, answers
-    of a given shape; in the end, weights are loaded anew."""
-    guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    """A compiled model with what users turn on: chunks of prompts, a prefix cache, draft tokens that are verified,
+    answers of a given shape; in the end, weights are reloaded."""
+    draft_tokens = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     run = runs(
         "featured",
         ranks=2,
@@ -143,7 +143,7 @@ def featured(runs):
             "max_num_batched_tokens": CHUNK,
             "enable_prefix_caching": True,
             "block_size": 32,  # prompts have about a hundred tokens, and whole blocks are kept
-            "speculative_config": guesses if GUESSES else None,
+            "speculative_config": draft_tokens if DRAFT_TOKENS else None,
         },
         pattern=PATTERN,
         reload=True,
@@ -157,7 +157,7 @@ def featured(runs):
 
 
 def test_compiled_model_gives_the_same_tokens(featured, reference):
-    """With chunks of prompts, a prefix cache and guesses."""
+    """With chunks of prompts, a prefix cache and draft tokens."""
     stats = json.loads(featured["ranks"][0]["stats"])
     assert stats["cycles_done"] >= 10
     assert stats["dispatch_updates"] >= 10
@@ -166,7 +166,7 @@ def test_compiled_model_gives_the_same_tokens(featured, reference):
     assert_equal_every_turn(featured["tokens"], reference)
     # what was turned on did take place
     assert featured["cached"] > 0
-    assert all((reload["drafts"] > 0) is GUESSES for reload in featured["reloads"])
+    assert all((reload["drafts"] > 0) is DRAFT_TOKENS for reload in featured["reloads"])
     assert all(reload["most_tokens"] <= CHUNK for reload in featured["reloads"])
 
 
@@ -177,7 +177,7 @@ def test_answers_of_a_given_shape_are_the_same(featured, runs):
     assert len(set(expected)) > 1
 
 
-def test_weights_are_loaded_anew_into_the_initial_placement(featured, reference):
+def test_reload_fills_the_initial_placement(featured, reference):
     first, second = featured["reloads"]
     assert first["placement"] == second["placement"] != first["initial"]
     for reload in (first, second):

@@ -15,7 +15,7 @@ class Probe:
 
     def _parts(self) -> list[tuple[Any, list[Any]]]:
         """Each balancer with the MoE layers that it balances. Under the first runner there is one; under the second a
-        drafter has its own, behind the model's. None without balancing."""
+        draft model has its own, behind the model's. None without balancing."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         if hasattr(runner, "eplb_updator"):
             return [(runner.eplb_updator.balancer, list(runner.eplb_updator.adaptor.moe_layers))]
@@ -32,7 +32,7 @@ class Probe:
         """The negative control: from now on commits switch the maps, and leave the weights where they are.
 
         Args:
-            first: layer from which on they do, a drafter's behind the model's.
+            first: layer from which on they do, a draft model's behind the model's.
         """
 
         def freeze(loader: Any, first_layer: int) -> None:
@@ -121,12 +121,12 @@ class Probe:
         }
 
     def probe_watch(self) -> int:
-        """To be called before the first request. From then on this rank keeps what the drafter guesses and, for each
-        balancer and window of load: what the routers chose (int [L, E], in vllm-ascend's own code, before anything of
-        ours), how many tokens were scheduled, and the batches (tokens of each data-parallel engine, step by step); and
-        the loads that were planned with."""
+        """To be called before the first request. From then on this rank keeps what the draft model proposes and, for
+        each balancer and window of load: what the routers chose (int [L, E], in vllm-ascend's own code, before anything
+        of ours), how many tokens were scheduled, and the batches (tokens of each data-parallel engine, step by step);
+        and the loads that were planned with."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        self.guesses: list[Any] = []
+        self.drafts: list[Any] = []
         self.watched: list[dict[str, list[Any]]] = []
         for drafter, name in (
             (getattr(runner, "drafter", None), "_propose"),
@@ -140,10 +140,10 @@ class Probe:
 
     def _watched_propose(self, propose: Any) -> Any:
         def watched_propose(*args: Any, **kwargs: Any) -> Any:
-            guesses = propose(*args, **kwargs)
+            drafts = propose(*args, **kwargs)
             if not kwargs.get("dummy_run"):
-                self.guesses.append(guesses.tolist())
-            return guesses
+                self.drafts.append(drafts.tolist())
+            return drafts
 
         return watched_propose
 
@@ -247,14 +247,14 @@ class Probe:
         module.dispatch_cg_and_sync_dp, runner.eplb.prepare_forward = watched_dispatch, watched_prepare
 
     def probe_watched(self) -> dict[str, Any]:
-        """What was kept of the first balancer, and of a drafter's own; and the placements in force (int [L, P]), one
+        """What was kept of the first balancer and of a draft model's; and the placements in force (int [L, P]), one
         after the other."""
         placements = [
             layer for balancer, _ in self._parts() for layer in balancer.placement.physical_to_logical.tolist()
         ]
         return {**self.watched[0], "placement": placements, "drafter": self.watched[1:]}
 
-    def probe_guesses(self) -> dict[str, list[Any]]:
-        """What the drafter has guessed since this was last asked, step by step."""
-        guesses, self.guesses = self.guesses, []
-        return {"guesses": guesses}
+    def probe_drafts(self) -> dict[str, list[Any]]:
+        """What the draft model has proposed since this was last asked, step by step."""
+        drafts, self.drafts = self.drafts, []
+        return {"drafts": drafts}

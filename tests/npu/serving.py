@@ -64,8 +64,8 @@ UPSTREAM = (
     "vllm/v1/worker/gpu/async_utils.py:254 in async_copy_to_np",
     "vllm_ascend/worker/v2/model_runner.py:1101 in _copy_num_computed_tokens_to_cpu",
 )
-"""Copies to the host in vllm-ascend 0.23.0.post1's runner, of sampled tokens and of how many guesses were right; and in
-0.30.0rc2's second one, of what was sampled and of how many tokens are computed."""
+"""Copies to the host in vllm-ascend 0.23.0.post1's runner, of sampled tokens and of how many draft tokens were
+accepted; and in 0.30.0rc2's second one, of what was sampled and of how many tokens are computed."""
 
 
 def python_path() -> str:
@@ -117,7 +117,7 @@ def quantised_model(folder: Path) -> None:
 
 
 def model_with_drafter(folder: Path) -> None:
-    """Writes a model whose checkpoint holds a drafter with experts into a new folder (see e2e/mtp_model.py)."""
+    """Writes a model whose checkpoint holds a draft model with experts into a new folder (see e2e/mtp_model.py)."""
     _on_the_cpu("tests.e2e.mtp_model", folder)
 
 

@@ -232,7 +232,7 @@ elif serving.ASCEND != serving.RELEASE:
 
 
 @pytest.mark.parametrize(("settings", "variables", "words"), [UNEVEN, *CONTRADICTED])
-def test_what_cannot_work_ends_the_start_with_one_line(
+def test_impossible_setting_ends_the_start_with_one_line(
     tmp_path: Path, settings: dict[str, object], variables: dict[str, str], words: str
 ) -> None:
     server = NpuServer({**SETTINGS, **settings}, tmp_path, **variables)

@@ -26,7 +26,7 @@ from vllm_ascend_eplb.agreement.transition import advance
 LARGE = 2**62 - 1
 
 
-def test_what_is_agreed_is_the_least_and_the_most() -> None:
+def test_agreed_facts_are_minimum_and_maximum() -> None:
     agreed = agree([Facts(step=3, rounds_done=4, placement=LARGE), Facts(step=3, rounds_done=2, failure=7)])
     assert agreed.min == Facts(step=3, rounds_done=2)
     assert agreed.max == Facts(step=3, rounds_done=4, failure=7, placement=LARGE)

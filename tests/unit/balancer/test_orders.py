@@ -18,7 +18,7 @@ from vllm_ascend_eplb.observe.stats import EplbStats
 from vllm_ascend_eplb.observe.stats_file import StatsFile
 
 
-def test_what_is_written_is_read_and_private(tmp_path: Path) -> None:
+def test_written_order_is_read_and_private(tmp_path: Path) -> None:
     path = orders_path(tmp_path / "stats.json")
     assert read_order(path) is None
     order = Order(command="intervals", collect_steps=7)
@@ -41,7 +41,7 @@ def test_what_is_written_is_read_and_private(tmp_path: Path) -> None:
         {"command": "pause", "more": 1},
     ],
 )
-def test_what_is_no_order(fields: dict[str, object], tmp_path: Path) -> None:
+def test_invalid_order_is_refused(fields: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(ValidationError):
         Order(**fields)  # type: ignore[arg-type]
     path = tmp_path / "order"
@@ -50,7 +50,7 @@ def test_what_is_no_order(fields: dict[str, object], tmp_path: Path) -> None:
         read_order(path)
 
 
-def test_whose_order_is_not_taken(tmp_path: Path) -> None:
+def test_order_file_of_other_users_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "order"
     write_order(path, Order(command="pause"))
     path.chmod(0o620)

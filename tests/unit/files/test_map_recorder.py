@@ -16,7 +16,7 @@ from vllm_ascend_eplb.files.map_recorder import KEPT_WINDOWS, MapRecorder, load_
 from vllm_ascend_eplb.files.traces import read_trace
 
 
-def test_what_is_recorded_is_what_was_last_in_force(tmp_path: Path) -> None:
+def test_recorded_map_is_the_last_one_in_force(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     recorder = MapRecorder(path)
     placements = [placement(seed=seed) for seed in range(20)]

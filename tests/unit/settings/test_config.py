@@ -253,7 +253,7 @@ def test_a_map_to_start_from_says_how_many_experts_are_redundant(tmp_path: Path)
     assert read_start_placement(parse(num_redundant_experts=4), **shape) is None
 
 
-def test_a_map_alone_is_a_placement_that_stays(tmp_path: Path) -> None:
+def test_map_alone_is_a_static_placement(tmp_path: Path) -> None:
     path = str(tmp_path / "map.json")
     assert not parse(expert_map_path=path).dynamic
     assert parse(expert_map_path=path, dynamic_eplb=True).dynamic

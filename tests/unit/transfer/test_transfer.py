@@ -109,7 +109,7 @@ def test_a_transfer_that_does_not_end_poisons_the_loader() -> None:
     assert loader.error is not None
 
 
-def test_what_is_forgotten_leaves_nothing_behind() -> None:
+def test_forgotten_round_leaves_nothing_behind() -> None:
     weights = slots()
     loader = D2DExpertWeightLoader(weights, None, 0, 2)
     loader.prepare(swap(0, 1))

@@ -180,7 +180,7 @@ class VllmEplbState(ModelStates):
     ) -> None:
         """Notes how many tokens of the next batch are no padding.
 
-        The runner calls it for real batches, and its drafter for each of its own forwards.
+        The runner calls it for real batches, and its draft model for each of its own forwards.
         """
         if self.draft is not None and model_config is self.draft.model_config:
             self.draft.num_unpadded_tokens.fill_(num_unpadded_tokens)
