@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What agreement costs on many ranks: the bytes of its messages, and the time of its collectives.
+"""Cost of agreement on many ranks: the bytes of its messages, and the time of its collectives.
 
 The bytes are those of the real code at any number of ranks: the planner plans for a generated load of 58 layers with
 256 experts, and the plan is packed as it travels. The times are measured between processes of this machine over Gloo;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Placements to start from, and what it takes to get from one to another."""
+"""Start placements, and the moves from one placement to another."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ def is_ours(row: Row) -> bool:
 
 
 def ahead(table: Table) -> list[str]:
-    """Where a peer has a lower PAR than every plan of ours that moves no more."""
+    """Cases in which a peer has a lower PAR than every plan of this package with at most as many moves."""
     found = []
     for row in table.rows.values():
         if is_ours(row):
@@ -328,7 +328,7 @@ def download(folder: Path) -> Path:
 
 
 def find_peers(arguments: argparse.Namespace) -> dict[str, tuple[planner_peers.Peer, int]]:
-    """By name: the peer, and every how many-th layer it plans."""
+    """Peers by name, with the stride of the layers that each plans."""
     vllm = planner_peers.vllm_peer()
     peers: dict[str, tuple[planner_peers.Peer, int]] = {}
     if vllm is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the planner promises, checked and timed: ``python -m benchmarks.planner_checks --json PATH``.
+"""The planner's promises, checked and timed: ``python -m benchmarks.planner_checks --json PATH``.
 
 One table of plans (balance on the planned and on the next window, moves, bytes, time), one of drifting loads, one of
 dispatch shares, one of the rounds that whole plans take, one of large models, and without ``--quick`` one of small
@@ -119,7 +119,7 @@ def _slots_of_plan(case: Case, options: dict[str, Any]) -> Slots:
 
 
 def check_plans(results: Results, case: Case, in_force: Placement) -> None:
-    """What must hold for every plan of "incremental"."""
+    """Checks every promise of the policy "incremental"."""
     made = [plan(case.load, case.slots, case.num_ranks, target_par=case.target_par, threads=n) for n in (1, 2)]
     made += [
         plan(case.load, case.slots, case.num_ranks, target_par=case.target_par, effort="thorough", rounds=5, threads=n)

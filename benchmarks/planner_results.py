@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks/planner_checks.py writes, prints and draws."""
+"""Output of benchmarks/planner_checks.py: results, tables and a plot."""
 
 from __future__ import annotations
 

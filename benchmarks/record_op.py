@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it costs to map and count a layer's routed tokens: ``python -m benchmarks.record_op --json PATH``.
+"""Cost of mapping and counting a layer's routed tokens: ``python -m benchmarks.record_op --json PATH``.
 
 On the CPU the op is compared, in one run and in turns, with the same work in torch operators; on a CUDA GPU with a
 Triton kernel that does the same, both captured in a CUDA graph. Every candidate's result is first checked against plain

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What recording costs a served model: ``python -m benchmarks.record_served --json PATH``.
+"""Cost of recording in a served model: ``python -m benchmarks.record_served --json PATH``.
 
 vLLM runs the tiny model on two expert-parallel CPU ranks with the balancer on. From step to step recording is on and
 off in turn, and in both cases the time of all layers' mapping calls is taken. The difference of their medians is what

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether balancing pays through the real server, on a CPU: ``python -m benchmarks.served_cpu --pairs 5 --json PATH``.
+"""Gain of balancing through the real server, on a CPU: ``python -m benchmarks.served_cpu --pairs 5 --json PATH``.
 
 vLLM serves the tiny model on two expert-parallel CPU ranks, in pairs: with a static placement, then with the balancer
 started from the same placement, with the times of layers measured at start-up; again and again, so that drift of the

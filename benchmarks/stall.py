@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What balancing costs a serving loop, step by step: ``python -m benchmarks.stall --json PATH``.
+"""Cost of balancing in a serving loop, step by step: ``python -m benchmarks.stall --json PATH``.
 
 Several ranks run the same decode loop of MoE layers: routing, all-to-all, grouped matrix products, all-to-all back.
 On a GPU a step is one CUDA graph, so that small effects are visible; on a CPU it is eager and small. Columns:

@@ -33,7 +33,7 @@ BUSY = {
 
 
 class Seen(_Seen):
-    """With what was logged, as (level, text), and the metrics at the end."""
+    """``Seen`` with the log as (level, text) and the final metrics."""
 
     log: list[tuple[str, str]]
     metrics: dict[str, float]
@@ -51,7 +51,7 @@ class Seen(_Seen):
 
 
 class Fault:
-    """What goes wrong. Made on every rank once the balancer is there; ``before`` and ``after`` run around each of its
+    """A planted fault. Made on every rank once the balancer is there; ``before`` and ``after`` run around each of its
     steps, and ``over`` ends the run, at the same step on all ranks."""
 
     settings: ClassVar[dict[str, Any]] = {}
@@ -155,7 +155,7 @@ def serve(ranks: Ranks, kind: type[Fault]) -> Seen:
 
 
 def run(fault: type[Fault], num_ranks: int = 2, timeout: float = 120) -> Seen:
-    """What EP rank 0 saw, once it is certain that all ranks saw the same and that nothing was wrong on any."""
+    """Observations of EP rank 0, after checking that all ranks agree and nothing was wrong on any."""
     return run_all(fault, num_ranks, timeout)[0]
 
 

@@ -77,7 +77,7 @@ class Slots:
         return hashlib.sha256(b"".join(tensor.tobytes() for tensor in tensors)).hexdigest()
 
     def wrong(self, placement: Placement) -> str:
-        """Which slot does not hold bit for bit what ``placement`` says; empty when all do."""
+        """First slot that differs bit for bit from ``placement``; empty if all agree."""
         for layer, kinds in enumerate(self.stacked):
             for slot in range(self.size):
                 expert = int(placement.physical_to_logical[layer, self.rank * self.size + slot])
@@ -90,7 +90,7 @@ class Slots:
 
 @dataclass
 class Trouble:
-    """What goes wrong on purpose, and how often (probabilities per occasion)."""
+    """Planted faults with their probabilities per occasion."""
 
     step_delay: float = 0.0  # seconds a step may take longer on one rank than on another
     message_delay: float = 0.0  # seconds a batch may be held back in the mover thread
@@ -102,7 +102,7 @@ class Trouble:
 
 @dataclass
 class Outcome:
-    """What one rank saw.
+    """Observations of one rank.
 
     Attributes:
         history: digest of the placement in force after every step.

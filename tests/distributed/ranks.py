@@ -34,7 +34,7 @@ context.set_forkserver_preload(
 
 @dataclass
 class Ranks:
-    """What a rank's function gets first."""
+    """First argument of a rank's function."""
 
     rank: int
     num_ranks: int

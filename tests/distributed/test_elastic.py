@@ -38,7 +38,7 @@ CHANGES: list[tuple[str, list[int], list[int]]] = [
 
 @dataclass
 class Seen:
-    """What one process saw: per change the digest of the placement, None where it was no rank."""
+    """Observations of one process: per change the digest of the placement, None where it was no rank."""
 
     digests: list[int | None] = field(default_factory=list)
     wrong: str = ""

@@ -310,7 +310,7 @@ class SleepsAtArrival(OfFault):
 
 
 class NeverArrive(Fault):
-    """What rank 1 receives in cycle 2 never arrives."""
+    """The experts that rank 1 receives in cycle 2 never arrive."""
 
     cycles = 1000
 

@@ -28,7 +28,7 @@ SECONDS_WITHOUT_LINK = 4
 def run_on_two_hosts(
     folder: Path, settings: list[dict[str, Any]], meanwhile: Callable[[Hosts], None] = lambda hosts: None
 ) -> list[dict[str, Any]]:
-    """What every rank saw; the first two on one host, the last on the other."""
+    """Observations of every rank; the first two run on one host, the last on the other."""
     with two_hosts() as hosts:
         processes = []
         for rank in range(RANKS):

@@ -39,8 +39,8 @@ NEW = 12
 
 @dataclass
 class Seen:
-    """What one rank saw. ``loaded_in``: the phases in which weights were loaded; ``changed``: whether the placement
-    was another than the initial one then."""
+    """Observations of one rank. ``loaded_in``: the phases in which weights were loaded; ``changed``: whether the
+    placement was another than the initial one then."""
 
     history: list[int] = field(default_factory=list)
     loaded_in: list[int] = field(default_factory=list)

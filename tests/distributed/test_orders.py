@@ -35,7 +35,7 @@ STEPS_BETWEEN = 90
 
 @dataclass(frozen=True)
 class Moment:
-    """What one rank was like after a step."""
+    """State of one rank after a step."""
 
     step: int
     phase: str

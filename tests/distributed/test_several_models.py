@@ -42,7 +42,7 @@ CONFIG = EplbConfig.from_additional_config(
 
 @dataclass
 class Seen:
-    """What one rank saw. ``history``: per step (step, phase, placement) of each model."""
+    """Observations of one rank. ``history``: per step (step, phase, placement) of each model."""
 
     history: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
     wrong: str = ""

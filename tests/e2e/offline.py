@@ -62,7 +62,7 @@ class Engine:
         return [result for part in self._loop.run_until_complete(self._call(function, args)) for result in part]
 
     async def _call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[list[Any]]:
-        """What each data-parallel part answers; vLLM before 0.32 has no name of its own for asking them all."""
+        """Answers of all data-parallel parts; vLLM before 0.32 has no public function that asks all."""
         core = self._many.engine_core
         asked = (
             core._call_utility_async("collective_rpc", function, None, args, None, engine=engine)

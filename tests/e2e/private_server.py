@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server in folders of its own: what it leaves there after every way of ending is known."""
+"""A server in folders of its own, so that leftovers show after every way of ending."""
 
 from __future__ import annotations
 

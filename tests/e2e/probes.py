@@ -13,7 +13,7 @@ import torch
 
 
 class Probe:
-    """What one worker saw.
+    """Observations of one worker.
 
     Attributes:
         tokens: of the forward under way that belong to requests, as the scheduler says.
@@ -122,7 +122,7 @@ def install(worker: Any) -> None:
         snapshot(placement)
 
     def first_of_mine(rows: int) -> int:
-        """Where this rank's tokens begin among those gathered from the ranks."""
+        """Index of this rank's first token among those gathered from all ranks."""
         metadata = get_forward_context().dp_metadata
         if metadata is None:
             return 0
@@ -223,7 +223,7 @@ def watch_drafter(worker: Any) -> None:
 
 
 def report_of_drafter(worker: Any) -> dict[str, Any]:
-    """What was watched since the last report, and what the draft model's balancer knows."""
+    """Observations since the last report, and the state of the draft model's balancer."""
     result = {"drafts": worker.eplb_drafts, "windows": worker.eplb_windows, "loads": worker.eplb_loads}
     worker.eplb_drafts = []
     state = _state(worker)
@@ -325,7 +325,7 @@ def cycles_done(worker: Any) -> int:
 
 
 def report(worker: Any) -> dict[str, Any]:
-    """What a worker knows at the end; plain values only."""
+    """A worker's state at the end, as plain values."""
     updator = _state(worker).updator
     if updator is None:  # static placement
         return {}
@@ -356,7 +356,7 @@ def report(worker: Any) -> dict[str, Any]:
 
 
 def views_agree(worker: Any) -> bool:
-    """Whether the maps that vLLM's state API shows are those that vLLM itself makes of the placement shown."""
+    """True if the maps of vLLM's state API equal those that vLLM derives from the placement shown."""
     from vllm.distributed.eplb.eplb_state import compute_logical_maps
 
     def agree(views: Any) -> bool:

@@ -41,7 +41,7 @@ SAMPLE_SECONDS = 5.0
 
 
 def measure(server: Server) -> dict[str, float]:
-    """What all processes of the server hold, the planner left out: it is another one every few seconds."""
+    """Resources of all processes of the server but the planner, which is replaced every few seconds."""
     total: Counter[str] = Counter()
     left_out = set(planners(server))
     for pid in set(server.processes()) - left_out:
@@ -149,7 +149,7 @@ class Faults:
 
 
 async def under_load(server: Server, seed: int, pairs: Pairs, go: Callable[[Requests], Awaitable[object]]) -> Answers:
-    """Keeps requests under way until ``go(requests)`` is over; what they got."""
+    """Sends requests until ``go(requests)`` is over; returns their results."""
     luck, stopping, requests = random.Random(seed), asyncio.Event(), Requests(server.url, pairs)
     streams = [asyncio.create_task(requests.stream(random.Random(luck.random()), stopping)) for _ in range(STREAMS)]
     try:
@@ -163,7 +163,7 @@ async def under_load(server: Server, seed: int, pairs: Pairs, go: Callable[[Requ
 
 
 async def soak(server: PrivateServer, minutes: float, seed: int, pairs: Pairs) -> dict[str, Any]:
-    """Random faults for so long."""
+    """Injects random faults for ``minutes``."""
     samples: list[dict[str, float]] = []
     result: dict[str, Any] = {"samples": samples, "stats": None}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a soak may grow by, and its report."""
+"""Limits of a soak's growth, and its report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def growth(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def vllm_growth(requests: float) -> float:
-    """Most MiB by which vLLM's workers have grown after so many requests."""
+    """MiB by which vLLM's workers may have grown after ``requests`` requests."""
     total = 0.0
     for count, mib in VLLM_GROWTH_MIB:
         total += mib * min(requests, count)
@@ -39,7 +39,7 @@ def vllm_growth(requests: float) -> float:
 
 
 def judge(result: dict[str, Any], left: list[str], log: str) -> list[str]:
-    """What went wrong; empty if nothing did."""
+    """List of everything that went wrong; empty after a good run."""
     answers, stats, said = result["answers"], result["stats"], []
     mended_before = result["before"].audit_mended if result["before"] is not None else 0
     if answers.failed:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steady requests to a server, and what came of them."""
+"""Steady requests to a server, and their results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Pairs = list[tuple[str, list[int]]]
 
 @dataclass
 class Answers:
-    """What the requests got."""
+    """Results of the requests."""
 
     requests: int = 0
     failed: list[str] = field(default_factory=list)

@@ -87,6 +87,6 @@ def test_each_step_counts_its_own_tokens_once_in_every_layer(server, audit, refe
 
 
 def test_a_server_terminated_under_requests_leaves_nothing(server, reference):
-    """The last one of this server."""
+    """Runs last on this server, because it ends it."""
     texts = [text for batch in prompts(6) for text in batch]
     assert server.end_by(signal.SIGTERM, list(zip(texts, reference, strict=True))) == []

@@ -23,7 +23,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def drafting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What is asked of both engines. One prompt at a time, so that steps are the same, too."""
+    """The job of both engines. One prompt at a time, so that their steps are equal, too."""
     model = write_mtp_model(tmp_path_factory.mktemp("mtp") / "model")
     return {
         "arguments": {

@@ -95,7 +95,7 @@ async def until(condition: Callable[[], Any], what: str, seconds: float = 120) -
 
 
 async def until_balanced(server: PrivateServer) -> None:
-    """The planner has answered since now, and a window after that is balanced better than had nothing ever moved."""
+    """Waits until the planner has answered again, and a later window is balanced better than with the start placement."""
     before = planned(server)
     await until(lambda: planned(server) > before, "an answer of the planner")
     planned_at = stats(server).step
@@ -273,7 +273,7 @@ def test_damaged_weight_is_found_and_repaired(server, english):
 
 
 def test_random_faults_and_a_crash_leave_nothing(server, pairs):
-    """The last one of this server."""
+    """Runs last on this server, because it ends it."""
     result = asyncio.run(soak(server, 0.4, 7, pairs))
     assert sum(result["faults"].values()) >= 3
     log = server.log_path.read_text(errors="replace")

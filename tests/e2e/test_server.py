@@ -93,7 +93,7 @@ def test_answers_are_those_of_one_process_while_experts_move(server, texts, refe
 
 
 def as_metrics(stats: EplbStats) -> dict[str, float]:
-    """What /metrics must show of these statistics."""
+    """Samples of /metrics that these statistics require."""
     expected: dict[str, float] = {
         f'vllm_eplb_cycles{{result="{result}"}}': getattr(stats, f"cycles_{result}")
         for result in ("done", "skipped", "failed")
@@ -124,7 +124,7 @@ def as_metrics(stats: EplbStats) -> dict[str, float]:
 
 
 def differences(server: Server) -> dict[str, tuple[float, float | None]]:
-    """Metrics that do not show what the statistics say. Both stand still while nothing is asked."""
+    """Metrics that differ from the statistics. Both stay constant without requests."""
     shown = server.metrics()
     return {
         name: (value, shown.get(name))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said, in the front-end process and before any worker starts, of settings that cannot work.
+"""Refusals of settings that cannot work, in the front-end process, before any worker starts.
 
 One file, because all cases are answered by one front-end process.
 """

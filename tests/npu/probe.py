@@ -55,7 +55,7 @@ class Probe:
         return 1
 
     def probe_replays(self) -> int:
-        """How often this rank has replayed a captured graph since this was first asked."""
+        """Replays of captured graphs on this rank since the first call."""
         graph: Any = torch.npu.NPUGraph  # type: ignore[attr-defined]
         if not hasattr(graph, "replays"):
             graph.replays, replay = 0, graph.replay
@@ -76,7 +76,7 @@ class Probe:
         return digest.hexdigest()
 
     def probe_experts(self) -> dict[str, list[str]]:
-        """What the slots of this rank hold: for each expert ("layer expert") a digest of the tensors of each copy."""
+        """Contents of this rank's slots: for each expert ("layer expert") a digest of the tensors of each copy."""
         balancer: Any = self._parts()[0][0]
         placement, found = balancer.placement, {}
         first = balancer.parts.rank * placement.slots_per_rank

@@ -226,16 +226,16 @@ class NpuServer(Server):
         return self._process is not None and self._process.poll() is None
 
     def all_stats(self) -> list[EplbStats | None]:
-        """What each of its balancers last reported."""
+        """Last report of each balancer."""
         path = self.stats_path
         return [read_stats(path.with_stem(f"{path.stem}-{part}".rstrip("-"))) for part in self.parts] or [self.stats()]
 
     def cycles_done(self) -> int:
-        """The fewest of its balancers."""
+        """Completed cycles of the balancer with the fewest."""
         return min(stats.cycles_done if stats else 0 for stats in self.all_stats())
 
     def cycles_tried(self) -> int:
-        """Also those that were dropped, of the balancer with the fewest."""
+        """Completed and dropped cycles of the balancer with the fewest."""
         return min(stats.cycles_done + stats.cycles_failed if stats else 0 for stats in self.all_stats())
 
     def planners(self) -> list[int]:
@@ -289,7 +289,7 @@ class NpuServer(Server):
 
 
 def equal(got: list[list[int]], want: list[list[int]]) -> int:
-    """Tokens that are the same."""
+    """Number of equal tokens."""
     return sum(a == b for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True))
 
 

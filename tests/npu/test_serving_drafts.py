@@ -100,7 +100,7 @@ def test_with_ngrams_no_race_and_no_wrong_order(ngrams: NpuServer) -> None:
 def test_ngrams_notice_weights_that_did_not_move(
     ngrams: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """The last on this server."""
+    """Runs last on this server, because it leaves wrong weights."""
     freeze_weights_until_noticed(ngrams, batches, want)
     assert ngrams.stop() == []
 
@@ -123,7 +123,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory, model: Path, prompts: list[str]) -> list[list[int]]:
-    """What transformers answers, which leaves the draft model out."""
+    """Answers of transformers, which ignores the draft model."""
     return serving.transformers_tokens(tmp_path_factory.mktemp("transformers"), prompts, TOKENS, model=model)
 
 
@@ -166,7 +166,7 @@ def freeze_draft_model_until_noticed(
 def drafts(
     tmp_path_factory: pytest.TempPathFactory, model: Path, prompts: list[str], answers: list[list[int]]
 ) -> list[list[object]]:
-    """Those of a server without balancing, for each prompt, and for each when it is asked again."""
+    """Draft tokens of a server without balancing, for each prompt, first and repeated."""
     folder = tmp_path_factory.mktemp("plain")
     server = NpuServer(None, folder, model=str(model), probe=True, arguments=drafting(MTP)).started()
     try:
@@ -180,7 +180,7 @@ def drafts(
 
 @pytest.fixture(scope="module")
 def drafted(tmp_path_factory: pytest.TempPathFactory, model: Path, drafts: list[list[object]]) -> Iterator[NpuServer]:
-    """Started when the server without balancing is gone."""
+    """A balanced server with a draft model; starts after the server without balancing has ended."""
     folder = tmp_path_factory.mktemp("drafted")
     server = NpuServer(SETTINGS, folder, model=str(model), probe=True, arguments=drafting(MTP), parts=PARTS).started()
     server.call("probe_watch")
@@ -226,7 +226,7 @@ def test_draft_model_causes_no_race_and_no_wrong_order(drafted: NpuServer) -> No
 def test_draft_tokens_notice_draft_weights_that_did_not_move(
     drafted: NpuServer, prompts: list[str], answers: list[list[int]], drafts: list[list[object]]
 ) -> None:
-    """The last on this server."""
+    """Runs last on this server, because it leaves wrong weights."""
     freeze_draft_model_until_noticed(drafted, prompts, answers, drafts)
     assert drafted.stop() == []
 

@@ -112,7 +112,7 @@ def test_no_race_and_no_wrong_order(server: NpuServer) -> None:
 def test_the_comparison_notices_weights_that_did_not_move(
     server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """The last on this server."""
+    """Runs last on this server, because it leaves wrong weights."""
     freeze_weights_until_noticed(server, batches, want)
 
 

@@ -45,7 +45,7 @@ print(sorted(name for name in ("vllm", "torch_npu", "vllm_ascend", "torch") if n
 
 
 def modules(folders: Iterable[str] = STATIONS) -> dict[str, Path]:
-    """By dotted name within the package."""
+    """Paths of the modules of ``folders``, by dotted name within the package."""
     files = {path.relative_to(PACKAGE): path for folder in folders for path in (PACKAGE / folder).rglob("*.py")}
     return {".".join(name.with_suffix("").parts).removesuffix(".__init__"): path for name, path in files.items()}
 
@@ -179,14 +179,14 @@ def test_unknown_names_are_attribute_errors():
 
 
 def loggers(source):
-    """Names of the loggers that it asks for; None where the name is worked out."""
+    """Names of the loggers that a source asks for; None for a computed name."""
     for call in ast.walk(ast.parse(source)):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "getLogger":
             yield call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else None
 
 
 def test_every_logger_is_one_that_a_server_shows():
-    """vLLM gives handlers to the loggers under its own name only; what becomes of others depends on the release."""
+    """vLLM gives handlers only to loggers below its own name; other loggers depend on the release."""
     names = [(path.name, name) for path in PACKAGE.rglob("*.py") for name in loggers(path.read_text())]
     assert len(names) > 10
     assert [entry for entry in names if not str(entry[1]).startswith("vllm.eplb")] == []

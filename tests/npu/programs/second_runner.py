@@ -28,7 +28,7 @@ def _real(name: str) -> ModuleType:
 
 
 def kernels() -> dict[str, list[bool]]:
-    """Whether stand-ins and kernels do the same."""
+    """True if stand-ins and kernels give equal results."""
     import vllm_ascend
 
     vllm_ascend.register()

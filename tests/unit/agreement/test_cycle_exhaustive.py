@@ -105,7 +105,7 @@ class ViolationError(AssertionError):
 
 
 def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> Iterator[tuple[Env, int]]:
-    """What may have happened on a rank by the time it posts: (environment, faults used)."""
+    """Events that may have happened on a rank before it posts: (environment, faults used)."""
     yield env, 0
     if env.bulk:
         yield replace(env, bulk=0), 0
@@ -152,7 +152,7 @@ def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> I
 
 
 def perform(actions: Actions, envs: list[Env], state: CycleState, case: Case) -> None:
-    """Every rank does what its state says; what must hold then is checked over all ranks."""
+    """Performs the actions of a state on every rank, and checks the invariants over all ranks."""
 
     def require(condition: bool, what: str) -> None:
         if not condition:
@@ -215,7 +215,7 @@ def perform(actions: Actions, envs: list[Env], state: CycleState, case: Case) ->
 
 
 def fresh(env: Env) -> Env:
-    """Nothing is known of a cycle."""
+    """Environment of a rank that is in no cycle."""
     return Env(bulk=env.bulk, poisoned=env.poisoned, placement=env.placement, order=env.order)
 
 
@@ -314,7 +314,7 @@ def normal(world: World, case: Case) -> World:
 
 
 def _audit_due(state: CycleState) -> int:
-    """What matters of it between cycles is whether the audit comes first."""
+    """Normalises the audit's due step: between cycles it matters only whether the audit comes first."""
     if state.audit_due < 0:
         return -1
     return STEP if state.active or state.audit_due < state.due else STEP + 2

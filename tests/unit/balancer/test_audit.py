@@ -49,7 +49,7 @@ def loader(slots):
 
 
 def complete(audit: SlotAudit, most: int = 100) -> int:
-    """Steps that a pass took."""
+    """Runs a pass to its end; returns the steps it took."""
     for steps in range(most):
         if audit.complete:
             return steps

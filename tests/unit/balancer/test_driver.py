@@ -89,7 +89,7 @@ def updator(planner: Any) -> Iterator[EplbUpdator]:
 
 
 def step_to(updator: EplbUpdator, cycle: int) -> None:
-    """Until so many cycles are over."""
+    """Steps until ``cycle`` cycles are over."""
     for _ in range(200):
         updator.forward_before()
         updator.parts.recorder.counts += 1

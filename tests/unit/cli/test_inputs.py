@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people feed the commands: odd environments, files of other tools, settings with small mistakes.
+"""Input that people give to the commands: odd environments, files of other tools, settings with small mistakes.
 
 Where these kinds can occur: every command that opens an address (``watch``) or a file (all others), and ``doctor``,
 whose word about plugins must be vLLM's own.

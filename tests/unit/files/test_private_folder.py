@@ -81,7 +81,7 @@ def test_only_the_folder_of_a_killed_front_end_is_removed(tmp_path):
 
 
 def test_folder_of_an_unreaped_front_end_is_removed(tmp_path):
-    """Its process id is still there, as that of a zombie: in a container there may be nobody to ask how it ended."""
+    """A zombie still has a process id; in a container nobody may reap it."""
     zombie = subprocess.Popen(["true"])
     os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
     os.kill(zombie.pid, 0)

@@ -447,7 +447,7 @@ INTEGERS_OR_NONE = ("rounds", "max_moves", "max_moves_per_rank", "max_moves_betw
 @pytest.mark.parametrize("name", INTEGERS + INTEGERS_OR_NONE)
 @pytest.mark.parametrize("value", [1.5, "2", None, True, [1], np.float64(1.0), float("nan"), 1j])
 def test_integers_are_integers(policy, name, value):
-    """Whatever the policy, no value that is no integer gets as far as an operation that raises something else."""
+    """Under every policy a value that is not an integer is refused by name."""
     given = {"num_ranks": 2, "policy": policy} | {name: value}
     if value is None and name in INTEGERS_OR_NONE:
         plan(GOOD_LOAD, GOOD_SLOTS, **given)

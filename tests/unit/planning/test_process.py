@@ -137,7 +137,7 @@ def clock(monkeypatch):
 
 
 def put_forward_until_ended(clock: Clock, pid: int) -> None:
-    """However late the child was asked: what it has not answered after these hours, it never will."""
+    """Hours pass for the parent, so every request to the child times out."""
 
     def ended() -> bool:
         clock.ahead += 3600.0

@@ -356,7 +356,7 @@ def test_unprintable_values() -> None:
 
 
 def means(read: object, value: object) -> bool:
-    """Whether a setting was read as what it said: the value itself, or the number or boolean that text writes out."""
+    """True if a setting was read as given: the value itself, or the number or boolean that its text spells."""
     if isinstance(read, bool):
         return str(value).strip().lower() in (("true", "t", "yes", "y", "on", "1") if read else FALSE)
     if isinstance(value, str) and isinstance(read, (int, float)):

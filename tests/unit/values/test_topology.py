@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which nodes a plan may rest on, and that it does."""
+"""Topology: which ranks form nodes, and plans that respect them."""
 
 import numpy as np
 import pytest
