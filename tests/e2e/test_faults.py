@@ -95,7 +95,7 @@ async def until(condition: Callable[[], Any], what: str, seconds: float = 120) -
 
 
 async def until_balanced(server: PrivateServer) -> None:
-    """Waits until the planner has answered again, and a later window is balanced better than with the start placement."""
+    """Waits until the planner has answered again, and a later window is balanced better than at the start."""
     before = planned(server)
     await until(lambda: planned(server) > before, "an answer of the planner")
     planned_at = stats(server).step
