@@ -114,7 +114,7 @@ class Case:
 def load_pairs(shape: Shape, files: dict[str, FloatArray], seeds: int, quick: bool) -> Iterator[tuple[str, Any]]:
     """Names and functions that give (load before, load)."""
     if shape.experts == 256 and files:
-        names = ("prefill_in1024", "prefill_in4096", "decode_in1000out1000", "decode_in500out1500")
+        names = (loads.PREFILL_1K, loads.PREFILL_4K, loads.DECODE_1000, loads.DECODE_1500)
         short, longer, decode, longer_decode = names if set(names) <= files.keys() else (list(files) * 4)[:4]
         for name, first, second in (
             ("real, prompts 1K to 4K", short, longer),

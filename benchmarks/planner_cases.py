@@ -92,7 +92,7 @@ def file_cases(folder: Path, quick: bool) -> list[Case]:
     files = loads.read_folder(folder)
     if len(files) < 2:
         raise SystemExit(f"--loads {folder}: {len(files)} load files; two at least are needed")
-    short, longer, decode = "prefill_in1024", "prefill_in4096", "decode_in1000out1000"
+    short, longer, decode = loads.PREFILL_1K, loads.PREFILL_4K, loads.DECODE_1000
     if {short, longer, decode} <= files.keys():
         made = cases_between(files[short], files[longer], next_window(files[longer]), "prefill 1K to 4K", "medium")
         made += cases_between(files[short], files[decode], next_window(files[decode]), "prefill 1K to decode", "hard")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.loads import read_counts
+from benchmarks.loads import DECODE_1000, DECODE_1500, PREFILL_1K, PREFILL_2K, read_counts
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -256,11 +256,11 @@ def recorded_loads(folder: Path) -> dict[str, tuple[FloatArray, FloatArray]]:
     Raises:
         ValueError, OSError: a file is missing or holds no load.
     """
-    names = {
-        "decode": ("decode_in500out1500.json", "decode_in1000out1000.json"),
-        "prefill": ("prefill_in2048.json", "prefill_in1024.json"),
+    names = {"decode": (DECODE_1500, DECODE_1000), "prefill": (PREFILL_2K, PREFILL_1K)}
+    return {
+        stage: (read_counts(folder / f"{planned}.json"), read_counts(folder / f"{served}.json"))
+        for stage, (planned, served) in names.items()
     }
-    return {stage: (read_counts(folder / a), read_counts(folder / b)) for stage, (a, b) in names.items()}
 
 
 def drawn_loads(experts: int, layers: int = 24, seed: int = 1) -> dict[str, tuple[FloatArray, FloatArray]]:
