@@ -116,6 +116,7 @@ def map_and_record_aten(
     record: torch.Tensor,
     num_unpadded: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """The op in torch operators; torch calls it with the arguments of :func:`map_and_record`."""
     _check_map_and_record(topk_ids, dispatch_table, replica_count, counts, record, num_unpadded)
     num_tokens = topk_ids.shape[0]
     num_experts, width = dispatch_table.shape
@@ -136,14 +137,7 @@ def map_and_record_aten(
     return torch.where(known, slots, ids).to(topk_ids.dtype)
 
 
-def _map_and_record_fake(
-    topk_ids: torch.Tensor,
-    dispatch_table: torch.Tensor,
-    replica_count: torch.Tensor,
-    counts: torch.Tensor,
-    record: torch.Tensor,
-    num_unpadded: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _map_and_record_fake(topk_ids: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
     return topk_ids.new_empty(topk_ids.shape)
 
 
