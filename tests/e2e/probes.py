@@ -170,13 +170,13 @@ def watch_drafter(worker: Any) -> None:
     runner, state = worker.model_runner, _state(worker)
     drafter = runner.drafter if hasattr(runner, "drafter") else runner.speculator  # of the V1 and the V2 runner
     draft_config = worker.vllm_config.speculative_config.draft_model_config
-    worker.eplb_drafts, worker.eplb_windows, worker.eplb_loads = [], [], []
+    worker.eplb_proposed, worker.eplb_windows, worker.eplb_loads = [], [], []
     propose = drafter.propose
 
     def watched_propose(*args: Any, **kwargs: Any) -> Any:
         drafts = propose(*args, **kwargs)
         if not kwargs.get("dummy_run"):  # the V2 runner's dummy batches have draft tokens, too
-            worker.eplb_drafts.append(drafts.tolist())
+            worker.eplb_proposed.append(drafts.tolist())
         return drafts
 
     drafter.propose = watched_propose
@@ -224,8 +224,8 @@ def watch_drafter(worker: Any) -> None:
 
 def report_of_drafter(worker: Any) -> dict[str, Any]:
     """Observations since the last report, and the state of the draft model's balancer."""
-    result = {"drafts": worker.eplb_drafts, "windows": worker.eplb_windows, "loads": worker.eplb_loads}
-    worker.eplb_drafts = []
+    result = {"drafts": worker.eplb_proposed, "windows": worker.eplb_windows, "loads": worker.eplb_loads}
+    worker.eplb_proposed = []
     state = _state(worker)
     if state is not None:
         updator = state.draft.updator
