@@ -28,13 +28,13 @@ SECONDS_WITHOUT_LINK = 4
 def run_on_two_hosts(
     folder: Path, settings: list[dict[str, Any]], meanwhile: Callable[[Hosts], None] = lambda hosts: None
 ) -> list[dict[str, Any]]:
-    """What every rank saw; the first two on one host, the last on the other."""
+    """Observations of every rank; the first two run on one host, the last on the other."""
     with two_hosts() as hosts:
         processes = []
         for rank in range(RANKS):
             (folder / f"settings{rank}.json").write_text(json.dumps(settings[rank]))
             command = [sys.executable, "-m", "tests.distributed.host_rank"]
-            command += [str(each) for each in (rank, RANKS, ADDRESSES[0], PORT, folder, STEPS)]
+            command += [str(argument) for argument in (rank, RANKS, ADDRESSES[0], PORT, folder, STEPS)]
             environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lan"}
             environment.pop("EPLB_STATS_FILE", None)
             with open(folder / f"log{rank}", "wb") as log:

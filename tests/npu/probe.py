@@ -15,14 +15,14 @@ class Probe:
 
     def _parts(self) -> list[tuple[Any, list[Any]]]:
         """Each balancer with the MoE layers that it balances. Under the first runner there is one; under the second a
-        drafter has its own, behind the model's. None without balancing."""
+        draft model has its own, behind the model's. None without balancing."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         if hasattr(runner, "eplb_updator"):
             return [(runner.eplb_updator.balancer, list(runner.eplb_updator.adaptor.moe_layers))]
         state = runner.eplb_state
         if state is None:
             return []
-        parts = [(state.updator, state._model.moe_layers)]
+        parts = [(state.updator, state.model.moe_layers)]
         if state.draft is not None:
             drafter = state.model_states[state.draft.model_config.compute_hash()]
             parts.append((state.draft.updator, drafter.model.moe_layers))
@@ -32,7 +32,7 @@ class Probe:
         """The negative control: from now on commits switch the maps, and leave the weights where they are.
 
         Args:
-            first: layer from which on they do, a drafter's behind the model's.
+            first: layer from which on they do, a draft model's behind the model's.
         """
 
         def freeze(loader: Any, first_layer: int) -> None:
@@ -55,7 +55,7 @@ class Probe:
         return 1
 
     def probe_replays(self) -> int:
-        """How often this rank has replayed a captured graph since this was first asked."""
+        """Replays of captured graphs on this rank since the first call."""
         graph: Any = torch.npu.NPUGraph  # type: ignore[attr-defined]
         if not hasattr(graph, "replays"):
             graph.replays, replay = 0, graph.replay
@@ -76,7 +76,7 @@ class Probe:
         return digest.hexdigest()
 
     def probe_experts(self) -> dict[str, list[str]]:
-        """What the slots of this rank hold: for each expert ("layer expert") a digest of the tensors of each copy."""
+        """Contents of this rank's slots: for each expert ("layer expert") a digest of the tensors of each copy."""
         balancer: Any = self._parts()[0][0]
         placement, found = balancer.placement, {}
         first = balancer.parts.rank * placement.slots_per_rank
@@ -121,12 +121,12 @@ class Probe:
         }
 
     def probe_watch(self) -> int:
-        """To be called before the first request. From then on this rank keeps what the drafter guesses and, for each
-        balancer and window of load: what the routers chose (int [L, E], in vllm-ascend's own code, before anything of
-        ours), how many tokens were scheduled, and the batches (tokens of each data-parallel engine, step by step,
+        """To be called before the first request. From then on this rank keeps what the draft model proposes and, for
+        each balancer and window of load: what the routers chose (int [L, E], in vllm-ascend's own code, before anything
+        of ours), how many tokens were scheduled, and the batches (tokens of each data-parallel engine, step by step,
         filled up to a common size and as they were); and the loads that were planned with."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        self.guesses: list[Any] = []
+        self.drafts: list[Any] = []
         self.watched: list[dict[str, list[Any]]] = []
         for drafter, name in (
             (getattr(runner, "drafter", None), "_propose"),
@@ -140,10 +140,10 @@ class Probe:
 
     def _watched_propose(self, propose: Any) -> Any:
         def watched_propose(*args: Any, **kwargs: Any) -> Any:
-            guesses = propose(*args, **kwargs)
+            drafts = propose(*args, **kwargs)
             if not kwargs.get("dummy_run"):
-                self.guesses.append(guesses.tolist())
-            return guesses
+                self.drafts.append(drafts.tolist())
+            return drafts
 
         return watched_propose
 
@@ -269,17 +269,17 @@ class Probe:
         numbers = torch.zeros(group.world_size, dtype=torch.int64)
         numbers[group.rank_in_group] = number
         torch.distributed.all_reduce(numbers, group=group.cpu_group)
-        return [int(each) for each in numbers]
+        return [int(tokens) for tokens in numbers]
 
     def probe_watched(self) -> dict[str, Any]:
-        """What was kept of the first balancer, and of a drafter's own; and the placements in force (int [L, P]), one
+        """What was kept of the first balancer and of a draft model's; and the placements in force (int [L, P]), one
         after the other."""
         placements = [
             layer for balancer, _ in self._parts() for layer in balancer.placement.physical_to_logical.tolist()
         ]
         return {**self.watched[0], "placement": placements, "drafter": self.watched[1:]}
 
-    def probe_guesses(self) -> dict[str, list[Any]]:
-        """What the drafter has guessed since this was last asked, step by step."""
-        guesses, self.guesses = self.guesses, []
-        return {"guesses": guesses}
+    def probe_drafts(self) -> dict[str, list[Any]]:
+        """What the draft model has proposed since this was last asked, step by step."""
+        drafts, self.drafts = self.drafts, []
+        return {"drafts": drafts}
