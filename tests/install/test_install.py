@@ -15,7 +15,7 @@ from vllm_ascend_eplb import __version__
 
 from ..e2e.conftest import BUSY, prompts
 from ..e2e.offline import environment
-from .conftest import ROOT, Installation
+from .conftest import LONG, ROOT, Installation, users_environment
 
 PACKAGE = "vllm_ascend_eplb"
 BUILT = {f"{PACKAGE}/_ops.so", f"{PACKAGE}/_planner{sysconfig.get_config_var('EXT_SUFFIX')}"}
@@ -71,6 +71,43 @@ def test_it_runs_from_its_own_files_and_cannot_write(installation: Installation)
     ]
 
 
+CONTAINER = """
+import json, os
+def writable(path):
+    try:
+        os.close(os.open(path + "/tried", os.O_CREAT))
+    except OSError as error:
+        return error.strerror
+    return True
+shared = os.statvfs("/dev/shm")
+print(json.dumps({
+    "user": os.geteuid(), "groups": os.getgroups(), "shared memory": shared.f_frsize * shared.f_blocks >> 20,
+    "root": writable("/"), "package": writable("%s"), "scratch": writable("/scratch"), "tmp": writable("/tmp"),
+    "temporary files": os.environ["TMPDIR"], "checkout": os.path.exists("%s"),
+    "capabilities": [line.split()[1] for line in open("/proc/self/status") if line.startswith(("CapEff", "CapBnd"))],
+}))
+"""
+
+
+def test_the_container_is_as_the_examples_restrict_it(installation: Installation) -> None:
+    """What it can do is the control: user, capabilities, file systems, as examples/deploy/kubernetes.yaml has them."""
+    if installation.why_no_container:
+        pytest.skip(f"commands ran without a container: {installation.why_no_container}")
+    program = CONTAINER % (installation.site / PACKAGE, ROOT / PACKAGE)
+    assert json.loads(installation.run("-c", program)) == {
+        "user": 2000,
+        "groups": [],
+        "shared memory": 64,
+        "root": "Read-only file system",
+        "package": "Read-only file system",
+        "scratch": True,
+        "tmp": True,
+        "temporary files": LONG,
+        "checkout": False,
+        "capabilities": ["0" * 16] * 2,
+    }
+
+
 def test_doctor_says_that_the_kernels_are_in_use(installation: Installation) -> None:
     said = json.loads(installation.run("-m", f"{PACKAGE}.cli", "doctor", "--quick", "--json"))
     found = {finding["what"]: (finding["status"], finding["text"]) for finding in said["findings"]}
@@ -95,7 +132,7 @@ def test_doctor_says_why_a_kernel_is_not_in_use(installation: Installation, tmp_
         assert contents.count(b"torch_get_num_threads\0") == 1
         library.write_bytes(contents.replace(b"torch_get_num_threads\0", b"torch_gone_in_torch_3\0"))
         reason = "torch has no torch_gone_in_torch_3"
-    run = {"cwd": tmp_path, "env": installation.environment(), "capture_output": True, "text": True, "check": True}
+    run = {"cwd": tmp_path, "env": users_environment(), "capture_output": True, "text": True, "check": True}
     doctor = [str(installation.python), "-m", f"{PACKAGE}.cli", "doctor", "--quick", "--json"]
     said = json.loads(subprocess.run(doctor, **run).stdout)
     (found,) = (finding for finding in said["findings"] if finding["what"] == "recording op")
@@ -110,20 +147,22 @@ def test_doctor_says_why_a_kernel_is_not_in_use(installation: Installation, tmp_
 def test_an_engine_balances_with_it(installation: Installation) -> None:
     """The offline job of the end-to-end tests, on two ranks, from a folder that is no checkout."""
     job = {"ranks": 2, "eplb": BUSY, "probe": True, "prompts": prompts(2), "cycles": 3, "max_tokens": 16}
-    path, result, log = (installation.elsewhere / name for name in ("job.json", "result.json", "log"))
-    path.write_text(json.dumps(job))
-    with log.open("w") as output:
+    (installation.elsewhere / "job.json").write_text(json.dumps(job))
+    names = (str(installation.scratch / name) for name in ("job.json", "result.json"))
+    engines = {
+        name: value for name, value in environment(2).items() if name.startswith(("VLLM_", "HF_", "TOKENIZERS_"))
+    }
+    with (installation.elsewhere / "log").open("w") as output:
         code = subprocess.run(
-            installation.command(str(ROOT / "tests" / "e2e" / "offline.py"), str(path), str(result)),
-            cwd=installation.elsewhere,
-            env={**installation.environment(), **environment(2), "PYTHONPATH": ""},
+            installation.command(str(ROOT / "tests" / "e2e" / "offline.py"), *names),
+            env={**engines, **installation.environment()},
             stdout=output,
             stderr=subprocess.STDOUT,
             timeout=600,
         ).returncode
-    text = log.read_text(errors="replace")
+    text = (installation.elsewhere / "log").read_text(errors="replace")
     assert code == 0, text[-4000:]
-    ranks = json.loads(result.read_text())["ranks"]
+    ranks = json.loads((installation.elsewhere / "result.json").read_text())["ranks"]
     assert json.loads(ranks[0]["stats"])["cycles_done"] >= 3
     assert "ATen operators" not in text
     assert str(ROOT / PACKAGE) not in text
@@ -133,6 +172,6 @@ def test_uninstalled_it_leaves_nothing(installation: Installation) -> None:
     for path in [installation.site, *installation.site.rglob("*"), installation.python.parent]:
         path.chmod(path.stat().st_mode | 0o200)
     pip = [str(installation.python), "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "uninstall", "-y", "vllm-ascend-eplb"], check=True, env=installation.environment())
+    subprocess.run([*pip, "uninstall", "-y", "vllm-ascend-eplb"], check=True, env=users_environment())
     assert not list(installation.site.glob("vllm_ascend_eplb*"))
     assert not list(installation.python.parent.glob("vllm-ascend-eplb*"))
