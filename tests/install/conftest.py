@@ -97,10 +97,21 @@ def image_variables() -> dict[str, str]:
     return dict(pair.split("=", 1) for line in re.findall(r"^ENV (.*)$", text, re.M) for pair in line.split())
 
 
+def skip_without_registry(folder: Path) -> None:
+    """Builds in isolation fetch what they build with."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = re.findall(r'"([^"]+)"', re.search(r"^requires = \[(.*)\]$", text, re.M)[1])  # type: ignore[index]
+    look = [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--python", sys.executable, "--target"]
+    done = subprocess.run([*look, str(folder), *wanted], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"no package registry gives {', '.join(wanted)}: {done.stderr.strip().splitlines()[-1]}")
+
+
 @pytest.fixture(scope="session")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked source distribution, made in isolation."""
     folder = tmp_path_factory.mktemp("sdist")
+    skip_without_registry(folder / "nothing")
     source = folder / "checkout"
     ignore = shutil.ignore_patterns(".*", "build", "*.so", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, source, ignore=ignore)  # building writes into the source folder
