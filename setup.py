@@ -9,12 +9,22 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
 
 PLANNER = Extension("vllm_ascend_eplb._planner", sources=[])
 OPS = Extension("vllm_ascend_eplb._ops", sources=[])
+
+
+class FreshFiles(build_py):
+    """What an earlier build left in this checkout's build folder stays out of the package."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "vllm_ascend_eplb"), ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -34,6 +44,7 @@ class CMakeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        (build / "CMakeCache.txt").unlink(missing_ok=True)  # the checkout, or Python, may have been elsewhere
         configure = [
             "cmake",
             "-S",
@@ -52,6 +63,6 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[PLANNER, OPS],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_py": FreshFiles, "build_ext": CMakeBuild},
     setup_requires=[] if shutil.which("cmake") else ["cmake>=3.18"],
 )

@@ -132,6 +132,11 @@ def installation(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Insta
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / "env" / "lib" / version / "site-packages"
     (site / "engine.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # What earlier builds leave in a checkout: a library of another Python, and a module that is gone.
+    earlier = sdist / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "vllm_ascend_eplb"
+    earlier.mkdir(parents=True)
+    (earlier / "module_that_is_gone.py").touch()
+    (sdist / "vllm_ascend_eplb" / "_planner.cpython-39-x86_64-linux-gnu.so").touch()
     built = subprocess.run(
         [str(python), "-m", "pip", "install", "--disable-pip-version-check", "."],
         cwd=sdist,
