@@ -92,12 +92,16 @@ CONF
     echo "$key" >"$here/.environment.stamp"
 fi
 
+copy_package() { # FOLDER: the package's Python and the tests, without libraries
+    rm -rf "$1"
+    mkdir -p "$1"
+    cp -r vllm_ascend_eplb tests pyproject.toml "$1/"
+    find "$1" -name '*.so' -delete
+}
+
 say "building"
 package=$here/package
-rm -rf "$package"
-mkdir -p "$package"
-cp -r vllm_ascend_eplb tests pyproject.toml "$package/"
-find "$package" -name '*.so' -delete
+copy_package "$package"
 cmake -S . -B "$here/build" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
     -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_CXX_FLAGS="-Werror -I$here/root/usr/include" \
     -DEPLB_BUILD_CUDA=OFF -DEPLB_OUTPUT_DIR="$package/vllm_ascend_eplb" \
@@ -124,6 +128,22 @@ diff "$here/plans_here" "$here/plans_aarch64" || fail "plans differ"
 [ "$(cut -d' ' -f1 "$here/plans_here" | sort -u | wc -l)" -gt 20 ] || fail "the hashes hardly differ from case to case"
 plans="$(wc -l <"$here/plans_here") plans are bit-identical"
 say "$plans"
+
+if have clang++; then
+    say "plans of a build by clang, here"
+    copy_package "$here/clang"
+    cmake -S . -B "$here/build-clang" -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_CXX_FLAGS=-Werror -DEPLB_BUILD_CUDA=OFF \
+        -DEPLB_OUTPUT_DIR="$here/clang/vllm_ascend_eplb" -DPython_EXECUTABLE="$python" \
+        -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >/dev/null
+    cmake --build "$here/build-clang" --parallel 2 >/dev/null
+    (cd "$here/clang" && PYTHONPATH=$PWD "$python" -m tests.aarch64.plans hash "$here/cases.npz") >"$here/plans_clang"
+    diff "$here/plans_here" "$here/plans_clang" || fail "plans of a build by clang differ"
+    record=$(cd "$here/clang" && PYTHONPATH=$PWD "$python" -m tests.aarch64.record)
+    [ "$record" = "cpu [[1, 2]] [0, 1, 1]" ] || fail "the op of a build by clang: $record"
+    plans="$plans, those of a build by clang, too"
+else
+    say "skipped: there is no clang++ to build with"
+fi
 
 say "the recording op beside torch $torch_version"
 emulated "$here/site" -m pytest -q -p no:cacheprovider tests/unit/load/test_ops.py \
