@@ -18,6 +18,12 @@ PLANNER = Extension("vllm_ascend_eplb._planner", sources=[])
 OPS = Extension("vllm_ascend_eplb._ops", sources=[])
 
 
+def missing_tools() -> list[str]:
+    """Packages that bring what this machine lacks: CMake, and make or Ninja for it to run."""
+    tools = [] if shutil.which("cmake") else ["cmake>=3.18"]
+    return tools if shutil.which("make") or shutil.which("ninja") else [*tools, "ninja"]
+
+
 class FreshFiles(build_py):
     """What an earlier build left in this checkout's build folder stays out of the package."""
 
@@ -56,6 +62,8 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
+        if not shutil.which("make"):
+            configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)
         jobs = str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
@@ -64,5 +72,5 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[PLANNER, OPS],
     cmdclass={"build_py": FreshFiles, "build_ext": CMakeBuild},
-    setup_requires=[] if shutil.which("cmake") else ["cmake>=3.18"],
+    setup_requires=missing_tools(),
 )
