@@ -12,10 +12,11 @@ set -eu
 cd "$(dirname "$0")/.."
 name=aarch64
 venv=.venv
+. scripts/setup_common.sh
 torch_version=2.10.0
 torch_refused=2.9.1
 numpy_version=2.3.5
-. scripts/setup_common.sh
+UV_COMPILE_BYTECODE=0 # the code is another processor's, and mostly not imported
 
 skip() {
     [ -z "${AARCH64_REQUIRED:-}" ] || fail "$1"
@@ -24,7 +25,7 @@ skip() {
 }
 
 # What this script reads, byte by byte. The Python of planning and values is part of a plan.
-inputs=$(find csrc CMakeLists.txt scripts/aarch64.sh tests/aarch64 tests/unit/load/test_ops.py benchmarks/placements.py \
+inputs=$(find csrc CMakeLists.txt scripts/aarch64.sh tests/aarch64 tests/unit/load/test_ops.py benchmarks/placements.py benchmarks/loads.py benchmarks/planner_checks.py \
     vllm_ascend_eplb/load/ops.py vllm_ascend_eplb/planning vllm_ascend_eplb/values -type f ! -name '*.pyc' ! -name '*.so' |
     LC_ALL=C sort | while read -r file; do
         echo "$file"
@@ -83,11 +84,11 @@ CONF
     ) >/dev/null 2>&1 || skip "Debian's packages of Python 3.11 for arm64 are not to be had"
     for package in "$here"/apt/archives/*.deb; do dpkg -x "$package" "$here/root"; done
     "$venv/bin/uv" pip install --quiet --python-platform aarch64-manylinux_2_28 --python-version 3.11 \
-        --no-compile-bytecode --target "$here/site" "torch==$torch_version" "numpy==$numpy_version" \
+        --target "$here/site" "torch==$torch_version" "numpy==$numpy_version" \
         $(grep -E '^(pytest|hypothesis)' scripts/requirements-dev.txt) ||
         skip "torch $torch_version for aarch64 is not to be had"
     "$venv/bin/uv" pip install --quiet --python-platform aarch64-manylinux_2_28 --python-version 3.11 \
-        --no-compile-bytecode --target "$here/site-refused" "torch==$torch_refused" "numpy==$numpy_version" ||
+        --target "$here/site-refused" "torch==$torch_refused" "numpy==$numpy_version" ||
         skip "torch $torch_refused for aarch64 is not to be had"
     echo "$key" >"$here/.environment.stamp"
 fi
