@@ -4,7 +4,7 @@ registry. Needs root and util-linux.
 
 Its root file system is read-only and holds this machine's /usr, /etc and /sys and the folders that are given, so no
 checkout. The user is 2000 without capabilities and without a name, processes and IPC are its own, /dev/shm is as small
-as Docker makes it, and /scratch and /tmp can be written.
+as vLLM allows, and /scratch and /tmp can be written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 USER = 2000
-SHARED_MEMORY = "64m"
+SHARED_MEMORY = "320m"
+"""vLLM 0.32 refuses to start its workers' queues with less than 240 MiB free."""
 
 _START = f"""
 set -eu

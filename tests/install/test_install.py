@@ -97,7 +97,7 @@ def test_the_container_is_as_the_examples_restrict_it(installation: Installation
     assert json.loads(installation.run("-c", program)) == {
         "user": 2000,
         "groups": [],
-        "shared memory": 64,
+        "shared memory": 320,
         "root": "Read-only file system",
         "package": "Read-only file system",
         "scratch": True,
@@ -152,7 +152,6 @@ def test_an_engine_balances_with_it(installation: Installation) -> None:
     engines = {
         name: value for name, value in environment(2).items() if name.startswith(("VLLM_", "HF_", "TOKENIZERS_"))
     }
-    engines["VLLM_MQ_MAX_CHUNK_BYTES_MB"] = "4"  # vLLM's queues: as examples/deploy/README.md says for 64 MiB
     with (installation.elsewhere / "log").open("w") as output:
         code = subprocess.run(
             installation.command(str(ROOT / "tests" / "e2e" / "offline.py"), *names),
