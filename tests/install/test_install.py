@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from vllm_ascend_eplb import __version__
 
 from ..e2e.conftest import BUSY, prompts
 from ..e2e.offline import environment
-from .conftest import LONG, ROOT, Installation, users_environment
+from .conftest import LONG, ROOT, Installation, skip_without_registry, users_environment
 
 PACKAGE = "vllm_ascend_eplb"
 BUILT = {f"{PACKAGE}/_ops.so", f"{PACKAGE}/_planner{sysconfig.get_config_var('EXT_SUFFIX')}"}
@@ -41,6 +43,25 @@ def test_sources_hold_what_a_build_needs_and_no_more(sdist: Path) -> None:
     made = {"PKG-INFO", "setup.cfg"}
     held = {path for path in files_below(sdist) if ".egg-info/" not in path and not path.startswith("build/")}
     assert held == wanted | made
+
+
+def test_pip_takes_the_sources_of_a_git_address(tmp_path: Path) -> None:
+    """As far as the metadata, which a build in isolation makes: compiling them is what the tests below do."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("the tests do not run in a clone")
+    skip_without_registry(tmp_path / "nothing")
+    address = f"git+file://{ROOT}"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--quiet"]
+    subprocess.run([*pip, "--dest", str(tmp_path), address], check=True, env=users_environment())
+    (archive,) = tmp_path.glob("*.zip")
+    committed = subprocess.run(
+        ["git", "-C", str(ROOT), "show", f"HEAD:{PACKAGE}/__init__.py"], check=True, capture_output=True, text=True
+    ).stdout
+    version = archive.stem.rpartition("-")[2]
+    assert f'__version__ = "{version}"' in committed
+    with zipfile.ZipFile(archive) as sources:
+        names = {name.partition("/")[2] for name in sources.namelist()}
+    assert {"setup.py", "CMakeLists.txt", f"{PACKAGE}/__init__.py", "csrc/ops/CMakeLists.txt"} <= names
 
 
 def test_the_installed_files_are_those_of_the_list(installation: Installation) -> None:
