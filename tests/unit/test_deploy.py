@@ -143,6 +143,13 @@ def test_compose_wires_server_prometheus_and_grafana() -> None:
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             assert not source.startswith(".") or (DEPLOY / source).exists(), source
+    server = services["vllm"]
+    assert server["read_only"] is True
+    assert server["cap_drop"] == ["ALL"]
+    assert server["security_opt"] == ["no-new-privileges:true"]
+    image = (DEPLOY / "Dockerfile.vllm").read_text(encoding="utf-8")
+    made = re.search(r"^RUN install -d -o 2000 -g 2000 (.*)$", image, re.M)[1].split()  # type: ignore[index]
+    assert {volume.split(":")[1] for volume in server["volumes"]} <= set(made)  # the user owns new volumes
     assert (DEPLOY / services["vllm"]["build"]["context"]).resolve() == ROOT
     assert (ROOT / services["vllm"]["build"]["dockerfile"]).exists()
     assert services["vllm"]["healthcheck"]["test"][-1].endswith("/health")
