@@ -171,18 +171,21 @@ def test_doctor_says_why_a_kernel_is_not_in_use(installation: Installation, tmp_
     assert len([line for line in warned if reason in line]) == 1
 
 
+def engine_variables() -> dict[str, str]:
+    """What vLLM needs for two ranks on this machine, without the rest of this machine's environment."""
+    of_engines = ("VLLM_", "HF_", "TOKENIZERS_")
+    return {name: value for name, value in environment(2).items() if name.startswith(of_engines)}
+
+
 def test_an_engine_balances_with_it(installation: Installation) -> None:
     """The offline job of the end-to-end tests, on two ranks, from a folder that is no checkout."""
     job = {"ranks": 2, "eplb": BUSY, "probe": True, "prompts": prompts(2), "cycles": 3, "max_tokens": 16}
     (installation.elsewhere / "job.json").write_text(json.dumps(job))
     names = (str(installation.scratch / name) for name in ("job.json", "result.json"))
-    engines = {
-        name: value for name, value in environment(2).items() if name.startswith(("VLLM_", "HF_", "TOKENIZERS_"))
-    }
     with (installation.elsewhere / "log").open("w") as output:
         code = subprocess.run(
             installation.command(str(ROOT / "tests" / "e2e" / "offline.py"), *names),
-            env={**engines, **installation.environment()},
+            env={**engine_variables(), **installation.environment()},
             stdout=output,
             stderr=subprocess.STDOUT,
             timeout=600,
@@ -203,9 +206,8 @@ def test_a_server_balances_and_ends_when_told(installation: Installation) -> Non
         port = free.getsockname()[1]
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT / "examples" / "tiny_moe")]
     command += ["--enable-expert-parallel", "--tensor-parallel-size", "2", "--port", str(port), "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-model-len", "512", "--additional-config", json.dumps({"eplb_config": BUSY})]
-    of_engines = ("VLLM_", "HF_", "TOKENIZERS_")
-    engines = {name: value for name, value in environment(2).items() if name.startswith(of_engines)}
+    command += ["--enforce-eager", "--max-model-len", "512", "--shutdown-timeout", "30"]
+    command += ["--additional-config", json.dumps({"eplb_config": BUSY})]
     log = installation.elsewhere / "server.log"
 
     def ask(path: str, body: dict[str, object] | None = None) -> str:
@@ -217,7 +219,7 @@ def test_a_server_balances_and_ends_when_told(installation: Installation) -> Non
     with log.open("w") as output:
         server = subprocess.Popen(
             installation.command(*command),
-            env={**engines, **installation.environment()},
+            env={**engine_variables(), **installation.environment()},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -246,8 +248,7 @@ def test_a_server_balances_and_ends_when_told(installation: Installation) -> Non
     text = log.read_text(errors="replace")
     assert "EPLB cycle 1" in text
     assert "ATen operators" not in text
-    left = [path for path in installation.elsewhere.rglob("vllm-eplb-*")]
-    assert left == []
+    assert list(installation.elsewhere.rglob("vllm-eplb-*")) == []
 
 
 def test_uninstalled_it_leaves_nothing(installation: Installation) -> None:
