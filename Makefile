@@ -32,7 +32,7 @@ e2e-test: setup  ## the ones with real vLLM engines
 
 .PHONY: install-test aarch64-test python-test
 install-test: setup  ## builds in isolation, installs as a user does, and serves from there
-	@$(RUN) -m pytest --tier install tests/install
+	@$(RUN) -m pytest --tier install -m "not soak" tests/install
 
 aarch64-test: setup  ## the C++ built for aarch64 and run under emulation; skipped where Debian's packages are not to be had
 	@scripts/aarch64.sh

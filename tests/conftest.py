@@ -23,7 +23,7 @@ with contextlib.suppress(ImportError):  # those on real NPUs do without it
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-BUDGETS = {"unit": 90, "test": 900, "npu": 600, "install": 300}
+BUDGETS = {"unit": 90, "test": 900, "npu": 600, "install": 180}
 """Seconds that a tier may take on two cores that do nothing else. Nothing fails where it takes longer."""
 
 ROOT = Path(__file__).parents[1]

@@ -194,6 +194,7 @@ def test_an_operator_pauses_restores_and_resumes_while_it_serves(server, texts, 
     assert order(server, "pause")["paused"] is True
     before = server.stats()
     assert complete(server, texts) == reference
+    assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200  # what probes ask: paused is healthy
     paused = server.stats()
     assert paused.step > before.step
     assert planned_cycles(server) == paused.cycles_done + paused.cycles_skipped

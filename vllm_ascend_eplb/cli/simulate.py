@@ -226,16 +226,11 @@ def refusal(result: Simulation) -> str:
 @contextlib.contextmanager
 def progress(total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     stderr = Console(stderr=True)
-    bar = Progress(
-        TextColumn("replaying"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=stderr,
-        transient=True,
-        disable=quiet or not stderr.is_terminal,
-    )
-    with bar:
+    if quiet or not stderr.is_terminal:  # a disabled bar of rich before 15 still prints an empty line
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("replaying"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as bar:
         task = bar.add_task("replaying", total=total)
         yield lambda done, _: bar.update(task, completed=done)
 

@@ -7,6 +7,7 @@ One file, because it is one table of values, with the message of each.
 from __future__ import annotations
 
 import os
+import re
 import typing
 from pathlib import Path
 from typing import Literal
@@ -295,7 +296,7 @@ def test_expert_map_path(tmp_path: Path) -> None:
     map_file = tmp_path / "map.json"
     assert "does not exist" in map_refusal("expert_map_path", map_file)
     assert "is a directory" in map_refusal("expert_map_path", tmp_path)
-    assert "cannot be read (embedded null byte)" in map_refusal("expert_map_path", "a\0b")
+    assert re.search(r"a\?b cannot be read \(.*embedded null", map_refusal("expert_map_path", "a\0b"))  # Python's words
     map_file.touch()
     assert "is empty" in map_refusal("expert_map_path", map_file)
     map_file.write_text("{}")
@@ -491,6 +492,7 @@ def test_speeds_of_ranks() -> None:
 
 def test_limits_reach_the_planner() -> None:
     """Each is a keyword of plan(), which keeps it."""
+    pytest.importorskip("torch")
     from vllm_ascend_eplb.balancer.lead import plan_options
 
     given = {
