@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_ascend_eplb.adaptors.vllm.loading import LayerSlots, LoadingError, load_by, placement_loaded
+from vllm_ascend_eplb.adaptors.vllm.loading import LayerSlots, LoadingError, LoadOrder, load_by, placement_loaded
 from vllm_ascend_eplb.values.placement import Placement
 
 EXPERTS, RANKS, REDUNDANT = 8, 4, 4
@@ -56,6 +56,7 @@ def model(rank: int, layers: int = 3) -> SimpleNamespace:
     return SimpleNamespace(
         num_physical_experts=slots,
         moe_layers=[SimpleNamespace(routed_experts=Layer(rank, slots)) for _ in range(layers)],
+        modules=list,
     )
 
 
@@ -83,7 +84,7 @@ def test_every_slot_holds_the_expert_of_the_placement(seed: int) -> None:
     placement = random_placement(seed)  # some hold an expert twice on a rank
     for rank in range(RANKS):
         moe = model(rank)
-        load_by(moe, placement)
+        load_by(moe, LoadOrder(placement, by_map=True))
         checkpoint(moe)
         assert placement_loaded(moe, rank) is placement
         own = placement.physical_to_logical.reshape(3, RANKS, -1)[:, rank]
@@ -99,7 +100,7 @@ def test_without_a_placement_nothing_changes() -> None:
 
 def test_what_was_not_loaded_is_named() -> None:
     moe = model(2)
-    load_by(moe, random_placement(0))
+    load_by(moe, LoadOrder(random_placement(0), by_map=True))
     with pytest.raises(LoadingError, match="layer 0, device 2, slot 0 got no weights"):
         placement_loaded(moe, 2)
     checkpoint(SimpleNamespace(moe_layers=[moe.moe_layers[0], moe.moe_layers[2]]))
@@ -119,19 +120,120 @@ def test_a_part_that_is_missing_is_noticed() -> None:
 
 def test_a_tensor_of_all_experts_is_refused() -> None:
     moe = model(0)
-    load_by(moe, random_placement(0))
+    load_by(moe, LoadOrder(random_placement(0), by_map=True))
     layer = moe.moe_layers[0].routed_experts
     with pytest.raises(LoadingError, match="has all experts in one tensor"):
         layer.w1.weight_loader(layer.w1, torch.zeros(EXPERTS, 2, 2), "w1.weight", "w1", 0, True)
 
 
+def fused_checkpoint(moe: SimpleNamespace) -> None:
+    """Loads as vLLM does from tensors of all experts of a layer: logical experts one by one, and no copies."""
+    for layer in moe.moe_layers:
+        for part in PARTS:
+            param = getattr(layer.routed_experts, part)
+            for expert in range(EXPERTS):
+                param.weight_loader(param, torch.full((2, 2), float(expert)), part, part, expert, True)
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_copies_are_filled_from_tensors_of_all_experts(rank: int) -> None:
+    """Negative control: without an order the slots of copies stay as they were."""
+    placement = Placement.initial(3, EXPERTS, RANKS, REDUNDANT)
+    own = placement.physical_to_logical.reshape(3, RANKS, -1)[:, rank].tolist()
+    moe, left_alone = model(rank), model(rank)
+    load_by(moe, LoadOrder(placement, by_map=False))
+    fused_checkpoint(moe)
+    fused_checkpoint(left_alone)
+    assert [layer.routed_experts.held() for layer in moe.moe_layers] == own
+    empty = [layer.routed_experts.held() for layer in left_alone.moe_layers]
+    assert (empty == own) == all(slot < EXPERTS for slot in range(3 * rank, 3 * rank + 3))
+
+
+def test_models_that_cannot_follow_are_left_alone() -> None:
+    """Without a map: vLLM loads them, and the copies are compared afterwards."""
+
+    class SomeMegaMoEExperts(Layer):
+        pass
+
+    order = LoadOrder(Placement.initial(3, EXPERTS, RANKS, REDUNDANT), by_map=False)
+    shared, mega, other = model(0), model(0), model(0)
+    shared.moe_layers[0].routed_experts.expert_map_manager = SimpleNamespace(num_fused_shared_experts=1)
+    mega.moe_layers[0].routed_experts = SomeMegaMoEExperts(0, EXPERTS + REDUNDANT)
+    other.num_physical_experts = 16
+    for moe in (shared, mega, other):
+        load_by(moe, order)
+        assert placement_loaded(moe, 0) is None
+    with pytest.raises(LoadingError, match="SomeMegaMoEExperts loads experts by itself"):
+        load_by(mega, LoadOrder(order.placement, by_map=True))
+
+
+def test_weights_that_come_another_way_are_no_error() -> None:
+    """Without a map: files of slots, random weights, and whole tensors go in as vLLM's own loader takes them."""
+    moe = model(1)
+    order = LoadOrder(Placement.initial(3, EXPERTS, RANKS, REDUNDANT), by_map=False)
+    layer, taken = moe.moe_layers[0].routed_experts, []
+    layer.w1.weight_loader = lambda *args: taken.append(args)
+    load_by(moe, order)
+    assert placement_loaded(moe, 1) is order.placement
+    whole = (layer.w1, torch.full((3, 2, 2), 7.0), "w1.weight", "w1", 3)
+    layer.w1.weight_loader(*whole)
+    assert taken == [(*whole, False)]
+
+
+def test_tensors_of_llama_4_are_taken_apart() -> None:
+    """As its loader is called: names without the number of an expert, and weights the other way round."""
+    calls: list[str] = []
+
+    class Llama(torch.nn.Module):
+        def load_moe_expert_weights(self, name, weight, params, loaded, mapping, fused=True):
+            calls.append(name)
+            return False
+
+    inner, moe, rank = Llama(), model(3), 3
+    moe.modules = lambda: [inner]
+    placement = random_placement(5)
+    load_by(moe, LoadOrder(placement, by_map=True))
+    mapping = [
+        ("experts.w13_", "experts.0.gate_up_proj.", 0, "w1"),
+        ("experts.w2_", "experts.0.down_proj.", 0, "w2"),
+        ("experts.w13_", "experts.0.gate_up_proj.", 0, "w3"),
+    ]
+    numbers = torch.arange(EXPERTS, dtype=torch.float32)[:, None, None]
+    columns = torch.cat([torch.zeros(2), torch.full((2,), 0.5)])  # gate, then up
+    for number, layer in enumerate(moe.moe_layers):
+        seen: dict[str, list[torch.Tensor]] = {"w1": [], "w2": [], "w3": []}
+        experts = layer.routed_experts
+
+        def w13(param, weight, name, shard_id, expert_id, experts=experts, seen=seen):
+            seen[shard_id].append(weight)
+            getattr(experts, shard_id).weight_loader(getattr(experts, shard_id), weight, name, shard_id, expert_id)
+
+        params = {
+            f"{number}.experts.w13_weight": SimpleNamespace(weight_loader=w13),
+            f"{number}.experts.w2_weight": SimpleNamespace(weight_loader=w13),
+        }
+        loaded: set[str] = set()
+        gate_up = (numbers + columns).expand(EXPERTS, 2, 4)
+        for name, weight in (("gate_up_proj", gate_up), ("down_proj", numbers.expand(EXPERTS, 2, 2))):
+            assert inner.load_moe_expert_weights(f"{number}.experts.{name}", weight, params, loaded, mapping)
+        assert loaded == set(params)
+        assert all(len(weights) == EXPERTS for weights in seen.values())
+        own = placement.physical_to_logical.reshape(3, RANKS, -1)[number, rank]
+        assert [int(experts.w1.data[slot, 0, 0]) for slot in range(3)] == own.tolist()
+        assert torch.equal(experts.w3.data, experts.w1.data + 0.5)
+        assert torch.equal(experts.w2.data, experts.w1.data)
+    assert calls == []
+    assert not inner.load_moe_expert_weights("0.router.weight", torch.zeros(2, 2), {}, set(), mapping)
+    assert calls == ["0.router.weight"]
+
+
 def test_a_placement_for_another_model_is_refused() -> None:
     with pytest.raises(LoadingError, match="has 8 slots per layer, the model was built with 12"):
-        load_by(model(0), Placement.initial(3, EXPERTS, RANKS))
+        load_by(model(0), LoadOrder(Placement.initial(3, EXPERTS, RANKS), by_map=True))
     fused = model(0)
     fused.moe_layers[0].routed_experts.expert_map_manager = SimpleNamespace(num_fused_shared_experts=1)
     with pytest.raises(LoadingError, match="shared experts fused"):
-        load_by(fused, random_placement(0))
+        load_by(fused, LoadOrder(random_placement(0), by_map=True))
 
 
 RELOAD = """
@@ -167,7 +269,7 @@ def shown(model, placement):
 base_loader.initialize_model = build
 interfaces.get_mixture_of_experts_model = lambda model: model
 placement = random_placement(3)
-with loading.loading_by(lambda layers, experts, config: placement):
+with loading.loading_by(lambda layers, experts, config: loading.LoadOrder(placement, True)):
     model = base_loader.initialize_model()
 checkpoint(model)
 first = shown(model, placement)
