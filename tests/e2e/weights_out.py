@@ -37,6 +37,17 @@ def read_by_name(worker: Any) -> str:
         return str(error)
 
 
+def rank_of(worker: Any) -> int:
+    return int(worker.rank)
+
+
+def refuse_on_first(worker: Any) -> int:
+    """A function of a user that reads weights on one rank alone."""
+    if worker.rank == 0:
+        worker.model_runner.model.state_dict()
+    return -1
+
+
 def main(job_path: str) -> None:
     from vllm import SamplingParams
 
@@ -76,6 +87,11 @@ def main(job_path: str) -> None:
         generate_until(True)
         result["refused"] = save()
         result["read"] = engine.rpc(read_by_name)
+        try:
+            engine.rpc(refuse_on_first)
+        except Exception as error:
+            result["refused on one rank"] = str(error)
+        result["ranks"] = engine.rpc(rank_of)
         result["files"] = len(list(Path(folder).glob("*.safetensors")))
         path = stats_path("")
         assert path is not None

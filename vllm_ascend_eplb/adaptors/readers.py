@@ -81,23 +81,10 @@ def guard_model(model: Any, check: Callable[[str], None]) -> None:
 def _checked_method(name: str, check: Callable[[Any, str], None], original: Any) -> Any:
     @functools.wraps(original)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            check(self, name)
-        except RuntimeError:
-            if _answers_last(self):
-                raise
-            return None  # nothing was read
+        check(self, name)
         return original(self, *args, **kwargs)
 
     return checked
-
-
-def _answers_last(worker: Any) -> bool:
-    """Whether vLLM reads no answer after this worker's. It reads them by rank and raises at the first error; answers
-    behind that would be taken for those to the next call. All ranks refuse alike, so the last one speaks for them."""
-    rank = getattr(worker, "rank", None)
-    ranks = getattr(getattr(worker, "parallel_config", None), "world_size", None)
-    return not isinstance(rank, int) or not isinstance(ranks, int) or rank % ranks == ranks - 1
 
 
 def _checked_call(name: str, check: Callable[[str], None], original: Any) -> Any:

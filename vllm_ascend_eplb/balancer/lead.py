@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, replace
 
@@ -301,19 +302,20 @@ class Lead:
         self._case = None
 
     def close(self) -> None:
-        """Ends the planner and all that writes files."""
+        """Ends the planner and all that writes files: all of it, even where a signal interrupts one part."""
         parts = self._parts
-        if parts.planner is not None:
-            parts.planner.close()
-        if parts.orders is not None:
-            parts.orders.close()
-        if parts.stats_file is not None:
-            parts.stats_file.close()
-            remove_orphaned_folder(parts.stats_file.path)  # the planner, which would do it later, has just ended
-        if parts.map_recorder is not None:
-            if self._work.state.active:  # some rounds of a cycle may be in force that goes on
-                self.record_map()
-            parts.map_recorder.close()
+        with contextlib.ExitStack() as last_first:
+            if parts.map_recorder is not None:
+                last_first.callback(parts.map_recorder.close)
+                if self._work.state.active:  # some rounds of a cycle may be in force that goes on
+                    last_first.callback(self.record_map)
+            if parts.stats_file is not None:
+                last_first.callback(remove_orphaned_folder, parts.stats_file.path)  # whose planner has ended by then
+                last_first.callback(parts.stats_file.close)
+            if parts.orders is not None:
+                last_first.callback(parts.orders.close)
+            if parts.planner is not None:
+                last_first.callback(parts.planner.close)
 
 
 def plan_options(config: EplbConfig) -> PlanOptions:

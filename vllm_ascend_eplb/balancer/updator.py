@@ -358,10 +358,11 @@ class EplbUpdator:
 
     def close(self) -> None:
         """Ends the planner and the threads. Serving may go on; nothing is balanced any more."""
-        if self.lead is not None:
-            self.lead.close()
-        self.rollout.close()
-        self.parts.loader.close()
+        with contextlib.ExitStack() as last_first:  # all of it, even where a signal interrupts one part
+            last_first.callback(self.parts.loader.close)
+            last_first.callback(self.rollout.close)
+            if self.lead is not None:
+                last_first.callback(self.lead.close)
 
     def _publish(self) -> None:
         if self.lead is not None:

@@ -15,7 +15,12 @@ from typing import Any
 
 import pytest
 
-from vllm_ascend_eplb.files.run_folder import make_private_folder, remove_abandoned_folders, remove_orphaned_folder
+from vllm_ascend_eplb.files.run_folder import (
+    has_ended,
+    make_private_folder,
+    remove_abandoned_folders,
+    remove_orphaned_folder,
+)
 
 SERVER = """
 import os, time
@@ -73,6 +78,22 @@ def test_only_the_folder_of_a_killed_front_end_is_removed(tmp_path):
     remove_orphaned_folder("")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, foreign.name, link.name])
     assert (foreign / "stats.json").exists()
+
+
+def test_folder_of_an_unreaped_front_end_is_removed(tmp_path):
+    """Its process id is still there, as that of a zombie: in a container there may be nobody to ask how it ended."""
+    zombie = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    os.kill(zombie.pid, 0)
+    assert has_ended(zombie.pid)
+    assert not has_ended(os.getpid())
+    assert not has_ended(1)
+    folder = tmp_path / f"vllm-eplb-{zombie.pid}-ab"
+    folder.mkdir()
+    remove_orphaned_folder(str(folder / "stats.json"))
+    assert not folder.exists()
+    zombie.wait()
+    assert has_ended(zombie.pid)
 
 
 def test_leftovers_of_a_killed_server_are_removed_at_next_start(tmp_path):
