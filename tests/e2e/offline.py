@@ -5,9 +5,10 @@ The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config 
 (more of the engine's), ``variables`` (of its environment), ``max_tokens``, ``prompts`` (a list of batches), ``cycles``
 (the prompts are repeated until so many cycles are done), ``parts`` (which data-parallel part gets them, turn by turn),
 ``pattern`` (a regular expression that the answers to the first batch must match in the end), ``reload`` (in the end
-weights are loaded anew), ``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is watched, and
-it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after all that,
-for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went through the
+weights are loaded anew), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of
+them, see transfer_engine.py), ``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is
+watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after
+all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went through the
 model if none came from a cache.
 """
 
@@ -87,6 +88,13 @@ class Engine:
 
         return await asyncio.gather(*(ask(prompt) for prompt in prompts))
 
+    def update_weights(self, factor: float) -> None:
+        """Transfers weights as a trainer does, in two parts; the stand-in of transfer_engine.py takes them."""
+        self._llm.collective_rpc("start_weight_update")
+        for part in (0, 1):
+            self._llm.collective_rpc("update_weights", kwargs={"update_info": {"factor": factor, "part": part}})
+        self._llm.collective_rpc("finish_weight_update")
+
     def close(self) -> None:
         if self.parts == 1:
             self._llm.llm_engine.engine_core.shutdown()
@@ -147,6 +155,11 @@ def main(job_path: str, result_path: str) -> None:
     if job.get("reload"):
         result["reloads"] = engine.rpc(probes.reload_weights)
         result["tokens_after"] = token_ids(ask()) + token_ids(ask())
+    result["updates"] = []
+    for factor in job.get("updates", []):
+        engine.update_weights(factor)
+        mine = engine.rpc(probes.updated) if job["eplb"] is not None else []
+        result["updates"].append({"ranks": mine, "tokens": token_ids(ask()) + token_ids(ask())})
     if job.get("routing"):
         result["routing"] = engine.rpc(probes.routing_that_is_refused)
     if job["eplb"] is not None:

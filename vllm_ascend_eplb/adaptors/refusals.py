@@ -52,13 +52,12 @@ def common_options(vllm_config: Any, config: EplbConfig) -> tuple[Option, ...]:
         _parallel(vllm_config, "enable_elastic_ep", False),
         ("--enable-lora", vllm_config.lora_config is not None, False, "leave it out"),
         ("--enable-sleep-mode", value_at(vllm_config, "model_config.enable_sleep_mode", False), False, "leave it out"),
-        (
-            "--weight-transfer-config",
-            value_at(vllm_config, "weight_transfer_config", None) is not None,
-            False,
-            "update weights through reload_weights of the workers",
-        ),
     )
+
+
+def transfers_weights(vllm_config: Any) -> bool:
+    """Whether a trainer gives the workers new weights through vLLM."""
+    return value_at(vllm_config, "weight_transfer_config", None) is not None
 
 
 def has_map(config: EplbConfig) -> bool:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from vllm_ascend_eplb.adaptors.errors import UnsupportedError
 from vllm_ascend_eplb.adaptors.vllm.adaptor import Slice
 from vllm_ascend_eplb.adaptors.vllm.runner import require_known_slice
 from vllm_ascend_eplb.adaptors.vllm.state import VllmEplbState
+from vllm_ascend_eplb.adaptors.vllm.worker import balanced
 
 
 @given(st.integers(1, 9), st.integers(1, 300), st.data())
@@ -70,14 +73,114 @@ def test_reload_is_refused_where_engines_share_experts() -> None:
         raise AssertionError("weights were loaded")
 
 
-def test_weights_reach_a_balanced_model_one_way_only() -> None:
-    loaded: list[Any] = []
-    model, mine = SimpleNamespace(load_weights=loaded.append), state()
+class Balancer:
+    """Stands for the balancer: notes when weights may be loaded, and what it is asked for."""
+
+    def __init__(self) -> None:
+        self.open, self.calls = False, []
+
+    @contextlib.contextmanager
+    def new_weights(self) -> Iterator[None]:
+        self.open = True
+        self.calls.append("back to the start")
+        try:
+            yield
+        finally:
+            self.open = False
+            self.calls.append("checksums")
+
+    def pause_recording(self) -> None:
+        self.calls.append("counts nothing")
+
+    def forward_before(self, **_: Any) -> None:
+        self.calls.append("step")
+
+    def forward_end(self) -> None:
+        self.calls.append("end of step")
+
+
+def test_weights_by_name_go_into_initial_slots() -> None:
+    balancer, mine, loaded = Balancer(), state(), []
+
+    def load(weights: str) -> str:
+        loaded.append((weights, balancer.open))
+        return weights
+
+    model = SimpleNamespace(load_weights=load)
     mine.guard(model)
-    with pytest.raises(RuntimeError, match="use the worker's reload_weights"):
-        model.load_weights("past the balancer")
+    mine.updator = balancer
+    assert model.load_weights("by name") == "by name"
     with mine.new_weights():
-        model.load_weights("through it")
-    with pytest.raises(RuntimeError, match="wrong slots"):
-        model.load_weights("afterwards")
-    assert loaded == ["through it"]
+        model.load_weights("a reload")
+    assert loaded == [("by name", True), ("a reload", True)]
+    assert balancer.calls == ["back to the start", "checksums"] * 2
+
+
+def test_weights_by_name_are_refused_beside_engines() -> None:
+    mine, loaded = state(2), []
+    model = SimpleNamespace(load_weights=loaded.append)
+    mine.guard(model)
+    with pytest.raises(RuntimeError, match=r"load_weights of the model with --data-parallel-size 2 is not supported"):
+        model.load_weights("by name")
+    assert loaded == []
+
+
+def test_a_weight_transfer_holds_the_balancer() -> None:
+    """Between start and finish no step is done: a cycle would move experts whose weights are half new."""
+    balancer, mine = Balancer(), state()
+    mine.updator = balancer
+    mine.begin()
+    assert mine.begin_update()
+    assert not mine.begin_update()
+    mine.forward_before(serving=True, stage="decode", rows=4)
+    mine.step()
+    assert balancer.open
+    mine.end_update()
+    mine.end_update()
+    assert balancer.calls == ["back to the start", "counts nothing", "checksums"]
+    mine.forward_before(serving=True, stage="decode", rows=4)
+    mine.step()
+    assert balancer.calls[3:] == ["step", "end of step"]
+
+
+class VllmWorker:
+    """Stands for vLLM's worker: its calls around a weight transfer, each of which can fail."""
+
+    def __init__(self, mine: VllmEplbState, failing: str = "") -> None:
+        self.model_runner, self.failing = SimpleNamespace(eplb_state=mine), failing
+
+    def start_weight_update(self) -> None:
+        if self.failing == "start":
+            raise RuntimeError("start failed")
+
+    def finish_weight_update(self) -> None:
+        if self.failing == "finish":
+            raise RuntimeError("finish failed")
+
+
+@pytest.mark.parametrize("failing", ["", "start", "finish"])
+def test_a_weight_transfer_ends_also_where_vllm_fails(failing: str) -> None:
+    balancer, mine = Balancer(), state()
+    mine.updator = balancer
+    worker = balanced(VllmWorker, lambda: None)(mine, failing)
+    with pytest.raises(RuntimeError, match=f"{failing} failed") if failing == "start" else contextlib.nullcontext():
+        worker.start_weight_update()
+    assert balancer.open == (failing != "start")
+    if failing != "start":
+        with pytest.raises(RuntimeError, match="finish") if failing else contextlib.nullcontext():
+            worker.finish_weight_update()
+    assert not balancer.open
+    assert balancer.calls == ["back to the start", "counts nothing", "checksums"]
+
+
+def test_a_second_start_leaves_a_weight_transfer_open() -> None:
+    balancer, mine = Balancer(), state()
+    mine.updator = balancer
+    worker = balanced(VllmWorker, lambda: None)(mine)
+    worker.start_weight_update()
+    worker.failing = "start"  # as vLLM refuses it
+    with pytest.raises(RuntimeError, match="start failed"):
+        worker.start_weight_update()
+    assert balancer.open
+    worker.finish_weight_update()
+    assert not balancer.open

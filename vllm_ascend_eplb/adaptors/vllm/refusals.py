@@ -8,7 +8,7 @@ from typing import Any
 from ...settings.config import EplbConfig
 from ...settings.fit import refuse_options
 from ..parts import has_experts
-from ..refusals import common_options, has_map, value_at
+from ..refusals import common_options, has_map, transfers_weights, value_at
 from .cooperative import beside_nccl
 
 
@@ -27,6 +27,18 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
             value_at(vllm_config, "parallel_config.data_parallel_backend", "mp"),
             "mp",
             "over several hosts use --data-parallel-address",
+        ),
+        (  # engines are at different steps, so that their ranks cannot go back to the initial placement together
+            "--weight-transfer-config and --data-parallel-size",
+            parallel.data_parallel_size if transfers_weights(vllm_config) else 1,
+            1,
+            "use one of the two",
+        ),
+        (
+            "--weight-transfer-config and a draft model with experts",
+            transfers_weights(vllm_config) and draft,
+            False,
+            "use one of the two",
         ),
         ("--enable-dbo", value_at(vllm_config, "parallel_config.enable_dbo", False), False, "leave it out"),
         ("--ubatch-size", value_at(vllm_config, "parallel_config.ubatch_size", 0), 0, "leave it out"),

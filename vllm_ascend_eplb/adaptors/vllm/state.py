@@ -83,6 +83,7 @@ class VllmEplbState(ModelStates):
         self._rows = 0
         self._began = False
         self._loading = False
+        self._update: contextlib.ExitStack | None = None
         self._by_map = False
         self._loaded: list[tuple[Placement, EplbUpdator]] = []
 
@@ -154,7 +155,7 @@ class VllmEplbState(ModelStates):
             tokens: those of requests among them.
         """
         self._rows = rows
-        if not self._began:
+        if not self._began or self._update is not None:
             return
         if not serving:
             self._no_tokens()
@@ -196,13 +197,17 @@ class VllmEplbState(ModelStates):
         A profile run needs nothing: staging, checksums and maps were allocated, and every connection was used once,
         when the model was added, so that vLLM counts this memory when it sizes its KV cache.
         """
-        if self._began and not is_profile:
+        if self._began and not is_profile and self._update is None:
             for updator in self._updators():
                 updator.forward_end()
 
     @contextlib.contextmanager
-    def new_weights(self) -> Iterator[None]:
-        """Context of a reload, on all workers of an engine.
+    def new_weights(self, what: str = "reload_weights", *, whole: bool = True) -> Iterator[None]:
+        """Context in which weights are loaded, on all workers of an engine.
+
+        Args:
+            what: the call, for error messages.
+            whole: whether all weights of the model are loaded, so that slots that are left out are noticed.
 
         Raises:
             RuntimeError: the server has several engines. Each gets the call at another step, so their ranks, which
@@ -211,15 +216,17 @@ class VllmEplbState(ModelStates):
         """
         if self.draft is not None:
             raise RuntimeError(
-                "reload_weights with a draft model that has experts is not supported together with balancing; restart "
+                f"{what} with a draft model that has experts is not supported together with balancing; restart "
                 "the server, or leave eplb_config out"
             )
         if self.parallel_config.data_parallel_size > 1:
             raise RuntimeError(
-                f"reload_weights with --data-parallel-size {self.parallel_config.data_parallel_size} is not supported "
+                f"{what} with --data-parallel-size {self.parallel_config.data_parallel_size} is not supported "
                 "together with balancing (allowed: 1); restart the server, or leave eplb_config out"
             )
-        loading = contextlib.nullcontext() if self._adaptor is None else reloading(self._model, self._adaptor.rank)
+        loading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if whole and self._adaptor is not None:
+            loading = reloading(self._model, self._adaptor.rank)
         with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), loading:
             self._loading = True
             try:
@@ -227,23 +234,52 @@ class VllmEplbState(ModelStates):
             finally:
                 self._loading = False
 
-    def guard(self, model: Any) -> None:
-        """Refuses weights that are loaded outside of ``new_weights``, because vLLM would fill the wrong slots, and
-        weights that are read while experts have moved."""
+    def begin_update(self) -> bool:
+        """Before a weight transfer: goes back to the initial placement, and stays there until :meth:`end_update`. Steps
+        in between are not counted. All workers of an engine together.
 
-        def only_in_reload(load: Any) -> Any:
+        Returns:
+            False where an update is under way already.
+
+        Raises:
+            RuntimeError: as for :meth:`new_weights`.
+        """
+        if self._update is not None:
+            return False
+        with contextlib.ExitStack() as entered:
+            entered.enter_context(self.new_weights("a weight transfer", whole=False))
+            self._update = entered.pop_all()
+        self.count_nothing()
+        return True
+
+    def end_update(self) -> None:
+        """After a weight transfer, also one that failed: learns the checksums again. All workers of an engine together.
+
+        Raises:
+            RuntimeError: copies of an expert differ from each other now.
+        """
+        update, self._update = self._update, None
+        if update is not None:
+            update.close()
+
+    def guard(self, model: Any) -> None:
+        """Lets weights that are loaded by name go into the slots of the initial placement, and refuses to have weights
+        read while experts have moved.
+
+        Trainers call ``load_weights`` of the model in every worker, once or for part after part of the weights.
+        """
+
+        def into_initial_slots(load: Any) -> Any:
             @functools.wraps(load)
             def load_weights(*args: Any, **kwargs: Any) -> Any:
-                if not self._loading:
-                    raise RuntimeError(
-                        "weights were given to the model while its experts are being balanced, so they would get into "
-                        "wrong slots: use the worker's reload_weights, or leave eplb_config out"
-                    )
-                return load(*args, **kwargs)
+                if self._loading:
+                    return load(*args, **kwargs)
+                with self.new_weights("load_weights of the model", whole=False):
+                    return load(*args, **kwargs)
 
             return load_weights
 
-        patch_once(model, "load_weights", only_in_reload)
+        patch_once(model, "load_weights", into_initial_slots)
         guard_model(model, self.require_unmoved)
 
     def require_loaded_order(self, what: str) -> None:

@@ -67,6 +67,21 @@ def balanced(base: type, prepare: Callable[[], None]) -> type:
             with self.model_runner.eplb_state.new_weights():
                 super().reload_weights(*args, **kwargs)
 
+        def start_weight_update(self, *args: Any, **kwargs: Any) -> None:
+            begun = self.model_runner.eplb_state.begin_update()
+            try:
+                super().start_weight_update(*args, **kwargs)
+            except BaseException:
+                if begun:
+                    self.model_runner.eplb_state.end_update()
+                raise
+
+        def finish_weight_update(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                super().finish_weight_update(*args, **kwargs)
+            finally:
+                self.model_runner.eplb_state.end_update()
+
         def shutdown(self) -> None:
             state = getattr(getattr(self, "model_runner", None), "eplb_state", None)
             if state is not None:
