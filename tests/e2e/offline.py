@@ -8,8 +8,8 @@ The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config 
 weights are loaded anew), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of
 them, see transfer_engine.py), ``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is
 watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after
-all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went through the
-model if none came from a cache.
+all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went
+through the model if none came from a cache.
 """
 
 from __future__ import annotations

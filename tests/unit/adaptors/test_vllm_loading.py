@@ -293,3 +293,75 @@ def test_new_weights_go_to_the_same_slots() -> None:
     pytest.importorskip("vllm")
     done = subprocess.run([sys.executable, "-c", RELOAD], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert "RESULT True True True True" in done.stdout, done.stderr[-3000:]
+
+
+ONE_TENSOR = """
+import torch
+from types import SimpleNamespace
+from tests.unit.adaptors.test_vllm_loading import EXPERTS, RANKS, Layer, random_placement
+from vllm_ascend_eplb.adaptors.vllm.loading import LoadOrder, load_by, placement_loaded
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.models.llama4 import Llama4Model
+
+class Experts(torch.nn.Module):  # the slots of a rank; gate and up are one parameter, as vLLM has them
+    def __init__(self, rank):
+        super().__init__()
+        self.first = 3 * rank
+        self.layer_name, self.quant_config, self.is_fused_checkpoint_transposed = "0.experts", None, False
+        self.moe_config = SimpleNamespace(is_act_and_mul=True)
+        for name, rows in (("w13_weight", 2), ("w2_weight", 1)):
+            weight = torch.nn.Parameter(torch.full((3, rows, 4), -1.0), requires_grad=False)
+            weight.weight_loader = self.weight_loader
+            self.register_parameter(name, weight)
+    def weight_loader(self, param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
+        slot = expert_id - self.first
+        if not 0 <= slot < 3:
+            return False if return_success else None
+        row = {"w1": 0, "w2": 0, "w3": 1}[shard_id]
+        param.data[slot, row].copy_(loaded_weight[0])
+        return True if return_success else None
+    _orient_fused_weight = staticmethod(RoutedExperts._orient_fused_weight)
+    def get_expert_mapping(self, include_fused=False):
+        return RoutedExperts.build_expert_params_mapping(
+            "gate_proj", "down_proj", "up_proj", EXPERTS, 4, routed_experts_prefix="", include_fused=include_fused)
+
+number = torch.arange(EXPERTS, dtype=torch.float32)[:, None, None]
+gate_up = torch.cat([number.expand(-1, 1, 4), number.expand(-1, 1, 4) + 0.25], dim=1)
+down = number.expand(-1, 1, 4) + 0.5
+placement = random_placement(4)
+right = []
+for rank in range(RANKS):
+    for kind in ("routed experts", "llama 4"):
+        layer = Experts(rank)
+        moe = SimpleNamespace(
+            num_physical_experts=12, moe_layers=[SimpleNamespace(routed_experts=layer)], modules=lambda: [])
+        if kind == "llama 4":
+            class Llama(torch.nn.Module):
+                load_moe_expert_weights = Llama4Model.load_moe_expert_weights
+            llama = Llama()
+            moe.modules = lambda: [llama]
+        row = type(placement)(placement.physical_to_logical[:1], EXPERTS, RANKS)
+        load_by(moe, LoadOrder(row, by_map=True))
+        if kind == "llama 4":
+            mapping = RoutedExperts.build_expert_params_mapping("gate_up_proj", "down_proj", "gate_up_proj", 1)
+            params = {f"0.experts.routed_experts.{name}": getattr(layer, name) for name in ("w13_weight", "w2_weight")}
+            for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
+                weight = weight.transpose(-1, -2).contiguous()
+                assert llama.load_moe_expert_weights(f"0.experts.{name}", weight, params, set(), mapping, fused=True)
+        else:
+            weights = iter([("gate_up_proj", gate_up), ("down_proj", down)])
+            assert set(RoutedExperts.load_weights(layer, weights)) == {"w13_weight", "w2_weight"}
+        assert placement_loaded(moe, rank) is row
+        own = torch.from_numpy(row.physical_to_logical.reshape(RANKS, -1)[rank].copy()).float()
+        held = [layer.w13_weight[:, 0, 0], layer.w13_weight[:, 1, 0], layer.w2_weight[:, 0, 0]]
+        right.append(all(bool((its == own + plus).all()) for its, plus in zip(held, (0, 0.25, 0.5))))
+print("RESULT", right)
+"""
+
+
+def test_loaders_of_vllm_fill_copies_from_one_tensor() -> None:
+    """The loaders of vLLM itself, for most models and for Llama-4, with the slots of a rank instead of its layers."""
+    pytest.importorskip("vllm")
+    code = [sys.executable, "-c", ONE_TENSOR]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert f"RESULT {[True] * 2 * RANKS}" in done.stdout, done.stderr[-3000:]
