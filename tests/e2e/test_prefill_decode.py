@@ -82,7 +82,7 @@ def test_the_decode_engine_takes_prompts_from_the_other(both):
 
 
 def test_each_engine_balances_by_settings_of_its_own(both):
-    """Redundancy, the stage whose tokens are counted, and experts that moved; no expert computed with the wrong weights."""
+    """Redundancy, the stage whose tokens are counted, and experts that moved, with the right weights."""
     for run, redundant in zip(both, (4, 0), strict=True):
         ranks = run.result["ranks"]
         stats = json.loads(ranks[0]["stats"])
