@@ -343,6 +343,7 @@ def report(worker: Any) -> dict[str, Any]:
     result = {
         "part": updator.parts.adaptor.part,
         "digest": updator.placement.digest,
+        "initial": updator.parts.adaptor.placement.digest,
         "step": updator.state.step,
         "cycle": updator.state.cycle,
         "failures": updator.state.failures,

@@ -76,9 +76,9 @@ CASES = {
         "--pipeline-parallel-size with --data-parallel-size 2 is not supported",
     ),
     "map for a pipeline": (
-        {"expert_map_path": "FILES/good.json"},
+        {"dynamic_eplb": True, "expert_map_record_path": "FILES/recorded.json"},
         {"pipeline_parallel_size": 2},
-        "an expert_map_path or expert_map_record_path and --pipeline-parallel-size 2 is not supported",
+        "an expert_map_record_path and --pipeline-parallel-size 2 is not supported",
     ),
     "adapters": ({"dynamic_eplb": True}, {"enable_lora": True}, "--enable-lora True is not supported"),
     "weights on the host": ({"dynamic_eplb": True}, {"cpu_offload_gb": 1}, "--cpu-offload-gb 1.0 is not supported"),

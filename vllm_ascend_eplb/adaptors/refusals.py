@@ -29,12 +29,6 @@ def common_options(vllm_config: Any, config: EplbConfig) -> tuple[Option, ...]:
             1,
             "use one of the two",
         ),
-        (  # a map has all layers of a model, and each stage has some of them
-            "an expert_map_path or expert_map_record_path and --pipeline-parallel-size",
-            stages if has_map(config) else 1,
-            1,
-            "use one of the two",
-        ),
         (
             "a draft model with experts and --pipeline-parallel-size",
             stages if draft else 1,

@@ -16,6 +16,9 @@ import pytest
 import torch
 
 from vllm_ascend_eplb.adaptors.vllm.loading import LayerSlots, LoadingError, LoadOrder, load_by, placement_loaded
+from vllm_ascend_eplb.adaptors.vllm.worker import load_order
+from vllm_ascend_eplb.files.expert_map import write_expert_map
+from vllm_ascend_eplb.settings.config import EplbConfigError
 from vllm_ascend_eplb.values.placement import Placement
 
 EXPERTS, RANKS, REDUNDANT = 8, 4, 4
@@ -234,6 +237,50 @@ def test_a_placement_for_another_model_is_refused() -> None:
     fused.moe_layers[0].routed_experts.expert_map_manager = SimpleNamespace(num_fused_shared_experts=1)
     with pytest.raises(LoadingError, match="shared experts fused"):
         load_by(fused, LoadOrder(random_placement(0), by_map=True))
+
+
+def order_of(monkeypatch, settings: dict, redundant: int, stage: int, counts: list[int]) -> LoadOrder | None:
+    """What a worker of a pipeline stage loads by, with vLLM's groups of such a server."""
+    stages = SimpleNamespace(world_size=len(counts), rank_in_group=stage, cpu_group=None)
+    groups = SimpleNamespace(get_ep_group=lambda: SimpleNamespace(world_size=RANKS), get_pp_group=lambda: stages)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", groups)
+
+    def gather(into: list[int], mine: int, group: object) -> None:
+        assert mine == counts[stage]
+        into[:] = counts
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    model = object()
+    vllm_config = SimpleNamespace(
+        additional_config={"eplb_config": {"dynamic_eplb": True, **settings}},
+        speculative_config=None,
+        model_config=model,
+        parallel_config=SimpleNamespace(eplb_config=SimpleNamespace(num_redundant_experts=redundant)),
+    )
+    return load_order(vllm_config, counts[stage], EXPERTS, model)
+
+
+def test_the_order_without_a_map_is_that_of_vllm(monkeypatch) -> None:
+    assert order_of(monkeypatch, {}, 0, 0, [3]) is None
+    order = order_of(monkeypatch, {}, REDUNDANT, 0, [3])
+    assert order is not None
+    assert order == (Placement.initial(3, EXPERTS, RANKS, REDUNDANT), False)
+
+
+@pytest.mark.parametrize("counts", [[5], [2, 3], [1, 1, 3]])
+def test_each_stage_takes_its_layers_of_a_map(monkeypatch, tmp_path, counts) -> None:
+    placement = random_placement(9, layers=5)
+    write_expert_map(tmp_path / "map.json", placement)
+    rows = []
+    for stage, layers in enumerate(counts):
+        order = order_of(monkeypatch, {"expert_map_path": str(tmp_path / "map.json")}, REDUNDANT, stage, counts)
+        assert order is not None
+        assert order.by_map
+        assert order.placement.num_layers == layers
+        rows.append(order.placement.physical_to_logical)
+    np.testing.assert_array_equal(np.concatenate(rows), placement.physical_to_logical)
+    with pytest.raises(EplbConfigError, match="has 5 MoE layers, the model has 6"):
+        order_of(monkeypatch, {"expert_map_path": str(tmp_path / "map.json")}, REDUNDANT, 0, [counts[0], 6 - counts[0]])
 
 
 RELOAD = """

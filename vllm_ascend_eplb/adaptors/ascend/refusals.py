@@ -51,6 +51,12 @@ def refuse_unsupported(vllm_config: Any) -> None:
             False,
             "use one of the two",
         ),
+        (  # a map has all layers of a model, and each stage has some of them
+            "an expert_map_path or expert_map_record_path and --pipeline-parallel-size",
+            vllm_config.parallel_config.pipeline_parallel_size if has_map(config) else 1,
+            1,
+            "use one of the two",
+        ),
         (
             "--weight-transfer-config",
             transfers_weights(vllm_config),

@@ -55,6 +55,12 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
             1,
             "use one of the two",
         ),
+        (  # each stage has a balancer of its own, which knows the placement of its layers only
+            "an expert_map_record_path and --pipeline-parallel-size",
+            parallel.pipeline_parallel_size if config.expert_map_record_path is not None else 1,
+            1,
+            "use one of the two",
+        ),
         (  # a map has the layers of one model
             "an expert_map_path or expert_map_record_path and a draft model with experts",
             has_map(config) and draft,

@@ -130,23 +130,45 @@ def take_over() -> None:
 def load_order(vllm_config: Any, num_layers: int, num_experts: int, model_config: Any) -> LoadOrder | None:
     """The order that the model of a worker is loaded in; None where vLLM's own loader is left alone.
 
+    A map has all layers of the model; a pipeline stage takes those that it has. All workers call it together.
+
     With redundant experts vLLM's own order is given explicitly: vLLM leaves the slots of copies empty where a
     checkpoint has all experts of a layer in one tensor, and so does vLLM 0.32 with some draft models (GLM's).
 
     Raises:
         EplbConfigError: the map file is not the one that the front end has checked.
     """
-    from vllm.distributed.parallel_state import get_ep_group
+    from vllm.distributed.parallel_state import get_ep_group, get_pp_group
 
     config, num_ranks = settings_of(vllm_config.additional_config), get_ep_group().world_size
-    if not is_draft(vllm_config, model_config):
-        start = read_start_placement(config, num_layers=num_layers, num_experts=num_experts, num_ranks=num_ranks)
+    if config.expert_map_path is not None and not is_draft(vllm_config, model_config):
+        counts = _layers_of_stages(num_layers)
+        first = sum(counts[: get_pp_group().rank_in_group])
+        start = read_start_placement(config, num_layers=sum(counts), num_experts=num_experts, num_ranks=num_ranks)
         if start is not None:
-            return LoadOrder(start, by_map=True)
+            mine = start.physical_to_logical[first : first + num_layers]
+            return LoadOrder(Placement(mine, num_experts, num_ranks), by_map=True)
     redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
     if not redundant:
         return None
     return LoadOrder(Placement.initial(num_layers, num_experts, num_ranks, redundant), by_map=False)
+
+
+def _layers_of_stages(num_layers: int) -> list[int]:
+    """How many layers with experts each pipeline stage has, in order.
+
+    Args:
+        num_layers: those of this stage.
+    """
+    import torch.distributed as dist
+    from vllm.distributed.parallel_state import get_pp_group
+
+    group = get_pp_group()
+    if group.world_size == 1:
+        return [num_layers]
+    counts = [0] * group.world_size
+    dist.all_gather_object(counts, num_layers, group=group.cpu_group)
+    return counts
 
 
 def ensure_state(runner: Any, vllm_config: Any) -> None:
