@@ -95,7 +95,7 @@ CASES = {
     "sleep": (
         {"dynamic_eplb": True},
         {"set": {"model_config": {"enable_sleep_mode": True}}},
-        "--enable-sleep-mode True is not supported",
+        '--enable-sleep-mode and "transport" auto is not supported',
     ),
     "micro-batches of one's own size": (
         {"dynamic_eplb": True},

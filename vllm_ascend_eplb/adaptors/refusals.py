@@ -45,8 +45,12 @@ def common_options(vllm_config: Any, config: EplbConfig) -> tuple[Option, ...]:
         _parallel(vllm_config, "decode_context_parallel_size", 1),
         _parallel(vllm_config, "enable_elastic_ep", False),
         ("--enable-lora", vllm_config.lora_config is not None, False, "leave it out"),
-        ("--enable-sleep-mode", value_at(vllm_config, "model_config.enable_sleep_mode", False), False, "leave it out"),
     )
+
+
+def sleeps(vllm_config: Any) -> bool:
+    """Whether vLLM may give the memory of the weights away and take it again."""
+    return bool(value_at(vllm_config, "model_config.enable_sleep_mode", False))
 
 
 def transfers_weights(vllm_config: Any) -> bool:

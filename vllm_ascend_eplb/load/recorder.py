@@ -246,6 +246,10 @@ class LoadRecorder:
         window: Int64Array = self._window[..., : self.num_experts].cpu().numpy()
         return window
 
+    def device_tensors(self) -> list[torch.Tensor]:
+        """What the recorder keeps on the device from one step to the next."""
+        return [self.counts, self.recording, self._window, *self._maps.device_tensors()]
+
     def _use(self, placement: Placement) -> None:
         if placement is not self._placement:
             self._check(placement)
@@ -293,6 +297,10 @@ class _SlotMaps:
         self._placements[i] = placement
         self._copied[i] = _record_event(self._device)
         return i
+
+    def device_tensors(self) -> list[torch.Tensor]:
+        """The maps."""
+        return self._on_device
 
     def add_logical(self, counts: torch.Tensor, placement: Placement, target: torch.Tensor) -> None:
         """Adds ``counts`` [L, P] to ``target`` [L * (E + 1)]."""

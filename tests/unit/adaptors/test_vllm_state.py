@@ -89,6 +89,9 @@ class Balancer:
             self.open = False
             self.calls.append("checksums")
 
+    def rest(self, *, at_start: bool) -> None:
+        self.calls.append("rests at the start" if at_start else "rests")
+
     def pause_recording(self) -> None:
         self.calls.append("counts nothing")
 
@@ -184,3 +187,92 @@ def test_a_second_start_leaves_a_weight_transfer_open() -> None:
     assert balancer.open
     worker.finish_weight_update()
     assert not balancer.open
+
+
+class Allocator:
+    """Stands for vLLM's worker with its allocator, which needs a GPU: level 2 loses what is on the device."""
+
+    def __init__(self, mine: VllmEplbState, device: list[torch.Tensor]) -> None:
+        self.model_runner, self.device = SimpleNamespace(eplb_state=mine), device
+
+    def sleep(self, level: int = 1) -> None:
+        if level == 2:
+            for tensor in self.device:
+                tensor.fill_(77)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        pass
+
+
+def sleeper(engines: int = 1) -> tuple[Any, VllmEplbState, Balancer, list[torch.Tensor]]:
+    """A worker, the state in it, its balancer, and the tensors that it has on the device."""
+    balancer, mine = Balancer(), state(engines)
+    maps, counts = torch.arange(6), torch.ones(4)
+    mine.updator = balancer
+    mine._adaptor = SimpleNamespace(device_tensors=lambda: [maps, counts], rank=0)
+    device = [maps, counts, *mine.num_unpadded_tokens]
+    mine.begin()
+    return balanced(Allocator, lambda: None)(mine, device), mine, balancer, device
+
+
+def test_after_sleep_with_contents_balancing_goes_on() -> None:
+    worker, mine, balancer, _ = sleeper()
+    worker.sleep()
+    assert balancer.calls == ["rests", "counts nothing"]
+    worker.wake_up()
+    mine.forward_before(serving=True, stage="decode", rows=4)
+    assert balancer.calls[2:] == ["step"]
+
+
+def test_after_sleep_without_contents_maps_are_put_back() -> None:
+    """Negative control: while asleep, and before memory for weights is back, they are not there."""
+    worker, mine, balancer, device = sleeper()
+    worker.sleep(2)
+    assert balancer.calls == ["rests at the start", "counts nothing"]
+    worker.wake_up(["kv_cache"])
+    assert device[0].tolist() == [77] * 6
+    worker.wake_up(["weights"])
+    assert device[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert device[1].tolist() == [1.0] * 4
+    assert int(mine.num_unpadded_tokens[0]) == 0
+
+
+def test_weights_come_in_parts_before_the_first_step() -> None:
+    """Their checksums are learned once, when all have come, and until then nothing is balanced."""
+    worker, mine, balancer, _ = sleeper()
+    loaded: list[str] = []
+    model = SimpleNamespace(load_weights=loaded.append)
+    mine.guard(model)
+    worker.sleep(2)
+    worker.wake_up()
+    before = list(balancer.calls)
+    for part in ("one", "two"):
+        model.load_weights(part)
+    mine.forward_before(serving=False, stage="decode", rows=4)
+    mine.step()
+    assert loaded == ["one", "two"]
+    assert balancer.calls == before
+    mine.forward_before(serving=True, stage="decode", rows=4)
+    mine.step()
+    assert balancer.calls[len(before) :] == ["back to the start", "checksums", "step", "end of step"]
+    mine.forward_before(serving=True, stage="decode", rows=4)
+    assert balancer.calls[-1] == "step"
+
+
+def test_a_transfer_after_sleep_ends_the_waiting() -> None:
+    worker, mine, balancer, _ = sleeper()
+    worker.sleep(2)
+    worker.wake_up()
+    assert mine.begin_update()
+    mine.end_update()
+    mine.forward_before(serving=True, stage="decode", rows=4)
+    assert balancer.calls[-3:] == ["counts nothing", "checksums", "step"]
+
+
+@pytest.mark.parametrize(("engines", "level", "says"), [(2, 1, "sleep with --data-parallel-size 2"), (1, 3, "level 3")])
+def test_sleep_that_cannot_be_followed_is_refused(engines: int, level: int, says: str) -> None:
+    worker, _, balancer, device = sleeper(engines)
+    with pytest.raises(RuntimeError, match=f"{says} is not supported"):
+        worker.sleep(level)
+    assert balancer.calls == []
+    assert device[0].tolist() == [0, 1, 2, 3, 4, 5]

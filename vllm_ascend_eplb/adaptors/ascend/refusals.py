@@ -10,7 +10,7 @@ from ...settings.config import EplbConfig
 from ...settings.fit import refuse_options
 from ..handed_over import settings_of
 from ..parts import draft_layers, has_experts
-from ..refusals import common_options, has_map, transfers_weights
+from ..refusals import common_options, has_map, sleeps, transfers_weights
 from .hand_over import SECOND_RUNNER, second_runner
 
 
@@ -57,6 +57,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
             1,
             "use one of the two",
         ),
+        ("--enable-sleep-mode", sleeps(vllm_config), False, "leave it out"),
         (
             "--weight-transfer-config",
             transfers_weights(vllm_config),

@@ -8,7 +8,7 @@ from typing import Any
 from ...settings.config import EplbConfig
 from ...settings.fit import refuse_options
 from ..parts import has_experts
-from ..refusals import common_options, has_map, transfers_weights, value_at
+from ..refusals import Option, common_options, has_map, sleeps, transfers_weights, value_at
 from .cooperative import beside_nccl
 
 
@@ -28,17 +28,12 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
             "mp",
             "over several hosts use --data-parallel-address",
         ),
-        (  # engines are at different steps, so that their ranks cannot go back to the initial placement together
-            "--weight-transfer-config and --data-parallel-size",
-            parallel.data_parallel_size if transfers_weights(vllm_config) else 1,
-            1,
-            "use one of the two",
-        ),
-        (
-            "--weight-transfer-config and a draft model with experts",
-            transfers_weights(vllm_config) and draft,
-            False,
-            "use one of the two",
+        *_new_weights(vllm_config),
+        (  # one GPU reads the memory of another by a mapping, which memory that was given away is not in any more
+            '--enable-sleep-mode and "transport"',
+            config.transport if sleeps(vllm_config) else "gloo",
+            "gloo",
+            "set it",
         ),
         ("--enable-dbo", value_at(vllm_config, "parallel_config.enable_dbo", False), False, "leave it out"),
         ("--ubatch-size", value_at(vllm_config, "parallel_config.ubatch_size", 0), 0, "leave it out"),
@@ -82,6 +77,21 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
         *beside_nccl(vllm_config, config),
     )
     refuse_options(options)
+
+
+def _new_weights(vllm_config: Any) -> list[Option]:
+    """What cannot be beside options by which new weights come while a server runs."""
+    parallel, draft = vllm_config.parallel_config, has_experts(vllm_config.speculative_config)
+    found: list[Option] = []
+    for name, given in (
+        ("--weight-transfer-config", transfers_weights(vllm_config)),
+        ("--enable-sleep-mode", sleeps(vllm_config)),
+    ):
+        # engines are at different steps, so that their ranks cannot go back to the initial placement together
+        engines = parallel.data_parallel_size if given else 1
+        found.append((f"{name} and --data-parallel-size", engines, 1, "use one of the two"))
+        found.append((f"{name} and a draft model with experts", given and draft, False, "use one of the two"))
+    return found
 
 
 def executor(vllm_config: Any) -> str:

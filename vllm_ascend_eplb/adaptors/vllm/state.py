@@ -84,6 +84,8 @@ class VllmEplbState(ModelStates):
         self._began = False
         self._loading = False
         self._update: contextlib.ExitStack | None = None
+        self._gone = False
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._by_map = False
         self._loaded: list[tuple[Placement, EplbUpdator]] = []
 
@@ -159,8 +161,13 @@ class VllmEplbState(ModelStates):
             return
         if not serving:
             self._no_tokens()
+            if self._gone:
+                return
         # The runner works in inference mode; tensors made here outlive it.
         with torch.inference_mode(False), torch.no_grad():
+            if self._gone:
+                with self.new_weights("the first step after sleep", whole=False):
+                    pass  # they came since the engine woke up
             for updator in self._updators():
                 updator.forward_before(serving=serving, stage=stage, tokens_per_rank=tokens / self.sharers)
 
@@ -197,7 +204,7 @@ class VllmEplbState(ModelStates):
         A profile run needs nothing: staging, checksums and maps were allocated, and every connection was used once,
         when the model was added, so that vLLM counts this memory when it sizes its KV cache.
         """
-        if self._began and not is_profile and self._update is None:
+        if self._began and not is_profile and self._update is None and not self._gone:
             for updator in self._updators():
                 updator.forward_end()
 
@@ -214,6 +221,52 @@ class VllmEplbState(ModelStates):
                 share the experts, cannot go back to the initial placement together. Or there is a draft model with
                 experts, which vLLM does not reload.
         """
+        self._require_one_model(what)
+        loading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if whole and self._adaptor is not None:
+            loading = reloading(self._model, self._adaptor.rank)
+        with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), loading:
+            self._loading = True
+            try:
+                yield
+            finally:
+                self._loading = False
+        self._gone = False
+
+    def fall_asleep(self, level: int) -> None:
+        """Before vLLM gives the memory of the weights away. All workers of an engine together, between two forwards.
+
+        Args:
+            level: 1 where the contents come back, at the same addresses; the placement then stays. 2 where they do not:
+                the initial placement is put in force, because weights will be loaded into it.
+
+        Raises:
+            RuntimeError: the server has several engines, or a draft model with experts, or level is neither.
+        """
+        if level not in (1, 2):
+            raise RuntimeError(f"sleep level {level} is not supported together with balancing (allowed: 1, 2)")
+        self._require_one_model("sleep")
+        if self.updator is not None:
+            self.updator.rest(at_start=level == 2)
+        self.count_nothing()
+        if level == 2 and self._adaptor is not None:
+            mine = [*self.num_unpadded_tokens, *self._adaptor.device_tensors()]
+            self._kept = [(tensor, tensor.cpu().clone()) for tensor in mine]
+            self._gone = True
+
+    def wake_up(self, tags: list[str] | None) -> None:
+        """After vLLM has memory again: puts back what the balancer had there. Weights come later; the first step that
+        serves learns their checksums, and no step before it balances.
+
+        Args:
+            tags: kinds of memory that are back; None for all.
+        """
+        if tags is None or "weights" in tags:
+            for tensor, kept in self._kept:
+                tensor.copy_(kept)
+            self._kept = []
+
+    def _require_one_model(self, what: str) -> None:
         if self.draft is not None:
             raise RuntimeError(
                 f"{what} with a draft model that has experts is not supported together with balancing; restart "
@@ -224,15 +277,6 @@ class VllmEplbState(ModelStates):
                 f"{what} with --data-parallel-size {self.parallel_config.data_parallel_size} is not supported "
                 "together with balancing (allowed: 1); restart the server, or leave eplb_config out"
             )
-        loading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if whole and self._adaptor is not None:
-            loading = reloading(self._model, self._adaptor.rank)
-        with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), loading:
-            self._loading = True
-            try:
-                yield
-            finally:
-                self._loading = False
 
     def begin_update(self) -> bool:
         """Before a weight transfer: goes back to the initial placement, and stays there until :meth:`end_update`. Steps
@@ -272,7 +316,7 @@ class VllmEplbState(ModelStates):
         def into_initial_slots(load: Any) -> Any:
             @functools.wraps(load)
             def load_weights(*args: Any, **kwargs: Any) -> Any:
-                if self._loading:
+                if self._loading or self._gone:  # after sleep parts may come one by one, and the rest is not there yet
                     return load(*args, **kwargs)
                 with self.new_weights("load_weights of the model", whole=False):
                     return load(*args, **kwargs)

@@ -67,6 +67,14 @@ def balanced(base: type, prepare: Callable[[], None]) -> type:
             with self.model_runner.eplb_state.new_weights():
                 super().reload_weights(*args, **kwargs)
 
+        def sleep(self, level: int = 1) -> None:
+            self.model_runner.eplb_state.fall_asleep(level)
+            super().sleep(level)
+
+        def wake_up(self, tags: list[str] | None = None) -> None:
+            super().wake_up(tags)
+            self.model_runner.eplb_state.wake_up(tags)
+
         def start_weight_update(self, *args: Any, **kwargs: Any) -> None:
             begun = self.model_runner.eplb_state.begin_update()
             try:
