@@ -285,6 +285,12 @@ def reload_weights(worker: Any) -> dict[str, Any]:
     return result
 
 
+def load_again(worker: Any) -> None:
+    """Loads the weights of the start, which are gone."""
+    with torch.no_grad():
+        worker.reload_weights(weights_iterator=iter(worker.eplb_weights.items()), is_checkpoint_format=False)
+
+
 def updated(worker: Any) -> dict[str, Any]:
     """The placement in force after new weights, the initial one, and what balancing has done so far."""
     updator = _state(worker).updator

@@ -13,16 +13,20 @@ TOKENS = 32
 FACTORS = [1.25, 1.0, 0.75, 1.25]
 """Each expert's weights are those of the checkpoint times one of them, in this order."""
 
+LEVELS = [1, 2, 1, 2]
+"""The engine sleeps with each of them, in this order, before it gets new weights."""
+
 
 @pytest.fixture(scope="module")
 def trained(runs, tmp_path_factory):
     """The same updates of one process without expert parallelism, and of two ranks that balance all the while."""
     folder = tmp_path_factory.mktemp("trainer")
-    (folder / "sitecustomize.py").write_text("import transfer_engine\n")
+    (folder / "sitecustomize.py").write_text("import allocator, transfer_engine\n")
     job = {
         "prompts": prompts(2),
         "max_tokens": TOKENS,
         "arguments": {"weight_transfer_config": {"backend": "trainer"}},
+        "sleeps": LEVELS,
         "updates": FACTORS,
         "paths": [str(folder)],
     }
@@ -43,6 +47,18 @@ def test_tokens_are_those_of_the_new_weights(trained):
     before = alone.result["tokens"]
     assert expected[1] == before * 2
     assert run.result["tokens"] == before * (len(run.result["tokens"]) // len(before))
+
+
+def test_tokens_after_sleep_are_the_same(trained):
+    """Memory that was given away held ones meanwhile: without the maps or the weights put back, tokens would differ."""
+    run, alone = trained
+    before = alone.result["tokens"]
+    assert [sleep["tokens"] for sleep in run.result["sleeps"]] == [before * 2] * 4
+    assert [sleep["tokens"] for sleep in alone.result["sleeps"]] == [before * 2] * 4
+    for level, sleep in zip(LEVELS, run.result["sleeps"], strict=True):
+        first, second = sleep["ranks"]
+        assert first == second
+        assert (first["placement"] == first["initial"]) is (level == 2)
 
 
 def test_updates_find_experts_in_initial_slots(trained):
