@@ -18,19 +18,20 @@ def _given_away(worker: Any) -> list[Any]:
 
 
 def sleep(worker: Any, level: int = 1) -> None:
-    worker.kept = [tensor.clone() for tensor in worker.allocated] if level == 1 else []
-    for tensor in worker.allocated:
+    runner = worker.model_runner
+    runner.eplb_kept = [tensor.clone() for tensor in runner.eplb_allocated] if level == 1 else []
+    for tensor in runner.eplb_allocated:
         tensor.fill_(1)
 
 
 def wake_up(worker: Any, tags: list[str] | None = None) -> None:
-    for tensor, kept in zip(worker.allocated, worker.kept, strict=False):
+    for tensor, kept in zip(worker.model_runner.eplb_allocated, worker.model_runner.eplb_kept, strict=False):
         tensor.copy_(kept)
 
 
 def remember(worker: Any) -> None:
     """Once the model is loaded: parameters cannot be asked for later, while experts are elsewhere."""
-    worker.allocated = _given_away(worker)
+    worker.model_runner.eplb_allocated = _given_away(worker)
 
 
 CPUWorker.sleep, CPUWorker.wake_up = sleep, wake_up
