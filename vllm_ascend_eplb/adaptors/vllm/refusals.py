@@ -9,7 +9,7 @@ from ...settings.config import EplbConfig
 from ...settings.fit import refuse_options
 from ..parts import has_experts
 from ..refusals import Option, common_options, has_map, sleeps, transfers_weights, value_at
-from .cooperative import beside_nccl
+from .cooperative import beside_nccl, is_megakernel
 
 
 def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
@@ -28,7 +28,7 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
             "mp",
             "over several hosts use --data-parallel-address",
         ),
-        *_new_weights(vllm_config),
+        *beside_new_weights(vllm_config),
         (  # one GPU reads the memory of another by a mapping, which memory that was given away is not in any more
             '--enable-sleep-mode and "transport"',
             config.transport if sleeps(vllm_config) else "gloo",
@@ -75,11 +75,12 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
             "on a CPU it constant-folds weights that the balancer must move",
         ),
         *beside_nccl(vllm_config, config),
+        *beside_map(vllm_config, config),
     )
     refuse_options(options)
 
 
-def _new_weights(vllm_config: Any) -> list[Option]:
+def beside_new_weights(vllm_config: Any) -> list[Option]:
     """What cannot be beside options by which new weights come while a server runs."""
     parallel, draft = vllm_config.parallel_config, has_experts(vllm_config.speculative_config)
     found: list[Option] = []
@@ -92,6 +93,14 @@ def _new_weights(vllm_config: Any) -> list[Option]:
         found.append((f"{name} and --data-parallel-size", engines, 1, "use one of the two"))
         found.append((f"{name} and a draft model with experts", given and draft, False, "use one of the two"))
     return found
+
+
+def beside_map(vllm_config: Any, config: EplbConfig) -> list[Option]:
+    """Kernels whose experts cannot be loaded by a map: their loader takes ids of logical experts."""
+    backend = value_at(vllm_config, "kernel_config.moe_backend", "auto")
+    if config.expert_map_path is None or not is_megakernel(backend):
+        return []
+    return [("an expert_map_path and --moe-backend", backend, "any that is no megakernel", "use one of the two")]
 
 
 def executor(vllm_config: Any) -> str:
