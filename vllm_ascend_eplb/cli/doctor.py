@@ -99,12 +99,12 @@ def doctor(
     findings = [
         *_package(),
         *_devices(answer),
-        *_kernels(answer),
+        *kernel_findings(answer),
         *_engine(answer, quick),
-        *_plugins(),
-        *_loaded(answer),
+        *plugin_findings(),
+        *loaded_findings(answer),
         *check_settings(settings, experts, ranks),
-        *_server(answer),
+        *server_findings(answer),
     ]
     export = export_line(_installed_plugins(), os.environ.get("VLLM_PLUGINS"))
     verdict = _verdict(findings, quick, bool(words))
@@ -196,7 +196,7 @@ def _package() -> list[Finding]:
     return [Finding("planner (C++)", "ok", "built")]
 
 
-def _kernels(answer: dict[str, Any]) -> list[Finding]:
+def kernel_findings(answer: dict[str, Any]) -> list[Finding]:
     if "kernels_error" in answer:
         return [Finding("recording op", "wrong", f"cannot be imported: {answer['kernels_error']}")]
     findings = []
@@ -287,7 +287,7 @@ def _ascend(answer: dict[str, Any]) -> list[Finding]:
     return findings
 
 
-def _plugins() -> list[Finding]:
+def plugin_findings() -> list[Finding]:
     plugins = _installed_plugins()
     current = os.environ.get("VLLM_PLUGINS")
     if "eplb" not in plugins["vllm.general_plugins"]:
@@ -305,7 +305,7 @@ def _plugins() -> list[Finding]:
     ]
 
 
-def _loaded(answer: dict[str, Any]) -> list[Finding]:
+def loaded_findings(answer: dict[str, Any]) -> list[Finding]:
     """What vLLM's own loading of plugins did, where it was asked."""
     if "plugin_in_place" not in answer:
         return []
@@ -321,7 +321,7 @@ def _loaded(answer: dict[str, Any]) -> list[Finding]:
     return [Finding("plugin in vLLM", "wrong", f"vLLM's own loading does not put it in place ({reason}){hint}")]
 
 
-def _server(answer: dict[str, Any]) -> list[Finding]:
+def server_findings(answer: dict[str, Any]) -> list[Finding]:
     """What vLLM's own start-up makes of the arguments of a server, where it was asked."""
     if "server" not in answer:
         return []

@@ -7,7 +7,7 @@ import math
 import numbers
 from dataclasses import dataclass
 
-from ..values.defaults import LIBRARY_EFFORT, TARGET_PAR
+from ..values.defaults import QUICK_EFFORT, TARGET_PAR
 
 EFFORTS = ("fast", "thorough")
 
@@ -23,8 +23,7 @@ class PlanOptions:
     Attributes:
         target_par: a layer is left alone once its PAR is no greater.
         effort: "fast" is one descent, and up to 128 slots per layer a few rounds of improvement; "thorough" goes on
-            improving for ``time_budget`` seconds, or until no layer can be improved, so that equal calls may give
-            different plans. The server and the tool ``plan`` use "thorough" unless told otherwise.
+            improving for ``time_budget`` seconds, or until no layer can be improved.
         time_budget: seconds of "thorough", for all layers together.
         rounds: rounds of improvement per layer in "thorough" instead of a time budget; equal rounds give equal plans.
         max_moves: most moves in the plan, over all layers; spent where they bring most.
@@ -41,7 +40,7 @@ class PlanOptions:
     """
 
     target_par: float = TARGET_PAR
-    effort: str = LIBRARY_EFFORT
+    effort: str = QUICK_EFFORT
     time_budget: float = 0.3
     rounds: int | None = None
     max_moves: int | None = None

@@ -8,9 +8,8 @@ TARGET_PAR: Final = 1.02
 
 
 EFFORT: Final[Literal["thorough"]] = "thorough"
-"""Search effort of the planner where a plan is carried out: in the server and in the tool ``plan``."""
+"""Search effort of the planner where a plan is carried out: in a server and by the command ``plan``."""
 
 
-LIBRARY_EFFORT: Final[Literal["fast"]] = "fast"
-"""Search effort of ``plan()`` and of a simulation. "thorough" ends by the clock, so that equal calls may give different
-plans; a caller of the library gets equal plans unless he asks for more, and a simulation makes thousands of them."""
+QUICK_EFFORT: Final[Literal["fast"]] = "fast"
+"""Search effort where many plans are made: by the function ``plan`` and in a simulation."""

@@ -53,7 +53,7 @@ def test_model_with_the_protocol_is_accepted_at_once(architecture: str, monkeypa
 @pytest.mark.parametrize("architecture", NOT_BALANCED)
 def test_model_without_the_protocol_is_refused(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(models, "_ask_a_process", lambda module, name: bool(asked.append((module, name))))
+    monkeypatch.setattr(models, "ask_a_process", lambda module, name: bool(asked.append((module, name))))
     with pytest.raises(EplbConfigError) as raised:
         refuse_model(served(architecture))
     message = str(raised.value)
@@ -85,7 +85,7 @@ for sys.argv[1:] in classes:
 def processes() -> dict[tuple[str, ...], subprocess.CompletedProcess[str]]:
     """What the process that is asked about a class prints, for several; importing vLLM, of 10 seconds, is done once."""
     classes = [registered_class(served(name).model_config) for name in (*NOT_BALANCED, *BALANCED[:3])]
-    program = json.dumps([models._ASK, [*classes, NOWHERE]])
+    program = json.dumps([models.ASK, [*classes, NOWHERE]])
     done = subprocess.run(
         [sys.executable, "-c", EACH, program], capture_output=True, text=True, timeout=300, check=True
     )
@@ -104,11 +104,11 @@ def asked(processes: dict[tuple[str, ...], subprocess.CompletedProcess[str]], mo
 def test_a_process_answers_from_the_real_class(architecture: str) -> None:
     found = registered_class(served(architecture).model_config)
     assert found is not None
-    assert models._ask_a_process(*found) is (architecture in BALANCED)
+    assert models.ask_a_process(*found) is (architecture in BALANCED)
 
 
 @pytest.mark.usefixtures("asked")
 def test_class_that_cannot_be_asked_is_left_to_the_workers() -> None:
-    assert models._ask_a_process(*NOWHERE)
+    assert models.ask_a_process(*NOWHERE)
     assert implements("vllm.no_such_module", "Model", lambda module, name: True)
     refuse_model(served("NoSuchModelForCausalLM"))

@@ -116,7 +116,7 @@ def test_vllm_switches_balancing_on(answers: dict[str, dict[str, Any]], name: st
     assert level == "info"
     assert line.startswith("EPLB is on: incremental policy")
     assert ("observing only" in line) == (name == "underscores")
-    (finding,) = doctor._server({"server": answer})
+    (finding,) = doctor.server_findings({"server": answer})
     assert (finding.status, finding.text) == ("ok", f"Qwen3MoeForCausalLM: {line}")
 
 
@@ -130,7 +130,7 @@ def test_vllm_switches_balancing_on(answers: dict[str, dict[str, Any]], name: st
 )
 def test_vllm_leaves_balancing_off(answers: dict[str, dict[str, Any]], name: str, reason: str) -> None:
     assert answers[name]["balances"] is False
-    (finding,) = doctor._server({"server": answers[name]})
+    (finding,) = doctor.server_findings({"server": answers[name]})
     assert finding.status == "wrong"
     assert finding.text.startswith("Qwen3MoeForCausalLM is served without balancing: ")
     assert reason in finding.text
@@ -156,7 +156,7 @@ def test_start_up_would_end_with_one_line(answers: dict[str, dict[str, Any]], na
     """Of vLLM's parser, of vLLM's configuration, or of this package; no worker has started."""
     assert line in answers[name]["refused"]
     assert answers[name]["refused"].isprintable()
-    (finding,) = doctor._server({"server": answers[name]})
+    (finding,) = doctor.server_findings({"server": answers[name]})
     assert finding.status == "wrong"
     assert finding.text.startswith("start-up ends with: ")
 
@@ -171,7 +171,7 @@ def test_doctor_takes_the_command_line_as_it_is(monkeypatch: pytest.MonkeyPatch)
         return {"cuda": 0, "npu": 0, "server": server}
 
     monkeypatch.setattr(doctor, "probe", probe)
-    monkeypatch.setattr(doctor, "_plugins", list)
+    monkeypatch.setattr(doctor, "plugin_findings", list)
     words = ["MODEL", "--config", "file.yaml", "--json", "-tp", "2"]
     for front in (["vllm", "serve"], ["serve"], []):
         said = run_json("doctor", "--", *front, *words) if not front else None

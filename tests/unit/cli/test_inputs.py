@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people feed the commands: odd environments, files of other tools, settings with small mistakes.
+"""Input that people give to the commands: odd environments, files of other tools, settings with small mistakes.
 
 Where these kinds can occur: every command that opens an address (``watch``) or a file (all others), and ``doctor``,
 whose word about plugins must be vLLM's own.
@@ -34,7 +34,7 @@ from vllm_ascend_eplb.files.expert_map import read_expert_map
 from vllm_ascend_eplb.planning.options import PlanOptions
 from vllm_ascend_eplb.settings.config import EplbConfig
 from vllm_ascend_eplb.simulate.result import Conditions
-from vllm_ascend_eplb.values.defaults import EFFORT, LIBRARY_EFFORT
+from vllm_ascend_eplb.values.defaults import EFFORT, QUICK_EFFORT
 
 
 def output_of(*arguments: object) -> str:
@@ -160,7 +160,7 @@ def test_defaults_are_the_servers() -> None:
     assert plan.__defaults__ is not None
     assert config.target_par in plan.__defaults__
     assert config.planner_effort in [getattr(value, "value", value) for value in plan.__defaults__]
-    assert (PlanOptions().effort, Conditions.__dataclass_fields__["effort"].default) == (LIBRARY_EFFORT,) * 2
+    assert (PlanOptions().effort, Conditions.__dataclass_fields__["effort"].default) == (QUICK_EFFORT,) * 2
     assert config.planner_effort == EFFORT
     assert simulate.__defaults__ is not None
     assert config.target_par in simulate.__defaults__
@@ -256,7 +256,7 @@ def test_doctor_takes_words_for_booleans(tmp_path: Path) -> None:
 
 
 def loaded(**answer: object) -> dict[str, tuple[str, str]]:
-    return {finding.what: (finding.status, finding.text) for finding in doctor._loaded(answer)}
+    return {finding.what: (finding.status, finding.text) for finding in doctor.loaded_findings(answer)}
 
 
 def test_doctor_believes_vllm_about_plugins() -> None:
