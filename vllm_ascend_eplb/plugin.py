@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry point of ``vllm.general_plugins``: vLLM calls ``register`` in every process, perhaps twice.
 
-It wraps one function, ``EngineArgs.create_engine_config``. There the settings are read and checked, in the front-end
+It wraps ``EngineArgs.create_engine_config``. There the settings are read and checked, in the front-end
 process, before any worker starts. If they turn the balancer on, the configuration for the workers names a worker class
 of ours (adaptors/vllm/worker.py), which does the rest. If not, vLLM's own configuration passes through unchanged.
 
@@ -20,8 +20,9 @@ from .adaptors.post_import import after_import
 
 
 def register() -> None:
-    """Hooks the configuration of the engine and the worker of vllm-ascend; idempotent."""
+    """Hooks the configuration of the engine, its executor and the worker of vllm-ascend; idempotent."""
     after_import("vllm.engine.arg_utils", _hook)
+    after_import("vllm.v1.executor.multiproc_executor", _hook_executor)
     after_import("vllm_ascend.worker.worker", _hook_ascend)
 
 
@@ -35,6 +36,12 @@ def _hook(arg_utils: ModuleType) -> None:
     from .adaptors import front_end
 
     front_end.hook(arg_utils.EngineArgs)
+
+
+def _hook_executor(executor: ModuleType) -> None:
+    from .adaptors.answers import hook_executor
+
+    hook_executor(executor)
 
 
 def _hook_ascend(worker: ModuleType) -> None:

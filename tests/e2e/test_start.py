@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said, in the front-end process and before any worker starts, of settings that cannot work."""
+"""Refusals of settings that cannot work, in the front-end process, before any worker starts.
+
+One file, because all cases are answered by one front-end process.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from .mtp_model import CONFIG
 from .offline import MODEL, environment
 
 DRAFTED = {"model": "FILES/mtp", "speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
-"""A model whose checkpoint holds a drafter (multi-token prediction), which has experts, too."""
+"""A model whose checkpoint holds a draft model (multi-token prediction), which has experts, too."""
 
 CASES = {
     "unknown key": ({"dynamic_eplb": True, "num_redundnt_experts": 2}, {}, "num_redundnt_experts"),
@@ -76,9 +79,9 @@ CASES = {
         "--pipeline-parallel-size with --data-parallel-size 2 is not supported",
     ),
     "map for a pipeline": (
-        {"expert_map_path": "FILES/good.json"},
+        {"dynamic_eplb": True, "expert_map_record_path": "FILES/recorded.json"},
         {"pipeline_parallel_size": 2},
-        "an expert_map_path or expert_map_record_path and --pipeline-parallel-size 2 is not supported",
+        "an expert_map_record_path and --pipeline-parallel-size 2 is not supported",
     ),
     "adapters": ({"dynamic_eplb": True}, {"enable_lora": True}, "--enable-lora True is not supported"),
     "weights on the host": ({"dynamic_eplb": True}, {"cpu_offload_gb": 1}, "--cpu-offload-gb 1.0 is not supported"),
@@ -87,15 +90,15 @@ CASES = {
         {"offload_group_size": 2},
         "--offload-group-size 2 is not supported",
     ),
-    "weight updates": (
+    "weight updates of several engines": (
         {"dynamic_eplb": True},
-        {"weight_transfer_config": {"backend": "nccl"}},
-        "--weight-transfer-config True is not supported",
+        {"weight_transfer_config": {"backend": "nccl"}, "data_parallel_size": 2},
+        "--weight-transfer-config and --data-parallel-size 2 is not supported",
     ),
     "sleep": (
         {"dynamic_eplb": True},
         {"set": {"model_config": {"enable_sleep_mode": True}}},
-        "--enable-sleep-mode True is not supported",
+        '--enable-sleep-mode and "transport" auto is not supported',
     ),
     "micro-batches of one's own size": (
         {"dynamic_eplb": True},
@@ -248,8 +251,8 @@ def answers(tmp_path_factory, nursery):
     asked["on"] = ({"dynamic_eplb": True, "num_redundant_experts": 4}, {})
     asked["stages"] = ({"dynamic_eplb": True}, {"pipeline_parallel_size": 2})
     asked["slices"] = ({"dynamic_eplb": True}, {"data_parallel_size": 2})
-    guesses = {"method": "ngram", "num_speculative_tokens": 2}
-    asked["guesses"] = ({"dynamic_eplb": True}, {"speculative_config": guesses})
+    drafts = {"method": "ngram", "num_speculative_tokens": 2}
+    asked["drafts"] = ({"dynamic_eplb": True}, {"speculative_config": drafts})
     asked["drafter"] = ({"dynamic_eplb": True}, DRAFTED)
     (files / "asked.json").write_text(json.dumps(asked).replace("FILES/", f"{files}/"))
     done = run_script(nursery, files / "run", CODE, str(MODEL), str(files / "asked.json"))
@@ -288,8 +291,8 @@ def test_redundant_experts_come_from_the_map(answers):
     assert answers["map"]["redundant"] == 2
 
 
-@pytest.mark.parametrize("name", ["stages", "slices", "guesses", "drafter"])
-def test_what_is_supported_beside_it_is_let_through(answers, name):
+@pytest.mark.parametrize("name", ["stages", "slices", "drafts", "drafter"])
+def test_supported_options_are_accepted(answers, name):
     assert answers[name].get("enable_eplb") is True, answers[name]
 
 

@@ -16,7 +16,7 @@ from .offline import environment
 
 
 def saved_by(mode: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What an engine said, and the tensors that it saved, by file and name."""
+    """Output of an engine, and its saved tensors by file and name."""
     folder.mkdir()
     result = folder / "result.json"
     eplb = {**BUSY, "mode": mode}
@@ -51,6 +51,8 @@ def test_sharded_state_is_saved_in_checkpoint_order(tmp_path: Path) -> None:
     said, tensors = saved_by("balance", tmp_path / "balance")
     assert "save_sharded_state reads weights by slot" in said["refused"]
     assert "control restore" in said["refused"]
+    assert "state_dict of the model reads weights by slot" in said["refused on one rank"]
+    assert said["ranks"] == [0, 1]  # the answers to this call, not those that were left of the one before
     assert said["files"] == 0
     assert all("named_parameters of the model reads weights by slot" in answer for answer in said["read"])
     assert said["saved"] == ""

@@ -47,7 +47,7 @@ class Engine(ABC):
         Args:
             config: the settings.
             layers: layers with experts of the model; None where that is not known.
-            speculative: vLLM's speculative configuration, or None.
+            speculative: vLLM's speculative configuration, or None; a dictionary where vLLM has not read it yet.
         """
         return layers
 
@@ -62,6 +62,10 @@ class Engine(ABC):
     @abstractmethod
     def switch_on(self, vllm_config: Any, num_redundant: int) -> None:
         """Changes the complete configuration so that the workers balance."""
+
+    @abstractmethod
+    def is_on(self, vllm_config: Any) -> bool:
+        """Whether workers that get this configuration balance."""
 
     @abstractmethod
     def parts(self, vllm_config: Any) -> list[str]:

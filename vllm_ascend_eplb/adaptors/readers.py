@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from ..balancer.updator import EplbUpdator
 from ..values.placement import Placement
 from .patching import patch_once
 
@@ -56,6 +57,48 @@ def require_loaded_order(what: str, in_force: Placement, loaded: Placement, *, b
         )
 
 
+class LoadedOrder:
+    """Which slots the models of a worker were loaded into, and the balancers that move their experts since."""
+
+    def __init__(self) -> None:
+        self._models: list[tuple[Placement, EplbUpdator | None]] = []
+        self._by_map = False
+
+    def add(self, loaded: Placement, balancer: EplbUpdator | None, *, by_map: bool) -> None:
+        """Adds a model.
+
+        Args:
+            loaded: the placement that the weights were loaded by.
+            balancer: None where the placement is static.
+            by_map: whether ``loaded`` is a map of the user.
+        """
+        self._models.append((loaded, balancer))
+        self._by_map |= by_map
+
+    def require(self, what: str) -> None:
+        """Refuses a reader of weights that would find experts in other slots than a checkpoint has them in.
+
+        Args:
+            what: the reader, for the error message.
+
+        Raises:
+            MovedExpertsError: experts have moved, or were loaded by a map.
+        """
+        self.require_unmoved(what)
+        for loaded, _ in self._models[:1]:
+            require_loaded_order(what, loaded, loaded, by_map=self._by_map)
+
+    def require_unmoved(self, what: str) -> None:
+        """The same for weights that are read within the server, where a map does no harm.
+
+        Raises:
+            MovedExpertsError: experts have moved.
+        """
+        for loaded, balancer in self._models:
+            if balancer is not None:
+                require_loaded_order(what, balancer.placement, loaded, by_map=False)
+
+
 def guard_worker(worker: type, check: Callable[[Any, str], None]) -> None:
     """Lets the readers of a worker class check first; idempotent. A method that this version lacks is left out.
 
@@ -81,23 +124,10 @@ def guard_model(model: Any, check: Callable[[str], None]) -> None:
 def _checked_method(name: str, check: Callable[[Any, str], None], original: Any) -> Any:
     @functools.wraps(original)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            check(self, name)
-        except RuntimeError:
-            if _answers_last(self):
-                raise
-            return None  # nothing was read
+        check(self, name)
         return original(self, *args, **kwargs)
 
     return checked
-
-
-def _answers_last(worker: Any) -> bool:
-    """Whether vLLM reads no answer after this worker's. It reads them by rank and raises at the first error; answers
-    behind that would be taken for those to the next call. All ranks refuse alike, so the last one speaks for them."""
-    rank = getattr(worker, "rank", None)
-    ranks = getattr(getattr(worker, "parallel_config", None), "world_size", None)
-    return not isinstance(rank, int) or not isinstance(ranks, int) or rank % ranks == ranks - 1
 
 
 def _checked_call(name: str, check: Callable[[str], None], original: Any) -> Any:

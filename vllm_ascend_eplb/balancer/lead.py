@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, replace
 
@@ -65,7 +66,7 @@ class Lead:
         self._judge = PlanJudge(parts.config.min_gain)
         self._observed: Placement | None = None  # in mode observe: what the last plan would have led to
         self._load: Int64Array | None = None  # [L, E] of the last window, until the map recorder has it
-        self._case: _Case | None = None
+        self.case: _Case | None = None
         self._told_still = False
 
     def learn(self, times: Times) -> None:
@@ -79,7 +80,7 @@ class Lead:
         parts, state, placement = self._parts, self._work.state, self._work.placement
         if parts.planner is None:
             return
-        case = self._case = self._take_stock(gathered)
+        case = self.case = self._take_stock(gathered)
         tables = parts.adaptor.dispatch
         parts.planner.submit(
             PlanRequest(
@@ -136,7 +137,7 @@ class Lead:
 
     def look_for_answer(self) -> None:
         """Takes the planner's answer, once it is there, and decides what to offer to the other ranks."""
-        parts, work, case = self._parts, self._work, self._case
+        parts, work, case = self._parts, self._work, self.case
         if parts.planner is None or case is None or case.answer is not None:
             return
         answer = parts.planner.answer(work.state.cycle)
@@ -208,7 +209,7 @@ class Lead:
 
     def finished(self, num_rounds: int, moved: int) -> None:
         """The cycle is over: all rounds were committed, or the rest of them gave way to a newer plan."""
-        case, state, stats = self._case, self._work.state, self._parts.stats
+        case, state, stats = self.case, self._work.state, self._parts.stats
         assert case is not None
         assert case.answer is not None
         whole = state.committed == num_rounds
@@ -300,22 +301,23 @@ class Lead:
             parts.stats_file.publish(parts.stats.stats())
 
     def forget(self) -> None:
-        self._case = None
+        self.case = None
 
     def close(self) -> None:
-        """Ends the planner and all that writes files."""
+        """Ends the planner and all that writes files: all of it, even where a signal interrupts one part."""
         parts = self._parts
-        if parts.planner is not None:
-            parts.planner.close()
-        if parts.orders is not None:
-            parts.orders.close()
-        if parts.stats_file is not None:
-            parts.stats_file.close()
-            remove_orphaned_folder(parts.stats_file.path)  # the planner, which would do it later, has just ended
-        if parts.map_recorder is not None:
-            if self._work.state.active:  # some rounds of a cycle may be in force that goes on
-                self.record_map()
-            parts.map_recorder.close()
+        with contextlib.ExitStack() as last_first:
+            if parts.map_recorder is not None:
+                last_first.callback(parts.map_recorder.close)
+                if self._work.state.active:  # some rounds of a cycle may be in force that goes on
+                    last_first.callback(self.record_map)
+            if parts.stats_file is not None:
+                last_first.callback(remove_orphaned_folder, parts.stats_file.path)  # whose planner has ended by then
+                last_first.callback(parts.stats_file.close)
+            if parts.orders is not None:
+                last_first.callback(parts.orders.close)
+            if parts.planner is not None:
+                last_first.callback(parts.planner.close)
 
 
 def _in_bad_windows(plan: Plan) -> str:

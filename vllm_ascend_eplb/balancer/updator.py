@@ -34,6 +34,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from ..agreement.channel import ControlError, Facts, FlightRecorder
@@ -46,7 +47,7 @@ from .audit import Auditor
 from .balancedness import BalancednessLog
 from .gather import Gather
 from .lead import Lead
-from .new_weights import new_weights
+from .new_weights import come_to_rest, new_weights
 from .orders import OrderFacts, PostedOrders
 from .rollout import Rollout
 from .timing import learn_times
@@ -91,7 +92,7 @@ class EplbUpdator:
             BalancednessLog(parts.adaptor.name, interval, parts.recorder, parts.control) if interval else None
         )
         self._flight = FlightRecorder()
-        self._do = self._table()
+        self.methods = self._table()
         self._is_ready = {
             Phase.SNAPSHOT: self.gather.taken,
             Phase.REDUCE: self._is_summed,
@@ -215,7 +216,7 @@ class EplbUpdator:
             self.auditor.step()
 
     def _perform(self, action: Action) -> None:
-        perform = self._do[action.do]
+        perform = self.methods[action.do]
         if action.do not in _MAY_FAIL:
             perform(action)
             return
@@ -343,6 +344,25 @@ class EplbUpdator:
         which says what it raises."""
         return new_weights(self.parts, self.work, self._back_to_start)
 
+    def rest(self, *, at_start: bool) -> None:
+        """Ends what is under way, before the memory of the weights is given away; all ranks together, at the same step,
+        between two forwards. Blocks.
+
+        Args:
+            at_start: switches to the initial placement as well, because the weights will be loaded again.
+
+        Raises:
+            StartError: the ranks are not at the same step. Nothing was changed.
+        """
+        come_to_rest(self.parts, self.work, self._back_to_start if at_start else self._drop_cycle)
+        self.rollout.settle()
+
+    def _drop_cycle(self) -> None:
+        """Drops the cycle; the placement stays what its rounds have made of it."""
+        self.parts.recorder.flush(self.placement)
+        self.work.state = replace(abandon(self.state, self.parts.settings), wanted=self.state.wanted)
+        self._forget()
+
     def _back_to_start(self) -> None:
         """Drops the cycle and switches the maps to the initial placement, whose weights are about to be loaded."""
         self.work.state = abandon(self.state, self.parts.settings)
@@ -358,10 +378,11 @@ class EplbUpdator:
 
     def close(self) -> None:
         """Ends the planner and the threads. Serving may go on; nothing is balanced any more."""
-        if self.lead is not None:
-            self.lead.close()
-        self.rollout.close()
-        self.parts.loader.close()
+        with contextlib.ExitStack() as last_first:  # all of it, even where a signal interrupts one part
+            last_first.callback(self.parts.loader.close)
+            last_first.callback(self.rollout.close)
+            if self.lead is not None:
+                last_first.callback(self.lead.close)
 
     def _publish(self) -> None:
         if self.lead is not None:

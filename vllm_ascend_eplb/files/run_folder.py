@@ -76,12 +76,24 @@ def remove_orphaned_folder(stats_file: str | os.PathLike[str]) -> None:
     owner = owner_of_folder(folder)
     if owner is None or os.path.islink(folder):
         return
-    try:
-        os.kill(owner, 0)
-    except ProcessLookupError:
+    if has_ended(owner):
         shutil.rmtree(folder, ignore_errors=True)
-    except OSError:  # it is there, or is somebody else's
-        pass
+
+
+def has_ended(process: int) -> bool:
+    """Whether there is no process of this id, or one that has ended and that its parent has not asked for yet: in a
+    container nobody may ever ask."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is somebody else's
+        return False
+    try:
+        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[:1] in (["Z"], ["X"])
 
 
 STATS_VARIABLE = "EPLB_STATS_FILE"

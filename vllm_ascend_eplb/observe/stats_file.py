@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from ..files.disk import expand_user, write_private
-from ..files.run_folder import STATS_VARIABLE, make_private_folder, owner_of_folder
+from ..files.run_folder import STATS_VARIABLE, has_ended, make_private_folder, owner_of_folder
 from .stats import MAX_STATS_BYTES, EplbStats, StatsError, logger
 
 OWNER_ENDS = 5.0
@@ -106,15 +106,8 @@ class StatsFile:
         owner = owner_of_folder(self.path.parent)
         if owner is None or self.path.parent.exists():
             return False
-        if not self._closing.wait(OWNER_ENDS):  # this process is ended next, or the owner is gone by then
-            try:
-                os.kill(owner, 0)
-            except ProcessLookupError:
-                return True
-            except OSError:
-                pass
-            return False
-        return True
+        # This process is ended next, or the owner is gone by then.
+        return self._closing.wait(OWNER_ENDS) or has_ended(owner)
 
 
 def read_stats(path: str | os.PathLike[str]) -> EplbStats | None:
@@ -138,7 +131,7 @@ def stats_path(part: str = "") -> Path | None:
     """Where statistics are written, or None if nobody asked for them.
 
     Args:
-        part: which of several balancers of one server writes them (a pipeline stage, a drafter): each has its own file.
+        part: which of several balancers of one server writes them (a pipeline stage, a draft model); each has a file.
     """
     name = os.environ.get(STATS_VARIABLE, "")
     if not name:

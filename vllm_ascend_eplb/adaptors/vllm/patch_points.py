@@ -68,6 +68,11 @@ PATCH_POINTS = (
         "WorkerWrapperBase.init_worker",
         "resolves worker_cls, which names our worker class",
     ),
+    PatchPoint(
+        "vllm.v1.executor.multiproc_executor",
+        "MultiprocExecutor.__init__",
+        "reads the answers of all workers before it raises the error of one",
+    ),
     PatchPoint("vllm.v1.worker.gpu_worker", "Worker.init_device", "hooks the runner, which exists afterwards"),
     PatchPoint("vllm.v1.worker.gpu_worker", "Worker.load_model", "starts the balancer, once the weights are loaded"),
     PatchPoint("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", "counts steps from here on"),
