@@ -15,9 +15,11 @@ from vllm_ascend_eplb.agreement.channel import ControlChannel
 from vllm_ascend_eplb.balancer.elastic import GONE, arrive, carry_out, depart, hand_over, recover
 from vllm_ascend_eplb.load.recorder import LoadRecorder
 from vllm_ascend_eplb.transfer.loader import D2DExpertWeightLoader
+from vllm_ascend_eplb.transfer.transport import Transport
 from vllm_ascend_eplb.values.placement import EMPTY, Placement
 from vllm_ascend_eplb.values.topology import Topology
 
+from .faulty import FaultyTransport, interpose
 from .model import Slots
 from .ranks import Ranks, run_ranks
 
@@ -36,7 +38,7 @@ CHANGES: list[tuple[str, list[int], list[int]]] = [
 
 @dataclass
 class Seen:
-    """What one process saw: per change the digest of the placement, None where it was no rank."""
+    """Observations of one process: per change the digest of the placement, None where it was no rank."""
 
     digests: list[int | None] = field(default_factory=list)
     wrong: str = ""
@@ -72,7 +74,7 @@ class Member:
         self.channel = ControlChannel(control, self.rank, self.num_ranks, lag=0)
         self.loader = D2DExpertWeightLoader(self.slots.views(), transfer, self.rank, 2, topology=self.topology)
         self.slots.rank = self.rank
-        self.damage_once()
+        interpose(self.loader, DamagedOnce, self)
         assert self.loader.learn_checksums(placement) == 0
         old, self.recorder = (
             self.recorder,
@@ -81,25 +83,26 @@ class Member:
         if old is not None:
             self.recorder.restore_window(old.window(), old.steps)
 
-    def damage_once(self) -> None:
-        """The first expert that arrives here has one byte changed on the way: the round must be sent again."""
-        finish, left = self.loader._finish, [1]
-
-        def damaged(flight: Any, stream: Any) -> None:
-            if flight.staged and left[0]:
-                left[0] = 0
-                self.damaged += 1
-                flight.staged[0][0][:1] += 1
-            finish(flight, stream)
-
-        self.loader._finish = damaged  # type: ignore[method-assign]
-
     def count(self, placement: Placement, tokens: int) -> None:
         """A forward that routes ``tokens`` to every slot that is not empty; adds to the load."""
         assert self.recorder is not None
         self.recorder.begin_step(placement, record=True)
         self.recorder.counts += torch.from_numpy((placement.physical_to_logical != EMPTY) * tokens)
         self.recorder.flush(placement)
+
+
+class DamagedOnce(FaultyTransport):
+    """The first expert that arrives here has one byte changed on the way: the round must be sent again."""
+
+    def __init__(self, real: Transport, member: Member) -> None:
+        super().__init__(real)
+        self.member, self.left = member, 1
+
+    def arrived(self, received: list[torch.Tensor]) -> None:
+        if received and self.left:
+            self.left = 0
+            self.member.damaged += 1
+            received[0][:1] += 1
 
 
 def change_ranks(ranks: Ranks, leave_out: int) -> Seen:

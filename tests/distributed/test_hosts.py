@@ -35,13 +35,13 @@ def run_on_two_hosts(
     meanwhile: Callable[[Hosts], None] = lambda hosts: None,
     other_package: Path = ROOT,
 ) -> list[dict[str, Any]]:
-    """What every rank saw; the first two on one host, the last on the other, which has ``other_package``."""
+    """Observations of every rank; the first two run on one host, the last on the other, which has ``other_package``."""
     with two_hosts() as hosts:
         processes = []
         for rank in range(RANKS):
             (folder / f"settings{rank}.json").write_text(json.dumps(settings[rank]))
             command = [sys.executable, "-m", "tests.distributed.host_rank"]
-            command += [str(each) for each in (rank, RANKS, ADDRESSES[0], PORT, folder, STEPS)]
+            command += [str(argument) for argument in (rank, RANKS, ADDRESSES[0], PORT, folder, STEPS)]
             environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lan"}
             environment.pop("EPLB_STATS_FILE", None)
             with open(folder / f"log{rank}", "wb") as log:

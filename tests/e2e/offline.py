@@ -5,7 +5,7 @@ The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config 
 (more of the engine's), ``variables`` (of its environment), ``max_tokens``, ``prompts`` (a list of batches), ``cycles``
 (the prompts are repeated until so many cycles are done), ``parts`` (which data-parallel part gets them, turn by turn),
 ``pattern`` (a regular expression that the answers to the first batch must match in the end), ``reload`` (in the end
-weights are loaded anew), ``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is watched, and
+weights are reloaded), ``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is watched, and
 it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after all that,
 for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went through the
 model if none came from a cache.
@@ -49,7 +49,7 @@ class Engine:
         self.parts = arguments.get("data_parallel_size", 1)
         self._requests = 0
         if self.parts == 1:
-            self._llm = LLM(**arguments)
+            self.llm = LLM(**arguments)
         else:
             self._loop = asyncio.new_event_loop()
             asyncio.set_event_loop(self._loop)
@@ -58,11 +58,11 @@ class Engine:
     def rpc(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """``function(worker, *args)`` in every worker; what each returned, in rank order."""
         if self.parts == 1:
-            return self._llm.collective_rpc(function, args=args)
+            return self.llm.collective_rpc(function, args=args)
         return [result for part in self._loop.run_until_complete(self._call(function, args)) for result in part]
 
     async def _call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[list[Any]]:
-        """What each data-parallel part answers; vLLM before 0.32 has no name of its own for asking them all."""
+        """Answers of all data-parallel parts; vLLM before 0.32 has no public function that asks all."""
         core = self._many.engine_core
         asked = (
             core._call_utility_async("collective_rpc", function, None, args, None, engine=engine)
@@ -73,7 +73,7 @@ class Engine:
     def generate(self, prompts: list[str], sampling: Any, part: int | None = None) -> list[Any]:
         """Answers to all prompts, asked at the same time, of one data-parallel part or of whichever is free."""
         if self.parts == 1:
-            return self._llm.generate(prompts, sampling, use_tqdm=False)
+            return self.llm.generate(prompts, sampling, use_tqdm=False)
         return self._loop.run_until_complete(self._gather(prompts, sampling, part))
 
     async def _gather(self, prompts: list[str], sampling: Any, part: int | None) -> list[Any]:
@@ -89,7 +89,7 @@ class Engine:
 
     def close(self) -> None:
         if self.parts == 1:
-            self._llm.llm_engine.engine_core.shutdown()
+            self.llm.llm_engine.engine_core.shutdown()
         else:
             self._many.shutdown()
 
@@ -158,7 +158,7 @@ def main(job_path: str, result_path: str) -> None:
         result["corrupt_tokens"] = token_ids(ask())
         result["corrupt_views"] = engine.rpc(probes.views_agree)
         if job.get("drafter"):
-            result["corrupt_guesses"] = engine.rpc(probes.report_of_drafter)[0]["guesses"]
+            result["corrupt_drafts"] = engine.rpc(probes.report_of_drafter)[0]["drafts"]
     engine.close()
     Path(result_path).write_text(json.dumps(result))
 

@@ -86,7 +86,7 @@ def test_the_installed_files_are_those_of_the_list(installation: Installation) -
 
 
 def test_it_runs_from_its_own_files_and_cannot_write(installation: Installation) -> None:
-    """What the tests below are worth: neither this checkout nor a right to write is at hand."""
+    """Makes the tests below meaningful: this checkout cannot be imported, and nothing can be written."""
     program = (
         f"import {PACKAGE}, os; print({PACKAGE}.__file__, {PACKAGE}.__version__, "
         f"os.access(os.path.dirname({PACKAGE}.__file__), os.W_OK))"

@@ -217,22 +217,22 @@ def carry_out(
     return rounds
 
 
-def _send(each: Round, placement: Placement, loader: D2DExpertWeightLoader, channel: ControlChannel) -> None:
+def _send(round_: Round, placement: Placement, loader: D2DExpertWeightLoader, channel: ControlChannel) -> None:
     """Prepares and issues a round, and returns when it has arrived everywhere."""
     error = ""
     try:
-        loader.prepare(each)
+        loader.prepare(round_)
     except TransferError as caught:
         error = str(caught)
     while True:
-        agreed = _agree(channel, loader, placement, each.number, failed=bool(error))
+        agreed = _agree(channel, loader, placement, round_.number, failed=bool(error))
         if agreed.max.failure:
-            raise TransferError(error or f"another rank could not prepare round {each.number}")
+            raise TransferError(error or f"another rank could not prepare round {round_.number}")
         if agreed.min.ready:
             break
         time.sleep(0.0005)
-    loader.issue(each.number)
-    while _agree(channel, loader, placement, each.number).min.rounds_done <= each.number:
+    loader.issue(round_.number)
+    while _agree(channel, loader, placement, round_.number).min.rounds_done <= round_.number:
         loader.tick()
         time.sleep(0.0005)
 

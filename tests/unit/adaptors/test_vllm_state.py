@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who counts which rows, and what becomes of weights that arrive while a server balances; without vLLM."""
+"""Which rank counts which rows, and refused loading while a server balances; without vLLM."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_few_experts_move_and_the_load_is_balanced():
 
 @settings(max_examples=300, deadline=None)
 @given(lost=st.integers(1, 2), **CASES)
-def test_what_survives_a_lost_rank_is_served_or_named(seed, kind, lost, spare):
+def test_recovery_serves_survivors_or_names_lost_experts(seed, kind, lost, spare):
     load, placement, mapping = draw_case(seed, kind, 4, 4 - lost, spare)
     held = [
         set(row[np.repeat(np.array(mapping) != GONE, placement.slots_per_rank)].tolist())

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings: defaults, each refusal with its message, and random dictionaries."""
+"""The settings: defaults, each refusal with its message, and random dictionaries.
+
+One file, because it is one table of values, with the message of each.
+"""
 
 from __future__ import annotations
 
@@ -251,7 +254,7 @@ def test_a_map_to_start_from_says_how_many_experts_are_redundant(tmp_path: Path)
     assert read_start_placement(parse(num_redundant_experts=4), **shape) is None
 
 
-def test_a_map_alone_is_a_placement_that_stays(tmp_path: Path) -> None:
+def test_map_alone_is_a_static_placement(tmp_path: Path) -> None:
     path = str(tmp_path / "map.json")
     assert not parse(expert_map_path=path).dynamic
     assert parse(expert_map_path=path, dynamic_eplb=True).dynamic
@@ -354,7 +357,7 @@ def test_unprintable_values() -> None:
 
 
 def means(read: object, value: object) -> bool:
-    """Whether a setting was read as what it said: the value itself, or the number or boolean that text writes out."""
+    """True if a setting was read as given: the value itself, or the number or boolean that its text spells."""
     if isinstance(read, bool):
         return str(value).strip().lower() in (("true", "t", "yes", "y", "on", "1") if read else FALSE)
     if isinstance(value, str) and isinstance(read, (int, float)):

@@ -22,13 +22,12 @@ import torch
 
 from ...balancer.start import require_equal_start, start_balancer
 from ...balancer.updator import EplbUpdator, Stage
-from ...values.placement import Placement
 from ..engine_adaptor import require_loaded_copies
 from ..errors import UnsupportedError
 from ..handed_over import settings_of
 from ..parts import is_draft
 from ..patching import patch_once
-from ..readers import guard_model, require_loaded_order
+from ..readers import LoadedOrder, guard_model
 from .adaptor import Slice, VllmAdaptor
 from .cooperative import cooperative_kernels
 from .eplb_state import ModelStates
@@ -78,13 +77,12 @@ class VllmEplbState(ModelStates):
         self.draft: _Draft | None = None
         self.slice = Slice()
         self.sharers = 1
-        self._model: Any = None
+        self.model: Any = None
         self._adaptor: VllmAdaptor | None = None
         self._rows = 0
         self._began = False
         self._loading = False
-        self._by_map = False
-        self._loaded: list[tuple[Placement, EplbUpdator]] = []
+        self.loaded = LoadedOrder()
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
         """Adds a model once its weights are loaded; all ranks call it together.
@@ -120,15 +118,14 @@ class VllmEplbState(ModelStates):
         if config.dynamic:
             updator = start_balancer(adaptor, config)
             require_loaded_copies(updator.differing, str(vllm_config.load_config.load_format))
-            self._loaded.append((adaptor.placement, updator))
             self.guard(model)
         else:
             require_equal_start(adaptor, config)
-        self._by_map |= config.expert_map_path is not None
+        self.loaded.add(adaptor.placement, updator, by_map=config.expert_map_path is not None)
         if drafts:
             self.draft = _Draft(model_config, tokens[0], updator)
         else:
-            self._model, self._adaptor, self.updator = model, adaptor, updator
+            self.model, self._adaptor, self.updator = model, adaptor, updator
             self.should_record_tensor = adaptor.recorder.recording
             self.slice = adaptor.slice
             self.sharers = adaptor.sharers
@@ -183,7 +180,7 @@ class VllmEplbState(ModelStates):
     ) -> None:
         """Notes how many tokens of the next batch are no padding.
 
-        The runner calls it for real batches, and its drafter for each of its own forwards.
+        The runner calls it for real batches, and its draft model for each of its own forwards.
         """
         if self.draft is not None and model_config is self.draft.model_config:
             self.draft.num_unpadded_tokens.fill_(num_unpadded_tokens)
@@ -219,7 +216,7 @@ class VllmEplbState(ModelStates):
                 f"reload_weights with --data-parallel-size {self.parallel_config.data_parallel_size} is not supported "
                 "together with balancing (allowed: 1); restart the server, or leave eplb_config out"
             )
-        loading = contextlib.nullcontext() if self._adaptor is None else reloading(self._model, self._adaptor.rank)
+        loading = contextlib.nullcontext() if self._adaptor is None else reloading(self.model, self._adaptor.rank)
         with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), loading:
             self._loading = True
             try:
@@ -244,30 +241,7 @@ class VllmEplbState(ModelStates):
             return load_weights
 
         patch_once(model, "load_weights", only_in_reload)
-        guard_model(model, self.require_unmoved)
-
-    def require_loaded_order(self, what: str) -> None:
-        """Refuses a reader of weights that would find experts in other slots than a checkpoint has them in.
-
-        Args:
-            what: the reader, for the error message.
-
-        Raises:
-            MovedExpertsError: experts have moved, or were loaded by a map.
-        """
-        self.require_unmoved(what)
-        if self._adaptor is not None:
-            loaded = self._adaptor.placement
-            require_loaded_order(what, loaded, loaded, by_map=self._by_map)
-
-    def require_unmoved(self, what: str) -> None:
-        """The same for weights that are read within the server, where a map does no harm.
-
-        Raises:
-            MovedExpertsError: experts have moved.
-        """
-        for loaded, updator in self._loaded:
-            require_loaded_order(what, updator.placement, loaded, by_map=False)
+        guard_model(model, self.loaded.require_unmoved)
 
     def start_async_loop(self) -> None:
         """Does nothing: vLLM's own state starts a thread here, ours has one."""
