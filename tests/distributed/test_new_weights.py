@@ -106,6 +106,60 @@ def test_weights_loaded_past_the_balancer_are_in_wrong_slots() -> None:
     assert any(seen.wrong for seen in run_ranks(2, serve_and_load, False))
 
 
+def serve_and_sleep(ranks: Ranks, level: int, at_start: bool) -> Seen:
+    """Gives the memory of weights away once in each active phase. Level 2 loses it, with all that the balancer keeps
+    on the device; other weights are loaded then."""
+    model, seen = RoutingModel(ranks), Seen()
+    updator = start_balancer(model, CONFIG)
+    mine = [model.maps.logical_to_physical, model.maps.replica_count, *model.recorder.device_tensors()]
+    wanted = [Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST, Phase.MOVE, Phase.COLLECT]
+    for _ in range(1500):
+        step(model, updator)
+        seen.history.append(updator.placement.digest)
+        seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
+        if not wanted:
+            seen.done_after = seen.done_after or updator.state.cycle
+            if updator.state.cycle >= seen.done_after + 3:
+                break
+        elif updator.state.phase is wanted[0] and updator.placement != model.placement:
+            seen.loaded_in.append(int(wanted.pop(0)))
+            updator.rest(at_start=at_start)
+            updator.pause_recording()
+            seen.changed.append(updator.placement != model.placement)
+            weights = [kind for layer in model.slots.stacked for kind in layer]
+            lost = mine if level == 2 else [*mine, *weights]
+            kept = [tensor.clone() for tensor in lost]
+            for tensor in [*mine, *weights]:
+                tensor.fill_(1)
+            for tensor, before in zip(lost, kept, strict=True):
+                tensor.copy_(before)
+            if level == 2:
+                model.slots.load(model.placement, NEW if model.slots.first_layer == 0 else 0)
+                if at_start:
+                    with updator.new_weights():
+                        pass
+    seen.stats = updator.stats.stats() if ranks.rank == 0 else None
+    updator.close()
+    return seen
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_engine_may_sleep_in_any_phase(level: int) -> None:
+    """With the contents kept the placement stays; without them it is the initial one, for weights that come later."""
+    first, second = run_ranks(2, serve_and_sleep, level, level == 2)
+    for seen in (first, second):
+        assert seen.wrong == ""
+        assert seen.history == first.history
+        assert seen.changed == [level == 1] * 6
+    assert first.stats.cycles_failed == 0
+    assert len(set(first.history[-40:])) > 3
+
+
+def test_sleep_without_contents_needs_the_initial_maps() -> None:
+    """The control."""
+    assert any(seen.wrong for seen in run_ranks(2, serve_and_sleep, 2, False))
+
+
 def load_out_of_step(ranks: Ranks) -> Seen:
     model, seen = RoutingModel(ranks), Seen()
     updator = start_balancer(model, CONFIG)

@@ -5,10 +5,12 @@ The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config 
 (more of the engine's), ``variables`` (of its environment), ``max_tokens``, ``prompts`` (a list of batches), ``cycles``
 (the prompts are repeated until so many cycles are done), ``parts`` (which data-parallel part gets them, turn by turn),
 ``pattern`` (a regular expression that the answers to the first batch must match in the end), ``reload`` (in the end
-weights are reloaded), ``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is watched, and
-it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after all that,
-for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went through the
-model if none came from a cache.
+weights are loaded anew), ``sleeps`` (levels: in the end the engine sleeps with
+each of them, see allocator.py), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of
+them, see transfer_engine.py), ``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is
+watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after
+all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went
+through the model if none came from a cache.
 """
 
 from __future__ import annotations
@@ -87,6 +89,22 @@ class Engine:
 
         return await asyncio.gather(*(ask(prompt) for prompt in prompts))
 
+    def update_weights(self, factor: float) -> None:
+        """Transfers weights as a trainer does, in two parts; the stand-in of transfer_engine.py takes them."""
+        self.llm.collective_rpc("start_weight_update")
+        for part in (0, 1):
+            self.llm.collective_rpc("update_weights", kwargs={"update_info": {"factor": factor, "part": part}})
+        self.llm.collective_rpc("finish_weight_update")
+
+    def sleep(self, level: int) -> None:
+        """Sleeps and wakes up, and with level 2 loads the weights again."""
+        import probes
+
+        self.llm.collective_rpc("sleep", args=(level,))
+        self.llm.collective_rpc("wake_up")
+        if level == 2:
+            self.llm.collective_rpc(probes.load_again)
+
     def close(self) -> None:
         if self.parts == 1:
             self.llm.llm_engine.engine_core.shutdown()
@@ -116,8 +134,12 @@ def main(job_path: str, result_path: str) -> None:
     result: dict[str, object] = {}
     if job.get("probe"):
         engine.rpc(probes.install)
-    if job.get("reload"):
+    if job.get("reload") or job.get("sleeps"):
         engine.rpc(probes.remember_weights)
+    if job.get("sleeps"):
+        import allocator
+
+        engine.rpc(allocator.remember)
     if job.get("drafter"):
         engine.rpc(probes.watch_drafter)
     tokens, computed, cached = [], 0, 0
@@ -147,6 +169,16 @@ def main(job_path: str, result_path: str) -> None:
     if job.get("reload"):
         result["reloads"] = engine.rpc(probes.reload_weights)
         result["tokens_after"] = token_ids(ask()) + token_ids(ask())
+    result["sleeps"] = []
+    for level in job.get("sleeps", []):
+        engine.sleep(level)
+        mine = engine.rpc(probes.updated) if job["eplb"] is not None else []
+        result["sleeps"].append({"ranks": mine, "tokens": token_ids(ask()) + token_ids(ask())})
+    result["updates"] = []
+    for factor in job.get("updates", []):
+        engine.update_weights(factor)
+        mine = engine.rpc(probes.updated) if job["eplb"] is not None else []
+        result["updates"].append({"ranks": mine, "tokens": token_ids(ask()) + token_ids(ask())})
     if job.get("routing"):
         result["routing"] = engine.rpc(probes.routing_that_is_refused)
     if job["eplb"] is not None:

@@ -262,13 +262,14 @@ def remember_weights(worker: Any) -> None:
 
 
 def reload_weights(worker: Any) -> dict[str, Any]:
-    """Loads the weights of the start again, the way that the placement had then, past the balancer and through it."""
+    """Loads the weights of the start again, by name and as the worker does, which both go back to the placement of
+    then."""
     state, updator = _state(worker), _state(worker).updator
     result = {"placement": updator.placement.digest, "phase": updator.state.phase.name, "drafts": worker.eplb_drafts}
-    try:
-        worker.model_runner.model.load_weights(iter(worker.eplb_weights.items()))
-    except RuntimeError as error:
-        result["refused"] = str(error)
+    norms = {name: tensor for name, tensor in worker.eplb_weights.items() if name.endswith("norm.weight")}
+    with torch.no_grad():
+        worker.model_runner.model.load_weights(iter(norms.items()))
+    result["by_name"], result["norms"] = updator.placement.digest, len(norms)
     with torch.no_grad():
         worker.reload_weights(weights_iterator=iter(worker.eplb_weights.items()), is_checkpoint_format=False)
     result["moved"] = sum(
@@ -282,6 +283,22 @@ def reload_weights(worker: Any) -> dict[str, Any]:
         cycle=updator.state.cycle,
     )
     return result
+
+
+def load_again(worker: Any) -> None:
+    """Loads the weights of the start, which are gone."""
+    with torch.no_grad():
+        worker.reload_weights(weights_iterator=iter(worker.eplb_weights.items()), is_checkpoint_format=False)
+
+
+def updated(worker: Any) -> dict[str, Any]:
+    """The placement in force after new weights, the initial one, and what balancing has done so far."""
+    updator = _state(worker).updator
+    return {
+        "placement": updator.placement.digest,
+        "initial": updator.parts.adaptor.placement.digest,
+        "cycle": updator.state.cycle,
+    }
 
 
 def routing_that_is_refused(worker: Any) -> list[str]:
@@ -332,6 +349,7 @@ def report(worker: Any) -> dict[str, Any]:
     result = {
         "part": updator.parts.adaptor.part,
         "digest": updator.placement.digest,
+        "initial": updator.parts.adaptor.placement.digest,
         "step": updator.state.step,
         "cycle": updator.state.cycle,
         "failures": updator.state.failures,

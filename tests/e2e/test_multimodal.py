@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vllm_ascend_eplb.files.expert_map import write_expert_map
+from vllm_ascend_eplb.values.placement import Placement
+
 from .conftest import BUSY
 from .offline import MODEL
 
@@ -89,35 +92,57 @@ def model(tmp_path_factory):
     return folder, prompts, make_model(folder, prompts)
 
 
-def serve(runs, model, name, redundant):
+def serve(runs, model, name, redundant, cycles=6, corrupt=False, **settings):
     folder, prompts, _ = model
     return runs(
         name,
         spawned=True,  # whether there is a torchvision is asked once in a process
         ranks=2,
-        eplb={**BUSY, "num_redundant_experts": redundant},
+        eplb={**BUSY, "num_redundant_experts": redundant, **settings},
         arguments={"model": str(folder), "language_model_only": True},
         paths=[str(STANDINS)],
         probe=True,
+        corrupt=corrupt,
         prompts=[[{"prompt_token_ids": prompt} for prompt in prompts]],
-        cycles=6,
+        cycles=cycles,
         max_tokens=TOKENS,
     )
 
 
-def test_text_of_a_multimodal_model_stays_the_same(runs, model):
-    run, expected = serve(runs, model, "multimodal", 0), model[2]
+def check(run, expected, cycles):
+    """Equal tokens in every turn, and the experts and loads that the routers chose."""
     assert run.code == 0, run.log[-6000:]
     turns = len(run.result["tokens"]) // len(expected)
     assert run.result["tokens"] == expected * turns
     assert len({token for answer in expected for token in answer}) > 10
     stats = json.loads(run.result["ranks"][0]["stats"])
-    assert stats["cycles_done"] >= 6
+    assert stats["cycles_done"] >= cycles
+    assert stats["experts_moved"] > 0
     assert [rank["wrong_experts"] for rank in run.result["ranks"]] == [0, 0]
     assert run.result["ranks"][0]["counted"] == run.result["ranks"][0]["routed"]
 
 
-def test_redundant_experts_without_weights_end_the_start(runs, model):
-    run = serve(runs, model, "unfilled", 4)
-    assert run.code != 0
-    assert "copies of 8 experts differ from each other once the weights are loaded" in run.log
+def test_text_of_a_multimodal_model_stays_the_same(runs, model):
+    check(serve(runs, model, "multimodal", 0), model[2], 6)
+
+
+def test_experts_in_one_tensor_have_copies(runs, model):
+    """The checkpoint has all experts of a layer in one tensor, from which vLLM by itself fills no slots of copies.
+    Negative control: maps switched without weights."""
+    run, expected = serve(runs, model, "copies", 4, cycles=10, corrupt=True), model[2]
+    check(run, expected, 10)
+    assert run.result["corrupt_tokens"] != expected
+
+
+def test_experts_in_one_tensor_are_loaded_by_a_map(runs, model, tmp_path):
+    """The server starts with every expert of the map in the map's slot, observes first, and then moves them."""
+    rng = np.random.default_rng(7)
+    rows = [rng.permutation([*range(16), *rng.choice(16, 4, replace=False)]) for _ in range(2)]
+    placement = Placement(np.array(rows), 16, 2)
+    write_expert_map(tmp_path / "map.json", placement)
+    given = {"expert_map_path": str(tmp_path / "map.json")}
+    observed = serve(runs, model, "observed map", 4, cycles=0, mode="observe", **given)
+    assert observed.code == 0, observed.log[-6000:]
+    assert [rank["digest"] for rank in observed.result["ranks"]] == [placement.digest] * 2
+    assert observed.result["tokens"] == model[2]
+    check(serve(runs, model, "map", 4, cycles=10, **given), model[2], 10)

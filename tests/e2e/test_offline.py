@@ -183,7 +183,7 @@ def test_reload_fills_the_initial_placement(featured, reference):
     for reload in (first, second):
         assert reload["placement_after"] == reload["initial"]
         assert reload["moved"] == 0
-        assert "use the worker's reload_weights" in reload["refused"]
+        assert (reload["by_name"], reload["norms"]) == (reload["initial"], 25)
     assert_equal_every_turn(featured["tokens_after"], reference)
     # and the experts go on moving, with the checksums of the new weights
     assert featured["ranks"][0]["cycle"] > first["cycle"]
@@ -257,6 +257,31 @@ def test_each_pipeline_stage_is_a_balancer_of_its_own(staged, reference):
         np.testing.assert_array_equal(stage[0]["loads"], stage[0]["windows"][: len(stage[0]["loads"])])
     # Not of the placements: a random one is the same for all that have seen as many cycles.
     assert staged["ranks"][0]["windows"] != staged["ranks"][2]["windows"]
+
+
+@pytest.mark.soak
+def test_pipeline_stages_start_from_their_part_of_a_map(runs, reference, tmp_path):
+    """Negative control: a part of the map that is not the stage's has another digest."""
+    rng = np.random.default_rng(11)
+    rows = [rng.permutation([*range(64), *rng.choice(64, 4, replace=False)]) for _ in range(6)]
+    write_expert_map(tmp_path / "map.json", Placement(np.array(rows), 64, 2))
+    run = runs(
+        "staged map",
+        ranks=2,
+        eplb={**BUSY, "expert_map_path": str(tmp_path / "map.json")},
+        arguments={"pipeline_parallel_size": 2, "enable_prefix_caching": False},
+        probe=True,
+        prompts=prompts(6)[:2],
+        cycles=CYCLES,
+        max_tokens=TOKENS,
+    )
+    assert run.code == 0, run.log[-6000:]
+    first, second = (Placement(np.array(rows[begin : begin + 3]), 64, 2).digest for begin in (0, 3))
+    assert first != second
+    assert [rank["initial"] for rank in run.result["ranks"]] == [first, first, second, second]
+    assert_equal_every_turn(run.result["tokens"], reference[:12])
+    assert [rank["wrong_experts"] for rank in run.result["ranks"]] == [0] * 4
+    assert all(json.loads(rank["stats"])["cycles_done"] >= 10 for rank in run.result["ranks"][::2])
 
 
 def lopsided(load: np.ndarray) -> Placement:

@@ -79,9 +79,9 @@ CASES = {
         "--pipeline-parallel-size with --data-parallel-size 2 is not supported",
     ),
     "map for a pipeline": (
-        {"expert_map_path": "FILES/good.json"},
+        {"dynamic_eplb": True, "expert_map_record_path": "FILES/recorded.json"},
         {"pipeline_parallel_size": 2},
-        "an expert_map_path or expert_map_record_path and --pipeline-parallel-size 2 is not supported",
+        "an expert_map_record_path and --pipeline-parallel-size 2 is not supported",
     ),
     "adapters": ({"dynamic_eplb": True}, {"enable_lora": True}, "--enable-lora True is not supported"),
     "weights on the host": ({"dynamic_eplb": True}, {"cpu_offload_gb": 1}, "--cpu-offload-gb 1.0 is not supported"),
@@ -90,15 +90,15 @@ CASES = {
         {"offload_group_size": 2},
         "--offload-group-size 2 is not supported",
     ),
-    "weight updates": (
+    "weight updates of several engines": (
         {"dynamic_eplb": True},
-        {"weight_transfer_config": {"backend": "nccl"}},
-        "--weight-transfer-config True is not supported",
+        {"weight_transfer_config": {"backend": "nccl"}, "data_parallel_size": 2},
+        "--weight-transfer-config and --data-parallel-size 2 is not supported",
     ),
     "sleep": (
         {"dynamic_eplb": True},
         {"set": {"model_config": {"enable_sleep_mode": True}}},
-        "--enable-sleep-mode True is not supported",
+        '--enable-sleep-mode and "transport" auto is not supported',
     ),
     "micro-batches of one's own size": (
         {"dynamic_eplb": True},

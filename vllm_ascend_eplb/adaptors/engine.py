@@ -64,6 +64,10 @@ class Engine(ABC):
         """Changes the complete configuration so that the workers balance."""
 
     @abstractmethod
+    def is_on(self, vllm_config: Any) -> bool:
+        """Whether workers that get this configuration balance."""
+
+    @abstractmethod
     def parts(self, vllm_config: Any) -> list[str]:
         """Names of the balancers of the server; none where there is one."""
 

@@ -29,12 +29,6 @@ def common_options(vllm_config: Any, config: EplbConfig) -> tuple[Option, ...]:
             1,
             "use one of the two",
         ),
-        (  # a map has all layers of a model, and each stage has some of them
-            "an expert_map_path or expert_map_record_path and --pipeline-parallel-size",
-            stages if has_map(config) else 1,
-            1,
-            "use one of the two",
-        ),
         (
             "a draft model with experts and --pipeline-parallel-size",
             stages if draft else 1,
@@ -51,14 +45,17 @@ def common_options(vllm_config: Any, config: EplbConfig) -> tuple[Option, ...]:
         _parallel(vllm_config, "decode_context_parallel_size", 1),
         _parallel(vllm_config, "enable_elastic_ep", False),
         ("--enable-lora", vllm_config.lora_config is not None, False, "leave it out"),
-        ("--enable-sleep-mode", value_at(vllm_config, "model_config.enable_sleep_mode", False), False, "leave it out"),
-        (
-            "--weight-transfer-config",
-            value_at(vllm_config, "weight_transfer_config", None) is not None,
-            False,
-            "update weights through reload_weights of the workers",
-        ),
     )
+
+
+def sleeps(vllm_config: Any) -> bool:
+    """Whether vLLM may give the memory of the weights away and take it again."""
+    return bool(value_at(vllm_config, "model_config.enable_sleep_mode", False))
+
+
+def transfers_weights(vllm_config: Any) -> bool:
+    """Whether a trainer gives the workers new weights through vLLM."""
+    return value_at(vllm_config, "weight_transfer_config", None) is not None
 
 
 def has_map(config: EplbConfig) -> bool:

@@ -15,7 +15,12 @@ _PREFIX = "Eplb:"
 
 def worker_class_name(module: str, base: str) -> str:
     """The name of the class ``base`` (a qualified name) with the balancer in it, as ``module`` builds it."""
-    return base if base.startswith(f"{module}.") else f"{module}.{_PREFIX}{base.replace('.', '/')}"
+    return base if is_worker_of(module, base) else f"{module}.{_PREFIX}{base.replace('.', '/')}"
+
+
+def is_worker_of(module: str, name: object) -> bool:
+    """Whether a qualified name is that of a worker class with the balancer in it, as ``module`` builds it."""
+    return isinstance(name, str) and name.startswith(f"{module}.")
 
 
 def base_of(module: str, attribute: str) -> str:

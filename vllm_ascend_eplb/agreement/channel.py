@@ -259,13 +259,6 @@ class ControlChannel:
             work = self._group.reduce([flat], options)
         return Bulk(work, tensor, lambda t: t.numpy() if self.rank == 0 else None)
 
-    def sum_everywhere(self, load: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The sum of ``load`` (int64, any shape, the same on all ranks) over the ranks, on every rank. Blocks."""
-        tensor = torch.from_numpy(np.array(load, dtype=np.int64, order="C"))
-        if self._group is not None and tensor.numel():
-            self._group.allreduce([tensor.view(-1)], _options(dist.AllreduceOptions(), dist.ReduceOp.SUM)).wait()
-        return tensor.numpy()
-
     def reserve(self, nbytes: int) -> None:
         """Sets memory aside for broadcasts of up to so many bytes: a rank without memory must find out at start-up, not
         when the others wait for it."""

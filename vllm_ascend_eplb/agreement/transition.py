@@ -62,8 +62,8 @@ def advance(state: CycleState, agreed: Agreed | None, settings: CycleSettings) -
 
 
 def abandon(state: CycleState, settings: CycleSettings) -> CycleState:
-    """The state after all ranks, at the same step and with nothing in flight, dropped whatever was under way and went
-    back to the initial placement."""
+    """The state after all ranks, at the same step and with nothing in flight, dropped whatever was under way. They may
+    have gone back to the initial placement."""
     if state.phase is Phase.OFF:
         return state
     wanted = Command.NONE if state.wanted is Command.RESTORE else state.wanted

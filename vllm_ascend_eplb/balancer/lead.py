@@ -17,6 +17,7 @@ from ..planning.shares import shared_rank_load
 from ..planning.threshold import PlanJudge
 from ..settings.config import EplbConfig
 from ..values.placement import FloatArray, Int64Array, Placement
+from ..values.plan import Plan
 from ..values.traffic import Traffic
 from ..values.window import WindowLoad
 from .gather import Gathered
@@ -238,7 +239,7 @@ class Lead:
         else:
             self._judge.carried_out(case.start, case.payoff.saved_fraction)
         logger.info(
-            "%s cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f), %d experts moved in %d rounds, "
+            "%s cycle %d: PAR %.3f -> %.3f (worst layer %.3f -> %.3f%s), %d experts moved in %d rounds, "
             "%d steps after its load was taken; planned in %.1f ms%s%s%s",
             self._parts.title,
             state.cycle,
@@ -246,6 +247,7 @@ class Lead:
             plan.par_after.mean(),
             plan.par_before.max(),
             plan.par_after.max(),
+            _in_bad_windows(plan),
             moved,
             state.committed,
             state.step - state.snapshot_at,
@@ -316,6 +318,13 @@ class Lead:
                 last_first.callback(parts.orders.close)
             if parts.planner is not None:
                 last_first.callback(parts.planner.close)
+
+
+def _in_bad_windows(plan: Plan) -> str:
+    """For the log line: the 95th percentile of the windows' PARs, mean over layers, where there are windows."""
+    if plan.p95_before is None or plan.p95_after is None:
+        return ""
+    return f"; p95 of windows {plan.p95_before.mean():.3f} -> {plan.p95_after.mean():.3f}"
 
 
 def plan_options(config: EplbConfig) -> PlanOptions:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reload: an engine loads other weights while the balancer runs."""
+"""Reload and sleep: an engine loads other weights, or gives the memory of weights away, while the balancer runs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,8 @@ def new_weights(parts: Parts, work: Work, back_to_start: Callable[[], None]) -> 
         StartError: the ranks are not at the same step. Nothing was changed.
         RuntimeError: afterwards, copies of an expert differ from each other.
     """
+    come_to_rest(parts, work, back_to_start)
     group, num_ranks = parts.adaptor.control_group, parts.adaptor.topology.num_ranks
-    require_equal(
-        group,
-        num_ranks,
-        {"the step": work.state.step, "the phase": work.state.phase.name, "the placement": work.placement.digest},
-    )
-    wait_until_idle(parts)
-    back_to_start()
     sound = b"" if parts.loader.poisoned else b"sound"
     intact = all(exchange_bytes(group, num_ranks, sound))
     try:
@@ -45,6 +39,25 @@ def new_weights(parts: Parts, work: Work, back_to_start: Callable[[], None]) -> 
             f"copies of {differing - parts.differing} experts differ from each other after weights were loaded: "
             "the server would answer wrongly; restart it, or leave eplb_config out"
         )
+
+
+def come_to_rest(parts: Parts, work: Work, drop: Callable[[], None]) -> None:
+    """Ends what is under way; all ranks together, at the same step, between two forwards. Blocks.
+
+    Args:
+        parts, work: of the balancer.
+        drop: drops the cycle, once nothing is in flight.
+
+    Raises:
+        StartError: the ranks are not at the same step. Nothing was changed.
+    """
+    require_equal(
+        parts.adaptor.control_group,
+        parts.adaptor.topology.num_ranks,
+        {"the step": work.state.step, "the phase": work.state.phase.name, "the placement": work.placement.digest},
+    )
+    wait_until_idle(parts)
+    drop()
 
 
 def wait_until_idle(parts: Parts) -> None:

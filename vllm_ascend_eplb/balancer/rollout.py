@@ -197,6 +197,10 @@ class Rollout:
         self._parts.loader.forget()
         self._broadcast = self._unpacking = self._course = None
 
+    def settle(self) -> None:
+        """Waits until nothing is prepared in the background any more."""
+        self._background.submit(lambda: None).result()
+
     def back_to(self, placement: Placement) -> None:
         """Switches the maps alone: whoever calls it sees to the weights."""
         self._parts.recorder.flush(self._work.placement)

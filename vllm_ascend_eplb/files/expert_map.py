@@ -22,7 +22,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -37,6 +37,7 @@ from .foreign_forms import (
     from_omni,
     from_trtllm,
     parse_yaml,
+    settings_of_balancer,
     to_deepseek,
     to_omni,
     to_trtllm,
@@ -81,7 +82,7 @@ def read_expert_map(
     num_layers: int | None = None,
     num_experts: int | None = None,
     num_ranks: int | None = None,
-    dense_layers: int = 0,
+    dense_layers: int | Collection[int] = 0,
     allow_duplicates: bool = False,
 ) -> Placement:
     """Reads a map file of any form; which one it is shows from its contents.
@@ -91,8 +92,9 @@ def read_expert_map(
         num_layers: MoE layers, L, that the model has; None accepts any number.
         num_experts: logical experts per layer, E, that the model has; None takes the largest id in the file + 1.
         num_ranks: ranks of the server, R. Only the forms ``ascend`` and ``omni``, and ``array`` as .npz, hold it.
-        dense_layers: leading rows of the form ``sglang`` that belong to layers without experts; ``trtllm`` says itself
-            which layers have experts.
+        dense_layers: rows of the form ``sglang`` that belong to layers without experts: how many leading ones, or the
+            numbers of the layers where they stand between those with experts; ``trtllm`` says itself which layers have
+            experts.
         allow_duplicates: accepts an expert that one device holds twice; DeepSeek's algorithm makes such maps, but the
             second copy only takes memory.
 
@@ -134,7 +136,7 @@ def write_expert_map(
     placement: Placement,
     form: MapForm | None = None,
     *,
-    dense_layers: int = 0,
+    dense_layers: int | Collection[int] = 0,
     layers: Sequence[int] | None = None,
 ) -> None:
     """Writes a map file; readers see the old or the new one, never a part.
@@ -143,8 +145,8 @@ def write_expert_map(
         path: of the file; its ending says which kind where a form has several (.npy, .npz, .pt, else JSON).
         placement: what to write.
         form: one of ``FORMS``; None takes that of :func:`default_form`.
-        dense_layers: layers without experts in front of the placement's. The form ``sglang`` gets rows for them, the
-            form ``trtllm`` counts them.
+        dense_layers: layers without experts, as in :func:`read_expert_map`. The form ``sglang`` gets rows for them,
+            the form ``trtllm`` counts them.
         layers: the model's numbers of the placement's layers, ascending, where those without experts stand between
             them; instead of ``dense_layers``.
 
@@ -156,9 +158,19 @@ def write_expert_map(
     if empty.size:
         layer, slot = (int(i) for i in empty[0])
         raise ExpertMapError(f"layer {layer}, slot {slot} is empty; a map file must name an expert for every slot")
-    numbers = list(layers) if layers is not None else [dense_layers + i for i in range(placement.num_layers)]
+    if layers is not None:
+        numbers, total = list(layers), layers[-1] + 1
+    else:
+        dense = _dense(dense_layers)
+        total = placement.num_layers + len(dense)
+        numbers = [row for row in range(total) if row not in dense]
+        if len(numbers) != placement.num_layers:
+            raise ExpertMapError(
+                f"layer {max(dense)} cannot be without experts: with {placement.num_layers} layers that have them, the "
+                f"model has {total}"
+            )
     try:
-        write_atomic(path, _format(placement, form, Path(path).suffix, numbers))
+        write_atomic(path, _format(placement, form, Path(path).suffix, numbers, total))
     except FileError as error:
         raise ExpertMapError(str(error)) from None
 
@@ -171,12 +183,12 @@ def default_form(path: str | os.PathLike[str]) -> MapForm:
     return by_ending.get(Path(path).suffix.lower(), "ascend")
 
 
-def _format(placement: Placement, form: MapForm, ending: str, layers: list[int]) -> bytes:
+def _format(placement: Placement, form: MapForm, ending: str, layers: list[int], total: int) -> bytes:
     slots, ending = placement.physical_to_logical, ending.lower()
     if form == "ascend":
         return json.dumps(to_ascend(placement)).encode() + b"\n"
     if form == "sglang":
-        rows = np.tile(np.arange(placement.num_slots, dtype=np.int32) % placement.num_experts, (layers[-1] + 1, 1))
+        rows = np.tile(np.arange(placement.num_slots, dtype=np.int32) % placement.num_experts, (total, 1))
         rows[layers] = slots
         if ending == ".pt":
             return write_torch({_SGLANG_KEY: rows.astype(np.int64)})
@@ -209,7 +221,7 @@ def _npz(**arrays: Any) -> bytes:
     return stream.getvalue()
 
 
-def _parse(data: bytes, path: str | os.PathLike[str], dense_layers: int) -> Found:
+def _parse(data: bytes, path: str | os.PathLike[str], dense_layers: int | Collection[int]) -> Found:
     """What a file's contents say.
 
     Raises:
@@ -224,6 +236,7 @@ def _parse(data: bytes, path: str | os.PathLike[str], dense_layers: int) -> Foun
     if data.startswith(b"PK"):
         return _from_npz(data, path, name)
     value = parse_yaml(data, name) if _is_yaml(data, path) else parse_json(data, path)
+    value = settings_of_balancer(value, name)
     if isinstance(value, list):
         return Found(from_rows(value, name))
     if isinstance(value, dict) and "layer_list" in value:
@@ -266,7 +279,7 @@ def _from_npz(data: bytes, path: str | os.PathLike[str], name: str) -> Found:
     return Found(found.slots, experts or found.experts, ranks or found.ranks)
 
 
-def _from_torch(value: Any, name: str, dense_layers: int) -> Found:
+def _from_torch(value: Any, name: str, dense_layers: int | Collection[int]) -> Found:
     """SGLang's table, DeepSeek's three arrays in a table or in their order, or one array."""
     if isinstance(value, list) and 0 < len(value) <= 3 and all(isinstance(entry, np.ndarray) for entry in value):
         return from_deepseek({f"arr_{number}": array for number, array in enumerate(value)}, name)
@@ -288,10 +301,21 @@ def _from_torch(value: Any, name: str, dense_layers: int) -> Found:
     )
 
 
-def _without_dense(slots: Int32Array, name: str, dense_layers: int) -> Int32Array:
-    if not 0 <= dense_layers < len(slots):
-        raise ExpertMapError(f"{name} has {len(slots)} layers; {dense_layers} of them cannot be without experts")
-    return slots[dense_layers:]
+def _without_dense(slots: Int32Array, name: str, dense_layers: int | Collection[int]) -> Int32Array:
+    dense = _dense(dense_layers)
+    if len(dense) >= len(slots):
+        raise ExpertMapError(f"{name} has {len(slots)} layers; {len(dense)} of them cannot be without experts")
+    if dense and max(dense) >= len(slots):
+        raise ExpertMapError(f"{name} has layers 0..{len(slots) - 1}; layer {max(dense)} cannot be without experts")
+    return slots[[row for row in range(len(slots)) if row not in dense]]
+
+
+def _dense(dense_layers: int | Collection[int]) -> frozenset[int]:
+    """Numbers of the layers without experts."""
+    given = [dense_layers] if isinstance(dense_layers, int) else list(dense_layers)
+    if min(given, default=0) < 0:
+        raise ExpertMapError(f"dense_layers is {dense_layers}; give how many leading layers, or numbers from 0")
+    return frozenset(range(dense_layers) if isinstance(dense_layers, int) else given)
 
 
 def _check_slots(slots: Int32Array, name: str, num_experts: int | None, num_ranks: int, allow_duplicates: bool) -> None:

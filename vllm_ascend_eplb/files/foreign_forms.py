@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from ..values.placement import Placement
 from .disk import show
-from .map_forms import MAX_EXPERT, MAX_LAYERS, MAX_SLOTS, ExpertMapError, Found, as_slots, from_rows, kind
+from .map_forms import MAX_EXPERT, MAX_LAYERS, MAX_SLOTS, ExpertMapError, Found, as_slots, check_count, from_rows, kind
 
 TRTLLM_KEY = "initial_global_assignments"
 
@@ -101,11 +101,22 @@ def from_trtllm(value: dict[Any, Any], name: str) -> Found:
             raise
         raise ExpertMapError(f"{error} (layer 0 of the map is layer {numbers[0]} of the model)") from None
     count = value.get("num_slots")
-    if count is not None and (type(count) is not int or count != slots.shape[1]):
-        raise ExpertMapError(
-            f"{name}: num_slots is {kind(count)}, but layers have {slots.shape[1]} slots; one of them is wrong"
-        )
+    if count is not None:
+        check_count(count, slots.shape[1], f"{name}: num_slots", "layers have {} slots")
     return Found(slots)
+
+
+def settings_of_balancer(value: Any, name: str) -> Any:
+    """TensorRT-LLM's own settings of the balancer where they stand in those of its server.
+
+    Raises:
+        ExpertMapError: the settings of the server name another file.
+    """
+    around = value.get("moe_config", value) if isinstance(value, dict) else None
+    found = around.get("load_balancer", around.get("moe_load_balancer")) if isinstance(around, dict) else None
+    if isinstance(found, str):
+        raise ExpertMapError(f"{name} names the file of the map, {show(found)}; give that file")
+    return found if isinstance(found, dict) else value
 
 
 def to_trtllm(placement: Placement, layers: list[int]) -> bytes:

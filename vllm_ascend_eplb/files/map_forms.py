@@ -52,7 +52,7 @@ def from_ascend(value: dict[str, Any], name: str) -> Found:
     if not isinstance(layers, list) or not 0 < len(layers) <= MAX_LAYERS:
         raise ExpertMapError(f"{name}: layer_list must be a list of 1..{MAX_LAYERS} layers; it is {kind(layers)}")
     count = value.get("moe_layer_count")
-    _check_count(count, len(layers), f"{name}: moe_layer_count", "layer_list has {} layers")
+    check_count(count, len(layers), f"{name}: moe_layer_count", "layer_list has {} layers")
     rows: list[list[list[int]]] = []
     for position, layer in enumerate(layers):
         _check_entry(layer, f"{name}: layer_list[{position}]", "device_list")
@@ -83,7 +83,7 @@ def _devices(layer: dict[str, Any], where: str) -> list[list[int]]:
     if not isinstance(devices, list) or not 0 < len(devices) <= MAX_SLOTS:
         raise ExpertMapError(f"{where}: device_list must be a list of devices; it is {kind(devices)}")
     if layer.get("device_count") is not None:  # vllm-ascend does not read it
-        _check_count(layer["device_count"], len(devices), f"{where}: device_count", "device_list has {} devices")
+        check_count(layer["device_count"], len(devices), f"{where}: device_count", "device_list has {} devices")
     found: list[list[int]] = []
     for position, device in enumerate(devices):
         _check_entry(device, f"{where}, device_list[{position}]", "device_expert")
@@ -103,9 +103,11 @@ def _check_entry(entry: Any, where: str, key: str) -> None:
         raise ExpertMapError(f"{where} is {kind(entry)}; expected an object with {key}")
 
 
-def _check_count(count: Any, length: int, where: str, what: str) -> None:
+def check_count(count: Any, length: int, where: str, what: str) -> None:
     if type(count) is int and count == length:
         return
+    if count is None:
+        raise ExpertMapError(f"{where} is missing or null, but {what.format(length)}; write the number {length}")
     if isinstance(count, str) and count.strip() == str(length):
         raise ExpertMapError(f"{where} is {kind(count)}, text; write the number {length} without quotes")
     if type(count) is float and count == length:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import zipfile
 from typing import Any
 
 import numpy as np
 
 from .disk import FileError, show
+
+_CODES = re.compile(r"\x1b\[[0-9;]*m")
+"""Those that make text bold in a terminal."""
 
 MAX_DEPTH = 6
 
@@ -65,7 +69,7 @@ def read_torch(data: bytes, path: str | os.PathLike[str], limit: int) -> Any:
     try:
         value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what it likes
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = _CODES.sub("", str(error)).strip().splitlines() or [type(error).__name__]
         raise FileError(
             f"{name} cannot be read by torch.load with weights_only=True ({show(reason[0])[:160]}); save tensors, "
             "numbers and text alone"

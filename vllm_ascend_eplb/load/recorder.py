@@ -240,33 +240,15 @@ class LoadRecorder:
         """Gives up a snapshot that nobody is going to take, because its cycle was dropped. Its load is lost."""
         self._snapshot.discard()
 
-    @property
-    def steps(self) -> int:
-        """Calls of ``begin_step`` since the window began; equal on all ranks."""
-        return self._steps
-
     def window(self) -> Int64Array:
         """int64 [T, L, E]: what was counted and flushed since the window began, this rank's part, in the order in which
         it is kept. Waits for the device."""
         window: Int64Array = self._window[..., : self.num_experts].cpu().numpy()
         return window
 
-    def restore_window(self, window: Int64Array, steps: int) -> None:
-        """Takes a window over, for example into the recorder of a model with another number of slots.
-
-        Args:
-            window: int64 [T, L, E], as ``window`` gives it.
-            steps: ``steps`` of the recorder that it came from.
-
-        Raises:
-            LoadError: the window has another shape.
-        """
-        kept = self._window[..., : self.num_experts]
-        if window.shape != tuple(kept.shape):
-            raise LoadError(f"a window of shape {window.shape}; this recorder keeps {tuple(kept.shape)}")
-        kept.copy_(torch.from_numpy(np.ascontiguousarray(window)))
-        self._steps = steps
-        self._entry = max(0, steps - 1) // self.steps_per_entry % self.num_entries
+    def device_tensors(self) -> list[torch.Tensor]:
+        """What the recorder keeps on the device from one step to the next."""
+        return [self.counts, self.recording, self._window, *self._maps.device_tensors()]
 
     def _use(self, placement: Placement) -> None:
         if placement is not self._placement:
@@ -315,6 +297,10 @@ class _SlotMaps:
         self._placements[i] = placement
         self._copied[i] = _record_event(self._device)
         return i
+
+    def device_tensors(self) -> list[torch.Tensor]:
+        """The maps."""
+        return self._on_device
 
     def add_logical(self, counts: torch.Tensor, placement: Placement, target: torch.Tensor) -> None:
         """Adds ``counts`` [L, P] to ``target`` [L * (E + 1)]."""

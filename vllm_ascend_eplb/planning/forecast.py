@@ -98,6 +98,8 @@ def _best_span(errors: FloatArray) -> npt.NDArray[np.intp]:
     """The span [L] to take by its ``errors`` [tests, spans, L]: 1, the shortest, unless a longer is clearly better."""
     if errors.shape[1] == 1:
         return np.zeros(errors.shape[2], dtype=np.intp)
+    if errors.size == 0:  # no window to test on, or no layer
+        return np.ones(errors.shape[2], dtype=np.intp)
     errors = errors / np.maximum(errors[:, 0].mean(), 1e-300)
     errors += errors.mean(axis=2, keepdims=True)
     # Where the shortest span reaches back to the first window, a test tells nothing.

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_ascend_eplb.adaptors.vllm.loading import LayerSlots, LoadingError, load_by, placement_loaded
+from vllm_ascend_eplb.adaptors.vllm.loading import LayerSlots, LoadingError, LoadOrder, load_by, placement_loaded
+from vllm_ascend_eplb.adaptors.vllm.worker import load_order
+from vllm_ascend_eplb.files.expert_map import write_expert_map
+from vllm_ascend_eplb.settings.config import EplbConfigError
 from vllm_ascend_eplb.values.placement import Placement
 
 EXPERTS, RANKS, REDUNDANT = 8, 4, 4
@@ -56,6 +59,7 @@ def model(rank: int, layers: int = 3) -> SimpleNamespace:
     return SimpleNamespace(
         num_physical_experts=slots,
         moe_layers=[SimpleNamespace(routed_experts=Layer(rank, slots)) for _ in range(layers)],
+        modules=list,
     )
 
 
@@ -83,7 +87,7 @@ def test_every_slot_holds_the_expert_of_the_placement(seed: int) -> None:
     placement = random_placement(seed)  # some hold an expert twice on a rank
     for rank in range(RANKS):
         moe = model(rank)
-        load_by(moe, placement)
+        load_by(moe, LoadOrder(placement, by_map=True))
         checkpoint(moe)
         assert placement_loaded(moe, rank) is placement
         own = placement.physical_to_logical.reshape(3, RANKS, -1)[:, rank]
@@ -99,7 +103,7 @@ def test_without_a_placement_nothing_changes() -> None:
 
 def test_expert_that_was_not_loaded_is_named() -> None:
     moe = model(2)
-    load_by(moe, random_placement(0))
+    load_by(moe, LoadOrder(random_placement(0), by_map=True))
     with pytest.raises(LoadingError, match="layer 0, device 2, slot 0 got no weights"):
         placement_loaded(moe, 2)
     checkpoint(SimpleNamespace(moe_layers=[moe.moe_layers[0], moe.moe_layers[2]]))
@@ -119,19 +123,164 @@ def test_a_part_that_is_missing_is_noticed() -> None:
 
 def test_a_tensor_of_all_experts_is_refused() -> None:
     moe = model(0)
-    load_by(moe, random_placement(0))
+    load_by(moe, LoadOrder(random_placement(0), by_map=True))
     layer = moe.moe_layers[0].routed_experts
     with pytest.raises(LoadingError, match="has all experts in one tensor"):
         layer.w1.weight_loader(layer.w1, torch.zeros(EXPERTS, 2, 2), "w1.weight", "w1", 0, True)
 
 
+def fused_checkpoint(moe: SimpleNamespace) -> None:
+    """Loads as vLLM does from tensors of all experts of a layer: logical experts one by one, and no copies."""
+    for layer in moe.moe_layers:
+        for part in PARTS:
+            param = getattr(layer.routed_experts, part)
+            for expert in range(EXPERTS):
+                param.weight_loader(param, torch.full((2, 2), float(expert)), part, part, expert, True)
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_copies_are_filled_from_tensors_of_all_experts(rank: int) -> None:
+    """Negative control: without an order the slots of copies stay as they were."""
+    placement = Placement.initial(3, EXPERTS, RANKS, REDUNDANT)
+    own = placement.physical_to_logical.reshape(3, RANKS, -1)[:, rank].tolist()
+    moe, left_alone = model(rank), model(rank)
+    load_by(moe, LoadOrder(placement, by_map=False))
+    fused_checkpoint(moe)
+    fused_checkpoint(left_alone)
+    assert [layer.routed_experts.held() for layer in moe.moe_layers] == own
+    empty = [layer.routed_experts.held() for layer in left_alone.moe_layers]
+    assert (empty == own) == all(slot < EXPERTS for slot in range(3 * rank, 3 * rank + 3))
+
+
+def test_models_that_cannot_follow_are_left_alone() -> None:
+    """Without a map: vLLM loads them, and the copies are compared afterwards."""
+
+    class SomeMegaMoEExperts(Layer):
+        pass
+
+    order = LoadOrder(Placement.initial(3, EXPERTS, RANKS, REDUNDANT), by_map=False)
+    shared, mega, other = model(0), model(0), model(0)
+    shared.moe_layers[0].routed_experts.expert_map_manager = SimpleNamespace(num_fused_shared_experts=1)
+    mega.moe_layers[0].routed_experts = SomeMegaMoEExperts(0, EXPERTS + REDUNDANT)
+    other.num_physical_experts = 16
+    for moe in (shared, mega, other):
+        load_by(moe, order)
+        assert placement_loaded(moe, 0) is None
+    with pytest.raises(LoadingError, match="SomeMegaMoEExperts loads experts by itself"):
+        load_by(mega, LoadOrder(order.placement, by_map=True))
+
+
+def test_weights_that_come_another_way_are_no_error() -> None:
+    """Without a map: files of slots, random weights, and whole tensors go in as vLLM's own loader takes them."""
+    moe = model(1)
+    order = LoadOrder(Placement.initial(3, EXPERTS, RANKS, REDUNDANT), by_map=False)
+    layer, taken = moe.moe_layers[0].routed_experts, []
+    layer.w1.weight_loader = lambda *args: taken.append(args)
+    load_by(moe, order)
+    assert placement_loaded(moe, 1) is order.placement
+    whole = (layer.w1, torch.full((3, 2, 2), 7.0), "w1.weight", "w1", 3)
+    layer.w1.weight_loader(*whole)
+    assert taken == [(*whole, False)]
+
+
+def test_tensors_of_llama_4_are_taken_apart() -> None:
+    """As its loader is called: names without the number of an expert, and weights the other way round."""
+    calls: list[str] = []
+
+    class Llama(torch.nn.Module):
+        def load_moe_expert_weights(self, name, weight, params, loaded, mapping, fused=True):
+            calls.append(name)
+            return False
+
+    inner, moe, rank = Llama(), model(3), 3
+    moe.modules = lambda: [inner]
+    placement = random_placement(5)
+    load_by(moe, LoadOrder(placement, by_map=True))
+    mapping = [
+        ("experts.w13_", "experts.0.gate_up_proj.", 0, "w1"),
+        ("experts.w2_", "experts.0.down_proj.", 0, "w2"),
+        ("experts.w13_", "experts.0.gate_up_proj.", 0, "w3"),
+    ]
+    numbers = torch.arange(EXPERTS, dtype=torch.float32)[:, None, None]
+    columns = torch.cat([torch.zeros(2), torch.full((2,), 0.5)])  # gate, then up
+    for number, layer in enumerate(moe.moe_layers):
+        seen: dict[str, list[torch.Tensor]] = {"w1": [], "w2": [], "w3": []}
+        experts = layer.routed_experts
+
+        def w13(param, weight, name, shard_id, expert_id, experts=experts, seen=seen):
+            seen[shard_id].append(weight)
+            getattr(experts, shard_id).weight_loader(getattr(experts, shard_id), weight, name, shard_id, expert_id)
+
+        params = {
+            f"{number}.experts.w13_weight": SimpleNamespace(weight_loader=w13),
+            f"{number}.experts.w2_weight": SimpleNamespace(weight_loader=w13),
+        }
+        loaded: set[str] = set()
+        gate_up = (numbers + columns).expand(EXPERTS, 2, 4)
+        for name, weight in (("gate_up_proj", gate_up), ("down_proj", numbers.expand(EXPERTS, 2, 2))):
+            assert inner.load_moe_expert_weights(f"{number}.experts.{name}", weight, params, loaded, mapping)
+        assert loaded == set(params)
+        assert all(len(weights) == EXPERTS for weights in seen.values())
+        own = placement.physical_to_logical.reshape(3, RANKS, -1)[number, rank]
+        assert [int(experts.w1.data[slot, 0, 0]) for slot in range(3)] == own.tolist()
+        assert torch.equal(experts.w3.data, experts.w1.data + 0.5)
+        assert torch.equal(experts.w2.data, experts.w1.data)
+    assert calls == []
+    assert not inner.load_moe_expert_weights("0.router.weight", torch.zeros(2, 2), {}, set(), mapping)
+    assert calls == ["0.router.weight"]
+
+
 def test_a_placement_for_another_model_is_refused() -> None:
     with pytest.raises(LoadingError, match="has 8 slots per layer, the model was built with 12"):
-        load_by(model(0), Placement.initial(3, EXPERTS, RANKS))
+        load_by(model(0), LoadOrder(Placement.initial(3, EXPERTS, RANKS), by_map=True))
     fused = model(0)
     fused.moe_layers[0].routed_experts.expert_map_manager = SimpleNamespace(num_fused_shared_experts=1)
     with pytest.raises(LoadingError, match="shared experts fused"):
-        load_by(fused, random_placement(0))
+        load_by(fused, LoadOrder(random_placement(0), by_map=True))
+
+
+def order_of(monkeypatch, settings: dict, redundant: int, stage: int, counts: list[int]) -> LoadOrder | None:
+    """What a worker of a pipeline stage loads by, with vLLM's groups of such a server."""
+    stages = SimpleNamespace(world_size=len(counts), rank_in_group=stage, cpu_group=None)
+    groups = SimpleNamespace(get_ep_group=lambda: SimpleNamespace(world_size=RANKS), get_pp_group=lambda: stages)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", groups)
+
+    def gather(into: list[int], mine: int, group: object) -> None:
+        assert mine == counts[stage]
+        into[:] = counts
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    model = object()
+    vllm_config = SimpleNamespace(
+        additional_config={"eplb_config": {"dynamic_eplb": True, **settings}},
+        speculative_config=None,
+        model_config=model,
+        parallel_config=SimpleNamespace(eplb_config=SimpleNamespace(num_redundant_experts=redundant)),
+    )
+    return load_order(vllm_config, counts[stage], EXPERTS, model)
+
+
+def test_the_order_without_a_map_is_that_of_vllm(monkeypatch) -> None:
+    assert order_of(monkeypatch, {}, 0, 0, [3]) is None
+    order = order_of(monkeypatch, {}, REDUNDANT, 0, [3])
+    assert order is not None
+    assert order == (Placement.initial(3, EXPERTS, RANKS, REDUNDANT), False)
+
+
+@pytest.mark.parametrize("counts", [[5], [2, 3], [1, 1, 3]])
+def test_each_stage_takes_its_layers_of_a_map(monkeypatch, tmp_path, counts) -> None:
+    placement = random_placement(9, layers=5)
+    write_expert_map(tmp_path / "map.json", placement)
+    rows = []
+    for stage, layers in enumerate(counts):
+        order = order_of(monkeypatch, {"expert_map_path": str(tmp_path / "map.json")}, REDUNDANT, stage, counts)
+        assert order is not None
+        assert order.by_map
+        assert order.placement.num_layers == layers
+        rows.append(order.placement.physical_to_logical)
+    np.testing.assert_array_equal(np.concatenate(rows), placement.physical_to_logical)
+    with pytest.raises(EplbConfigError, match="has 5 MoE layers, the model has 6"):
+        order_of(monkeypatch, {"expert_map_path": str(tmp_path / "map.json")}, REDUNDANT, 0, [counts[0], 6 - counts[0]])
 
 
 RELOAD = """
@@ -167,7 +316,7 @@ def shown(model, placement):
 base_loader.initialize_model = build
 interfaces.get_mixture_of_experts_model = lambda model: model
 placement = random_placement(3)
-with loading.loading_by(lambda layers, experts, config: placement):
+with loading.loading_by(lambda layers, experts, config: loading.LoadOrder(placement, True)):
     model = base_loader.initialize_model()
 checkpoint(model)
 first = shown(model, placement)
@@ -191,3 +340,75 @@ def test_new_weights_go_to_the_same_slots() -> None:
     pytest.importorskip("vllm")
     done = subprocess.run([sys.executable, "-c", RELOAD], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert "RESULT True True True True" in done.stdout, done.stderr[-3000:]
+
+
+ONE_TENSOR = """
+import torch
+from types import SimpleNamespace
+from tests.unit.adaptors.test_vllm_loading import EXPERTS, RANKS, Layer, random_placement
+from vllm_ascend_eplb.adaptors.vllm.loading import LoadOrder, load_by, placement_loaded
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.models.llama4 import Llama4Model
+
+class Experts(torch.nn.Module):  # the slots of a rank; gate and up are one parameter, as vLLM has them
+    def __init__(self, rank):
+        super().__init__()
+        self.first = 3 * rank
+        self.layer_name, self.quant_config, self.is_fused_checkpoint_transposed = "0.experts", None, False
+        self.moe_config = SimpleNamespace(is_act_and_mul=True)
+        for name, rows in (("w13_weight", 2), ("w2_weight", 1)):
+            weight = torch.nn.Parameter(torch.full((3, rows, 4), -1.0), requires_grad=False)
+            weight.weight_loader = self.weight_loader
+            self.register_parameter(name, weight)
+    def weight_loader(self, param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
+        slot = expert_id - self.first
+        if not 0 <= slot < 3:
+            return False if return_success else None
+        row = {"w1": 0, "w2": 0, "w3": 1}[shard_id]
+        param.data[slot, row].copy_(loaded_weight[0])
+        return True if return_success else None
+    _orient_fused_weight = staticmethod(RoutedExperts._orient_fused_weight)
+    def get_expert_mapping(self, include_fused=False):
+        return RoutedExperts.build_expert_params_mapping(
+            "gate_proj", "down_proj", "up_proj", EXPERTS, 4, routed_experts_prefix="", include_fused=include_fused)
+
+number = torch.arange(EXPERTS, dtype=torch.float32)[:, None, None]
+gate_up = torch.cat([number.expand(-1, 1, 4), number.expand(-1, 1, 4) + 0.25], dim=1)
+down = number.expand(-1, 1, 4) + 0.5
+placement = random_placement(4)
+right = []
+for rank in range(RANKS):
+    for kind in ("routed experts", "llama 4"):
+        layer = Experts(rank)
+        moe = SimpleNamespace(
+            num_physical_experts=12, moe_layers=[SimpleNamespace(routed_experts=layer)], modules=lambda: [])
+        if kind == "llama 4":
+            class Llama(torch.nn.Module):
+                load_moe_expert_weights = Llama4Model.load_moe_expert_weights
+            llama = Llama()
+            moe.modules = lambda: [llama]
+        row = type(placement)(placement.physical_to_logical[:1], EXPERTS, RANKS)
+        load_by(moe, LoadOrder(row, by_map=True))
+        if kind == "llama 4":
+            mapping = RoutedExperts.build_expert_params_mapping("gate_up_proj", "down_proj", "gate_up_proj", 1)
+            params = {f"0.experts.routed_experts.{name}": getattr(layer, name) for name in ("w13_weight", "w2_weight")}
+            for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
+                weight = weight.transpose(-1, -2).contiguous()
+                assert llama.load_moe_expert_weights(f"0.experts.{name}", weight, params, set(), mapping, fused=True)
+        else:
+            weights = iter([("gate_up_proj", gate_up), ("down_proj", down)])
+            assert set(RoutedExperts.load_weights(layer, weights)) == {"w13_weight", "w2_weight"}
+        assert placement_loaded(moe, rank) is row
+        own = torch.from_numpy(row.physical_to_logical.reshape(RANKS, -1)[rank].copy()).float()
+        held = [layer.w13_weight[:, 0, 0], layer.w13_weight[:, 1, 0], layer.w2_weight[:, 0, 0]]
+        right.append(all(bool((its == own + plus).all()) for its, plus in zip(held, (0, 0.25, 0.5))))
+print("RESULT", right)
+"""
+
+
+def test_loaders_of_vllm_fill_copies_from_one_tensor() -> None:
+    """The loaders of vLLM itself, for most models and for Llama-4, with the slots of a rank instead of its layers."""
+    pytest.importorskip("vllm")
+    code = [sys.executable, "-c", ONE_TENSOR]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert f"RESULT {[True] * 2 * RANKS}" in done.stdout, done.stderr[-3000:]

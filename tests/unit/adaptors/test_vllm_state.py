@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from vllm_ascend_eplb.adaptors.errors import UnsupportedError
 from vllm_ascend_eplb.adaptors.vllm.adaptor import Slice
 from vllm_ascend_eplb.adaptors.vllm.runner import require_known_slice
 from vllm_ascend_eplb.adaptors.vllm.state import VllmEplbState
+from vllm_ascend_eplb.adaptors.vllm.worker import balanced
 
 
 @given(st.integers(1, 9), st.integers(1, 300), st.data())
@@ -70,14 +73,206 @@ def test_reload_is_refused_where_engines_share_experts() -> None:
         raise AssertionError("weights were loaded")
 
 
-def test_weights_reach_a_balanced_model_one_way_only() -> None:
-    loaded: list[Any] = []
-    model, mine = SimpleNamespace(load_weights=loaded.append), state()
+class Balancer:
+    """Stands for the balancer: notes when weights may be loaded, and what it is asked for."""
+
+    def __init__(self) -> None:
+        self.open, self.calls = False, []
+
+    @contextlib.contextmanager
+    def new_weights(self) -> Iterator[None]:
+        self.open = True
+        self.calls.append("back to the start")
+        try:
+            yield
+        finally:
+            self.open = False
+            self.calls.append("checksums")
+
+    def rest(self, *, at_start: bool) -> None:
+        self.calls.append("rests at the start" if at_start else "rests")
+
+    def pause_recording(self) -> None:
+        self.calls.append("counts nothing")
+
+    def forward_before(self, **_: Any) -> None:
+        self.calls.append("step")
+
+    def forward_end(self) -> None:
+        self.calls.append("end of step")
+
+
+def test_weights_by_name_go_into_initial_slots() -> None:
+    balancer, mine, loaded = Balancer(), state(), []
+
+    def load(weights: str) -> str:
+        loaded.append((weights, balancer.open))
+        return weights
+
+    model = SimpleNamespace(load_weights=load)
     mine.guard(model)
-    with pytest.raises(RuntimeError, match="use the worker's reload_weights"):
-        model.load_weights("past the balancer")
+    mine.updator = balancer
+    assert model.load_weights("by name") == "by name"
     with mine.new_weights():
-        model.load_weights("through it")
-    with pytest.raises(RuntimeError, match="wrong slots"):
-        model.load_weights("afterwards")
-    assert loaded == ["through it"]
+        model.load_weights("a reload")
+    assert loaded == [("by name", True), ("a reload", True)]
+    assert balancer.calls == ["back to the start", "checksums"] * 2
+
+
+def test_weights_by_name_are_refused_beside_engines() -> None:
+    mine, loaded = state(2), []
+    model = SimpleNamespace(load_weights=loaded.append)
+    mine.guard(model)
+    with pytest.raises(RuntimeError, match=r"load_weights of the model with --data-parallel-size 2 is not supported"):
+        model.load_weights("by name")
+    assert loaded == []
+
+
+def test_a_weight_transfer_holds_the_balancer() -> None:
+    """Between start and finish no step is done: a cycle would move experts whose weights are half new."""
+    balancer, mine = Balancer(), state()
+    mine.updator = balancer
+    mine.begin()
+    assert mine.begin_update()
+    assert not mine.begin_update()
+    mine.forward_before(serving=True, stage="decode", rows=4)
+    mine.step()
+    assert balancer.open
+    mine.end_update()
+    mine.end_update()
+    assert balancer.calls == ["back to the start", "counts nothing", "checksums"]
+    mine.forward_before(serving=True, stage="decode", rows=4)
+    mine.step()
+    assert balancer.calls[3:] == ["step", "end of step"]
+
+
+class VllmWorker:
+    """Stands for vLLM's worker: its calls around a weight transfer, each of which can fail."""
+
+    def __init__(self, mine: VllmEplbState, failing: str = "") -> None:
+        self.model_runner, self.failing = SimpleNamespace(eplb_state=mine), failing
+
+    def start_weight_update(self) -> None:
+        if self.failing == "start":
+            raise RuntimeError("start failed")
+
+    def finish_weight_update(self) -> None:
+        if self.failing == "finish":
+            raise RuntimeError("finish failed")
+
+
+@pytest.mark.parametrize("failing", ["", "start", "finish"])
+def test_a_weight_transfer_ends_also_where_vllm_fails(failing: str) -> None:
+    balancer, mine = Balancer(), state()
+    mine.updator = balancer
+    worker = balanced(VllmWorker, lambda: None)(mine, failing)
+    with pytest.raises(RuntimeError, match=f"{failing} failed") if failing == "start" else contextlib.nullcontext():
+        worker.start_weight_update()
+    assert balancer.open == (failing != "start")
+    if failing != "start":
+        with pytest.raises(RuntimeError, match="finish") if failing else contextlib.nullcontext():
+            worker.finish_weight_update()
+    assert not balancer.open
+    assert balancer.calls == ["back to the start", "counts nothing", "checksums"]
+
+
+def test_a_second_start_leaves_a_weight_transfer_open() -> None:
+    balancer, mine = Balancer(), state()
+    mine.updator = balancer
+    worker = balanced(VllmWorker, lambda: None)(mine)
+    worker.start_weight_update()
+    worker.failing = "start"  # as vLLM refuses it
+    with pytest.raises(RuntimeError, match="start failed"):
+        worker.start_weight_update()
+    assert balancer.open
+    worker.finish_weight_update()
+    assert not balancer.open
+
+
+class Allocator:
+    """Stands for vLLM's worker with its allocator, which needs a GPU: level 2 loses what is on the device."""
+
+    def __init__(self, mine: VllmEplbState, device: list[torch.Tensor]) -> None:
+        self.model_runner, self.device = SimpleNamespace(eplb_state=mine), device
+
+    def sleep(self, level: int = 1) -> None:
+        if level == 2:
+            for tensor in self.device:
+                tensor.fill_(77)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        pass
+
+
+def sleeper(engines: int = 1) -> tuple[Any, VllmEplbState, Balancer, list[torch.Tensor]]:
+    """A worker, the state in it, its balancer, and the tensors that it has on the device."""
+    balancer, mine = Balancer(), state(engines)
+    maps, counts = torch.arange(6), torch.ones(4)
+    mine.updator = balancer
+    mine.adaptor = SimpleNamespace(device_tensors=lambda: [maps, counts], rank=0)
+    device = [maps, counts, *mine.num_unpadded_tokens]
+    mine.begin()
+    return balanced(Allocator, lambda: None)(mine, device), mine, balancer, device
+
+
+def test_after_sleep_with_contents_balancing_goes_on() -> None:
+    worker, mine, balancer, _ = sleeper()
+    worker.sleep()
+    assert balancer.calls == ["rests", "counts nothing"]
+    worker.wake_up()
+    mine.forward_before(serving=True, stage="decode", rows=4)
+    assert balancer.calls[2:] == ["step"]
+
+
+def test_after_sleep_without_contents_maps_are_put_back() -> None:
+    """Negative control: while asleep, and before memory for weights is back, they are not there."""
+    worker, mine, balancer, device = sleeper()
+    worker.sleep(2)
+    assert balancer.calls == ["rests at the start", "counts nothing"]
+    worker.wake_up(["kv_cache"])
+    assert device[0].tolist() == [77] * 6
+    worker.wake_up(["weights"])
+    assert device[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert device[1].tolist() == [1.0] * 4
+    assert int(mine.num_unpadded_tokens[0]) == 0
+
+
+def test_weights_come_in_parts_before_the_first_step() -> None:
+    """Their checksums are learned once, when all have come, and until then nothing is balanced."""
+    worker, mine, balancer, _ = sleeper()
+    loaded: list[str] = []
+    model = SimpleNamespace(load_weights=loaded.append)
+    mine.guard(model)
+    worker.sleep(2)
+    worker.wake_up()
+    before = list(balancer.calls)
+    for part in ("one", "two"):
+        model.load_weights(part)
+    mine.forward_before(serving=False, stage="decode", rows=4)
+    mine.step()
+    assert loaded == ["one", "two"]
+    assert balancer.calls == before
+    mine.forward_before(serving=True, stage="decode", rows=4)
+    mine.step()
+    assert balancer.calls[len(before) :] == ["back to the start", "checksums", "step", "end of step"]
+    mine.forward_before(serving=True, stage="decode", rows=4)
+    assert balancer.calls[-1] == "step"
+
+
+def test_a_transfer_after_sleep_ends_the_waiting() -> None:
+    worker, mine, balancer, _ = sleeper()
+    worker.sleep(2)
+    worker.wake_up()
+    assert mine.begin_update()
+    mine.end_update()
+    mine.forward_before(serving=True, stage="decode", rows=4)
+    assert balancer.calls[-3:] == ["counts nothing", "checksums", "step"]
+
+
+@pytest.mark.parametrize(("engines", "level", "says"), [(2, 1, "sleep with --data-parallel-size 2"), (1, 3, "level 3")])
+def test_sleep_that_cannot_be_followed_is_refused(engines: int, level: int, says: str) -> None:
+    worker, _, balancer, device = sleeper(engines)
+    with pytest.raises(RuntimeError, match=f"{says} is not supported"):
+        worker.sleep(level)
+    assert balancer.calls == []
+    assert device[0].tolist() == [0, 1, 2, 3, 4, 5]

@@ -49,7 +49,7 @@ def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
         "cuda": 0, "npu": 8, "vllm_version": "0.99.0", "checked": False, "checked_versions": ["0.32"],
         "platform": "cuda", "missing": ["vllm.x.Y (needed): no module"], "patch_points": 20,
     }  # fmt: skip
-    monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
+    monkeypatch.setattr(module, "probe", lambda *_: answer)
     monkeypatch.setenv("VLLM_PLUGINS", "ascend")
     said = run_json("doctor", status=1)
     wrong = [finding["text"] for finding in said["findings"] if finding["status"] == "wrong"]
@@ -59,7 +59,7 @@ def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
     text = run("doctor", status=1)
     assert "8 NPU" in text
     assert "WRONG" in text
-    monkeypatch.setattr(module, "probe", lambda with_vllm: {"probe_error": "it crashed"})
+    monkeypatch.setattr(module, "probe", lambda *_: {"probe_error": "it crashed"})
     assert "it crashed" in run("doctor", status=1)
 
 
@@ -72,7 +72,7 @@ def test_doctor_notes_a_newer_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         "warning": "the self-test found every patch point unchanged", "platform": "cuda", "missing": [],
         "patch_points": 20,
     }  # fmt: skip
-    monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
+    monkeypatch.setattr(module, "probe", lambda *_: answer)
     found = {finding["what"]: finding for finding in run_json_of_any_status("doctor")["findings"]}
     assert found["vLLM"]["status"] == "note"
     assert "self-test" in found["vLLM"]["text"]
@@ -91,7 +91,7 @@ def test_doctor_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
     def findings(**changes: object) -> dict[str, tuple[str, str]]:
         known = {"ascend_version": "0.23.0.post1", "ascend_checked_versions": ["0.23.0.post1"]}
         answer = {"npu": 8, "vllm_version": "0.23.0", "platform": "npu", "ascend_differences": [], **known, **changes}
-        monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
+        monkeypatch.setattr(module, "probe", lambda *_: answer)
         said = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
         return {finding["what"]: (finding["status"], finding["text"]) for finding in said["findings"]}
 
@@ -114,7 +114,7 @@ def test_doctor_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_checks_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import vllm_ascend_eplb.cli.doctor as module
 
-    monkeypatch.setattr(module, "probe", lambda with_vllm: {"cuda": 0, "npu": 0})
+    monkeypatch.setattr(module, "probe", lambda *_: {"cuda": 0, "npu": 0})
     monkeypatch.setattr(module, "plugin_findings", list)
 
     def settings(text: str, status: int = 0) -> str:

@@ -31,8 +31,10 @@ from vllm_ascend_eplb.cli.plan import plan
 from vllm_ascend_eplb.cli.simulate import simulate
 from vllm_ascend_eplb.cli.watch import is_this_machine, proxy_for
 from vllm_ascend_eplb.files.expert_map import read_expert_map
+from vllm_ascend_eplb.planning.options import PlanOptions
 from vllm_ascend_eplb.settings.config import EplbConfig
 from vllm_ascend_eplb.simulate.result import Conditions
+from vllm_ascend_eplb.values.defaults import EFFORT, QUICK_EFFORT
 
 
 def output_of(*arguments: object) -> str:
@@ -124,6 +126,22 @@ def test_convert_knows_the_forms_by_their_ending(tmp_path: Path, ending: str) ->
     assert (tmp_path / "e.json").read_bytes() == (tmp_path / "a.json").read_bytes()
 
 
+def test_sglang_maps_with_layers_between_are_converted(tmp_path: Path) -> None:
+    run("plan", TRACE, "--ranks", 4, "-o", tmp_path / "a.json", "--effort", "fast")
+    run("convert", tmp_path / "a.json", tmp_path / "b.pt", "--dense-layers", "0,2-3, 7")
+    assert "10 layers" in run(
+        "convert", tmp_path / "b.pt", tmp_path / "x.npy", "--ranks", 4
+    )  # control: of 6 with experts
+    run("convert", tmp_path / "b.pt", tmp_path / "c.json", "--ranks", 4, "--dense-layers", "0,2-3,7")
+    assert (tmp_path / "c.json").read_bytes() == (tmp_path / "a.json").read_bytes()
+    run("convert", tmp_path / "a.json", tmp_path / "d.json", "--to", "sglang", "--dense-layers", "3,")
+    assert "is valid" in run("check", tmp_path / "d.json", "--ranks", 4, "--layers", 6, "--dense-layers", "3,")
+    for text in ("x", "-1", "4-2", "1;2", "1.5", ""):
+        assert "give how many" in " ".join(
+            run("check", tmp_path / "d.json", f"--dense-layers={text}", status=2).split()
+        )
+
+
 def test_paths_with_a_tilde_or_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``--option=~/x`` reaches a program as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -137,11 +155,13 @@ def test_paths_with_a_tilde_or_a_variable(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_defaults_are_the_servers() -> None:
-    """The tools plan as the server does unless they are told otherwise."""
+    """The tools plan as the server does unless they are told otherwise; a library's equal calls give equal plans."""
     config = EplbConfig()
     assert plan.__defaults__ is not None
     assert config.target_par in plan.__defaults__
     assert config.planner_effort in [getattr(value, "value", value) for value in plan.__defaults__]
+    assert (PlanOptions().effort, Conditions.__dataclass_fields__["effort"].default) == (QUICK_EFFORT,) * 2
+    assert config.planner_effort == EFFORT
     assert simulate.__defaults__ is not None
     assert config.target_par in simulate.__defaults__
     assert Conditions.__dataclass_fields__["target_par"].default == config.target_par
@@ -249,6 +269,21 @@ def test_doctor_believes_vllm_about_plugins() -> None:
     assert "KeyError: no" in loaded(plugin_in_place=False, plugin_error="KeyError: no")["plugin in vLLM"][1]
 
 
+def test_a_process_that_hangs_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in for a torch whose import never ends. Its place is in the finding, all stacks are on standard error."""
+    (tmp_path / "torch.py").write_text("import time\ndef wait_for_a_lock():\n    time.sleep(600)\nwait_for_a_lock()\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(doctor.__file__).parents[2])]))
+    said = doctor.probe(False, timeout=20)["probe_error"]
+    assert "took more than 20 s; it stood in wait_for_a_lock (" in said
+    assert f"{tmp_path}/torch.py:3)" in said
+    assert said.isprintable()
+    stacks = capfd.readouterr().err
+    assert "most recent call first" in stacks
+    assert "RuntimeWarning" not in stacks
+
+
 @pytest.mark.parametrize(("named", "in_place"), [("eplb", True), ("ascend, eplb", False)])
 def test_vllm_is_asked_whether_it_loads_the_plugin(named: str, in_place: bool) -> None:
     """In a process of its own, by vLLM's own loading. It does not strip names, which no model of it would know."""
@@ -258,6 +293,7 @@ def test_vllm_is_asked_whether_it_loads_the_plugin(named: str, in_place: bool) -
         [sys.executable, "-m", "vllm_ascend_eplb.cli.probe", "--vllm"],
         env=environment, capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
+    assert "RuntimeWarning" not in done.stderr
     answer = json.loads(done.stdout.rpartition("probe: ")[2])
     assert answer["plugin_in_place"] is in_place
     assert answer["plugins_named"] == named.split(",")

@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
 import io
 import json
+import lzma
 import os
+import pickle
 import stat
 import tempfile
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +25,7 @@ from hypothesis import strategies as st
 
 from vllm_ascend_eplb import Placement
 from vllm_ascend_eplb.files.expert_map import ExpertMapError, read_expert_map, to_ascend, write_expert_map
+from vllm_ascend_eplb.files.traces import TraceError, read_trace
 
 ASCEND = {
     "moe_layer_count": 1,
@@ -66,9 +73,10 @@ def test_round_trip(tmp_path: Path, name: str, form: str | None) -> None:
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**16))
 def test_round_trip_of_any_placement(layers: int, per_rank: int, spare: int, seed: int) -> None:
+    """The disk is not waited for here: tests of writing do that."""
     ranks = 4
     before = placement(layers, per_rank * ranks, ranks, min(spare, per_rank) * ranks and ranks, seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
         for form in ("ascend", "sglang", "array"):
             path = Path(folder) / f"{form}.json"
             write_expert_map(path, before, form, dense_layers=3)  # type: ignore[arg-type]
@@ -132,6 +140,58 @@ def test_sglang_counts_layers_without_experts(tmp_path: Path) -> None:
         read_expert_map(tmp_path / "map.json", num_ranks=4, num_layers=3)
 
 
+@pytest.mark.parametrize("name", ["map.json", "map.pt"])
+@pytest.mark.parametrize("dense", [[1], [0, 2, 4], [0, 1, 2], (3,), {5, 1}])
+def test_sglang_layers_without_experts_between_others(tmp_path: Path, name: str, dense: Collection[int]) -> None:
+    """Control: read without their numbers, the same file is refused."""
+    if name.endswith(".pt"):
+        pytest.importorskip("torch")
+    before = placement(layers=4)
+    write_expert_map(tmp_path / name, before, "sglang", dense_layers=dense)
+    assert read_expert_map(tmp_path / name, num_ranks=4, num_layers=4, dense_layers=dense) == before
+    with pytest.raises(ExpertMapError, match="give the number of layers without experts"):
+        read_expert_map(tmp_path / name, num_ranks=4, num_layers=4)
+
+
+@pytest.mark.parametrize(
+    ("dense", "said"), [([9], "layer 9"), (-1, "-1"), ([-2], "-2"), (7, "7 of them"), (range(7), "7 of")]
+)
+def test_layers_that_cannot_be_without_experts(tmp_path: Path, dense: int | Collection[int], said: str) -> None:
+    write_expert_map(tmp_path / "map.json", placement(), "sglang", dense_layers=3)
+    with pytest.raises(ExpertMapError, match=said):
+        read_expert_map(tmp_path / "map.json", num_ranks=4, dense_layers=dense)
+    if said in ("layer 9", "-1", "-2"):
+        with pytest.raises(ExpertMapError, match=said):
+            write_expert_map(tmp_path / "out.json", placement(), "sglang", dense_layers=dense)
+
+
+OTHER_KINDS = {
+    "map.json.gz": (gzip.compress(b"{}"), "compressed by gzip"),
+    "map.json": (pickle.dumps([[0, 1]]), "a pickle or torch.save's form of old"),
+    "map.bz2": (bz2.compress(b"{}"), "compressed by bzip2"),
+    "map.xz": (lzma.compress(b"{}"), "compressed by xz"),
+    "map.h5": (b"\x89HDF\r\n\x1a\n" + bytes(8), "is HDF5"),
+    "map.parquet": (b"PAR1" + bytes(8), "is Parquet"),
+    "numbers.csv": (b"0,1,2,3\n3,2,1,0\n", "a table of text"),
+    "names.txt": (b"layer;slot;expert\n0;0;1\n", "a table of text"),
+    "tabs.tsv": (b"\xef\xbb\xbf0\t1\n1\t0\n", "a table of text"),
+    "floats.dat": (b"-1.5, 2e3\n", "a table of text"),
+    "quoted.csv": (b'"layer","expert"\n"0","1"\n', "a table of text"),
+}
+"""Files of other kinds: how each begins or is named, and what is said."""
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_files_of_another_kind_are_named(tmp_path: Path, name: str) -> None:
+    """As a map and as loads. Control: JSON with commas is none of them (test_round_trip, test_bad_values)."""
+    data, said = OTHER_KINDS[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ExpertMapError, match=said):
+        read_expert_map(tmp_path / name, num_ranks=2)
+    with pytest.raises(TraceError, match=said):
+        read_trace(tmp_path / name)
+
+
 def _changed(**changes: object) -> dict[str, object]:
     return {**ASCEND, **changes}
 
@@ -164,6 +224,7 @@ BAD_VALUES = {
     "devices as text": (
         _changed(layer_list=[{**ASCEND["layer_list"][0], "device_count": "2"}]), r"write the number 2 without quotes"
     ),
+    "no layer count": ({"layer_list": ASCEND["layer_list"]}, r"moe_layer_count is missing or null.*write the number 1"),
     "layer twice": (_changed(moe_layer_count=2, layer_list=ASCEND["layer_list"] * 2), r"layer 0 stands twice"),
     "device count": (_changed(layer_list=[{**ASCEND["layer_list"][0], "device_count": 3}]), r"device_count is 3, but"),
     "other JSON": ({"hello": 1}, r"no expert map: expected"),

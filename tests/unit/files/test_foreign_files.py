@@ -323,3 +323,28 @@ def test_npy_bytes_are_as_numpy_writes_them(tmp_path: Path) -> None:
     np.save(stream, placement().physical_to_logical)
     write_expert_map(tmp_path / "a.npy", placement())
     assert (tmp_path / "a.npy").read_bytes() == stream.getvalue()
+
+
+def test_trtllm_settings_of_the_server_are_read(tmp_path: Path) -> None:
+    """The balancer's settings may stand in those of the server, which may also name their file."""
+    pytest.importorskip("yaml")
+    inner = "num_slots: 4\n    initial_global_assignments:\n      3: [0, 1, 2, 3]\n"
+    for around in ("moe_config:\n  load_balancer:\n    ", "moe_config:\n  moe_load_balancer:\n    "):
+        (tmp_path / "extra.yaml").write_text(around + inner)
+        found = read_expert_map(tmp_path / "extra.yaml", num_ranks=2)
+        assert found.physical_to_logical.tolist() == [[0, 1, 2, 3]]
+    (tmp_path / "extra.yaml").write_text("moe_config:\n  load_balancer: ./moe_load_balancer.yaml\n")
+    with pytest.raises(ExpertMapError, match=r"names the file of the map, ./moe_load_balancer.yaml; give that file"):
+        read_expert_map(tmp_path / "extra.yaml", num_ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [("'4'", "write the number 4 without quotes"), ("4.0", "without a decimal"), ("5", "is 5, but layers")],
+)
+def test_trtllm_number_of_slots_is_judged_by_cause(tmp_path: Path, count: str, said: str) -> None:
+    pytest.importorskip("yaml")
+    text = f"num_slots: {count}\ninitial_global_assignments:\n  3: [0, 1, 2, 3]\n"
+    (tmp_path / "map.yaml").write_text(text)
+    with pytest.raises(ExpertMapError, match=said):
+        read_expert_map(tmp_path / "map.yaml", num_ranks=2)

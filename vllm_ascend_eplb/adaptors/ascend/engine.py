@@ -8,9 +8,10 @@ from typing import Any
 
 from ...settings.config import EplbConfig
 from ..engine import Engine, Verdict, eplb_config_for, let_workers_balance
+from ..handed_over import HandedOver
 from ..parts import parts_of, pipeline_parts
 from ..vllm.models import refuse_model
-from ..worker_name import SECOND_RUNNER, worker_class_name
+from ..worker_name import SECOND_RUNNER, is_worker_of, worker_class_name
 from . import hand_over, refusals
 
 
@@ -40,6 +41,9 @@ class FirstRunner(Engine):
     def switch_on(self, vllm_config: Any, num_redundant: int) -> None:
         """Nothing: ``hand_over`` has set what vllm-ascend reads."""
 
+    def is_on(self, vllm_config: Any) -> bool:
+        return isinstance((vllm_config.additional_config or {}).get("eplb_config"), HandedOver)
+
     def parts(self, vllm_config: Any) -> list[str]:
         """Those of the pipeline stages: the layers of a draft model are balanced among those of the model."""
         return pipeline_parts(vllm_config.parallel_config.pipeline_parallel_size)
@@ -62,6 +66,9 @@ class SecondRunner(FirstRunner):
         """As for vLLM, but with ``use_async``: vllm-ascend turns it on in any case, with a warning."""
         name = worker_class_name(SECOND_RUNNER, vllm_config.parallel_config.worker_cls)
         let_workers_balance(vllm_config, num_redundant, name, use_async=True)
+
+    def is_on(self, vllm_config: Any) -> bool:
+        return is_worker_of(SECOND_RUNNER, vllm_config.parallel_config.worker_cls)
 
     def parts(self, vllm_config: Any) -> list[str]:
         return parts_of(vllm_config)

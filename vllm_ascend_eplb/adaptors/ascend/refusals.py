@@ -10,7 +10,7 @@ from ...settings.config import EplbConfig
 from ...settings.fit import refuse_options
 from ..handed_over import settings_of
 from ..parts import draft_layers, has_experts
-from ..refusals import common_options, has_map
+from ..refusals import common_options, has_map, sleeps, transfers_weights
 from .hand_over import SECOND_RUNNER, second_runner
 
 
@@ -52,6 +52,19 @@ def refuse_unsupported(vllm_config: Any) -> None:
             has_map(config) and has_experts(vllm_config.speculative_config) and second_runner(),
             False,
             "use one of the two",
+        ),
+        (  # a map has all layers of a model, and each stage has some of them
+            "an expert_map_path or expert_map_record_path and --pipeline-parallel-size",
+            vllm_config.parallel_config.pipeline_parallel_size if has_map(config) else 1,
+            1,
+            "use one of the two",
+        ),
+        ("--enable-sleep-mode", sleeps(vllm_config), False, "leave it out"),
+        (
+            "--weight-transfer-config",
+            transfers_weights(vllm_config),
+            False,
+            "update weights through reload_weights of the workers",
         ),
         ("additional_config.mix_placement", bool(additional.get("mix_placement")), False, "leave it out"),
         ("additional_config.enable_fused_mc2", additional.get("enable_fused_mc2", 0), 0, "leave it out"),

@@ -111,13 +111,13 @@ class SecondRunnerEplbState(VllmEplbState):
         super().forward_before(serving=serving, stage=stage, rows=rows, tokens=tokens)
 
     @contextmanager
-    def new_weights(self) -> Iterator[None]:
+    def new_weights(self, what: str = "reload_weights", *, whole: bool = True) -> Iterator[None]:
         """Refused: vllm-ascend copies loaded weights into tensors of another layout.
 
         Raises:
             RuntimeError: always.
         """
-        raise RuntimeError("reload_weights is not supported on Ascend together with balancing; restart the server")
+        raise RuntimeError(f"{what} is not supported on Ascend together with balancing; restart the server")
         yield
 
 

@@ -161,6 +161,12 @@ class VllmAdaptor(EngineAdaptor):
             own_slice=self.slice.parts > 1,
         )
 
+    def device_tensors(self) -> list[torch.Tensor]:
+        """What the balancer keeps on the device from one step to the next, besides weights."""
+        tables = [] if self.dispatch is None else [self.dispatch.table, self.dispatch.count]
+        kept = [self._maps.logical_to_physical, self._maps.replica_count, *tables]
+        return [*kept, *self.recorder.device_tensors()]
+
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
         slots = range(self.placement.slots_per_rank)
         return [[[tensor.data[slot] for tensor in layer] for slot in slots] for layer in self._weights]

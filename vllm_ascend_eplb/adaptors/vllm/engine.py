@@ -9,7 +9,7 @@ from typing import Any
 from ...settings.config import EplbConfig
 from ..engine import Engine, Verdict, eplb_config_for, let_workers_balance
 from ..parts import parts_of
-from ..worker_name import VLLM, worker_class_name
+from ..worker_name import VLLM, is_worker_of, worker_class_name
 from .models import refuse_model
 from .refusals import refuse_unsupported
 from .sources import installed_root
@@ -46,6 +46,9 @@ class Vllm(Engine):
     def switch_on(self, vllm_config: Any, num_redundant: int) -> None:
         name = worker_class_name(VLLM, vllm_config.parallel_config.worker_cls)
         let_workers_balance(vllm_config, num_redundant, name, use_async=False)
+
+    def is_on(self, vllm_config: Any) -> bool:
+        return is_worker_of(VLLM, vllm_config.parallel_config.worker_cls)
 
     def parts(self, vllm_config: Any) -> list[str]:
         return parts_of(vllm_config)

@@ -5,6 +5,10 @@ vLLM gives every expert weight of a checkpoint to the ``weight_loader`` of its p
 for each slot that holds the expert in vLLM's own order (experts 0..E-1, then copies of 0, 1, ...), until a slot is
 local. Here the first of these calls loads the expert: its weight goes to every slot that holds the expert in this
 layer, and the calls for copies do nothing. No weight is moved after loading, and a rank keeps its own slots only.
+
+A checkpoint with all experts of a layer in one tensor is loaded the same way: vLLM takes the tensor apart and gives
+each part to the ``weight_loader`` with the id of a logical expert, so that by itself it leaves the slots of copies
+empty. Llama-4's own loader does not take it apart; here it is given one that does.
 """
 
 from __future__ import annotations
@@ -13,14 +17,32 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...values.placement import Placement
+from ..patching import patch_once
 
 _LAYER = "_eplb_slots"
 
 
 _MODEL = "_eplb_placement"
+_BY_MAP = "_eplb_by_map"
+
+_IN_ONE_TENSOR = ("experts.gate_up_proj", "experts.down_proj")
+"""How names of weights of all experts of a layer end in Llama-4's checkpoints."""
+
+
+class LoadOrder(NamedTuple):
+    """The slots that a model is loaded into.
+
+    Attributes:
+        placement: of all its layers.
+        by_map: whether a map of the user asks for it, so that a model that cannot follow ends the start. Otherwise it
+            is vLLM's own order, and such a model is loaded by vLLM alone.
+    """
+
+    placement: Placement
+    by_map: bool
 
 
 class LoadingError(RuntimeError):
@@ -32,10 +54,12 @@ class LayerSlots:
 
     Args:
         slots_of_expert: for each logical expert, the slots that hold it.
+        by_map: whether a tensor of all experts, which cannot follow a placement, is refused.
     """
 
-    def __init__(self, slots_of_expert: list[list[int]]) -> None:
+    def __init__(self, slots_of_expert: list[list[int]], by_map: bool = True) -> None:
         self._slots_of_expert = slots_of_expert
+        self._by_map = by_map
         self._loaded: dict[str, set[int]] = {}
 
     def loader(self, original: Callable[..., bool | None]) -> Callable[..., bool | None]:
@@ -49,6 +73,8 @@ class LayerSlots:
             if expert_id >= len(self._slots_of_expert):
                 return False if return_success else None  # a copy: loaded with its expert
             if param.dim() >= 3 and loaded_weight.dim() >= param.dim():
+                if not self._by_map:  # vLLM's own loader fills the slots of this rank at once
+                    return original(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
                 raise LoadingError(
                     f"{weight_name} has all experts in one tensor, which eplb_config.expert_map_path cannot take "
                     "apart; leave it out"
@@ -75,12 +101,12 @@ class LayerSlots:
 
 
 @contextlib.contextmanager
-def loading_by(read: Callable[[int, int, Any], Placement | None]) -> Iterator[None]:
+def loading_by(read: Callable[[int, int, Any], LoadOrder | None]) -> Iterator[None]:
     """Lets models that are built in this context load by a placement.
 
     Args:
-        read: gives the placement for so many MoE layers and logical experts of a model of this configuration, or None
-            for vLLM's own order.
+        read: gives the order for so many MoE layers and logical experts of a model of this configuration, or None
+            where vLLM's own loader is to be left alone.
     """
     base_loader: Any = importlib.import_module("vllm.model_executor.model_loader.base_loader")
     reload: Any = importlib.import_module("vllm.model_executor.model_loader.reload")
@@ -93,9 +119,9 @@ def loading_by(read: Callable[[int, int, Any], Placement | None]) -> Iterator[No
         model = initialize(*args, **kwargs)
         moe: Any = get_mixture_of_experts_model(model)
         config = kwargs.get("model_config")
-        placement = read(moe.num_moe_layers, moe.num_logical_experts, config) if moe is not None else None
-        if placement is not None:
-            load_by(moe, placement)
+        order = read(moe.num_moe_layers, moe.num_logical_experts, config) if moe is not None else None
+        if order is not None:
+            load_by(moe, order)
             reload.record_metadata_for_reloading(model)  # once more: a reload goes through the loaders noted here
         return model
 
@@ -106,35 +132,86 @@ def loading_by(read: Callable[[int, int, Any], Placement | None]) -> Iterator[No
         base_loader.initialize_model = initialize
 
 
-def load_by(moe: Any, placement: Placement) -> None:
+def load_by(moe: Any, order: LoadOrder) -> None:
     """Lets a model that was built, and not loaded yet, load by a placement.
 
     Args:
         moe: the MixtureOfExperts part of the model.
-        placement: of its layers, experts and ranks.
+        order: the placement of its layers, experts and ranks. A model that cannot follow it is left alone, unless a map
+            asks for it.
 
     Raises:
-        LoadingError: the placement does not fit the model as it was built, or the model fuses shared experts.
+        LoadingError: a map does not fit the model as it was built, or the model cannot follow a map.
     """
+    placement = order.placement
     if placement.num_slots != moe.num_physical_experts:
+        if not order.by_map:
+            return
         raise LoadingError(
             f"the expert map has {placement.num_slots} slots per layer, the model was built with "
             f"{moe.num_physical_experts}; the file was changed while the server started: start it again"
         )
+    unfit = next((reason for layer in moe.moe_layers if (reason := _unfit(_experts(layer)))), None)
+    if unfit is not None:
+        if order.by_map:
+            raise LoadingError(unfit)
+        return
     for layer, slots in zip(moe.moe_layers, placement.logical_to_physical().tolist(), strict=True):
         experts = _experts(layer)
-        if getattr(getattr(experts, "expert_map_manager", None), "num_fused_shared_experts", 0):
-            raise LoadingError(
-                "a model with shared experts fused into the routed ones cannot be loaded by "
-                "eplb_config.expert_map_path; leave it out, or switch the fusion off"
-            )
-        layer_slots = LayerSlots([[slot for slot in row if slot >= 0] for row in slots])
+        layer_slots = LayerSlots([[slot for slot in row if slot >= 0] for row in slots], order.by_map)
         for parameter in experts.parameters():
             original = getattr(parameter, "weight_loader", None)
             if original is not None:
                 parameter.weight_loader = layer_slots.loader(original)
         setattr(experts, _LAYER, layer_slots)
+    for module in moe.modules():
+        if hasattr(module, "load_moe_expert_weights"):
+            patch_once(module, "load_moe_expert_weights", _expert_by_expert)
     setattr(moe, _MODEL, placement)
+    setattr(moe, _BY_MAP, order.by_map)
+
+
+def _expert_by_expert(original: Callable[..., bool]) -> Callable[..., bool]:
+    """Llama-4's loader of experts, with tensors of all experts taken apart. By itself it picks the experts of this rank
+    from such a tensor by ids of slots, which reach beyond it where there are copies."""
+
+    @functools.wraps(original)
+    def load_moe_expert_weights(
+        name: str, loaded_weight: Any, params_dict: Any, loaded_params: Any, expert_params_mapping: Any,
+        fused: bool = True,
+    ) -> bool:  # fmt: skip
+        if not fused or loaded_weight.dim() != 3 or not name.endswith(_IN_ONE_TENSOR):
+            return original(name, loaded_weight, params_dict, loaded_params, expert_params_mapping, fused=fused)
+        for param_name, weight_name, _, shard_id in expert_params_mapping:
+            experts, _, projection, _ = weight_name.split(".")
+            full_name = name.replace(f"{experts}.{projection}", f"{param_name}weight")
+            if not name.endswith(projection) or full_name not in params_dict:  # or of another pipeline stage
+                continue
+            weights = loaded_weight.transpose(-1, -2)
+            if shard_id != "w2":
+                weights = weights.chunk(2, dim=-2)[shard_id == "w3"]
+            param = params_dict[full_name]
+            for expert, weight in enumerate(weights):
+                param.weight_loader(param, weight, full_name, shard_id=shard_id, expert_id=expert)
+            loaded_params.add(full_name)
+        return True
+
+    return load_moe_expert_weights
+
+
+def _unfit(experts: Any) -> str | None:
+    """Why a layer cannot be loaded by a placement, and the way out; None where it can."""
+    if getattr(getattr(experts, "expert_map_manager", None), "num_fused_shared_experts", 0):
+        return (
+            "a model with shared experts fused into the routed ones cannot be loaded by eplb_config.expert_map_path; "
+            "leave it out, or switch the fusion off"
+        )
+    if "MegaMoE" in type(experts).__name__:  # its loader takes ids of logical experts, and fills copies by itself
+        return (
+            f"{type(experts).__name__} loads experts by itself, so eplb_config.expert_map_path cannot be followed; "
+            "leave it out, or use another --moe-backend"
+        )
+    return None
 
 
 @contextlib.contextmanager
@@ -152,19 +229,19 @@ def reloading(moe: Any, rank: int) -> Iterator[None]:
 
 
 def placement_loaded(moe: Any, rank: int) -> Placement | None:
-    """The placement that a model was loaded by; None where it was loaded in vLLM's own order.
+    """The placement that a model was loaded by; None where vLLM's own loader was left alone.
 
     Args:
         moe: the MixtureOfExperts part of the model.
         rank: this rank.
 
     Raises:
-        LoadingError: a slot of this rank was left out, because this kind of model or checkpoint is loaded in another
-            way; names layer, device and slot.
+        LoadingError: a map was asked for, and a slot of this rank was left out, because this kind of model or
+            checkpoint is loaded in another way; names layer, device and slot.
     """
     placement: Placement | None = getattr(moe, _MODEL, None)
-    if placement is None:
-        return None
+    if placement is None or not getattr(moe, _BY_MAP):
+        return placement
     per_rank = placement.slots_per_rank
     for number, layer in enumerate(moe.moe_layers):
         slots: LayerSlots = getattr(_experts(layer), _LAYER)

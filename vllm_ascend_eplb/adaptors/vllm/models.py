@@ -15,7 +15,7 @@ PROTOCOL = "MixtureOfExperts"
 
 _SECONDS = 300.0
 
-_ASK = """
+ASK = """
 import importlib, sys
 from vllm.model_executor.models.interfaces import supports_multimodal
 cls = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])
@@ -76,7 +76,7 @@ def ask_a_process(module: str, name: str) -> bool:
     """True also where the process fails: then the workers decide."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _ASK, module, name], capture_output=True, text=True, timeout=_SECONDS
+            [sys.executable, "-c", ASK, module, name], capture_output=True, text=True, timeout=_SECONDS
         )
     except (OSError, subprocess.SubprocessError):
         return True

@@ -8,8 +8,8 @@ from typing import Any
 from ...settings.config import EplbConfig
 from ...settings.fit import refuse_options
 from ..parts import has_experts
-from ..refusals import common_options, has_map, value_at
-from .cooperative import beside_nccl
+from ..refusals import Option, common_options, has_map, sleeps, transfers_weights, value_at
+from .cooperative import beside_nccl, is_megakernel
 
 
 def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
@@ -28,6 +28,13 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
             "mp",
             "over several hosts use --data-parallel-address",
         ),
+        *beside_new_weights(vllm_config),
+        (  # one GPU reads the memory of another by a mapping, which memory that was given away is not in any more
+            '--enable-sleep-mode and "transport"',
+            config.transport if sleeps(vllm_config) else "gloo",
+            "gloo",
+            "set it",
+        ),
         ("--enable-dbo", value_at(vllm_config, "parallel_config.enable_dbo", False), False, "leave it out"),
         ("--ubatch-size", value_at(vllm_config, "parallel_config.ubatch_size", 0), 0, "leave it out"),
         ("--cpu-offload-gb", value_at(vllm_config, "offload_config.uva.cpu_offload_gb", 0), 0, "leave it out"),
@@ -40,6 +47,12 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
         (  # each rank would route a slice of the draft model's batch, and its padded length is not known
             "a draft model with experts and --data-parallel-size with --tensor-parallel-size",
             parallel.tensor_parallel_size if draft and parallel.data_parallel_size > 1 else 1,
+            1,
+            "use one of the two",
+        ),
+        (  # each stage has a balancer of its own, which knows the placement of its layers only
+            "an expert_map_record_path and --pipeline-parallel-size",
+            parallel.pipeline_parallel_size if config.expert_map_record_path is not None else 1,
             1,
             "use one of the two",
         ),
@@ -62,8 +75,32 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
             "on a CPU it constant-folds weights that the balancer must move",
         ),
         *beside_nccl(vllm_config, config),
+        *beside_map(vllm_config, config),
     )
     refuse_options(options)
+
+
+def beside_new_weights(vllm_config: Any) -> list[Option]:
+    """What cannot be beside options by which new weights come while a server runs."""
+    parallel, draft = vllm_config.parallel_config, has_experts(vllm_config.speculative_config)
+    found: list[Option] = []
+    for name, given in (
+        ("--weight-transfer-config", transfers_weights(vllm_config)),
+        ("--enable-sleep-mode", sleeps(vllm_config)),
+    ):
+        # engines are at different steps, so that their ranks cannot go back to the initial placement together
+        engines = parallel.data_parallel_size if given else 1
+        found.append((f"{name} and --data-parallel-size", engines, 1, "use one of the two"))
+        found.append((f"{name} and a draft model with experts", given and draft, False, "use one of the two"))
+    return found
+
+
+def beside_map(vllm_config: Any, config: EplbConfig) -> list[Option]:
+    """Kernels whose experts cannot be loaded by a map: their loader takes ids of logical experts."""
+    backend = value_at(vllm_config, "kernel_config.moe_backend", "auto")
+    if config.expert_map_path is None or not is_megakernel(backend):
+        return []
+    return [("an expert_map_path and --moe-backend", backend, "any that is no megakernel", "use one of the two")]
 
 
 def executor(vllm_config: Any) -> str:

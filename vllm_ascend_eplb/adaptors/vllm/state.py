@@ -78,11 +78,14 @@ class VllmEplbState(ModelStates):
         self.slice = Slice()
         self.sharers = 1
         self.model: Any = None
-        self._adaptor: VllmAdaptor | None = None
+        self.adaptor: VllmAdaptor | None = None
         self._rows = 0
         self._began = False
         self._loading = False
         self.loaded = LoadedOrder()
+        self._update: contextlib.ExitStack | None = None
+        self._gone = False
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
         """Adds a model once its weights are loaded; all ranks call it together.
@@ -98,7 +101,7 @@ class VllmEplbState(ModelStates):
         self.validate_ep_configuration(model)
         vllm_config = get_current_vllm_config()
         name, drafts = model_name or model_config.model, is_draft(vllm_config, model_config)
-        if (self.draft if drafts else self._adaptor) is not None:
+        if (self.draft if drafts else self.adaptor) is not None:
             raise UnsupportedError(
                 f"{name} is a second {'draft model' if drafts else 'model'} with experts; balancing it is not "
                 "supported in this version: leave eplb_config or that model out"
@@ -125,7 +128,7 @@ class VllmEplbState(ModelStates):
         if drafts:
             self.draft = _Draft(model_config, tokens[0], updator)
         else:
-            self.model, self._adaptor, self.updator = model, adaptor, updator
+            self.model, self.adaptor, self.updator = model, adaptor, updator
             self.should_record_tensor = adaptor.recorder.recording
             self.slice = adaptor.slice
             self.sharers = adaptor.sharers
@@ -151,12 +154,17 @@ class VllmEplbState(ModelStates):
             tokens: those of requests among them.
         """
         self._rows = rows
-        if not self._began:
+        if not self._began or self._update is not None:
             return
         if not serving:
             self._no_tokens()
+            if self._gone:
+                return
         # The runner works in inference mode; tensors made here outlive it.
         with torch.inference_mode(False), torch.no_grad():
+            if self._gone:
+                with self.new_weights("the first step after sleep", whole=False):
+                    pass  # they came since the engine woke up
             for updator in self._updators():
                 updator.forward_before(serving=serving, stage=stage, tokens_per_rank=tokens / self.sharers)
 
@@ -193,54 +201,126 @@ class VllmEplbState(ModelStates):
         A profile run needs nothing: staging, checksums and maps were allocated, and every connection was used once,
         when the model was added, so that vLLM counts this memory when it sizes its KV cache.
         """
-        if self._began and not is_profile:
+        if self._began and not is_profile and self._update is None and not self._gone:
             for updator in self._updators():
                 updator.forward_end()
 
     @contextlib.contextmanager
-    def new_weights(self) -> Iterator[None]:
-        """Context of a reload, on all workers of an engine.
+    def new_weights(self, what: str = "reload_weights", *, whole: bool = True) -> Iterator[None]:
+        """Context in which weights are loaded, on all workers of an engine.
+
+        Args:
+            what: the call, for error messages.
+            whole: whether all weights of the model are loaded, so that slots that are left out are noticed.
 
         Raises:
             RuntimeError: the server has several engines. Each gets the call at another step, so their ranks, which
                 share the experts, cannot go back to the initial placement together. Or there is a draft model with
                 experts, which vLLM does not reload.
         """
-        if self.draft is not None:
-            raise RuntimeError(
-                "reload_weights with a draft model that has experts is not supported together with balancing; restart "
-                "the server, or leave eplb_config out"
-            )
-        if self.parallel_config.data_parallel_size > 1:
-            raise RuntimeError(
-                f"reload_weights with --data-parallel-size {self.parallel_config.data_parallel_size} is not supported "
-                "together with balancing (allowed: 1); restart the server, or leave eplb_config out"
-            )
-        loading = contextlib.nullcontext() if self._adaptor is None else reloading(self.model, self._adaptor.rank)
+        self._require_one_model(what)
+        loading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if whole and self.adaptor is not None:
+            loading = reloading(self.model, self.adaptor.rank)
         with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), loading:
             self._loading = True
             try:
                 yield
             finally:
                 self._loading = False
+        self._gone = False
+
+    def fall_asleep(self, level: int) -> None:
+        """Before vLLM gives the memory of the weights away. All workers of an engine together, between two forwards.
+
+        Args:
+            level: 1 where the contents come back, at the same addresses; the placement then stays. 2 where they do not:
+                the initial placement is put in force, because weights will be loaded into it.
+
+        Raises:
+            RuntimeError: the server has several engines, or a draft model with experts, or level is neither.
+        """
+        if level not in (1, 2):
+            raise RuntimeError(f"sleep level {level} is not supported together with balancing (allowed: 1, 2)")
+        self._require_one_model("sleep")
+        if self.updator is not None:
+            self.updator.rest(at_start=level == 2)
+        self.count_nothing()
+        if level == 2 and self.adaptor is not None:
+            mine = [*self.num_unpadded_tokens, *self.adaptor.device_tensors()]
+            self._kept = [(tensor, tensor.cpu().clone()) for tensor in mine]
+            self._gone = True
+
+    def wake_up(self, tags: list[str] | None) -> None:
+        """After vLLM has memory again: puts back what the balancer had there. Weights come later; the first step that
+        serves learns their checksums, and no step before it balances.
+
+        Args:
+            tags: kinds of memory that are back; None for all.
+        """
+        if tags is None or "weights" in tags:
+            for tensor, kept in self._kept:
+                tensor.copy_(kept)
+            self._kept = []
+
+    def _require_one_model(self, what: str) -> None:
+        if self.draft is not None:
+            raise RuntimeError(
+                f"{what} with a draft model that has experts is not supported together with balancing; restart "
+                "the server, or leave eplb_config out"
+            )
+        if self.parallel_config.data_parallel_size > 1:
+            raise RuntimeError(
+                f"{what} with --data-parallel-size {self.parallel_config.data_parallel_size} is not supported "
+                "together with balancing (allowed: 1); restart the server, or leave eplb_config out"
+            )
+
+    def begin_update(self) -> bool:
+        """Before a weight transfer: goes back to the initial placement, and stays there until :meth:`end_update`. Steps
+        in between are not counted. All workers of an engine together.
+
+        Returns:
+            False where an update is under way already.
+
+        Raises:
+            RuntimeError: as for :meth:`new_weights`.
+        """
+        if self._update is not None:
+            return False
+        with contextlib.ExitStack() as entered:
+            entered.enter_context(self.new_weights("a weight transfer", whole=False))
+            self._update = entered.pop_all()
+        self.count_nothing()
+        return True
+
+    def end_update(self) -> None:
+        """After a weight transfer, also one that failed: learns the checksums again. All workers of an engine together.
+
+        Raises:
+            RuntimeError: copies of an expert differ from each other now.
+        """
+        update, self._update = self._update, None
+        if update is not None:
+            update.close()
 
     def guard(self, model: Any) -> None:
-        """Refuses weights that are loaded outside of ``new_weights``, because vLLM would fill the wrong slots, and
-        weights that are read while experts have moved."""
+        """Lets weights that are loaded by name go into the slots of the initial placement, and refuses to have weights
+        read while experts have moved.
 
-        def only_in_reload(load: Any) -> Any:
+        Trainers call ``load_weights`` of the model in every worker, once or for part after part of the weights.
+        """
+
+        def into_initial_slots(load: Any) -> Any:
             @functools.wraps(load)
             def load_weights(*args: Any, **kwargs: Any) -> Any:
-                if not self._loading:
-                    raise RuntimeError(
-                        "weights were given to the model while its experts are being balanced, so they would get into "
-                        "wrong slots: use the worker's reload_weights, or leave eplb_config out"
-                    )
-                return load(*args, **kwargs)
+                if self._loading or self._gone:  # after sleep parts may come one by one, and the rest is not there yet
+                    return load(*args, **kwargs)
+                with self.new_weights("load_weights of the model", whole=False):
+                    return load(*args, **kwargs)
 
             return load_weights
 
-        patch_once(model, "load_weights", only_in_reload)
+        patch_once(model, "load_weights", into_initial_slots)
         guard_model(model, self.loaded.require_unmoved)
 
     def start_async_loop(self) -> None:

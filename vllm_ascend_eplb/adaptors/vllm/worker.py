@@ -16,7 +16,7 @@ from ..parts import is_draft
 from ..readers import guard_model, guard_worker
 from ..worker_name import base_of
 from . import cpu
-from .loading import loading_by
+from .loading import LoadOrder, loading_by
 from .patch_points import missing_patch_points
 from .runner import hook_runner, require_known_slice
 from .state import VllmEplbState
@@ -47,7 +47,7 @@ def balanced(base: type, prepare: Callable[[], None]) -> type:
             hook_runner(self.model_runner)
 
         def load_model(self, *args: Any, **kwargs: Any) -> None:
-            with loading_by(functools.partial(start_placement, self.vllm_config)):
+            with loading_by(functools.partial(load_order, self.vllm_config)):
                 super().load_model(*args, **kwargs)
             ensure_state(self.model_runner, self.vllm_config)
             require_known_slice(self.model_runner)
@@ -66,6 +66,29 @@ def balanced(base: type, prepare: Callable[[], None]) -> type:
         def reload_weights(self, *args: Any, **kwargs: Any) -> None:
             with self.model_runner.eplb_state.new_weights():
                 super().reload_weights(*args, **kwargs)
+
+        def sleep(self, level: int = 1) -> None:
+            self.model_runner.eplb_state.fall_asleep(level)
+            super().sleep(level)
+
+        def wake_up(self, tags: list[str] | None = None) -> None:
+            super().wake_up(tags)
+            self.model_runner.eplb_state.wake_up(tags)
+
+        def start_weight_update(self, *args: Any, **kwargs: Any) -> None:
+            begun = self.model_runner.eplb_state.begin_update()
+            try:
+                super().start_weight_update(*args, **kwargs)
+            except BaseException:
+                if begun:
+                    self.model_runner.eplb_state.end_update()
+                raise
+
+        def finish_weight_update(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                super().finish_weight_update(*args, **kwargs)
+            finally:
+                self.model_runner.eplb_state.end_update()
 
         def shutdown(self) -> None:
             state = getattr(getattr(self, "model_runner", None), "eplb_state", None)
@@ -112,22 +135,48 @@ def take_over() -> None:
         cpu.let_configurations_be_copied(parallel)
 
 
-def start_placement(vllm_config: Any, num_layers: int, num_experts: int, model_config: Any) -> Placement | None:
-    """The placement that the model of a worker is loaded by; None for vLLM's own order.
+def load_order(vllm_config: Any, num_layers: int, num_experts: int, model_config: Any) -> LoadOrder | None:
+    """The order that the model of a worker is loaded in; None where vLLM's own loader is left alone.
 
-    A draft model is given vLLM's own order explicitly: vLLM 0.32 loads one slot for each expert of some draft models
-    (GLM's) and leaves those of copies empty.
+    A map has all layers of the model; a pipeline stage takes those that it has. All workers call it together.
+
+    With redundant experts vLLM's own order is given explicitly: vLLM leaves the slots of copies empty where a
+    checkpoint has all experts of a layer in one tensor, and so does vLLM 0.32 with some draft models (GLM's).
 
     Raises:
         EplbConfigError: the map file is not the one that the front end has checked.
     """
-    from vllm.distributed.parallel_state import get_ep_group
+    from vllm.distributed.parallel_state import get_ep_group, get_pp_group
 
     config, num_ranks = settings_of(vllm_config.additional_config), get_ep_group().world_size
-    if is_draft(vllm_config, model_config):
-        redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
-        return Placement.initial(num_layers, num_experts, num_ranks, redundant)
-    return read_start_placement(config, num_layers=num_layers, num_experts=num_experts, num_ranks=num_ranks)
+    if config.expert_map_path is not None and not is_draft(vllm_config, model_config):
+        counts = _layers_of_stages(num_layers)
+        first = sum(counts[: get_pp_group().rank_in_group])
+        start = read_start_placement(config, num_layers=sum(counts), num_experts=num_experts, num_ranks=num_ranks)
+        if start is not None:
+            mine = start.physical_to_logical[first : first + num_layers]
+            return LoadOrder(Placement(mine, num_experts, num_ranks), by_map=True)
+    redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
+    if not redundant:
+        return None
+    return LoadOrder(Placement.initial(num_layers, num_experts, num_ranks, redundant), by_map=False)
+
+
+def _layers_of_stages(num_layers: int) -> list[int]:
+    """How many layers with experts each pipeline stage has, in order.
+
+    Args:
+        num_layers: those of this stage.
+    """
+    import torch.distributed as dist
+    from vllm.distributed.parallel_state import get_pp_group
+
+    group = get_pp_group()
+    if group.world_size == 1:
+        return [num_layers]
+    counts = [0] * group.world_size
+    dist.all_gather_object(counts, num_layers, group=group.cpu_group)
+    return counts
 
 
 def ensure_state(runner: Any, vllm_config: Any) -> None:

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stands for vLLM's sleep mode on a CPU, where it needs an allocator of GPUs and its worker ignores the call: what a
+sleeping engine has given away holds ones, until it is put back or loaded again. The calls of the worker are real ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+def _given_away(worker: Any) -> list[Any]:
+    """Weights, and what the balancer keeps beside them."""
+    state = getattr(worker.model_runner, "eplb_state", None)
+    mine = [] if state is None else [*state.num_unpadded_tokens, *state.updator.parts.adaptor.device_tensors()]
+    return [*(parameter.data for parameter in worker.model_runner.model.parameters()), *mine]
+
+
+def sleep(worker: Any, level: int = 1) -> None:
+    runner = worker.model_runner
+    runner.eplb_kept = [tensor.clone() for tensor in runner.eplb_allocated] if level == 1 else []
+    for tensor in runner.eplb_allocated:
+        tensor.fill_(1)
+
+
+def wake_up(worker: Any, tags: list[str] | None = None) -> None:
+    for tensor, kept in zip(worker.model_runner.eplb_allocated, worker.model_runner.eplb_kept, strict=False):
+        tensor.copy_(kept)
+
+
+def remember(worker: Any) -> None:
+    """Once the model is loaded: parameters cannot be asked for later, while experts are elsewhere."""
+    worker.model_runner.eplb_allocated = _given_away(worker)
+
+
+CPUWorker.sleep, CPUWorker.wake_up = sleep, wake_up

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill and decode in engines of their own: one computes the prompts and leaves their KV cache in a folder, the other
+takes it from there. Both balance, by settings of their own, and the answers are those of one process.
+
+vLLM's ExampleConnector names files by prompt and layer, so that tensor-parallel ranks would overwrite each other's
+heads: the engines are data-parallel.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from .conftest import BUSY, prompts
+
+TOKENS = 48
+BLOCK = 32
+"""Tokens of a block; whole blocks of a prompt go from one engine to the other."""
+
+
+def serve(runs, name, folder, role, redundant, stage, max_tokens, **job):
+    transfer = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": role,
+        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
+    }
+    return runs(
+        name,
+        ranks=1,
+        eplb={**BUSY, "num_redundant_experts": redundant, "eplb_heat_collection_stage": stage},
+        arguments={
+            "data_parallel_size": 2,
+            "kv_transfer_config": transfer,
+            "block_size": BLOCK,
+            "enable_prefix_caching": False,
+            "enable_chunked_prefill": False,  # of a prompt in parts ExampleConnector keeps the first only
+            "max_num_batched_tokens": 512,
+        },
+        probe=True,
+        cycles=10,
+        parts=[0, 1],
+        prompts=prompts(6),
+        max_tokens=max_tokens,
+        **job,
+    )
+
+
+@pytest.fixture(scope="module")
+def both(runs, tmp_path_factory):
+    """The prefill engine, and after it the decode engine, which is corrupted at the end."""
+    folder = tmp_path_factory.mktemp("kv")
+    prefill = serve(runs, "prefill", folder, "kv_producer", 4, "prefill", 1)
+    assert prefill.code == 0, prefill.log[-6000:]
+    decode = serve(runs, "decode", folder, "kv_consumer", 0, "decode", TOKENS, corrupt=True)
+    assert decode.code == 0, decode.log[-6000:]
+    shutil.rmtree(folder)
+    return prefill, decode
+
+
+def turns(tokens, expected):
+    return [tokens[begin : begin + len(expected)] for begin in range(0, len(tokens), len(expected))]
+
+
+def test_both_engines_answer_as_one_process_does(both, reference):
+    """Negative control: maps of the decode engine switched without weights."""
+    prefill, decode = both
+    first = [answer[:1] for answer in reference]
+    assert all(turn == first for turn in turns(prefill.result["tokens"], first))
+    assert all(turn == reference for turn in turns(decode.result["tokens"], reference))
+    assert decode.result["corrupt_tokens"] != reference
+
+
+def test_the_decode_engine_takes_prompts_from_the_other(both):
+    prefill, decode = both
+    assert "External Cache Hit!" not in prefill.log
+    assert "External Cache Hit!" in decode.log
+    taken = decode.result["cached"]
+    assert taken > 0
+    assert taken % BLOCK == 0
+
+
+def test_each_engine_balances_by_settings_of_its_own(both):
+    """Redundancy, the stage whose tokens are counted, and experts that moved, with the right weights."""
+    for run, redundant in zip(both, (4, 0), strict=True):
+        ranks = run.result["ranks"]
+        stats = json.loads(ranks[0]["stats"])
+        assert stats["cycles_done"] >= 10
+        assert stats["experts_moved"] > 0
+        assert f"{redundant} redundant experts, on cpu" in run.log
+        assert [rank["wrong_experts"] for rank in ranks] == [0, 0]
+        assert ranks[0]["digest"] == ranks[1]["digest"]
+    decode = both[1].result["ranks"]
+    assert sum(map(sum, (rank["counted"] for rank in decode))) < sum(map(sum, (rank["routed"] for rank in decode)))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trainer gives a served model new weights, again and again; every token is that of the weights in force."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from .conftest import BUSY, prompts
+
+TOKENS = 32
+FACTORS = [1.25, 1.0, 0.75, 1.25]
+"""Each expert's weights are those of the checkpoint times one of them, in this order."""
+
+LEVELS = [1, 2, 1, 2]
+"""The engine sleeps with each of them, in this order, before it gets new weights."""
+
+
+@pytest.fixture(scope="module")
+def trained(runs, tmp_path_factory):
+    """The same updates of one process without expert parallelism, and of two ranks that balance all the while."""
+    folder = tmp_path_factory.mktemp("trainer")
+    (folder / "sitecustomize.py").write_text("import allocator, transfer_engine\n")
+    job = {
+        "prompts": prompts(2),
+        "max_tokens": TOKENS,
+        "arguments": {"weight_transfer_config": {"backend": "trainer"}},
+        "sleeps": LEVELS,
+        "updates": FACTORS,
+        "paths": [str(folder)],
+    }
+    alone = runs("trained alone", ranks=1, eplb=None, **job)
+    assert alone.code == 0, alone.log[-6000:]
+    run = runs("trained", ranks=2, eplb=BUSY, probe=True, cycles=10, **job)
+    assert run.code == 0, run.log[-6000:]
+    return run, alone
+
+
+def test_tokens_are_those_of_the_new_weights(trained):
+    """Negative control: the weights of one update answer otherwise than those of the next."""
+    run, alone = trained
+    expected = [update["tokens"] for update in alone.result["updates"]]
+    assert [update["tokens"] for update in run.result["updates"]] == expected
+    assert expected[0] == expected[3]
+    assert len({str(tokens) for tokens in expected}) == 3
+    before = alone.result["tokens"]
+    assert expected[1] == before * 2
+    assert run.result["tokens"] == before * (len(run.result["tokens"]) // len(before))
+
+
+def test_tokens_after_sleep_are_the_same(trained):
+    """Memory that was given away held ones meanwhile: without the maps or the weights put back, tokens would differ."""
+    run, alone = trained
+    before = alone.result["tokens"]
+    assert [sleep["tokens"] for sleep in run.result["sleeps"]] == [before * 2] * 4
+    assert [sleep["tokens"] for sleep in alone.result["sleeps"]] == [before * 2] * 4
+    for level, sleep in zip(LEVELS, run.result["sleeps"], strict=True):
+        first, second = sleep["ranks"]
+        assert first == second
+        assert (first["placement"] == first["initial"]) is (level == 2)
+
+
+def test_updates_find_experts_in_initial_slots(trained):
+    """They had moved before, and move again afterwards."""
+    run, _ = trained
+    cycles = [0]
+    for update in run.result["updates"]:
+        for rank in update["ranks"]:
+            assert rank["placement"] == rank["initial"]
+        cycles.append(update["ranks"][0]["cycle"])
+    assert all(later > earlier for earlier, later in itertools.pairwise(cycles))
+    ranks = run.result["ranks"]
+    assert [rank["wrong_experts"] for rank in ranks] == [0, 0]
+    assert ranks[0]["digest"] == ranks[1]["digest"] != run.result["updates"][0]["ranks"][0]["initial"]

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused on vLLM beside options by which weights come, and what is not."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_ascend_eplb.adaptors.vllm.refusals import beside_map, beside_new_weights
+from vllm_ascend_eplb.settings.config import EplbConfig
+from vllm_ascend_eplb.settings.fit import refuse_options
+from vllm_ascend_eplb.settings.messages import EplbConfigError
+
+DRAFT = SimpleNamespace(
+    target_model_config=None, draft_model_config=SimpleNamespace(get_num_experts=lambda: 8), method="mtp"
+)
+
+
+def served(transfer: object = None, sleep: bool = False, engines: int = 1, draft: Any = None) -> Any:
+    return SimpleNamespace(
+        weight_transfer_config=transfer,
+        model_config=SimpleNamespace(enable_sleep_mode=sleep),
+        parallel_config=SimpleNamespace(data_parallel_size=engines),
+        speculative_config=draft,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (served(), None),
+        (served(engines=2, draft=DRAFT), None),
+        (served(transfer=object()), None),
+        (served(sleep=True), None),
+        (served(transfer=object(), sleep=True), None),
+        (served(transfer=object(), engines=2), "--weight-transfer-config and --data-parallel-size 2"),
+        (served(sleep=True, engines=4), "--enable-sleep-mode and --data-parallel-size 4"),
+        (served(transfer=object(), draft=DRAFT), "--weight-transfer-config and a draft model with experts True"),
+        (served(sleep=True, draft=DRAFT), "--enable-sleep-mode and a draft model with experts True"),
+    ],
+)
+def test_new_weights_are_refused_beside_several_models(config: Any, says: str | None) -> None:
+    with contextlib.nullcontext() if says is None else pytest.raises(EplbConfigError, match=f"{says} is not supported"):
+        refuse_options(beside_new_weights(config))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "deep_gemm_mega_moe", "flashinfer_moe_ep_cutedsl"])
+@pytest.mark.parametrize("path", [None, "map.json"])
+def test_maps_are_refused_beside_megakernels(backend: str, path: str | None) -> None:
+    """Their loader takes ids of logical experts, so that no weight can be sent to a slot."""
+    config = EplbConfig(dynamic_eplb=True, expert_map_path=path)
+    refused = path is not None and ("mega" in backend or "moe_ep" in backend)
+    says = f"an expert_map_path and --moe-backend {backend} is not supported"
+    with pytest.raises(EplbConfigError, match=says) if refused else contextlib.nullcontext():
+        refuse_options(beside_map(SimpleNamespace(kernel_config=SimpleNamespace(moe_backend=backend)), config))
