@@ -38,7 +38,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ..agreement.channel import ControlError, Facts, FlightRecorder
-from ..agreement.phases import Action, AgreementError, CycleState, Do, Failure, Phase
+from ..agreement.phases import Action, AgreementError, Command, CycleState, Do, Failure, Phase
 from ..agreement.transition import abandon, advance
 from ..observe.keeper import StatsKeeper
 from ..planning.message import digest_of
@@ -356,6 +356,38 @@ class EplbUpdator:
         """
         come_to_rest(self.parts, self.work, self._back_to_start if at_start else self._drop_cycle)
         self.rollout.settle()
+
+    def move_back(self) -> None:
+        """Moves every expert back to where it was loaded, because a part of the weights is about to be loaded there; all
+        ranks together, at the same step, between two forwards. Blocks.
+
+        Raises:
+            StartError: the ranks are not at the same step. Nothing was changed.
+            RuntimeError: balancing is off, or the cycle failed; on all ranks alike.
+        """
+        if self.placement == self.parts.start:
+            return
+        self.rest(at_start=False)
+        settings, ordered, failures = self.parts.settings, self.state.wanted, self.state.failures
+        self.parts.settings = replace(settings, synchronous=True)
+        self.work.state = replace(self.state, wanted=Command.RESTORE, due=self.state.step)
+        try:
+            while self.state.wanted is Command.RESTORE and self.state.failures == failures:
+                last = self.state
+                if last.phase is Phase.OFF:
+                    break
+                self._turn()
+                if self.state == last:
+                    time.sleep(TURN_SECONDS)
+        finally:
+            self.parts.settings = settings
+            if self.state.wanted is Command.RESTORE or ordered is not Command.RESTORE:
+                self.work.state = replace(self.state, wanted=ordered)
+        if self.placement != self.parts.start:
+            raise RuntimeError(
+                "experts could not be moved back to where weights are loaded, so that no weights were taken: "
+                f"{self.work.reason or 'balancing is off'}; restart the server"
+            )
 
     def _drop_cycle(self) -> None:
         """Drops the cycle; the placement stays what its rounds have made of it."""

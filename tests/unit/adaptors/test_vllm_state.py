@@ -89,6 +89,9 @@ class Balancer:
             self.open = False
             self.calls.append("checksums")
 
+    def move_back(self) -> None:
+        self.calls.append("moves back")
+
     def rest(self, *, at_start: bool) -> None:
         self.calls.append("rests at the start" if at_start else "rests")
 

@@ -225,6 +225,8 @@ class VllmEplbState(ModelStates):
         loading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if whole and self._adaptor is not None:
             loading = reloading(self._model, self._adaptor.rank)
+        if self.updator is not None and not whole:
+            self.updator.move_back()  # what is not loaded stays as it is
         with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), loading:
             self._loading = True
             try:
