@@ -199,9 +199,8 @@ def test_a_part_of_the_weights_may_be_loaded_in_any_phase(num_ranks: int) -> Non
 
 def test_a_part_of_the_weights_needs_experts_moved_back() -> None:
     """The control: maps switched back without the experts, as before a reload of all weights."""
-    with pytest.raises(Exception, match=r"copies of|wrong"):
-        for seen in run_ranks(2, serve_and_load_a_part, False):
-            assert seen.wrong == "", f"wrong: {seen.wrong}"
+    with pytest.raises(Exception, match=r"copies of \d+ experts differ from each other after weights were loaded"):
+        run_ranks(2, serve_and_load_a_part, False)
 
 
 def sleep_and_update(ranks: Ranks, turns: int) -> Seen:

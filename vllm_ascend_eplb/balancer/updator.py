@@ -59,6 +59,10 @@ logger = logging.getLogger("vllm.eplb")  # only loggers below "vllm" are seen in
 Stage = Literal["prefill", "decode"]
 
 
+NO_DEADLINE = 10**9
+"""Steps: longer than any plan takes."""
+
+
 TURN_SECONDS = 0.0005
 """Mode sync: pause before the next turn where the last one changed nothing."""
 
@@ -358,8 +362,10 @@ class EplbUpdator:
         self.rollout.settle()
 
     def move_back(self) -> None:
-        """Moves every expert back to where it was loaded, because a part of the weights is about to be loaded there; all
-        ranks together, at the same step, between two forwards. Blocks.
+        """Moves every expert back to where it was loaded, because a part of the weights is about to be loaded there.
+
+        All ranks together, at the same step, between two forwards. Blocks: steps follow one another without forwards,
+        and none of them is too late for a plan.
 
         Raises:
             StartError: the ranks are not at the same step. Nothing was changed.
@@ -368,21 +374,16 @@ class EplbUpdator:
         if self.placement == self.parts.start:
             return
         self.rest(at_start=False)
-        settings, ordered, failures = self.parts.settings, self.state.wanted, self.state.failures
-        self.parts.settings = replace(settings, synchronous=True)
-        self.work.state = replace(self.state, wanted=Command.RESTORE, due=self.state.step)
-        try:
-            while self.state.wanted is Command.RESTORE and self.state.failures == failures:
-                last = self.state
-                if last.phase is Phase.OFF:
-                    break
-                self._turn()
-                if self.state == last:
-                    time.sleep(TURN_SECONDS)
-        finally:
-            self.parts.settings = settings
-            if self.state.wanted is Command.RESTORE or ordered is not Command.RESTORE:
-                self.work.state = replace(self.state, wanted=ordered)
+        before = self.state
+        self.work.state = replace(before, wanted=Command.RESTORE, due=before.step, collect_steps=NO_DEADLINE)
+        while self.state.wanted is Command.RESTORE and self.state.failures == before.failures:
+            if self.state.phase is Phase.OFF:
+                break
+            self._turn()
+            time.sleep(TURN_SECONDS)
+        ordered = before.wanted if before.wanted is not Command.RESTORE else Command.NONE
+        due = self.state.step + before.collect_steps
+        self.work.state = replace(self.state, wanted=ordered, due=due, collect_steps=before.collect_steps)
         if self.placement != self.parts.start:
             raise RuntimeError(
                 "experts could not be moved back to where weights are loaded, so that no weights were taken: "
