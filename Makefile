@@ -32,7 +32,7 @@ e2e-test: setup  ## the ones with real vLLM engines
 
 .PHONY: install-test aarch64-test python-test
 install-test: setup  ## builds in isolation, installs as a user does, and serves from there
-	@$(RUN) -m pytest --tier install tests/install
+	@$(RUN) -m pytest --tier install -m "not soak" tests/install
 
 aarch64-test: setup  ## the C++ built for aarch64 and run under emulation; skipped where Debian's packages are not to be had
 	@scripts/aarch64.sh
@@ -51,7 +51,7 @@ npu-setup:
 emulated-npu-test: npu-setup  ## the tests on NPUs: real torch_npu and vllm-ascend on emulated CANN, in .venv-npu
 	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest --tier npu tests/npu -m "not soak"
 
-long-emulated-npu-test: npu-setup  ## those that take long: more ranks, data-parallel (also on A3), pipeline stages, guesses, W8A8 experts (also on A3)
+long-emulated-npu-test: npu-setup  ## those that take long: more ranks, data-parallel (also on A3), pipeline stages, draft tokens, W8A8 experts (also on A3)
 	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest tests/npu -m soak
 
 .PHONY: candidate-npu-test
@@ -61,7 +61,7 @@ candidate-npu-test: npu-setup  ## those with vllm-ascend, and the release candid
 	    tests/npu/test_serving.py tests/npu/test_serving_ways.py tests/npu/test_doctor.py
 	@NPU_TEST_REQUIRED=1 NPU_TEST_ASCEND=0.30.0rc2 NPU_TEST_RUNNER=V2 .venv-npu/bin/python -m pytest \
 	    tests/npu/test_second_runner.py tests/npu/test_serving.py tests/npu/test_serving_ways.py \
-	    tests/npu/test_serving_guesses.py tests/npu/test_doctor.py
+	    tests/npu/test_serving_drafts.py tests/npu/test_doctor.py
 
 npu-test:  ## the same tests on this machine's NPUs (two or more), with the Python that has torch_npu: PYTHON=python3
 	@NPU_TEST_REQUIRED=1 NPU_TEST_REAL=1 $(or $(PYTHON),python3) -m pytest tests/npu

@@ -9,12 +9,28 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
 
 PLANNER = Extension("vllm_ascend_eplb._planner", sources=[])
 OPS = Extension("vllm_ascend_eplb._ops", sources=[])
+
+
+def missing_tools() -> list[str]:
+    """Packages that bring what this machine lacks: CMake, and make or Ninja for it to run."""
+    tools = [] if shutil.which("cmake") else ["cmake>=3.18"]
+    return tools if shutil.which("make") or shutil.which("ninja") else [*tools, "ninja"]
+
+
+class FreshFiles(build_py):
+    """What an earlier build left in this checkout's build folder stays out of the package."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "vllm_ascend_eplb"), ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -34,6 +50,7 @@ class CMakeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        (build / "CMakeCache.txt").unlink(missing_ok=True)  # the checkout, or Python, may have been elsewhere
         configure = [
             "cmake",
             "-S",
@@ -45,6 +62,8 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
+        if not shutil.which("make"):
+            configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)
         jobs = str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
@@ -52,6 +71,6 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[PLANNER, OPS],
-    cmdclass={"build_ext": CMakeBuild},
-    setup_requires=[] if shutil.which("cmake") else ["cmake>=3.18"],
+    cmdclass={"build_py": FreshFiles, "build_ext": CMakeBuild},
+    setup_requires=missing_tools(),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What agreement costs on many ranks: the bytes of its messages, and the time of its collectives.
+"""Cost of agreement on many ranks: the bytes of its messages, and the time of its collectives.
 
 The bytes are those of the real code at any number of ranks: the planner plans for a generated load of 58 layers with
 256 experts, and the plan is packed as it travels. The times are measured between processes of this machine over Gloo;
@@ -91,18 +91,18 @@ def sizes_of(ranks: int) -> tuple[Sizes, int]:
     for _ in range(2):  # from a cold start, then after a drift
         load = generator.window()
         began = time.perf_counter()
-        its = plan(load[None], placement.physical_to_logical, ranks, num_nodes=topology.num_nodes)
+        made_plan = plan(load[None], placement.physical_to_logical, ranks, num_nodes=topology.num_nodes)
         seconds = time.perf_counter() - began
-        rounds = schedule_rounds(placement, its.moves, topology, BUFFER_EXPERTS)
+        rounds = schedule_rounds(placement, made_plan.moves, topology, BUFFER_EXPERTS)
         rows = rounds_to_array(rounds)
-        copies = np.concatenate([each.moves for each in rounds])
+        copies = np.concatenate([part.moves for part in rounds])
         nodes = np.asarray(topology.node_of_rank)
         near = (
             nodes[copies[:, SLOT] // placement.slots_per_rank] == nodes[copies[:, SOURCE] // placement.slots_per_rank]
         )
-        message = pack_plan(1, its.physical_to_logical, rows)
-        made.append((its.num_moves, len(message), len(rounds), seconds, float(near.mean())))
-        placement = Placement(its.physical_to_logical, EXPERTS, ranks)
+        message = pack_plan(1, made_plan.physical_to_logical, rows)
+        made.append((made_plan.num_moves, len(message), len(rounds), seconds, float(near.mean())))
+        placement = Placement(made_plan.physical_to_logical, EXPERTS, ranks)
         generator.drift("medium")
     cold, drift = made
     return (
@@ -203,12 +203,12 @@ def main() -> int:
     print(f"status vector: {STATUS_BYTES} bytes; load: {8 * LAYERS * EXPERTS:,} bytes on any number of ranks")
     print("ranks nodes slots | cold: moves plan bytes rounds | drift: moves plan bytes rounds  within node  planned in")
     for ranks in (8, 320) if arguments.quick else REDUNDANT:
-        its, plan_bytes = sizes_of(ranks)
-        results.sizes.append(its)
+        row, plan_bytes = sizes_of(ranks)
+        results.sizes.append(row)
         print(
-            f"{its.ranks:5} {its.nodes:5} {its.slots:5} | {its.cold_moves:11,} {its.cold_plan_bytes:10,} "
-            f"{its.cold_rounds:6} | {its.drift_moves:12,} {its.drift_plan_bytes:10,} {its.drift_rounds:6} "
-            f"{its.within_node:11.0%} {its.plan_ms:8.1f} ms"
+            f"{row.ranks:5} {row.nodes:5} {row.slots:5} | {row.cold_moves:11,} {row.cold_plan_bytes:10,} "
+            f"{row.cold_rounds:6} | {row.drift_moves:12,} {row.drift_plan_bytes:10,} {row.drift_rounds:6} "
+            f"{row.within_node:11.0%} {row.plan_ms:8.1f} ms"
         )
     print("\nranks | at once  post  read after a step  worst read (us) | load reduce  plan broadcast (ms)")
     for ranks in arguments.ranks or ((2, 4) if arguments.quick else (2, 4, 8, 16)):

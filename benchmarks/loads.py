@@ -21,6 +21,10 @@ FloatArray = npt.NDArray[np.float64]
 EXPONENTIAL_PART = 0.56
 """Weight of an exponential variable beside a normal one: skew 2 * 0.56^3 = 0.35, kurtosis 3 + 6 * 0.56^4 = 3.6."""
 
+PREFILL_1K, PREFILL_2K, PREFILL_4K = (f"prefill_in{tokens}" for tokens in (1024, 2048, 4096))
+DECODE_1000, DECODE_1500 = "decode_in1000out1000", "decode_in500out1500"
+"""Names of the published loads, by the tokens of a prompt or of an answer."""
+
 TOKENS_PER_EXPERT = 4096
 """Mean tokens of an expert in a generated window; counts are Poisson."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Placements to start from, and what it takes to get from one to another."""
+"""Start placements, and the moves from one placement to another."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def _make_room(held: list[list[int]], expert: int, per_rank: int) -> int:
     for rank, experts in enumerate(held):
         if expert in experts:
             continue
-        for other in experts:
-            if other not in held[free]:
-                experts.remove(other)
-                held[free].append(other)
+        for held_expert in experts:
+            if held_expert not in held[free]:
+                experts.remove(held_expert)
+                held[free].append(held_expert)
                 return rank
     raise RuntimeError("no rank can take the expert")
 

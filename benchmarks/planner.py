@@ -114,12 +114,12 @@ class Case:
 def load_pairs(shape: Shape, files: dict[str, FloatArray], seeds: int, quick: bool) -> Iterator[tuple[str, Any]]:
     """Names and functions that give (load before, load)."""
     if shape.experts == 256 and files:
-        names = ("prefill_in1024", "prefill_in4096", "decode_in1000out1000", "decode_in500out1500")
-        short, longer, decode, other = names if set(names) <= files.keys() else (list(files) * 4)[:4]
+        names = (loads.PREFILL_1K, loads.PREFILL_4K, loads.DECODE_1000, loads.DECODE_1500)
+        short, longer, decode, longer_decode = names if set(names) <= files.keys() else (list(files) * 4)[:4]
         for name, first, second in (
             ("real, prompts 1K to 4K", short, longer),
             ("real, prefill to decode", short, decode),
-            ("real, decode to decode", decode, other),
+            ("real, decode to decode", decode, longer_decode),
         ):
             yield name, lambda first=first, second=second: (files[first], files[second])
     for seed in range(1 if quick else seeds):
@@ -223,7 +223,7 @@ def is_ours(row: Row) -> bool:
 
 
 def ahead(table: Table) -> list[str]:
-    """Where a peer has a lower PAR than every plan of ours that moves no more."""
+    """Cases in which a peer has a lower PAR than every plan of this package with at most as many moves."""
     found = []
     for row in table.rows.values():
         if is_ours(row):
@@ -328,7 +328,7 @@ def download(folder: Path) -> Path:
 
 
 def find_peers(arguments: argparse.Namespace) -> dict[str, tuple[planner_peers.Peer, int]]:
-    """By name: the peer, and every how many-th layer it plans."""
+    """Peers by name, with the stride of the layers that each plans."""
     vllm = planner_peers.vllm_peer()
     peers: dict[str, tuple[planner_peers.Peer, int]] = {}
     if vllm is not None:

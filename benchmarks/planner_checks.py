@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the planner promises, checked and timed: ``python -m benchmarks.planner_checks --json PATH``.
+"""The planner's promises, checked and timed: ``python -m benchmarks.planner_checks --json PATH``.
 
 One table of plans (balance on the planned and on the next window, moves, bytes, time), one of drifting loads, one of
 dispatch shares, one of the rounds that whole plans take, one of large models, and without ``--quick`` one of small
@@ -15,22 +15,31 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks import loads, planner_optimum, planner_peers
-from benchmarks.placements import contiguous_placement, greedy_placement, receipts
+from benchmarks.placements import greedy_placement, receipts
+from benchmarks.planner_cases import (
+    EXPERT_BYTES,
+    TRACE,
+    Case,
+    FloatArray,
+    Slots,
+    file_cases,
+    generated_cases,
+    trace_cases,
+)
+from benchmarks.planner_results import Results, Row, draw, print_plans
 from vllm_ascend_eplb.planning import dispatch_shares, plan, shared_rank_load
 from vllm_ascend_eplb.planning.schedule import schedule_rounds
 from vllm_ascend_eplb.transfer.slots import default_buffer_experts
@@ -38,153 +47,10 @@ from vllm_ascend_eplb.values.placement import Placement, peak_to_average
 from vllm_ascend_eplb.values.rounds import receive_bound
 from vllm_ascend_eplb.values.topology import Topology
 
-EXPERT_BYTES = 44_000_000
-"""An expert of DeepSeek-V3 in int8."""
-
-TRACE = Path(__file__).resolve().parent.parent / "examples/tiny_moe/load_trace.npz"
-
 PARTS = ("plans", "drift", "dispatch", "rounds", "scale", "optimum")
-
-SPREAD_OF_NEXT_WINDOW = 0.07
-"""Standard deviation of the log ratio between the planned and the next window where the load has no next one: mild."""
-
-Slots = npt.NDArray[np.int32]
-FloatArray = npt.NDArray[np.float64]
-
-
-@dataclass
-class Case:
-    """A placement in force, the load to plan for, and the one that comes after it."""
-
-    name: str
-    slots: Slots
-    load: FloatArray
-    following: FloatArray
-    num_ranks: int
-    target_par: float
-    thorough_seconds: float = 0.3
-    planned_for: FloatArray | None = None  # the load that the placement in force was made for
-
-    @property
-    def placement(self) -> Placement:
-        return Placement(self.slots, self.load.shape[1], self.num_ranks)
-
-
-@dataclass
-class Row:
-    """One policy on one case."""
-
-    case: str
-    policy: str
-    par_mean: float
-    par_worst: float
-    next_par_mean: float
-    next_par_worst: float
-    moves: int
-    moves_per_rank: int
-    gigabytes: float
-    milliseconds: float
-    vllm_ratio: float | None = None
-
-
-@dataclass
-class Results:
-    machine: dict[str, Any]
-    plans: list[Row] = field(default_factory=list)
-    drift: list[dict[str, Any]] = field(default_factory=list)
-    dispatch: list[dict[str, Any]] = field(default_factory=list)
-    scale: list[dict[str, Any]] = field(default_factory=list)
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-    optimum: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    def check(self, condition: bool, message: str) -> None:
-        if not condition:
-            self.failures.append(message)
-            print(f"FAILED: {message}", flush=True)
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------
-
-
-def next_window(load: FloatArray, seed: int = 0) -> FloatArray:
-    return load * np.exp(np.random.default_rng(seed).normal(0.0, SPREAD_OF_NEXT_WINDOW, load.shape))
-
-
-def cases_between(first: FloatArray, second: FloatArray, third: FloatArray, short: str, kind: str) -> list[Case]:
-    """EP32 and EP64 with a placement made for ``first`` when ``second`` comes, ``third`` after it."""
-    made = []
-    for num_ranks, num_slots, target, seconds in ((32, 288, 1.02, 0.3), (64, 320, 1.03, 1.0)):
-        stale = greedy_placement(first, num_slots, num_ranks)
-        name = f"EP{num_ranks}/{num_slots} {short}"
-        made.append(Case(f"{name}, {target:g}", stale, second, third, num_ranks, target, seconds, first))
-        if kind == "hard":
-            full = 1.005 if num_ranks == 32 else 1.012
-            if num_ranks == 32:
-                made.append(Case(f"{name}, 1.05", stale, second, third, num_ranks, 1.05, seconds))
-            made.append(Case(f"{name}, {full:g}", stale, second, third, num_ranks, full, seconds))
-    return made
-
-
-def cold_cases(load: FloatArray, following: FloatArray, short: str) -> list[Case]:
-    num_layers, num_experts = load.shape
-    made = []
-    for num_ranks, num_slots, target in ((16, 272, 1.02), (32, 288, 1.01)):
-        start = contiguous_placement(num_layers, num_experts, num_ranks, num_slots)
-        made.append(
-            Case(
-                f"EP{num_ranks}/{num_slots} contiguous to {short}, {target:g}",
-                start,
-                load,
-                following,
-                num_ranks,
-                target,
-            )
-        )
-    return made
-
-
-def file_cases(folder: Path, quick: bool) -> list[Case]:
-    """The transitions between the files of a folder: prefill to longer prefill, prefill to decode, and cold starts;
-    where the names do not tell, from each file to the next."""
-    files = loads.read_folder(folder)
-    if len(files) < 2:
-        raise SystemExit(f"--loads {folder}: {len(files)} load files; two at least are needed")
-    short, longer, decode = "prefill_in1024", "prefill_in4096", "decode_in1000out1000"
-    if {short, longer, decode} <= files.keys():
-        made = cases_between(files[short], files[longer], next_window(files[longer]), "prefill 1K to 4K", "medium")
-        made += cases_between(files[short], files[decode], next_window(files[decode]), "prefill 1K to decode", "hard")
-        return made + cold_cases(files[decode], next_window(files[decode]), "decode")
-    names = list(files)
-    made = []
-    for first, second in list(itertools.pairwise(names))[: 2 if quick else None]:
-        made += cases_between(files[first], files[second], next_window(files[second]), f"{first} to {second}", "medium")
-    return made
-
-
-def generated_cases(num_layers: int) -> list[Case]:
-    made = []
-    for kind in ("medium", "hard"):
-        generator = loads.LoadGenerator(num_layers, 256, seed=1)
-        windows = [generator.window().astype(np.float64)]
-        for step in (kind, "mild"):
-            generator.drift(step)
-            windows.append(generator.window().astype(np.float64))
-        made += cases_between(*windows, f"generated {kind}", kind)
-    return made + cold_cases(windows[1], windows[2], "generated")
-
-
-def trace_cases(path: Path) -> list[Case]:
-    """The trace's middle window after its first, on 4 ranks with one redundant expert each."""
-    trace = loads.read_trace(path)
-    now = len(trace) // 2
-    num_experts, num_ranks = trace.shape[2], 4
-    num_slots = num_experts + num_ranks
-    start = greedy_placement(trace[0], num_slots, num_ranks)
-    following = trace[min(now + 1, len(trace) - 1)]
-    return [
-        Case(f"tiny-moe trace EP{num_ranks}/{num_slots}, 1.02", start, trace[now], following, num_ranks, 1.02, 0.05)
-    ]
 
 
 # -- measurements -----------------------------------------------------------------------------------------------------
@@ -253,19 +119,21 @@ def _slots_of_plan(case: Case, options: dict[str, Any]) -> Slots:
 
 
 def check_plans(results: Results, case: Case, in_force: Placement) -> None:
-    """What must hold for every plan of "incremental"."""
+    """Checks every promise of the policy "incremental"."""
     made = [plan(case.load, case.slots, case.num_ranks, target_par=case.target_par, threads=n) for n in (1, 2)]
     made += [
         plan(case.load, case.slots, case.num_ranks, target_par=case.target_par, effort="thorough", rounds=5, threads=n)
         for n in (1, 3)
     ]
-    for one, other in (made[:2], made[2:]):
-        results.check(bool(np.array_equal(one.moves, other.moves)), f"{case.name}: the plan depends on the threads")
+    for single, threaded in (made[:2], made[2:]):
+        results.check(
+            bool(np.array_equal(single.moves, threaded.moves)), f"{case.name}: the plan depends on the threads"
+        )
         try:
-            one.check(in_force)
+            single.check(in_force)
         except ValueError as error:
             results.check(False, f"{case.name}: {error}")
-        results.check(bool((one.par_after <= one.par_before + 1e-6).all()), f"{case.name}: a layer got worse")
+        results.check(bool((single.par_after <= single.par_before + 1e-6).all()), f"{case.name}: a layer got worse")
     worst = float(made[0].par_after.max())
     results.check(worst <= case.target_par + 0.01, f"{case.name}: worst layer at {worst:.4f}")
 
@@ -457,50 +325,6 @@ def run_optimum(results: Results, cases: list[Case], seconds: float, instances: 
 
 
 # -- output -----------------------------------------------------------------------------------------------------------
-
-
-def print_plans(rows: list[Row]) -> None:
-    print(f"\n{rows[0].case}")
-    print(f"  {'policy':22s} {'PAR':>7s} {'worst':>7s} {'next':>7s} {'worst':>7s} {'moves':>7s} {'/rank':>6s} "
-          f"{'GB':>8s} {'ms':>9s} {'x vLLM':>7s}")  # fmt: skip
-    for row in rows:
-        ratio = "" if row.vllm_ratio is None else f"{row.vllm_ratio:.1f}"
-        print(
-            f"  {row.policy:22s} {row.par_mean:7.4f} {row.par_worst:7.4f} {row.next_par_mean:7.4f} "
-            f"{row.next_par_worst:7.4f} {row.moves:7d} {row.moves_per_rank:6d} {row.gigabytes:8.1f} "
-            f"{row.milliseconds:9.2f} {ratio:>7s}",
-            flush=True,
-        )
-
-
-def draw(results: Results, cases: list[Case], path: Path) -> None:
-    """Balance against moves for all policies, one panel per case; "incremental" as a curve over its target."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = 3
-    lines = -(-len(cases) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.6 * lines), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(cases) :]:
-        axis.set_visible(False)
-    for axis, case in zip(axes.flat, cases, strict=False):
-        curve = []
-        for target in (1.005, 1.01, 1.02, 1.03, 1.05, 1.08, 1.12, 1.2):
-            made = plan(case.load, case.slots, case.num_ranks, target_par=target)
-            curve.append((made.num_moves, float(made.par_after.mean())))
-        axis.plot(*zip(*curve, strict=True), "-", color="tab:blue", label="incremental, by target")
-        for row in (row for row in results.plans if row.case == case.name and row.policy != "random"):
-            ring = {"markersize": 11, "markerfacecolor": "none"} if row.policy == "vllm" else {}  # "default" lies on it
-            axis.plot(row.moves, row.par_mean, "o", label=row.policy, clip_on=False, **ring)
-        axis.set_xscale("symlog", linthresh=100)
-        axis.set(title=case.name, xlabel="moves", ylabel="mean PAR", xlim=(0, None))
-        axis.title.set_fontsize(9)
-        axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main() -> int:

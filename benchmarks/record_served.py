@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What recording costs a served model: ``python -m benchmarks.record_served --json PATH``.
+"""Cost of recording in a served model: ``python -m benchmarks.record_served --json PATH``.
 
 vLLM runs the tiny model on two expert-parallel CPU ranks with the balancer on. From step to step recording is on and
 off in turn, and in both cases the time of all layers' mapping calls is taken. The difference of their medians is what
@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-RANKS, REQUESTS, TOKENS, TURNS = 2, 16, 400, 3
+from benchmarks.served import RANKS, cpu_engine
+
+REQUESTS, TOKENS, TURNS = 16, 400, 3
 SETTINGS = {
     "dynamic_eplb": True,
     "num_redundant_experts": 4,
@@ -71,25 +73,15 @@ def watched(worker: Any) -> list[dict[str, Any]]:
 
 def serve() -> list[dict[str, Any]]:
     """The steps of EP rank 0 in which all requests decode."""
-    from examples.demo.server import MODEL, cpu_environment
+    from examples.demo.server import cpu_environment
     from examples.tiny_moe.expert_load import read_prompts
 
     os.environ.update(cpu_environment(RANKS) | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})  # for our own functions
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     from benchmarks import record_served as here  # by a name that workers can import
 
-    engine = LLM(
-        str(MODEL),
-        dtype="float32",
-        seed=0,
-        max_model_len=512,
-        max_num_seqs=REQUESTS,
-        tensor_parallel_size=RANKS,
-        enforce_eager=True,
-        enable_expert_parallel=True,
-        additional_config={"eplb_config": SETTINGS},
-    )
+    engine = cpu_engine(REQUESTS, SETTINGS)
     engine.collective_rpc(here.watch)
     texts = [prompt[:120] for prompt in read_prompts("english")[:REQUESTS]]
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)

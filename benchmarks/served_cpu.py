@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether balancing pays through the real server, on a CPU: ``python -m benchmarks.served_cpu --pairs 5 --json PATH``.
+"""Gain of balancing through the real server, on a CPU: ``python -m benchmarks.served_cpu --pairs 5 --json PATH``.
 
 vLLM serves the tiny model on two expert-parallel CPU ranks, in pairs: with a static placement, then with the balancer
 started from the same placement, with the times of layers measured at start-up; again and again, so that drift of the
@@ -23,8 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.served import RANKS, cpu_engine
+
 LOADS = ("balanced", "skewed")
-RANKS, REDUNDANT, REQUESTS, CHUNK, INTERVAL = 2, 4, 48, 2048, 20
+REDUNDANT, REQUESTS, CHUNK, INTERVAL = 4, 48, 2048, 20
 
 
 def skewed_placement() -> Any:
@@ -43,9 +45,8 @@ def skewed_placement() -> Any:
 
 def serve(load: str, balanced: bool, seconds: float, calibration: Path) -> dict[str, Any]:
     """One engine from its start to its end: tokens per second, prefilling and decoding."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    from examples.demo.server import MODEL
     from examples.tiny_moe.expert_load import read_prompts
     from vllm_ascend_eplb import Placement
     from vllm_ascend_eplb.files.expert_map import write_expert_map
@@ -62,19 +63,7 @@ def serve(load: str, balanced: bool, seconds: float, calibration: Path) -> dict[
                 "algorithm_execution_interval": 2,
                 "calibration_path": str(calibration),
             }
-        engine = LLM(
-            str(MODEL),
-            dtype="float32",
-            seed=0,
-            max_model_len=512,
-            max_num_seqs=REQUESTS,
-            max_num_batched_tokens=CHUNK,
-            enable_prefix_caching=False,
-            tensor_parallel_size=RANKS,
-            enforce_eager=True,
-            enable_expert_parallel=True,
-            additional_config={"eplb_config": settings},
-        )
+        engine = cpu_engine(REQUESTS, settings, max_num_batched_tokens=CHUNK, enable_prefix_caching=False)
         text = " ".join(read_prompts("english"))
         prompts = [text[97 * at : 97 * at + 1200] for at in range(REQUESTS)]
 
@@ -146,9 +135,7 @@ def main() -> int:
     ratios: dict[str, Any] = {}
     for load in arguments.loads:
         for key in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-            off, on = (
-                [each[key] for each in runs if each["load"] == load and each["on"] is on] for on in (False, True)
-            )
+            off, on = ([run[key] for run in runs if run["load"] == load and run["on"] is on] for on in (False, True))
             of_pairs = [b / a for a, b in zip(off, on, strict=True)]
             ratios[f"{load} {key}"] = {"median": statistics.median(of_pairs), "pairs": of_pairs}
     report = {
@@ -163,7 +150,7 @@ def main() -> int:
     print(text)
     if arguments.json:
         arguments.json.write_text(text + "\n")
-    return int(any(each["load"] == "skewed" and each["on"] and not each["moved"] for each in runs))
+    return int(any(run["load"] == "skewed" and run["on"] and not run["moved"] for run in runs))
 
 
 if __name__ == "__main__":

@@ -88,11 +88,11 @@ def moved_by_vllm(worker: Any) -> int:
     """In a worker: slots whose expert is not the one they began with, by vLLM's own balancer."""
     state = worker.model_runner.eplb_state
     began = getattr(worker, "slots_at_first", None)
-    now = [its.physical_to_logical_map.clone() for its in state.model_states.values()]
+    now = [model_state.physical_to_logical_map.clone() for model_state in state.model_states.values()]
     if began is None:
         worker.slots_at_first = now
         return 0
-    return sum(int((one != other).sum()) for one, other in zip(began, now, strict=True))
+    return sum(int((before != after).sum()) for before, after in zip(began, now, strict=True))
 
 
 def engine_arguments(mode: str, size: Size, tiny: bool) -> dict[str, Any]:
@@ -105,9 +105,9 @@ def engine_arguments(mode: str, size: Size, tiny: bool) -> dict[str, Any]:
         }
         balancer = {"additional_config": {"eplb_config": settings}}
     elif mode.startswith("vllm"):
-        its = {"window_size": size.interval, "step_interval": size.interval, "num_redundant_experts": REDUNDANT}
+        theirs = {"window_size": size.interval, "step_interval": size.interval, "num_redundant_experts": REDUNDANT}
         by = {"use_async": True} if mode == "vllm async" else {"use_async": False, "communicator": "torch_nccl"}
-        balancer = {"enable_eplb": True, "eplb_config": its | by}
+        balancer = {"enable_eplb": True, "eplb_config": theirs | by}
     device = {"gpu_memory_utilization": 0.85, "attention_backend": "TRITON_ATTN", "disable_custom_all_reduce": True}
     return {
         "load_format": "dummy",
@@ -160,7 +160,8 @@ def serve(mode: str, size: Size, tiny: bool) -> dict[str, Any]:
 
         def prompts(count: int, length: int) -> list[list[int]]:
             return [
-                [(7919 * (one * length + at)) % (vocabulary - 1) + 1 for at in range(length)] for one in range(count)
+                [(7919 * (request * length + at)) % (vocabulary - 1) + 1 for at in range(length)]
+                for request in range(count)
             ]
 
         for _ in timed(engine, prompts(size.requests, 8), size.settle):

@@ -228,7 +228,7 @@ def expectation_error(rows: list[dict[str, Any]]) -> list[float]:
         if row["mode"] not in ("grid", "perfect"):
             key = tuple(row[name] for name in ("scenario", "layer", "stage", "tokens", "mode", "redundant"))
             cases[key].append(row)
-    return [each[0]["ms_expected"] / statistics.fmean(row["ms"] for row in each) - 1.0 for each in cases.values()]
+    return [steps[0]["ms_expected"] / statistics.fmean(row["ms"] for row in steps) - 1.0 for steps in cases.values()]
 
 
 def step_cost_error(rows: list[dict[str, Any]]) -> tuple[list[float], dict[str, dict[int, tuple[float, float]]]]:
@@ -265,8 +265,8 @@ def step_cost_error(rows: list[dict[str, Any]]) -> tuple[list[float], dict[str, 
             ours = both["ours"][key]
             by_tokens[int(key[1])].append((1.0 - ours[0] / none[0], 1.0 - ours[1] / none[1]))
         savings[scenario] = {
-            tokens: (statistics.fmean(a for a, _ in each), statistics.fmean(b for _, b in each))
-            for tokens, each in by_tokens.items()
+            tokens: (statistics.fmean(a for a, _ in saved), statistics.fmean(b for _, b in saved))
+            for tokens, saved in by_tokens.items()
         }
     return errors, savings
 

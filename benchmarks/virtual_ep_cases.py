@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.loads import read_counts
+from benchmarks.loads import DECODE_1000, DECODE_1500, PREFILL_1K, PREFILL_2K, read_counts
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -232,11 +232,11 @@ def grid_of(scenario: Scenario, largest: int, draws: int = 3) -> Iterator[Case]:
     for redundant in scenario.redundant:
         width = (scenario.shape.experts + redundant) // scenario.ranks
         for par in GRID_PARS:
-            for count in (each for each in GRID_TOKENS if each <= largest):
+            for count in (tokens for tokens in GRID_TOKENS if tokens <= largest):
                 pairs = round(par * count * scenario.shape.top_k)
                 weight = np.exp(GRID_SIGMA * random.normal(size=(draws, width)))
                 weight /= weight.sum(axis=1, keepdims=True)
-                drawn = [np.round(weight[0] * pairs), *(random.multinomial(pairs, each) for each in weight)]
+                drawn = [np.round(weight[0] * pairs), *(random.multinomial(pairs, shares) for shares in weight)]
                 counts = np.array(drawn, dtype=np.int32)[:, None, :]
                 yield Case(scenario.name, -1, "grid", count, "grid", redundant, width, par, counts)
 
@@ -256,11 +256,11 @@ def recorded_loads(folder: Path) -> dict[str, tuple[FloatArray, FloatArray]]:
     Raises:
         ValueError, OSError: a file is missing or holds no load.
     """
-    names = {
-        "decode": ("decode_in500out1500.json", "decode_in1000out1000.json"),
-        "prefill": ("prefill_in2048.json", "prefill_in1024.json"),
+    names = {"decode": (DECODE_1500, DECODE_1000), "prefill": (PREFILL_2K, PREFILL_1K)}
+    return {
+        stage: (read_counts(folder / f"{planned}.json"), read_counts(folder / f"{served}.json"))
+        for stage, (planned, served) in names.items()
     }
-    return {stage: (read_counts(folder / a), read_counts(folder / b)) for stage, (a, b) in names.items()}
 
 
 def drawn_loads(experts: int, layers: int = 24, seed: int = 1) -> dict[str, tuple[FloatArray, FloatArray]]:
@@ -270,7 +270,7 @@ def drawn_loads(experts: int, layers: int = 24, seed: int = 1) -> dict[str, tupl
     for stage in ("decode", "prefill"):
         latent = random.normal(size=(layers, experts))
         drifted = 0.97 * latent + np.sqrt(1 - 0.97**2) * random.normal(size=(layers, experts))
-        pair = [np.exp(GRID_SIGMA * each) for each in (latent, drifted)]
+        pair = [np.exp(GRID_SIGMA * logarithm) for logarithm in (latent, drifted)]
         loads[stage] = (pair[0] / pair[0].sum(axis=1, keepdims=True), pair[1] / pair[1].sum(axis=1, keepdims=True))
     return loads
 
@@ -298,7 +298,7 @@ def make_cases(
 def save_cases(path: Path, scenarios: tuple[Scenario, ...], cases: list[Case]) -> None:
     """One .npz: ``about`` (JSON of scenarios and of every case without counts) and an array per case."""
     about = [{name: value for name, value in vars(case).items() if name != "counts"} for case in cases]
-    text = json.dumps({"scenarios": [asdict(each) for each in scenarios], "cases": about})
+    text = json.dumps({"scenarios": [asdict(scenario) for scenario in scenarios], "cases": about})
     np.savez_compressed(path, about=np.str_(text), **{f"c{i}": case.counts for i, case in enumerate(cases)})
 
 

@@ -13,7 +13,7 @@ set -eu
 
 cd "$(dirname "$0")/.."
 torch_version=2.13.0
-tests=${MATRIX_TESTS:-tests/unit/adaptors/test_seams.py tests/e2e}
+tests=${MATRIX_TESTS:-tests/unit/adaptors/test_patch_points.py tests/e2e}
 
 say() { printf '[matrix] %s\n' "$*"; }
 

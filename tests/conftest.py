@@ -23,7 +23,7 @@ with contextlib.suppress(ImportError):  # those on real NPUs do without it
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-BUDGETS = {"unit": 90, "test": 900, "npu": 600, "install": 300}
+BUDGETS = {"unit": 90, "test": 900, "npu": 600, "install": 180}
 """Seconds that a tier may take on two cores that do nothing else. Nothing fails where it takes longer."""
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if tier is None:
         return
     found = [report for reports in terminalreporter.stats.values() for report in reports]
-    reports = sorted((each for each in found if isinstance(each, pytest.TestReport)), key=lambda each: -each.duration)
+    reports = sorted((item for item in found if isinstance(item, pytest.TestReport)), key=lambda item: -item.duration)
     seconds = time.monotonic() - BEGAN
     line = f"tier {tier}: {seconds:.0f} s of {BUDGETS[tier]} s"
     lines = [f"{report.duration:8.2f} s {report.when:8} {report.nodeid}" for report in reports[:25]]

@@ -19,6 +19,9 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int kRoundsPerTurn = 8;
 
+// A limit on moves beyond this is far from binding on the small layers that have choices.
+constexpr int64_t kMostMovesToChoose = 4096;
+
 // Consecutive groups of one layer that pay best when taken together.
 struct Segment {
     int layer;
@@ -48,6 +51,42 @@ void append_segments(const OrderedMoves& ordered, const std::vector<double>& mov
             segments.pop_back();
         }
     }
+}
+
+// So many of a layer's moves, or another placement reached with so many, and what that takes off.
+struct Choice {
+    int moves;
+    double gain;          // tokens
+    const FewMoves* few;  // the placement; null: the first `groups` of the ordered moves
+    int groups;
+};
+
+// Which choice each layer takes so that the moves stay within `most` and the gains' sum is greatest: a knapsack with
+// multiple choices, solved exactly. [L], -1: none.
+std::vector<int> choose_within(const std::vector<std::vector<Choice>>& choices, int64_t most) {
+    const size_t width = static_cast<size_t>(most) + 1;
+    std::vector<double> gain(width, 0.0);  // by moves allowed
+    std::vector<std::vector<int>> chosen;
+    for (const std::vector<Choice>& of_layer : choices) {
+        std::vector<double> next = gain;
+        std::vector<int>& choice = chosen.emplace_back(width, -1);
+        for (int i = 0; i < static_cast<int>(of_layer.size()); ++i) {
+            for (size_t m = of_layer[i].moves; m < width; ++m) {
+                const double with = gain[m - of_layer[i].moves] + of_layer[i].gain;
+                if (with <= next[m]) continue;
+                next[m] = with;
+                choice[m] = i;
+            }
+        }
+        gain = next;
+    }
+    std::vector<int> answer(choices.size(), -1);
+    size_t left = width - 1;
+    for (size_t l = choices.size(); l-- > 0;) {
+        answer[l] = chosen[l][left];
+        if (answer[l] >= 0) left -= choices[l][answer[l]].moves;
+    }
+    return answer;
 }
 
 // Whether each move brings an expert of which the receiving node held no copy at the start.
@@ -85,23 +124,32 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
                                                    goal.target[l], layer_seed[l]);
         layers[l]->descend();
     };
-    const auto finish_layer = [&](int l) {
+    const bool few_moves = goal.max_moves >= 0 && goal.max_moves <= kMostMovesToChoose && goal.max_moves_per_rank < 0 &&
+                           goal.max_moves_between_nodes < 0;
+    const auto order_layer = [&](int l) {
         std::vector<const double*> windows;
         for (int t = 0; t < goal.windows; ++t)
             windows.push_back(goal.series + (static_cast<size_t>(t) * num_layers + l) * shape.experts);
         ordered[l] = layers[l]->order(windows);
         start_peak[l] = layers[l]->start_peak();
         steadied[l] = layers[l]->steadied();
-        layers[l].reset();
+    };
+    const auto finish_layer = [&](int l) {
+        order_layer(l);
+        if (!few_moves || layers[l]->with_fewer_moves().empty()) layers[l].reset();
     };
     if (!goal.thorough) {
         for_each_item(num_layers, goal.threads, [&](int l) {
             begin_layer(l);
             layers[l]->improve_briefly();
+            layers[l]->save_moves();
             finish_layer(l);
         });
     } else {
-        for_each_item(num_layers, goal.threads, begin_layer);
+        for_each_item(num_layers, goal.threads, [&](int l) {
+            begin_layer(l);
+            layers[l]->save_moves();
+        });
         if (goal.rounds > 0) {
             for_each_item(num_layers, goal.threads, [&](int l) { layers[l]->improve(goal.rounds); });
         } else {
@@ -121,15 +169,48 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
         for_each_item(num_layers, goal.threads, finish_layer);
     }
 
+    const auto mean_load = [&](int l) {
+        const double* row = load + static_cast<size_t>(l) * shape.experts;
+        return std::accumulate(row, row + shape.experts, 0.0) / shape.ranks;
+    };
+    int64_t wanted = 0;
+    for (const OrderedMoves& of_layer : ordered) wanted += static_cast<int64_t>(of_layer.moves.size());
+    const bool choosing = std::any_of(layers.begin(), layers.end(), [](const auto& layer) { return layer != nullptr; });
+    if (few_moves && wanted > goal.max_moves && choosing) {
+        std::vector<std::vector<Choice>> choices(num_layers);
+        for (int l = 0; l < num_layers; ++l) {
+            for (int g = 0; g < static_cast<int>(ordered[l].groups.size()); ++g) {
+                const Group& group = ordered[l].groups[g];
+                choices[l].push_back({group.end, (start_peak[l] - group.peak) * mean_load(l), nullptr, g + 1});
+            }
+            if (layers[l] == nullptr || steadied[l]) continue;
+            for (const FewMoves& few : layers[l]->with_fewer_moves())
+                choices[l].push_back({few.cost, (start_peak[l] - few.peak) * mean_load(l), &few, 0});
+        }
+        const std::vector<int> chosen = choose_within(choices, goal.max_moves);
+        for (int l = 0; l < num_layers; ++l) {
+            if (chosen[l] < 0) {
+                ordered[l] = {};
+                continue;
+            }
+            const Choice& choice = choices[l][chosen[l]];
+            if (choice.few != nullptr) {
+                layers[l]->take(choice.few->slots);
+                order_layer(l);
+            } else {
+                ordered[l].groups.resize(choice.groups);
+                ordered[l].moves.resize(choice.moves);
+            }
+        }
+    }
+
     std::vector<Segment> segments;
     std::vector<std::vector<char>> crosses(num_layers);
     for (int l = 0; l < num_layers; ++l) {
-        const double* row = load + static_cast<size_t>(l) * shape.experts;
-        const double mean = std::accumulate(row, row + shape.experts, 0.0) / shape.ranks;
         crosses[l] = crossing(ordered[l], slots + static_cast<size_t>(l) * shape.slots, shape, goal.nodes);
         std::vector<double> cost;
         for (const char far : crosses[l]) cost.push_back(far ? goal.far_cost : 1.0);
-        append_segments(ordered[l], cost, l, start_peak[l], mean, segments);
+        append_segments(ordered[l], cost, l, start_peak[l], mean_load(l), segments);
     }
     std::stable_sort(segments.begin(), segments.end(),
                      [](const Segment& a, const Segment& b) { return a.slope() > b.slope(); });

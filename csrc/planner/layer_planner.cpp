@@ -44,8 +44,19 @@ constexpr double kRoomBeside = 0.45;
 // Under drift the heaviest replicas decide how well a plan ages: none may exceed the least possible by more.
 constexpr double kNearLeast = 1.05;
 
+// A placement from scratch must take so much off the PAR for all slots received, or the same part of that for part of
+// them, where the search alone came as low as a placement from scratch is before its descent.
+constexpr double kReceiptsForPar = 0.05;
+constexpr double kNearScratch = 0.002;
+
 // Where the target is missed, PARs within this of the lowest found are equally good before improvement.
 constexpr double kSlack = 0.0015;
+
+// Placements kept for each number of receipts in the search for few moves, and how many receipts it looks at where the
+// descent is stuck.
+constexpr int kWidthOfFast = 8;
+constexpr int kWidthOfThorough = 48;
+constexpr int kDepthWhereStuck = 4;
 
 // A plan may make the windows' PARs worse on average by this part of what it takes off the PAR of their sum.
 constexpr double kHurt = 0.25;
@@ -64,6 +75,7 @@ LayerPlanner::LayerPlanner(const double* load, const double* variance, const int
       search_(shape, {goal.nodes, goal.stay_near ? 0.0F : static_cast<float>(1.0 / goal.far_cost), goal.speed}),
       random_(seed),
       stay_near_(goal.stay_near),
+      thorough_(goal.thorough),
       nodes_(goal.nodes) {}
 
 void LayerPlanner::begin(double limit, double square) {
@@ -78,13 +90,12 @@ bool LayerPlanner::keep_if_better() {
     const bool reached = peak <= target_ + kSame / 2;
     lowest_ = std::min(lowest_, peak);
     const double enough = lowest_ + std::max(slack_, kSame / 2);
-    const bool better = best_.slots.empty()            ? true
-                        : reached != best_.reached     ? reached
-                        : reached                      ? search_.cost() < best_.cost
-                        : peak > enough                ? false
-                        : best_.peak > enough          ? true
-                        : search_.cost() == best_.cost ? peak < best_.peak
-                                                       : search_.cost() < best_.cost;
+    const bool better = best_.slots.empty()               ? true
+                        : reached != best_.reached        ? reached
+                        : !reached && peak > enough       ? false
+                        : !reached && best_.peak > enough ? true
+                        : search_.cost() == best_.cost    ? peak < best_.peak
+                                                          : search_.cost() < best_.cost;
     if (better) best_ = {search_.slots(), peak, search_.cost(), reached};
     return better;
 }
@@ -98,20 +109,42 @@ void LayerPlanner::descend() {
         if (!has_load_) return;
         keep_if_better();
         if (best_.reached) return;
+        floor_ = search_.least_peak();
+        if (floor_ > target_) search_.aim({floor_ + kSame / 2, square, floor_});  // below are no receipts to be spent
         double share = 1.0 - room;
         if (variance_ != nullptr) share = std::min(share, kNearLeast * search_.smallest_largest_share());
         // With one slot per rank a replica is a rank's load: the least largest share is the best there is.
         if (!search_.split_heavy(share) && shape.per_rank() == 1) search_.split_heavy(search_.smallest_largest_share());
-        search_.descend();
+        const bool reached = search_.descend();
         keep_if_better();
         if (best_.reached) return;
-        floor_ = std::max(1.0, search_.smallest_largest_share());
-        if (floor_ >= target_) break;  // out of reach: other weights do not change that
+        if (reached) break;
     }
-    try_from_scratch(nullptr);
     sink(kStepsOfFast);
+    if (!best_.reached && best_.peak > floor_ + slack_) {
+        const Found kept = best_;
+        try_from_scratch(nullptr);
+        sink(kStepsOfFast);
+        const double price = kReceiptsForPar * (best_.cost - kept.cost) / shape.slots;
+        if (kept.peak <= scratch_peak_ + kNearScratch && kept.peak - best_.peak < price) {
+            best_ = kept;
+            lowest_ = kept.peak;
+        }
+    }
+    save_receipts();
     slack_ = 0.0;
     search_.adopt(best_.slots);
+}
+
+// On the way to a target out of reach a descent changes ranks that need not change for what was reached: descends once
+// more, just to there.
+void LayerPlanner::save_receipts() {
+    if (best_.reached) return;
+    const double limit = best_.peak + kSame / 2;
+    for (const double square : {kSquares[0], kSquares[2]}) {
+        begin(limit, square);
+        if (search_.descend()) keep_if_better();
+    }
 }
 
 // Lowers the busiest rank step by step: a descent to a limit just below it touches few ranks, and all others may get
@@ -135,6 +168,7 @@ void LayerPlanner::try_from_scratch(Random* noise) {
     if (slots.empty()) return;
     search_.adopt(slots);
     const double peak = search_.peak();
+    scratch_peak_ = std::min(scratch_peak_, peak);
     keep_if_better();
     search_.descend();
     keep_if_better();
@@ -175,6 +209,20 @@ void LayerPlanner::improve_once(int round) {
     else
         search_.reconsider(random_, exact);
     keep_if_better();
+}
+
+void LayerPlanner::save_moves() {
+    if (settled() || variance_ != nullptr) return;
+    search_.begin(load_, slots_, variance_);
+    const int most = best_.reached ? best_.cost : std::max(best_.cost, kDepthWhereStuck);
+    few_ = find_few_moves(search_, most, thorough_ ? kWidthOfThorough : kWidthOfFast);
+    for (const FewMoves& few : few_) {
+        search_.adopt(few.slots);
+        keep_if_better();
+    }
+    few_.erase(std::remove_if(few_.begin(), few_.end(), [&](const FewMoves& few) { return few.cost >= best_.cost; }),
+               few_.end());
+    search_.adopt(best_.slots);
 }
 
 void LayerPlanner::improve(int rounds) {

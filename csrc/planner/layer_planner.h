@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "few_moves.h"
 #include "order.h"
 #include "random_numbers.h"
 #include "search.h"
@@ -26,6 +27,15 @@ class LayerPlanner {
 
     // So many rounds of large-neighbourhood search; none once settled().
     void improve(int rounds);
+
+    // On small shapes: searches for the best placement for each number of receipts.
+    void save_moves();
+
+    // What that found with fewer receipts than the plan.
+    const std::vector<FewMoves>& with_fewer_moves() const { return few_; }
+
+    // Makes `slots` [P] the plan.
+    void take(const std::vector<int32_t>& slots) { best_.slots = slots; }
 
     // The few rounds that there is time for in a fast plan.
     void improve_briefly();
@@ -51,6 +61,7 @@ class LayerPlanner {
     bool keep_if_better();
     void try_from_scratch(Random* noise);
     void sink(int steps);
+    void save_receipts();
     void anneal(int steps);
     void improve_once(int round);
 
@@ -61,11 +72,13 @@ class LayerPlanner {
     Search search_;
     Random random_;
     Found best_;
-    double lowest_ = std::numeric_limits<double>::max();  // PAR of any placement seen
+    std::vector<FewMoves> few_;                                 // by receipts
+    double lowest_ = std::numeric_limits<double>::max();        // PAR of any placement seen
+    double scratch_peak_ = std::numeric_limits<double>::max();  // the same of those made from scratch
     double slack_ = 0.0;
     double floor_ = 0.0;  // no placement has a lower PAR
     double start_peak_ = 0.0;
-    const bool stay_near_;
+    const bool stay_near_, thorough_;
     const int nodes_;
     bool has_load_ = false;
     bool steadied_ = false;

@@ -426,6 +426,17 @@ double Search::smallest_largest_share() const {
     return static_cast<double>(low) / kUnit;
 }
 
+double Search::least_peak() const {
+    if (!alike()) return 1.0;
+    double least = smallest_largest_share();
+    if (shape_.slots == shape_.experts) {  // beside the heaviest expert are others, at best the lightest
+        std::vector<int32_t> lightest(state_.weight.begin(), state_.weight.end() - 1);
+        std::sort(lightest.begin(), lightest.end());
+        for (int i = 0; i + 1 < shape_.per_rank(); ++i) least += units(lightest[i]);
+    }
+    return std::max(1.0, least);
+}
+
 bool Search::split_heavy(double share) {
     const int E = shape_.experts;
     const int32_t most = std::max(1, static_cast<int32_t>(std::llrint(share * kUnit)));

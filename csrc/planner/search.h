@@ -58,6 +58,9 @@ class Search {
     // The load of the heaviest replica, in units of a rank's mean, when copies are given out to make that least.
     double smallest_largest_share() const;
 
+    // No placement has a lower PAR.
+    double least_peak() const;
+
     // Takes moves, best gain per receipt first, until no rank is above the limit (returns true) or none helps.
     bool descend();
 
@@ -95,6 +98,7 @@ class Search {
     int confined_nodes() const {
         return state_.near.empty() || conditions_.far > 0.0F ? 1 : conditions_.nodes;
     }  // experts never leave theirs
+    bool nodes_differ() const { return !state_.near.empty(); }
     bool is_near(int node, int expert) const {
         return state_.near.empty() || state_.near[static_cast<size_t>(node) * (shape_.experts + 1) + expert];
     }

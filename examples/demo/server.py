@@ -57,7 +57,7 @@ class Server:
 
     def __init__(self, ranks: int, eplb_config: dict[str, object], folder: Path, max_num_seqs: int) -> None:
         self.log_path = folder / "server.log"
-        self._stats_path = folder / "stats.json"
+        self.stats_path = folder / "stats.json"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -74,19 +74,19 @@ class Server:
         ]
         # vLLM leaves the sockets behind on which its processes talk; here they lie in a folder that stop() removes.
         self._sockets = Path(tempfile.mkdtemp(prefix="vllm-"))
-        self._environment = cpu_environment(ranks) | {
-            STATS_VARIABLE: str(self._stats_path),
+        self.environment = cpu_environment(ranks) | {
+            STATS_VARIABLE: str(self.stats_path),
             "VLLM_RPC_BASE_PATH": str(self._sockets),
         }
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        self._stats_path.unlink(missing_ok=True)  # of an earlier run in the same folder
+        self.stats_path.unlink(missing_ok=True)  # of an earlier run in the same folder
         with open(self.log_path, "wb") as log:
             self._process = subprocess.Popen(
                 self.command,
                 cwd=REPOSITORY,
-                env=self._environment,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -124,7 +124,7 @@ class Server:
     def stats(self) -> EplbStats | None:
         """What the balancer last reported; None before its first report."""
         try:
-            return read_stats(self._stats_path)
+            return read_stats(self.stats_path)
         except StatsError as error:
             raise ServerError(str(error)) from error
 
@@ -139,7 +139,7 @@ class Server:
         session but have its environment (a process may overwrite its environment with its title)."""
         if self._process is None:
             return []
-        mark = f"{STATS_VARIABLE}={self._stats_path}".encode()
+        mark = f"{STATS_VARIABLE}={self.stats_path}".encode()
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():

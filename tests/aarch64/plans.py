@@ -29,7 +29,7 @@ POLICIES = {
 
 
 def write(path: Path) -> None:
-    from benchmarks.placements import TRACE, generated_cases, trace_cases
+    from benchmarks.planner_checks import TRACE, generated_cases, trace_cases
 
     arrays = {}
     for number, case in enumerate([*generated_cases(8), *trace_cases(TRACE)]):

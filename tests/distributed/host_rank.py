@@ -19,7 +19,7 @@ from vllm_ascend_eplb.settings.config import EplbConfig
 from vllm_ascend_eplb.values.topology import Topology, host_identity
 
 from .ranks import Ranks
-from .test_updator import REDUNDANT, RoutingModel
+from .routing_model import REDUNDANT, RoutingModel
 
 
 def main(rank: int, num_ranks: int, address: str, port: int, folder: Path, steps: int) -> None:

@@ -18,10 +18,13 @@ from vllm_ascend_eplb.agreement.phases import CycleSettings, CycleState, Do, Fai
 from vllm_ascend_eplb.agreement.transition import advance
 from vllm_ascend_eplb.planning.schedule import schedule_rounds
 from vllm_ascend_eplb.transfer.loader import D2DExpertWeightLoader
+from vllm_ascend_eplb.transfer.transport import Transport
 from vllm_ascend_eplb.values.placement import Placement
 from vllm_ascend_eplb.values.plan import Plan
 from vllm_ascend_eplb.values.rounds import check_rounds, rounds_from_array, rounds_to_array
 from vllm_ascend_eplb.values.topology import Topology
+
+from .faulty import FaultyTransport, interpose
 
 
 def random_placement(rng: np.random.Generator, layers: int, experts: int, ranks: int, slots: int) -> Placement:
@@ -61,9 +64,9 @@ class Slots:
         """Other weights, in place, as ``placement`` says."""
         self.first_layer = first_layer
         fresh = Slots(placement, self.rank, first_layer=first_layer)
-        for mine, its in zip(self.stacked, fresh.stacked, strict=True):
-            for kind, other in zip(mine, its, strict=True):
-                kind.copy_(other)
+        for mine, target in zip(self.stacked, fresh.stacked, strict=True):
+            for kind, value in zip(mine, target, strict=True):
+                kind.copy_(value)
 
     def views(self) -> list[list[list[torch.Tensor]]]:
         return [[[kind[slot] for kind in layer] for slot in range(self.size)] for layer in self.stacked]
@@ -74,7 +77,7 @@ class Slots:
         return hashlib.sha256(b"".join(tensor.tobytes() for tensor in tensors)).hexdigest()
 
     def wrong(self, placement: Placement) -> str:
-        """Which slot does not hold bit for bit what ``placement`` says; empty when all do."""
+        """First slot that differs bit for bit from ``placement``; empty if all agree."""
         for layer, kinds in enumerate(self.stacked):
             for slot in range(self.size):
                 expert = int(placement.physical_to_logical[layer, self.rank * self.size + slot])
@@ -87,7 +90,7 @@ class Slots:
 
 @dataclass
 class Trouble:
-    """What goes wrong on purpose, and how often (probabilities per occasion)."""
+    """Planted faults with their probabilities per occasion."""
 
     step_delay: float = 0.0  # seconds a step may take longer on one rank than on another
     message_delay: float = 0.0  # seconds a batch may be held back in the mover thread
@@ -99,7 +102,7 @@ class Trouble:
 
 @dataclass
 class Outcome:
-    """What one rank saw.
+    """Observations of one rank.
 
     Attributes:
         history: digest of the placement in force after every step.
@@ -116,6 +119,22 @@ class Outcome:
     failure: int = 0
     wrong: str = ""
     longest_read: float = 0.0
+
+
+class LateAndDamaged(FaultyTransport):
+    """Holds batches back, and damages what arrives, at random."""
+
+    def __init__(self, real: Transport, luck: random.Random, trouble: Trouble) -> None:
+        super().__init__(real)
+        self.luck, self.trouble = luck, trouble
+
+    def running(self) -> None:
+        if self.trouble.message_delay:
+            time.sleep(self.luck.random() * self.trouble.message_delay)
+
+    def arrived(self, received: list[torch.Tensor]) -> None:
+        if received and self.luck.random() < self.trouble.damage:
+            received[0][:1] += 1
 
 
 class Driver:
@@ -145,7 +164,7 @@ class Driver:
         )
         assert self.loader.learn_checksums(self.placement) == 0
         self.loader.warm_up()
-        self._spoil()
+        interpose(self.loader, LateAndDamaged, self.random, trouble)
         self.channel = ControlChannel(ranks.control, ranks.rank, ranks.num_ranks, lag)
         self.settings = CycleSettings(
             collect_steps=12 + 8 * lag,
@@ -159,22 +178,6 @@ class Driver:
         self.flight = FlightRecorder()
         self.outcome = Outcome()
         self._clear()
-
-    def _spoil(self) -> None:
-        """Holds batches back, and damages staging before it is summed, at random."""
-        arrive, finish, trouble = self.loader._arrive, self.loader._finish, self.trouble
-
-        def late(flight: Any) -> None:
-            if trouble.message_delay:
-                time.sleep(self.random.random() * trouble.message_delay)
-            arrive(flight)
-
-        def damaged(flight: Any, stream: Any) -> None:
-            if flight.staged and self.random.random() < trouble.damage:
-                flight.staged[0][0][:1] += 1
-            finish(flight, stream)
-
-        self.loader._arrive, self.loader._finish = late, damaged  # type: ignore[method-assign]
 
     def _clear(self) -> None:
         self.failure = Failure.NONE
@@ -285,11 +288,11 @@ class Driver:
         self.plan_due = self.state.step + self.random.randint(0, self.trouble.planner_steps)
 
     def commit(self, number: int) -> None:
-        if self.trouble.leave_slots:
-            for staged in self.loader._flights[number].staged:
-                for tensor in staged:
-                    tensor.zero_()
+        before = [[kind.clone() for kind in layer] for layer in self.slots.stacked] if self.trouble.leave_slots else []
         self.loader.commit(number)
+        for layer, old in zip(self.slots.stacked, before, strict=False):
+            for kind, tensor in zip(layer, old, strict=True):
+                kind.copy_(tensor)
         self.placement = self.placement.with_moves(self.rounds[number].moves)
         self.outcome.commits += 1
         self.outcome.wrong = self.outcome.wrong or self.slots.wrong(self.placement)

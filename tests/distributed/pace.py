@@ -76,7 +76,7 @@ class Clock:
 
     @classmethod
     def of_the_planner(cls) -> Clock:
-        """Takes the module's place in this process."""
+        """Puts the clock in the place of the module ``time`` in this process."""
         clock = cls()
         process_module.time = clock  # type: ignore[assignment]
         return clock

@@ -75,8 +75,8 @@ def talk_nonsense(request: PlanRequest) -> Plan:
     elif number == 5:  # other things than answers, and numbers of other cycles, then twice the right one
         for thing in ("a string", None, [1, 2], {"number": number}, np.zeros(3)):
             answers.put(thing)
-        for other in (number - 1, number + 1, "5", np.array([5, 5]), None):
-            answer(number=other)
+        for wrong_number in (number - 1, number + 1, "5", np.array([5, 5]), None):
+            answer(number=wrong_number)
         answer()
     elif number == 7:  # floats where integers belong
         answer(rounds=rounds.astype(np.float64) + 0.5)
@@ -110,7 +110,9 @@ def plan_duplicate(request: PlanRequest) -> Plan:
     row, size = target[0], request.placement.slots_per_rank
     neighbour = [first + (slot + 1) % size for first in range(0, len(row), size) for slot in range(size)]
     copies = np.bincount(row)
-    slot = next(slot for slot, other in enumerate(neighbour) if copies[row[slot]] > 1 and row[slot] != row[other])
+    slot = next(
+        slot for slot, next_slot in enumerate(neighbour) if copies[row[slot]] > 1 and row[slot] != row[next_slot]
+    )
     row[slot] = row[neighbour[slot]]
     return Plan.between(request.placement, target, request.load.sum(axis=0))
 

@@ -20,8 +20,8 @@ from typing import Any
 SIGNALS = "EPLB_TEST_SIGNALS"
 """Names a folder of the ranks' own, whose files are events between them and their planner's process."""
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
     [
         "torch",
         "torch.distributed",
@@ -34,7 +34,7 @@ _context.set_forkserver_preload(
 
 @dataclass
 class Ranks:
-    """What a rank's function gets first."""
+    """First argument of a rank's function."""
 
     rank: int
     num_ranks: int
@@ -58,8 +58,8 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(num_ranks):
-            ours, theirs = _context.Pipe(duplex=False)
-            process = _context.Process(
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
                 target=_main, args=(theirs, rank, num_ranks, str(Path(folder, "store")), function, args), daemon=True
             )
             process.start()

@@ -38,7 +38,7 @@ def chat(ranks: Ranks, lag: int) -> list[Agreed | None]:
 @pytest.mark.parametrize(("num_ranks", "lag"), [(2, 1), (4, 3)])
 def test_all_ranks_read_the_same_at_the_same_step(num_ranks: int, lag: int) -> None:
     heard = run_ranks(num_ranks, chat, lag)
-    assert all(each == heard[0] for each in heard)
+    assert all(said == heard[0] for said in heard)
     steps = [step for step in range(120) if not 50 <= step < 60]
     for position, agreed in enumerate(heard[0]):
         step = steps[position] - lag

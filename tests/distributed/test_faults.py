@@ -4,17 +4,17 @@
 Every run is the same: ranks step as an engine does, with the real EplbUpdator, planner process, control channel and
 transfers over Gloo; a fault object does its work around the steps. What must hold after every step, whatever happened:
 each slot holds bit for bit what the placement says, and all ranks hold the same placement.
+
+One file, because faults stand in the order in which a cycle meets them: the plan, the gate, the transfer, the clock.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -24,181 +24,27 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_ascend_eplb import __version__
-from vllm_ascend_eplb.agreement.channel import ControlError
 from vllm_ascend_eplb.agreement.exchange import StartError
-from vllm_ascend_eplb.agreement.phases import AgreementError, Phase
+from vllm_ascend_eplb.agreement.phases import Phase
 from vllm_ascend_eplb.balancer import rollout as rollout_module
 from vllm_ascend_eplb.balancer import start as start_module
-from vllm_ascend_eplb.balancer.start import build_updator, start_balancer
-from vllm_ascend_eplb.balancer.updator import EplbUpdator
-from vllm_ascend_eplb.observe.prometheus import EplbGauges
+from vllm_ascend_eplb.balancer.start import start_balancer
 from vllm_ascend_eplb.planning import message as plan_message
 from vllm_ascend_eplb.planning import process as process_module
-from vllm_ascend_eplb.planning.request import plan_request
 from vllm_ascend_eplb.settings.config import EplbConfig
+from vllm_ascend_eplb.transfer.transport import Transport
 from vllm_ascend_eplb.values.placement import Placement
 
 from . import policies
-from .model import Slots
-from .pace import Clock, PatientPlanner, give_signal, settle, signal_path, wait_for, wait_for_signal
+from .fault_runs import BUSY, Fault, run
+from .faulty import FaultyTransport, interpose
+from .pace import Clock, give_signal, signal_path, wait_for, wait_for_signal
 from .ranks import Ranks, run_ranks
-from .test_updator import EXPERTS, REDUNDANT, RoutingModel
-from .test_updator import Seen as _Seen
+from .routing_model import EXPERTS, RoutingModel
 
 pytestmark = pytest.mark.distributed
-
-BUSY = {
-    "dynamic_eplb": True,
-    "num_redundant_experts": REDUNDANT,
-    "expert_heat_collection_interval": 4,
-    "algorithm_execution_interval": 1,
-    "min_gain": 0.0,
-    "policy": "random",  # every cycle moves most experts
-}
-
-
-class Seen(_Seen):
-    """With what was logged, as (level, text), and the metrics at the end."""
-
-    log: list[tuple[str, str]]
-    metrics: dict[str, float]
-    starts: int = 0
-    planner_left: bool = False
-    steps_after_off: int = 0
-    wrong_at: list[int]
-
-    @property
-    def results(self) -> list[str]:
-        return [cycle.result for cycle in self.stats.cycles]
-
-    def said(self, level: str, part: str = "") -> list[str]:
-        return [text for its, text in self.log if its == level and part in text]
-
-
-class Fault:
-    """What goes wrong. Made on every rank once the balancer is there; ``before`` and ``after`` run around each of its
-    steps, and ``over`` ends the run, at the same step on all ranks."""
-
-    settings: ClassVar[dict[str, Any]] = {}
-    policy = staticmethod(plan_request)
-    planner_timeout = 120.0
-    cycles = 4
-    most_steps = 3000
-    deadline = 300.0
-    damages = False
-    """Whether it changes weights itself."""
-    settles = True
-    """Whether a step begins when the plan that was asked for is there and what was issued has arrived."""
-
-    def __init__(self, ranks: Ranks, updator: EplbUpdator, model: RoutingModel) -> None:
-        self.ranks, self.updator, self.model = ranks, updator, model
-        self.step = 0
-
-    @property
-    def phase(self) -> Phase:
-        return self.updator.state.phase
-
-    @property
-    def cycle(self) -> int:
-        return self.updator.state.cycle
-
-    @property
-    def planner(self) -> PatientPlanner | None:
-        return self.updator.parts.planner
-
-    def forward(self) -> dict[str, Any]:
-        return {}
-
-    def before(self) -> None: ...
-
-    def after(self) -> None: ...
-
-    def forward_begins(self) -> None:
-        """Where the ranks of an engine meet in a forward."""
-
-    def over(self) -> bool:
-        return self.cycle > self.cycles
-
-
-def serve(ranks: Ranks, fault_name: str) -> Seen:
-    """Steps like an engine's, one forward each, until the fault says that it is over."""
-    kind = getattr(sys.modules[__name__], fault_name)
-    log: list[tuple[str, str]] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            log.append((record.levelname, record.getMessage()))
-
-    logger = logging.getLogger("vllm.eplb")
-    logger.addHandler(Keep())
-    logger.setLevel(logging.INFO)
-    model = RoutingModel(ranks)
-    config = EplbConfig.from_additional_config({"eplb_config": {**BUSY, **kind.settings}})
-    planner = PatientPlanner(kind.policy, timeout=kind.planner_timeout) if ranks.rank == 0 else None
-    updator = build_updator(model, config, planner)
-    updator.parts.loader.deadline = kind.deadline
-    fault = kind(ranks, updator, model)
-    seen = Seen()
-    seen.wrong_at = []
-    off_at = None
-    try:
-        for step in range(kind.most_steps):
-            fault.step = step
-            fault.before()
-            updator.forward_before(**fault.forward())
-            model.forward()
-            updator.forward_end()
-            fault.after()
-            seen.history.append(updator.placement.digest)
-            wrong = model.slots.wrong(updator.placement)
-            if wrong:
-                seen.wrong_at.append(step)
-            if not kind.damages:
-                seen.wrong = seen.wrong or wrong
-            fault.forward_begins()
-            dist.barrier()  # a forward's collectives keep the ranks together
-            if fault.settles:
-                settle(updator, planner)
-            if off_at is None and updator.state.phase is Phase.OFF:
-                off_at = step
-            if fault.over() or (off_at is not None and step > off_at + 50):
-                break
-    except (AgreementError, ControlError) as error:
-        seen.error = f"{type(error).__name__}: {error}"
-    seen.phase, seen.step = updator.state.phase.name, updator.state.step
-    seen.steps_after_off = 0 if off_at is None else step - off_at
-    if planner is not None:
-        updator.stats.planner_starts = planner.starts
-        seen.stats = updator.stats.stats()
-        registry = CollectorRegistry()
-        EplbGauges(registry).show(seen.stats)
-        lines = [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
-        seen.metrics = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
-    updator.close()
-    seen.planner_left = planner is not None and planner.pid is not None
-    seen.log = log
-    return seen
-
-
-def run(fault: type[Fault], num_ranks: int = 2, timeout: float = 120) -> Seen:
-    """What EP rank 0 saw, once it is certain that all ranks saw the same and that nothing was wrong on any."""
-    return run_all(fault, num_ranks, timeout)[0]
-
-
-def run_all(fault: type[Fault], num_ranks: int = 2, timeout: float = 120) -> list[Seen]:
-    all_seen = run_ranks(num_ranks, serve, fault.__name__, timeout=timeout)
-    first = all_seen[0]
-    for seen in all_seen:
-        assert seen.wrong == ""
-        assert seen.error == ""
-        assert seen.history == first.history
-        assert seen.phase == first.phase
-        assert not seen.planner_left
-    return all_seen
 
 
 # --- the planner ------------------------------------------------------------------------------------------------------
@@ -435,31 +281,42 @@ class FailToIssue(Fault):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        issue = self.updator.parts.loader._issue_part
+        interpose(self.updator.parts.loader, ThrowsAtIssue, self)
 
-        def perhaps() -> None:
-            if self.cycle == 2 and self.ranks.rank == 1:
-                raise RuntimeError("planted while issuing")
-            issue()
 
-        self.updator.parts.loader._issue_part = perhaps  # type: ignore[method-assign]
+class OfFault(FaultyTransport):
+    """Goes wrong on rank 1 in cycle 2 of ``fault``."""
+
+    def __init__(self, real: Transport, fault: Fault) -> None:
+        super().__init__(real)
+        self.fault = fault
+
+    @property
+    def now(self) -> bool:
+        return self.fault.cycle == 2 and self.fault.ranks.rank == 1
+
+
+class ThrowsAtIssue(OfFault):
+    def issuing(self, serial: int) -> int:
+        if self.now:
+            raise RuntimeError("planted while issuing")
+        return serial
+
+
+class SleepsAtArrival(OfFault):
+    def arrived(self, received: list[torch.Tensor]) -> None:
+        if self.now:
+            time.sleep(3600)
 
 
 class NeverArrive(Fault):
-    """What rank 1 receives in cycle 2 never arrives."""
+    """The experts that rank 1 receives in cycle 2 never arrive."""
 
     cycles = 1000
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        arrive = self.updator.parts.loader._arrive
-
-        def perhaps(flight: Any) -> None:
-            if self.cycle == 2 and self.ranks.rank == 1:
-                time.sleep(3600)
-            arrive(flight)
-
-        self.updator.parts.loader._arrive = perhaps  # type: ignore[method-assign]
+        interpose(self.updator.parts.loader, SleepsAtArrival, self)
 
     @property
     def settles(self) -> bool:
@@ -512,10 +369,10 @@ class Skewed(Fault):
             time.sleep(self.luck.random() / 5)
         if self.ranks.rank == 1 and self.cycle == 5 and self.phase is Phase.MOVE and not self.stopped:
             self.stopped = True
-            others = [
+            signals = [
                 signal_path(f"{rank} in forward {self.step}") for rank in range(self.ranks.num_ranks) if rank != 1
             ]
-            watch = "".join(f'until [ -e "{path}" ]; do sleep 0.01; done; ' for path in others)
+            watch = "".join(f'until [ -e "{path}" ]; do sleep 0.01; done; ' for path in signals)
             go_on = f"{watch} touch '{signal_path('waited')}'; sleep {self.stopped_for}; kill -CONT {os.getpid()}"
             subprocess.Popen(["sh", "-c", go_on])
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -599,152 +456,3 @@ def test_ranks_started_differently_do_not_start(
         assert named in error
         assert "\n" not in error
         assert left == []
-
-
-# --- silent corruption ------------------------------------------------------------------------------------------------
-
-
-class AuditBusy(Fault):
-    """Nothing is damaged; audits and cycles that move most experts take turns."""
-
-    settings: ClassVar[dict[str, Any]] = {"audit_interval": 8, "audit_action": "repair"}
-    cycles = 8
-
-
-def test_an_audit_finds_nothing_where_nothing_is_damaged() -> None:
-    seen = run(AuditBusy)
-    assert seen.stats.cycles_done >= 8
-    assert seen.metrics["vllm_eplb_audits"] >= 4
-    assert seen.metrics["vllm_eplb_audit_damaged_slots"] == 0
-    assert seen.metrics["vllm_eplb_audit_mended_slots"] == 0
-    assert seen.said("ERROR") == []
-
-
-class Damage(Fault):
-    """At ``at`` a bit flips in a slot of rank 1 whose expert has another copy on rank 0; later two slots of rank 0,
-    whose experts have no other copy, change places; at last a slot without another copy is damaged."""
-
-    settings: ClassVar[dict[str, Any]] = {
-        "policy": None,
-        "target_par": 10.0,  # nothing to move: experts stay where they are
-        "expert_heat_collection_interval": 30,
-        "audit_interval": 25,
-        "audit_action": "repair",
-    }
-    damages = True
-    at = (60, 160, 260)
-    most_steps = 360
-    cycles = 10**6
-
-    def before(self) -> None:
-        layers = self.model.slots.stacked
-        if self.ranks.rank == 1 and self.step == self.at[0]:  # its local slot 4 is slot 13, a copy of expert 1
-            layers[2][0][4].view(-1).view(torch.int32)[100] ^= 1 << 9
-        if self.ranks.rank == 0 and self.step == self.at[1]:  # experts 7 and 8
-            for kind in layers[1]:
-                kind[[7, 8]] = kind[[8, 7]]
-        if self.ranks.rank == 1 and self.step == self.at[2]:  # expert 10, whose only copy this is
-            layers[0][2][1] += 1
-
-
-class DamageInSync(Damage):
-    """The same where a cycle, and so an audit and a repair, take place within one step."""
-
-    settings: ClassVar[dict[str, Any]] = {**Damage.settings, "mode": "sync"}
-    most_steps = 230
-
-
-def test_a_repair_takes_one_step_where_cycles_do() -> None:
-    first, second = run_all(DamageInSync)
-    assert second.wrong_at[0] == 60
-    assert second.wrong_at[-1] < 60 + 2 * 25 + 2  # its slot may have been summed just before
-    assert first.wrong_at[0] == 160
-    assert first.wrong_at[-1] < 160 + 2 * 25 + 2
-    assert first.metrics["vllm_eplb_audit_mended_slots"] == 3
-
-
-class DamageOnly(Damage):
-    settings: ClassVar[dict[str, Any]] = {**Damage.settings, "audit_action": "report"}
-    most_steps = 160
-
-
-def test_a_flipped_bit_and_swapped_slots_are_mended() -> None:
-    first, second = run_all(Damage)
-    flipped = [step for step in second.wrong_at if step < 260]
-    swapped = [step for step in first.wrong_at if step < 260]
-    assert flipped[0] == 60
-    assert flipped[-1] < 60 + 2 * 25 + 25
-    assert swapped[0] == 160
-    assert swapped[-1] < 160 + 2 * 25 + 25
-    assert second.wrong_at[-1] == 359  # nothing can mend this one, and that is said
-    errors = first.said("ERROR", "EPLB audit at step")
-    assert len(errors) == 3
-    assert "1 of 54 slots do not hold the weights of their expert: layer 2, slot 13 (rank 1, expert 1)" in errors[0]
-    assert "layer 1, slot 7 (rank 0, expert 7); layer 1, slot 8 (rank 0, expert 8); good copies" in errors[1]
-    assert "layer 0, slot 10 (rank 1, expert 10); 0 get good copies, the others have none" in errors[2]
-    assert [line.partition(" by step")[0] for line in first.said("WARNING", "EPLB audit")] == [
-        "EPLB audit: 1 of 1 damaged slots were repaired",
-        "EPLB audit: 2 of 2 damaged slots were repaired",
-    ]
-    assert first.metrics["vllm_eplb_audit_mended_slots"] == 3
-    assert first.metrics["vllm_eplb_audit_damaged_slots"] == 1
-    assert first.metrics['vllm_eplb_cycles{result="failed"}'] == 0
-
-
-def test_an_audit_that_only_reports_changes_nothing() -> None:
-    first, second = run_all(DamageOnly)
-    assert second.wrong_at == list(range(60, 160))
-    assert first.metrics["vllm_eplb_audit_damaged_slots"] == 1
-    assert first.metrics["vllm_eplb_audit_mended_slots"] == 0
-    assert len(first.said("ERROR", "EPLB audit at step")) == 1  # not again at each audit
-    assert "answers may be wrong" in first.said("ERROR")[0]
-
-
-class NewWeights(Fault):
-    """All experts get other weights while the server runs, in the middle of whatever goes on."""
-
-    settings: ClassVar[dict[str, Any]] = {"audit_interval": 8, "audit_action": "repair"}
-    damages = True
-    cycles = 10
-
-    def before(self) -> None:
-        if self.step == 41:
-            with self.updator.new_weights():
-                for live, new in zip(
-                    self.model.slots.stacked, Slots(self.model.placement, self.ranks.rank).stacked, strict=True
-                ):
-                    for kind, value in zip(live, new, strict=True):
-                        kind.copy_(value)
-                    live[1] ^= 1
-
-
-def test_an_audit_knows_of_weights_that_were_loaded_anew() -> None:
-    first, second = run_all(NewWeights)
-    assert first.wrong_at
-    assert second.wrong_at  # they are others than at the start
-    assert first.metrics["vllm_eplb_audits"] >= 3
-    assert first.metrics["vllm_eplb_audit_damaged_slots"] == 0
-    assert first.said("ERROR") == []
-
-
-class SendDamaged(Fault):
-    """The only copy of an expert is damaged, and every plan sends it on."""
-
-    settings: ClassVar[dict[str, Any]] = {"audit_interval": 1000, "max_failures": 3}
-    damages = True
-    cycles = 100
-
-    def before(self) -> None:
-        if self.ranks.rank == 1 and self.step == 0:
-            for slot in range(self.model.slots.size):  # all that rank 1 has of layer 0
-                self.model.slots.stacked[0][1][slot] ^= 1
-
-
-def test_damaged_weights_are_never_sent_on() -> None:
-    first, second = run_all(SendDamaged)
-    assert first.wrong_at == []
-    assert first.phase == "OFF"
-    assert first.results == ["failed"] * 3
-    assert first.stats.failures == {"checksum": 3}
-    assert "9 of 54 slots do not hold the weights of their expert" in first.said("ERROR", "EPLB audit")[0]
-    assert second.wrong_at

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,33 +16,39 @@ from typing import Any
 
 import pytest
 
+from vllm_ascend_eplb import __version__
+
 from ..hosts import ADDRESSES, Hosts, two_hosts, why_not
 
 REASON = why_not()
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(bool(REASON), reason=REASON)]
 
+ROOT = Path(__file__).parents[2]
 RANKS, PORT, STEPS = 3, 29600, 500
 SETTINGS = {"expert_heat_collection_interval": 10, "algorithm_execution_interval": 1}
 SECONDS_WITHOUT_LINK = 4
 
 
 def run_on_two_hosts(
-    folder: Path, settings: list[dict[str, Any]], meanwhile: Callable[[Hosts], None] = lambda hosts: None
+    folder: Path,
+    settings: list[dict[str, Any]],
+    meanwhile: Callable[[Hosts], None] = lambda hosts: None,
+    other_package: Path = ROOT,
 ) -> list[dict[str, Any]]:
-    """What every rank saw; the first two on one host, the last on the other."""
+    """Observations of every rank; the first two run on one host, the last on the other, which has ``other_package``."""
     with two_hosts() as hosts:
         processes = []
         for rank in range(RANKS):
             (folder / f"settings{rank}.json").write_text(json.dumps(settings[rank]))
             command = [sys.executable, "-m", "tests.distributed.host_rank"]
-            command += [str(each) for each in (rank, RANKS, ADDRESSES[0], PORT, folder, STEPS)]
+            command += [str(argument) for argument in (rank, RANKS, ADDRESSES[0], PORT, folder, STEPS)]
             environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lan"}
             environment.pop("EPLB_STATS_FILE", None)
             with open(folder / f"log{rank}", "wb") as log:
                 processes.append(
                     subprocess.Popen(
                         hosts.command(2 * rank // RANKS, command),
-                        cwd=Path(__file__).parents[2],
+                        cwd=other_package if rank == RANKS - 1 else ROOT,
                         env=environment,
                         stdout=log,
                         stderr=subprocess.STDOUT,
@@ -94,3 +101,19 @@ def test_a_host_with_other_settings_is_named(tmp_path: Path) -> None:
     settings = [SETTINGS, SETTINGS, {**SETTINGS, "control_lag": 2}]
     for seen in run_on_two_hosts(tmp_path, settings):
         assert "expert-parallel rank 2 differs from rank 0 in eplb_config.control_lag: 2 against 1" in seen["error"]
+
+
+def test_a_host_with_another_version_is_named(tmp_path: Path) -> None:
+    """The other host really has another package: a copy with another version."""
+    other = tmp_path / "other"
+    for name in ("vllm_ascend_eplb", "tests"):
+        shutil.copytree(ROOT / name, other / name, ignore=shutil.ignore_patterns("__pycache__"))
+    start = other / "vllm_ascend_eplb" / "__init__.py"
+    text = start.read_text(encoding="utf-8")
+    assert f'__version__ = "{__version__}"' in text
+    start.write_text(text.replace(f'__version__ = "{__version__}"', '__version__ = "9.8.7"'), encoding="utf-8")
+    for seen in run_on_two_hosts(tmp_path, [SETTINGS] * RANKS, other_package=other):
+        assert (
+            f"expert-parallel rank 2 differs from rank 0 in package version: 9.8.7 against {__version__}"
+            in (seen["error"])
+        )

@@ -16,7 +16,7 @@ from vllm_ascend_eplb.balancer.updator import EplbUpdator
 from vllm_ascend_eplb.settings.config import EplbConfig
 
 from .ranks import Ranks, run_ranks
-from .test_updator import REDUNDANT, RoutingModel
+from .routing_model import REDUNDANT, RoutingModel
 
 pytestmark = pytest.mark.distributed
 
@@ -39,8 +39,8 @@ NEW = 12
 
 @dataclass
 class Seen:
-    """What one rank saw. ``loaded_in``: the phases in which weights were loaded; ``changed``: whether the placement
-    was another than the initial one then."""
+    """Observations of one rank. ``loaded_in``: the phases in which weights were loaded; ``changed``: whether the
+    placement was another than the initial one then."""
 
     history: list[int] = field(default_factory=list)
     loaded_in: list[int] = field(default_factory=list)
@@ -90,8 +90,8 @@ def serve_and_load(ranks: Ranks, back_to_start: bool) -> Seen:
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_other_weights_may_be_loaded_in_any_phase(num_ranks: int) -> None:
-    first, *others = run_ranks(num_ranks, serve_and_load, True)
-    for seen in (first, *others):
+    first, *rest = run_ranks(num_ranks, serve_and_load, True)
+    for seen in (first, *rest):
         assert seen.wrong == ""
         assert seen.history == first.history
         assert seen.loaded_in == first.loaded_in

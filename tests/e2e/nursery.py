@@ -149,7 +149,7 @@ def _serve(answers: TextIO, children: set[int]) -> None:
 
 
 def _line() -> bytes:
-    """A line of standard input without a buffer, of which a child would have a copy."""
+    """Reads a line of standard input without a buffer; a child would inherit a copy of a buffer."""
     read = bytearray()
     while not read.endswith(b"\n"):
         some = os.read(0, 1)

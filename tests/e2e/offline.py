@@ -51,7 +51,7 @@ class Engine:
         self.parts = arguments.get("data_parallel_size", 1)
         self._requests = 0
         if self.parts == 1:
-            self._llm = LLM(**arguments)
+            self.llm = LLM(**arguments)
         else:
             self._loop = asyncio.new_event_loop()
             asyncio.set_event_loop(self._loop)
@@ -60,11 +60,11 @@ class Engine:
     def rpc(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """``function(worker, *args)`` in every worker; what each returned, in rank order."""
         if self.parts == 1:
-            return self._llm.collective_rpc(function, args=args)
+            return self.llm.collective_rpc(function, args=args)
         return [result for part in self._loop.run_until_complete(self._call(function, args)) for result in part]
 
     async def _call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[list[Any]]:
-        """What each data-parallel part answers; vLLM before 0.32 has no name of its own for asking them all."""
+        """Answers of all data-parallel parts; vLLM before 0.32 has no public function that asks all."""
         core = self._many.engine_core
         asked = (
             core._call_utility_async("collective_rpc", function, None, args, None, engine=engine)
@@ -75,7 +75,7 @@ class Engine:
     def generate(self, prompts: list[str], sampling: Any, part: int | None = None) -> list[Any]:
         """Answers to all prompts, asked at the same time, of one data-parallel part or of whichever is free."""
         if self.parts == 1:
-            return self._llm.generate(prompts, sampling, use_tqdm=False)
+            return self.llm.generate(prompts, sampling, use_tqdm=False)
         return self._loop.run_until_complete(self._gather(prompts, sampling, part))
 
     async def _gather(self, prompts: list[str], sampling: Any, part: int | None) -> list[Any]:
@@ -91,23 +91,23 @@ class Engine:
 
     def update_weights(self, factor: float) -> None:
         """Transfers weights as a trainer does, in two parts; the stand-in of transfer_engine.py takes them."""
-        self._llm.collective_rpc("start_weight_update")
+        self.llm.collective_rpc("start_weight_update")
         for part in (0, 1):
-            self._llm.collective_rpc("update_weights", kwargs={"update_info": {"factor": factor, "part": part}})
-        self._llm.collective_rpc("finish_weight_update")
+            self.llm.collective_rpc("update_weights", kwargs={"update_info": {"factor": factor, "part": part}})
+        self.llm.collective_rpc("finish_weight_update")
 
     def sleep(self, level: int) -> None:
         """Sleeps and wakes up, and with level 2 loads the weights again."""
         import probes
 
-        self._llm.collective_rpc("sleep", args=(level,))
-        self._llm.collective_rpc("wake_up")
+        self.llm.collective_rpc("sleep", args=(level,))
+        self.llm.collective_rpc("wake_up")
         if level == 2:
-            self._llm.collective_rpc(probes.load_again)
+            self.llm.collective_rpc(probes.load_again)
 
     def close(self) -> None:
         if self.parts == 1:
-            self._llm.llm_engine.engine_core.shutdown()
+            self.llm.llm_engine.engine_core.shutdown()
         else:
             self._many.shutdown()
 
@@ -190,7 +190,7 @@ def main(job_path: str, result_path: str) -> None:
         result["corrupt_tokens"] = token_ids(ask())
         result["corrupt_views"] = engine.rpc(probes.views_agree)
         if job.get("drafter"):
-            result["corrupt_guesses"] = engine.rpc(probes.report_of_drafter)[0]["guesses"]
+            result["corrupt_drafts"] = engine.rpc(probes.report_of_drafter)[0]["drafts"]
     engine.close()
     Path(result_path).write_text(json.dumps(result))
 

@@ -13,7 +13,7 @@ import torch
 
 
 class Probe:
-    """What one worker saw.
+    """Observations of one worker.
 
     Attributes:
         tokens: of the forward under way that belong to requests, as the scheduler says.
@@ -122,7 +122,7 @@ def install(worker: Any) -> None:
         snapshot(placement)
 
     def first_of_mine(rows: int) -> int:
-        """Where this rank's tokens begin among those gathered from the ranks."""
+        """Index of this rank's first token among those gathered from all ranks."""
         metadata = get_forward_context().dp_metadata
         if metadata is None:
             return 0
@@ -164,20 +164,20 @@ def _has_router(module: Any, kind: type) -> bool:
 
 
 def watch_drafter(worker: Any) -> None:
-    """Keeps what a drafter guesses, and what its routers choose for tokens that are no padding, per window."""
+    """Keeps what a draft model proposes, and what its routers choose for tokens that are no padding, per window."""
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
     runner, state = worker.model_runner, _state(worker)
     drafter = runner.drafter if hasattr(runner, "drafter") else runner.speculator  # of the V1 and the V2 runner
     draft_config = worker.vllm_config.speculative_config.draft_model_config
-    worker.eplb_guesses, worker.eplb_windows, worker.eplb_loads = [], [], []
+    worker.eplb_proposed, worker.eplb_windows, worker.eplb_loads = [], [], []
     propose = drafter.propose
 
     def watched_propose(*args: Any, **kwargs: Any) -> Any:
-        guesses = propose(*args, **kwargs)
-        if not kwargs.get("dummy_run"):  # the V2 runner's dummy batches have guesses, too
-            worker.eplb_guesses.append(guesses.tolist())
-        return guesses
+        drafts = propose(*args, **kwargs)
+        if not kwargs.get("dummy_run"):  # the V2 runner's dummy batches have draft tokens, too
+            worker.eplb_proposed.append(drafts.tolist())
+        return drafts
 
     drafter.propose = watched_propose
     if state is None:
@@ -188,7 +188,7 @@ def watch_drafter(worker: Any) -> None:
 
     def dummy_run(*args: Any, **kwargs: Any) -> Any:
         tokens[0] = 0
-        state.prepare_forward = prepare  # the V2 runner's drafter calls it for dummy batches, too
+        state.prepare_forward = prepare  # the V2 runner's draft model calls it for dummy batches, too
         try:
             return dummy(*args, **kwargs)
         finally:
@@ -223,9 +223,9 @@ def watch_drafter(worker: Any) -> None:
 
 
 def report_of_drafter(worker: Any) -> dict[str, Any]:
-    """What was watched since the last report, and what the drafter's balancer knows."""
-    result = {"guesses": worker.eplb_guesses, "windows": worker.eplb_windows, "loads": worker.eplb_loads}
-    worker.eplb_guesses = []
+    """Observations since the last report, and the state of the draft model's balancer."""
+    result = {"drafts": worker.eplb_proposed, "windows": worker.eplb_windows, "loads": worker.eplb_loads}
+    worker.eplb_proposed = []
     state = _state(worker)
     if state is not None:
         updator = state.draft.updator
@@ -342,7 +342,7 @@ def cycles_done(worker: Any) -> int:
 
 
 def report(worker: Any) -> dict[str, Any]:
-    """What a worker knows at the end; plain values only."""
+    """A worker's state at the end, as plain values."""
     updator = _state(worker).updator
     if updator is None:  # static placement
         return {}
@@ -374,15 +374,15 @@ def report(worker: Any) -> dict[str, Any]:
 
 
 def views_agree(worker: Any) -> bool:
-    """Whether the maps that vLLM's state API shows are those that vLLM itself makes of the placement shown."""
+    """True if the maps of vLLM's state API equal those that vLLM derives from the placement shown."""
     from vllm.distributed.eplb.eplb_state import compute_logical_maps
 
-    def agree(its: Any) -> bool:
-        shown, copies = its.logical_to_physical_map.cpu(), its.logical_replica_count.cpu()
-        inverse, count = compute_logical_maps(its.physical_to_logical_map.cpu(), its.model.num_logical_experts)
+    def agree(views: Any) -> bool:
+        shown, copies = views.logical_to_physical_map.cpu(), views.logical_replica_count.cpu()
+        inverse, count = compute_logical_maps(views.physical_to_logical_map.cpu(), views.model.num_logical_experts)
         width = inverse.shape[-1]
         return bool(
             torch.equal(count, copies) and torch.equal(inverse, shown[..., :width]) and (shown[..., width:] == -1).all()
         )
 
-    return all(agree(its) for its in _state(worker).model_states.values())
+    return all(agree(views) for views in _state(worker).model_states.values())

@@ -11,165 +11,37 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import concurrent.futures
 import contextlib
 import json
 import os
 import platform
 import random
-import re
-import shlex
-import shutil
 import signal
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 from examples.demo.reference import reference_tokens
 from examples.demo.server import REPOSITORY, Server, ServerError
 from examples.tiny_moe.expert_load import read_prompts
-from vllm_ascend_eplb.files.expert_map import ExpertMapError, read_expert_map
-from vllm_ascend_eplb.files.run_folder import OWNED_FOLDER, STATS_VARIABLE
 
-from ..processes import left_semaphores, parent, semaphores, title
+from .private_server import SETTINGS, PrivateServer, planners, workers
+from .soak_judge import growth, judge, report
+from .steady_requests import STREAMS, TOKENS, Answers, Pairs, Requests
 
 DOMAINS = ("english", "python")
 PROMPTS = 12
-TOKENS = 48
-STREAMS = 3
 SAMPLE_SECONDS = 5.0
-SETTINGS: dict[str, object] = {
-    "dynamic_eplb": True,
-    "num_redundant_experts": 4,
-    "expert_heat_collection_interval": 3,
-    "algorithm_execution_interval": 1,
-    "transfer_buffer_experts": 128,
-    "policy": "random",
-    "min_gain": 0.0,
-    "calibrate": False,
-    "max_failures": 1_000_000,
-    "audit_interval": 100,
-    "audit_action": "repair",
-}
-"""A cycle follows a cycle, every one moves most experts, and audits come in between. Few steps of load, and two rounds
-rather than six, make it more than one a second on two busy cores."""
-
-KV_BLOCKS = 64
-"""Of 128 tokens each: enough for all sequences, and so few that all are in memory before it is first measured."""
-
-MOST_GROWTH = {"memory_mib": 48.0, "threads": 3, "files": 6, "sockets": 4, "shared_memory": 6}
-"""What the last quarter of the samples may have more than the first, by the median. A planner that is just being
-replaced has no semaphores."""
-
-VLLM_GROWTH_MIB = ((500, 0.7), (1_000_000, 0.15))
-"""By at most so much vLLM 0.32's two workers on a CPU grow with each of the first 500 requests of this kind (0.54 to
-0.6 measured without this plugin), and with each one after them (0.13 measured). The memory that they may have more is
-this for the requests in between, and MOST_GROWTH."""
 
 
-Pairs = list[tuple[str, list[int]]]
-"""Prompts and the tokens that answer them."""
-
-
-@dataclass
-class Answers:
-    """What the requests got."""
-
-    requests: int = 0
-    failed: list[str] = field(default_factory=list)
-    aborted: int = 0
-    tokens: int = 0
-    wrong: int = 0
-    first_wrong: str = ""
-
-
-class Requests:
-    """Keeps some requests under way; each answer is compared."""
-
-    def __init__(self, url: str, pairs: Pairs) -> None:
-        self.answers = Answers()
-        self.pause = asyncio.Event()
-        self.pause.set()
-        self._luck = random.Random(0)
-        self._pairs = pairs
-        # A connection for each request: the server closes idle ones, perhaps just when the next request is sent.
-        limits = httpx.Limits(max_keepalive_connections=0)
-        self._client = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(240.0), limits=limits)
-
-    async def stream(self, luck: random.Random, stopping: asyncio.Event) -> None:
-        while not stopping.is_set():
-            await self.pause.wait()
-            text, expected = luck.choice(self._pairs)
-            try:
-                response = await self._client.post("/v1/completions", json=self._request(text))
-                response.raise_for_status()
-                got = response.json()["choices"][0]["token_ids"]
-            except (httpx.HTTPError, KeyError, ValueError) as error:
-                self.answers.failed.append(f"{type(error).__name__}: {error}"[:200])
-                await asyncio.sleep(1)
-                continue
-            self.answers.requests += 1
-            self.answers.tokens += max(len(got), len(expected))
-            wrong = max(len(got), len(expected)) - sum(a == b for a, b in zip(got, expected, strict=False))
-            self.answers.wrong += wrong
-            if wrong and not self.answers.first_wrong:
-                self.answers.first_wrong = f"{text[:60]!r}: expected {expected}, got {got}"
-
-    async def abort(self) -> None:
-        """Begins a request and goes away in the middle of its answer."""
-        luck = self._luck
-        request = self._request(luck.choice(self._pairs)[0]) | {"stream": True, "max_tokens": 200}
-        with contextlib.suppress(httpx.HTTPError):
-            async with self._client.stream("POST", "/v1/completions", json=request) as response:
-                count = luck.randint(1, 20)
-                async for _ in response.aiter_lines():
-                    count -= 1
-                    if not count:
-                        break
-        self.answers.aborted += 1
-
-    async def close(self) -> None:
-        await self._client.aclose()
-
-    @staticmethod
-    def _request(text: str) -> dict[str, Any]:
-        return {
-            "model": "tiny-moe",
-            "prompt": text,
-            "max_tokens": TOKENS,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-        }
-
-
-# --- the server's processes -------------------------------------------------------------------------------------------
-
-
-def planners(server: Server) -> list[int]:
-    """The planner is the spawned child of a worker, or of an engine that is its own worker."""
-    return [
-        pid
-        for pid in server.processes()
-        if "spawn_main" in title(pid) and any(word in title(parent(pid)) for word in ("Worker", "EngineCore"))
-    ]
-
-
-def workers(server: Server) -> list[int]:
-    return [pid for pid in server.processes() if "Worker" in title(pid) or "EngineCore_DP" in title(pid)]
+# --- what the server holds --------------------------------------------------------------------------------------------
 
 
 def measure(server: Server) -> dict[str, float]:
-    """What all processes of the server hold, the planner left out: it is another one every few seconds."""
+    """Resources of all processes of the server but the planner, which is replaced every few seconds."""
     total: Counter[str] = Counter()
     left_out = set(planners(server))
     for pid in set(server.processes()) - left_out:
@@ -195,7 +67,7 @@ class Faults:
     """One fault after the other, each undone before the next."""
 
     def __init__(self, server: PrivateServer, requests: Requests, luck: random.Random) -> None:
-        self._server, self._requests, self._stats, self._luck = server, requests, server._stats_path, luck
+        self._server, self._requests, self._stats, self._luck = server, requests, server.stats_path, luck
         self.done: Counter[str] = Counter()
         self.kinds: dict[str, Callable[[], Any]] = {
             "planner killed (SIGKILL)": lambda: self._signal(planners, signal.SIGKILL),
@@ -277,7 +149,7 @@ class Faults:
 
 
 async def under_load(server: Server, seed: int, pairs: Pairs, go: Callable[[Requests], Awaitable[object]]) -> Answers:
-    """Keeps requests under way until ``go(requests)`` is over; what they got."""
+    """Sends requests until ``go(requests)`` is over; returns their results."""
     luck, stopping, requests = random.Random(seed), asyncio.Event(), Requests(server.url, pairs)
     streams = [asyncio.create_task(requests.stream(random.Random(luck.random()), stopping)) for _ in range(STREAMS)]
     try:
@@ -291,7 +163,7 @@ async def under_load(server: Server, seed: int, pairs: Pairs, go: Callable[[Requ
 
 
 async def soak(server: PrivateServer, minutes: float, seed: int, pairs: Pairs) -> dict[str, Any]:
-    """Random faults for so long."""
+    """Injects random faults for ``minutes``."""
     samples: list[dict[str, float]] = []
     result: dict[str, Any] = {"samples": samples, "stats": None}
 
@@ -322,88 +194,6 @@ async def soak(server: PrivateServer, minutes: float, seed: int, pairs: Pairs) -
     return result
 
 
-def growth(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Medians of the first and the last quarter of the samples, by resource."""
-    quarter = max(1, len(samples) // 4)
-    table = {}
-    for name in (*MOST_GROWTH, "processes", "requests"):
-        first = statistics.median(sample[name] for sample in samples[:quarter])
-        last = statistics.median(sample[name] for sample in samples[-quarter:])
-        table[name] = {"first": round(first, 1), "last": round(last, 1)}
-    return table
-
-
-def vllm_growth(requests: float) -> float:
-    """Most MiB by which vLLM's workers have grown after so many requests."""
-    total = 0.0
-    for count, each in VLLM_GROWTH_MIB:
-        total += each * min(requests, count)
-        requests = max(0.0, requests - count)
-    return total
-
-
-def judge(result: dict[str, Any], left: list[str], log: str) -> list[str]:
-    """What went wrong; empty if nothing did."""
-    answers, stats, said = result["answers"], result["stats"], []
-    mended_before = result["before"].audit_mended if result["before"] is not None else 0
-    if answers.failed:
-        said.append(f"{len(answers.failed)} requests failed: {answers.failed[0]}")
-    if answers.wrong:
-        said.append(f"{answers.wrong} of {answers.tokens} tokens are wrong: {answers.first_wrong}")
-    if not answers.requests:
-        said.append("no request was answered")
-    for name, most in MOST_GROWTH.items() if "growth" in result else ():
-        its = result["growth"][name]
-        if name == "memory_mib":
-            answered = result["growth"]["requests"]
-            most += vllm_growth(answered["last"]) - vllm_growth(answered["first"])
-        if its["last"] - its["first"] > most:
-            said.append(f"{name} grew from {its['first']} to {its['last']}; at most {most:.0f} more are allowed")
-    if stats is None or not stats.cycles_done:
-        said.append("no cycle was done")
-    elif stats.phase == "off":
-        said.append(f"balancing went off: {stats.off_reason}")
-    elif stats.audit_damaged or stats.audit_mended > mended_before:
-        said.append(f"an audit found {stats.audit_damaged} damaged slots and mended {stats.audit_mended}")
-    if re.search(r'File "[^"]*vllm_ascend_eplb/', log):
-        said.append("there is a traceback with our code in the log")
-    return said + left
-
-
-def report(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
-    answers, stats = result["answers"], result["stats"] or {}
-    lines = [
-        "# Soak",
-        "",
-        f"{result['seconds']:.0f} seconds on {result['machine']}, {result['parallel']} 2, seed {result['seed']}, "
-        f"ended by {result['end']}: " + ("**passed**" if not result["failures"] else "**failed**"),
-        "",
-        *(f"- {line}" for line in [*result["failures"], ""] if result["failures"]),
-        "| what | count |",
-        "| --- | --- |",
-        f"| requests answered | {answers['requests']} |",
-        f"| requests failed | {len(answers['failed'])} |",
-        f"| requests aborted on purpose | {answers['aborted']} |",
-        f"| tokens compared | {answers['tokens']} |",
-        f"| tokens wrong | {answers['wrong']} |",
-        f"| cycles done / skipped / failed | {stats.get('cycles_done')} / {stats.get('cycles_skipped')} / "
-        f"{stats.get('cycles_failed')} |",
-        f"| experts moved | {stats.get('experts_moved')} |",
-        f"| audits of all slots, damaged slots found | {stats.get('audits')}, {stats.get('audit_damaged')} |",
-        f"| planner starts | {stats.get('planner_starts')} |",
-        "",
-        "| fault | times |",
-        "| --- | --- |",
-        *(f"| {name} | {count} |" for name, count in sorted(result["faults"].items())),
-        "",
-        "| resource, median of | first quarter | last quarter |",
-        "| --- | --- | --- |",
-        *(f"| {name} | {its['first']} | {its['last']} |" for name, its in result["growth"].items()),
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def reference(folder: Path) -> Pairs:
     """Prompts and their answers, which are kept in the folder for the next run."""
     kept = folder / "reference.json"
@@ -415,133 +205,6 @@ def reference(folder: Path) -> Pairs:
         for name in DOMAINS
         for text, tokens in list(zip(read_prompts(name), answers[name], strict=True))[:PROMPTS]
     ]
-
-
-class PrivateServer(Server):
-    """A server that makes its own private folder for statistics, as it does for a user who sets nothing, and records
-    its map on a small disk, which nobody else sees, where this machine allows one.
-
-    Attributes:
-        small_disk: whether there is one.
-    """
-
-    def __init__(self, folder: Path, parallel: str = "tensor", settings: dict[str, object] = SETTINGS) -> None:
-        self.temporary = Path(tempfile.mkdtemp(dir=folder, prefix="tmp-"))
-        self.disk = self._mount_point = Path(tempfile.mkdtemp(dir=folder, prefix="disk-"))
-        super().__init__(2, {**settings, "expert_map_record_path": str(self.disk / "map.json")}, folder, 16)
-        self.command += ["--num-gpu-blocks-override", str(KV_BLOCKS)]
-        if parallel == "data":
-            self.command[self.command.index("--tensor-parallel-size")] = "--data-parallel-size"
-        del self._environment[STATS_VARIABLE]
-        self._environment["TMPDIR"] = str(self.temporary)
-        is_root = os.geteuid() == 0
-        own_mounts = ["unshare", "--mount", *([] if is_root else ["--map-root-user"])]
-        self._its_mounts = ["nsenter", "--mount", *([] if is_root else ["--user", "--preserve-credentials"])]
-        mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(self.disk)]
-        self.small_disk = (
-            shutil.which("unshare") is not None
-            and subprocess.run([*own_mounts, *mount], capture_output=True).returncode == 0
-        )
-        if self.small_disk:
-            self.command = [*own_mounts, "sh", "-c", f'{shlex.join(mount)} && exec "$@"', "sh", *self.command]
-        self._handle = -1
-
-    def run_first(self, code: str, **environment: str) -> None:
-        """Before it is started: every process of it begins with ``code``, which may import what stands beside this
-        file, and has these variables in its environment."""
-        start = Path(tempfile.mkdtemp(dir=self.temporary.parent, prefix="start-"))
-        (start / "sitecustomize.py").write_text(code)
-        paths = [str(start), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        self._environment |= {**environment, "PYTHONPATH": os.pathsep.join(paths)}
-
-    def start_and_wait(self) -> None:
-        self.start()
-        for _ in self.wait_until_ready(600):
-            pass
-        if self.small_disk:  # to be seen also when the server, and its mounts with it, are gone
-            assert self._process is not None
-            self._handle = os.open(f"/proc/{self._process.pid}/root{self._mount_point}", os.O_PATH | os.O_DIRECTORY)
-            self.disk = Path(f"/proc/{os.getpid()}/fd/{self._handle}")
-        deadline = time.monotonic() + 60
-        while not (found := list(self.temporary.glob(f"{OWNED_FOLDER}*"))):
-            if time.monotonic() > deadline:
-                raise ServerError("the server made no folder for its statistics")
-            time.sleep(0.2)
-        self._stats_path = found[0] / "stats.json"
-
-    def remove(self) -> None:
-        """Ends what is still there, and removes what a server leaves in its folder but the log."""
-        self.stop(1.0)
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
-        for folder in (self.temporary, self._mount_point):
-            shutil.rmtree(folder, ignore_errors=True)
-
-    @contextlib.contextmanager
-    def full_disk(self) -> Iterator[None]:
-        ballast = self.disk / "ballast"
-        try:
-            with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
-                while True:  # to the last byte
-                    file.write(b"x" * 4096)
-            yield
-        finally:
-            ballast.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def full_statistics_disk(self) -> Iterator[None]:
-        """Lays a disk that is too small over the folder of the statistics. Only the server sees it: read from here, the
-        statistics stand still."""
-        assert self._process is not None
-        inside = [*self._its_mounts, "--target", str(self._process.pid)]
-        folder = str(self._stats_path.parent)
-        subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", "size=4k,mode=700", "tmpfs", folder], check=True)
-        try:
-            yield
-        finally:
-            subprocess.run([*inside, "umount", "--lazy", folder], check=True)
-
-    def open_to_others(self) -> list[str]:
-        """Files of the balancer that users other than the owner may read or write."""
-        folder = self._stats_path.parent
-        return [str(path) for path in [folder, *folder.iterdir()] if path.stat().st_mode & 0o077]
-
-    def end_by(self, number: int, pairs: Pairs) -> list[str]:
-        """Sends the front end a signal while it serves; what stays behind of us, or is not whole, in words.
-
-        vLLM's engine and workers outlive a front end that is killed, with or without us. Whoever supervises a service
-        terminates what is left of it then, and so does this.
-        """
-        held = semaphores(self.processes())
-        with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
-            for text, _ in pairs[:STREAMS]:
-                pool.submit(_ask_in_vain, self.url, text)
-            time.sleep(1.0)
-            assert self._process is not None
-            self._process.send_signal(number)
-            if number == signal.SIGKILL:
-                self._process.wait()
-                time.sleep(2.0)
-                for pid in self.processes():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGTERM)
-            deadline = time.monotonic() + 90
-            while time.monotonic() < deadline and (self._process.poll() is None or self.processes()):
-                time.sleep(0.2)
-        left = self.stop(1.0)
-        left += [f"file {path}" for path in self.temporary.glob(f"{OWNED_FOLDER}*") if "flight" not in path.name]
-        left += left_semaphores(held)
-        try:
-            read_expert_map(self.disk / "map.json")
-        except ExpertMapError as error:
-            left.append(f"a recorded map that is not whole: {error}")
-        return left
-
-
-def _ask_in_vain(url: str, text: str) -> None:
-    with contextlib.suppress(httpx.HTTPError):
-        httpx.post(f"{url}/v1/completions", json=Requests._request(text) | {"max_tokens": 200}, timeout=60)
 
 
 ENDS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "crash": signal.SIGKILL}

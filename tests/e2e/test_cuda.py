@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from .conftest import BUSY, prompts
-from .test_drafter import (  # noqa: F401  the tests, with the engines of this module
+from .test_draft_model import (  # noqa: F401  the tests, with the engines of this module
     drafting,
     in_parallel,
     test_data_parallel_engines_draft_the_same,
-    test_guesses_notice_maps_without_weights,
-    test_neither_tokens_nor_guesses_change,
-    test_the_drafters_load_is_its_routers_own_choice,
+    test_draft_model_load_is_its_routers_own_choice,
+    test_draft_tokens_notice_maps_without_weights,
     test_the_experts_of_both_move,
+    test_tokens_and_draft_tokens_are_equal,
 )
 from .test_offline import TOKENS, assert_equal_every_turn, equal_tokens
 from .test_sequence_parallel import TOP_K
@@ -104,7 +104,7 @@ def drafted_in_parallel(runner, runs, drafter_job):
 
 
 def _drafted(runs, job, runner: str, **more):
-    """A model and its drafter, both with experts."""
+    """A model and its draft model, both with experts."""
     arguments = {**ARGUMENTS, **job["arguments"]}
     variables = {**WHOLE, "VLLM_USE_V2_MODEL_RUNNER": V2[runner]}
     run = runs(
@@ -160,7 +160,7 @@ def assert_balanced(result, expected) -> None:
     assert first["async_scheduling"]  # steps are scheduled ahead of the device
     assert_equal_every_turn(result["tokens"], expected)
     same, total = equal_tokens(result["corrupt_tokens"], expected)
-    assert same < total * 0.9  # the next cycle's commits mend the maps
+    assert same < total * 0.9  # the next cycle's commits repair the maps
 
 
 def test_tokens_are_those_of_one_gpu_whatever_moved(eager, expected):

@@ -15,7 +15,7 @@ from vllm_ascend_eplb.observe.stats import EplbStats
 
 from .audit import AUDIT
 from .conftest import BUSY, prompts
-from .soak import PrivateServer
+from .private_server import PrivateServer
 from .test_server import complete
 
 TOP_K, NUM_LAYERS = 4, 6
@@ -48,10 +48,10 @@ def test_answers_are_those_of_one_process_while_experts_move(server, reference):
             break
     assert stats.cycles_done >= 10
     assert stats.cycles_failed == 0
-    assert [each.rank for each in stats.ranks] == [0, 1]  # of both engines
-    assert all(each.longest_step_seconds > 0 for each in stats.ranks)
+    assert [rank.rank for rank in stats.ranks] == [0, 1]  # of both engines
+    assert all(rank.longest_step_seconds > 0 for rank in stats.ranks)
     shown = EplbStats.from_json(httpx.get(f"{server.url}/eplb/stats", timeout=30).text)
-    assert [each.rank for each in shown.ranks] == [0, 1]
+    assert [rank.rank for rank in shown.ranks] == [0, 1]
 
 
 def test_an_idle_engine_stays_in_step(server, reference):
@@ -87,6 +87,6 @@ def test_each_step_counts_its_own_tokens_once_in_every_layer(server, audit, refe
 
 
 def test_a_server_terminated_under_requests_leaves_nothing(server, reference):
-    """The last one of this server."""
+    """Runs last on this server, because it ends it."""
     texts = [text for batch in prompts(6) for text in batch]
     assert server.end_by(signal.SIGTERM, list(zip(texts, reference, strict=True))) == []

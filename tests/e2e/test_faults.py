@@ -24,7 +24,10 @@ from vllm_ascend_eplb.observe.stats import EplbStats
 
 from .conftest import prompts
 from .damage import DAMAGE, NO_ISSUE, NO_MEMORY, REQUESTS, kill_in
-from .soak import SETTINGS, Answers, Pairs, PrivateServer, Requests, judge, planners, soak, under_load, workers
+from .private_server import SETTINGS, PrivateServer, planners, workers
+from .soak import soak, under_load
+from .soak_judge import judge
+from .steady_requests import Answers, Pairs, Requests
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +72,9 @@ def server(tmp_path_factory, pairs):
 
 
 def stats(server: PrivateServer) -> EplbStats:
-    its = server.stats()
-    assert its is not None
-    return its
+    found = server.stats()
+    assert found is not None
+    return found
 
 
 def planned(server: PrivateServer) -> int:
@@ -92,7 +95,7 @@ async def until(condition: Callable[[], Any], what: str, seconds: float = 120) -
 
 
 async def until_balanced(server: PrivateServer) -> None:
-    """The planner has answered since now, and a window after that is balanced better than had nothing ever moved."""
+    """Waits until the planner has answered again, and a later window is balanced better than at the start."""
     before = planned(server)
     await until(lambda: planned(server) > before, "an answer of the planner")
     planned_at = stats(server).step
@@ -106,13 +109,13 @@ async def until_balanced(server: PrivateServer) -> None:
 
 async def obey(server: PrivateServer, command: str) -> None:
     order = Order(command=command)
-    write_order(orders_path(server._stats_path), order)
+    write_order(orders_path(server.stats_path), order)
     await until(lambda: stats(server).order == order.id, f"the effect of {command}")
 
 
 def ask(server: PrivateServer, fault: str) -> Path:
     """Asks for a fault that damage.py makes; the file is gone when it is made."""
-    request = Path(server._environment[REQUESTS], fault)
+    request = Path(server.environment[REQUESTS], fault)
     request.touch()
     return request
 
@@ -252,7 +255,7 @@ def test_a_full_disk_for_statistics_is_said_disturbs_nobody(server, pairs):
     assert server.open_to_others() == []
 
 
-def test_a_damaged_weight_is_found_and_mended(server, english):
+def test_damaged_weight_is_found_and_repaired(server, english):
     async def damage(_: Requests) -> None:
         # Else a plan may take the good copy away before the audit sees that it is the only one.
         await obey(server, "pause")
@@ -270,7 +273,7 @@ def test_a_damaged_weight_is_found_and_mended(server, english):
 
 
 def test_random_faults_and_a_crash_leave_nothing(server, pairs):
-    """The last one of this server."""
+    """Runs last on this server, because it ends it."""
     result = asyncio.run(soak(server, 0.4, 7, pairs))
     assert sum(result["faults"].values()) >= 3
     log = server.log_path.read_text(errors="replace")
@@ -285,7 +288,9 @@ def test_a_server_that_is_ended_under_requests_leaves_nothing(tmp_path, pairs, n
     server = PrivateServer(tmp_path)
     try:
         server.start_and_wait()
-        run(server, pairs, lambda _: until(lambda: (its := server.stats()) and its.cycles_done >= 3, "three cycles"))
+        run(
+            server, pairs, lambda _: until(lambda: (found := server.stats()) and found.cycles_done >= 3, "three cycles")
+        )
         assert server.end_by(number, pairs) == []
     finally:
         server.remove()
@@ -294,7 +299,7 @@ def test_a_server_that_is_ended_under_requests_leaves_nothing(tmp_path, pairs, n
 @pytest.mark.soak
 def test_a_transfer_that_fails_ends_balancing_and_nothing_else(tmp_path, pairs):
     async def fail(_: Requests) -> None:
-        await until(lambda: (its := server.stats()) and its.cycles_done >= 3, "three cycles")
+        await until(lambda: (found := server.stats()) and found.cycles_done >= 3, "three cycles")
         ask(server, NO_ISSUE)
         await until(lambda: stats(server).phase == "off", "the end of balancing")
 

@@ -44,7 +44,7 @@ with concurrent.futures.ThreadPoolExecutor(len(job["texts"])) as pool:
 
 
 def job(texts: list[str], tokens: int = 48) -> str:
-    """What ``ASK`` reads: greedy answers to all texts, asked at the same time."""
+    """Input of ``ASK``: greedy answers to all texts, asked at the same time."""
     return json.dumps({"url": f"http://127.0.0.1:{HTTP_PORT}/v1/completions", "texts": texts, "tokens": tokens})
 
 

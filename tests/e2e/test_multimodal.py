@@ -85,7 +85,7 @@ def make_model(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The checkpoint, prompts, and what it answers to them."""
+    """The checkpoint, prompts and its answers."""
     folder = tmp_path_factory.mktemp("model")
     rng = np.random.default_rng(3)
     prompts = [rng.integers(10, 4000, size=length).tolist() for length in (5, 12, 23, 31)]

@@ -15,7 +15,7 @@ from vllm_ascend_eplb.report import make_page
 from vllm_ascend_eplb.values.placement import Placement
 
 from . import kept
-from .conftest import BUSY, GUESSES, PATTERN, prompts, reference_run
+from .conftest import BUSY, DRAFT_TOKENS, PATTERN, prompts, reference_run
 
 TOKENS = 48
 CHUNK = 64
@@ -27,7 +27,7 @@ CYCLES = 12
 
 def equal_tokens(ours: list[list[int]], theirs: list[list[int]]) -> tuple[int, int]:
     assert [len(tokens) for tokens in ours] == [len(tokens) for tokens in theirs]
-    pairs = [(a, b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)]
+    pairs = [(a, b) for mine, reference in zip(ours, theirs, strict=True) for a, b in zip(mine, reference, strict=True)]
     return sum(a == b for a, b in pairs), len(pairs)
 
 
@@ -101,9 +101,9 @@ def test_steps_are_scheduled_ahead_and_counted_as_routed(probed):
 
 
 def test_all_ranks_hold_one_placement_at_one_step(probed):
-    first, *others = probed.result["ranks"]
-    for other in others:
-        assert {key: other[key] for key in ("digest", "step", "cycle", "phase")} == {
+    first, *rest = probed.result["ranks"]
+    for rank in rest:
+        assert {key: rank[key] for key in ("digest", "step", "cycle", "phase")} == {
             key: first[key] for key in ("digest", "step", "cycle", "phase")
         }
 
@@ -123,16 +123,16 @@ def test_the_recorded_load_is_the_routers_own_choice(probed):
 def test_every_pair_is_computed_once_with_the_right_weights(probed):
     first, second = (rank["masks"] for rank in probed.result["ranks"])
     assert len(first) == len(second) > 1000
-    for mine, other in zip(first, second, strict=True):
-        np.testing.assert_array_equal(np.array(mine) + np.array(other), 1)
+    for mine, theirs in zip(first, second, strict=True):
+        np.testing.assert_array_equal(np.array(mine) + np.array(theirs), 1)
     assert [rank["wrong_experts"] for rank in probed.result["ranks"]] == [0, 0]
 
 
 @pytest.fixture(scope="module")
 def featured(runs):
-    """A compiled model with what users turn on: chunks of prompts, a prefix cache, guesses that are verified, answers
-    of a given shape; in the end, weights are loaded anew."""
-    guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    """A compiled model with what users turn on: chunks of prompts, a prefix cache, draft tokens that are verified,
+    answers of a given shape; in the end, weights are reloaded."""
+    draft_tokens = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     run = runs(
         "featured",
         ranks=2,
@@ -143,7 +143,7 @@ def featured(runs):
             "max_num_batched_tokens": CHUNK,
             "enable_prefix_caching": True,
             "block_size": 32,  # prompts have about a hundred tokens, and whole blocks are kept
-            "speculative_config": guesses if GUESSES else None,
+            "speculative_config": draft_tokens if DRAFT_TOKENS else None,
         },
         pattern=PATTERN,
         reload=True,
@@ -157,7 +157,7 @@ def featured(runs):
 
 
 def test_compiled_model_gives_the_same_tokens(featured, reference):
-    """With chunks of prompts, a prefix cache and guesses."""
+    """With chunks of prompts, a prefix cache and draft tokens."""
     stats = json.loads(featured["ranks"][0]["stats"])
     assert stats["cycles_done"] >= 10
     assert stats["dispatch_updates"] >= 10
@@ -166,7 +166,7 @@ def test_compiled_model_gives_the_same_tokens(featured, reference):
     assert_equal_every_turn(featured["tokens"], reference)
     # what was turned on did take place
     assert featured["cached"] > 0
-    assert all((reload["drafts"] > 0) is GUESSES for reload in featured["reloads"])
+    assert all((reload["drafts"] > 0) is DRAFT_TOKENS for reload in featured["reloads"])
     assert all(reload["most_tokens"] <= CHUNK for reload in featured["reloads"])
 
 
@@ -177,7 +177,7 @@ def test_answers_of_a_given_shape_are_the_same(featured, runs):
     assert len(set(expected)) > 1
 
 
-def test_weights_are_loaded_anew_into_the_initial_placement(featured, reference):
+def test_reload_fills_the_initial_placement(featured, reference):
     first, second = featured["reloads"]
     assert first["placement"] == second["placement"] != first["initial"]
     for reload in (first, second):
@@ -248,8 +248,8 @@ def test_each_pipeline_stage_is_a_balancer_of_its_own(staged, reference):
         assert stats["cycles_failed"] == 0
         assert stage[0]["history"] == stage[1]["history"]
         assert [rank["wrong_experts"] for rank in stage] == [0, 0]
-        for mine, other in zip(stage[0]["masks"], stage[1]["masks"], strict=True):
-            np.testing.assert_array_equal(np.array(mine) + np.array(other), 1)
+        for mine, theirs in zip(stage[0]["masks"], stage[1]["masks"], strict=True):
+            np.testing.assert_array_equal(np.array(mine) + np.array(theirs), 1)
         # three of the six layers, whose tokens the first rank counts
         assert stage[0]["counted"] == [staged["computed"] * 4] * 3
         assert stage[1]["counted"] == [0] * 3

@@ -60,7 +60,7 @@ def map_file(tmp_path_factory) -> Path:
 def server(tmp_path_factory, map_file):
     settings = {**BUSY, "policy": "incremental", "target_par": 1.0, "expert_map_record_path": str(map_file)}
     server = Server(2, settings, tmp_path_factory.mktemp("server"), 16)
-    server._environment["VLLM_PLUGINS"] = "eplb,eplb_page"  # the page is off unless it is named
+    server.environment["VLLM_PLUGINS"] = "eplb,eplb_page"  # the page is off unless it is named
     start(server)
     yield server
     server.stop()
@@ -93,7 +93,7 @@ def test_answers_are_those_of_one_process_while_experts_move(server, texts, refe
 
 
 def as_metrics(stats: EplbStats) -> dict[str, float]:
-    """What /metrics must show of these statistics."""
+    """Samples of /metrics that these statistics require."""
     expected: dict[str, float] = {
         f'vllm_eplb_cycles{{result="{result}"}}': getattr(stats, f"cycles_{result}")
         for result in ("done", "skipped", "failed")
@@ -124,7 +124,7 @@ def as_metrics(stats: EplbStats) -> dict[str, float]:
 
 
 def differences(server: Server) -> dict[str, tuple[float, float | None]]:
-    """Metrics that do not show what the statistics say. Both stand still while nothing is asked."""
+    """Metrics that differ from the statistics. Both stay constant without requests."""
     shown = server.metrics()
     return {
         name: (value, shown.get(name))
@@ -152,9 +152,9 @@ def test_the_live_page_shows_all_ranks(server, tmp_path):
     assert answer.status_code == 200
     shown, kept = EplbStats.from_json(answer.text), server.stats()
     assert shown.cycles_done <= kept.cycles_done
-    assert [each.rank for each in shown.ranks] == [0, 1]
-    assert sum(each.load for each in shown.ranks) == pytest.approx(2, abs=1e-3)
-    assert all(each.longest_step_seconds > 0 for each in shown.ranks)
+    assert [rank.rank for rank in shown.ranks] == [0, 1]
+    assert sum(rank.load for rank in shown.ranks) == pytest.approx(2, abs=1e-3)
+    assert all(rank.longest_step_seconds > 0 for rank in shown.ranks)
     assert httpx.post(f"{server.url}/eplb/stats", timeout=30).status_code == 405
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -181,7 +181,7 @@ def test_every_cycle_has_one_line_in_the_log(server):
 def order(server: Server, *arguments: str) -> dict[str, object]:
     """Gives an order with the command line tool, while requests keep the server's steps going."""
     command = [sys.executable, "-m", "vllm_ascend_eplb.cli", "control", *arguments, "--json", "--timeout", "120"]
-    process = subprocess.Popen([*command, "--stats-file", str(server._stats_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, "--stats-file", str(server.stats_path)], stdout=subprocess.PIPE, text=True)
     texts = [text for batch in prompts(1) for text in batch]
     while process.poll() is None:
         complete(server, texts, 16)
@@ -194,6 +194,7 @@ def test_an_operator_pauses_restores_and_resumes_while_it_serves(server, texts, 
     assert order(server, "pause")["paused"] is True
     before = server.stats()
     assert complete(server, texts) == reference
+    assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200  # what probes ask: paused is healthy
     paused = server.stats()
     assert paused.step > before.step
     assert planned_cycles(server) == paused.cycles_done + paused.cycles_skipped

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said, in the front-end process and before any worker starts, of settings that cannot work."""
+"""Refusals of settings that cannot work, in the front-end process, before any worker starts.
+
+One file, because all cases are answered by one front-end process.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from .mtp_model import CONFIG
 from .offline import MODEL, environment
 
 DRAFTED = {"model": "FILES/mtp", "speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
-"""A model whose checkpoint holds a drafter (multi-token prediction), which has experts, too."""
+"""A model whose checkpoint holds a draft model (multi-token prediction), which has experts, too."""
 
 CASES = {
     "unknown key": ({"dynamic_eplb": True, "num_redundnt_experts": 2}, {}, "num_redundnt_experts"),
@@ -248,8 +251,8 @@ def answers(tmp_path_factory, nursery):
     asked["on"] = ({"dynamic_eplb": True, "num_redundant_experts": 4}, {})
     asked["stages"] = ({"dynamic_eplb": True}, {"pipeline_parallel_size": 2})
     asked["slices"] = ({"dynamic_eplb": True}, {"data_parallel_size": 2})
-    guesses = {"method": "ngram", "num_speculative_tokens": 2}
-    asked["guesses"] = ({"dynamic_eplb": True}, {"speculative_config": guesses})
+    drafts = {"method": "ngram", "num_speculative_tokens": 2}
+    asked["drafts"] = ({"dynamic_eplb": True}, {"speculative_config": drafts})
     asked["drafter"] = ({"dynamic_eplb": True}, DRAFTED)
     (files / "asked.json").write_text(json.dumps(asked).replace("FILES/", f"{files}/"))
     done = run_script(nursery, files / "run", CODE, str(MODEL), str(files / "asked.json"))
@@ -288,8 +291,8 @@ def test_redundant_experts_come_from_the_map(answers):
     assert answers["map"]["redundant"] == 2
 
 
-@pytest.mark.parametrize("name", ["stages", "slices", "guesses", "drafter"])
-def test_what_is_supported_beside_it_is_let_through(answers, name):
+@pytest.mark.parametrize("name", ["stages", "slices", "drafts", "drafter"])
+def test_supported_options_are_accepted(answers, name):
     assert answers[name].get("enable_eplb") is True, answers[name]
 
 

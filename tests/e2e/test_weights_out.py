@@ -16,7 +16,7 @@ from .offline import environment
 
 
 def saved_by(mode: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What an engine said, and the tensors that it saved, by file and name."""
+    """Output of an engine, and its saved tensors by file and name."""
     folder.mkdir()
     result = folder / "result.json"
     eplb = {**BUSY, "mode": mode}

@@ -23,14 +23,14 @@ MOST_SECONDS = 300.0
 
 
 def moved(worker: Any) -> int:
-    """Slots that hold another expert than when they were loaded, in all layers and ranks."""
+    """Number of slots whose expert changed since loading, over all layers and ranks."""
     updator = worker.model_runner.eplb_state.updator
     now, loaded = updator.placement, updator.parts.adaptor.placement
     return int((now.physical_to_logical != loaded.physical_to_logical).sum())
 
 
 def read_by_name(worker: Any) -> str:
-    """What a function of a user gets that reads weights by name in a worker."""
+    """Result of a user's function that reads weights by name in a worker."""
     try:
         return f"{len(list(worker.model_runner.model.named_parameters()))} parameters"
     except RuntimeError as error:
@@ -65,7 +65,7 @@ def main(job_path: str) -> None:
         enable_expert_parallel=True,
         additional_config={"eplb_config": job["eplb"]},
     )
-    core = engine._llm.llm_engine.engine_core
+    core = engine.llm.llm_engine.engine_core
     sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
     def generate_until(moves: bool) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The package, installed as the README says: built in isolation from what a source distribution holds, into an
-environment of its own that its user cannot write to.
+environment of its own that its user cannot write to. Commands run as in the containers of examples/deploy where there
+can be some.
 
 vLLM and torch are those of the environment that runs the tests: their folder is on the new environment's path, without
 this checkout, which is installed there in place.
@@ -9,6 +10,7 @@ this checkout, which is installed there in place.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from . import container
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).parent
@@ -31,40 +35,83 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass
 class Installation:
-    """An environment with the package in it.
+    """An environment with the package in it, and a user of it who cannot write there.
 
     Attributes:
         python: the environment's interpreter. site: its own site-packages. sdist: the unpacked source distribution.
-        elsewhere: a folder that is no checkout.
+        elsewhere: a folder that is no checkout; the user may write there. In a container it is /scratch.
+        why_no_container: why commands run without one; empty where each has a container of its own.
     """
 
     python: Path
     site: Path
     sdist: Path
     elsewhere: Path
+    why_no_container: str
+
+    @property
+    def scratch(self) -> Path:
+        """``elsewhere``, as commands name it."""
+        return self.elsewhere if self.why_no_container else Path("/scratch")
 
     def command(self, *arguments: str) -> list[str]:
-        """``arguments`` for the interpreter, without the right to write where the file's mode says no."""
-        drop = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"] if os.geteuid() == 0 else []
-        return [*drop, str(self.python), *arguments]
+        """``arguments`` for the interpreter, in ``scratch``, in a container if there can be one."""
+        wanted = ["sh", "-c", 'cd "$1"; shift; exec "$@"', "sh", str(self.scratch), str(self.python), *arguments]
+        if self.why_no_container:  # root heeds the files' modes only without capabilities
+            drop = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"] if os.geteuid() == 0 else []
+            return [*drop, *wanted]
+        folders = [Path(sys.base_prefix), Path(sysconfig.get_path("purelib")), self.python.parents[1]]
+        folders += [ROOT / "tests", ROOT / "examples"]
+        return container.command(self.elsewhere.with_name("root"), self.elsewhere, folders, wanted)
 
     def environment(self) -> dict[str, str]:
-        dropped = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
-        return {name: value for name, value in os.environ.items() if name not in dropped}
+        """Of commands: variables that would show this checkout are left out, and in a container those of the image,
+        with a long folder for temporary files, take the place of this machine's."""
+        if self.why_no_container:
+            return users_environment()
+        kept = ("PATH", "LANG", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS")
+        return {**{name: os.environ[name] for name in kept if name in os.environ}, **image_variables(), "TMPDIR": LONG}
 
-    def run(self, *arguments: str, status: int = 0) -> str:
-        """Standard output of the interpreter with ``arguments``, in a folder that is no checkout."""
+    def run(self, *arguments: str) -> str:
+        """Standard output of the interpreter with ``arguments``."""
         done = subprocess.run(
-            self.command(*arguments), cwd=self.elsewhere, env=self.environment(), capture_output=True, text=True
+            self.command(*arguments), env=self.environment(), capture_output=True, text=True, timeout=300
         )
-        assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
+
+
+LONG = "/scratch/" + "t" * 120
+"""A folder that is too long for sockets."""
+
+
+def users_environment() -> dict[str, str]:
+    """This machine's, without what would show this checkout."""
+    dropped = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
+    return {name: value for name, value in os.environ.items() if name not in dropped}
+
+
+def image_variables() -> dict[str, str]:
+    """What the image of examples/deploy sets."""
+    text = (ROOT / "examples" / "deploy" / "Dockerfile.vllm").read_text(encoding="utf-8")
+    return dict(pair.split("=", 1) for line in re.findall(r"^ENV (.*)$", text, re.M) for pair in line.split())
+
+
+def skip_without_registry(folder: Path) -> None:
+    """Builds in isolation fetch what they build with."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = re.findall(r'"([^"]+)"', re.search(r"^requires = \[(.*)\]$", text, re.M)[1])  # type: ignore[index]
+    look = [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--python", sys.executable, "--target"]
+    done = subprocess.run([*look, str(folder), *wanted], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"no package registry gives {', '.join(wanted)}: {done.stderr.strip().splitlines()[-1]}")
 
 
 @pytest.fixture(scope="session")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked source distribution, made in isolation."""
     folder = tmp_path_factory.mktemp("sdist")
+    skip_without_registry(folder / "nothing")
     source = folder / "checkout"
     ignore = shutil.ignore_patterns(".*", "build", "*.so", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, source, ignore=ignore)  # building writes into the source folder
@@ -85,17 +132,27 @@ def installation(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Insta
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / "env" / "lib" / version / "site-packages"
     (site / "engine.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    elsewhere = folder / "elsewhere"
-    elsewhere.mkdir()
-    made = Installation(python, site, sdist, elsewhere)
+    # What earlier builds leave in a checkout: a library of another Python, and a module that is gone.
+    earlier = sdist / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "vllm_ascend_eplb"
+    earlier.mkdir(parents=True)
+    (earlier / "module_that_is_gone.py").touch()
+    (sdist / "vllm_ascend_eplb" / "_planner.cpython-39-x86_64-linux-gnu.so").touch()
     built = subprocess.run(
         [str(python), "-m", "pip", "install", "--disable-pip-version-check", "."],
         cwd=sdist,
-        env=made.environment(),
+        env=users_environment(),
         capture_output=True,
         text=True,
     )
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
     for path in [site, *site.rglob("*")]:
         path.chmod(path.stat().st_mode & ~0o222)
-    return made
+    (folder / "root").mkdir()
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    why_not = container.why_not(folder / "try")
+    if not why_not:
+        (elsewhere / Path(LONG).name).mkdir()
+        for path in (elsewhere, elsewhere / Path(LONG).name):
+            os.chown(path, container.USER, container.USER)
+    return Installation(python, site, sdist, elsewhere, why_not)

@@ -30,7 +30,7 @@ def batches() -> list[list[str]]:
 
 @pytest.fixture(scope="session")
 def want(tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]]) -> list[list[list[int]]]:
-    """What transformers answers."""
+    """Answers of transformers."""
     texts = [text for batch in batches for text in batch]
     flat = serving.transformers_tokens(tmp_path_factory.mktemp("transformers"), texts, serving.TOKENS)
     return [flat[i : i + len(batches[0])] for i in range(0, len(flat), len(batches[0]))]

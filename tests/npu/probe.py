@@ -15,14 +15,14 @@ class Probe:
 
     def _parts(self) -> list[tuple[Any, list[Any]]]:
         """Each balancer with the MoE layers that it balances. Under the first runner there is one; under the second a
-        drafter has its own, behind the model's. None without balancing."""
+        draft model has its own, behind the model's. None without balancing."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         if hasattr(runner, "eplb_updator"):
             return [(runner.eplb_updator.balancer, list(runner.eplb_updator.adaptor.moe_layers))]
         state = runner.eplb_state
         if state is None:
             return []
-        parts = [(state.updator, state._model.moe_layers)]
+        parts = [(state.updator, state.model.moe_layers)]
         if state.draft is not None:
             drafter = state.model_states[state.draft.model_config.compute_hash()]
             parts.append((state.draft.updator, drafter.model.moe_layers))
@@ -32,7 +32,7 @@ class Probe:
         """The negative control: from now on commits switch the maps, and leave the weights where they are.
 
         Args:
-            first: layer from which on they do, a drafter's behind the model's.
+            first: layer from which on they do, a draft model's behind the model's.
         """
 
         def freeze(loader: Any, first_layer: int) -> None:
@@ -55,7 +55,7 @@ class Probe:
         return 1
 
     def probe_replays(self) -> int:
-        """How often this rank has replayed a captured graph since this was first asked."""
+        """Replays of captured graphs on this rank since the first call."""
         graph: Any = torch.npu.NPUGraph  # type: ignore[attr-defined]
         if not hasattr(graph, "replays"):
             graph.replays, replay = 0, graph.replay
@@ -76,7 +76,7 @@ class Probe:
         return digest.hexdigest()
 
     def probe_experts(self) -> dict[str, list[str]]:
-        """What the slots of this rank hold: for each expert ("layer expert") a digest of the tensors of each copy."""
+        """Contents of this rank's slots: for each expert ("layer expert") a digest of the tensors of each copy."""
         balancer: Any = self._parts()[0][0]
         placement, found = balancer.placement, {}
         first = balancer.parts.rank * placement.slots_per_rank
@@ -121,12 +121,12 @@ class Probe:
         }
 
     def probe_watch(self) -> int:
-        """To be called before the first request. From then on this rank keeps what the drafter guesses and, for each
-        balancer and window of load: what the routers chose (int [L, E], in vllm-ascend's own code, before anything of
-        ours), how many tokens were scheduled, and the batches (tokens of each data-parallel engine, step by step); and
-        the loads that were planned with."""
+        """To be called before the first request. From then on this rank keeps what the draft model proposes and, for
+        each balancer and window of load: what the routers chose (int [L, E], in vllm-ascend's own code, before anything
+        of ours), how many tokens were scheduled, and the batches (tokens of each data-parallel engine, step by step,
+        filled up to a common size and as they were); and the loads that were planned with."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        self.guesses: list[Any] = []
+        self.drafts: list[Any] = []
         self.watched: list[dict[str, list[Any]]] = []
         for drafter, name in (
             (getattr(runner, "drafter", None), "_propose"),
@@ -140,10 +140,10 @@ class Probe:
 
     def _watched_propose(self, propose: Any) -> Any:
         def watched_propose(*args: Any, **kwargs: Any) -> Any:
-            guesses = propose(*args, **kwargs)
+            drafts = propose(*args, **kwargs)
             if not kwargs.get("dummy_run"):
-                self.guesses.append(guesses.tolist())
-            return guesses
+                self.drafts.append(drafts.tolist())
+            return drafts
 
         return watched_propose
 
@@ -155,7 +155,7 @@ class Probe:
         first_runner = hasattr(runner, "_determine_batch_execution_and_padding")
         chosen = np.zeros((balancer.placement.num_layers, balancer.placement.num_experts), dtype=np.int64)
         rows, layer_at_work = [0], [-1]
-        batches: list[list[int]] = []
+        batches: list[list[list[int]]] = []
         execute, snapshot = runner.execute_model, balancer.parts.recorder.snapshot
 
         def watched(select: Any, number: int | None = None) -> Any:
@@ -216,26 +216,40 @@ class Probe:
 
             balancer.parts.planner.submit = watched_submit
 
-    def _watch_batches(self, batches: list[list[int]]) -> None:
-        """Appends the tokens of each data-parallel engine, in every forward behind the point where its step begins."""
+    def _watch_batches(self, batches: list[list[list[int]]]) -> None:
+        """Appends the tokens of each data-parallel engine, in every forward behind the point where its step begins:
+        filled up, and those that are sent to experts. MC2 masks what a batch of requests was filled up with; a dummy
+        batch has no such mask."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         if hasattr(runner, "_determine_batch_execution_and_padding"):
-            determine = runner._determine_batch_execution_and_padding
+            determine, execute = runner._determine_batch_execution_and_padding, runner.execute_model
+            scheduled: list[int] = []
+
+            def watched_execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+                scheduled.append(scheduler_output.total_num_scheduled_tokens)
+                try:
+                    return execute(scheduler_output, *args, **kwargs)
+                finally:
+                    scheduled.clear()
 
             def watched_determine(*args: Any, **kwargs: Any) -> Any:
                 result = determine(*args, **kwargs)  # in it the step begins, and perhaps a window
-                batches.append([result[1].num_tokens] if result[3] is None else result[3].tolist())
+                filled = [result[1].num_tokens] if result[3] is None else result[3].tolist()
+                own = filled[runner.dp_rank] if len(filled) > 1 else filled[0]
+                batches.append([filled, self._of_all_engines(min(own, *scheduled) if scheduled else own)])
                 return result
 
+            runner.execute_model = watched_execute
             runner._determine_batch_execution_and_padding = watched_determine
             return
         module: Any = importlib.import_module("vllm.v1.worker.gpu.model_runner")
         dispatch, prepare = module.dispatch_cg_and_sync_dp, runner.eplb.prepare_forward
-        agreed: list[list[int]] = []
+        agreed: list[list[list[int]]] = []
 
         def watched_dispatch(*args: Any, **kwargs: Any) -> Any:
             batch, across = dispatch(*args, **kwargs)
-            agreed[:] = [[batch.num_tokens] if across is None else across.num_tokens_across_dp.tolist()]
+            filled = [batch.num_tokens] if across is None else across.num_tokens_across_dp.tolist()
+            agreed[:] = [[filled, filled]]
             return batch, across
 
         def watched_prepare(*args: Any, **kwargs: Any) -> Any:
@@ -246,15 +260,26 @@ class Probe:
 
         module.dispatch_cg_and_sync_dp, runner.eplb.prepare_forward = watched_dispatch, watched_prepare
 
+    @staticmethod
+    def _of_all_engines(number: int) -> list[int]:
+        """The numbers of all data-parallel engines, which are all at the same point."""
+        from vllm.distributed.parallel_state import get_dp_group
+
+        group = get_dp_group()
+        numbers = torch.zeros(group.world_size, dtype=torch.int64)
+        numbers[group.rank_in_group] = number
+        torch.distributed.all_reduce(numbers, group=group.cpu_group)
+        return [int(tokens) for tokens in numbers]
+
     def probe_watched(self) -> dict[str, Any]:
-        """What was kept of the first balancer, and of a drafter's own; and the placements in force (int [L, P]), one
+        """What was kept of the first balancer and of a draft model's; and the placements in force (int [L, P]), one
         after the other."""
         placements = [
             layer for balancer, _ in self._parts() for layer in balancer.placement.physical_to_logical.tolist()
         ]
         return {**self.watched[0], "placement": placements, "drafter": self.watched[1:]}
 
-    def probe_guesses(self) -> dict[str, list[Any]]:
-        """What the drafter has guessed since this was last asked, step by step."""
-        guesses, self.guesses = self.guesses, []
-        return {"guesses": guesses}
+    def probe_drafts(self) -> dict[str, list[Any]]:
+        """What the draft model has proposed since this was last asked, step by step."""
+        drafts, self.drafts = self.drafts, []
+        return {"drafts": drafts}

@@ -64,8 +64,8 @@ UPSTREAM = (
     "vllm/v1/worker/gpu/async_utils.py:254 in async_copy_to_np",
     "vllm_ascend/worker/v2/model_runner.py:1101 in _copy_num_computed_tokens_to_cpu",
 )
-"""Copies to the host in vllm-ascend 0.23.0.post1's runner, of sampled tokens and of how many guesses were right; and in
-0.30.0rc2's second one, of what was sampled and of how many tokens are computed."""
+"""Copies to the host in vllm-ascend 0.23.0.post1's runner, of sampled tokens and of how many draft tokens were
+accepted; and in 0.30.0rc2's second one, of what was sampled and of how many tokens are computed."""
 
 
 def python_path() -> str:
@@ -117,7 +117,7 @@ def quantised_model(folder: Path) -> None:
 
 
 def model_with_drafter(folder: Path) -> None:
-    """Writes a model whose checkpoint holds a drafter with experts into a new folder (see e2e/mtp_model.py)."""
+    """Writes a model whose checkpoint holds a draft model with experts into a new folder (see e2e/mtp_model.py)."""
     _on_the_cpu("tests.e2e.mtp_model", folder)
 
 
@@ -205,8 +205,8 @@ class NpuServer(Server):
             settings |= COMPILING
         if probe:
             settings["VLLM_SERVER_DEV_MODE"] = "1"  # serves /collective_rpc
-        own = {key: self._environment[key] for key in ("EPLB_STATS_FILE", "VLLM_RPC_BASE_PATH")}
-        self._environment = environment(self.report, device, **own, **settings)
+        own = {key: self.environment[key] for key in ("EPLB_STATS_FILE", "VLLM_RPC_BASE_PATH")}
+        self.environment = environment(self.report, device, **own, **settings)
 
     def started(self) -> NpuServer:
         self.start()
@@ -226,16 +226,16 @@ class NpuServer(Server):
         return self._process is not None and self._process.poll() is None
 
     def all_stats(self) -> list[EplbStats | None]:
-        """What each of its balancers last reported."""
-        path = self._stats_path
+        """Last report of each balancer."""
+        path = self.stats_path
         return [read_stats(path.with_stem(f"{path.stem}-{part}".rstrip("-"))) for part in self.parts] or [self.stats()]
 
     def cycles_done(self) -> int:
-        """The fewest of its balancers."""
+        """Completed cycles of the balancer with the fewest."""
         return min(stats.cycles_done if stats else 0 for stats in self.all_stats())
 
     def cycles_tried(self) -> int:
-        """Also those that were dropped, of the balancer with the fewest."""
+        """Completed and dropped cycles of the balancer with the fewest."""
         return min(stats.cycles_done + stats.cycles_failed if stats else 0 for stats in self.all_stats())
 
     def planners(self) -> list[int]:
@@ -254,7 +254,7 @@ class NpuServer(Server):
     def unexpected_races(self) -> list[str]:
         """Races but those of vLLM's runner: it copies the sampled tokens to the host on a stream of its own and gives
         their memory back meanwhile, to whatever is computed next."""
-        return [race for race in self.races() if "data race" not in race or not any(its in race for its in UPSTREAM)]
+        return [race for race in self.races() if "data race" not in race or not any(part in race for part in UPSTREAM)]
 
     def complete(self, texts: list[str], tokens: int, engine: int | None = None) -> list[list[int]]:
         """Greedy answers to all texts, asked at the same time.
@@ -289,7 +289,7 @@ class NpuServer(Server):
 
 
 def equal(got: list[list[int]], want: list[list[int]]) -> int:
-    """Tokens that are the same."""
+    """Number of equal tokens."""
     return sum(a == b for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True))
 
 
@@ -313,20 +313,23 @@ def serve_until(
     raise AssertionError(f"{server.cycles_done()} of {until} cycles: {server.all_stats()}\n{server.log[-3000:]}")
 
 
-def rows_computed(windows: list[list[list[int]]], ranks: int = 1, gathered: bool = True) -> np.ndarray:
+def rows_computed(windows: list[list[list[list[int]]]], ranks: int = 1, gathered: bool = True) -> np.ndarray:
     """int [T], what a MoE layer computed in each window.
 
     Args:
-        windows: for each window, the tokens of each data-parallel engine, step by step (probe.py).
+        windows: for each window, step by step, the tokens of each data-parallel engine, filled up and as they were
+            (probe.py).
         ranks: of an engine.
         gathered: whether engines gather their batches, filled up to the longest (A2). Otherwise (A3) each rank sends
-            its part; where a batch is too large for MC2, All2All gives each rank of an engine a row at least.
+            its part, and masks what it was filled up with; where a batch is too large for MC2, All2All gives each rank
+            of an engine a row at least.
     """
 
-    def rows(step: list[int]) -> int:
+    def rows(step: list[list[int]]) -> int:
+        filled, sent = step
         if gathered:
-            return max(step) * len(step)
-        return sum(max(tokens, ranks) if max(step) > MAX_SEQUENCES else tokens for tokens in step)
+            return max(filled) * len(filled)
+        return sum(max(tokens, ranks) for tokens in filled) if max(filled) > MAX_SEQUENCES else sum(sent)
 
     return np.array([sum(map(rows, window)) for window in windows])
 

@@ -111,7 +111,7 @@ def test_on_four_ranks() -> None:
         assert result["placements"] >= 3
 
 
-def test_where_both_are_right_both_move(stock: dict[str, list[dict[str, Any]]]) -> None:
+def test_stock_eplb_is_right_where_tokens_are_owned(stock: dict[str, list[dict[str, Any]]]) -> None:
     for result in stock["owned"]:
         assert result["wrong"] == 0
         assert result["placements"] >= 2

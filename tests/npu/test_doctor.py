@@ -27,10 +27,10 @@ def test_doctor_looks_through_vllm_ascend(tmp_path: Path) -> None:
         text=True,
         timeout=300,
     )
-    findings = {each["what"]: each for each in json.loads(done.stdout)["findings"]}
+    findings = {finding["what"]: finding for finding in json.loads(done.stdout)["findings"]}
     assert findings["vllm-ascend"]["status"] == "ok", findings
     assert findings["vllm-ascend's runner"]["status"] == "ok"
     assert ("the second one" in findings["vllm-ascend's runner"]["text"]) == SECOND_RUNNER
     assert "8 NPU" in findings["devices"]["text"]
     assert findings["DYNAMIC_EPLB"]["status"] == "wrong"  # and nothing else is
-    assert [each["what"] for each in findings.values() if each["status"] == "wrong"] == ["DYNAMIC_EPLB"]
+    assert [finding["what"] for finding in findings.values() if finding["status"] == "wrong"] == ["DYNAMIC_EPLB"]

@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
 
 
 def slots(server: NpuServer) -> list[dict[str, Any]]:
-    """What probe_checkpoint says, by rank."""
+    """Result of probe_checkpoint, by rank."""
     return server.call("probe_checkpoint", str(serving.MODEL / "model.safetensors"))
 
 
@@ -70,7 +70,7 @@ def test_tokens_are_those_of_transformers_while_experts_move(
 
 
 def test_par_falls(server: NpuServer) -> None:
-    """The same windows, with the placement in force and with the one the server started with."""
+    """PAR of equal windows with the placement in force and with the start placement."""
     stats = server.stats()
     assert stats is not None
     windows = [cycle for cycle in stats.cycles if cycle.par is not None and cycle.par_start is not None]
@@ -102,7 +102,7 @@ def test_no_race_and_no_wrong_order(server: NpuServer) -> None:
 def test_the_comparison_notices_weights_that_did_not_move(
     server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """The last on this server."""
+    """Runs last on this server, because it leaves wrong weights."""
     freeze_weights_until_noticed(server, batches, want)
     assert all(rank["wrong"] > 0 for rank in slots(server))
 
@@ -152,7 +152,7 @@ def test_the_platform_ascend_eplb_ends_in_the_same_adaptor(
 
 
 def another_placement() -> Placement:
-    """Experts of each layer in reverse order, and two experts twice."""
+    """A placement with the experts of each layer in reverse order, and two experts twice."""
     slots = []
     for layer in range(6):
         order = np.roll(np.arange(64)[::-1], layer)
@@ -196,7 +196,7 @@ def test_captured_graphs_replay_with_the_experts_that_moved(
 def test_unchecked_release_is_served_without_balancing(
     tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """Only its number differs."""
+    """The release differs from the checked one in its number only."""
     (known,) = serving.STACK.glob("site/vllm_ascend-*.dist-info")
     unknown = tmp_path / "site" / "vllm_ascend-0.99.0.dist-info"
     shutil.copytree(known, unknown)
@@ -232,7 +232,7 @@ elif serving.ASCEND != serving.RELEASE:
 
 
 @pytest.mark.parametrize(("settings", "variables", "words"), [UNEVEN, *CONTRADICTED])
-def test_what_cannot_work_ends_the_start_with_one_line(
+def test_impossible_setting_ends_the_start_with_one_line(
     tmp_path: Path, settings: dict[str, object], variables: dict[str, str], words: str
 ) -> None:
     server = NpuServer({**SETTINGS, **settings}, tmp_path, **variables)

@@ -28,7 +28,7 @@ LEAST, MOST = 0.97, 0.95
 
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]]) -> tuple[Path, list[list[list[int]]]]:
-    """The model, and what it answers."""
+    """The model and its answers."""
     folder = tmp_path_factory.mktemp("quantised")
     model = folder / "model"
     serving.quantised_model(model)

@@ -97,10 +97,10 @@ def test_pipeline_stages_step_alike_and_route_alone(server: NpuServer) -> None:
     if not server.parts:
         pytest.skip("one stage")
     first, second, third, fourth = server.call("probe_watched")
-    for one, other in ((first, second), (third, fourth)):
-        assert one["placement"] == other["placement"]
-        assert one["windows"] == other["windows"]
-        assert len(one["placement"]) == 3  # of six layers
+    for planning, routing in ((first, second), (third, fourth)):
+        assert planning["placement"] == routing["placement"]
+        assert planning["windows"] == routing["windows"]
+        assert len(planning["placement"]) == 3  # of six layers
     assert first["placement"] != third["placement"]
     assert first["windows"][0] != third["windows"][0]
 
@@ -112,7 +112,7 @@ def test_no_race_and_no_wrong_order(server: NpuServer) -> None:
 def test_the_comparison_notices_weights_that_did_not_move(
     server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """The last on this server."""
+    """Runs last on this server, because it leaves wrong weights."""
     freeze_weights_until_noticed(server, batches, want)
 
 

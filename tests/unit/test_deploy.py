@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ yaml = pytest.importorskip("yaml")
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "examples" / "deploy"
+WORKFLOWS = ROOT / ".github" / "workflows"
+KUBERNETES = "1.30"
+"""The oldest version whose schemas the manifests are checked by; the newest is checked, too."""
 SOCKET_NAME = 107
 """Most bytes of a Unix socket's path."""
 
@@ -55,7 +59,8 @@ def check_pod(spec: dict[str, Any]) -> None:
     variables = environment(container)
     for name in ("TMPDIR", "HOME", "VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "HF_HOME"):
         assert any(variables[name] == path or variables[name].startswith(path + "/") for path in mounts), name
-    assert len(variables["TMPDIR"]) + len("/vllm-eplb-12345678/") + 40 <= SOCKET_NAME
+    assert any(variables["VLLM_RPC_BASE_PATH"] == path for path in mounts)
+    assert len(variables["VLLM_RPC_BASE_PATH"]) + len("/") + 36 <= SOCKET_NAME  # vLLM's sockets: named by a UUID
     assert "eplb" in variables["VLLM_PLUGINS"].split(",")
 
 
@@ -84,7 +89,7 @@ def with_cache_elsewhere(spec: dict[str, Any]) -> None:
 
 
 def with_long_folder(spec: dict[str, Any]) -> None:
-    next(v for v in spec["containers"][0]["env"] if v["name"] == "TMPDIR")["value"] = "/scratch/" + "t" * 90
+    next(v for v in spec["containers"][0]["env"] if v["name"] == "VLLM_RPC_BASE_PATH")["value"] = "/tmp/" + "t" * 90
 
 
 @pytest.mark.parametrize("spoil", [without_context, with_cache_elsewhere, with_long_folder])
@@ -138,6 +143,13 @@ def test_compose_wires_server_prometheus_and_grafana() -> None:
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             assert not source.startswith(".") or (DEPLOY / source).exists(), source
+    server = services["vllm"]
+    assert server["read_only"] is True
+    assert server["cap_drop"] == ["ALL"]
+    assert server["security_opt"] == ["no-new-privileges:true"]
+    image = (DEPLOY / "Dockerfile.vllm").read_text(encoding="utf-8")
+    made = re.search(r"^RUN install -d -o 2000 -g 2000 (.*)$", image, re.M)[1].split()  # type: ignore[index]
+    assert {volume.split(":")[1] for volume in server["volumes"]} <= set(made)  # the user owns new volumes
     assert (DEPLOY / services["vllm"]["build"]["context"]).resolve() == ROOT
     assert (ROOT / services["vllm"]["build"]["dockerfile"]).exists()
     assert services["vllm"]["healthcheck"]["test"][-1].endswith("/health")
@@ -181,8 +193,109 @@ def test_images_are_built_on_a_named_tag_and_run_as_a_user(name: str) -> None:
     assert "COPY . /src" in lines
 
 
+# --- by schema --------------------------------------------------------------------------------------------------------
+
+
+def follows_schema(name: str, path: Path) -> bool:
+    """Whether a file follows a schema that check-jsonschema brings; it needs no network."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{name}", str(path)]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("schema", "path", "spoil"),
+    [
+        ("compose-spec", DEPLOY / "compose.yaml", ("read_only:", "readonly:")),
+        ("github-workflows", WORKFLOWS / "release.yml", ("runs-on:", "run-on:")),
+        ("github-workflows", WORKFLOWS / "npu.yml", ("timeout-minutes:", "timeout-minute:")),
+    ],
+)
+def test_files_follow_their_schema(tmp_path: Path, schema: str, path: Path, spoil: tuple[str, str]) -> None:
+    pytest.importorskip("check_jsonschema")
+    assert follows_schema(schema, path)
+    text = path.read_text(encoding="utf-8")
+    assert spoil[0] in text
+    (tmp_path / path.name).write_text(text.replace(*spoil))
+    assert not follows_schema(schema, tmp_path / path.name)
+
+
+LEADER_WORKER_SET = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "leaderworkerset.x-k8s.io/v1"},
+        "kind": {"const": "LeaderWorkerSet"},
+        "metadata": {"type": "object", "required": ["name"]},
+        "spec": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["leaderWorkerTemplate"],
+            "properties": {
+                "replicas": {"type": "integer", "minimum": 0},
+                "startupPolicy": {"enum": ["LeaderCreated", "LeaderReady"]},
+                "rolloutStrategy": {"type": "object"},
+                "networkConfig": {"type": "object"},
+                "leaderWorkerTemplate": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "required": ["workerTemplate"],
+                    "properties": {
+                        "leaderTemplate": {"type": "object"},
+                        "workerTemplate": {"type": "object"},
+                        "size": {"type": "integer", "minimum": 1},
+                        "restartPolicy": {
+                            "enum": ["Default", "None", "RecreateGroupOnPodRestart", "RecreateGroupAfterStart"]
+                        },
+                        "subGroupPolicy": {"type": "object"},
+                    },
+                },
+            },
+        },
+    },
+}
+"""Written here after the API's reference: no package brings the schema of this resource. Its pod templates are checked
+by Kubernetes' own."""
+
+
+def follows_kubernetes(manifests: list[dict[str, Any]]) -> bool:
+    jsonschema = pytest.importorskip("jsonschema")
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    group, *others = copy.deepcopy(manifests)
+    try:
+        jsonschema.validate(group, LEADER_WORKER_SET)
+        template = group["spec"]["leaderWorkerTemplate"]
+        for pod in (template["leaderTemplate"], template["workerTemplate"]):
+            selector = {"matchLabels": pod["metadata"]["labels"]}
+            deployment = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "pod"}}
+            others.append({**deployment, "spec": {"selector": selector, "template": pod}})
+        for version in (KUBERNETES, kubernetes.latest_version()):
+            for manifest in others:
+                kubernetes.validate(manifest, version, strict=True)
+    except (jsonschema.ValidationError, kubernetes.ValidationError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("readinessProbe:", "readyProbe:"),
+        ("restartPolicy: Recreate", "restartPolicy: Restart"),
+        ("containerPort: 8000", "containerPort: http"),
+        ("targetPort:", "target:"),
+        ("size: 2", "sizes: 2"),
+    ],
+)
+def test_manifests_follow_the_schemas_of_kubernetes(right: str, wrong: str) -> None:
+    text = (DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8")
+    assert follows_kubernetes(list(yaml.safe_load_all(text)))
+    assert right in text
+    assert not follows_kubernetes(list(yaml.safe_load_all(text.replace(right, wrong))))
+
+
 def test_workflows_parse_and_name_scripts_that_exist() -> None:
-    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+    for path in WORKFLOWS.glob("*.yml"):
         workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert workflow["jobs"]
         for job in workflow["jobs"].values():

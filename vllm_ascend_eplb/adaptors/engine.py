@@ -47,7 +47,7 @@ class Engine(ABC):
         Args:
             config: the settings.
             layers: layers with experts of the model; None where that is not known.
-            speculative: vLLM's speculative configuration, or None.
+            speculative: vLLM's speculative configuration, or None; a dictionary where vLLM has not read it yet.
         """
         return layers
 

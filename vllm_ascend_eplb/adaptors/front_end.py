@@ -75,9 +75,8 @@ def _explain(engine: Engine, engine_args: Any, config: EplbConfig) -> None:
     """
     try:
         model = engine_args.create_model_config()
-        num_experts, num_layers = model.get_num_experts(), moe_layers(model)
-        if on_ascend() and engine_args.speculative_config is not None:
-            num_layers = None  # a map may have the layers of the draft model, too
+        num_experts = model.get_num_experts()
+        num_layers = engine.layers_of_map(config, moe_layers(model), engine_args.speculative_config)
     except Exception:  # vLLM's own error says what is wrong with the model
         return
     server = ServerShape(_expert_parallel_size(engine_args), engine_args.enable_expert_parallel)

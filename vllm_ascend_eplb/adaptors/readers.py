@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from ..balancer.updator import EplbUpdator
 from ..values.placement import Placement
 from .patching import patch_once
 
@@ -54,6 +55,48 @@ def require_loaded_order(what: str, in_force: Placement, loaded: Placement, *, b
             f"{what} reads weights by slot, but they were loaded in the order of eplb_config.expert_map_path, which no "
             "checkpoint has (allowed: null); restart the server without expert_map_path"
         )
+
+
+class LoadedOrder:
+    """Which slots the models of a worker were loaded into, and the balancers that move their experts since."""
+
+    def __init__(self) -> None:
+        self._models: list[tuple[Placement, EplbUpdator | None]] = []
+        self._by_map = False
+
+    def add(self, loaded: Placement, balancer: EplbUpdator | None, *, by_map: bool) -> None:
+        """Adds a model.
+
+        Args:
+            loaded: the placement that the weights were loaded by.
+            balancer: None where the placement is static.
+            by_map: whether ``loaded`` is a map of the user.
+        """
+        self._models.append((loaded, balancer))
+        self._by_map |= by_map
+
+    def require(self, what: str) -> None:
+        """Refuses a reader of weights that would find experts in other slots than a checkpoint has them in.
+
+        Args:
+            what: the reader, for the error message.
+
+        Raises:
+            MovedExpertsError: experts have moved, or were loaded by a map.
+        """
+        self.require_unmoved(what)
+        for loaded, _ in self._models[:1]:
+            require_loaded_order(what, loaded, loaded, by_map=self._by_map)
+
+    def require_unmoved(self, what: str) -> None:
+        """The same for weights that are read within the server, where a map does no harm.
+
+        Raises:
+            MovedExpertsError: experts have moved.
+        """
+        for loaded, balancer in self._models:
+            if balancer is not None:
+                require_loaded_order(what, balancer.placement, loaded, by_map=False)
 
 
 def guard_worker(worker: type, check: Callable[[Any, str], None]) -> None:

@@ -272,7 +272,7 @@ class Auditor:
             step: of the audit, for the log.
 
         Returns:
-            Damaged slots, and the rounds that mend them as far as good copies are known and ``audit_action`` asks
+            Damaged slots, and the rounds that repair them as far as good copies are known and ``audit_action`` asks
             for it.
         """
         table, config = self._loader.checksums, self._config

@@ -142,7 +142,7 @@ def calibrate(
 
 def describe(cost: StepCost, title: str) -> str:
     """One line for the log: what imbalance and redundant slots cost."""
-    small = float(min(cost.tokens, key=lambda each: abs(each - 64)))
+    small = float(min(cost.tokens, key=lambda tokens: abs(tokens - 64)))
     par, fewest, most = float(cost.pars[-1]), float(cost.slots[0]), float(cost.slots[-1])
 
     def more(tokens: float) -> str:

@@ -65,7 +65,7 @@ class Lead:
         self._judge = PlanJudge(parts.config.min_gain)
         self._observed: Placement | None = None  # in mode observe: what the last plan would have led to
         self._load: Int64Array | None = None  # [L, E] of the last window, until the map recorder has it
-        self._case: _Case | None = None
+        self.case: _Case | None = None
         self._told_still = False
 
     def learn(self, times: Times) -> None:
@@ -79,7 +79,7 @@ class Lead:
         parts, state, placement = self._parts, self._work.state, self._work.placement
         if parts.planner is None:
             return
-        case = self._case = self._take_stock(gathered)
+        case = self.case = self._take_stock(gathered)
         tables = parts.adaptor.dispatch
         parts.planner.submit(
             PlanRequest(
@@ -136,7 +136,7 @@ class Lead:
 
     def look_for_answer(self) -> None:
         """Takes the planner's answer, once it is there, and decides what to offer to the other ranks."""
-        parts, work, case = self._parts, self._work, self._case
+        parts, work, case = self._parts, self._work, self.case
         if parts.planner is None or case is None or case.answer is not None:
             return
         answer = parts.planner.answer(work.state.cycle)
@@ -208,7 +208,7 @@ class Lead:
 
     def finished(self, num_rounds: int, moved: int) -> None:
         """The cycle is over: all rounds were committed, or the rest of them gave way to a newer plan."""
-        case, state, stats = self._case, self._work.state, self._parts.stats
+        case, state, stats = self.case, self._work.state, self._parts.stats
         assert case is not None
         assert case.answer is not None
         whole = state.committed == num_rounds
@@ -299,7 +299,7 @@ class Lead:
             parts.stats_file.publish(parts.stats.stats())
 
     def forget(self) -> None:
-        self._case = None
+        self.case = None
 
     def close(self) -> None:
         """Ends the planner and all that writes files: all of it, even where a signal interrupts one part."""

@@ -15,7 +15,7 @@ from ..values.rounds import Round
 from ..values.topology import Topology
 
 MOST_REPAIRS = 256
-"""Slots that one repair mends; what is left is found again by the next audit."""
+"""Slots that one repair repairs; what is left is found again by the next audit."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def repair_rounds(damage: Sequence[Damage], slots_per_rank: int, buffer_experts:
     it is last read in, or later. A ring of such slots that does not fit into the buffer is left alone.
 
     Args:
-        damage: all that is to be mended; those without a source are left alone.
+        damage: all that is to be repaired; those without a source are left alone.
         slots_per_rank: S.
         buffer_experts: staging places of a rank per round.
     """

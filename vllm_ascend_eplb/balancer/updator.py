@@ -96,7 +96,7 @@ class EplbUpdator:
             BalancednessLog(parts.adaptor.name, interval, parts.recorder, parts.control) if interval else None
         )
         self._flight = FlightRecorder()
-        self._do = self._table()
+        self.methods = self._table()
         self._is_ready = {
             Phase.SNAPSHOT: self.gather.taken,
             Phase.REDUCE: self._is_summed,
@@ -220,7 +220,7 @@ class EplbUpdator:
             self.auditor.step()
 
     def _perform(self, action: Action) -> None:
-        perform = self._do[action.do]
+        perform = self.methods[action.do]
         if action.do not in _MAY_FAIL:
             perform(action)
             return

@@ -107,10 +107,10 @@ def doctor(
     findings = [
         *_package(),
         *_devices(answer),
-        *_kernels(answer),
+        *kernel_findings(answer),
         *_engine(answer, quick),
-        *_plugins(),
-        *_loaded(answer),
+        *plugin_findings(),
+        *loaded_findings(answer),
         *_check(settings, experts, ranks),
     ]
     export = export_line(_installed_plugins(), os.environ.get("VLLM_PLUGINS"))
@@ -215,7 +215,7 @@ def _package() -> list[Finding]:
     return [Finding("planner (C++)", "ok", "built")]
 
 
-def _kernels(answer: dict[str, Any]) -> list[Finding]:
+def kernel_findings(answer: dict[str, Any]) -> list[Finding]:
     if "kernels_error" in answer:
         return [Finding("recording op", "wrong", f"cannot be imported: {answer['kernels_error']}")]
     findings = []
@@ -306,7 +306,7 @@ def _ascend(answer: dict[str, Any]) -> list[Finding]:
     return findings
 
 
-def _plugins() -> list[Finding]:
+def plugin_findings() -> list[Finding]:
     plugins = _installed_plugins()
     current = os.environ.get("VLLM_PLUGINS")
     if "eplb" not in plugins["vllm.general_plugins"]:
@@ -324,7 +324,7 @@ def _plugins() -> list[Finding]:
     ]
 
 
-def _loaded(answer: dict[str, Any]) -> list[Finding]:
+def loaded_findings(answer: dict[str, Any]) -> list[Finding]:
     """What vLLM's own loading of plugins did, where it was asked."""
     if "plugin_in_place" not in answer:
         return []

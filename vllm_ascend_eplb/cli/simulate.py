@@ -128,7 +128,7 @@ def simulate(
             groups,
             threads or min(8, os.cpu_count() or 1),
         )
-        with _progress(len(replays(settings)) * len(loaded.load), as_json) as tick:
+        with progress(len(replays(settings)) * len(loaded.load), as_json) as tick:
             result = run_simulation(
                 loaded.load,
                 settings,
@@ -224,18 +224,13 @@ def refusal(result: Simulation) -> str:
 
 
 @contextlib.contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+def progress(total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     stderr = Console(stderr=True)
-    bar = Progress(
-        TextColumn("replaying"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=stderr,
-        transient=True,
-        disable=quiet or not stderr.is_terminal,
-    )
-    with bar:
+    if quiet or not stderr.is_terminal:  # a disabled bar of rich before 15 still prints an empty line
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("replaying"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as bar:
         task = bar.add_task("replaying", total=total)
         yield lambda done, _: bar.update(task, completed=done)
 

@@ -115,11 +115,11 @@ class MapRecorder:
             with self._lock:
                 newest, self._newest = self._newest, None
             if newest is not None:
-                self._write(*newest)
+                self.write(*newest)
             if closing:
                 return
 
-    def _write(self, placement: Placement, windows: list[npt.NDArray[np.integer]]) -> None:
+    def write(self, placement: Placement, windows: list[npt.NDArray[np.integer]]) -> None:
         try:
             if windows:  # first, so that a new map never stands beside an older load for long
                 stream = io.BytesIO()

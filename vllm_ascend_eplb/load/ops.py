@@ -108,7 +108,7 @@ def entries_of(tokens: torch.Tensor, experts: torch.Tensor, valid: torch.Tensor)
     return torch.div(fraction * valid, 65536, rounding_mode="floor")
 
 
-def _map_and_record_aten(
+def map_and_record_aten(
     topk_ids: torch.Tensor,
     dispatch_table: torch.Tensor,
     replica_count: torch.Tensor,
@@ -116,6 +116,7 @@ def _map_and_record_aten(
     record: torch.Tensor,
     num_unpadded: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """The op in torch operators; torch calls it with the arguments of :func:`map_and_record`."""
     _check_map_and_record(topk_ids, dispatch_table, replica_count, counts, record, num_unpadded)
     num_tokens = topk_ids.shape[0]
     num_experts, width = dispatch_table.shape
@@ -136,14 +137,7 @@ def _map_and_record_aten(
     return torch.where(known, slots, ids).to(topk_ids.dtype)
 
 
-def _map_and_record_fake(
-    topk_ids: torch.Tensor,
-    dispatch_table: torch.Tensor,
-    replica_count: torch.Tensor,
-    counts: torch.Tensor,
-    record: torch.Tensor,
-    num_unpadded: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _map_and_record_fake(topk_ids: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
     return topk_ids.new_empty(topk_ids.shape)
 
 
@@ -202,7 +196,7 @@ def _check_record(record: torch.Tensor) -> None:
         )
 
 
-_definitions.impl("map_and_record", _map_and_record_aten, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_definitions.impl("map_and_record", map_and_record_aten, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 torch.library.register_fake("vllm_ascend_eplb::map_and_record", _map_and_record_fake, lib=_definitions)

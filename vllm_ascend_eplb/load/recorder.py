@@ -120,7 +120,7 @@ class LoadRecorder:
         self._maps = _SlotMaps(num_layers, num_experts, num_slots, self.device)
         self._placement: Placement | None = None
         self._dirty = False
-        self._snapshot = _Snapshot(self._window, own_stream)
+        self._snapshot = Snapshot(self._window, own_stream)
         self._oldest = 0
         self._histogram = np.zeros((2, BUCKETS), dtype=np.int64)
         self._ended_histogram = np.zeros_like(self._histogram)
@@ -308,7 +308,7 @@ class _SlotMaps:
         target.scatter_add_(0, self._on_device[i].view(-1), self._amounts.copy_(counts).view(-1))
 
 
-class _Snapshot:
+class Snapshot:
     """A copy of the window on its way to the host, on a stream of its own, or else on the device's default one."""
 
     def __init__(self, window: torch.Tensor, own_stream: bool) -> None:

@@ -319,7 +319,7 @@ class StatsWatcher:
             self.look()
 
 
-_watchers: list[StatsWatcher] = []
+watchers: list[StatsWatcher] = []
 
 
 def watch(parts: Sequence[str] = ()) -> None:
@@ -332,15 +332,15 @@ def watch(parts: Sequence[str] = ()) -> None:
         path = stats_path()
         if path is None:
             return
-        if not _watchers:
+        if not watchers:
             gauges = EplbGauges(parts=parts)
-            _watchers.extend(StatsWatcher(path, gauges, part=part) for part in parts or ("",))
+            watchers.extend(StatsWatcher(path, gauges, part=part) for part in parts or ("",))
             rank = reported_elsewhere()
             if rank is not None:
                 gauges.show_elsewhere(rank)
-            for watcher in _watchers:
+            for watcher in watchers:
                 watcher.start()
-        for watcher in _watchers:
+        for watcher in watchers:
             watcher.path = stats_path(watcher.part) or watcher.path
     except Exception as error:
         logger.warning("EPLB metrics are not available: %s", error)

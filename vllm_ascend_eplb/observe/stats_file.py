@@ -131,7 +131,7 @@ def stats_path(part: str = "") -> Path | None:
     """Where statistics are written, or None if nobody asked for them.
 
     Args:
-        part: which of several balancers of one server writes them (a pipeline stage, a drafter): each has its own file.
+        part: which of several balancers of one server writes them (a pipeline stage, a draft model); each has a file.
     """
     name = os.environ.get(STATS_VARIABLE, "")
     if not name:

@@ -7,7 +7,7 @@ import math
 import numbers
 from dataclasses import dataclass
 
-from ..values.defaults import TARGET_PAR
+from ..values.defaults import QUICK_EFFORT, TARGET_PAR
 
 EFFORTS = ("fast", "thorough")
 
@@ -40,7 +40,7 @@ class PlanOptions:
     """
 
     target_par: float = TARGET_PAR
-    effort: str = "fast"
+    effort: str = QUICK_EFFORT
     time_budget: float = 0.3
     rounds: int | None = None
     max_moves: int | None = None

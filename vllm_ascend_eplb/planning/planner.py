@@ -132,7 +132,7 @@ def _incremental(
             floor, noise_par(expected * len(series), Placement(slots, placement.num_experts, placement.num_ranks))
         )
 
-    def attempt(target: FloatArray) -> Plan:
+    def attempt(target: FloatArray, thorough: bool) -> Plan:
         after, moves, par_before, par_after, *percentiles = _planner.plan_incremental(
             expected,
             slots,
@@ -140,7 +140,7 @@ def _incremental(
             target,
             num_ranks=placement.num_ranks,
             num_nodes=num_nodes,
-            thorough=options.effort == "thorough",
+            thorough=thorough,
             rounds=options.rounds or 0,
             seconds=float(options.time_budget),
             seed=int(options.seed) % 2**64,
@@ -156,13 +156,14 @@ def _incremental(
         return Plan(after, moves, par_before, par_after, "incremental", 0.0, *percentiles)
 
     mean = expected.sum(axis=1) / placement.num_ranks  # tokens of a rank in each layer; times PAR: of the busiest
-    best = attempt(floor)
-    if options.max_moves is not None and best.num_moves > 0.9 * options.max_moves and options.effort == "fast":
+    thorough = options.effort == "thorough"
+    best = attempt(floor, thorough)
+    if options.max_moves is not None and best.num_moves > 0.9 * options.max_moves:
         # A plan for a nearer target spends no moves on the way to a far one. Nearer by part of the way to the start:
         low, high = 0.0, 1.0
         for _ in range(FRUGAL_ATTEMPTS):
             part = 0.5 * (low + high)
-            nearer = attempt(floor + part * np.maximum(best.par_before - floor, 0.0))
+            nearer = attempt(floor + part * np.maximum(best.par_before - floor, 0.0), False)
             if mean @ nearer.par_after < mean @ best.par_after:
                 best = nearer
             if nearer.num_moves > 0.95 * options.max_moves:

@@ -166,10 +166,10 @@ class EplbProcess:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._wake = threading.Event()
-        self._request: PlanRequest | None = None
+        self.request: PlanRequest | None = None
         self._answer: PlanAnswer | None = None
         self._stopping = False
-        self._child: _Child | None = None
+        self.child: _Child | None = None
         self._starts_in_vain = 0
         self.starts = 0
         self._thread = threading.Thread(target=self._run, name="eplb-planner", daemon=True)
@@ -178,7 +178,7 @@ class EplbProcess:
     def submit(self, request: PlanRequest) -> None:
         """Asks for a plan. A request that has not been answered yet is given up."""
         with self._lock:
-            self._request = request
+            self.request = request
             self._answer = None
         self._wake.set()
 
@@ -191,7 +191,7 @@ class EplbProcess:
     @property
     def pid(self) -> int | None:
         """Process id of the child, None while there is none."""
-        child = self._child
+        child = self.child
         return child.pid if child is not None else None
 
     def close(self, wait: float = 5.0) -> None:
@@ -204,12 +204,12 @@ class EplbProcess:
         self._start_child()
         while not self._stopping:
             with self._lock:
-                request, self._request = self._request, None
+                request, self.request = self.request, None
             if request is not None:
                 self._handle(request)
-            elif self._child is not None and self._child.gone:
+            elif self.child is not None and self.child.gone:
                 self._bury_child()
-            if self._child is None:
+            if self.child is None:
                 self._start_child()
             if request is None:  # or else there may be a newer one, whose wake-up was taken for the answer's
                 self._wake.wait()
@@ -223,7 +223,7 @@ class EplbProcess:
             self._end_child()
             answer = PlanAnswer(request.number, error=f"{type(error).__name__}: {error}", died=True)
         with self._lock:
-            if self._request is None:  # a newer request makes this answer worthless
+            if self.request is None:  # a newer request makes this answer worthless
                 self._answer = answer
 
     def _ask(self, request: PlanRequest) -> PlanAnswer | None:
@@ -232,12 +232,12 @@ class EplbProcess:
         The death of a child that was there before the request may have nothing to do with it: a new one is asked. A
         new one that dies has died of the request.
         """
-        if self._child is not None and self._child.gone:
+        if self.child is not None and self.child.gone:
             self._bury_child()
-        is_new = self._child is None
-        if self._child is None:
+        is_new = self.child is None
+        if self.child is None:
             self._start_child()
-        child = self._child
+        child = self.child
         if child is None:
             return PlanAnswer(request.number, error="the planner process cannot be started", died=True)
         child.ask(request)
@@ -252,7 +252,7 @@ class EplbProcess:
                     self._starts_in_vain = 0
                     return answer
             with self._lock:
-                overtaken = self._request is not None
+                overtaken = self.request is not None
             if overtaken and time.monotonic() > asked + PATIENCE_SECONDS:  # it hangs, or takes too long to wait for
                 self._end_child()
                 return None
@@ -275,7 +275,7 @@ class EplbProcess:
         return code
 
     def _end_child(self) -> int | None:
-        child, self._child = self._child, None
+        child, self.child = self.child, None
         return child.kill() if child is not None else None
 
     def _start_child(self) -> None:
@@ -288,4 +288,4 @@ class EplbProcess:
         self.starts += 1
         self._starts_in_vain += 1
         with contextlib.suppress(Exception):  # no memory, threads or processes left; tried again with the next request
-            self._child = _Child(self._policy, self._wake.set)
+            self.child = _Child(self._policy, self._wake.set)

@@ -70,7 +70,7 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, x_values: Sequ
     known = [value for line in lines for value in line.values if value is not None]
     count = max(len(line.values) for line in lines)
     numbers = list(x_values) if x_values is not None else list(range(count))
-    low, high, ticks = _axis(min(known), max(known))
+    low, high, ticks = axis_of(min(known), max(known))
 
     def at(index: int, value: float) -> tuple[float, float]:
         across = index / (count - 1) if count > 1 else 0.5
@@ -124,7 +124,7 @@ def bar_chart(
         styles: CSS class of each bar; default ``s0``.
     """
     numbers = list(x_values) if x_values is not None else list(range(len(values)))
-    low, high, ticks = _axis(0.0, max(values, default=0.0))
+    low, high, ticks = axis_of(0.0, max(values, default=0.0))
     low = 0.0
     width = (WIDTH - LEFT - RIGHT) / max(1, len(values))
     parts = [
@@ -209,7 +209,7 @@ def png(pixels: npt.NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode("ascii")
 
 
-def _axis(least: float, most: float) -> tuple[float, float, list[float]]:
+def axis_of(least: float, most: float) -> tuple[float, float, list[float]]:
     """(low, high, ticks) of an axis of about four round steps."""
     spread = most - least
     if spread <= 1e-9 * max(abs(most), 1.0):

@@ -27,12 +27,12 @@ class _Prepared:
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self._tensors = tensors
-        self._pinned = PinnedRows(tensors[0].device)
+        self.pinned = PinnedRows(tensors[0].device)
         self._waiting: deque[tuple[list[int], list[torch.Tensor]]] = deque()
 
     def add(self, layers: list[int], *rows: npt.NDArray[np.signedinteger]) -> None:
         """For each tensor [len(layers), ...], for the next commit that has none yet; from any thread."""
-        self._waiting.append((layers, [self._pinned.rows(row) for row in rows]))
+        self._waiting.append((layers, [self.pinned.rows(row) for row in rows]))
 
     def commit(self) -> None:
         """Puts the oldest in force; only enqueues copies on the current stream."""
@@ -40,7 +40,7 @@ class _Prepared:
         for tensor, host in zip(self._tensors, hosts, strict=True):
             for i, layer in enumerate(layers):
                 tensor[layer].copy_(host[i], non_blocking=True)
-        self._pinned.keep(*hosts)
+        self.pinned.keep(*hosts)
 
     def forget(self) -> None:
         """Drops what was not committed."""
@@ -74,7 +74,7 @@ class DispatchMaps:
         self.device = torch.device(device)
         self.logical_to_physical = torch.from_numpy(placement.logical_to_physical(width).astype(np.int64)).to(device)
         self.replica_count = torch.from_numpy(placement.replica_count.astype(np.int64)).to(device)
-        self._prepared = _Prepared(self.logical_to_physical, self.replica_count)
+        self.prepared = _Prepared(self.logical_to_physical, self.replica_count)
 
     def prepare(self, placement: Placement, layers: list[int]) -> None:
         """Computes the rows of ``layers`` under ``placement`` for the next commit that has none yet.
@@ -88,15 +88,15 @@ class DispatchMaps:
             raise MapError(f"an expert gets {placement.replica_count.max()} replicas; the maps hold {self.width}")
         part = _layers_of(placement, layers)
         slots = part.logical_to_physical(self.width).astype(np.int64)
-        self._prepared.add(layers, slots, part.replica_count.astype(np.int64))
+        self.prepared.add(layers, slots, part.replica_count.astype(np.int64))
 
     def commit(self) -> None:
         """Switches over to the oldest prepared placement; only enqueues copies on the current stream."""
-        self._prepared.commit()
+        self.prepared.commit()
 
     def forget_prepared(self) -> None:
         """Drops what was prepared and not committed."""
-        self._prepared.forget()
+        self.prepared.forget()
 
 
 ROUTING_ROWS = 1024
@@ -141,7 +141,7 @@ class RoutingTables:
     def __init__(self, placement: Placement, device: torch.device | str, offset: int = 0) -> None:
         self._offset = offset
         self.table = torch.from_numpy(self._rows(placement)).to(device)
-        self._prepared = _Prepared(self.table)
+        self.prepared = _Prepared(self.table)
 
     def _rows(self, placement: Placement) -> npt.NDArray[np.int32]:
         counts = placement.replica_count
@@ -150,15 +150,15 @@ class RoutingTables:
     def prepare(self, placement: Placement, layers: list[int]) -> None:
         """Computes the tables of ``layers`` under ``placement`` for the next commit that has none yet; from any thread,
         in order."""
-        self._prepared.add(layers, self._rows(_layers_of(placement, layers)))
+        self.prepared.add(layers, self._rows(_layers_of(placement, layers)))
 
     def commit(self) -> None:
         """Puts the oldest prepared tables in force; only enqueues copies on the current stream."""
-        self._prepared.commit()
+        self.prepared.commit()
 
     def forget_prepared(self) -> None:
         """Drops what was prepared and not committed."""
-        self._prepared.forget()
+        self.prepared.forget()
 
 
 def _layers_of(placement: Placement, layers: list[int]) -> Placement:

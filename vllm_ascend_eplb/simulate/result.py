@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..values.defaults import TARGET_PAR
+from ..values.defaults import QUICK_EFFORT, TARGET_PAR
 from .cost import CostModel
 
 PolicyChoice: TypeAlias = Literal["none", "incremental", "default", "random"]
@@ -93,7 +93,7 @@ class Conditions:
     delay_steps: int = 50
     target_par: float = TARGET_PAR
     min_gain: float = 0.01
-    effort: str = "fast"
+    effort: str = QUICK_EFFORT
     num_groups: int = 1
     threads: int = 1
 

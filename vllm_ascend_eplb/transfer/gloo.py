@@ -83,14 +83,14 @@ class StagedGlooTransport(Transport):
 
     def __init__(self, group: Any, streams: Streams, row_bytes: int, receive_rows: int, send_rows: int = 2) -> None:
         pin = streams.module is not None
-        self._group, self._streams = group, streams
+        self.group, self.streams = group, streams
         self._in = torch.empty(receive_rows * row_bytes, dtype=torch.uint8, pin_memory=pin)
-        self._out = torch.empty((send_rows, row_bytes), dtype=torch.uint8, pin_memory=pin)
-        self._filled = [streams.event() for _ in range(send_rows)]
+        self.out = torch.empty((send_rows, row_bytes), dtype=torch.uint8, pin_memory=pin)
+        self.filled = [streams.event() for _ in range(send_rows)]
 
     @property
     def pinned_bytes(self) -> int:
-        return self._in.numel() + self._out.numel()
+        return self._in.numel() + self.out.numel()
 
     def batch(self, sends: Sequence[Piece], receives: Sequence[Piece]) -> Batch:
         _check_indices((*sends, *receives))
@@ -119,20 +119,20 @@ class _StagedBatch(Batch):
         self._serial = serial
 
     def run(self) -> None:
-        transport, group = self._transport, self._transport._group
+        transport, group = self._transport, self._transport.group
         arriving = [group.recv([row], piece.peer, _tag(self._serial, piece.index)) for piece, row in self._receives]
-        leaving: list[Any] = [None] * len(transport._out)
+        leaving: list[Any] = [None] * len(transport.out)
         filling: list[tuple[int, Piece]] = []
         for number, piece in enumerate(self._sends):
-            row = number % len(transport._out)
-            if len(filling) == len(transport._out):
+            row = number % len(transport.out)
+            if len(filling) == len(transport.out):
                 self._send(*filling.pop(0), leaving)
             if leaving[row] is not None:
                 leaving[row].wait()
                 leaving[row] = None
-            _pack(piece.tensors, transport._out[row])
-            if transport._filled[row] is not None:
-                transport._filled[row].record(transport._streams.side)
+            _pack(piece.tensors, transport.out[row])
+            if transport.filled[row] is not None:
+                transport.filled[row].record(transport.streams.side)
             filling.append((row, piece))
         for row, piece in filling:
             self._send(row, piece, leaving)
@@ -145,10 +145,10 @@ class _StagedBatch(Batch):
 
     def _send(self, row: int, piece: Piece, leaving: list[Any]) -> None:
         transport = self._transport
-        if transport._filled[row] is not None:
-            transport._filled[row].synchronize()
-        packed = transport._out[row][: piece.nbytes]
-        leaving[row] = transport._group.send([packed], piece.peer, _tag(self._serial, piece.index))
+        if transport.filled[row] is not None:
+            transport.filled[row].synchronize()
+        packed = transport.out[row][: piece.nbytes]
+        leaving[row] = transport.group.send([packed], piece.peer, _tag(self._serial, piece.index))
 
 
 def _pack(tensors: Sequence[torch.Tensor], row: torch.Tensor) -> None:

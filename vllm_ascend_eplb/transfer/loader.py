@@ -133,15 +133,17 @@ class D2DExpertWeightLoader:
         self._streams = Streams(self.device, own_streams)
         self._summers = [Summer(self._streams, self.buffer_experts, store.most_tensors) for _ in range(buffers)]
         self.checksums: ChecksumTable | None = None
-        self._transports = choose(
+        self.transports = choose(
             transport,
             store,
             Peers(group, device_group, rank, self.num_ranks, self.topology),
             self._streams,
             cooperative_kernels=cooperative_kernels,
         )
-        self._one_sided = any(transport.one_sided for transport in self._transports)
-        self._planner = FlightPlanner(store, self._transports, self._summers, rank, self.num_ranks, budget_bytes)
+        """The first that reaches a pair of ranks carries what is between them. Each may be replaced while no
+        round is prepared."""
+        self._one_sided = any(transport.one_sided for transport in self.transports)
+        self._planner = FlightPlanner(store, self.transports, self._summers, rank, self.num_ranks, budget_bytes)
 
         self._serial = channel
         self._flights: dict[int, Flight] = {}
@@ -167,7 +169,7 @@ class D2DExpertWeightLoader:
     @property
     def transport(self) -> str:
         """The transports in use, for example "pull" or "pull+gloo"."""
-        return "+".join(transport.name for transport in self._transports) or "local"
+        return "+".join(transport.name for transport in self.transports) or "local"
 
     @property
     def buffer_bytes(self) -> int:
@@ -177,7 +179,7 @@ class D2DExpertWeightLoader:
     def describe(self) -> str:
         """One line about the memory taken, for the log."""
         pinned = sum(
-            transport.pinned_bytes for transport in self._transports if isinstance(transport, StagedGlooTransport)
+            transport.pinned_bytes for transport in self.transports if isinstance(transport, StagedGlooTransport)
         )
         return (
             f"expert transfers by {self.transport}: staging of {self.num_buffers} x {self.buffer_experts} experts of "
@@ -231,7 +233,7 @@ class D2DExpertWeightLoader:
             self._streams.current().synchronize()  # weights and buffers, which the other streams use from here on
         probe, source = self._store.live[0][0][0][:length], (0, 0, ((0, 0, length),))
         peers = [peer for peer in range(self.num_ranks) if peer != self.rank]
-        for transport in self._transports:
+        for transport in self.transports:
             self._serial += CHANNELS
             sends = [Piece(peer, 0, (probe,), source) for peer in peers if transport.reaches(self.rank, peer)]
             receives = [
@@ -265,7 +267,7 @@ class D2DExpertWeightLoader:
         for _ in range(MEASUREMENTS):
             self._exchange(b"ready")
             began = time.perf_counter()
-            for transport in self._transports:
+            for transport in self.transports:
                 self._serial += CHANNELS
                 batch = transport.batch(
                     [Piece(after, 0, tuple(views), source)] if transport.reaches(self.rank, after) else [],

@@ -8,4 +8,8 @@ TARGET_PAR: Final = 1.02
 
 
 EFFORT: Final[Literal["thorough"]] = "thorough"
-"""Search effort of the planner where a plan is carried out; a simulation makes thousands of plans and says "fast"."""
+"""Search effort of the planner where a plan is carried out: in a server and by the command ``plan``."""
+
+
+QUICK_EFFORT: Final[Literal["fast"]] = "fast"
+"""Search effort where many plans are made: by the function ``plan`` and in a simulation."""

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vllm-ascend's own modules, unmodified, with their EPLB classes or ours: the calls of its model runner over MoE layers
-that are small enough to be compared exactly."""
+that are small enough to be compared exactly.
+
+One file, because its programs run one set of small layers, whose exact results are computed here.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,7 @@ def _quant_type(quantised: str, known: Any) -> str:
 
 
 class Layer:
-    """What AscendFusedMoE is to its EPLB: maps, weights by name, received tokens."""
+    """Stand-in for AscendFusedMoE as its EPLB sees it: maps, weights by name, received tokens."""
 
     def __init__(self, number: int, config: Any, owned: bool, quantised: str) -> None:
         from vllm_ascend.eplb.core.eplb_utils import init_eplb_config
@@ -412,7 +415,7 @@ def _some_placement(redundant: int) -> Placement:
 
 
 def surface() -> dict[str, Any]:
-    """Whose classes the runner has, and what our settings become for vllm-ascend."""
+    """Owner of the runner's classes, and our settings as vllm-ascend reads them."""
     runner = _runner_module(True)
     from vllm_ascend_eplb.adaptors.ascend import hand_over
     from vllm_ascend_eplb.adaptors.ascend import runner as ascend

@@ -102,7 +102,7 @@ def batch_to_everybody() -> None:
 
 def several_communicators() -> None:
     """The step's collective and a transfer on a communicator of its own, entered at one point of the loop."""
-    other = dist.new_group(backend="hccl")
+    transfers = dist.new_group(backend="hccl")
     side = torch.npu.Stream()
     for step in range(20):
         x, y = _tensor(50), torch.empty(200, device="npu")
@@ -110,8 +110,8 @@ def several_communicators() -> None:
         with torch.npu.stream(side):
             z = _tensor(200)
             operations = [
-                dist.P2POp(dist.isend, z, (RANK + 1) % SIZE, other),
-                dist.P2POp(dist.irecv, y, (RANK - 1) % SIZE, other),
+                dist.P2POp(dist.isend, z, (RANK + 1) % SIZE, transfers),
+                dist.P2POp(dist.irecv, y, (RANK - 1) % SIZE, transfers),
             ]
             works = dist.batch_isend_irecv(operations)
         for _ in range(3):

@@ -315,8 +315,8 @@ def bystander(transport: str) -> dict[str, Any]:
         size = placement.slots_per_rank
         held = placement.physical_to_logical[0]
         swap = np.array([[0, 0, held[size], 0, size], [0, size, held[0], 0, 0]], dtype=np.int32)
-        each = Round(number, swap, size, after=number - 1)
-        loader.prepare(each)
+        swapping = Round(number, swap, size, after=number - 1)
+        loader.prepare(swapping)
         while not loader.ready(number):
             time.sleep(0.001)
         loader.issue(number)

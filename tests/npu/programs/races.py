@@ -199,7 +199,7 @@ PROGRAMS: list[Callable[[bool], None]] = [
 
 
 def judge() -> dict[str, str]:
-    """Name to what was wrong: not flagged without the wait, flagged with it, or a report without both call sites."""
+    """Errors by name: not flagged without the wait, flagged with it, or a report without both call sites."""
     wrong = {}
     for program in PROGRAMS:
         sound = new_reports(lambda run=program: run(True))

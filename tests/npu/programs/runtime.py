@@ -129,12 +129,12 @@ def task_groups_take_new_arguments() -> None:
         torch.npu.graph_task_group_begin(stream)
         torch.add(a, a, out=out)
         handle = torch.npu.graph_task_group_end(stream)
-    for other, expected in ((b, 3.0), (a, 2.0), (b, 3.0)):
+    for addend, expected in ((b, 3.0), (a, 2.0), (b, 3.0)):
         graph.replay()
         time.sleep(0.01)
         with torch.npu.stream(update):
             torch.npu.graph_task_update_begin(update, handle)
-            torch.add(a, other, out=out)
+            torch.add(a, addend, out=out)
             torch.npu.graph_task_update_end(update)
             event.record(update)
         torch.npu.synchronize()

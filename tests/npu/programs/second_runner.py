@@ -28,7 +28,7 @@ def _real(name: str) -> ModuleType:
 
 
 def kernels() -> dict[str, list[bool]]:
-    """Whether stand-ins and kernels do the same."""
+    """True if stand-ins and kernels give equal results."""
     import vllm_ascend
 
     vllm_ascend.register()
@@ -84,7 +84,7 @@ def _turned_alike(neox: bool, by_position: bool) -> bool:
     queries, keys = torch.randn(rows, 4, size, device="npu"), torch.randn(rows, 2, size, device="npu")
     for module in (_real("vllm_ascend.ops.triton.rope"), importlib.import_module("vllm_ascend.ops.triton.rope")):
         turned = module.rope_forward_triton(queries.clone(), keys.clone(), rope_dim=rotary, is_neox_style=neox, **where)
-        results.append(torch.cat([each.flatten() for each in turned]))
+        results.append(torch.cat([part.flatten() for part in turned]))
     assert not torch.equal(results[0], torch.cat([queries.flatten(), keys.flatten()]))
     return torch.allclose(*results, rtol=0, atol=1e-6)
 

@@ -49,7 +49,7 @@ def test_vllm_ascend_gets_its_own_keys_and_the_workers_get_ours():
         assert copied.additional_config == changed
 
 
-def test_what_was_left_out_stays_left_out():
+def test_layers_left_out_stay_left_out():
     changed = hand_over.hand_over({"eplb_config": {"dynamic_eplb": True}})
     assert handed_over.settings_of(changed).model_fields_set == {"dynamic_eplb"}
 
@@ -192,19 +192,19 @@ def served(**changes):
 
 
 def drafted(method, num_experts=8, layers=1):
-    """The speculative configuration of a drafter with weights of its own."""
+    """The speculative configuration of a draft model with weights of its own."""
     model = SimpleNamespace(get_num_experts=lambda: num_experts, hf_config=SimpleNamespace(n_predict=layers))
     return SimpleNamespace(method=method, draft_model_config=model, target_model_config=SimpleNamespace())
 
 
-def test_guesses_are_allowed():
+def test_draft_tokens_are_allowed():
     model = SimpleNamespace(get_num_experts=lambda: 8)
     without_weights = SimpleNamespace(method="ngram", draft_model_config=model, target_model_config=model)
     for drafter in (without_weights, drafted("mtp"), drafted("draft_model", num_experts=0)):
         refusals.refuse_unsupported(served(speculative_config=drafter))
 
 
-def test_what_is_not_supported_is_refused_by_name():
+def test_unsupported_option_is_refused_by_name():
     recorded = {"additional_config": {"eplb_config": {"expert_map_record_path": "map.json"}}}
     stages = {"parallel_config__pipeline_parallel_size": 2}
     engines = {"parallel_config__data_parallel_size": 2}
@@ -239,14 +239,15 @@ def test_second_runner_refuses_maps_beside_draft_experts(second_runner):
     ("in_map", "of_drafter", "wanted"),
     [(4, None, 4), (3, None, 4), (4, 1, 4), (5, 1, 5), (3, 1, 5), (4, 2, 6), (6, 2, 6), (4, "?", None)],
 )
-def test_a_map_is_of_the_layers_of_the_model_and_of_its_drafter(tmp_path, in_map, of_drafter, wanted):
-    """vllm-ascend takes a map of the model alone, too, where the drafter has one layer."""
+def test_map_has_the_layers_of_model_and_draft_model(tmp_path, in_map, of_drafter, wanted):
+    """vllm-ascend takes a map of the model alone, too, where the draft model has one layer."""
     path = tmp_path / "map.json"
     write_expert_map(path, Placement.initial(in_map, 8, 2, 2))
     config = handed_over.settings_of({"eplb_config": {"expert_map_path": str(path)}})
     drafter = None if of_drafter is None else drafted("mtp", layers=of_drafter)
     assert refusals.layers_of_map(config, 4, drafter) == wanted
     assert refusals.layers_of_map(config, None, drafter) is None
+    assert refusals.layers_of_map(config, 4, {"method": "mtp"}) is None  # not read yet: it may have layers of its own
 
 
 def test_the_platform_is_there_for_those_who_name_it(monkeypatch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the adaptor takes for granted of vllm-ascend's MoE layers, in both of their forms, without vllm-ascend."""
+"""The adaptor's assumptions about vllm-ascend's MoE layers, in both of their forms; without vllm-ascend."""
 
 import numpy as np
 import pytest

@@ -27,7 +27,7 @@ def test_idle_engine_counts_in_stage_of_others(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(second_runner, "importlib", SimpleNamespace(import_module=lambda name: runner))
     states = [second_runner.SecondRunnerEplbState(None, torch.device("cpu")) for _ in range(2)]
     for state in states:
-        state._most_in_decode = 16
+        state.most_in_decode = 16
     for tokens in answers:
         sync = None if tokens is None else SimpleNamespace(tokens=tokens)
         assert runner.dispatch_cg_and_sync_dp(sync)[0] == "batch"

@@ -32,13 +32,13 @@ LAYERS, EXPERTS, REDUNDANT = 3, 8, 4
 class Model:
     """What vLLM's MixtureOfExperts protocol says of a model; keeps what it is given, layer by layer."""
 
-    def __init__(self, **other):
+    def __init__(self, **changes):
         self.num_moe_layers = LAYERS
         self.num_routed_experts = self.num_logical_experts = EXPERTS
         self.num_redundant_experts = REDUNDANT
         self.num_physical_experts = EXPERTS + REDUNDANT
         self.num_expert_groups = 1
-        vars(self).update(other)
+        vars(self).update(changes)
 
     def set_eplb_state(self, expert_load_view, logical_to_physical_map, logical_replica_count):
         self.layers = [theirs.EplbLayerState() for _ in range(self.num_moe_layers)]
@@ -108,33 +108,33 @@ def test_balancedness_is_computed_as_vllm_does(seed, ranks, most):
 def test_views_have_vllms_shapes_and_dtypes_and_one_address():
     state, model = EplbState(None, torch.device("cpu")), Model()
     state.add_model(model, config())
-    (its,) = state.model_states.values()
-    assert (its.model_name, its.model) == ("main", model)
+    (views,) = state.model_states.values()
+    assert (views.model_name, views.model) == ("main", model)
     for made, shape, dtype in (
-        (its.physical_to_logical_map, (LAYERS, EXPERTS + REDUNDANT), torch.int64),
-        (its.logical_to_physical_map, (LAYERS, EXPERTS, REDUNDANT + 1), torch.int64),
-        (its.logical_replica_count, (LAYERS, EXPERTS), torch.int64),
-        (its.expert_load_pass, (LAYERS, EXPERTS + REDUNDANT), torch.int32),
+        (views.physical_to_logical_map, (LAYERS, EXPERTS + REDUNDANT), torch.int64),
+        (views.logical_to_physical_map, (LAYERS, EXPERTS, REDUNDANT + 1), torch.int64),
+        (views.logical_replica_count, (LAYERS, EXPERTS), torch.int64),
+        (views.expert_load_pass, (LAYERS, EXPERTS + REDUNDANT), torch.int32),
     ):
         assert (tuple(made.shape), made.dtype) == (shape, dtype)
     rng = np.random.default_rng(0)
     mapping = torch.from_numpy(
         np.stack([rng.permutation(np.r_[np.arange(EXPERTS), [0, 0, 5, -1]]) for _ in range(LAYERS)])
     )
-    its.expert_load_pass += 1
+    views.expert_load_pass += 1
     state.update_mapping(config(), mapping)
-    assert torch.equal(its.physical_to_logical_map, mapping)
+    assert torch.equal(views.physical_to_logical_map, mapping)
     inverse, count = theirs.compute_logical_maps(mapping, EXPERTS)
     for index, layer in enumerate(model.layers):  # what the routers were given at the start
         assert torch.equal(layer.logical_to_physical_map[:, : inverse.shape[-1]], inverse[index])
         assert (layer.logical_to_physical_map[:, inverse.shape[-1] :] == -1).all()
         assert torch.equal(layer.logical_replica_count, count[index])
         assert (layer.expert_load_view == 0).all()
-        ours = its.layer(index)
+        ours = views.layer(index)
         assert ours.logical_to_physical_map.data_ptr() == layer.logical_to_physical_map.data_ptr()
         assert ours.expert_load_view.data_ptr() == layer.expert_load_view.data_ptr()
     again = EplbState.from_mapping(Model(), config(), torch.device("cpu"), None, mapping)
-    assert torch.equal(again.model_states["main"].logical_to_physical_map, its.logical_to_physical_map)
+    assert torch.equal(again.model_states["main"].logical_to_physical_map, views.logical_to_physical_map)
 
 
 @pytest.mark.parametrize(
@@ -157,18 +157,18 @@ def test_models_that_agree_stand_beside_each_other():
     state = EplbState(None, torch.device("cpu"))
     state.add_model(Model(), config())
     state.add_model(Model(num_moe_layers=1), config("drafter"), model_name="its drafter")
-    assert [its.model_name for its in state.model_states.values()] == ["main", "its drafter"]
+    assert [views.model_name for views in state.model_states.values()] == ["main", "its drafter"]
 
 
 @pytest.mark.parametrize("name", ["num_routed_experts", "num_redundant_experts", "num_expert_groups"])
 def test_differing_model_is_refused_by_name_of_difference(name):
     state = EplbState(None, torch.device("cpu"))
     state.add_model(Model(), config())
-    other = Model(**{name: 2})
+    differing = Model(**{name: 2})
     with pytest.raises(EpConfigurationError, match=f"mismatch.*{name} 2, Model has"):
-        state.add_model(other, config("drafter"))
+        state.add_model(differing, config("drafter"))
     with pytest.raises(RuntimeError, match="mismatch"):  # and so does vLLM
-        theirs.EplbState.assert_confs_equal(Model(), other)
+        theirs.EplbState.assert_confs_equal(Model(), differing)
     assert list(state.model_states) == ["main"]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which executors count as vLLM's own processes."""
+"""Executors that count as vLLM's own processes."""
 
 from __future__ import annotations
 

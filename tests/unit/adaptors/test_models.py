@@ -50,7 +50,7 @@ def test_model_with_the_protocol_is_accepted_at_once(architecture: str, monkeypa
 @pytest.mark.parametrize("architecture", NOT_BALANCED)
 def test_model_without_the_protocol_is_refused(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(models, "_ask_a_process", lambda module, name: bool(asked.append((module, name))))
+    monkeypatch.setattr(models, "ask_a_process", lambda module, name: bool(asked.append((module, name))))
     with pytest.raises(EplbConfigError) as raised:
         refuse_model(served(architecture))
     message = str(raised.value)
@@ -69,10 +69,10 @@ def test_model_without_the_protocol_is_refused(architecture: str, monkeypatch: p
 def test_a_process_answers_from_the_real_class(architecture: str, expected: bool) -> None:
     found = registered_class(served(architecture).model_config)
     assert found is not None
-    assert models._ask_a_process(*found) is expected
+    assert models.ask_a_process(*found) is expected
 
 
 def test_class_that_cannot_be_asked_is_left_to_the_workers() -> None:
-    assert models._ask_a_process("vllm.no_such_module", "Model")
+    assert models.ask_a_process("vllm.no_such_module", "Model")
     assert implements("vllm.no_such_module", "Model", lambda module, name: True)
     refuse_model(served("NoSuchModelForCausalLM"))

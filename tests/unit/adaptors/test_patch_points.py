@@ -68,7 +68,7 @@ def test_self_test_finds_no_difference(root: Path, platform: str) -> None:
 
 
 @each_source
-def test_who_takes_the_mapping_by_name_is_known(root: Path) -> None:
+def test_importers_of_the_mapping_are_known(root: Path) -> None:
     """A model that takes it by name must pass what ours takes, too."""
     users = set()
     for path in (root / "vllm").rglob("*.py"):
@@ -82,7 +82,7 @@ def test_who_takes_the_mapping_by_name_is_known(root: Path) -> None:
         for node in ast.walk(tree(root, module)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == MAPPING:
                 assert not node.args
-                assert {each.arg for each in node.keywords} <= taken
+                assert {keyword.arg for keyword in node.keywords} <= taken
 
 
 def test_the_page_shows_this_table() -> None:

@@ -36,10 +36,10 @@ def test_second_patch_changes_nothing() -> None:
 
 
 def test_instance_is_patched_alone() -> None:
-    patched, other = Runner(), Runner()
+    patched, untouched = Runner(), Runner()
     for _ in range(2):
         patch_once(patched, "say", louder)
-    assert (patched.say(), other.say()) == ("hello!", "hello")
+    assert (patched.say(), untouched.say()) == ("hello!", "hello")
 
 
 def test_class_in_a_module_is_replaced_once() -> None:

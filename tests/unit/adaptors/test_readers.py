@@ -16,6 +16,7 @@ from vllm_ascend_eplb.adaptors.ascend.runner import RunnerUpdator
 from vllm_ascend_eplb.adaptors.readers import (
     MODEL_READERS,
     WORKER_READERS,
+    LoadedOrder,
     MovedExpertsError,
     guard_model,
     guard_worker,
@@ -23,7 +24,6 @@ from vllm_ascend_eplb.adaptors.readers import (
 )
 from vllm_ascend_eplb.adaptors.vllm.sources import calls, installed_root, look_up
 from vllm_ascend_eplb.adaptors.vllm.state import VllmEplbState
-from vllm_ascend_eplb.settings.config import EplbConfig
 from vllm_ascend_eplb.values.placement import Placement
 
 LOADED = Placement.initial(2, 4, 2, 2)
@@ -62,11 +62,9 @@ class Where:
         self.placement = placement
 
 
-def state(in_force: Placement, by_map: bool = False) -> VllmEplbState:
-    made = VllmEplbState(SimpleNamespace(data_parallel_size=1), torch.device("cpu"))
-    made._adaptor = SimpleNamespace(placement=LOADED)  # type: ignore[assignment]
-    made._loaded.append((LOADED, Where(in_force)))  # type: ignore[arg-type]
-    made._by_map = by_map
+def loaded_order(where: Where, by_map: bool = False) -> LoadedOrder:
+    made = LoadedOrder()
+    made.add(LOADED, where, by_map=by_map)  # type: ignore[arg-type]
     return made
 
 
@@ -88,49 +86,48 @@ def test_error_names_slots_and_way_out() -> None:
 @pytest.mark.parametrize("reader", WORKER_READERS)
 def test_worker_readers_are_refused_while_experts_moved(reader: str) -> None:
     """Readers of both adaptors' workers; each works again once the experts are back."""
-    mine = state(LOADED)
-    first = RunnerUpdator(None, None, None, None)
-    first._loaded, first.balancer = LOADED, Where(LOADED)  # type: ignore[assignment]
-    for check, where in ((mine.require_loaded_order, mine._loaded[0][1]), (first.require_loaded_order, first.balancer)):
+    state = VllmEplbState(SimpleNamespace(data_parallel_size=1), torch.device("cpu"))
+    for holder in (state, RunnerUpdator(None, None, None, None)):
+        where, check = Where(LOADED), holder.loaded.require
+        holder.loaded.add(LOADED, where, by_map=False)  # type: ignore[arg-type]
         base = type("Worker", (), {reader: lambda self, value: value, "other": lambda self: "other"})
         guard_worker(base, lambda worker, what, check=check: check(what))
         guard_worker(base, lambda worker, what: None)  # the second has no effect
         worker: Any = base()
         assert getattr(worker, reader)(7) == 7
-        where.placement = MOVED  # type: ignore[misc, union-attr]
+        where.placement = MOVED
         with pytest.raises(MovedExpertsError, match=reader):
             getattr(worker, reader)(7)
         assert worker.other() == "other"
-        where.placement = LOADED  # type: ignore[misc, union-attr]
+        where.placement = LOADED
         assert getattr(worker, reader)(7) == 7
 
 
 def test_map_order_is_exported_by_no_worker() -> None:
     """A checkpoint has no such order; within the server the model may be read."""
-    mine = state(LOADED, by_map=True)
+    order = LoadedOrder()
+    order.require("apply_model")  # before a model is loaded
+    order.add(LOADED, None, by_map=True)
     with pytest.raises(MovedExpertsError, match="expert_map_path"):
-        mine.require_loaded_order("save_sharded_state")
-    mine.require_unmoved("named_parameters of the model")
-    first = RunnerUpdator(None, None, None, None)
-    first.configure(EplbConfig(expert_map_path="map.json"), "auto")
-    first.require_loaded_order("apply_model")  # before a model is loaded
-    first._loaded = LOADED
+        order.require("save_sharded_state")
+    order.require_unmoved("named_parameters of the model")
+    order.add(LOADED, None, by_map=False)  # a draft model
     with pytest.raises(MovedExpertsError, match="expert_map_path"):
-        first.require_loaded_order("apply_model")
+        order.require("apply_model")
 
 
 def test_model_readers_are_refused_while_experts_moved() -> None:
     """As functions that run by collective_rpc call them; a model that was not guarded is read."""
-    mine, model, other = state(LOADED), Model(), Model()
-    guard_model(model, mine.require_unmoved)
+    where, model, unguarded = Where(LOADED), Model(), Model()
+    guard_model(model, loaded_order(where).require_unmoved)
     readers = {name: (lambda m, name=name: list(getattr(m, name)())) for name in (*MODEL_READERS, "parameters")}
     for read in readers.values():
         assert len(read(model)) == 1
-    mine._loaded[0][1].placement = MOVED  # type: ignore[misc]
+    where.placement = MOVED
     for name, read in readers.items():
         with pytest.raises(MovedExpertsError, match="of the model reads weights"):
             read(model)
-        assert len(read(other)) == 1, name
+        assert len(read(unguarded)) == 1, name
     assert torch.equal(model.w13_weight, torch.arange(4.0))  # serving reads attributes
 
 
@@ -139,8 +136,8 @@ def test_vllm_writes_no_file_of_moved_experts(tmp_path: Any) -> None:
     pytest.importorskip("vllm")
     from vllm.model_executor.model_loader import ShardedStateLoader
 
-    mine, model = state(MOVED), Model()
-    guard_model(model, mine.require_unmoved)
+    where, model = Where(MOVED), Model()
+    guard_model(model, loaded_order(where).require_unmoved)
     readers: list[Any] = [lambda: ShardedStateLoader._filter_subtensors(model.state_dict())]
     try:
         from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
@@ -151,7 +148,7 @@ def test_vllm_writes_no_file_of_moved_experts(tmp_path: Any) -> None:
     for read in readers:
         with pytest.raises(MovedExpertsError):
             read()
-    mine._loaded[0][1].placement = LOADED  # type: ignore[misc]
+    where.placement = LOADED
     for read in readers:
         assert list(read()) == ["w13_weight"]
 

@@ -56,12 +56,12 @@ def test_mode_sync_copies_on_the_default_stream(
     kind: type, mode: str, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
-    snapshot = recorder_module._Snapshot
+    snapshot = recorder_module.Snapshot
 
     def noted(window: torch.Tensor, own_stream: bool) -> Any:
         asked.append(own_stream)
         return snapshot(window, own_stream)
 
-    monkeypatch.setattr(recorder_module, "_Snapshot", noted)
+    monkeypatch.setattr(recorder_module, "Snapshot", noted)
     recorder(kind, mode=mode)
     assert asked == [own]

@@ -64,7 +64,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Mapping:
     parts = ["import torch", "import triton", "import triton.language as tl"]
     for name in NAMES:
         node = next(n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and n.name == name)
-        first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
         parts.append(textwrap.dedent("\n".join(lines[first - 1 : node.end_lineno])))
     path = tmp_path_factory.mktemp("router") / "router_kernel.py"
     path.write_text("\n\n\n".join(parts) + "\n")

@@ -101,7 +101,7 @@ def test_without_a_placement_nothing_changes() -> None:
     assert [layer.routed_experts.held() for layer in moe.moe_layers] == [[3, 4, 5]] * 3
 
 
-def test_what_was_not_loaded_is_named() -> None:
+def test_expert_that_was_not_loaded_is_named() -> None:
     moe = model(2)
     load_by(moe, LoadOrder(random_placement(0), by_map=True))
     with pytest.raises(LoadingError, match="layer 0, device 2, slot 0 got no weights"):

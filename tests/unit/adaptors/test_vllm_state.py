@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who counts which rows, and what becomes of weights that arrive while a server balances; without vLLM."""
+"""Which rank counts which rows, and refused loading while a server balances; without vLLM."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def sleeper(engines: int = 1) -> tuple[Any, VllmEplbState, Balancer, list[torch.
     balancer, mine = Balancer(), state(engines)
     maps, counts = torch.arange(6), torch.ones(4)
     mine.updator = balancer
-    mine._adaptor = SimpleNamespace(device_tensors=lambda: [maps, counts], rank=0)
+    mine.adaptor = SimpleNamespace(device_tensors=lambda: [maps, counts], rank=0)
     device = [maps, counts, *mine.num_unpadded_tokens]
     mine.begin()
     return balanced(Allocator, lambda: None)(mine, device), mine, balancer, device

@@ -26,7 +26,7 @@ from vllm_ascend_eplb.agreement.transition import advance
 LARGE = 2**62 - 1
 
 
-def test_what_is_agreed_is_the_least_and_the_most() -> None:
+def test_agreed_facts_are_minimum_and_maximum() -> None:
     agreed = agree([Facts(step=3, rounds_done=4, placement=LARGE), Facts(step=3, rounds_done=2, failure=7)])
     assert agreed.min == Facts(step=3, rounds_done=2)
     assert agreed.max == Facts(step=3, rounds_done=4, failure=7, placement=LARGE)
@@ -118,7 +118,7 @@ def test_a_flight_can_be_written_read_and_replayed(tmp_path: Path) -> None:
         state, _ = advance(state, agreed, settings)
         states.append(state)
         recorder.record(state.phase, facts, agreed)
-    assert {its.phase for its in states} >= {Phase.COLLECT, Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN}
+    assert {state.phase for state in states} >= {Phase.COLLECT, Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN}
     recorder.dump(tmp_path / "flight.json", rank=0, reason="test", settings=settings)
     entries = FlightRecorder.load(tmp_path / "flight.json")
     assert tuple(entries) == recorder.entries

@@ -15,6 +15,8 @@ and a few faults may happen. The search visits every world that can be reached a
 
 Orders of every kind come in on EP rank 0. Steps, epochs, cycle and order numbers only grow, so worlds are compared
 after moving them back to fixed numbers.
+
+One file, because a world, the steps out of it and what must hold there are one model.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from itertools import product
 
 import pytest
 
-from vllm_ascend_eplb.agreement import transition as cycle
 from vllm_ascend_eplb.agreement.channel import Agreed, Facts
 from vllm_ascend_eplb.agreement.phases import Actions, Command, CycleSettings, CycleState, Do, Failure, Phase
 from vllm_ascend_eplb.agreement.transition import advance
@@ -104,7 +105,7 @@ class ViolationError(AssertionError):
 
 
 def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> Iterator[tuple[Env, int]]:
-    """What may have happened on a rank by the time it posts: (environment, faults used)."""
+    """Events that may have happened on a rank before it posts: (environment, faults used)."""
     yield env, 0
     if env.bulk:
         yield replace(env, bulk=0), 0
@@ -122,10 +123,10 @@ def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> I
         elif not env.bulk:
             yield replace(env, ready=1), 0
         if fault:
-            its = {Phase.SNAPSHOT: Failure.SNAPSHOT, Phase.REDUCE: Failure.REDUCE}.get(
+            failure = {Phase.SNAPSHOT: Failure.SNAPSHOT, Phase.REDUCE: Failure.REDUCE}.get(
                 state.phase, Failure.PLAN_INVALID
             )
-            yield replace(env, failure=int(its)), 1
+            yield replace(env, failure=int(failure)), 1
     if state.phase is Phase.AUDIT and not env.ready and not env.failure and not env.bulk:
         yield replace(env, ready=1), 0
         if faults:
@@ -151,7 +152,7 @@ def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> I
 
 
 def perform(actions: Actions, envs: list[Env], state: CycleState, case: Case) -> None:
-    """Every rank does what its state says; what must hold then is checked over all ranks."""
+    """Performs the actions of a state on every rank, and checks the invariants over all ranks."""
 
     def require(condition: bool, what: str) -> None:
         if not condition:
@@ -214,7 +215,7 @@ def perform(actions: Actions, envs: list[Env], state: CycleState, case: Case) ->
 
 
 def fresh(env: Env) -> Env:
-    """Nothing is known of a cycle."""
+    """Environment of a rank that is in no cycle."""
     return Env(bulk=env.bulk, poisoned=env.poisoned, placement=env.placement, order=env.order)
 
 
@@ -255,7 +256,7 @@ def follow(world: World, case: Case, see: See) -> Iterator[World]:
                 posted = posted[1:]
         results = [advance(state, see(agreed, posted, rank), case.settings) for rank, state in enumerate(world.states)]
         states, actions = zip(*results, strict=True)
-        if any(state != states[0] for state in states) or any(its != actions[0] for its in actions):
+        if any(state != states[0] for state in states) or any(done != actions[0] for done in actions):
             raise ViolationError(f"ranks part: {[state.phase.name for state in states]}, {actions}, {envs}")
         perform(actions[0], envs, states[0], case)
         if len({env.placement for env in envs}) != 1:
@@ -271,7 +272,7 @@ def as_agreed(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank
 
 @cache
 def bounds(facts: tuple[Facts, ...]) -> Agreed:
-    columns = list(zip(*(astuple(each) for each in facts), strict=True))
+    columns = list(zip(*(astuple(fact) for fact in facts), strict=True))
     return Agreed(Facts(*map(min, columns)), Facts(*map(max, columns)))
 
 
@@ -313,7 +314,7 @@ def normal(world: World, case: Case) -> World:
 
 
 def _audit_due(state: CycleState) -> int:
-    """What matters of it between cycles is whether the audit comes first."""
+    """Normalises the audit's due step: between cycles it matters only whether the audit comes first."""
     if state.audit_due < 0:
         return -1
     return STEP if state.active or state.audit_due < state.due else STEP + 2
@@ -342,7 +343,7 @@ def explore(case: Case, see: See = as_agreed, limit: int = 2_000_000) -> dict[Wo
             if world in after:
                 continue
             after[world] = list(set(step(world, case, see)))
-            front_next += [its for its in after[world] if its not in after]
+            front_next += [following for following in after[world] if following not in after]
         front = front_next
         assert len(after) < limit, "the search does not end; its worlds are not compared as they should be"
     return after
@@ -351,8 +352,8 @@ def explore(case: Case, see: See = as_agreed, limit: int = 2_000_000) -> dict[Wo
 def assert_all_end(worlds: dict[World, list[World]]) -> None:
     """From every world there is a way to the end of the cycle."""
     before: dict[World, list[World]] = {world: [] for world in worlds}
-    for world, its in worlds.items():
-        for after in its:
+    for world, following in worlds.items():
+        for after in following:
             before[after].append(world)
     good = {world for world in worlds if world.states[0].phase in (Phase.COLLECT, Phase.OFF)}
     front = list(good)
@@ -362,8 +363,8 @@ def assert_all_end(worlds: dict[World, list[World]]) -> None:
     assert not stuck, f"{len(stuck)} worlds have no way out, for example {stuck[0]}"
 
 
-def settings(lag: int, buffers: int = 2, **others: int) -> CycleSettings:
-    values = {"max_failures": 2, "max_resends": 1, **others}
+def settings(lag: int, buffers: int = 2, **limits: int) -> CycleSettings:
+    values = {"max_failures": 2, "max_resends": 1, **limits}
     return CycleSettings(
         collect_steps=4 * (lag + 1) + 1, execution_steps=2, first_collect_steps=1, buffers=buffers, **values
     )
@@ -463,12 +464,14 @@ def test_the_search_finds_a_rank_that_obeys_before_all_know() -> None:
 
 
 def test_the_search_finds_cycles_that_begin_while_paused(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = cycle._collect
+    original = advance
 
-    def heedless(state: CycleState, its: CycleSettings) -> tuple[CycleState, Actions]:
-        state, actions = original(replace(state, paused=False), its)
-        return replace(state, paused=True), actions
+    def heedless(state: CycleState, agreed: Agreed | None, limits: CycleSettings) -> tuple[CycleState, Actions]:
+        if state.phase is not Phase.COLLECT:
+            return original(state, agreed, limits)
+        following, actions = original(replace(state, paused=False), agreed, limits)
+        return replace(following, paused=state.paused), actions
 
-    monkeypatch.setattr(cycle, "_collect", lambda state, its: (heedless if state.paused else original)(state, its))
+    monkeypatch.setitem(globals(), "advance", heedless)
     with pytest.raises(ViolationError, match="begun while paused"):
         explore(Case(2, 1, settings(1, 1, listen_steps=2), (1,), 0, 1))

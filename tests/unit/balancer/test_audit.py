@@ -49,7 +49,7 @@ def loader(slots):
 
 
 def complete(audit: SlotAudit, most: int = 100) -> int:
-    """Steps that a pass took."""
+    """Runs a pass to its end; returns the steps it took."""
     for steps in range(most):
         if audit.complete:
             return steps
@@ -76,8 +76,8 @@ def test_pass_takes_its_interval_and_finds_new_damage(slots, loader, monkeypatch
 
 
 def test_swapped_slots_repair_each_other(slots, loader):
-    for one, other in zip(slots[2][2], slots[2][3], strict=True):
-        one[:], other[:] = other.clone(), one.clone()
+    for first, second in zip(slots[2][2], slots[2][3], strict=True):
+        first[:], second[:] = second.clone(), first.clone()
     audit = SlotAudit(loader.slots, loader.streams, 1000)
     assert complete(audit) == 18  # one at a step at least
     damage, count = find_damage(audit.sums, PLACEMENT, loader.checksums, Topology.even(1))
@@ -166,24 +166,23 @@ def test_repairs_fit_the_buffer_and_leave_nothing_possible(data: st.DataObject) 
     buffer = data.draw(st.integers(1, 4))
     damage, count = find_damage(live, placement, table, Topology.even(ranks))
     assert count == len(damage)
-    assert {(each.layer, each.slot) for each in damage} == set(map(tuple, np.argwhere(live != good).tolist()))
+    assert {(wrong.layer, wrong.slot) for wrong in damage} == set(map(tuple, np.argwhere(live != good).tolist()))
     rounds = repair_rounds(damage, size, buffer)
     check_rounds(placement, rounds, buffer, placement, repair=True)
-    for each in rounds:
-        layers, slots, _, _, sources = each.moves.T
+    for round_ in rounds:
+        layers, slots, _, _, sources = round_.moves.T
         live[layers, slots] = live[layers, sources]
-    left = {
-        (each.layer, each.slot): each for each in damage if live[each.layer, each.slot] != good[each.layer, each.slot]
-    }
-    for each in left.values():  # no copy anywhere, or a ring that is too long for the buffer
-        if each.source >= 0:
-            ring, at = [], each
+    left = {(wrong.layer, wrong.slot): wrong for wrong in damage}
+    left = {place: wrong for place, wrong in left.items() if live[place] != good[place]}
+    for wrong in left.values():  # no copy anywhere, or a ring that is too long for the buffer
+        if wrong.source >= 0:
+            ring, at = [], wrong
             while at not in ring:
                 ring.append(at)
                 assert (at.layer, at.source) in left
                 at = left[at.layer, at.source]
             ring = ring[ring.index(at) :]
-            assert max(Counter(its.slot // size for its in ring).values()) > buffer
+            assert max(Counter(wrong.slot // size for wrong in ring).values()) > buffer
 
 
 def test_repair_is_bounded_and_keeps_what_later_ones_need() -> None:
@@ -196,13 +195,13 @@ def test_repair_is_bounded_and_keeps_what_later_ones_need() -> None:
     damage, count = find_damage(live, placement, table, Topology.even(2))
     assert count == 5 * experts
     assert len(damage) == MOST_REPAIRS
-    assert all(each.source == each.slot + experts for each in damage)  # the sound replica, no stray
+    assert all(wrong.source == wrong.slot + experts for wrong in damage)  # the sound replica, no stray
     rounds = repair_rounds(damage, experts, 50)
-    assert sum(len(each.moves) for each in rounds) == MOST_REPAIRS
+    assert sum(len(round_.moves) for round_ in rounds) == MOST_REPAIRS
     assert len(rounds) == -(-MOST_REPAIRS // 50)
     for _ in range(10):  # one audit after the other
-        for each in repair_rounds(damage, experts, experts):
-            layers, slots, _, _, sources = each.moves.T
+        for round_ in repair_rounds(damage, experts, experts):
+            layers, slots, _, _, sources = round_.moves.T
             live[layers, slots] = live[layers, sources]
         damage, count = find_damage(live, placement, table, Topology.even(2))
     assert count in (0, 2 * experts)  # a ring over all ranks fits into the buffer only if it is small

@@ -89,7 +89,7 @@ def updator(planner: Any) -> Iterator[EplbUpdator]:
 
 
 def step_to(updator: EplbUpdator, cycle: int) -> None:
-    """Until so many cycles are over."""
+    """Steps until ``cycle`` cycles are over."""
     for _ in range(200):
         updator.forward_before()
         updator.parts.recorder.counts += 1
@@ -103,7 +103,7 @@ def step_to(updator: EplbUpdator, cycle: int) -> None:
 @pytest.mark.parametrize("audit_interval", [0, 50])
 def test_every_action_means_something(planner: Any, audit_interval: int) -> None:
     updator = built(planner, audit_interval=audit_interval)
-    assert set(updator._do) == set(Do) - (set() if audit_interval else AUDIT_ONLY)
+    assert set(updator.methods) == set(Do) - (set() if audit_interval else AUDIT_ONLY)
     assert (updator.auditor is not None) == bool(audit_interval)
     updator.close()
 
@@ -143,7 +143,7 @@ def test_no_part_of_a_cycle_outlives_it(updator: EplbUpdator, planner: PlannerHe
     assert not updator.gather.summed()
     assert updator.gather.result() is None
     assert updator.lead is not None
-    assert updator.lead._case is None
+    assert updator.lead.case is None
     assert len(planner.asked) == 1
 
 

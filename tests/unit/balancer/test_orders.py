@@ -18,14 +18,14 @@ from vllm_ascend_eplb.observe.stats import EplbStats
 from vllm_ascend_eplb.observe.stats_file import StatsFile
 
 
-def test_what_is_written_is_read_and_private(tmp_path: Path) -> None:
+def test_written_order_is_read_and_private(tmp_path: Path) -> None:
     path = orders_path(tmp_path / "stats.json")
     assert read_order(path) is None
     order = Order(command="intervals", collect_steps=7)
     write_order(path, order)
     assert read_order(path) == order
     assert path.stat().st_mode & 0o777 == 0o600
-    assert [each.name for each in tmp_path.iterdir()] == ["stats.json.order"]
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.json.order"]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_what_is_written_is_read_and_private(tmp_path: Path) -> None:
         {"command": "pause", "more": 1},
     ],
 )
-def test_what_is_no_order(fields: dict[str, object], tmp_path: Path) -> None:
+def test_invalid_order_is_refused(fields: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(ValidationError):
         Order(**fields)  # type: ignore[arg-type]
     path = tmp_path / "order"
@@ -50,7 +50,7 @@ def test_what_is_no_order(fields: dict[str, object], tmp_path: Path) -> None:
         read_order(path)
 
 
-def test_whose_order_is_not_taken(tmp_path: Path) -> None:
+def test_order_file_of_other_users_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "order"
     write_order(path, Order(command="pause"))
     path.chmod(0o620)

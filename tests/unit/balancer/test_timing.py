@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of time: measured, read from a file, or not known, and what the log says of it."""
+"""Step times: measured, read from a file, or unknown; and the log line about each."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_times_are_measured_and_told(measured: list[str], caplog: pytest.LogCapt
 
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_without_times_the_par_decides(calibrate: bool, measured: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    """Switched off, it says nothing; where layers cannot be run by themselves, it says so."""
+    """No log line if calibration is off; one line if layers cannot be run by themselves."""
     with caplog.at_level(logging.INFO, "vllm.eplb"):
         config = EplbConfig(dynamic_eplb=True, calibrate=calibrate)
         times = learn_times(adaptor(None if calibrate else RUNS), config, LOADER)

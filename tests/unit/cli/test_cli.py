@@ -23,10 +23,9 @@ from typer.testing import CliRunner
 from tests.windows import rank_window
 from vllm_ascend_eplb import Placement, __version__
 from vllm_ascend_eplb.cli import app
-from vllm_ascend_eplb.cli.doctor import export_line
 from vllm_ascend_eplb.cli.output import CommandError
 from vllm_ascend_eplb.cli.watch import metrics_url, parse, sparkline
-from vllm_ascend_eplb.files.expert_map import read_expert_map, write_expert_map
+from vllm_ascend_eplb.files.expert_map import read_expert_map
 from vllm_ascend_eplb.observe.keeper import StatsKeeper
 from vllm_ascend_eplb.observe.prometheus import EplbGauges
 from vllm_ascend_eplb.simulate.result import Simulation
@@ -75,16 +74,16 @@ def test_plan_writes_a_map_that_balances(tmp_path: Path) -> None:
 
 
 def test_plan_from_the_last_windows_and_from_a_map(tmp_path: Path) -> None:
-    one, two = tmp_path / "one.json", tmp_path / "two.json"
-    run("plan", TRACE, "--ranks", 8, "--redundant", 8, "-o", one, "--effort", "fast", "--last", 1)
+    cold, two = tmp_path / "one.json", tmp_path / "two.json"
+    run("plan", TRACE, "--ranks", 8, "--redundant", 8, "-o", cold, "--effort", "fast", "--last", 1)
     last = np.load(TRACE)["loads"][-1]
-    assert read_expert_map(one).par(last).max() < 1.05
+    assert read_expert_map(cold).par(last).max() < 1.05
     again = run_json(
-        "plan", TRACE, "--ranks", 8, "--redundant", 8, "-o", two, "--effort", "fast", "--last", 1, "--start", one
+        "plan", TRACE, "--ranks", 8, "--redundant", 8, "-o", two, "--effort", "fast", "--last", 1, "--start", cold
     )
     assert again["moves"] == 0
-    assert one.read_bytes() == two.read_bytes()
-    message = run("plan", TRACE, "--ranks", 8, "--redundant", 16, "--start", one, status=2)
+    assert cold.read_bytes() == two.read_bytes()
+    message = run("plan", TRACE, "--ranks", 8, "--redundant", 16, "--start", cold, status=2)
     assert "8 redundant experts, --redundant is 16" in message
 
 
@@ -200,7 +199,7 @@ def test_simulate_can_be_interrupted(short_trace: Path, tmp_path: Path, monkeypa
 
         yield tick
 
-    monkeypatch.setattr(module, "_progress", interrupted_in_the_second)
+    monkeypatch.setattr(module, "progress", interrupted_in_the_second)
     kept = tmp_path / "sim.json"
     arguments = ("simulate", short_trace, "--ranks", 8, "--policies", "none,default", "--intervals", 1, "-o", kept)
     text = run(*arguments, status=130)
@@ -320,144 +319,6 @@ def test_parse_and_sparkline() -> None:
     line = sparkline([1.0, 1.5, 2.0])
     assert len(line) == 3
     assert line[0] < line[1] < line[2]
-
-
-# --- doctor ----------------------------------------------------------------------------------------------------------
-
-
-def test_doctor_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    result = CliRunner().invoke(app, ["doctor", "--quick", "--json"])
-    said = json.loads(result.stdout)
-    assert result.exit_code == (0 if said["works"] else 1)
-    assert said["versions"]["vllm-ascend-eplb"] == __version__
-    found = {finding["what"]: finding for finding in said["findings"]}
-    assert found["planner (C++)"]["status"] == "ok"
-    assert found["vLLM"]["status"] == "note"
-
-
-def test_doctor_names_the_kernels_in_use() -> None:
-    import vllm_ascend_eplb.cli.doctor as module
-
-    answer = {"kernels": {"cpu": "cpu", "cuda": "aten"}, "no_kernel": {"cuda": "the package was built without nvcc"}}
-    cpu, cuda = module._kernels(answer)
-    assert (cpu.status, cuda.status) == ("ok", "note")
-    assert "C++ kernel for cpu is in use" in cpu.text
-    assert "the package was built without nvcc; a server does without" in cuda.text
-    (slow,) = module._kernels({"kernels": {"cpu": "aten"}, "no_kernel": {"cpu": "_ops.so is missing"}})
-    assert slow.status == "note"
-    assert slow.text.endswith("in use: _ops.so is missing")
-    assert module._kernels({"kernels_error": "ImportError: no"})[0].status == "wrong"
-
-
-def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm_ascend_eplb.cli.doctor as module
-
-    answer: dict[str, Any] = {
-        "cuda": 0, "npu": 8, "vllm_version": "0.99.0", "checked": False, "checked_versions": ["0.32"],
-        "platform": "cuda", "missing": ["vllm.x.Y (needed): no module"], "patch_points": 20,
-    }  # fmt: skip
-    monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
-    monkeypatch.setenv("VLLM_PLUGINS", "ascend")
-    said = run_json("doctor", status=1)
-    wrong = [finding["text"] for finding in said["findings"] if finding["status"] == "wrong"]
-    assert any("allow_unchecked_vllm" in text for text in wrong)
-    assert any("vllm.x.Y" in text for text in wrong)
-    assert said["verdict"].startswith("balancing would stay off")
-    text = run("doctor", status=1)
-    assert "8 NPU" in text
-    assert "WRONG" in text
-    monkeypatch.setattr(module, "probe", lambda with_vllm: {"probe_error": "it crashed"})
-    assert "it crashed" in run("doctor", status=1)
-
-
-def test_doctor_notes_a_newer_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is balanced by default, because the self-test found no difference."""
-    import vllm_ascend_eplb.cli.doctor as module
-
-    answer: dict[str, Any] = {
-        "cuda": 2, "npu": 0, "vllm_version": "0.33.0", "checked": True, "checked_versions": ["0.32"],
-        "warning": "the self-test found every patch point unchanged", "platform": "cuda", "missing": [],
-        "patch_points": 20,
-    }  # fmt: skip
-    monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
-    found = {finding["what"]: finding for finding in run_json_of_any_status("doctor")["findings"]}
-    assert found["vLLM"]["status"] == "note"
-    assert "self-test" in found["vLLM"]["text"]
-
-
-def run_json_of_any_status(command: str) -> dict[str, Any]:
-    return json.loads(CliRunner().invoke(app, [command, "--json"]).stdout)
-
-
-def test_doctor_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm_ascend_eplb.cli.doctor as module
-
-    monkeypatch.setattr(module, "_plugins", list)
-    monkeypatch.delenv("DYNAMIC_EPLB", raising=False)
-
-    def findings(**changes: object) -> dict[str, tuple[str, str]]:
-        known = {"ascend_version": "0.23.0.post1", "ascend_checked_versions": ["0.23.0.post1"]}
-        answer = {"npu": 8, "vllm_version": "0.23.0", "platform": "npu", "ascend_differences": [], **known, **changes}
-        monkeypatch.setattr(module, "probe", lambda with_vllm: answer)
-        said = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
-        return {each["what"]: (each["status"], each["text"]) for each in said["findings"]}
-
-    well = findings()
-    assert well["vllm-ascend"][0] == well["vllm-ascend's runner"][0] == "ok"
-    status, text = findings(ascend_version="0.24.0")["vllm-ascend"]
-    assert status == "wrong"
-    assert text.startswith("0.24.0; checked against 0.23.0.post1: balancing stays off unless ")
-    other = findings(ascend_differences=["it calls eplb_updator.turn"])["vllm-ascend's runner"]
-    assert other == ("wrong", "it calls eplb_updator.turn: vllm-ascend's own EPLB stays in place")
-    second = findings(ascend_missing=[])["vllm-ascend's runner"]
-    assert second == ("ok", "the second one; all patch points are present")
-    gone = findings(ascend_missing=["a.b (its use): gone"])["vllm-ascend's runner"]
-    assert gone == ("wrong", "missing: a.b (its use): gone: start-up ends with this line")
-    assert "cannot be imported: no" in findings(ascend_error="no")["vllm-ascend"][1]
-    monkeypatch.setenv("DYNAMIC_EPLB", "false")
-    assert findings()["DYNAMIC_EPLB"][0] == "wrong"
-
-
-def test_doctor_checks_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import vllm_ascend_eplb.cli.doctor as module
-
-    monkeypatch.setattr(module, "probe", lambda with_vllm: {"cuda": 0, "npu": 0})
-    monkeypatch.setattr(module, "_plugins", list)
-
-    def settings(text: str, status: int = 0) -> str:
-        said = run_json("doctor", "--config", text, "--experts", 64, "--ranks", 4, status=status)
-        return "".join(finding["text"] for finding in said["findings"] if finding["what"] == "settings")
-
-    assert "policy incremental, a cycle every 600 steps, 17 slots" in settings(
-        '{"dynamic_eplb": true, "num_redundant_experts": 4}'
-    )
-    assert "nearest that works: 0 or 4" in settings('{"dynamic_eplb": true, "num_redundant_experts": 3}', 1)
-    assert "nothing is switched on" in settings("{}")
-    write_expert_map(tmp_path / "map.json", Placement.initial(2, 64, 4, 8))
-    kept = settings(json.dumps({"expert_map_path": str(tmp_path / "map.json")}))
-    assert kept.startswith("static placement from ")
-    assert kept.endswith("18 slots per rank and layer")
-    (tmp_path / "c.json").write_text('{"eplb_config": {"dynamic_eplb": true, "mode": "observe"}}')
-    assert "observing only" in settings(str(tmp_path / "c.json"))
-    assert "did you mean" in run("doctor", "--config", '{"dynamic_epbl": true}', status=2)
-    assert "is no JSON" in run("doctor", "--config", "{", status=2)
-    assert "neither JSON nor" in run("doctor", "--config", str(tmp_path / "none"), status=2)
-
-
-def test_the_line_to_export() -> None:
-    plugins = {
-        "vllm.platform_plugins": ["ascend"],
-        "vllm.general_plugins": ["ascend_kv", "eplb"],
-        "vllm.stat_logger_plugins": ["eplb_metrics"],
-        "vllm.endpoint_plugins": [],
-    }
-    assert export_line(plugins, None) is None
-    assert export_line(plugins, "ascend,eplb,eplb_metrics") is None
-    assert export_line(plugins, "ascend") == "export VLLM_PLUGINS=ascend,eplb,eplb_metrics"
-    plugins["vllm.endpoint_plugins"] = ["eplb_page", "other_page"]
-    # nothing that is loaded today may be lost by naming ours
-    assert export_line(plugins, None) == "export VLLM_PLUGINS=ascend,ascend_kv,eplb,eplb_metrics,eplb_page"
 
 
 def test_commands_start_without_torch_and_vllm() -> None:

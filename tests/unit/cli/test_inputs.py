@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people feed the commands: odd environments, files of other tools, settings with small mistakes.
+"""Input that people give to the commands: odd environments, files of other tools, settings with small mistakes.
 
 Where these kinds can occur: every command that opens an address (``watch``) or a file (all others), and ``doctor``,
 whose word about plugins must be vLLM's own.
@@ -236,7 +236,7 @@ def test_doctor_takes_words_for_booleans(tmp_path: Path) -> None:
 
 
 def loaded(**answer: object) -> dict[str, tuple[str, str]]:
-    return {finding.what: (finding.status, finding.text) for finding in doctor._loaded(answer)}
+    return {finding.what: (finding.status, finding.text) for finding in doctor.loaded_findings(answer)}
 
 
 def test_doctor_believes_vllm_about_plugins() -> None:

@@ -144,8 +144,8 @@ def _read(path: Path, case: str, outcome: dict[str, Any], trace_memory: bool) ->
             outcome["refused"] += 1
             if not str(said).isprintable() or len(str(said)) > 1500 or not str(said):
                 outcome["bad"].append(f"{case}: message {str(said)[:200]!r}")
-        except BaseException as other:
-            outcome["bad"].append(f"{case}: {type(other).__name__}: {other}")
+        except BaseException as unexpected:
+            outcome["bad"].append(f"{case}: {type(unexpected).__name__}: {unexpected}")
         seconds = time.process_time() - begin
         if not trace_memory and seconds > MAX_SECONDS:  # a busy machine, or a file that is slow every time
             seconds = min(seconds, *(_seconds(read, path, options) for _ in range(3)))

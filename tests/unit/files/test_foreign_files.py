@@ -12,6 +12,7 @@ import io
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +47,11 @@ def test_every_form_is_written_and_read(tmp_path: Path, form: str, ending: str) 
     found = read_expert_map(first, num_ranks=4, num_experts=8, num_layers=3)
     assert by_rank(found) == by_rank(before)
     assert (found == before) == (form != "omni" or by_rank(before) == before.physical_to_logical.tolist())
-    for other, other_ending in ENDINGS:
-        second = tmp_path / f"second_{other}{other_ending}"
-        write_expert_map(second, found, other)  # type: ignore[arg-type]
+    for target_form, other_ending in ENDINGS:
+        if other_ending == ".pt" and find_spec("torch") is None:
+            continue
+        second = tmp_path / f"second_{target_form}{other_ending}"
+        write_expert_map(second, found, target_form)  # type: ignore[arg-type]
         assert by_rank(read_expert_map(second, num_ranks=4)) == by_rank(before)
     changed = before.physical_to_logical.copy()
     changed[1, [0, 3]] = changed[1, [3, 0]]

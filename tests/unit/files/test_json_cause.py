@@ -77,9 +77,9 @@ def cause(text: str) -> str:
 def test_a_hint_names_the_cause_and_no_other(text: str, kind: str) -> None:
     found = cause(text)
     assert HINTS[kind] in found
-    others = {HINTS[other] for other in HINTS if other != kind} - {HINTS[kind]}
+    wrong_hints = {HINTS[hint] for hint in HINTS if hint != kind} - {HINTS[kind]}
     if kind not in ("shell", "single"):
-        assert not [other for other in others if other in found]
+        assert not [hint for hint in wrong_hints if hint in found]
 
 
 @pytest.mark.parametrize(("text", "kind"), CASES, ids=[text[:40] for text, _ in CASES])

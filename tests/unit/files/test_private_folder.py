@@ -81,7 +81,7 @@ def test_only_the_folder_of_a_killed_front_end_is_removed(tmp_path):
 
 
 def test_folder_of_an_unreaped_front_end_is_removed(tmp_path):
-    """Its process id is still there, as that of a zombie: in a container there may be nobody to ask how it ended."""
+    """A zombie still has a process id; in a container nobody may reap it."""
     zombie = subprocess.Popen(["true"])
     os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
     os.kill(zombie.pid, 0)
@@ -97,15 +97,15 @@ def test_folder_of_an_unreaped_front_end_is_removed(tmp_path):
 
 
 def test_leftovers_of_a_killed_server_are_removed_at_next_start(tmp_path):
-    with server(tmp_path) as (_, its), server(tmp_path, forks=True) as (_, forked):
+    with server(tmp_path) as (_, served), server(tmp_path, forks=True) as (_, forked):
         with server(tmp_path) as (session, left):
             end(session, signal.SIGTERM)  # which it does not treat
         assert left.is_dir()
         assert left.stat().st_mode & 0o077 == 0
-        assert {its, forked, left} == set(tmp_path.iterdir())
+        assert {served, forked, left} == set(tmp_path.iterdir())
         with server(tmp_path) as (_, new):
-            assert {its, forked, new} == set(tmp_path.iterdir())
-            assert (its / "stats.json").exists()
+            assert {served, forked, new} == set(tmp_path.iterdir())
+            assert (served / "stats.json").exists()
             assert (forked / "stats.json").exists()
 
 

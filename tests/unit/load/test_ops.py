@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The load recording ops against a NumPy oracle, on every device and every path (kernel, ATen) that is there."""
+"""The load recording ops against a NumPy oracle, on every device and every path (kernel, ATen) that is there.
+
+One file, because every test compares one op with one oracle.
+"""
 
 import shutil
 import subprocess
@@ -45,7 +48,7 @@ def map_and_record_oracle(ids, table, replicas, counts, record, bounds):
 
 
 def run_path(path, *arguments):
-    return {"op": ops.map_and_record, "aten": ops._map_and_record_aten}[path](*arguments)
+    return {"op": ops.map_and_record, "aten": ops.map_and_record_aten}[path](*arguments)
 
 
 @st.composite
@@ -109,7 +112,7 @@ def model_batch(num_tokens, device, dtype=torch.int64, num_experts=256, top_k=8,
 def reference(ids, table, replicas, counts, record, bounds=None):
     """The ATen path on the CPU, which the small batches above tie to the oracle."""
     arguments = [t.cpu().clone() for t in (ids, table, replicas, counts, record)]
-    out = ops._map_and_record_aten(*arguments, None if bounds is None else bounds.cpu())
+    out = ops.map_and_record_aten(*arguments, None if bounds is None else bounds.cpu())
     return out, arguments[3]
 
 
@@ -256,9 +259,9 @@ def test_the_choice_depends_on_position_and_expert_alone():
     """Ranks that route the same tokens must agree, so other tokens of the batch must not matter."""
     ids, table, replicas, counts, record = model_batch(64, "cpu")
     whole = ops.map_and_record(ids, table, replicas, counts, record)
-    other = ids.clone()
-    other[1::2] = (other[1::2] + 5) % 256
-    changed = ops.map_and_record(other, table, replicas, counts, record)
+    changed_ids = ids.clone()
+    changed_ids[1::2] = (changed_ids[1::2] + 5) % 256
+    changed = ops.map_and_record(changed_ids, table, replicas, counts, record)
     assert torch.equal(whole[::2], changed[::2])
     assert not torch.equal(whole[1::2], changed[1::2])
 

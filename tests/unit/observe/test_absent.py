@@ -154,7 +154,7 @@ def test_metrics_of_a_server_without_rank_0_say_so(second_host: Path, monkeypatc
     from vllm_ascend_eplb.observe import prometheus
 
     registry = CollectorRegistry()
-    monkeypatch.setattr(prometheus, "_watchers", [])
+    monkeypatch.setattr(prometheus, "watchers", [])
     monkeypatch.setattr(prometheus, "EplbGauges", lambda parts: EplbGauges(registry, parts))
     prometheus.watch()
     try:
@@ -166,7 +166,7 @@ def test_metrics_of_a_server_without_rank_0_say_so(second_host: Path, monkeypatc
         assert samples(registry)["vllm_eplb_steps"] == 5
         assert not [name for name in samples(registry) if "elsewhere" in name]
     finally:
-        for watcher in prometheus._watchers:
+        for watcher in prometheus.watchers:
             watcher.close()
 
 
@@ -209,7 +209,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_no_false_warning_at_the_end_of_a_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The front-end process removes its private folder and then ends the engine, whose last report finds no folder."""
+    """The front-end process removes its private folder before the engine sends its last report."""
     caplog.set_level(logging.WARNING)
     folder = tmp_path / f"{OWNED_FOLDER}{os.getpid()}-abc"
     folder.mkdir()
@@ -229,7 +229,7 @@ def test_no_false_warning_at_the_end_of_a_program(tmp_path: Path, caplog: pytest
 def test_a_folder_that_is_gone_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    """While the server goes on, it is a fault: negative control of the test above."""
+    """Negative control of the test above: while the server runs, a missing folder is a fault."""
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(stats_file, "OWNER_ENDS", 0.01)
     ended = subprocess.Popen([sys.executable, "-c", ""])

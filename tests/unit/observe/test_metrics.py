@@ -122,22 +122,22 @@ def test_two_engines_share_one_watcher(tmp_path: Path, monkeypatch: pytest.Monke
         return made[-1]
 
     monkeypatch.setattr(metrics, "EplbGauges", make)
-    monkeypatch.setattr(metrics, "_watchers", [])
+    monkeypatch.setattr(metrics, "watchers", [])
     monkeypatch.setenv(STATS_VARIABLE, str(tmp_path / "stats.json"))
     metrics.watch()
     metrics.watch()
     assert len(made) == 1
-    (watcher,) = metrics._watchers
+    (watcher,) = metrics.watchers
     watcher.close()
 
 
 def test_each_pipeline_stage_has_a_file_and_a_label_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = CollectorRegistry()
     monkeypatch.setattr(metrics, "EplbGauges", lambda **arguments: EplbGauges(registry, **arguments))
-    monkeypatch.setattr(metrics, "_watchers", [])
+    monkeypatch.setattr(metrics, "watchers", [])
     monkeypatch.setenv(STATS_VARIABLE, str(tmp_path / "stats.json"))
     metrics.watch(["stage0", "stage1"])
-    for step, watcher in enumerate(metrics._watchers):
+    for step, watcher in enumerate(metrics.watchers):
         watcher.close()
         path = stats_path(watcher.part)
         assert path == tmp_path / f"stats-stage{step}.json"

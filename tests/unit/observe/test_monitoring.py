@@ -57,7 +57,7 @@ def test_the_dashboard_shows_metrics_that_there_are(labels: dict[str, set[str]])
         assert panel["datasource"]["uid"] == "${datasource}"  # that of whoever imports it
         place = tuple(panel["gridPos"][key] for key in "xywh")
         assert place[0] + place[2] <= 24
-        assert not any(_overlap(place, other) for other in places), panel["title"]
+        assert not any(_overlap(place, earlier) for earlier in places), panel["title"]
         places.append(place)
         assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
         for target in panel["targets"]:

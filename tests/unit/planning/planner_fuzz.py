@@ -33,7 +33,7 @@ def load_module(path: Path) -> Any:
 
 
 def broken(rng: np.random.Generator, value: Any) -> Any:
-    """Something near ``value`` that may be no good."""
+    """A mutation of ``value``, possibly invalid."""
     if not isinstance(value, np.ndarray):
         return rng.choice([0, -1, 1, 7, 2**31 - 1, -(2**31)]).item()
     choice = rng.integers(7)

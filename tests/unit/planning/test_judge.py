@@ -49,7 +49,7 @@ def test_speeds_of_ranks_are_heeded() -> None:
     assert "brought PAR 1.000 instead of" in judge.window_ended(expert_window(SKEWED, BEFORE, [1.8, 0.2]), BEFORE)
 
 
-def test_what_was_forgotten_is_not_judged() -> None:
+def test_forgotten_cycle_is_not_judged() -> None:
     judge = PlanJudge(0.0)
     judge.carried_out(BEFORE, 0.8)
     judge.forget()

@@ -41,7 +41,7 @@ def some_plan(seed: int, shares: bool) -> tuple[Placement, Placement, list[Round
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans())
-def test_what_is_packed_comes_out(seed: int, shares: bool) -> None:
+def test_packed_message_is_unpacked_unchanged(seed: int, shares: bool) -> None:
     start, target, rounds, dispatch, message = some_plan(seed, shares)
     assert len(message) <= most_plan_bytes(start)
     got, to, counts = unpack_plan(message, NUMBER, start)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""plan(): what holds for every plan, and what the policy "incremental" reaches."""
+"""plan(): what holds for every plan, and what the policy "incremental" reaches.
+
+One file, because all tests ask one function about the same instances.
+"""
 
 import itertools
 
@@ -81,10 +84,10 @@ def test_policies_leave_no_expert_out(policy, instance):
 
 def test_random_makes_no_duplicates_and_follows_its_seed(drifted):
     slots, load = drifted
-    one, same, other = (plan(load, slots, 32, policy="random", seed=s).physical_to_logical for s in (1, 1, 2))
-    assert duplicates(one, 32) == 0
-    assert np.array_equal(one, same)
-    assert not np.array_equal(one, other)
+    first, same, differing = (plan(load, slots, 32, policy="random", seed=s).physical_to_logical for s in (1, 1, 2))
+    assert duplicates(first, 32) == 0
+    assert np.array_equal(first, same)
+    assert not np.array_equal(first, differing)
 
 
 @pytest.mark.parametrize("options", [{}, {"effort": "thorough", "rounds": 8}, {"max_moves": 60}])
@@ -339,12 +342,12 @@ def test_a_series_makes_plans_that_age_better():
             windows.append(generator.window().astype(np.float64))
             generator.drift("medium")
         slots = greedy_placement(windows[-2], 288, 32)
-        one, series = plan(windows[-1], slots, 32), plan(np.array(windows), slots, 32)
-        heaviest = [_heaviest_replicas(made, windows[-1]) for made in (one, series)]
+        single, series = plan(windows[-1], slots, 32), plan(np.array(windows), slots, 32)
+        heaviest = [_heaviest_replicas(made, windows[-1]) for made in (single, series)]
         assert heaviest[1] < 0.9 * heaviest[0]
         for _ in range(4):
             following = generator.window()
-            for made, pars in ((one, from_one), (series, from_series)):
+            for made, pars in ((single, from_one), (series, from_series)):
                 pars.append(Placement(made.physical_to_logical, EXPERTS, 32).par(following).mean())
             generator.drift("medium")
     assert np.mean(from_series) < np.mean(from_one)
@@ -444,7 +447,7 @@ INTEGERS_OR_NONE = ("rounds", "max_moves", "max_moves_per_rank", "max_moves_betw
 @pytest.mark.parametrize("name", INTEGERS + INTEGERS_OR_NONE)
 @pytest.mark.parametrize("value", [1.5, "2", None, True, [1], np.float64(1.0), float("nan"), 1j])
 def test_integers_are_integers(policy, name, value):
-    """Whatever the policy, no value that is no integer gets as far as an operation that raises something else."""
+    """Under every policy a value that is not an integer is refused by name."""
     given = {"num_ranks": 2, "policy": policy} | {name: value}
     if value is None and name in INTEGERS_OR_NONE:
         plan(GOOD_LOAD, GOOD_SLOTS, **given)

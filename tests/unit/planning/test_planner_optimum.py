@@ -50,7 +50,7 @@ def least_par(load, per_rank, ranks):
 
 
 def test_thorough_finds_the_optimum_of_small_shapes():
-    """Of 99 % of them, and comes within 0.02 of it on the others."""
+    """It finds the optimum on 99 % of the shapes, and comes within 0.02 of it on the rest."""
     gaps = []
     for seed in range(300):
         load, slots, ranks = small_instance(seed)

@@ -85,7 +85,7 @@ def test_unequal_ranks_reach_the_best_there_is(seed):
     slots = np.array([[0, 1, 2, 3, 0, 1]], dtype=np.int32)
     pairs = list(itertools.permutations(range(4), 2))
     every = [np.ravel(ranks)[None] for ranks in itertools.product(pairs, repeat=3) if len(set(np.ravel(ranks))) == 4]
-    best = min(float(Placement(each, 4, 3).par(load, speed)[0]) for each in every)
+    best = min(float(Placement(slots_tried, 4, 3).par(load, speed)[0]) for slots_tried in every)
     made = plan(load, slots, 3, rank_speed=speed, target_par=1.0, effort="thorough", rounds=100)
     assert made.par_after[0] <= best + 1e-5
 

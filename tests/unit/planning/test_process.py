@@ -137,7 +137,7 @@ def clock(monkeypatch):
 
 
 def put_forward_until_ended(clock: Clock, pid: int) -> None:
-    """However late the child was asked: what it has not answered after these hours, it never will."""
+    """Hours pass for the parent, so every request to the child times out."""
 
     def ended() -> bool:
         clock.ahead += 3600.0
@@ -148,7 +148,7 @@ def put_forward_until_ended(clock: Clock, pid: int) -> None:
 
 def test_a_newer_request_overtakes_one_that_hangs(process, clock):
     process.submit(request(1, order=3))
-    wait_until(lambda: process._request is None and process.pid is not None)  # the child has it
+    wait_until(lambda: process.request is None and process.pid is not None)  # the child has it
     hanging = process.pid
     process.submit(request(2))
     put_forward_until_ended(clock, hanging)
@@ -162,7 +162,7 @@ def test_newer_request_overtakes_a_slow_one_in_one_child(monkeypatch, tmp_path):
     process = EplbProcess(reverse)
     try:
         process.submit(request(1, order=5))
-        wait_until(lambda: process._request is None)  # the child has it
+        wait_until(lambda: process.request is None)  # the child has it
         process.submit(request(2))
         (tmp_path / "go").touch()
         assert wait_for_answer(process, 2).plan is not None
@@ -173,8 +173,8 @@ def test_newer_request_overtakes_a_slow_one_in_one_child(monkeypatch, tmp_path):
 
 
 def test_a_request_given_as_the_last_answer_arrives_is_answered(process, monkeypatch):
-    wait_until(lambda: process._child is not None)
-    child, ask = process._child, process._child.ask
+    wait_until(lambda: process.child is not None)
+    child, ask = process.child, process.child.ask
 
     def ask_and_overtake(first: PlanRequest) -> None:
         monkeypatch.setattr(child, "ask", ask)
@@ -193,7 +193,7 @@ def test_a_hanging_child_is_replaced_after_the_timeout(process, clock):
     wait_for_answer(process, 1)
     hanging = process.pid
     process.submit(request(2, order=3))
-    wait_until(lambda: process._request is None)
+    wait_until(lambda: process.request is None)
     put_forward_until_ended(clock, hanging)
     assert "within 120 s" in wait_for_answer(process, 2).error
 
@@ -208,7 +208,7 @@ def test_a_stopped_child_neither_blocks_nor_survives(process, clock):
     caller.start()
     caller.join(120)  # larger than a pipe, and nobody reads it: whoever wrote it would never come back
     assert not caller.is_alive()
-    wait_until(lambda: process._request is None)  # on its way; or else the next one would take its place
+    wait_until(lambda: process.request is None)  # on its way; or else the next one would take its place
     process.submit(request(3))
     put_forward_until_ended(clock, stopped)
     assert wait_for_answer(process, 3).plan is not None

@@ -38,15 +38,15 @@ def moves_in_groups(rng: np.random.Generator, start: Placement, count: int) -> n
     for group in range(count):
         layer = int(rng.integers(start.num_layers))
         a, b = (int(slot) for slot in rng.integers(0, start.num_slots, 2))
-        old, other = int(slots[layer, a]), int(slots[layer, b])
-        if copies[layer, old] > 1 and old != other:
-            rows.append((layer, a, other, group))
+        old, new = int(slots[layer, a]), int(slots[layer, b])
+        if copies[layer, old] > 1 and old != new:
+            rows.append((layer, a, new, group))
             copies[layer, old] -= 1
-            copies[layer, other] += 1
-            slots[layer, a] = other
-        elif old != other:
-            rows += [(layer, a, other, group), (layer, b, old, group)]
-            slots[layer, a], slots[layer, b] = other, old
+            copies[layer, new] += 1
+            slots[layer, a] = new
+        elif old != new:
+            rows += [(layer, a, new, group), (layer, b, old, group)]
+            slots[layer, a], slots[layer, b] = new, old
     return np.array(rows, dtype=np.int32).reshape(-1, 4)
 
 
@@ -58,14 +58,14 @@ def replay(start: Placement, rounds: list[Round], buffer_experts: int) -> np.nda
     """
     history = [start.physical_to_logical.copy()]  # history[k]: before round k is committed
     size = start.slots_per_rank
-    for number, each in enumerate(rounds):
-        assert each.number == number
+    for number, round_ in enumerate(rounds):
+        assert round_.number == number
         before = history[-1]
         after = before.copy()
         received = Counter()
-        for layer, slot, expert, _, source in each.moves.tolist():
+        for layer, slot, expert, _, source in round_.moves.tolist():
             received[slot // size] += 1
-            for then in range(each.after + 1, number + 1):
+            for then in range(round_.after + 1, number + 1):
                 assert history[then][layer, source] == expert
                 assert history[then][layer, slot] == before[layer, slot]
             assert after[layer, slot] == before[layer, slot], "a slot is written twice in a round"
@@ -118,9 +118,9 @@ def test_groups_that_fit_stay_whole(shape: tuple[int, int, int, int, float, int,
         expected[layer, slot] = expert
     assert np.array_equal(after, expected)
     round_of = {}
-    for each in rounds:
-        for group in each.moves[:, GROUP].tolist():
-            assert round_of.setdefault(group, each.number) == each.number
+    for round_ in rounds:
+        for group in round_.moves[:, GROUP].tolist():
+            assert round_of.setdefault(group, round_.number) == round_.number
 
 
 @given(shapes)
@@ -152,8 +152,8 @@ def test_the_nearest_and_least_busy_rank_sends() -> None:
     # expert 0 lives on ranks 0 (node 0) and 2 (node 1); ranks 1 and 3 want it
     start = Placement([[0, 1, 2, 1, 0, 3, 3, 2]], 4, 4)
     moves = np.array([[0, 3, 0, 0], [0, 6, 0, 1]])
-    (each,) = schedule_rounds(start, moves, Topology((0, 0, 1, 1)), 1)
-    assert {int(row[SLOT]): int(row[SOURCE]) for row in each.moves} == {3: 0, 6: 4}
+    (only_round,) = schedule_rounds(start, moves, Topology((0, 0, 1, 1)), 1)
+    assert {int(row[SLOT]): int(row[SOURCE]) for row in only_round.moves} == {3: 0, 6: 4}
 
 
 def test_an_expert_crosses_to_a_node_once_without_delay() -> None:
@@ -164,7 +164,8 @@ def test_an_expert_crosses_to_a_node_once_without_delay() -> None:
     def crossings(relay: bool) -> tuple[int, int]:
         rounds = schedule_rounds(start, moves, Topology((0, 0, 1, 1)), 1, relay=relay)
         replay(start, rounds, 1)
-        return sum(row[EXPERT] == 0 and row[SOURCE] < 4 for each in rounds for row in each.moves.tolist()), len(rounds)
+        moved = np.concatenate([round_.moves for round_ in rounds])
+        return int(((moved[:, EXPERT] == 0) & (moved[:, SOURCE] < 4)).sum()), len(rounds)
 
     assert crossings(relay=True) == (1, 4)
     assert crossings(relay=False) == (2, 4)
@@ -175,13 +176,13 @@ def test_senders_are_levelled_as_far_as_can_be(seed: int, ranks: int, count: int
     rng = np.random.default_rng(seed)
     candidates = [sorted({int(slot) for slot in rng.integers(0, ranks, rng.integers(1, 4))}) for _ in range(count)]
     chosen = level_senders(candidates, 1, ranks, [ranks] * count)
-    assert all(source in its for source, its in zip(chosen, candidates, strict=True))
+    assert all(source in allowed for source, allowed in zip(chosen, candidates, strict=True))
     busiest = max(Counter(chosen).values())
     # by Hall's theorem the optimum is the largest share that a set of ranks must carry
     needed = 0
     for subset in range(1, 1 << ranks):
         ranks_in = {rank for rank in range(ranks) if subset >> rank & 1}
-        inside = sum(set(its) <= ranks_in for its in candidates)
+        inside = sum(set(allowed) <= ranks_in for allowed in candidates)
         needed = max(needed, -(-inside // len(ranks_in)))
     assert busiest == needed
 
@@ -264,8 +265,8 @@ def test_topology_is_checked() -> None:
 def sends_by_receipt(start: Placement, rounds: list[Round]) -> Counter:
     """How often each (layer, expert, rank) that holds the expert after the rounds was sent it by another rank."""
     sent: Counter = Counter()
-    for each in rounds:
-        for layer, slot, expert, _, source in each.moves.tolist():
+    for round_ in rounds:
+        for layer, slot, expert, _, source in round_.moves.tolist():
             if slot // start.slots_per_rank != source // start.slots_per_rank:
                 sent[layer, expert, slot // start.slots_per_rank] += 1
     return sent
@@ -297,4 +298,4 @@ def test_the_second_copy_comes_from_the_rank_itself():
         rounds = schedule_rounds(start, made.moves, Topology.even(3), buffer)
         check_rounds(start, rounds, buffer, target)
         assert sends_by_receipt(start, rounds)[0, 2, 0] == 1
-        assert sum(len(each.moves) for each in rounds) >= 4
+        assert sum(len(round_.moves) for round_ in rounds) >= 4

@@ -32,7 +32,7 @@ from vllm_ascend_eplb.report.charts import (
     DIVERGING,
     SEQUENTIAL,
     Line,
-    _axis,
+    axis_of,
     bar_chart,
     colours,
     heat_map,
@@ -176,8 +176,8 @@ def test_page_of_an_observed_run() -> None:
         "Rank load, with the plan of the window before",
     ):
         assert expected in reader.text
-    one = StatsKeeper("0.1.0", "incremental", "observe").stats()
-    assert "No plan has been measured yet" in read(make_page(one, None)).text
+    stats = StatsKeeper("0.1.0", "incremental", "observe").stats()
+    assert "No plan has been measured yet" in read(make_page(stats, None)).text
 
 
 def test_page_of_a_simulation(simulation: Simulation) -> None:
@@ -356,7 +356,7 @@ def test_bars_are_as_tall_as_their_values() -> None:
 @settings(deadline=None)
 @given(st.floats(-1e12, 1e12), st.floats(0, 1e12))
 def test_axis_covers_the_values_with_few_ticks(least: float, spread: float) -> None:
-    low, high, ticks = _axis(least, least + spread)
+    low, high, ticks = axis_of(least, least + spread)
     slack = 1e-6 * (high - low)
     assert low - slack <= least
     assert least + spread <= high + slack

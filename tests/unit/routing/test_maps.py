@@ -46,7 +46,7 @@ def test_only_the_named_layers_change():
     assert shown(maps, Placement(rows, 8, 4))
 
 
-def test_what_is_forgotten_is_not_committed():
+def test_forgotten_rows_are_not_committed():
     maps = DispatchMaps(random_placement(0), "cpu", width=5)
     maps.prepare(random_placement(1), [0, 1, 2])
     maps.forget_prepared()

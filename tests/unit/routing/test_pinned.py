@@ -68,4 +68,4 @@ def test_maps_let_go_of_rows_once_copied() -> None:
         maps.prepare(placement, [0, 1])
         maps.commit()
         torch.cuda.synchronize()
-    assert maps._prepared._pinned.num_kept == 1
+    assert maps.prepared.pinned.num_kept == 1

@@ -31,8 +31,8 @@ def normalised(placement: Placement, weight: np.ndarray) -> np.ndarray:
     shares = np.zeros_like(weight)
     for layer, row in enumerate(placement.physical_to_logical):
         for expert in range(placement.num_experts):
-            its = row == expert
-            shares[layer, its] = weight[layer, its] / weight[layer, its].sum()
+            replicas = row == expert
+            shares[layer, replicas] = weight[layer, replicas] / weight[layer, replicas].sum()
     return shares
 
 
@@ -54,7 +54,7 @@ def test_rows_realise_shares_to_within_one_entry(seed: int, entries: int) -> Non
 def test_by_token_they_take_the_same_entries_as_the_op(rank: int) -> None:
     """Also after a commit, and after new shares."""
     placement, shares = skewed(np.random.default_rng(2), 3, 20, 4, 7)
-    other, other_shares = skewed(np.random.default_rng(3), 3, 20, 4, 7)
+    new_placement, other_shares = skewed(np.random.default_rng(3), 3, 20, 4, 7)
     both = [kind(placement, "cpu", 32, rank=rank, num_ranks=4) for kind in (DispatchTables, RoutingDispatchTables)]
     tokens, experts = torch.arange(ROUTING_ROWS)[:, None], torch.arange(20)[None]
     address = both[1].table.data_ptr()
@@ -69,7 +69,7 @@ def test_by_token_they_take_the_same_entries_as_the_op(rank: int) -> None:
         tables.put(tables.rows_of(placement, shares))
     assert equal()
     for tables in both:
-        tables.prepare(other, [0, 2], other_shares[[0, 2]])
+        tables.prepare(new_placement, [0, 2], other_shares[[0, 2]])
         tables.commit()
     assert equal()
     np.testing.assert_array_equal(both[0].shares, both[1].shares)
@@ -101,9 +101,9 @@ def test_shares_hold_however_few_tokens_a_rank_has(tokens: int, most: float) -> 
 def test_without_a_turn_the_tables_of_all_ranks_are_equal() -> None:
     placement, shares = skewed(np.random.default_rng(2), 3, 12, 4, 4)
     tables = [DispatchTables(placement, "cpu", 16) for _ in range(2)]
-    for each in tables:
-        each.prepare(placement, [0, 1, 2], shares)
-        each.commit()
+    for table in tables:
+        table.prepare(placement, [0, 1, 2], shares)
+        table.commit()
     assert torch.equal(tables[0].table, tables[1].table)
 
 

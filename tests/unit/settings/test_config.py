@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings: defaults, each refusal with its message, and random dictionaries."""
+"""The settings: defaults, each refusal with its message, and random dictionaries.
+
+One file, because it is one table of values, with the message of each.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import typing
 from pathlib import Path
 from typing import Literal
@@ -250,7 +254,7 @@ def test_a_map_to_start_from_says_how_many_experts_are_redundant(tmp_path: Path)
     assert read_start_placement(parse(num_redundant_experts=4), **shape) is None
 
 
-def test_a_map_alone_is_a_placement_that_stays(tmp_path: Path) -> None:
+def test_map_alone_is_a_static_placement(tmp_path: Path) -> None:
     path = str(tmp_path / "map.json")
     assert not parse(expert_map_path=path).dynamic
     assert parse(expert_map_path=path, dynamic_eplb=True).dynamic
@@ -292,7 +296,7 @@ def test_expert_map_path(tmp_path: Path) -> None:
     map_file = tmp_path / "map.json"
     assert "does not exist" in map_refusal("expert_map_path", map_file)
     assert "is a directory" in map_refusal("expert_map_path", tmp_path)
-    assert "cannot be read (embedded null byte)" in map_refusal("expert_map_path", "a\0b")
+    assert re.search(r"a\?b cannot be read \(.*embedded null", map_refusal("expert_map_path", "a\0b"))  # Python's words
     map_file.touch()
     assert "is empty" in map_refusal("expert_map_path", map_file)
     map_file.write_text("{}")
@@ -353,7 +357,7 @@ def test_unprintable_values() -> None:
 
 
 def means(read: object, value: object) -> bool:
-    """Whether a setting was read as what it said: the value itself, or the number or boolean that text writes out."""
+    """True if a setting was read as given: the value itself, or the number or boolean that its text spells."""
     if isinstance(read, bool):
         return str(value).strip().lower() in (("true", "t", "yes", "y", "on", "1") if read else FALSE)
     if isinstance(value, str) and isinstance(read, (int, float)):
@@ -488,6 +492,7 @@ def test_speeds_of_ranks() -> None:
 
 def test_limits_reach_the_planner() -> None:
     """Each is a keyword of plan(), which keeps it."""
+    pytest.importorskip("torch")
     from vllm_ascend_eplb.balancer.lead import plan_options
 
     given = {

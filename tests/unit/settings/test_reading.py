@@ -119,7 +119,7 @@ def test_choices_of_other_types() -> None:
         ("mode", Stage),
     ],
 )
-def test_what_could_mean_two_things_is_refused(name: str, value: object) -> None:
+def test_ambiguous_value_is_refused(name: str, value: object) -> None:
     """Negative control: the forms taken are no free-for-all."""
     with pytest.raises(EplbConfigError) as caught:
         parse(**{name: value})

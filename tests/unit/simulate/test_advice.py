@@ -56,11 +56,11 @@ def test_advice_differs_for_decode_and_prefill() -> None:
 
 def test_redundant_slots_take_memory_from_the_cache() -> None:
     sizes = read_sizes(DEEPSEEK, "config.json")
-    none, one, two = choices(sizes, cost(64))
+    none, single, two = choices(sizes, cost(64))
     assert none.memory == 0
-    assert one.memory == pytest.approx(58 * sizes.shape.expert_bytes(2.0))
-    assert two.kv_tokens == pytest.approx(2 * one.kv_tokens, abs=1)
-    assert one.kv_tokens == int(one.memory / sizes.kv_bytes)
+    assert single.memory == pytest.approx(58 * sizes.shape.expert_bytes(2.0))
+    assert two.kv_tokens == pytest.approx(2 * single.kv_tokens, abs=1)
+    assert single.kv_tokens == int(single.memory / sizes.kv_bytes)
 
 
 def test_ranks_that_cannot_share_begin_with_the_fewest() -> None:

@@ -193,5 +193,5 @@ def test_par_that_costs_nothing_is_the_largest(cost: StepCost, kinds: list[tuple
 
 
 def test_buckets_are_powers_of_two() -> None:
-    assert [bucket_of(each) for each in (0, 0.5, 1, 1.5, 2, 3, 4, 5, 16, 17)] == [0, 0, 0, 1, 1, 2, 2, 3, 4, 5]
-    assert [bucket_of(each) for each in (16_384, 16_385, 1e9)] == [BUCKETS - 2, BUCKETS - 1, BUCKETS - 1]
+    assert [bucket_of(tokens) for tokens in (0, 0.5, 1, 1.5, 2, 3, 4, 5, 16, 17)] == [0, 0, 0, 1, 1, 2, 2, 3, 4, 5]
+    assert [bucket_of(tokens) for tokens in (16_384, 16_385, 1e9)] == [BUCKETS - 2, BUCKETS - 1, BUCKETS - 1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which nodes a plan may rest on, and that it does."""
+"""Topology: which ranks form nodes, and plans that respect them."""
 
 import numpy as np
 import pytest
@@ -61,4 +61,4 @@ def test_uneven_nodes_get_the_global_policy(nodes):
     np.testing.assert_array_equal(
         made, plan(asked.load, asked.physical_to_logical, 4, policy="default").physical_to_logical
     )
-    assert any(len(its) > 1 for layer in nodes_of_group(made, 2, 4) for its in layer)
+    assert any(len(nodes) > 1 for layer in nodes_of_group(made, 2, 4) for nodes in layer)

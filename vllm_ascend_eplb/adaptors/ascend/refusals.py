@@ -21,11 +21,13 @@ def layers_of_map(config: EplbConfig, layers: int | None, speculative: Any) -> i
 
     Args:
         layers: layers with experts of the model; None where that is not known.
-        speculative: vLLM's speculative configuration.
+        speculative: vLLM's speculative configuration, or None; a dictionary where vLLM has not read it yet.
 
     Returns:
         None where that is not known.
     """
+    if isinstance(speculative, dict):
+        return None
     if config.expert_map_path is None or layers is None or not has_experts(speculative):
         return layers
     further = draft_layers(speculative)

@@ -52,12 +52,11 @@ import torch
 from ...balancer.start import require_equal_start, start_balancer
 from ...balancer.updator import EplbUpdator, Stage
 from ...settings.config import EplbConfig
-from ...values.placement import Placement
 from ..engine_adaptor import require_loaded_copies
 from ..errors import UnsupportedError
 from ..patching import patch_once
 from ..post_import import after_import
-from ..readers import require_loaded_order
+from ..readers import LoadedOrder
 from .adaptor import AscendAdaptor
 from .hand_over import CHECKED_VERSIONS, installed_version
 from .routing import DISPATCHER, forward_of_all, look_up_slots
@@ -136,11 +135,11 @@ def _hook_runner(runner: Any) -> None:
 
 
 def _begun(runner: Any, forward: Callable[[], Any], serving: bool, stage: Stage) -> Any:
-    runner._eplb_forward = (serving, stage)
+    runner.eplb_forward = (serving, stage)
     try:
         return forward()
     finally:
-        runner._eplb_forward = None
+        runner.eplb_forward = None
 
 
 def _real(execute: Any) -> Any:
@@ -168,9 +167,9 @@ def _then_step(determine: Any) -> Any:
     @functools.wraps(determine)
     def determine_then_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = determine(self, *args, **kwargs)
-        forward = getattr(self, "_eplb_forward", None)
+        forward = getattr(self, "eplb_forward", None)
         if forward is not None and getattr(self, "dynamic_eplb", False):
-            self._eplb_forward = None
+            self.eplb_forward = None
             across = result[3]  # int [D], tokens of each data-parallel engine; None where there is one
             if across is not None:
                 forward = forward_of_all(across, self.eplb_pd_thresholds)
@@ -240,7 +239,7 @@ class RunnerUpdator:
         self._settings = EplbConfig()
         self._load_format = "auto"
         self._began = False
-        self._loaded: Placement | None = None
+        self.loaded = LoadedOrder()
 
     def configure(self, settings: EplbConfig, load_format: str) -> None:
         """Takes the settings, which the runner does not pass on. The worker calls it before it loads the model.
@@ -259,32 +258,13 @@ class RunnerUpdator:
         # The profile run is in inference mode; tensors made here are changed outside of it, too.
         with torch.inference_mode(False), torch.no_grad():
             adaptor = AscendAdaptor(self.adaptor, self._settings)
-            self._loaded = adaptor.placement
             if self._settings.dynamic:
                 self.balancer = start_balancer(adaptor, self._settings)
                 require_loaded_copies(self.balancer.differing, self._load_format)
             else:
                 require_equal_start(adaptor, self._settings)
-
-    def require_loaded_order(self, what: str) -> None:
-        """Refuses a reader of weights that would find experts in other slots than a checkpoint has them in.
-
-        Raises:
-            MovedExpertsError: experts have moved, or were loaded by a map.
-        """
-        self.require_unmoved(what)
-        if self._loaded is not None:
             by_map = self._settings.expert_map_path is not None
-            require_loaded_order(what, self._loaded, self._loaded, by_map=by_map)
-
-    def require_unmoved(self, what: str) -> None:
-        """The same for weights that are read within the server, where a map does no harm.
-
-        Raises:
-            MovedExpertsError: experts have moved.
-        """
-        if self._loaded is not None and self.balancer is not None:
-            require_loaded_order(what, self.balancer.placement, self._loaded, by_map=False)
+            self.loaded.add(adaptor.placement, self.balancer, by_map=by_map)
 
     def begin(self) -> None:
         """Counts steps from now on: warm-up is over on this rank."""

@@ -92,7 +92,7 @@ class SecondRunnerEplbState(VllmEplbState):
 
     def __init__(self, parallel_config: Any, device: torch.device, policy: Any = None) -> None:
         super().__init__(parallel_config, device)
-        self._most_in_decode = 0
+        self.most_in_decode = 0
         self._dispatch = note_tokens_across()
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
@@ -101,12 +101,12 @@ class SecondRunnerEplbState(VllmEplbState):
         vllm_config = get_current_vllm_config()
         speculative = vllm_config.speculative_config
         draft_tokens = 0 if speculative is None else speculative.num_speculative_tokens
-        self._most_in_decode = vllm_config.scheduler_config.max_num_seqs * (1 + draft_tokens)
+        self.most_in_decode = vllm_config.scheduler_config.max_num_seqs * (1 + draft_tokens)
         super().add_model(model, model_config, model_name)
 
     def forward_before(self, *, serving: bool, stage: Stage, rows: int, tokens: int = 0) -> None:
         if self._dispatch.across is not None:
-            serving, stage = forward_of_all(self._dispatch.across, self._most_in_decode)
+            serving, stage = forward_of_all(self._dispatch.across, self.most_in_decode)
             tokens = int(self._dispatch.across.sum()) // len(self._dispatch.across)
         super().forward_before(serving=serving, stage=stage, rows=rows, tokens=tokens)
 

@@ -34,7 +34,7 @@ def balanced(base: type) -> type:
                 updator.configure(settings_of(self.vllm_config.additional_config), load_format)
             super().load_model(*args, **kwargs)
             if updator is not None:
-                guard_model(self.get_model(), updator.require_unmoved)
+                guard_model(self.get_model(), updator.loaded.require_unmoved)
 
         def compile_or_warm_up_model(self) -> Any:
             result = super().compile_or_warm_up_model()
@@ -56,7 +56,7 @@ def balanced(base: type) -> type:
 def _require_loaded_order(worker: Any, what: str) -> None:
     updator = updator_of(worker)
     if updator is not None:
-        updator.require_loaded_order(what)
+        updator.loaded.require(what)
 
 
 def updator_of(worker: Any) -> RunnerUpdator | None:

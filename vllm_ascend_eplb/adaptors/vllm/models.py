@@ -69,10 +69,10 @@ def implements(module: str, name: str, ask: Callable[[str, str], bool] | None = 
             return True
     except SourceError:
         pass
-    return (ask or _ask_a_process)(module, name)
+    return (ask or ask_a_process)(module, name)
 
 
-def _ask_a_process(module: str, name: str) -> bool:
+def ask_a_process(module: str, name: str) -> bool:
     """True also where the process fails: then the workers decide."""
     try:
         done = subprocess.run(

@@ -22,13 +22,12 @@ import torch
 
 from ...balancer.start import require_equal_start, start_balancer
 from ...balancer.updator import EplbUpdator, Stage
-from ...values.placement import Placement
 from ..engine_adaptor import require_loaded_copies
 from ..errors import UnsupportedError
 from ..handed_over import settings_of
 from ..parts import is_draft
 from ..patching import patch_once
-from ..readers import guard_model, require_loaded_order
+from ..readers import LoadedOrder, guard_model
 from .adaptor import Slice, VllmAdaptor
 from .cooperative import cooperative_kernels
 from .eplb_state import ModelStates
@@ -78,16 +77,15 @@ class VllmEplbState(ModelStates):
         self.draft: _Draft | None = None
         self.slice = Slice()
         self.sharers = 1
-        self._model: Any = None
-        self._adaptor: VllmAdaptor | None = None
+        self.model: Any = None
+        self.adaptor: VllmAdaptor | None = None
         self._rows = 0
         self._began = False
         self._loading = False
+        self.loaded = LoadedOrder()
         self._update: contextlib.ExitStack | None = None
         self._gone = False
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._by_map = False
-        self._loaded: list[tuple[Placement, EplbUpdator]] = []
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
         """Adds a model once its weights are loaded; all ranks call it together.
@@ -103,7 +101,7 @@ class VllmEplbState(ModelStates):
         self.validate_ep_configuration(model)
         vllm_config = get_current_vllm_config()
         name, drafts = model_name or model_config.model, is_draft(vllm_config, model_config)
-        if (self.draft if drafts else self._adaptor) is not None:
+        if (self.draft if drafts else self.adaptor) is not None:
             raise UnsupportedError(
                 f"{name} is a second {'draft model' if drafts else 'model'} with experts; balancing it is not "
                 "supported in this version: leave eplb_config or that model out"
@@ -123,15 +121,14 @@ class VllmEplbState(ModelStates):
         if config.dynamic:
             updator = start_balancer(adaptor, config)
             require_loaded_copies(updator.differing, str(vllm_config.load_config.load_format))
-            self._loaded.append((adaptor.placement, updator))
             self.guard(model)
         else:
             require_equal_start(adaptor, config)
-        self._by_map |= config.expert_map_path is not None
+        self.loaded.add(adaptor.placement, updator, by_map=config.expert_map_path is not None)
         if drafts:
             self.draft = _Draft(model_config, tokens[0], updator)
         else:
-            self._model, self._adaptor, self.updator = model, adaptor, updator
+            self.model, self.adaptor, self.updator = model, adaptor, updator
             self.should_record_tensor = adaptor.recorder.recording
             self.slice = adaptor.slice
             self.sharers = adaptor.sharers
@@ -191,7 +188,7 @@ class VllmEplbState(ModelStates):
     ) -> None:
         """Notes how many tokens of the next batch are no padding.
 
-        The runner calls it for real batches, and its drafter for each of its own forwards.
+        The runner calls it for real batches, and its draft model for each of its own forwards.
         """
         if self.draft is not None and model_config is self.draft.model_config:
             self.draft.num_unpadded_tokens.fill_(num_unpadded_tokens)
@@ -223,8 +220,8 @@ class VllmEplbState(ModelStates):
         """
         self._require_one_model(what)
         loading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if whole and self._adaptor is not None:
-            loading = reloading(self._model, self._adaptor.rank)
+        if whole and self.adaptor is not None:
+            loading = reloading(self.model, self.adaptor.rank)
         if self.updator is not None and not whole:
             self.updator.move_back()  # what is not loaded stays as it is
         with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), loading:
@@ -251,8 +248,8 @@ class VllmEplbState(ModelStates):
         if self.updator is not None:
             self.updator.rest(at_start=level == 2)
         self.count_nothing()
-        if level == 2 and self._adaptor is not None:
-            mine = [*self.num_unpadded_tokens, *self._adaptor.device_tensors()]
+        if level == 2 and self.adaptor is not None:
+            mine = [*self.num_unpadded_tokens, *self.adaptor.device_tensors()]
             self._kept = [(tensor, tensor.cpu().clone()) for tensor in mine]
             self._gone = True
 
@@ -326,30 +323,7 @@ class VllmEplbState(ModelStates):
             return load_weights
 
         patch_once(model, "load_weights", into_initial_slots)
-        guard_model(model, self.require_unmoved)
-
-    def require_loaded_order(self, what: str) -> None:
-        """Refuses a reader of weights that would find experts in other slots than a checkpoint has them in.
-
-        Args:
-            what: the reader, for the error message.
-
-        Raises:
-            MovedExpertsError: experts have moved, or were loaded by a map.
-        """
-        self.require_unmoved(what)
-        if self._adaptor is not None:
-            loaded = self._adaptor.placement
-            require_loaded_order(what, loaded, loaded, by_map=self._by_map)
-
-    def require_unmoved(self, what: str) -> None:
-        """The same for weights that are read within the server, where a map does no harm.
-
-        Raises:
-            MovedExpertsError: experts have moved.
-        """
-        for loaded, updator in self._loaded:
-            require_loaded_order(what, updator.placement, loaded, by_map=False)
+        guard_model(model, self.loaded.require_unmoved)
 
     def start_async_loop(self) -> None:
         """Does nothing: vLLM's own state starts a thread here, ours has one."""

@@ -54,7 +54,7 @@ def balanced(base: type, prepare: Callable[[], None]) -> type:
             state = self.model_runner.eplb_state
             if state is not None:
                 state.calibrate()
-                guard_model(self.model_runner.get_model(), state.require_unmoved)
+                guard_model(self.model_runner.get_model(), state.loaded.require_unmoved)
 
         def compile_or_warm_up_model(self) -> Any:
             result = super().compile_or_warm_up_model()
@@ -104,7 +104,7 @@ def balanced(base: type, prepare: Callable[[], None]) -> type:
 def _require_loaded_order(worker: Any, what: str) -> None:
     state = getattr(getattr(worker, "model_runner", None), "eplb_state", None)
     if state is not None:
-        state.require_loaded_order(what)
+        state.loaded.require(what)
 
 
 def take_over() -> None:

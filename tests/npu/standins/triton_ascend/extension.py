@@ -29,7 +29,7 @@ extract_slice = _missing("extract_slice")
 
 def get_element(src: Any, indice: Sequence[Any], **unused: Any) -> Any:
     """The element of a tensor at an index of numbers or scalars."""
-    index = tuple(int(each.handle.data.item()) if isinstance(each, tl.tensor) else int(each) for each in indice)
+    index = tuple(int(part.handle.data.item()) if isinstance(part, tl.tensor) else int(part) for part in indice)
     element = np.array([src.handle.data[index]])
     return tl.tensor(interpreter.TensorHandle(element, src.dtype.scalar), src.dtype.scalar)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unmodified vllm-ascend guesses tokens ahead (speculative decoding) and is balanced all the same, on 2 ranks: the
-real torch_npu on emulated CANN. One server guesses from n-grams of the text, the others by a drafter in the model's
-checkpoint (MTP) that has experts, too. Each in the order of this file.
+"""The unmodified vllm-ascend decodes with draft tokens (speculative decoding) and is balanced all the same, on 2 ranks:
+the real torch_npu on emulated CANN. In one server they come from n-grams of the text, in the others from a draft model
+in the model's checkpoint (MTP) that has experts, too. Each in the order of this file.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ pytestmark = [
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
 MTP = {"method": "mtp", "num_speculative_tokens": 2}
 MODEL_LAYERS = 2
-"""MoE layers of the model with a drafter; the drafter's layer comes behind them."""
+"""MoE layers of the model with a draft model; the draft model's layer comes behind them."""
 PARTS = ("", "drafter") if serving.SECOND_RUNNER else ()
-"""Under the second runner the drafter is a model of its own, with a balancer of its own."""
+"""Under the second runner the draft model is a model of its own, with a balancer of its own."""
 only_first = pytest.mark.skipif(serving.SECOND_RUNNER, reason="not served by the second model runner")
 
 
-def guessing(speculative: dict[str, object]) -> tuple[str, str]:
+def drafting(speculative: dict[str, object]) -> tuple[str, str]:
     return "--speculative-config", json.dumps(speculative)
 
 
@@ -42,15 +42,15 @@ def check_load(server: NpuServer, layers: int, experts_per_token: int) -> None:
     """The loads that were planned with are what the routers chose, and all scheduled tokens are in them.
 
     Args:
-        layers: of the model, without the drafter's.
+        layers: of the model, without the draft model's.
         experts_per_token: K.
     """
     first, second = server.call("probe_watched")
-    for one, other in ((first, second), *zip(first["drafter"], second["drafter"], strict=True)):
-        loads, windows = np.array(one["loads"]), np.array(one["windows"])
+    for planning, routing in ((first, second), *zip(first["drafter"], second["drafter"], strict=True)):
+        loads, windows = np.array(planning["loads"]), np.array(planning["windows"])
         assert len(loads) >= 10
         np.testing.assert_array_equal(loads, windows[: len(loads)])
-        np.testing.assert_array_equal(np.array(other["windows"]), windows)  # the ranks route the same tokens
+        np.testing.assert_array_equal(np.array(routing["windows"]), windows)  # the ranks route the same tokens
     loads = np.array(first["loads"])
     scheduled = np.array(first["rows"])[: len(loads)]
     for layer in range(layers):
@@ -58,13 +58,13 @@ def check_load(server: NpuServer, layers: int, experts_per_token: int) -> None:
     assert scheduled.sum() > 0
 
 
-# --- guesses from n-grams ---------------------------------------------------------------------------------------------
+# --- draft tokens from n-grams ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def ngrams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
     folder = tmp_path_factory.mktemp("ngrams")
-    server = NpuServer(SETTINGS, folder, probe=True, arguments=guessing(NGRAM)).started()
+    server = NpuServer(SETTINGS, folder, probe=True, arguments=drafting(NGRAM)).started()
     server.call("probe_watch")
     yield server
     server.stop()
@@ -83,9 +83,11 @@ def test_ngrams_keep_tokens_while_experts_move(
 
 
 @only_first
-def test_with_ngrams_load_counts_right_and_wrong_guesses(ngrams: NpuServer) -> None:
-    guessed, right = (ngrams.metric(f"vllm:spec_decode_num_{name}_tokens_total") for name in ("draft", "accepted"))
-    assert 50 < right < guessed - 50
+def test_ngram_load_counts_accepted_and_rejected_tokens(ngrams: NpuServer) -> None:
+    drafted_tokens, right = (
+        ngrams.metric(f"vllm:spec_decode_num_{name}_tokens_total") for name in ("draft", "accepted")
+    )
+    assert 50 < right < drafted_tokens - 50
     check_load(ngrams, layers=6, experts_per_token=4)
 
 
@@ -98,12 +100,12 @@ def test_with_ngrams_no_race_and_no_wrong_order(ngrams: NpuServer) -> None:
 def test_ngrams_notice_weights_that_did_not_move(
     ngrams: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """The last on this server."""
+    """Runs last on this server, because it leaves wrong weights."""
     freeze_weights_until_noticed(ngrams, batches, want)
     assert ngrams.stop() == []
 
 
-# --- a drafter in the model's checkpoint ------------------------------------------------------------------------------
+# --- a draft model in the model's checkpoint --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -121,80 +123,81 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory, model: Path, prompts: list[str]) -> list[list[int]]:
-    """What transformers answers, which leaves the drafter out."""
+    """Answers of transformers, which ignores the draft model."""
     return serving.transformers_tokens(tmp_path_factory.mktemp("transformers"), prompts, TOKENS, model=model)
 
 
 def ask(server: NpuServer, prompt: str, engine: int | None = None) -> tuple[list[int], list[object]]:
-    """The answer, and what the drafter (of the first engine, if there are several) guessed on the way, step by step."""
+    """The answer, and what the draft model (of the first engine, if there are several) proposed on the way, step by
+    step."""
     (tokens,) = server.complete([prompt], TOKENS, engine)
-    first, *others = server.call("probe_guesses")
-    assert all(other == first for other in others)
-    return tokens, first["guesses"]
+    first, *rest = server.call("probe_drafts")
+    assert all(rank == first for rank in rest)
+    return tokens, first["drafts"]
 
 
-def of_turn(guesses: list[list[object]], turn: int) -> list[object]:
-    """What is guessed when a server is asked all prompts in turn. Under the second model runner, with and without
-    balancing, guesses behind the first of a step depend on whether a server was asked before."""
-    prompts = len(guesses) // 2
-    return guesses[turn % prompts + (prompts if turn >= prompts else 0)]
+def of_turn(drafts: list[list[object]], turn: int) -> list[object]:
+    """What is proposed when a server is asked all prompts in turn. Under the second model runner, with and without
+    balancing, draft tokens behind the first of a step depend on whether a server was asked before."""
+    prompts = len(drafts) // 2
+    return drafts[turn % prompts + (prompts if turn >= prompts else 0)]
 
 
-def freeze_drafter_until_noticed(
+def freeze_draft_model_until_noticed(
     server: NpuServer,
     prompts: list[str],
     answers: list[list[int]],
-    guesses: list[list[object]],
+    drafts: list[list[object]],
     engine: int | None = None,
 ) -> None:
-    """The negative control: from here on the drafter's maps are switched and its weights left; its guesses must show
-    it. The model verifies each of them, so the tokens stay right."""
+    """The negative control: from here on the draft model's maps are switched and its weights left; its draft tokens
+    must show it. The model verifies each of them, so the tokens stay right."""
     assert set(server.call("probe_freeze_weights", MODEL_LAYERS)) == {"1"}
     for turn in range(40):
         number = turn % len(prompts)
-        tokens, guessed = ask(server, prompts[number], engine)
+        tokens, drafted_tokens = ask(server, prompts[number], engine)
         assert tokens == answers[number]
-        if guessed not in guesses[number :: len(prompts)]:
+        if drafted_tokens not in drafts[number :: len(prompts)]:
             return
-    raise AssertionError("all guesses are the same")
+    raise AssertionError("all drafts are the same")
 
 
 @pytest.fixture(scope="module")
-def guesses(
+def drafts(
     tmp_path_factory: pytest.TempPathFactory, model: Path, prompts: list[str], answers: list[list[int]]
 ) -> list[list[object]]:
-    """Those of a server without balancing, for each prompt, and for each when it is asked again."""
+    """Draft tokens of a server without balancing, for each prompt, first and repeated."""
     folder = tmp_path_factory.mktemp("plain")
-    server = NpuServer(None, folder, model=str(model), probe=True, arguments=guessing(MTP)).started()
+    server = NpuServer(None, folder, model=str(model), probe=True, arguments=drafting(MTP)).started()
     try:
         server.call("probe_watch")
         found = [ask(server, prompt) for prompt in prompts * 2]
     finally:
         server.stop()
     assert [tokens for tokens, _ in found] == answers * 2
-    return [guessed for _, guessed in found]
+    return [drafted_tokens for _, drafted_tokens in found]
 
 
 @pytest.fixture(scope="module")
-def drafted(tmp_path_factory: pytest.TempPathFactory, model: Path, guesses: list[list[object]]) -> Iterator[NpuServer]:
-    """Started when the server without balancing is gone."""
+def drafted(tmp_path_factory: pytest.TempPathFactory, model: Path, drafts: list[list[object]]) -> Iterator[NpuServer]:
+    """A balanced server with a draft model; starts after the server without balancing has ended."""
     folder = tmp_path_factory.mktemp("drafted")
-    server = NpuServer(SETTINGS, folder, model=str(model), probe=True, arguments=guessing(MTP), parts=PARTS).started()
+    server = NpuServer(SETTINGS, folder, model=str(model), probe=True, arguments=drafting(MTP), parts=PARTS).started()
     server.call("probe_watch")
     yield server
     server.stop()
 
 
 def test_draft_model_keeps_tokens_and_draft_tokens(
-    drafted: NpuServer, prompts: list[str], answers: list[list[int]], guesses: list[list[object]]
+    drafted: NpuServer, prompts: list[str], answers: list[list[int]], drafts: list[list[object]]
 ) -> None:
     start = np.array(drafted.call("probe_watched")[0]["placement"])
     assert len(start) == MODEL_LAYERS + 1
     changed = np.zeros(len(start), dtype=int)
     for turn in range(60):
         number = turn % len(prompts)
-        assert ask(drafted, prompts[number]) == (answers[number], of_turn(guesses, turn))
-        first, second = (np.array(each["placement"]) for each in drafted.call("probe_watched"))
+        assert ask(drafted, prompts[number]) == (answers[number], of_turn(drafts, turn))
+        first, second = (np.array(rank["placement"]) for rank in drafted.call("probe_watched"))
         np.testing.assert_array_equal(first, second)
         changed += (first != start).any(axis=1)
         start = first
@@ -204,11 +207,11 @@ def test_draft_model_keeps_tokens_and_draft_tokens(
     assert stats is not None
     assert stats.cycles_done >= 10
     assert stats.cycles_failed == 0
-    assert changed.min() >= 3, changed  # in each layer, the drafter's among them
-    assert len({str(step) for prompt in guesses for step in prompt}) > 20
+    assert changed.min() >= 3, changed  # in each layer, the draft model's among them
+    assert len({str(step) for prompt in drafts for step in prompt}) > 20
 
 
-def test_with_a_drafter_load_is_its_routers_own_choice_too(drafted: NpuServer) -> None:
+def test_draft_model_load_is_its_routers_own_choice(drafted: NpuServer) -> None:
     assert drafted.metric("vllm:spec_decode_num_draft_tokens_total") > 100
     check_load(drafted, layers=MODEL_LAYERS, experts_per_token=4)
     if not PARTS:  # windows of both are the same
@@ -216,15 +219,15 @@ def test_with_a_drafter_load_is_its_routers_own_choice_too(drafted: NpuServer) -
         assert (loads[:, MODEL_LAYERS].sum(axis=1) >= loads[:, 0].sum(axis=1)).all()  # once for all rows, and once more
 
 
-def test_with_a_drafter_no_race_and_no_wrong_order(drafted: NpuServer) -> None:
+def test_draft_model_causes_no_race_and_no_wrong_order(drafted: NpuServer) -> None:
     assert not drafted.unexpected_races()[:3]
 
 
-def test_guesses_notice_weights_of_the_drafter_that_did_not_move(
-    drafted: NpuServer, prompts: list[str], answers: list[list[int]], guesses: list[list[object]]
+def test_draft_tokens_notice_draft_weights_that_did_not_move(
+    drafted: NpuServer, prompts: list[str], answers: list[list[int]], drafts: list[list[object]]
 ) -> None:
-    """The last on this server."""
-    freeze_drafter_until_noticed(drafted, prompts, answers, guesses)
+    """Runs last on this server, because it leaves wrong weights."""
+    freeze_draft_model_until_noticed(drafted, prompts, answers, drafts)
     assert drafted.stop() == []
 
 
@@ -238,17 +241,18 @@ GRAPHS = pytest.param(
 
 
 @pytest.mark.parametrize("way", [pytest.param({"device": "A3"}, id="A3: ranks route their own tokens"), GRAPHS])
-def test_neither_tokens_nor_guesses_change_in_other_ways(
+def test_tokens_and_draft_tokens_are_equal_in_other_ways(
     tmp_path: Path,
     model: Path,
     prompts: list[str],
     answers: list[list[int]],
-    guesses: list[list[object]],
+    drafts: list[list[object]],
     way: dict[str, Any],
 ) -> None:
-    """The graphs are of the model, for steps that verify guesses; GLM's drafters are not captured by vllm-ascend."""
+    """The graphs are of the model, for steps that verify draft tokens; GLM's draft models are not captured by
+    vllm-ascend."""
     server = NpuServer(
-        SETTINGS, tmp_path, model=str(model), probe=True, arguments=guessing(MTP), parts=PARTS, **way
+        SETTINGS, tmp_path, model=str(model), probe=True, arguments=drafting(MTP), parts=PARTS, **way
     ).started()
     try:
         server.call("probe_watch")
@@ -256,8 +260,8 @@ def test_neither_tokens_nor_guesses_change_in_other_ways(
         verified = 0
         for turn in range(60):
             number = turn % len(prompts)
-            assert ask(server, prompts[number]) == (answers[number], of_turn(guesses, turn))
-            verified += len(guesses[number]) - 1  # the first step reads the prompt
+            assert ask(server, prompts[number]) == (answers[number], of_turn(drafts, turn))
+            verified += len(drafts[number]) - 1  # the first step reads the prompt
             if server.cycles_done() >= 6:
                 break
         stats = server.stats()
@@ -266,18 +270,18 @@ def test_neither_tokens_nor_guesses_change_in_other_ways(
         assert stats.cycles_failed == 0
         assert min(map(int, server.call("probe_replays"))) >= (0.9 * verified if "graphs" in way else 0)
         assert not server.unexpected_races()[:3]
-        freeze_drafter_until_noticed(server, prompts, answers, guesses)
+        freeze_draft_model_until_noticed(server, prompts, answers, drafts)
     finally:
         server.stop()
 
 
 @pytest.mark.parametrize("ranks", [1, 2], ids=["DP2", "DP2 TP2"])
-def test_two_engines_share_the_experts_of_model_and_drafter(
-    tmp_path: Path, model: Path, prompts: list[str], answers: list[list[int]], guesses: list[list[object]], ranks: int
+def test_two_engines_share_experts_of_model_and_draft_model(
+    tmp_path: Path, model: Path, prompts: list[str], answers: list[list[int]], drafts: list[list[object]], ranks: int
 ) -> None:
-    """One engine answers while the other makes dummy batches, in turns, and then both at once. The guesses of the first
-    one are seen."""
-    arguments = ("--data-parallel-size", "2", *guessing(MTP))
+    """One engine answers while the other makes dummy batches, in turns, and then both at once. The draft tokens of the
+    first one are seen."""
+    arguments = ("--data-parallel-size", "2", *drafting(MTP))
     settings = {**SETTINGS, "num_redundant_experts": 2 * ranks}
     server = NpuServer(
         settings, tmp_path, ranks, model=str(model), probe=True, arguments=arguments, parts=PARTS
@@ -288,7 +292,7 @@ def test_two_engines_share_the_experts_of_model_and_drafter(
         changed = np.zeros(len(start), dtype=int)
         for turn in range(80):
             number, engine = turn % len(prompts), turn // len(prompts) % 2
-            expected = answers[number], of_turn(guesses, turn) if engine == 0 else []
+            expected = answers[number], of_turn(drafts, turn) if engine == 0 else []
             assert ask(server, prompts[number], engine) == expected
             placement = np.array(server.call("probe_watched")[0]["placement"])
             changed += (placement != start).any(axis=1)
@@ -300,7 +304,7 @@ def test_two_engines_share_the_experts_of_model_and_drafter(
         assert stats is not None
         assert stats.cycles_done >= 10
         assert stats.cycles_failed == 0
-        assert changed.min() >= 3, changed  # in each layer, the drafter's among them
+        assert changed.min() >= 3, changed  # in each layer, the draft model's among them
         first, *_ = server.call("probe_watched")
         loads = np.array(first["loads"])
         np.testing.assert_array_equal(loads, np.array(first["windows"])[: len(loads)])
@@ -308,14 +312,14 @@ def test_two_engines_share_the_experts_of_model_and_drafter(
         for layer in range(MODEL_LAYERS):
             np.testing.assert_array_equal(loads[:, layer].sum(axis=1), computed * 4)
         assert not server.unexpected_races()[:3]
-        freeze_drafter_until_noticed(server, prompts, answers, guesses, engine=0)
+        freeze_draft_model_until_noticed(server, prompts, answers, drafts, engine=0)
     finally:
         server.stop()
 
 
 @only_first
 def test_maps_hold_model_layers_then_draft_layers(
-    tmp_path: Path, model: Path, prompts: list[str], answers: list[list[int]], guesses: list[list[object]]
+    tmp_path: Path, model: Path, prompts: list[str], answers: list[list[int]], drafts: list[list[object]]
 ) -> None:
     """A server starts from a map of the model alone; another one from the map that the first recorded."""
     given, recorded = tmp_path / "given.json", tmp_path / "recorded.json"
@@ -326,7 +330,7 @@ def test_maps_hold_model_layers_then_draft_layers(
 
     def serve(folder: Path, placement: np.ndarray, **maps: str) -> None:
         folder.mkdir()
-        arguments = guessing(MTP)
+        arguments = drafting(MTP)
         server = NpuServer({**settings, **maps}, folder, model=str(model), probe=True, arguments=arguments).started()
         try:
             server.call("probe_watch")
@@ -335,7 +339,7 @@ def test_maps_hold_model_layers_then_draft_layers(
                 np.testing.assert_array_equal(np.array(worker["placement"])[: len(placement)], placement)
             for turn in range(60):
                 number = turn % len(prompts)
-                assert ask(server, prompts[number]) == (answers[number], of_turn(guesses, turn))
+                assert ask(server, prompts[number]) == (answers[number], of_turn(drafts, turn))
                 if server.cycles_done() >= 3 and turn >= len(prompts):
                     break
             stats = server.stats()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real vLLM engine with a drafter that has experts (multi-token prediction): the model's and the drafter's move, each
-by a balancer of its own, and neither the tokens nor the guesses change."""
+"""A real vLLM engine with a draft model that has experts (multi-token prediction): the model's and the draft model's
+move, each by a balancer of its own, and neither the tokens nor the draft tokens change."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .conftest import BUSY, GUESSES, prompts
+from .conftest import BUSY, DRAFT_TOKENS, prompts
 from .mtp_model import write_mtp_model
 
-pytestmark = pytest.mark.skipif(not GUESSES, reason="this vLLM cannot verify guesses on a CPU")
+pytestmark = pytest.mark.skipif(not DRAFT_TOKENS, reason="this vLLM cannot verify draft tokens on a CPU")
 TOKENS = 40
 
 
@@ -23,7 +23,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def drafting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What is asked of both engines. One prompt at a time, so that steps are the same, too."""
+    """The job of both engines. One prompt at a time, so that their steps are equal, too."""
     model = write_mtp_model(tmp_path_factory.mktemp("mtp") / "model")
     return {
         "arguments": {
@@ -53,7 +53,7 @@ def drafted(runs, asked):
 
 @pytest.fixture(scope="module")
 def drafted_in_parallel(runs, asked):
-    """Two data-parallel engines that take turns; the other one makes dummy batches, also of the drafter."""
+    """Two data-parallel engines that take turns; the other one makes dummy batches, also of the draft model."""
     run = runs("drafted in parallel", ranks=1, eplb=BUSY, cycles=12, **in_parallel(asked))
     assert run.code == 0, run.log[-6000:]
     return run.result
@@ -63,12 +63,12 @@ def in_parallel(asked: dict[str, Any]) -> dict[str, Any]:
     return {**asked, "arguments": {**asked["arguments"], "data_parallel_size": 2}, "parts": [0, 1]}
 
 
-def test_neither_tokens_nor_guesses_change(drafted, plain):
+def test_tokens_and_draft_tokens_are_equal(drafted, plain):
     turns = len(drafted["tokens"]) // len(plain["tokens"])
     assert drafted["tokens"] == plain["tokens"] * turns
     for rank in drafted["drafters"]:
-        assert rank["guesses"] == plain["drafters"][0]["guesses"] * turns
-    assert len({tuple(guess) for step in plain["drafters"][0]["guesses"] for guess in step}) > 20
+        assert rank["drafts"] == plain["drafters"][0]["drafts"] * turns
+    assert len({tuple(draft) for step in plain["drafters"][0]["drafts"] for draft in step}) > 20
 
 
 def test_the_experts_of_both_move(drafted):
@@ -84,7 +84,7 @@ def test_the_experts_of_both_move(drafted):
     assert [rank["views"] for rank in drafted["ranks"]] == [True, True]
 
 
-def test_the_drafters_load_is_its_routers_own_choice(drafted):
+def test_draft_model_load_is_its_routers_own_choice(drafted):
     first, second = drafted["drafters"]
     loads, windows = np.array(first["loads"]), np.array(first["windows"])
     assert len(loads) >= 10
@@ -98,8 +98,8 @@ def test_data_parallel_engines_draft_the_same(drafted_in_parallel, plain):
     turns = len(drafted_in_parallel["tokens"]) // len(plain["tokens"])
     assert drafted_in_parallel["tokens"] == plain["tokens"] * turns
     first, second = drafted_in_parallel["drafters"]
-    assert first["guesses"] == plain["drafters"][0]["guesses"] * (turns - turns // 2)
-    assert second["guesses"] == plain["drafters"][0]["guesses"] * (turns // 2)
+    assert first["drafts"] == plain["drafters"][0]["drafts"] * (turns - turns // 2)
+    assert second["drafts"] == plain["drafters"][0]["drafts"] * (turns // 2)
     for stats in (json.loads(drafted_in_parallel["ranks"][0]["stats"]), json.loads(first["stats"])):
         assert stats["cycles_done"] >= 10
         assert stats["cycles_failed"] == 0
@@ -110,7 +110,7 @@ def test_data_parallel_engines_draft_the_same(drafted_in_parallel, plain):
     np.testing.assert_array_equal(loads, windows[: len(loads)])
 
 
-def test_guesses_notice_maps_without_weights(drafted, plain):
-    """Only the drafter's: the model still verifies each of its guesses, so the tokens are right."""
+def test_draft_tokens_notice_maps_without_weights(drafted, plain):
+    """Only the draft model's: the model still verifies each of its draft tokens, so the tokens are right."""
     assert drafted["corrupt_tokens"] == plain["tokens"]
-    assert drafted["corrupt_guesses"] != plain["drafters"][0]["guesses"]
+    assert drafted["corrupt_drafts"] != plain["drafters"][0]["drafts"]

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that only routes, for EplbUpdator with its real parts; and what one rank saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_ascend_eplb.balancer.served_model import EplbAdaptor
+from vllm_ascend_eplb.load import ops
+from vllm_ascend_eplb.load.recorder import LoadRecorder
+from vllm_ascend_eplb.routing.maps import DispatchMaps
+from vllm_ascend_eplb.routing.weighted import DispatchTables
+from vllm_ascend_eplb.values.placement import Placement
+from vllm_ascend_eplb.values.topology import Topology
+
+from .model import Slots
+from .ranks import Ranks
+
+LAYERS, EXPERTS, REDUNDANT = 3, 12, 6
+
+
+def redundant(num_ranks: int) -> int:
+    """The redundant experts that so many ranks can share."""
+    return REDUNDANT + -(EXPERTS + REDUNDANT) % num_ranks
+
+
+class RoutingModel(EplbAdaptor):
+    """A model of slots and routers without an engine: every rank routes the same tokens, rank 0 counts."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        weighted: bool = False,
+        *,
+        layers: int = LAYERS,
+        experts: int = EXPERTS,
+        part: str = "",
+        channel: int = 0,
+    ) -> None:
+        self.name, self.part, self.channel = "routing model", part, channel
+        self.rank = ranks.rank
+        self.topology = Topology.even(ranks.num_ranks)
+        self.num_groups = 1
+        self.placement = Placement.initial(layers, experts, ranks.num_ranks, redundant(ranks.num_ranks))
+        self.device = torch.device("cpu")
+        self.control_group, self.transfer_group, self.device_group = ranks.control, ranks.transfer, None
+        self.recorder = LoadRecorder(layers, experts, self.placement.num_slots, "cpu", contributes=ranks.rank == 0)
+        self.slots = Slots(self.placement, ranks.rank, first_layer=12 * channel)
+        self.maps = DispatchMaps(self.placement, "cpu", width=redundant(ranks.num_ranks) + 1)
+        self.dispatch = DispatchTables(self.placement, "cpu", 32) if weighted else None
+        self.rng = np.random.default_rng(7)
+        self.routed = np.zeros((layers, experts), dtype=np.int64)
+
+    def forward(self) -> None:
+        """Skewed tokens; the skew is another one in each layer."""
+        layers, experts = self.routed.shape
+        for layer in range(layers):
+            share = 1.0 / (1 + (np.arange(experts) + 5 * layer) % experts)
+            ids = self.rng.choice(experts, size=(64, 1), p=share / share.sum())
+            np.add.at(self.routed[layer], ids.ravel(), 1)
+            tables = self.dispatch
+            ops.map_and_record(
+                torch.from_numpy(ids),
+                self.maps.logical_to_physical[layer] if tables is None else tables.table[layer],
+                self.maps.replica_count[layer] if tables is None else tables.count[layer],
+                self.recorder.counts[layer],
+                self.recorder.recording,
+            )
+
+    def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
+        return self.slots.views()
+
+    def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
+        self.maps.prepare(placement, layers)
+
+    def commit_maps(self) -> None:
+        self.maps.commit()
+
+    def forget_prepared_maps(self) -> None:
+        self.maps.forget_prepared()
+
+
+@dataclass
+class Seen:
+    """What one rank saw; ``history``: digest of the placement at every step, ``tables``: of the dispatch tables;
+    ``after``: by cycle, the digests of the placement and of this rank's weights when it was over."""
+
+    history: list[int] = field(default_factory=list)
+    tables: list[int] = field(default_factory=list)
+    after: dict[int, tuple[int, str]] = field(default_factory=dict)
+    wrong: str = ""
+    error: str = ""
+    phase: str = ""
+    final_par: float = 0.0
+    first_par: float = 0.0
+    final_load: list[float] = field(default_factory=list)
+    stats: Any = None
+    step: int = 0
+    lines: list[tuple[Any, ...]] = field(default_factory=list)
+    """(step, name, avg_tokens, max_tokens, balancedness, steps left) of each line about balancedness."""
+    began: list[int] = field(default_factory=list)
+    """The step, from 1, at which each cycle began."""
+    forwards: list[Any] = field(default_factory=list)
+    """Tokens per slot [L, P] of each forward."""

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Limits of a soak's growth, and its report."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from typing import Any
+
+MOST_GROWTH = {"memory_mib": 48.0, "threads": 3, "files": 6, "sockets": 4, "shared_memory": 6}
+"""What the last quarter of the samples may have more than the first, by the median. A planner that is just being
+replaced has no semaphores."""
+
+
+VLLM_GROWTH_MIB = ((500, 0.7), (1_000_000, 0.15))
+"""By at most so much vLLM 0.32's two workers on a CPU grow with each of the first 500 requests of this kind (0.54 to
+0.6 measured without this plugin), and with each one after them (0.13 measured). The memory that they may have more is
+this for the requests in between, and MOST_GROWTH."""
+
+
+def growth(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Medians of the first and the last quarter of the samples, by resource."""
+    quarter = max(1, len(samples) // 4)
+    table = {}
+    for name in (*MOST_GROWTH, "processes", "requests"):
+        first = statistics.median(sample[name] for sample in samples[:quarter])
+        last = statistics.median(sample[name] for sample in samples[-quarter:])
+        table[name] = {"first": round(first, 1), "last": round(last, 1)}
+    return table
+
+
+def vllm_growth(requests: float) -> float:
+    """MiB by which vLLM's workers may have grown after ``requests`` requests."""
+    total = 0.0
+    for count, mib in VLLM_GROWTH_MIB:
+        total += mib * min(requests, count)
+        requests = max(0.0, requests - count)
+    return total
+
+
+def judge(result: dict[str, Any], left: list[str], log: str) -> list[str]:
+    """List of everything that went wrong; empty after a good run."""
+    answers, stats, said = result["answers"], result["stats"], []
+    mended_before = result["before"].audit_mended if result["before"] is not None else 0
+    if answers.failed:
+        said.append(f"{len(answers.failed)} requests failed: {answers.failed[0]}")
+    if answers.wrong:
+        said.append(f"{answers.wrong} of {answers.tokens} tokens are wrong: {answers.first_wrong}")
+    if not answers.requests:
+        said.append("no request was answered")
+    for name, most in MOST_GROWTH.items() if "growth" in result else ():
+        median = result["growth"][name]
+        if name == "memory_mib":
+            answered = result["growth"]["requests"]
+            most += vllm_growth(answered["last"]) - vllm_growth(answered["first"])
+        if median["last"] - median["first"] > most:
+            said.append(f"{name} grew from {median['first']} to {median['last']}; at most {most:.0f} more are allowed")
+    if stats is None or not stats.cycles_done:
+        said.append("no cycle was done")
+    elif stats.phase == "off":
+        said.append(f"balancing went off: {stats.off_reason}")
+    elif stats.audit_damaged or stats.audit_mended > mended_before:
+        said.append(f"an audit found {stats.audit_damaged} damaged slots and mended {stats.audit_mended}")
+    if re.search(r'File "[^"]*vllm_ascend_eplb/', log):
+        said.append("there is a traceback with our code in the log")
+    return said + left
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    answers, stats = result["answers"], result["stats"] or {}
+    lines = [
+        "# Soak",
+        "",
+        f"{result['seconds']:.0f} seconds on {result['machine']}, {result['parallel']} 2, seed {result['seed']}, "
+        f"ended by {result['end']}: " + ("**passed**" if not result["failures"] else "**failed**"),
+        "",
+        *(f"- {line}" for line in [*result["failures"], ""] if result["failures"]),
+        "| what | count |",
+        "| --- | --- |",
+        f"| requests answered | {answers['requests']} |",
+        f"| requests failed | {len(answers['failed'])} |",
+        f"| requests aborted on purpose | {answers['aborted']} |",
+        f"| tokens compared | {answers['tokens']} |",
+        f"| tokens wrong | {answers['wrong']} |",
+        f"| cycles done / skipped / failed | {stats.get('cycles_done')} / {stats.get('cycles_skipped')} / "
+        f"{stats.get('cycles_failed')} |",
+        f"| experts moved | {stats.get('experts_moved')} |",
+        f"| audits of all slots, damaged slots found | {stats.get('audits')}, {stats.get('audit_damaged')} |",
+        f"| planner starts | {stats.get('planner_starts')} |",
+        "",
+        "| fault | times |",
+        "| --- | --- |",
+        *(f"| {name} | {count} |" for name, count in sorted(result["faults"].items())),
+        "",
+        "| resource, median of | first quarter | last quarter |",
+        "| --- | --- | --- |",
+        *(f"| {name} | {median['first']} | {median['last']} |" for name, median in result["growth"].items()),
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steady requests to a server, and their results."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+TOKENS = 48
+
+
+STREAMS = 3
+
+
+Pairs = list[tuple[str, list[int]]]
+"""Prompts and the tokens that answer them."""
+
+
+@dataclass
+class Answers:
+    """Results of the requests."""
+
+    requests: int = 0
+    failed: list[str] = field(default_factory=list)
+    aborted: int = 0
+    tokens: int = 0
+    wrong: int = 0
+    first_wrong: str = ""
+
+
+class Requests:
+    """Keeps some requests under way; each answer is compared."""
+
+    def __init__(self, url: str, pairs: Pairs) -> None:
+        self.answers = Answers()
+        self.pause = asyncio.Event()
+        self.pause.set()
+        self._luck = random.Random(0)
+        self._pairs = pairs
+        # A connection for each request: the server closes idle ones, perhaps just when the next request is sent.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._client = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(240.0), limits=limits)
+
+    async def stream(self, luck: random.Random, stopping: asyncio.Event) -> None:
+        while not stopping.is_set():
+            await self.pause.wait()
+            text, expected = luck.choice(self._pairs)
+            try:
+                response = await self._client.post("/v1/completions", json=self.completion(text))
+                response.raise_for_status()
+                got = response.json()["choices"][0]["token_ids"]
+            except (httpx.HTTPError, KeyError, ValueError) as error:
+                self.answers.failed.append(f"{type(error).__name__}: {error}"[:200])
+                await asyncio.sleep(1)
+                continue
+            self.answers.requests += 1
+            self.answers.tokens += max(len(got), len(expected))
+            wrong = max(len(got), len(expected)) - sum(a == b for a, b in zip(got, expected, strict=False))
+            self.answers.wrong += wrong
+            if wrong and not self.answers.first_wrong:
+                self.answers.first_wrong = f"{text[:60]!r}: expected {expected}, got {got}"
+
+    async def abort(self) -> None:
+        """Begins a request and goes away in the middle of its answer."""
+        luck = self._luck
+        request = self.completion(luck.choice(self._pairs)[0]) | {"stream": True, "max_tokens": 200}
+        with contextlib.suppress(httpx.HTTPError):
+            async with self._client.stream("POST", "/v1/completions", json=request) as response:
+                count = luck.randint(1, 20)
+                async for _ in response.aiter_lines():
+                    count -= 1
+                    if not count:
+                        break
+        self.answers.aborted += 1
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    @staticmethod
+    def completion(text: str) -> dict[str, Any]:
+        return {
+            "model": "tiny-moe",
+            "prompt": text,
+            "max_tokens": TOKENS,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }

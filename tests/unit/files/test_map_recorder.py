@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MapRecorder: the file holds what was last in force, whole, and a bad disk disturbs nobody."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.unit.files.test_expert_map import placement
+from vllm_ascend_eplb.files.expert_map import read_expert_map
+from vllm_ascend_eplb.files.map_recorder import KEPT_WINDOWS, MapRecorder, load_path
+from vllm_ascend_eplb.files.traces import read_trace
+
+
+def test_recorded_map_is_the_last_one_in_force(tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    recorder = MapRecorder(path)
+    placements = [placement(seed=seed) for seed in range(20)]
+    for number, in_force in enumerate(placements):
+        recorder.record(in_force, np.full((3, 8), number))
+    recorder.record(placements[-1])  # a cycle without a window of its own
+    recorder.close()
+    assert read_expert_map(path) == placements[-1]
+    with np.load(load_path(path)) as archive:
+        assert int(archive["digest"]) == placements[-1].digest
+    np.testing.assert_array_equal(read_trace(load_path(path)).load[:, 0, 0], np.arange(20))  # `simulate` takes it
+    assert sorted(os.listdir(tmp_path)) == ["map.json", "map.load.npz"]
+
+
+def test_the_load_of_so_many_windows_is_kept(tmp_path: Path) -> None:
+    recorder = MapRecorder(tmp_path / "map.json")
+    for number in range(KEPT_WINDOWS + 5):
+        recorder.record(placement(), np.full((3, 8), number))
+    recorder.close()
+    kept = read_trace(load_path(tmp_path / "map.json")).load
+    np.testing.assert_array_equal(kept[:, 0, 0], np.arange(5, KEPT_WINDOWS + 5))
+
+
+def test_readers_never_see_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    known = [placement(seed=seed, layers=40) for seed in range(4)]
+    recorder = MapRecorder(path)
+    recorder.record(known[0])
+    recorder.close()
+    recorder = MapRecorder(path)
+    for number in range(60):
+        recorder.record(known[number % 4])
+        assert read_expert_map(path) in known
+    recorder.close()
+
+
+def test_a_disk_that_refuses_is_said_once_and_disturbs_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = MapRecorder(tmp_path / "gone" / "map.json")
+    written = threading.Event()
+    original = recorder.write
+    monkeypatch.setattr(recorder, "write", lambda *args: (original(*args), written.set()))
+    for seed in range(3):
+        written.clear()
+        recorder.record(placement(seed=seed), np.zeros((3, 8), dtype=np.int64))
+        assert written.wait(20)
+    assert [record.message for record in caplog.records if "not recorded" in record.message] == [caplog.messages[0]]
+    (tmp_path / "gone").mkdir()  # and when it is there again, recording goes on
+    recorder.record(placement(seed=9))
+    recorder.close()
+    assert read_expert_map(tmp_path / "gone" / "map.json") == placement(seed=9)
