@@ -278,8 +278,8 @@ class VllmEplbState(ModelStates):
             )
 
     def begin_update(self) -> bool:
-        """Before a weight transfer: goes back to the initial placement, and stays there until :meth:`end_update`. Steps
-        in between are not counted. All workers of an engine together.
+        """Before a weight transfer: moves experts back to their initial slots, where they stay until
+        :meth:`end_update`. Steps in between are not counted. All workers of an engine together.
 
         Returns:
             False where an update is under way already.
