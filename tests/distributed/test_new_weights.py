@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from vllm_ascend_eplb.agreement.exchange import StartError
 from vllm_ascend_eplb.agreement.phases import Phase
+from vllm_ascend_eplb.balancer import start
+from vllm_ascend_eplb.balancer.orders import Order, OrderBox, write_order
 from vllm_ascend_eplb.balancer.start import start_balancer
 from vllm_ascend_eplb.balancer.updator import EplbUpdator
+from vllm_ascend_eplb.planning.process import EplbProcess
 from vllm_ascend_eplb.settings.config import EplbConfig
 
 from .ranks import Ranks, run_ranks
@@ -188,8 +192,8 @@ def serve_and_load_a_part(ranks: Ranks, move_back: bool) -> Seen:
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_a_part_of_the_weights_may_be_loaded_in_any_phase(num_ranks: int) -> None:
-    first, *others = run_ranks(num_ranks, serve_and_load_a_part, True)
-    for seen in (first, *others):
+    first, *rest = run_ranks(num_ranks, serve_and_load_a_part, True)
+    for seen in (first, *rest):
         assert seen.wrong == ""
         assert seen.history == first.history
         assert seen.changed == [False] * 6
@@ -201,6 +205,35 @@ def test_a_part_of_the_weights_needs_experts_moved_back() -> None:
     """The control: maps switched back without the experts, as before a reload of all weights."""
     with pytest.raises(Exception, match=r"copies of \d+ experts differ from each other after weights were loaded"):
         run_ranks(2, serve_and_load_a_part, False)
+
+
+def serve_and_order(ranks: Ranks, folder: str, command: str) -> tuple[bool, list[int], str]:
+    """Moves back while an order waits; returns whether experts were back, orders obeyed then and later, wrong slots."""
+    start.LISTEN_STEPS = 4
+    model, first = RoutingModel(ranks), ranks.rank == 0
+    box = OrderBox(Path(folder, "order")) if first else None
+    updator = start.build_updator(model, CONFIG, EplbProcess() if first else None, orders=box)
+    for _ in range(600):
+        step(model, updator)
+        due = updator.state.step >= updator.state.listen_at
+        if due and updator.state.phase is Phase.MOVE and updator.placement != model.placement:
+            break
+    if box is not None:
+        write_order(box.path, Order(command=command))
+        box.look()
+    updator.move_back()
+    back, orders = updator.placement == model.placement, [updator.state.order]
+    for _ in range(40):
+        step(model, updator)
+    orders.append(updator.state.order)
+    wrong = model.slots.wrong(updator.placement)
+    updator.close()
+    return back, orders, wrong
+
+
+@pytest.mark.parametrize("command", ["pause", "resume"])
+def test_an_order_waits_until_experts_are_back(command: str, tmp_path: Path) -> None:
+    assert run_ranks(2, serve_and_order, str(tmp_path), command) == [(True, [0, 1], "")] * 2
 
 
 def sleep_and_update(ranks: Ranks, turns: int) -> Seen:

@@ -375,7 +375,13 @@ class EplbUpdator:
             return
         self.rest(at_start=False)
         before = self.state
-        self.work.state = replace(before, wanted=Command.RESTORE, due=before.step, collect_steps=NO_DEADLINE)
+        self.work.state = replace(
+            before,
+            wanted=Command.RESTORE,
+            due=before.step,
+            collect_steps=NO_DEADLINE,
+            listen_at=before.step + NO_DEADLINE,  # an operator's order waits: it would end this one
+        )
         while self.state.wanted is Command.RESTORE and self.state.failures == before.failures:
             if self.state.phase is Phase.OFF:
                 break
@@ -383,7 +389,9 @@ class EplbUpdator:
             time.sleep(TURN_SECONDS)
         ordered = before.wanted if before.wanted is not Command.RESTORE else Command.NONE
         due = self.state.step + before.collect_steps
-        self.work.state = replace(self.state, wanted=ordered, due=due, collect_steps=before.collect_steps)
+        self.work.state = replace(
+            self.state, wanted=ordered, due=due, collect_steps=before.collect_steps, listen_at=before.listen_at
+        )
         if self.placement != self.parts.start:
             raise RuntimeError(
                 "experts could not be moved back to where weights are loaded, so that no weights were taken: "
