@@ -159,11 +159,11 @@ def test_models_that_cannot_follow_are_left_alone() -> None:
         pass
 
     order = LoadOrder(Placement.initial(3, EXPERTS, RANKS, REDUNDANT), by_map=False)
-    shared, mega, other = model(0), model(0), model(0)
+    shared, mega, narrow = model(0), model(0), model(0)
     shared.moe_layers[0].routed_experts.expert_map_manager = SimpleNamespace(num_fused_shared_experts=1)
     mega.moe_layers[0].routed_experts = SomeMegaMoEExperts(0, EXPERTS + REDUNDANT)
-    other.num_physical_experts = 16
-    for moe in (shared, mega, other):
+    narrow.num_physical_experts = 16
+    for moe in (shared, mega, narrow):
         load_by(moe, order)
         assert placement_loaded(moe, 0) is None
     with pytest.raises(LoadingError, match="SomeMegaMoEExperts loads experts by itself"):
