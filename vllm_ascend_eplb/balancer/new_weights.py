@@ -6,9 +6,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from ..agreement.exchange import exchange_bytes, require_equal
+from ..agreement.phases import Command, Phase
 from .work import Parts, Work
+
+NO_DEADLINE = 10**9
+"""Steps: longer than any plan takes."""
+
+
+TURN_SECONDS = 0.0005
+"""Where steps are made without forwards: pause before the next turn where the last one changed nothing."""
 
 
 @contextlib.contextmanager
@@ -58,6 +67,42 @@ def come_to_rest(parts: Parts, work: Work, drop: Callable[[], None]) -> None:
     )
     wait_until_idle(parts)
     drop()
+
+
+def move_back(parts: Parts, work: Work, turn: Callable[[], object]) -> None:
+    """Moves every expert back to where it was loaded, because a part of the weights is about to be loaded there; all
+    ranks together, at rest. Blocks: steps follow one another without forwards, and none is too late for a plan.
+
+    Args:
+        parts, work: of the balancer.
+        turn: makes one step of the agreed state.
+
+    Raises:
+        RuntimeError: balancing is off, or the cycle failed; on all ranks alike.
+    """
+    before = work.state
+    work.state = replace(
+        before,
+        wanted=Command.RESTORE,
+        due=before.step,
+        collect_steps=NO_DEADLINE,
+        listen_at=before.step + NO_DEADLINE,  # an operator's order waits: it would end this one
+    )
+    while work.state.wanted is Command.RESTORE and work.state.failures == before.failures:
+        if work.state.phase is Phase.OFF:
+            break
+        turn()
+        time.sleep(TURN_SECONDS)
+    ordered = before.wanted if before.wanted is not Command.RESTORE else Command.NONE
+    due = work.state.step + before.collect_steps
+    work.state = replace(
+        work.state, wanted=ordered, due=due, collect_steps=before.collect_steps, listen_at=before.listen_at
+    )
+    if work.placement != parts.start:
+        raise RuntimeError(
+            "experts could not be moved back to where weights are loaded, so that no weights were taken: "
+            f"{work.reason or 'balancing is off'}; restart the server"
+        )
 
 
 def wait_until_idle(parts: Parts) -> None:

@@ -38,7 +38,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ..agreement.channel import ControlError, Facts, FlightRecorder
-from ..agreement.phases import Action, AgreementError, Command, CycleState, Do, Failure, Phase
+from ..agreement.phases import Action, AgreementError, CycleState, Do, Failure, Phase
 from ..agreement.transition import abandon, advance
 from ..observe.keeper import StatsKeeper
 from ..planning.message import digest_of
@@ -47,24 +47,16 @@ from .audit import Auditor
 from .balancedness import BalancednessLog
 from .gather import Gather
 from .lead import Lead
-from .new_weights import come_to_rest, new_weights
+from .new_weights import TURN_SECONDS, come_to_rest, move_back, new_weights
 from .orders import OrderFacts, PostedOrders
 from .rollout import Rollout
 from .timing import learn_times
-from .work import Parts, Work
+from .work import BETWEEN_CYCLES, FAILS_AS, MAY_FAIL, Parts, Work
 
 logger = logging.getLogger("vllm.eplb")  # only loggers below "vllm" are seen in a server's log
 
 
 Stage = Literal["prefill", "decode"]
-
-
-NO_DEADLINE = 10**9
-"""Steps: longer than any plan takes."""
-
-
-TURN_SECONDS = 0.0005
-"""Mode sync: pause before the next turn where the last one changed nothing."""
 
 
 PUBLISH_STEPS = 64
@@ -216,12 +208,12 @@ class EplbUpdator:
             parts.recorder.flush(self.placement)  # no cycle does, and what counts on the device may overflow
         for action in actions:
             self._perform(action)
-        if self.auditor is not None and self.state.phase in _BETWEEN_CYCLES:
+        if self.auditor is not None and self.state.phase in BETWEEN_CYCLES:
             self.auditor.step()
 
     def _perform(self, action: Action) -> None:
         perform = self.methods[action.do]
-        if action.do not in _MAY_FAIL:
+        if action.do not in MAY_FAIL:
             perform(action)
             return
         try:
@@ -229,7 +221,7 @@ class EplbUpdator:
         except ControlError:
             raise
         except Exception as error:
-            self.work.fail(_MAY_FAIL[action.do], error)
+            self.work.fail(MAY_FAIL[action.do], error)
 
     # --- what this rank knows -----------------------------------------------------------------------------------------
 
@@ -242,7 +234,7 @@ class EplbUpdator:
                     ready = int(self._is_ready[state.phase]())
                 rounds_ready = self.rollout.rounds_ready()
             except Exception as error:
-                work.fail(_FAILS_AS.get(state.phase, Failure.PREPARE), error)
+                work.fail(FAILS_AS.get(state.phase, Failure.PREPARE), error)
         offer = work.offer if state.phase is Phase.PLAN else None
         order = OrderFacts()
         if self.parts.orders is not None and state.phase is Phase.LISTEN:
@@ -362,41 +354,11 @@ class EplbUpdator:
         self.rollout.settle()
 
     def move_back(self) -> None:
-        """Moves every expert back to where it was loaded, because a part of the weights is about to be loaded there.
-
-        All ranks together, at the same step, between two forwards. Blocks: steps follow one another without forwards,
-        and none of them is too late for a plan.
-
-        Raises:
-            StartError: the ranks are not at the same step. Nothing was changed.
-            RuntimeError: balancing is off, or the cycle failed; on all ranks alike.
-        """
-        if self.placement == self.parts.start:
-            return
-        self.rest(at_start=False)
-        before = self.state
-        self.work.state = replace(
-            before,
-            wanted=Command.RESTORE,
-            due=before.step,
-            collect_steps=NO_DEADLINE,
-            listen_at=before.step + NO_DEADLINE,  # an operator's order waits: it would end this one
-        )
-        while self.state.wanted is Command.RESTORE and self.state.failures == before.failures:
-            if self.state.phase is Phase.OFF:
-                break
-            self._turn()
-            time.sleep(TURN_SECONDS)
-        ordered = before.wanted if before.wanted is not Command.RESTORE else Command.NONE
-        due = self.state.step + before.collect_steps
-        self.work.state = replace(
-            self.state, wanted=ordered, due=due, collect_steps=before.collect_steps, listen_at=before.listen_at
-        )
+        """Moves every expert back to where it was loaded; see :func:`~vllm_ascend_eplb.balancer.new_weights.move_back`,
+        which says what it raises. All ranks together, at the same step, between two forwards. Blocks."""
         if self.placement != self.parts.start:
-            raise RuntimeError(
-                "experts could not be moved back to where weights are loaded, so that no weights were taken: "
-                f"{self.work.reason or 'balancing is off'}; restart the server"
-            )
+            self.rest(at_start=False)
+            move_back(self.parts, self.work, self._turn)
 
     def _drop_cycle(self) -> None:
         """Drops the cycle; the placement stays what its rounds have made of it."""
@@ -433,27 +395,3 @@ class EplbUpdator:
         path = self._flight.leave(self.parts.rank, reason=reason, settings=str(self.parts.settings))
         if path is not None:
             logger.warning("%s rank %d: the last steps are in %s", self.parts.title, self.parts.rank, path)
-
-
-_BETWEEN_CYCLES = (Phase.COLLECT, Phase.LISTEN, Phase.AUDIT)
-"""Phases in which no slot is written and none is on its way to another rank."""
-
-
-_FAILS_AS = {
-    Phase.SNAPSHOT: Failure.SNAPSHOT,
-    Phase.REDUCE: Failure.REDUCE,
-    Phase.PLAN: Failure.PLANNER_FAILED,
-    Phase.BROADCAST: Failure.PLAN_INVALID,
-    Phase.MOVE: Failure.PREPARE,
-    Phase.AUDIT: Failure.AUDIT,
-}
-"""What an exception in the background of a phase is to the other ranks."""
-
-
-_MAY_FAIL: dict[Do, Failure] = {
-    Do.SNAPSHOT: Failure.SNAPSHOT,
-    Do.REQUEST_PLAN: Failure.PLANNER_FAILED,
-    Do.PREPARE: Failure.PREPARE,
-    Do.PLAN_REPAIR: Failure.AUDIT,
-}
-"""Actions that nothing depends on yet: an exception drops the cycle."""

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 
 from ..agreement.channel import ControlChannel
-from ..agreement.phases import CycleSettings, CycleState, Failure
+from ..agreement.phases import CycleSettings, CycleState, Do, Failure, Phase
 from ..files.map_recorder import MapRecorder
 from ..load.recorder import LoadRecorder
 from ..observe.keeper import StatsKeeper
@@ -104,3 +104,27 @@ class Work:
         self.failure = failure
         self.reason = f"{failure.text}: {type(error).__name__}: {error}"
         logger.warning("%s rank %d: %s", self.title, self.rank, self.reason)
+
+
+BETWEEN_CYCLES = (Phase.COLLECT, Phase.LISTEN, Phase.AUDIT)
+"""Phases in which no slot is written and none is on its way to another rank."""
+
+
+FAILS_AS = {
+    Phase.SNAPSHOT: Failure.SNAPSHOT,
+    Phase.REDUCE: Failure.REDUCE,
+    Phase.PLAN: Failure.PLANNER_FAILED,
+    Phase.BROADCAST: Failure.PLAN_INVALID,
+    Phase.MOVE: Failure.PREPARE,
+    Phase.AUDIT: Failure.AUDIT,
+}
+"""What an exception in the background of a phase is to the other ranks."""
+
+
+MAY_FAIL: dict[Do, Failure] = {
+    Do.SNAPSHOT: Failure.SNAPSHOT,
+    Do.REQUEST_PLAN: Failure.PLANNER_FAILED,
+    Do.PREPARE: Failure.PREPARE,
+    Do.PLAN_REPAIR: Failure.AUDIT,
+}
+"""Actions that nothing depends on yet: an exception drops the cycle."""

@@ -2,6 +2,7 @@
 """Loading by a placement: every slot gets its expert, whatever the order of the checkpoint, and what is left out shows.
 
 The loader that is wrapped here stands for vLLM's: it takes a slot's id, and knows which slots are on this rank.
+One file, because all ways of loading are tested with the same layers.
 """
 
 from __future__ import annotations

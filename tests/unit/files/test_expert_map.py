@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Expert maps: each form there and back, and one clear line for each way in which a file can be bad."""
+"""Expert maps: each form there and back, and one clear line for each way in which a file can be bad.
+
+One file, because the ways in which a file can be bad are those in which the forms can be good.
+"""
 
 from __future__ import annotations
 
