@@ -229,13 +229,13 @@ def test_a_plan_of_windows_tells_its_95th_percentile(policy: str) -> None:
     check_agreement(all_seen)
     cycle = all_seen[0].stats.cycles[0]
     assert cycle.result == "done"
-    told = [text for line in all_seen[0].lines for text in line if "95th percentile" in str(text)]
+    told = [text for line in all_seen[0].lines for text in line if "p95 of windows" in str(text)]
     if policy == "plan_request":
         assert (cycle.p95_before, cycle.p95_predicted, told) == (None, None, [])
         return
     before, after = cycle.p95_before.mean, cycle.p95_predicted.mean
     assert after < before == pytest.approx(cycle.par.mean, abs=1e-6)  # the windows are alike
-    assert told == [f", in the 95th percentile of windows {before:.3f} -> {after:.3f}"]
+    assert told == [f"; p95 of windows {before:.3f} -> {after:.3f}"]
 
 
 @pytest.mark.parametrize(
