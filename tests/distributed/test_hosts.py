@@ -105,14 +105,14 @@ def test_a_host_with_other_settings_is_named(tmp_path: Path) -> None:
 
 def test_a_host_with_another_version_is_named(tmp_path: Path) -> None:
     """The other host really has another package: a copy with another version."""
-    other = tmp_path / "other"
+    copy = tmp_path / "copy"
     for name in ("vllm_ascend_eplb", "tests"):
-        shutil.copytree(ROOT / name, other / name, ignore=shutil.ignore_patterns("__pycache__"))
-    start = other / "vllm_ascend_eplb" / "__init__.py"
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    start = copy / "vllm_ascend_eplb" / "__init__.py"
     text = start.read_text(encoding="utf-8")
     assert f'__version__ = "{__version__}"' in text
     start.write_text(text.replace(f'__version__ = "{__version__}"', '__version__ = "9.8.7"'), encoding="utf-8")
-    for seen in run_on_two_hosts(tmp_path, [SETTINGS] * RANKS, other_package=other):
+    for seen in run_on_two_hosts(tmp_path, [SETTINGS] * RANKS, other_package=copy):
         assert (
             f"expert-parallel rank 2 differs from rank 0 in package version: 9.8.7 against {__version__}"
             in (seen["error"])

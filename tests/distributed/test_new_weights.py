@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from vllm_ascend_eplb.agreement.exchange import StartError
 from vllm_ascend_eplb.agreement.phases import Phase
+from vllm_ascend_eplb.balancer import start
+from vllm_ascend_eplb.balancer.orders import Order, OrderBox, write_order
 from vllm_ascend_eplb.balancer.start import start_balancer
 from vllm_ascend_eplb.balancer.updator import EplbUpdator
+from vllm_ascend_eplb.planning.process import EplbProcess
 from vllm_ascend_eplb.settings.config import EplbConfig
 
 from .ranks import Ranks, run_ranks
@@ -158,6 +162,116 @@ def test_an_engine_may_sleep_in_any_phase(level: int) -> None:
 def test_sleep_without_contents_needs_the_initial_maps() -> None:
     """The control."""
     assert any(seen.wrong for seen in run_ranks(2, serve_and_sleep, 2, False))
+
+
+def serve_and_load_a_part(ranks: Ranks, move_back: bool) -> Seen:
+    """Loads some weights once in each active phase: none here, and all experts must be where they are loaded."""
+    model, seen = RoutingModel(ranks), Seen()
+    updator = start_balancer(model, CONFIG)
+    wanted = [Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST, Phase.MOVE, Phase.COLLECT]
+    for _ in range(1500):
+        step(model, updator)
+        seen.history.append(updator.placement.digest)
+        seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
+        if not wanted:
+            seen.done_after = seen.done_after or updator.state.cycle
+            if updator.state.cycle >= seen.done_after + 3:
+                break
+        elif updator.state.phase is wanted[0] and updator.placement != model.placement:
+            seen.loaded_in.append(int(wanted.pop(0)))
+            if move_back:
+                updator.move_back()
+                seen.changed.append(updator.placement != model.placement)
+            with updator.new_weights():
+                pass
+            seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
+    seen.stats = updator.stats.stats() if ranks.rank == 0 else None
+    updator.close()
+    return seen
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_part_of_the_weights_may_be_loaded_in_any_phase(num_ranks: int) -> None:
+    first, *rest = run_ranks(num_ranks, serve_and_load_a_part, True)
+    for seen in (first, *rest):
+        assert seen.wrong == ""
+        assert seen.history == first.history
+        assert seen.changed == [False] * 6
+    assert first.stats.cycles_failed == 0
+    assert len(set(first.history[-40:])) > 3
+
+
+def test_a_part_of_the_weights_needs_experts_moved_back() -> None:
+    """The control: maps switched back without the experts, as before a reload of all weights."""
+    with pytest.raises(Exception, match=r"copies of \d+ experts differ from each other after weights were loaded"):
+        run_ranks(2, serve_and_load_a_part, False)
+
+
+def serve_and_order(ranks: Ranks, folder: str, command: str) -> tuple[bool, list[int], str]:
+    """Moves back while an order waits; returns whether experts were back, orders obeyed then and later, wrong slots."""
+    start.LISTEN_STEPS = 4
+    model, first = RoutingModel(ranks), ranks.rank == 0
+    box = OrderBox(Path(folder, "order")) if first else None
+    updator = start.build_updator(model, CONFIG, EplbProcess() if first else None, orders=box)
+    for _ in range(600):
+        step(model, updator)
+        due = updator.state.step >= updator.state.listen_at
+        if due and updator.state.phase is Phase.MOVE and updator.placement != model.placement:
+            break
+    if box is not None:
+        write_order(box.path, Order(command=command))
+        box.look()
+    updator.move_back()
+    back, orders = updator.placement == model.placement, [updator.state.order]
+    for _ in range(40):
+        step(model, updator)
+    orders.append(updator.state.order)
+    wrong = model.slots.wrong(updator.placement)
+    updator.close()
+    return back, orders, wrong
+
+
+@pytest.mark.parametrize("command", ["pause", "resume"])
+def test_an_order_waits_until_experts_are_back(command: str, tmp_path: Path) -> None:
+    assert run_ranks(2, serve_and_order, str(tmp_path), command) == [(True, [0, 1], "")] * 2
+
+
+def sleep_and_update(ranks: Ranks, turns: int) -> Seen:
+    """Turn by turn: some steps, in whatever phase they end sleep without contents, other weights, steps again."""
+    model, seen = RoutingModel(ranks), Seen()
+    updator = start_balancer(model, CONFIG)
+    mine = [model.maps.logical_to_physical, model.maps.replica_count, *model.recorder.device_tensors()]
+    for turn in range(turns):
+        for _ in range(20 + turn % 17):
+            step(model, updator)
+        seen.history.append(updator.placement.digest)
+        seen.loaded_in.append(int(updator.state.phase))
+        seen.changed.append(updator.placement != model.placement)
+        updator.rest(at_start=True)
+        kept = [tensor.clone() for tensor in mine]
+        for tensor in [*mine, *(kind for layer in model.slots.stacked for kind in layer)]:
+            tensor.fill_(1)
+        for tensor, before in zip(mine, kept, strict=True):
+            tensor.copy_(before)
+        model.slots.load(model.placement, NEW if model.slots.first_layer == 0 else 0)
+        with updator.new_weights():
+            pass
+        seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
+    seen.stats = updator.stats.stats() if ranks.rank == 0 else None
+    updator.close()
+    return seen
+
+
+@pytest.mark.parametrize("turns", [30, pytest.param(1000, marks=pytest.mark.soak)])
+def test_sleep_and_new_weights_turn_by_turn(turns: int) -> None:
+    first, second = run_ranks(2, sleep_and_update, turns)
+    for seen in (first, second):
+        assert seen.wrong == ""
+        assert seen.history == first.history
+        assert len(seen.changed) == turns
+    assert sum(first.changed) > turns / 20
+    assert len(set(first.loaded_in)) >= 3
+    assert first.stats.cycles_failed == 0
 
 
 def load_out_of_step(ranks: Ranks) -> Seen:

@@ -73,8 +73,7 @@ def test_both_engines_answer_as_one_process_does(both, reference):
 
 
 def test_the_decode_engine_takes_prompts_from_the_other(both):
-    prefill, decode = both
-    assert "External Cache Hit!" not in prefill.log
+    _, decode = both
     assert "External Cache Hit!" in decode.log
     taken = decode.result["cached"]
     assert taken > 0

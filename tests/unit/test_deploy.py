@@ -261,16 +261,16 @@ by Kubernetes' own."""
 def follows_kubernetes(manifests: list[dict[str, Any]]) -> bool:
     jsonschema = pytest.importorskip("jsonschema")
     kubernetes = pytest.importorskip("kubernetes_validate")
-    group, *others = copy.deepcopy(manifests)
+    group, *core = copy.deepcopy(manifests)
     try:
         jsonschema.validate(group, LEADER_WORKER_SET)
         template = group["spec"]["leaderWorkerTemplate"]
         for pod in (template["leaderTemplate"], template["workerTemplate"]):
             selector = {"matchLabels": pod["metadata"]["labels"]}
             deployment = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "pod"}}
-            others.append({**deployment, "spec": {"selector": selector, "template": pod}})
+            core.append({**deployment, "spec": {"selector": selector, "template": pod}})
         for version in (KUBERNETES, kubernetes.latest_version()):
-            for manifest in others:
+            for manifest in core:
                 kubernetes.validate(manifest, version, strict=True)
     except (jsonschema.ValidationError, kubernetes.ValidationError):
         return False

@@ -38,7 +38,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ..agreement.channel import ControlError, Facts, FlightRecorder
-from ..agreement.phases import Action, AgreementError, CycleState, Do, Failure, Phase
+from ..agreement.phases import Action, AgreementError, Command, CycleState, Do, Failure, Phase
 from ..agreement.transition import abandon, advance
 from ..observe.keeper import StatsKeeper
 from ..planning.message import digest_of
@@ -57,6 +57,10 @@ logger = logging.getLogger("vllm.eplb")  # only loggers below "vllm" are seen in
 
 
 Stage = Literal["prefill", "decode"]
+
+
+NO_DEADLINE = 10**9
+"""Steps: longer than any plan takes."""
 
 
 TURN_SECONDS = 0.0005
@@ -356,6 +360,43 @@ class EplbUpdator:
         """
         come_to_rest(self.parts, self.work, self._back_to_start if at_start else self._drop_cycle)
         self.rollout.settle()
+
+    def move_back(self) -> None:
+        """Moves every expert back to where it was loaded, because a part of the weights is about to be loaded there.
+
+        All ranks together, at the same step, between two forwards. Blocks: steps follow one another without forwards,
+        and none of them is too late for a plan.
+
+        Raises:
+            StartError: the ranks are not at the same step. Nothing was changed.
+            RuntimeError: balancing is off, or the cycle failed; on all ranks alike.
+        """
+        if self.placement == self.parts.start:
+            return
+        self.rest(at_start=False)
+        before = self.state
+        self.work.state = replace(
+            before,
+            wanted=Command.RESTORE,
+            due=before.step,
+            collect_steps=NO_DEADLINE,
+            listen_at=before.step + NO_DEADLINE,  # an operator's order waits: it would end this one
+        )
+        while self.state.wanted is Command.RESTORE and self.state.failures == before.failures:
+            if self.state.phase is Phase.OFF:
+                break
+            self._turn()
+            time.sleep(TURN_SECONDS)
+        ordered = before.wanted if before.wanted is not Command.RESTORE else Command.NONE
+        due = self.state.step + before.collect_steps
+        self.work.state = replace(
+            self.state, wanted=ordered, due=due, collect_steps=before.collect_steps, listen_at=before.listen_at
+        )
+        if self.placement != self.parts.start:
+            raise RuntimeError(
+                "experts could not be moved back to where weights are loaded, so that no weights were taken: "
+                f"{self.work.reason or 'balancing is off'}; restart the server"
+            )
 
     def _drop_cycle(self) -> None:
         """Drops the cycle; the placement stays what its rounds have made of it."""

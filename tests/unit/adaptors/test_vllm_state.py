@@ -89,6 +89,9 @@ class Balancer:
             self.open = False
             self.calls.append("checksums")
 
+    def move_back(self) -> None:
+        self.calls.append("moves back")
+
     def rest(self, *, at_start: bool) -> None:
         self.calls.append("rests at the start" if at_start else "rests")
 
@@ -116,7 +119,7 @@ def test_weights_by_name_go_into_initial_slots() -> None:
     with mine.new_weights():
         model.load_weights("a reload")
     assert loaded == [("by name", True), ("a reload", True)]
-    assert balancer.calls == ["back to the start", "checksums"] * 2
+    assert balancer.calls == ["moves back", "back to the start", "checksums", "back to the start", "checksums"]
 
 
 def test_weights_by_name_are_refused_beside_engines() -> None:
@@ -140,10 +143,10 @@ def test_a_weight_transfer_holds_the_balancer() -> None:
     assert balancer.open
     mine.end_update()
     mine.end_update()
-    assert balancer.calls == ["back to the start", "counts nothing", "checksums"]
+    assert balancer.calls == ["moves back", "back to the start", "counts nothing", "checksums"]
     mine.forward_before(serving=True, stage="decode", rows=4)
     mine.step()
-    assert balancer.calls[3:] == ["step", "end of step"]
+    assert balancer.calls[4:] == ["step", "end of step"]
 
 
 class VllmWorker:
@@ -173,7 +176,7 @@ def test_a_weight_transfer_ends_also_where_vllm_fails(failing: str) -> None:
         with pytest.raises(RuntimeError, match="finish") if failing else contextlib.nullcontext():
             worker.finish_weight_update()
     assert not balancer.open
-    assert balancer.calls == ["back to the start", "counts nothing", "checksums"]
+    assert balancer.calls == ["moves back", "back to the start", "counts nothing", "checksums"]
 
 
 def test_a_second_start_leaves_a_weight_transfer_open() -> None:
@@ -254,7 +257,7 @@ def test_weights_come_in_parts_before_the_first_step() -> None:
     assert balancer.calls == before
     mine.forward_before(serving=True, stage="decode", rows=4)
     mine.step()
-    assert balancer.calls[len(before) :] == ["back to the start", "checksums", "step", "end of step"]
+    assert balancer.calls[len(before) :] == ["moves back", "back to the start", "checksums", "step", "end of step"]
     mine.forward_before(serving=True, stage="decode", rows=4)
     assert balancer.calls[-1] == "step"
 

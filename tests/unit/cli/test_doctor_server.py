@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 import vllm_ascend_eplb.cli.doctor as doctor
-from tests.unit.cli.test_cli import run, run_json
+from tests.unit.cli.test_cli import run
 from vllm_ascend_eplb.cli.app import app
 
 ROOT = Path(__file__).parents[3]
@@ -174,11 +174,12 @@ def test_doctor_takes_the_command_line_as_it_is(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(doctor, "plugin_findings", list)
     words = ["MODEL", "--config", "file.yaml", "--json", "-tp", "2"]
     for front in (["vllm", "serve"], ["serve"], []):
-        said = run_json("doctor", "--", *front, *words) if not front else None
+        done = CliRunner().invoke(app, ["doctor", "--json", "--", *words]) if not front else None
         if front:
             assert "would be switched on in this server" in run("doctor", "--", *front, *words)
         else:
-            assert said is not None
+            assert done is not None
+            said = json.loads(done.stdout)
             assert said["verdict"] == "balancing would be switched on in this server"
             assert [f for f in said["findings"] if f["what"] == "server"] == [
                 {"what": "server", "status": "ok", "text": "M: EPLB is on: x"},

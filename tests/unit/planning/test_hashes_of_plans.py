@@ -26,5 +26,5 @@ def test_the_hashes_tell_plans_apart(tmp_path: Path) -> None:
     assert plans.hashes(tmp_path / "few.npz") == first
     few["0.load"] = few["0.load"][:, ::-1].copy()
     np.savez(tmp_path / "few.npz", **few)
-    others = plans.hashes(tmp_path / "few.npz")
-    assert {a.split(": ")[1] for a, b in zip(first, others, strict=True) if a == b} == {"random"}  # heeds no load
+    changed = plans.hashes(tmp_path / "few.npz")
+    assert {a.split(": ")[1] for a, b in zip(first, changed, strict=True) if a == b} == {"random"}  # heeds no load

@@ -222,6 +222,8 @@ class VllmEplbState(ModelStates):
         loading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if whole and self.adaptor is not None:
             loading = reloading(self.model, self.adaptor.rank)
+        if self.updator is not None and not whole:
+            self.updator.move_back()  # what is not loaded stays as it is
         with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), loading:
             self._loading = True
             try:
@@ -276,8 +278,8 @@ class VllmEplbState(ModelStates):
             )
 
     def begin_update(self) -> bool:
-        """Before a weight transfer: goes back to the initial placement, and stays there until :meth:`end_update`. Steps
-        in between are not counted. All workers of an engine together.
+        """Before a weight transfer: moves experts back to their initial slots, where they stay until
+        :meth:`end_update`. Steps in between are not counted. All workers of an engine together.
 
         Returns:
             False where an update is under way already.
