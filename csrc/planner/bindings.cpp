@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -154,19 +155,32 @@ py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slot
 // The 95th percentile [L], by nearest rank, of the PARs in those windows [T, L, E] that have load; 1 where none has.
 py::array_t<double> percentile95(const DoubleArray& series, const int32_t* slots, int num_slots, int num_ranks,
                                  const double* speed) {
-    const auto layers = series.shape(1);
-    std::vector<std::vector<double>> pars(layers);
-    for (py::ssize_t t = 0; t < series.shape(0); ++t) {
-        const DoubleArray window({layers, series.shape(2)}, series.data(t, 0, 0));
-        const auto par = peak_to_average(window, slots, num_slots, num_ranks, speed);
-        for (py::ssize_t l = 0; l < layers; ++l) {
-            const double* load = window.data(l, 0);
-            if (std::any_of(load, load + series.shape(2), [](double each) { return each > 0.0; }))
-                pars[l].push_back(par.at(l));
-        }
-    }
+    const auto layers = series.shape(1), num_experts = series.shape(2);
     py::array_t<double> result(layers);
-    for (py::ssize_t l = 0; l < layers; ++l) result.mutable_at(l) = pars[l].empty() ? 1.0 : eplb::percentile95(pars[l]);
+    std::vector<double> pars, part(num_experts), share(num_experts);
+    for (py::ssize_t l = 0; l < layers; ++l) {
+        const int32_t* row = slots + l * num_slots;
+        std::fill(part.begin(), part.end(), 0.0);
+        for (int p = 0; p < num_slots; ++p)
+            if (row[p] >= 0) part[row[p]] += 1.0;
+        for (double& each : part) each = 1.0 / each;  // every expert has a copy
+        pars.clear();
+        for (py::ssize_t t = 0; t < series.shape(0); ++t) {
+            const double* load = series.data(t, l, 0);
+            const double total = std::accumulate(load, load + num_experts, 0.0);
+            if (!(total > 0.0)) continue;
+            for (py::ssize_t e = 0; e < num_experts; ++e) share[e] = load[e] * part[e];
+            double most = 0.0;
+            for (int p = 0, r = 0; r < num_ranks; ++r) {
+                double sum = 0.0;
+                for (; p < (r + 1) * (num_slots / num_ranks); ++p)
+                    if (row[p] >= 0) sum += share[row[p]];
+                most = std::max(most, speed == nullptr ? sum : sum / speed[r]);
+            }
+            pars.push_back(most / (total / num_ranks));
+        }
+        result.mutable_at(l) = pars.empty() ? 1.0 : eplb::percentile95(pars);
+    }
     return result;
 }
 

@@ -36,8 +36,6 @@ Steadying::Steadying(Shape shape, const std::vector<const double*>& windows, con
     const int T = static_cast<int>(windows.size()), E = shape.experts;
     for (int32_t& e : start_)
         if (e < 0) e = E;
-    home_.assign(static_cast<size_t>(shape.ranks) * (E + 1), 0);
-    for (int p = 0; p < shape.slots; ++p) home_[at(p / shape.per_rank(), start_[p])] = 1;
     const int bins = std::min(T, kMostWindows);
     std::vector<std::vector<double>> loads;
     for (int bin = 0; bin < bins; ++bin) {
@@ -55,20 +53,24 @@ Steadying::Steadying(Shape shape, const std::vector<const double*>& windows, con
         if (totals[bin] > 0.25 * most) kept.push_back(bin);
     windows_ = static_cast<int>(kept.size());
     part_.assign(static_cast<size_t>(E + 1) * windows_, 0.0F);
-    for (int k = 0; k < windows_; ++k)
-        for (int e = 0; e < E; ++e)
-            part_[static_cast<size_t>(e) * windows_ + k] =
-                static_cast<float>(loads[kept[k]][e] * shape.ranks / totals[kept[k]]);
+    for (int k = 0; k < windows_; ++k) {
+        const double* load = loads[kept[k]].data();
+        const double scale = shape.ranks / totals[kept[k]];
+        for (int e = 0; e < E; ++e) part_[static_cast<size_t>(e) * windows_ + k] = static_cast<float>(load[e] * scale);
+    }
 }
 
 std::vector<double> Steadying::pars(const std::vector<int32_t>& slots) const {
     std::vector<int32_t> count(shape_.experts + 1, 0);
     for (const int e : slots) ++count[e];
+    std::vector<double> share(count.size(), 0.0);
+    for (size_t e = 0; e < count.size(); ++e)
+        if (count[e] > 0) share[e] = 1.0 / count[e];
     std::vector<double> peak(windows_, 0.0), sum(windows_);
     for (int r = 0; r < shape_.ranks; ++r) {
         std::fill(sum.begin(), sum.end(), 0.0);
         for (int p = r * shape_.per_rank(); p < (r + 1) * shape_.per_rank(); ++p)
-            for (int k = 0; k < windows_; ++k) sum[k] += static_cast<double>(part(slots[p])[k]) / count[slots[p]];
+            for (int k = 0; k < windows_; ++k) sum[k] += share[slots[p]] * static_cast<double>(part(slots[p])[k]);
         for (int k = 0; k < windows_; ++k) peak[k] = std::max(peak[k], sum[k]);
     }
     return peak;
@@ -86,9 +88,10 @@ bool Steadying::improve(std::vector<int32_t>& slots, double target) {
     std::vector<double> rank(shape_.ranks, 0.0);
     std::vector<int32_t> count(shape_.experts + 1, 0);
     for (const int e : slots) ++count[e];
-    for (int p = 0; p < shape_.slots; ++p)
-        for (int k = 0; k < windows_; ++k)
-            rank[p / shape_.per_rank()] += static_cast<double>(part(slots[p])[k]) / count[slots[p]] / windows_;
+    std::vector<double> share(count.size(), 0.0);  // of a replica, mean of the windows
+    for (int e = 0; e < shape_.experts; ++e)
+        if (count[e] > 0) share[e] = std::accumulate(part(e), part(e) + windows_, 0.0) / count[e] / windows_;
+    for (int p = 0; p < shape_.slots; ++p) rank[p / shape_.per_rank()] += share[slots[p]];
     const double of_mean = *std::max_element(rank.begin(), rank.end());
     if (before - std::max(of_mean, target) < kWorthwhile) return false;
     const int half = windows_ / 2;
@@ -148,7 +151,9 @@ std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int first, i
     for (const int e : slots_) ++count_[e];
     count_[shape_.experts] = 1;  // "empty" weighs nothing, whatever it is divided by
     load_.assign(static_cast<size_t>(shape_.ranks) * windows_, 0.0F);
-    held_.assign(home_.size(), 0);
+    held_.assign(static_cast<size_t>(shape_.ranks) * (shape_.experts + 1), 0);
+    home_ = held_;
+    for (int p = 0; p < shape_.slots; ++p) home_[at(p / shape_.per_rank(), start_[p])] = 1;
     holders_.assign(shape_.experts + 1, {});
     for (int p = 0; p < shape_.slots; ++p) {
         ++held_[at(p / shape_.per_rank(), slots_[p])];

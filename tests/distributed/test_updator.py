@@ -56,6 +56,11 @@ def always_fail(request: PlanRequest) -> Plan:
     raise ArithmeticError(f"planted in cycle {request.number}")
 
 
+def plan_windows(request: PlanRequest) -> Plan:
+    """Plans from a load of several windows, here all alike."""
+    return plan_request(replace(request, load=np.concatenate([request.load] * 4)))
+
+
 def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str, Any]) -> Seen:
     """Steps like an engine's, one forward each, until ``steps`` or the option ``cycles`` are over."""
     model = RoutingModel(ranks, weighted=bool(settings.get("weighted_dispatch")))
@@ -215,6 +220,22 @@ def test_observing_moves_nothing_and_says_what_it_would_bring() -> None:
     assert "would bring PAR from" in stats.cycles[0].reason
     assert stats.cycles[0].par_predicted.mean < stats.cycles[0].par.mean
     check_balancedness(all_seen, interval=7)
+
+
+@pytest.mark.parametrize("policy", ["plan_windows", "plan_request"])
+def test_a_plan_of_windows_tells_its_95th_percentile(policy: str) -> None:
+    """In the log line and in the statistics; a plan of one window has none."""
+    all_seen = run_ranks(2, serve, 120, {}, {"policy": policy, "cycles": 1})
+    check_agreement(all_seen)
+    cycle = all_seen[0].stats.cycles[0]
+    assert cycle.result == "done"
+    told = [text for line in all_seen[0].lines for text in line if "p95 of windows" in str(text)]
+    if policy == "plan_request":
+        assert (cycle.p95_before, cycle.p95_predicted, told) == (None, None, [])
+        return
+    before, after = cycle.p95_before.mean, cycle.p95_predicted.mean
+    assert after < before == pytest.approx(cycle.par.mean, abs=1e-6)  # the windows are alike
+    assert told == [f"; p95 of windows {before:.3f} -> {after:.3f}"]
 
 
 @pytest.mark.parametrize(

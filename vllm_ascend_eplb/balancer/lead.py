@@ -159,7 +159,7 @@ class Lead:
         par_before, par_after = plan.par_before, plan.par_after
         if now is not None and after is not None:  # moves must gain beyond what new shares alone would
             par_before, par_after = now.par, after.par
-        parts.stats.planned(par_after, plan.seconds, plan.num_moves)
+        parts.stats.planned(par_after, plan.seconds, plan.num_moves, plan.p95_before, plan.p95_after)
         received = parts.loader.received_bytes(plan.moves)
         case.payoff = self._judge.weigh(par_before, par_after, received)
         if self._judge.cost.in_milliseconds:

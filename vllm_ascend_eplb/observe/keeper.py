@@ -50,12 +50,14 @@ class StatsKeeper:
         self._window: Window | None = None
         self._ranks: tuple[RankRecord, ...] = ()
         self._predicted: Par | None = None
+        self._percentiles: tuple[Par | None, Par | None] = (None, None)
         self._dispatch_updates = 0
         self._dispatch_before: Par | None = None
         self._dispatch_after: Par | None = None
         self._moves_planned = 0
         self._planner_seconds = 0.0
         self._last_plan: tuple[Par | None, int, float] = (None, 0, 0.0)
+        self._last_percentiles: tuple[Par | None, Par | None] = (None, None)
         self._moe_ms = self._moe_ms_start = self._moe_saved = 0.0
         self._plan_saves = self._plan_costs = 0.0
         self._last_done: CycleRecord | None = None
@@ -87,6 +89,7 @@ class StatsKeeper:
             rank_load_observed=() if observed is None else _relative(observed.tokens),
         )
         self._predicted, self._moves_planned, self._planner_seconds = None, 0, 0.0
+        self._percentiles = None, None
         if self._cycles:
             before = self._cycles[-1]
             self._cycles[-1] = after = before.model_copy(
@@ -130,10 +133,27 @@ class StatsKeeper:
             for rank, node in enumerate(node_of_rank)
         )
 
-    def planned(self, par_after: npt.ArrayLike, seconds: float, moves: int = 0) -> None:
-        """A plan is there: the PAR [L] that it promises, the wall time it took and its moves."""
+    def planned(
+        self,
+        par_after: npt.ArrayLike,
+        seconds: float,
+        moves: int = 0,
+        p95_before: npt.ArrayLike | None = None,
+        p95_after: npt.ArrayLike | None = None,
+    ) -> None:
+        """A plan is there.
+
+        Args:
+            par_after: [L], the PAR that it promises.
+            seconds: wall time that it took.
+            moves: of the plan.
+            p95_before, p95_after: [L], 95th percentile of PAR over the windows that it was made from, in force and
+                after all moves; None where it was made from one.
+        """
         self._predicted, self._moves_planned, self._planner_seconds = Par.of(par_after), moves, float(seconds)
         self._last_plan = self._predicted, self._moves_planned, self._planner_seconds
+        before, after = (None if p95 is None else Par.of(p95) for p95 in (p95_before, p95_after))
+        self._last_percentiles = self._percentiles = before, after
 
     def dispatch_changed(self, par_after: npt.ArrayLike) -> None:
         """New dispatch shares are in force; ``par_after`` [L]: what they alone would have made of the last window."""
@@ -155,6 +175,8 @@ class StatsKeeper:
             par=window.par if window else None,
             par_start=window.par_start if window else None,
             par_predicted=self._predicted,
+            p95_before=self._percentiles[0],
+            p95_predicted=self._percentiles[1],
             moved=moved,
             moves_planned=self._moves_planned,
             planner_seconds=self._planner_seconds,
@@ -218,6 +240,8 @@ class StatsKeeper:
             dispatch_par_after=self._dispatch_after,
             par_planned=par_planned,
             moves_planned=moves_planned,
+            p95_before=self._last_percentiles[0],
+            p95_planned=self._last_percentiles[1],
             planner_seconds=planner_seconds,
             control_wait_seconds=self._control,
             control_wait_last_cycle_seconds=self._control_last_cycle,

@@ -126,6 +126,11 @@ class EplbGauges:
                 "layers",
             ),
         }
+        over_windows = "95th percentile over the windows that the last plan was made from, "
+        self._par |= {
+            "p95_before": gauge("par_p95_before", par + over_windows + "with the placement in force.", "layers"),
+            "p95_planned": gauge("par_p95_planned", par + over_windows + "as the plan predicts.", "layers"),
+        }
         self._par |= {
             "dispatch_par_before": gauge(
                 "dispatch_par_before", par + "before the last change of dispatch shares.", "layers"
@@ -227,6 +232,8 @@ class EplbGauges:
             "dispatch_par_before": stats.dispatch_par_before,
             "dispatch_par_after": stats.dispatch_par_after,
             "par_planned": stats.par_planned,
+            "p95_before": stats.p95_before,
+            "p95_planned": stats.p95_planned,
             "par_window": window.par if window else None,
             "par_window_start_placement": window.par_start if window else None,
             "par_window_observed": window.par_observed if window else None,

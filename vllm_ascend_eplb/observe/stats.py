@@ -148,6 +148,8 @@ class CycleRecord(_Frozen):
         par_predicted: PAR that the plan promises for the same window; None without a plan.
         par_realised: PAR in the window that followed; None until that is over.
         par_observed: in mode observe, what the window that followed would have had with the plan in force.
+        p95_before, p95_predicted: 95th percentile of PAR over the windows that the plan was made from, with the
+            placement in force and as the plan promises; None where it was made from one window.
         moved: experts moved. moves_planned: those of the plan, carried out or not.
         planner_seconds: wall time of planning.
     """
@@ -162,6 +164,8 @@ class CycleRecord(_Frozen):
     par_predicted: Par | None = None
     par_realised: Par | None = None
     par_observed: Par | None = None
+    p95_before: Par | None = None
+    p95_predicted: Par | None = None
     moved: Count = 0
     moves_planned: Count = 0
     planner_seconds: Seconds = 0.0
@@ -184,6 +188,8 @@ class EplbStats(_Frozen):
         dispatch_updates: how often the dispatch shares were changed; ``dispatch_par_before``, ``dispatch_par_after``:
             PAR of the last window for which they were, with the old shares and with the new ones, nothing moved.
         par_planned, moves_planned, planner_seconds: of the last plan, carried out or not.
+        p95_before, p95_planned: 95th percentile of PAR over the windows that this plan was made from, without it and
+            with it; None where it was made from one window.
         control_wait_*: waiting for the ranks' agreement: total, in the last cycle, longest in one step.
         transfer_wait_seconds: waiting for transfers, total.
         commit_*: switching over to received experts: total, longest in one step.
@@ -227,6 +233,8 @@ class EplbStats(_Frozen):
     dispatch_par_after: Par | None = None
     par_planned: Par | None = None
     moves_planned: Count = 0
+    p95_before: Par | None = None
+    p95_planned: Par | None = None
     planner_seconds: Seconds = 0.0
     control_wait_seconds: Seconds = 0.0
     control_wait_last_cycle_seconds: Seconds = 0.0

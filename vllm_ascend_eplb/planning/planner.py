@@ -121,7 +121,7 @@ def _incremental(
         )
     expected, variance, windows = np.asarray(series[-1], dtype=np.float64), np.zeros((0, 0)), np.zeros((0, 0, 0))
     if len(series) > 1:
-        windows = series.astype(np.float64)
+        windows = series.astype(np.float64, copy=False)
         expected, variance = forecast(windows)
         if not variance.any():
             variance = np.zeros((0, 0))

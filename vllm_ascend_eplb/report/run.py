@@ -81,9 +81,14 @@ def run_parts(stats: EplbStats) -> list[str]:
     if stats.ranks:
         parts.append(_ranks(stats))
     if cycles:
-        rows = [_cycle_row(cycle) for cycle in cycles[-MAX_TABLE_ROWS:]]
-        head = ("cycle", "steps", "result", "PAR before", "predicted", "realised", "moved", "reason")
-        parts.append(table(head, rows, words={7}))
+        shown = cycles[-MAX_TABLE_ROWS:]
+        head = ["cycle", "steps", "result", "PAR before", "predicted", "realised", "moved", "reason"]
+        rows = [_cycle_row(cycle) for cycle in shown]
+        if any(cycle.p95_predicted is not None for cycle in shown):  # of plans made from several windows
+            head[6:6] = ["95th percentile before", "predicted"]
+            for row, cycle in zip(rows, shown, strict=True):
+                row[6:6] = [show_par(cycle.p95_before), show_par(cycle.p95_predicted)]
+        parts.append(table(head, rows, words={len(head) - 1}))
     return parts
 
 
@@ -144,8 +149,8 @@ def _ranks(stats: EplbStats) -> str:
     return table(head, rows)
 
 
-def _cycle_row(cycle: CycleRecord) -> tuple[str, ...]:
-    return (
+def _cycle_row(cycle: CycleRecord) -> list[str]:
+    return [
         str(cycle.cycle),
         f"{cycle.step}-{cycle.end_step}",
         cycle.result,
@@ -154,4 +159,4 @@ def _cycle_row(cycle: CycleRecord) -> tuple[str, ...]:
         show_par(cycle.par_realised),
         f"{cycle.moved:,}",
         cycle.reason,
-    )
+    ]

@@ -70,6 +70,22 @@ def test_gauges() -> None:
     assert len(values) < 50  # few time series, however large the model
 
 
+def test_gauges_of_the_95th_percentile_over_windows() -> None:
+    """They have a value after a plan made from several windows, and none after one made from one."""
+    keeper = StatsKeeper("1.0", "incremental", "balance")
+    registry = CollectorRegistry()
+    gauges = EplbGauges(registry)
+    names = [
+        f'vllm_eplb_par_p95_{name}{{layers="{kind}"}}' for name in ("before", "planned") for kind in ("mean", "worst")
+    ]
+    keeper.planned([1.0, 1.0], 0.5, 6, [1.5, 1.7], [1.2, 1.0])
+    gauges.show(keeper.stats())
+    assert [shown(registry).get(name) for name in names] == pytest.approx([1.6, 1.7, 1.1, 1.2])
+    keeper.planned([1.0, 1.0], 0.5, 6)
+    gauges.show(keeper.stats())
+    assert not set(names) & set(shown(registry))
+
+
 def test_watcher_follows_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     registry = CollectorRegistry()
     path = tmp_path / "stats.json"

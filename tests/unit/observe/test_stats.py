@@ -65,6 +65,27 @@ def test_keeper_tells_the_story_of_a_cycle() -> None:
     assert after.window.tokens == 80
 
 
+def test_keeper_tells_the_95th_percentile_over_windows() -> None:
+    """Of plans made from several windows only, and of the plan of that cycle only."""
+    keeper = StatsKeeper()
+    keeper.window_ended(rank_window(START, START))
+    keeper.planned([1.1, 1.0], 0.25, 3, [1.5, 1.7], [1.2, 1.0])
+    keeper.cycle_ended("done", moved=3)
+    told = keeper.stats()
+    assert (told.p95_before, told.p95_planned) == (Par(mean=1.6, worst=1.7), Par(mean=1.1, worst=1.2))
+    assert (told.cycles[0].p95_before, told.cycles[0].p95_predicted) == (told.p95_before, told.p95_planned)
+
+    keeper.window_ended(rank_window(BALANCED, START))
+    keeper.cycle_ended("failed", reason="no plan")
+    assert keeper.stats().p95_planned == told.p95_planned  # still of the last plan
+    assert keeper.stats().cycles[1].p95_predicted is None
+
+    keeper.planned([1.1, 1.0], 0.25, 3)
+    keeper.cycle_ended("done", moved=3)
+    assert keeper.stats().p95_planned is None
+    assert keeper.stats().cycles[2].p95_predicted is None
+
+
 def test_keeper_adds_up_waits() -> None:
     keeper = StatsKeeper()
     for seconds in (0.25, 0.5):

@@ -180,6 +180,18 @@ def test_page_of_an_observed_run() -> None:
     assert "No plan has been measured yet" in read(make_page(stats, None)).text
 
 
+def test_page_of_a_run_tells_the_95th_percentile() -> None:
+    """A page of plans made from several windows has a column for it, others do not."""
+    for percentiles in ((), ([1.5, 1.7], [1.2, 1.0])):
+        keeper = StatsKeeper("0.1.0", "incremental", "balance")
+        keeper.window_ended(rank_window([[30.0, 10.0], [20.0, 20.0]], [[30.0, 10.0], [20.0, 20.0]]))
+        keeper.planned([1.1, 1.0], 0.25, 3, *percentiles)
+        keeper.cycle_ended("done", moved=3)
+        text = read(make_page(keeper.stats(), None)).text
+        for expected in ("95th percentile before", "1.600 (1.70)", "1.100 (1.20)"):
+            assert (expected in text) is bool(percentiles)
+
+
 def test_page_of_a_simulation(simulation: Simulation) -> None:
     reader = read(make_page(None, simulation))
     best = simulation.best
