@@ -3,22 +3,18 @@
 
 from __future__ import annotations
 
-import base64
 import html.parser
 import json
 import re
 import shutil
-import struct
 import subprocess
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from tests.images import pixels
 from tests.windows import rank_window
 from vllm_ascend_eplb import Placement, plan
 from vllm_ascend_eplb.cli import app
@@ -28,17 +24,7 @@ from vllm_ascend_eplb.observe.keeper import StatsKeeper
 from vllm_ascend_eplb.observe.stats import EplbStats
 from vllm_ascend_eplb.observe.stats_file import StatsFile
 from vllm_ascend_eplb.report import make_page
-from vllm_ascend_eplb.report.charts import (
-    DIVERGING,
-    SEQUENTIAL,
-    Line,
-    axis_of,
-    bar_chart,
-    colours,
-    heat_map,
-    line_chart,
-    png,
-)
+from vllm_ascend_eplb.report.charts import SEQUENTIAL
 from vllm_ascend_eplb.simulate.cost import MACHINES, CostModel, model_of_shape
 from vllm_ascend_eplb.simulate.replay import grid, simulate
 from vllm_ascend_eplb.simulate.result import Conditions, Simulation
@@ -296,84 +282,6 @@ def test_the_command(tmp_path: Path, simulation: Simulation) -> None:
         assert result.exit_code == 2, arguments
         assert message in result.stderr
         assert result.stderr.count("\n") == 1
-
-
-# --- charts ----------------------------------------------------------------------------------------------------------
-
-
-def pixels(uri: str) -> np.ndarray:
-    """An image that ``png`` made, decoded from the format's definition."""
-    data = base64.b64decode(uri.removeprefix("data:image/png;base64,"), validate=True)
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    place, found = 8, {}
-    while place < len(data):
-        (length,) = struct.unpack_from(">I", data, place)
-        kind, body = data[place + 4 : place + 8], data[place + 8 : place + 8 + length]
-        assert struct.unpack_from(">I", data, place + 8 + length)[0] == zlib.crc32(kind + body)
-        found[kind] = body
-        place += 12 + length
-    columns, rows, depth, colour = struct.unpack_from(">IIBB", found[b"IHDR"])
-    assert (depth, colour) == (8, 2)
-    lines = np.frombuffer(zlib.decompress(found[b"IDAT"]), dtype=np.uint8).reshape(rows, 1 + 3 * columns)
-    assert not lines[:, 0].any()
-    return lines[:, 1:].reshape(rows, columns, 3)
-
-
-def test_png_holds_the_pixels() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(pixels(png(image)), image)
-
-
-def test_colours_run_from_end_to_end() -> None:
-    ends = colours(np.array([-1.0, 0.0, 0.5, 1.0, 9.0, np.nan]), DIVERGING)
-    assert tuple(ends[0]) == tuple(ends[1]) == DIVERGING[0][1]
-    assert tuple(ends[2]) == DIVERGING[2][1]
-    assert tuple(ends[3]) == tuple(ends[4]) == DIVERGING[-1][1]
-    grey = colours(np.linspace(0, 1, 50), SEQUENTIAL).astype(float) @ [0.299, 0.587, 0.114]
-    assert (np.diff(grey) < 0).all()  # also read when printed in grey
-
-
-def test_heat_map_says_its_range() -> None:
-    text = heat_map([[0.5, 1.0], [1.0, 3.0]], "layers", "ranks", "load / mean", diverging=True)
-    assert "smallest 0.50, largest 3.00" in text
-    image = pixels(re.findall(r'src="(data:[^"]*)"', text)[0])
-    np.testing.assert_array_equal(image[0, 1], DIVERGING[2][1])  # the mean is in the middle of the colours
-    np.testing.assert_array_equal(image[1, 1], DIVERGING[-1][1])
-    heat_map([[1.0]], "layers", "ranks", "load")
-
-
-def test_line_chart_puts_values_where_they_belong() -> None:
-    text = line_chart([Line("a", "s0", [1.0, None, 2.0]), Line("b", "s1", [1.5, 1.5, 1.5])], "cycle", "PAR", [7, 8, 9])
-    paths = re.findall(r' d="([^"]*)"', text)
-    assert paths[0].count("M") == 2  # a gap where there is no value
-    assert paths[1].count("L") == 2
-    tops = [float(y) for y in re.findall(r'cy="([\d.]+)"', text)]
-    assert tops[1] < tops[2] < tops[0]  # 2.0 is above 1.5 is above 1.0
-    assert "a, cycle 9: 2.000" in text
-
-
-def test_long_series_have_few_tips() -> None:
-    text = line_chart([Line("a", "s0", list(np.linspace(1, 2, 5000)))], "window", "PAR")
-    assert text.count("<circle") <= 256
-    assert text.count('class="num"') < 20
-
-
-def test_bars_are_as_tall_as_their_values() -> None:
-    heights = [float(h) for h in re.findall(r'height="([\d.]+)"><title>', bar_chart([0.0, 5.0, 10.0], "x", "y"))]
-    assert heights[0] == 0
-    assert heights[2] == pytest.approx(2 * heights[1], rel=1e-2)
-    bar_chart([0.0], "x", "y")
-
-
-@settings(deadline=None)
-@given(st.floats(-1e12, 1e12), st.floats(0, 1e12))
-def test_axis_covers_the_values_with_few_ticks(least: float, spread: float) -> None:
-    low, high, ticks = axis_of(least, least + spread)
-    slack = 1e-6 * (high - low)
-    assert low - slack <= least
-    assert least + spread <= high + slack
-    assert 2 <= len(ticks) <= 8
-    assert ticks == sorted(ticks)
 
 
 # --- a real browser --------------------------------------------------------------------------------------------------
