@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MOST_TURNS = 20
+MOST_TURNS = 60
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe"
 
 

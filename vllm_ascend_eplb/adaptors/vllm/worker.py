@@ -168,15 +168,16 @@ def _layers_of_stages(num_layers: int) -> list[int]:
     Args:
         num_layers: those of this stage.
     """
-    import torch.distributed as dist
+    import torch
     from vllm.distributed.parallel_state import get_pp_group
 
     group = get_pp_group()
     if group.world_size == 1:
         return [num_layers]
-    counts = [0] * group.world_size
-    dist.all_gather_object(counts, num_layers, group=group.cpu_group)
-    return counts
+    counts = torch.zeros(group.world_size, dtype=torch.int64)
+    counts[group.rank_in_group] = num_layers
+    torch.distributed.all_reduce(counts, group=group.cpu_group)
+    return [int(count) for count in counts]
 
 
 def ensure_state(runner: Any, vllm_config: Any) -> None:
