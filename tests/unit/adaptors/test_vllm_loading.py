@@ -246,11 +246,11 @@ def order_of(monkeypatch, settings: dict, redundant: int, stage: int, counts: li
     groups = SimpleNamespace(get_ep_group=lambda: SimpleNamespace(world_size=RANKS), get_pp_group=lambda: stages)
     monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", groups)
 
-    def gather(into: list[int], mine: int, group: object) -> None:
-        assert mine == counts[stage]
-        into[:] = counts
+    def add_up(mine: torch.Tensor, group: object) -> None:
+        assert mine.tolist() == [layers if number == stage else 0 for number, layers in enumerate(counts)]
+        mine.copy_(torch.tensor(counts))
 
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "all_reduce", add_up)
     model = object()
     vllm_config = SimpleNamespace(
         additional_config={"eplb_config": {"dynamic_eplb": True, **settings}},
