@@ -45,7 +45,7 @@ def test_the_comparison_notices_weights_that_did_not_move() -> None:
     """What writes the old weights back is this test's, and waits for nobody who is still reading them."""
     outcome = npus.run(
         "core", "cycles", ranks=2, args=["hccl", {}, 1, {"leave_slots": True}],
-        allow=("tests/distributed/model.py",), EMULATED_NPU_RACE="report", **DELAYS,
+        allow=("tests/distributed/model.py",), **DELAYS,
     )  # fmt: skip
     assert any(result["wrong"] for result in outcome.results)
 
