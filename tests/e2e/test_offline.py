@@ -222,13 +222,12 @@ def test_a_synchronous_engine_gives_the_same_tokens(runs, reference):
     check_balancedness(run.log)
 
 
-@pytest.fixture(scope="module")
-def staged(runs):
+def run_in_stages(runs, name, eplb):
     """Two pipeline stages of two ranks each."""
     run = runs(
-        "staged",
+        name,
         ranks=2,
-        eplb=BUSY,
+        eplb=eplb,
         arguments={"pipeline_parallel_size": 2, "enable_prefix_caching": False},
         probe=True,
         prompts=prompts(6)[:2],
@@ -237,6 +236,11 @@ def staged(runs):
     )
     assert run.code == 0, run.log[-6000:]
     return run.result
+
+
+@pytest.fixture(scope="module")
+def staged(runs):
+    return run_in_stages(runs, "staged", BUSY)
 
 
 def test_each_pipeline_stage_is_a_balancer_of_its_own(staged, reference):
@@ -265,23 +269,13 @@ def test_pipeline_stages_start_from_their_part_of_a_map(runs, reference, tmp_pat
     rng = np.random.default_rng(11)
     rows = [rng.permutation([*range(64), *rng.choice(64, 4, replace=False)]) for _ in range(6)]
     write_expert_map(tmp_path / "map.json", Placement(np.array(rows), 64, 2))
-    run = runs(
-        "staged map",
-        ranks=2,
-        eplb={**BUSY, "expert_map_path": str(tmp_path / "map.json")},
-        arguments={"pipeline_parallel_size": 2, "enable_prefix_caching": False},
-        probe=True,
-        prompts=prompts(6)[:2],
-        cycles=CYCLES,
-        max_tokens=TOKENS,
-    )
-    assert run.code == 0, run.log[-6000:]
+    result = run_in_stages(runs, "staged map", {**BUSY, "expert_map_path": str(tmp_path / "map.json")})
     first, second = (Placement(np.array(rows[begin : begin + 3]), 64, 2).digest for begin in (0, 3))
     assert first != second
-    assert [rank["initial"] for rank in run.result["ranks"]] == [first, first, second, second]
-    assert_equal_every_turn(run.result["tokens"], reference[:12])
-    assert [rank["wrong_experts"] for rank in run.result["ranks"]] == [0] * 4
-    assert all(json.loads(rank["stats"])["cycles_done"] >= 10 for rank in run.result["ranks"][::2])
+    assert [rank["initial"] for rank in result["ranks"]] == [first, first, second, second]
+    assert_equal_every_turn(result["tokens"], reference[:12])
+    assert [rank["wrong_experts"] for rank in result["ranks"]] == [0] * 4
+    assert all(json.loads(rank["stats"])["cycles_done"] >= 10 for rank in result["ranks"][::2])
 
 
 def lopsided(load: np.ndarray) -> Placement:
