@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from vllm_ascend_eplb import Placement
-from vllm_ascend_eplb.balancer.served_model import EplbAdaptor
+from vllm_ascend_eplb.adaptors.engine_adaptor import EngineAdaptor
 from vllm_ascend_eplb.load import ops
 from vllm_ascend_eplb.load.recorder import LoadRecorder
 from vllm_ascend_eplb.routing.maps import DispatchMaps
@@ -54,7 +54,7 @@ def sizes(device: str, ranks: int, quick: bool) -> Size:
     return Size(4, experts, slots, 128, 64, 32, 4, *((40, 3) if quick else (150, 7)))
 
 
-class Model(EplbAdaptor):
+class Model(EngineAdaptor):
     """MoE layers whose experts know who they are, on one rank."""
 
     def __init__(self, size: Size, rank: int, num_ranks: int, device: torch.device, groups: dict[str, Any]) -> None:
@@ -73,6 +73,7 @@ class Model(EplbAdaptor):
         ]
         self.scale = [torch.empty((size.slots, 2 * size.inner), device=device) for _ in range(size.layers)]
         self.maps = DispatchMaps(self.placement, device, num_ranks)
+        self.switched = [self.maps]
         self.fill()
         self.recorder = LoadRecorder(size.layers, size.experts, num_ranks * size.slots, device)
         rng = np.random.default_rng(rank)
@@ -118,15 +119,6 @@ class Model(EplbAdaptor):
 
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
         return [[self._tensors(layer, slot) for slot in range(self.size.slots)] for layer in range(self.size.layers)]
-
-    def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
-        self.maps.prepare(placement, layers)
-
-    def commit_maps(self) -> None:
-        self.maps.commit()
-
-    def forget_prepared_maps(self) -> None:
-        self.maps.forget_prepared()
 
     # the forward
 

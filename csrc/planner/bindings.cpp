@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <string>
 #include <vector>
 
@@ -126,8 +125,29 @@ Int32Array draw_placement(uint64_t seed, int num_layers, int num_experts, int nu
     return result;
 }
 
-// PAR of each layer; the busiest rank's load over the mean, loads split evenly over replicas. With `speed` [R] (mean 1)
-// a rank's load is divided by its speed.
+// The copies of each expert of a layer, [E].
+void count_copies(const int32_t* row, int num_slots, std::vector<int32_t>& count) {
+    std::fill(count.begin(), count.end(), 0);
+    for (int p = 0; p < num_slots; ++p)
+        if (row[p] >= 0) ++count[row[p]];
+}
+
+// PAR of a layer: the busiest rank's load over the mean, loads [E] split evenly over `count` copies; 1 without load.
+// With `speed` [R] (mean 1) a rank's load is divided by its speed.
+double peak_to_average(const double* load, const int32_t* row, const std::vector<int32_t>& count, int num_slots,
+                       int num_ranks, const double* speed) {
+    double most = 0.0, total = 0.0;
+    for (int p = 0, r = 0; r < num_ranks; ++r) {
+        double sum = 0.0;
+        for (; p < (r + 1) * (num_slots / num_ranks); ++p)
+            if (row[p] >= 0) sum += load[row[p]] / count[row[p]];
+        most = std::max(most, speed == nullptr ? sum : sum / speed[r]);
+        total += sum;
+    }
+    return total > 0.0 ? most / (total / num_ranks) : 1.0;
+}
+
+// The same of each layer, [L].
 py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slots, int num_slots, int num_ranks,
                                     const double* speed = nullptr) {
     const auto layers = load.shape(0), num_experts = load.shape(1);
@@ -135,19 +155,8 @@ py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slot
     std::vector<int32_t> count(num_experts);
     for (py::ssize_t layer = 0; layer < layers; ++layer) {
         const int32_t* row = slots + layer * num_slots;
-        const double* w = load.data(layer, 0);
-        std::fill(count.begin(), count.end(), 0);
-        for (int p = 0; p < num_slots; ++p)
-            if (row[p] >= 0) ++count[row[p]];
-        double most = 0.0, total = 0.0;
-        for (int p = 0, r = 0; r < num_ranks; ++r) {
-            double sum = 0.0;
-            for (; p < (r + 1) * (num_slots / num_ranks); ++p)
-                if (row[p] >= 0) sum += w[row[p]] / count[row[p]];
-            most = std::max(most, speed == nullptr ? sum : sum / speed[r]);
-            total += sum;
-        }
-        result.mutable_at(layer) = total > 0.0 ? most / (total / num_ranks) : 1.0;
+        count_copies(row, num_slots, count);
+        result.mutable_at(layer) = peak_to_average(load.data(layer, 0), row, count, num_slots, num_ranks, speed);
     }
     return result;
 }
@@ -157,29 +166,18 @@ py::array_t<double> percentile95(const DoubleArray& series, const int32_t* slots
                                  const double* speed) {
     const auto layers = series.shape(1), num_experts = series.shape(2);
     py::array_t<double> result(layers);
-    std::vector<double> pars, part(num_experts), share(num_experts);
-    for (py::ssize_t l = 0; l < layers; ++l) {
-        const int32_t* row = slots + l * num_slots;
-        std::fill(part.begin(), part.end(), 0.0);
-        for (int p = 0; p < num_slots; ++p)
-            if (row[p] >= 0) part[row[p]] += 1.0;
-        for (double& each : part) each = 1.0 / each;  // every expert has a copy
+    std::vector<int32_t> count(num_experts);
+    std::vector<double> pars;
+    for (py::ssize_t layer = 0; layer < layers; ++layer) {
+        const int32_t* row = slots + layer * num_slots;
+        count_copies(row, num_slots, count);
         pars.clear();
         for (py::ssize_t t = 0; t < series.shape(0); ++t) {
-            const double* load = series.data(t, l, 0);
-            const double total = std::accumulate(load, load + num_experts, 0.0);
-            if (!(total > 0.0)) continue;
-            for (py::ssize_t e = 0; e < num_experts; ++e) share[e] = load[e] * part[e];
-            double most = 0.0;
-            for (int p = 0, r = 0; r < num_ranks; ++r) {
-                double sum = 0.0;
-                for (; p < (r + 1) * (num_slots / num_ranks); ++p)
-                    if (row[p] >= 0) sum += share[row[p]];
-                most = std::max(most, speed == nullptr ? sum : sum / speed[r]);
-            }
-            pars.push_back(most / (total / num_ranks));
+            const double* load = series.data(t, layer, 0);
+            if (std::any_of(load, load + num_experts, [](double tokens) { return tokens > 0.0; }))
+                pars.push_back(peak_to_average(load, row, count, num_slots, num_ranks, speed));
         }
-        result.mutable_at(l) = pars.empty() ? 1.0 : eplb::percentile95(pars);
+        result.mutable_at(layer) = pars.empty() ? 1.0 : eplb::percentile95(pars);
     }
     return result;
 }

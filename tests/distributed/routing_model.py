@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_ascend_eplb.balancer.served_model import EplbAdaptor
+from vllm_ascend_eplb.adaptors.engine_adaptor import EngineAdaptor
 from vllm_ascend_eplb.load import ops
 from vllm_ascend_eplb.load.recorder import LoadRecorder
 from vllm_ascend_eplb.routing.maps import DispatchMaps
@@ -28,7 +28,7 @@ def redundant(num_ranks: int) -> int:
     return REDUNDANT + -(EXPERTS + REDUNDANT) % num_ranks
 
 
-class RoutingModel(EplbAdaptor):
+class RoutingModel(EngineAdaptor):
     """A model of slots and routers without an engine: every rank routes the same tokens, rank 0 counts."""
 
     def __init__(
@@ -51,6 +51,7 @@ class RoutingModel(EplbAdaptor):
         self.recorder = LoadRecorder(layers, experts, self.placement.num_slots, "cpu", contributes=ranks.rank == 0)
         self.slots = Slots(self.placement, ranks.rank, first_layer=12 * channel)
         self.maps = DispatchMaps(self.placement, "cpu", width=redundant(ranks.num_ranks) + 1)
+        self.switched = [self.maps]
         self.dispatch = DispatchTables(self.placement, "cpu", 32) if weighted else None
         self.rng = np.random.default_rng(7)
         self.routed = np.zeros((layers, experts), dtype=np.int64)
@@ -73,15 +74,6 @@ class RoutingModel(EplbAdaptor):
 
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
         return self.slots.views()
-
-    def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
-        self.maps.prepare(placement, layers)
-
-    def commit_maps(self) -> None:
-        self.maps.commit()
-
-    def forget_prepared_maps(self) -> None:
-        self.maps.forget_prepared()
 
 
 @dataclass

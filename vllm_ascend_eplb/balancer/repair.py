@@ -15,7 +15,7 @@ from ..values.rounds import Round
 from ..values.topology import Topology
 
 MOST_REPAIRS = 256
-"""Slots that one repair repairs; what is left is found again by the next audit."""
+"""Slots of one repair at most; what is left is found again by the next audit."""
 
 
 @dataclass(frozen=True)

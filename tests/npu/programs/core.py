@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tests.distributed.model import Driver, Slots, Trouble, expert_tensors, random_placement
 from tests.distributed.ranks import Ranks
-from vllm_ascend_eplb.balancer.served_model import EplbAdaptor
+from vllm_ascend_eplb.adaptors.engine_adaptor import EngineAdaptor
 from vllm_ascend_eplb.balancer.start import build_updator
 from vllm_ascend_eplb.load import ops
 from vllm_ascend_eplb.load.recorder import LoadRecorder
@@ -195,25 +195,17 @@ class ToyModel:
         return torch.stack([(x.unsqueeze(1) * self.logical[i][ids[i]]).sum(1) for i in range(self.LAYERS)])
 
 
-class ToyAdaptor(EplbAdaptor):
+class ToyAdaptor(EngineAdaptor):
     def __init__(self, model: ToyModel, ranks: Ranks) -> None:
         self.name, self.rank, self.topology, self.num_groups = "toy", RANK, Topology.even(SIZE), 1
         self.model, self.placement, self.recorder = model, model.placement, model.recorder
+        self.switched = [model.maps]
         self.control_group, self.transfer_group = ranks.control, ranks.transfer
         self.device_group = dist.new_group(backend="hccl") if model.device == "npu" else None
         self.device = torch.device(model.device)
 
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
         return [[[slot] for slot in layer] for layer in self.model.weights]
-
-    def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
-        self.model.maps.prepare(placement, layers)
-
-    def commit_maps(self) -> None:
-        self.model.maps.commit()
-
-    def forget_prepared_maps(self) -> None:
-        self.model.maps.forget_prepared()
 
 
 def updator(device: str, capture: bool, count: int, freeze_weights: bool) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_ascend_eplb.adaptors.engine_adaptor import EngineAdaptor
 from vllm_ascend_eplb.agreement.phases import Do, Phase
 from vllm_ascend_eplb.balancer import start
 from vllm_ascend_eplb.balancer.orders import NumberedOrder, Order, OrderFacts, PostedOrders
-from vllm_ascend_eplb.balancer.served_model import EplbAdaptor
 from vllm_ascend_eplb.balancer.updator import EplbUpdator
 from vllm_ascend_eplb.load.recorder import LoadRecorder
 from vllm_ascend_eplb.planning.process import EplbProcess
@@ -28,7 +28,7 @@ from vllm_ascend_eplb.values.topology import Topology
 AUDIT_ONLY = {Do.END_AUDIT, Do.REDUCE_SUMS, Do.PLAN_REPAIR}
 
 
-class OneRank(EplbAdaptor):
+class OneRank(EngineAdaptor):
     """A model whose experts are all on one rank, so that nothing can move."""
 
     def __init__(self) -> None:
@@ -38,18 +38,10 @@ class OneRank(EplbAdaptor):
         self.control_group = self.transfer_group = self.device_group = None
         self.device = torch.device("cpu")
         self.maps = DispatchMaps(self.placement, "cpu", 1)
+        self.switched = [self.maps]
 
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
         return [[[torch.full((8,), float(4 * layer + slot))] for slot in range(4)] for layer in range(2)]
-
-    def prepare_maps(self, placement: Placement, layers: list[int]) -> None:
-        self.maps.prepare(placement, layers)
-
-    def commit_maps(self) -> None:
-        self.maps.commit()
-
-    def forget_prepared_maps(self) -> None:
-        self.maps.forget_prepared()
 
 
 class PlannerHere:
