@@ -1,52 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
 """What balancing costs and gives a served model on GPUs: ``python -m benchmarks.served_cuda --json PATH``.
 
-vLLM serves a model of Qwen3-30B-A3B's shape (fewer layers, dummy weights) on two expert-parallel GPUs: without
-balancing, with vLLM's own balancer (asynchronous, its default, and synchronous) and with this one, one after the other
-in the same way, without balancing once more at the end. Routers are skewed on purpose, and alike in all of them: rank 0
-holds the experts that are asked for most, and one expert of a layer is asked for up to twice as often as another. Steps
-are timed where they arrive, in the front end: decoding, all requests together, and prefilling in full chunks. The exit
-status is 1 if a balancer moved nothing. PATH may be a pipe.
+Several engines of vLLM serve a model of Qwen3-30B-A3B's shape (fewer layers, dummy weights) on two expert-parallel
+GPUs: without balancing, with vLLM's own balancer, and with this one without and with a redundant expert on each rank.
+All engines stay in memory and take turns, so that each round compares them within a minute: decoding with few, some and
+many requests at a time, and prefilling in full chunks. Every second round goes backwards. Routers are skewed on
+purpose, and alike in all engines: rank 0 holds the experts that are asked for most, and one expert of a layer is asked
+for up to twice as often as another. Steps are timed where they arrive, in the front end.
 
-On a machine without GPUs ``--tiny`` runs it on the CPU in small, to see that it runs; vLLM's own balancer is left out.
+The report has each engine's tokens a second over those of no balancing in the same round, with the standard error of
+their mean. The exit status is 1 if a balancer moved nothing. On a machine without GPUs ``--tiny`` runs it on the CPU in
+small, to see that it runs; vLLM's own balancer is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-MODES = ("off", "vllm async", "vllm sync", "ours", "off again")
-REDUNDANT, SKEW = 4, 0.35
+OFF = "off"
+STARTS = (("ours, 2 redundant",), ("ours",), ("vllm, 2 redundant", OFF))
+"""Engines that start together. Ours start alone, because they time the MoE layers as they start."""
+
+SKEW = 0.35
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is served: layers, requests at a time, tokens of each, steps before any is timed, chunks of prompts that
-    are prefilled, tokens of a prompt and of a chunk; and the steps of a window."""
+    """How much is served: layers, requests at a time, decoding steps of a turn, chunks that a turn prefills, tokens of
+    a prompt and of a chunk, steps of a balancer's window, and steps before any is timed."""
 
     layers: int
-    requests: int
-    tokens: int
-    settle: int
-    prefills: int
+    requests: tuple[int, ...]
+    steps: int
+    chunks: int
     prompt: int
     chunk: int
     interval: int
+    settle: int
 
 
-FULL = Size(layers=24, requests=512, tokens=1500, settle=1000, prefills=40, prompt=4096, chunk=8192, interval=300)
-TINY = Size(layers=2, requests=8, tokens=60, settle=40, prefills=2, prompt=64, chunk=128, interval=20)
+FULL = Size(
+    layers=24, requests=(16, 128, 512), steps=200, chunks=16, prompt=4096, chunk=8192, interval=300, settle=1000
+)
+TINY = Size(layers=2, requests=(2, 8), steps=60, chunks=2, prompt=64, chunk=128, interval=20, settle=60)
 
 SHAPE = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -95,28 +104,37 @@ def moved_by_vllm(worker: Any) -> int:
     return sum(int((before != after).sum()) for before, after in zip(began, now, strict=True))
 
 
+def redundant_experts(mode: str) -> int:
+    return 2 if mode.endswith("2 redundant") else 0
+
+
 def engine_arguments(mode: str, size: Size, tiny: bool) -> dict[str, Any]:
     balancer: dict[str, Any] = {}
-    if mode == "ours":
+    if mode.startswith("ours"):
         settings = {
             "dynamic_eplb": True,
-            "num_redundant_experts": REDUNDANT,
+            "num_redundant_experts": redundant_experts(mode),
             "expert_heat_collection_interval": size.interval,
         }
         balancer = {"additional_config": {"eplb_config": settings}}
     elif mode.startswith("vllm"):
-        theirs = {"window_size": size.interval, "step_interval": size.interval, "num_redundant_experts": REDUNDANT}
-        by = {"use_async": True} if mode == "vllm async" else {"use_async": False, "communicator": "torch_nccl"}
-        balancer = {"enable_eplb": True, "eplb_config": theirs | by}
-    device = {"gpu_memory_utilization": 0.85, "attention_backend": "TRITON_ATTN", "disable_custom_all_reduce": True}
+        window = {"window_size": size.interval, "step_interval": size.interval}
+        theirs = {**window, "num_redundant_experts": redundant_experts(mode), "use_async": True}
+        balancer = {"enable_eplb": True, "eplb_config": theirs}
+    device = {
+        "gpu_memory_utilization": 0.22,
+        "kv_cache_memory_bytes": 6 * 2**30,  # not measured, because engines share the GPUs
+        "attention_backend": "TRITON_ATTN",
+        "disable_custom_all_reduce": True,
+    }
     return {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
         "seed": 0,
         "tensor_parallel_size": 2,
-        "enable_expert_parallel": mode == "ours" or not tiny,  # which vLLM alone cannot do on a CPU
+        "enable_expert_parallel": mode.startswith("ours") or not tiny,  # which vLLM alone cannot do on a CPU
         "enable_prefix_caching": False,
-        "max_num_seqs": size.requests,
+        "max_num_seqs": max(size.requests),
         "max_model_len": 2 * size.prompt,
         "max_num_batched_tokens": size.chunk,
         "enforce_eager": tiny,
@@ -143,118 +161,191 @@ def timed(engine: Any, prompts: list[list[int]], tokens: int) -> Iterator[tuple[
             before = now
 
 
-def serve(mode: str, size: Size, tiny: bool) -> dict[str, Any]:
-    """One engine from its start to its end, and what was measured."""
-    from vllm import LLM
+class Engine:
+    """An engine in this process, with skewed routers."""
 
-    from benchmarks import served_cuda as here  # by a name that workers can import
+    def __init__(self, mode: str, size: Size, tiny: bool, folder: str) -> None:
+        from vllm import LLM
 
-    shape = SHAPE | {"num_hidden_layers": size.layers} | (IN_SMALL if tiny else {})
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(shape))
-        llm = LLM(folder, **engine_arguments(mode, size, tiny))
-        assert set(llm.collective_rpc(here.skew_routers, args=(SKEW,))) == {size.layers}
+        from benchmarks import served_cuda as here  # by a name that workers can import
+
+        shape = SHAPE | {"num_hidden_layers": size.layers} | (IN_SMALL if tiny else {})
+        Path(folder, "config.json").write_text(json.dumps(shape))
+        self._mode, self._size, self._vocabulary = mode, size, int(str(shape["vocab_size"]))
+        self._llm = LLM(folder, **engine_arguments(mode, size, tiny))
+        assert set(self._llm.collective_rpc(here.skew_routers, args=(SKEW,))) == {size.layers}
         if mode.startswith("vllm"):
-            llm.collective_rpc(here.moved_by_vllm)
-        engine, vocabulary = llm.llm_engine, int(str(shape["vocab_size"]))
+            self._llm.collective_rpc(here.moved_by_vllm)
 
-        def prompts(count: int, length: int) -> list[list[int]]:
-            return [
-                [(7919 * (request * length + at)) % (vocabulary - 1) + 1 for at in range(length)]
-                for request in range(count)
-            ]
-
-        for _ in timed(engine, prompts(size.requests, 8), size.settle):
-            pass
-        began = time.perf_counter()
-        for _ in timed(engine, prompts(size.prefills * size.chunk // size.prompt, size.prompt), 1):
-            pass
-        prefill = size.prefills * size.chunk / (time.perf_counter() - began)
-        steps = [
-            seconds for seconds, rows in timed(engine, prompts(size.requests, 8), size.tokens) if rows == size.requests
-        ][20:-20]
-        result = {
-            "prefill_tokens_per_s": prefill,
-            "decode_tokens_per_s": size.requests * len(steps) / sum(steps),
-            "steps": len(steps),
-            "step_median_ms": 1e3 * statistics.median(steps),
-            "step_p99_ms": 1e3 * sorted(steps)[int(0.99 * len(steps))],
-            "step_longest_ms": 1e3 * max(steps),
+    def decode(self, requests: int, steps: int) -> dict[str, float]:
+        """Tokens a second of the steps in which all ``requests`` got a token, and the longest of these steps in ms."""
+        all_steps = timed(self._llm.llm_engine, self._prompts(requests, 8), steps + 20)
+        times = [seconds for seconds, rows in all_steps if rows == requests][10:-10]
+        longest = max(range(len(times)), key=times.__getitem__)
+        return {
+            "tokens_per_s": requests * len(times) / sum(times),
+            "median_ms": 1e3 * statistics.median(times),
+            "longest_ms": 1e3 * times[longest],
+            "longest_at": longest,
         }
-        if mode == "ours":
-            from vllm_ascend_eplb.observe.stats_file import read_stats, stats_path
 
-            path = stats_path()
-            stats = read_stats(path) if path else None
-            assert stats is not None
-            assert stats.window is not None
-            result |= {
-                "moved": stats.experts_moved,
-                "cycles_done": stats.cycles_done,
-                "cycles_skipped": stats.cycles_skipped,
-                "par": stats.window.par.mean,
-                "par_start": stats.window.par_start.mean,
-            }
-        elif mode.startswith("vllm"):
-            result["moved"] = llm.collective_rpc(here.moved_by_vllm)[0]
-        engine.engine_core.shutdown()
-    return result
+    def prefill(self, chunks: int) -> dict[str, float]:
+        """Tokens a second; the first chunk is not timed."""
+        prompts = self._prompts((chunks + 1) * self._size.chunk // self._size.prompt, self._size.prompt)
+        times = [seconds for seconds, _ in timed(self._llm.llm_engine, prompts, 1)][1:]
+        return {
+            "tokens_per_s": self._size.chunk * len(times) / sum(times),
+            "median_ms": 1e3 * statistics.median(times),
+            "longest_ms": 1e3 * max(times),
+            "longest_at": max(range(len(times)), key=times.__getitem__),
+        }
+
+    def balanced(self) -> dict[str, Any]:
+        """What its balancer did."""
+        from benchmarks import served_cuda as here
+
+        if self._mode == OFF:
+            return {}
+        if self._mode.startswith("vllm"):
+            return {"moved": self._llm.collective_rpc(here.moved_by_vllm)[0]}
+        from vllm_ascend_eplb.observe.stats_file import read_stats, stats_path
+
+        path = stats_path()
+        stats = read_stats(path) if path else None
+        assert stats is not None
+        assert stats.window is not None
+        return {
+            "moved": stats.experts_moved,
+            "cycles_done": stats.cycles_done,
+            "cycles_skipped": stats.cycles_skipped,
+            "par": stats.window.par.mean,
+            "par_start": stats.window.par_start.mean,
+        }
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _prompts(self, count: int, length: int) -> list[list[int]]:
+        words = self._vocabulary - 1
+        return [[(7919 * (request * length + at)) % words + 1 for at in range(length)] for request in range(count)]
 
 
-def run(mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One mode in a process of its own."""
+def serve(connection: Connection, mode: str, size: Size, tiny: bool) -> None:
+    """A process with an engine that does what ``connection`` asks, until it asks to close."""
+    os.setpgrp()
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "benchmarks.served_cuda", "--mode", mode, "--json", str(answer)]
-        environment = {
-            **os.environ,
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-            "EPLB_STATS_FILE": f"{folder}/stats.json",
-        }
-        if arguments.tiny:
+        os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "EPLB_STATS_FILE": f"{folder}/stats.json"}
+        if tiny:
             from examples.demo.server import cpu_environment
 
-            command.append("--tiny")
-            environment |= cpu_environment(2)
-        subprocess.run([*command, "--layers", str(arguments.layers)], env=environment, check=True, timeout=1200)
-        return dict(json.loads(answer.read_text()))
+            os.environ |= cpu_environment(2)
+        engine = Engine(mode, size, tiny, folder)
+        connection.send("ready")
+        while True:
+            name, *arguments = connection.recv()  # EOFError where the other end is gone
+            connection.send(getattr(engine, name)(*arguments))
+            if name == "close":
+                return
+
+
+class Served:
+    """An engine in a process of its own."""
+
+    def __init__(self, mode: str, size: Size, tiny: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, there = context.Pipe()
+        self._process = context.Process(target=serve, args=(there, mode, size, tiny))
+        self._process.start()
+        there.close()
+
+    def wait(self) -> None:
+        """Until it can be asked.
+
+        Raises:
+            EOFError: the engine ended; its log says why.
+        """
+        assert self._connection.recv() == "ready"
+
+    def ask(self, *what: Any) -> Any:
+        self._connection.send(what)
+        return self._connection.recv()
+
+    def end(self) -> None:
+        """Ends the process, also one that was not asked to close."""
+        self._connection.close()
+        self._process.join(20)
+        self._process.kill()
+
+
+def ratios(rounds: list[dict[str, dict[str, dict[str, float]]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By kind of step and engine: tokens a second over those of no balancing, in each round, their mean and its
+    standard error."""
+    table: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for kind in rounds[0]:
+        for mode in rounds[0][kind]:
+            if mode != OFF:
+                found = [turn[kind][mode]["tokens_per_s"] / turn[kind][OFF]["tokens_per_s"] for turn in rounds]
+                error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
+                table[kind][mode] = {"mean": statistics.mean(found), "standard_error": error, "rounds": found}
+    return dict(table)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, help="where to write the results; may be a pipe")
+    parser.add_argument("--json", type=Path, help="where to write the results, after each round")
     parser.add_argument("--tiny", action="store_true", help="in small, on the CPU")
     parser.add_argument("--layers", type=int, default=0, help="of the model")
-    parser.add_argument("--mode", choices=MODES, help="only this one, in this process; the result is not compared")
+    parser.add_argument("--rounds", type=int, default=6, help="at most")
+    parser.add_argument("--seconds", type=float, default=3600, help="no round starts later")
     arguments = parser.parse_args()
+    began = time.monotonic()
     size = TINY if arguments.tiny else FULL
     if arguments.layers:
         size = Size(**{**asdict(size), "layers": arguments.layers})
-    if arguments.mode:
-        arguments.json.write_text(json.dumps(serve(arguments.mode, size, arguments.tiny)))
-        return 0
-    arguments.layers = size.layers
-    results = {}
-    for mode in [mode for mode in MODES if not (arguments.tiny and mode.startswith("vllm"))]:
-        results[mode] = run(mode, arguments)
-        print(mode, json.dumps(results[mode]), flush=True)
-    off = {key: (results["off"][key] + results["off again"][key]) / 2 for key in results["off"]}
-    report = {
-        "benchmark": "served_cuda",
-        "machine": _machine(),
-        **asdict(size),
-        "redundant": REDUNDANT,
-        "skew": SKEW,
-        "results": results,
-        "over_off": {
-            mode: {key: result[key] / off[key] for key in off if key != "steps"} for mode, result in results.items()
-        },
-    }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
-    return int(any(result.get("moved") == 0 for result in results.values()))
+
+    kinds: dict[str, tuple[Any, ...]] = {f"decode {count}": ("decode", count, size.steps) for count in size.requests}
+    kinds["prefill"] = ("prefill", size.chunks)
+    engines: dict[str, Served] = {}
+    rounds: list[dict[str, dict[str, dict[str, float]]]] = []
+    report: dict[str, Any] = {}
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - began:.0f} s: {what}", flush=True)
+
+    try:
+        for together in STARTS:
+            modes = [mode for mode in together if not (arguments.tiny and mode.startswith("vllm"))]
+            engines |= {mode: Served(mode, size, arguments.tiny) for mode in modes}
+            for mode in modes:
+                engines[mode].wait()
+                say(f"{mode}: serves")
+        for mode, engine in engines.items():
+            engine.ask("decode", max(size.requests), size.settle)
+            for call in kinds.values():
+                engine.ask(*call)
+            say(f"{mode}: {engine.ask('balanced')}")
+        while len(rounds) < arguments.rounds and time.monotonic() - began < arguments.seconds:
+            order = list(engines) if len(rounds) % 2 == 0 else list(engines)[::-1]
+            rounds.append({kind: {mode: engines[mode].ask(*call) for mode in order} for kind, call in kinds.items()})
+            report = {
+                "benchmark": "served_cuda",
+                "machine": _machine(),
+                **asdict(size),
+                "skew": SKEW,
+                "balanced": {mode: engine.ask("balanced") for mode, engine in engines.items()},
+                "over_off": ratios(rounds),
+                "rounds": rounds,
+            }
+            say(f"round {len(rounds)}")
+            if arguments.json:
+                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(json.dumps({name: report[name] for name in ("balanced", "over_off")}, indent=1))
+        for engine in engines.values():
+            engine.ask("close")
+    finally:
+        for engine in engines.values():
+            engine.end()
+    return int(any(found.get("moved") == 0 for found in report["balanced"].values()))
 
 
 def _machine() -> str:
