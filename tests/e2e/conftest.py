@@ -22,7 +22,7 @@ import pytest
 from ..processes import session_members
 from . import kept
 from .nursery import Nursery
-from .offline import MODEL, environment
+from .offline import EAGER, MODEL, environment
 
 FOLDER = Path(__file__).parent
 
@@ -47,10 +47,12 @@ BUSY = {
     "policy": "random",
     "min_gain": 0.0,
     "calibrate": False,
+    "max_failures": 1_000_000,
     "allow_unchecked_vllm": True,
 }
 """Settings under which a cycle follows a cycle and every one moves most experts; also on a vLLM that is being checked
-(`make matrix`)."""
+(`make matrix`). A planner that a busy machine delays by thousands of steps, as while it starts, does not end
+balancing."""
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """What each process of a forked engine computes with. It has two OpenMP libraries, torch's and vLLM's: vLLM preloads
@@ -110,7 +112,7 @@ def run_forked(
     paths: Sequence[str] = (),
 ) -> Finished:
     """Runs ``module:function`` in a process that is forked where vLLM is imported already."""
-    values = {**variables, **ONE_THREAD, "PYTHONPATH": path_with(paths)}
+    values = {**variables, **ONE_THREAD, **EAGER, "PYTHONPATH": path_with(paths)}
     pid = nursery.start(function, arguments, values, output, [*paths, str(FOLDER)])
     deadline = threading.Timer(START_SECONDS + 300, kill_session, [pid])
     deadline.start()
@@ -182,7 +184,7 @@ def kill_session(leader: int) -> None:
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     """The process that engines are forked from."""
     nursery = Nursery(
-        {**environment(1), **ONE_THREAD, "PYTHONPATH": path_with()}, tmp_path_factory.mktemp("nursery") / "log"
+        {**environment(1), **ONE_THREAD, **EAGER, "PYTHONPATH": path_with()}, tmp_path_factory.mktemp("nursery") / "log"
     )
     yield nursery
     nursery.close()

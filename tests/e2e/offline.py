@@ -7,7 +7,8 @@ The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config 
 ``pattern`` (a regular expression that the answers to the first batch must match in the end), ``reload`` (in the end
 weights are loaded anew), ``sleeps`` (levels: in the end the engine sleeps with
 each of them, see allocator.py), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of
-them, see transfer_engine.py), ``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is
+them, see transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again),
+``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is
 watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after
 all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went
 through the model if none came from a cache.
@@ -25,6 +26,10 @@ from typing import Any
 
 MOST_TURNS = 60
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe"
+
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}
+"""In the environment of engines that are eager. vLLM compiles a function of its embedding even in an eager engine of
+several ranks, and the first step of such an engine waits for the compiler."""
 
 
 def environment(ranks: int) -> dict[str, str]:
@@ -151,12 +156,25 @@ def main(job_path: str, result_path: str) -> None:
     def token_ids(outputs: list[Any]) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    def done() -> int:
+        return max(engine.rpc(probes.cycles_done), default=0)
+
+    def ask_until_moved() -> list[list[int]]:
+        """Answers, turn by turn, until one more cycle is done; of one turn without balancing."""
+        wanted = done() + 1 if job["eplb"] is not None else 0
+        answers: list[list[int]] = []
+        for _ in range(MOST_TURNS):
+            answers += token_ids(ask())
+            if done() >= wanted:
+                return answers
+        raise RuntimeError(f"experts did not move in {MOST_TURNS} turns")
+
     for turn in range(MOST_TURNS):
         outputs = ask(parts[turn % len(parts)])
         tokens += token_ids(outputs)
         computed += sum(len(output.prompt_token_ids) + job["max_tokens"] - 1 for output in outputs)
         cached += sum(output.num_cached_tokens or 0 for output in outputs)
-        if turn + 1 >= len(parts) and max(engine.rpc(probes.cycles_done), default=0) >= job.get("cycles", 0):
+        if turn + 1 >= len(parts) and done() >= job.get("cycles", 0):
             break
     result["tokens"], result["computed"], result["cached"] = tokens, computed, cached
     if job.get("pattern"):
@@ -173,12 +191,12 @@ def main(job_path: str, result_path: str) -> None:
     for level in job.get("sleeps", []):
         engine.sleep(level)
         mine = engine.rpc(probes.updated) if job["eplb"] is not None else []
-        result["sleeps"].append({"ranks": mine, "tokens": token_ids(ask()) + token_ids(ask())})
+        result["sleeps"].append({"ranks": mine, "tokens": ask_until_moved()})
     result["updates"] = []
     for factor in job.get("updates", []):
         engine.update_weights(factor)
         mine = engine.rpc(probes.updated) if job["eplb"] is not None else []
-        result["updates"].append({"ranks": mine, "tokens": token_ids(ask()) + token_ids(ask())})
+        result["updates"].append({"ranks": mine, "tokens": ask_until_moved()})
     if job.get("routing"):
         result["routing"] = engine.rpc(probes.routing_that_is_refused)
     if job["eplb"] is not None:

@@ -22,6 +22,7 @@ from vllm_ascend_eplb.files.expert_map import ExpertMapError, read_expert_map
 from vllm_ascend_eplb.files.run_folder import OWNED_FOLDER, STATS_VARIABLE
 
 from ..processes import left_semaphores, parent, semaphores, title
+from .offline import EAGER
 from .steady_requests import STREAMS, Pairs, Requests
 
 SETTINGS: dict[str, object] = {
@@ -75,6 +76,7 @@ class PrivateServer(Server):
             self.command[self.command.index("--tensor-parallel-size")] = "--data-parallel-size"
         del self.environment[STATS_VARIABLE]
         self.environment["TMPDIR"] = str(self.temporary)
+        self.environment |= EAGER  # its compiler's cache would be in that folder, and new for each server
         is_root = os.geteuid() == 0
         own_mounts = ["unshare", "--mount", *([] if is_root else ["--map-root-user"])]
         self._its_mounts = ["nsenter", "--mount", *([] if is_root else ["--user", "--preserve-credentials"])]

@@ -9,7 +9,7 @@ import pytest
 
 from .conftest import BUSY, prompts
 
-TOKENS = 32
+TOKENS = 16
 FACTORS = [1.25, 1.0, 0.75, 1.25]
 """Each expert's weights are those of the checkpoint times one of them, in this order."""
 
@@ -37,25 +37,32 @@ def trained(runs, tmp_path_factory):
     return run, alone
 
 
+def repeated(answers, expected):
+    """Whether ``answers`` are one or several turns of the expected ones."""
+    turns = len(answers) // len(expected)
+    return turns > 0 and answers == expected * turns
+
+
 def test_tokens_are_those_of_the_new_weights(trained):
     """Negative control: the weights of one update answer otherwise than those of the next."""
     run, alone = trained
     expected = [update["tokens"] for update in alone.result["updates"]]
-    assert [update["tokens"] for update in run.result["updates"]] == expected
+    for update, answers in zip(run.result["updates"], expected, strict=True):
+        assert repeated(update["tokens"], answers)
     assert expected[0] == expected[3]
     assert len({str(tokens) for tokens in expected}) == 3
     before = alone.result["tokens"]
-    assert expected[1] == before * 2
-    assert run.result["tokens"] == before * (len(run.result["tokens"]) // len(before))
+    assert expected[1] == before
+    assert repeated(run.result["tokens"], before)
 
 
 def test_tokens_after_sleep_are_the_same(trained):
     """Memory that was given away held ones meanwhile: without the maps or the weights put back, tokens would differ."""
     run, alone = trained
     before = alone.result["tokens"]
-    assert [sleep["tokens"] for sleep in run.result["sleeps"]] == [before * 2] * 4
-    assert [sleep["tokens"] for sleep in alone.result["sleeps"]] == [before * 2] * 4
+    assert [sleep["tokens"] for sleep in alone.result["sleeps"]] == [before] * 4
     for level, sleep in zip(LEVELS, run.result["sleeps"], strict=True):
+        assert repeated(sleep["tokens"], before)
         first, second = sleep["ranks"]
         assert first == second
         assert (first["placement"] == first["initial"]) is (level == 2)

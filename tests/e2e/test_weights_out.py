@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from .conftest import BUSY, FOLDER, START_SECONDS, kill_session, prompts
-from .offline import environment
+from .offline import EAGER, environment
 
 
 def saved_by(mode: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -27,7 +27,7 @@ def saved_by(mode: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             [sys.executable, str(FOLDER / "weights_out.py"), str(folder / "job.json")],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment(2),
+            env=environment(2) | EAGER,
             start_new_session=True,
         )
         try:

@@ -133,10 +133,20 @@ def any_instance(seed):
     return load, slots, ranks
 
 
-@pytest.mark.parametrize("effort", ["fast", "thorough"])
-def test_no_shape_is_balanced_worse_than_from_scratch(effort):
-    """After one cycle the mean PAR is at most that of DeepSeek's plan + 0.002, with fewer moves."""
-    for seed in range(60 if effort == "fast" else 20):
+@pytest.mark.parametrize(
+    ("effort", "seeds"),
+    [
+        ("fast", range(10)),
+        ("thorough", range(4)),
+        pytest.param("fast", range(10, 60), marks=pytest.mark.soak),
+        pytest.param("thorough", range(4, 20), marks=pytest.mark.soak),
+    ],
+    ids=["fast", "thorough", "more-fast", "more-thorough"],
+)
+def test_no_shape_is_balanced_worse_than_from_scratch(effort, seeds):
+    """After one cycle the mean PAR is at most that of DeepSeek's plan + 0.002, with fewer moves. Most shapes are
+    nightly; the fast proof is the same for the first ones."""
+    for seed in seeds:
         load, slots, ranks = any_instance(seed)
         scratch = plan(load, slots, ranks, policy="default")
         made = plan(load, slots, ranks, target_par=1.0, effort=effort, rounds=20)
