@@ -23,15 +23,19 @@ def greedy_placement(load: FloatArray, num_slots: int, num_ranks: int) -> Slots:
         share = load[layer] / count
         held: list[list[int]] = [[] for _ in range(num_ranks)]
         total = np.zeros(num_ranks)
+        full = np.zeros(num_ranks, dtype=bool)
         # Experts with copies first where they would run out of ranks: otherwise heaviest replica first.
         for expert in np.argsort(-share, kind="stable"):
+            held_by = np.array([expert in experts for experts in held])
             for _ in range(count[expert]):
-                ranks = [r for r in range(num_ranks) if len(held[r]) < per_rank and expert not in held[r]]
-                if not ranks:
-                    ranks = [_make_room(held, int(expert), per_rank)]
-                rank = min(ranks, key=lambda r: total[r])
+                rank = int(np.argmin(np.where(full | held_by, np.inf, total)))
+                if full[rank] or held_by[rank]:
+                    rank = _make_room(held, int(expert), per_rank)
+                    full = np.array([len(experts) == per_rank for experts in held])
                 held[rank].append(int(expert))
                 total[rank] += share[expert]
+                full[rank] = len(held[rank]) == per_rank
+                held_by[rank] = True
         slots[layer] = np.concatenate(held)
     return slots
 
