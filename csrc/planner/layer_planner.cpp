@@ -64,6 +64,9 @@ constexpr double kHurt = 0.25;
 // PARs closer than this are equal.
 constexpr double kSame = 2e-6;
 
+// The last thousandth of the mean load costs more receipts than all before: larger shapes are not asked for it.
+constexpr double kFine = 0.001;
+
 }  // namespace
 
 LayerPlanner::LayerPlanner(const double* load, const double* variance, const int32_t* slots, Shape shape,
@@ -71,7 +74,7 @@ LayerPlanner::LayerPlanner(const double* load, const double* variance, const int
     : load_(load),
       variance_(variance),
       slots_(slots),
-      target_(target),
+      target_(shape.slots > kFewSlots ? std::max(target, 1.0 + kFine) : target),
       search_(shape, {goal.nodes, goal.stay_near ? 0.0F : static_cast<float>(1.0 / goal.far_cost), goal.speed}),
       random_(seed),
       stay_near_(goal.stay_near),
