@@ -135,7 +135,7 @@ void LayerPlanner::descend() {
         }
     }
     save_receipts();
-    slack_ = 0.0;
+    slack_ = shape.slots > kFewSlots ? kFine : 0.0;
     search_.adopt(best_.slots);
 }
 
@@ -205,7 +205,7 @@ void LayerPlanner::improve_once(int round) {
         return;
     }
     const bool lower = !best_.reached && round % 2 == 0;
-    const double limit = best_.reached || lower ? target_ : search_.peak() + 1e-6;
+    const double limit = best_.reached || lower ? target_ : std::max(search_.peak(), lowest_ + slack_) + 1e-6;
     search_.aim({limit, square, limit + kScoredAbove[random_.below(std::size(kScoredAbove))]});
     if (lower)
         search_.lower_peak(random_, exact);
