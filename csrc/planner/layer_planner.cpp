@@ -112,7 +112,7 @@ void LayerPlanner::descend() {
         if (!has_load_) return;
         keep_if_better();
         if (best_.reached) return;
-        floor_ = search_.least_peak();
+        if (floor_ == 0.0) floor_ = search_.least_peak();
         if (floor_ > target_) search_.aim({floor_ + kSame / 2, square, floor_});  // below are no receipts to be spent
         double share = 1.0 - room;
         if (variance_ != nullptr) share = std::min(share, kNearLeast * search_.smallest_largest_share());
