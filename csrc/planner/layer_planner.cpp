@@ -52,10 +52,12 @@ constexpr double kNearScratch = 0.002;
 // Where the target is missed, PARs within this of the lowest found are equally good before improvement.
 constexpr double kSlack = 0.0015;
 
-// Placements kept for each number of receipts in the search for few moves, and how many receipts it looks at where the
-// descent is stuck.
-constexpr int kWidthOfFast = 8;
-constexpr int kWidthOfThorough = 48;
+// The search for few moves: placements kept for each number of receipts are so many over slots times experts times
+// ranks, within bounds; thorough keeps more by this factor; and how many receipts it looks at where the descent is stuck.
+constexpr int kStepsForFewMoves = 1 << 13;
+constexpr int kLeastWidth = 8;
+constexpr int kMostWidth = 64;
+constexpr int kWiderIfThorough = 6;
 constexpr int kDepthWhereStuck = 4;
 
 // A plan may make the windows' PARs worse on average by this part of what it takes off the PAR of their sum.
@@ -218,7 +220,10 @@ void LayerPlanner::save_moves() {
     if (settled() || variance_ != nullptr) return;
     search_.begin(load_, slots_, variance_);
     const int most = best_.reached ? best_.cost : std::max(best_.cost, kDepthWhereStuck);
-    few_ = find_few_moves(search_, most, thorough_ ? kWidthOfThorough : kWidthOfFast);
+    const Shape& shape = search_.shape();
+    const int64_t steps = static_cast<int64_t>(shape.slots) * shape.experts * shape.ranks;
+    const int width = static_cast<int>(std::clamp<int64_t>(kStepsForFewMoves / steps, kLeastWidth, kMostWidth));
+    few_ = find_few_moves(search_, most, thorough_ ? kWiderIfThorough * width : width);
     for (const FewMoves& few : few_) {
         search_.adopt(few.slots);
         keep_if_better();
