@@ -53,7 +53,7 @@ constexpr double kNearScratch = 0.002;
 constexpr double kSlack = 0.0015;
 
 // The search for few moves: placements kept for each number of receipts are so many over slots times experts times
-// ranks, within bounds; thorough keeps more by this factor; and how many receipts it looks at where the descent is stuck.
+// ranks, within bounds, and more by a factor if thorough; and how many receipts it looks at where the descent is stuck.
 constexpr int kStepsForFewMoves = 1 << 14;
 constexpr int kLeastWidth = 8;
 constexpr int kMostWidth = 128;
