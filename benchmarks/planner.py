@@ -287,12 +287,12 @@ def peers_plans(settings: Settings, task: Task, known: dict[str, Row]) -> Iterat
     case = make_case(task.shape, task.load_name, settings).every(task.step)
     row = known.get(task.source)
     if row is None:
-        peer = loaded(settings, task.source)
         try:
+            peer = loaded(settings, task.source)
             row = measure(
                 case, task.step, task.source, functools.partial(peer, case.load, case.slots, case.shape.ranks)
             )
-        except (ValueError, RuntimeError, IndexError, AssertionError) as error:
+        except (ImportError, ValueError, RuntimeError, IndexError, AssertionError) as error:
             print(f"{task.shape} {task.load_name}: {task.source} refuses: {str(error)[:90]}", flush=True)
             return
         yield row
