@@ -23,19 +23,21 @@ def greedy_placement(load: FloatArray, num_slots: int, num_ranks: int) -> Slots:
         share = load[layer] / count
         held: list[list[int]] = [[] for _ in range(num_ranks)]
         total = np.zeros(num_ranks)
-        full = np.zeros(num_ranks, dtype=bool)
+        closed = np.zeros((num_experts, num_ranks), dtype=bool)  # the rank is full, or holds the expert
         # Experts with copies first where they would run out of ranks: otherwise heaviest replica first.
         for expert in np.argsort(-share, kind="stable"):
-            held_by = np.array([expert in experts for experts in held])
             for _ in range(count[expert]):
-                rank = int(np.argmin(np.where(full | held_by, np.inf, total)))
-                if full[rank] or held_by[rank]:
+                rank = int(np.argmin(np.where(closed[expert], np.inf, total)))
+                if closed[expert, rank]:
                     rank = _make_room(held, int(expert), per_rank)
-                    full = np.array([len(experts) == per_rank for experts in held])
+                    for full, experts in enumerate(held):
+                        closed[:, full] = len(experts) == per_rank
+                        closed[experts, full] = True
                 held[rank].append(int(expert))
                 total[rank] += share[expert]
-                full[rank] = len(held[rank]) == per_rank
-                held_by[rank] = True
+                closed[expert, rank] = True
+                if len(held[rank]) == per_rank:
+                    closed[:, rank] = True
         slots[layer] = np.concatenate(held)
     return slots
 

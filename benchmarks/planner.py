@@ -78,6 +78,9 @@ QUICK = tuple(s for s in SHAPES if (s.model, s.ranks) in (("DeepSeek-V3", 32), (
                                                           ("Mixtral-like", 8)))  # fmt: skip
 QUICK_LAYERS = 8
 
+MANY_RANKS = 320
+"""On more ranks slow peers take minutes for a layer: these shapes are each peer's last."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -229,14 +232,19 @@ class Task:
 
 
 def tasks(settings: Settings) -> Iterator[Task]:
-    """All of them: first those of quick sources, and of each source first one load of every shape."""
+    """All of them: first those of quick peers, and of each peer first one load of every shape."""
     shapes = [s for s in (QUICK if settings.quick else SHAPES) if settings.only in str(s)]
     names = {shape: load_names(shape, settings) for shape in shapes}
     peers = sources(settings)
     steps = [s.step for s in peers.values()]
     for name, step in [("incremental", s) for s in sorted({1, *steps})] + [(s.name, s.step) for s in peers.values()]:
-        for i in range(max(map(len, names.values()), default=0)):
-            yield from (Task(shape, names[shape][i], step, name) for shape in shapes if i < len(names[shape]))
+        of_source = [
+            Task(shape, names[shape][i], step, name)
+            for i in range(max(map(len, names.values()), default=0))
+            for shape in shapes
+            if i < len(names[shape])
+        ]
+        yield from sorted(of_source, key=lambda task: task.shape.ranks > MANY_RANKS)
 
 
 def measure(case: Case, step: int, policy: str, answer: Callable[[], Slots]) -> Row:
