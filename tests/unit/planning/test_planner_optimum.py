@@ -87,9 +87,9 @@ def best_par_by_moves(load, slots, ranks):
     return [float(par[received <= k].min()) for k in range(len(slots) + 1)]
 
 
-@pytest.mark.parametrize(("effort", "share"), [("fast", 0.93), ("thorough", 0.95)])
+@pytest.mark.parametrize(("effort", "share"), [("fast", 0.98), ("thorough", 0.99)])
 def test_a_limit_on_moves_gives_the_best_par_for_it(effort, share):
-    """At each number of moves that can lower the PAR of a small shape, nearly always; 0.05 away at most."""
+    """At each number of moves that can lower the PAR of a small shape, nearly always; 0.02 away at most."""
     gaps, stays = [], []
     for seed in range(200):
         load, slots, ranks = small_instance(seed)
@@ -103,7 +103,7 @@ def test_a_limit_on_moves_gives_the_best_par_for_it(effort, share):
             stays.append(made.par_before[0] - best[most])
     assert min(gaps) > -1e-5, "better than every placement: the enumeration lacks some"
     assert np.mean(np.array(gaps) < 1e-5) >= share
-    assert max(gaps) <= 0.05
+    assert max(gaps) <= 0.02
     assert np.mean(np.array(stays) < 1e-5) < 0.1, "leaving all as it is would pass"
 
 
