@@ -108,18 +108,22 @@ bool LayerPlanner::keep_if_better() {
 void LayerPlanner::descend() {
     const Shape& shape = search_.shape();
     const double room = kRoomBeside * (shape.slots - shape.ranks) / shape.slots;
+    double least_share = 0.0;
     slack_ = kSlack;
     for (const double square : kSquares) {
         begin(target_, square);
         if (!has_load_) return;
         keep_if_better();
         if (best_.reached) return;
-        if (floor_ == 0.0) floor_ = search_.least_peak();
+        if (floor_ == 0.0) {
+            least_share = search_.smallest_largest_share();
+            floor_ = search_.least_peak(least_share);
+        }
         if (floor_ > target_) search_.aim({floor_ + kSame / 2, square, floor_});  // below are no receipts to be spent
         double share = 1.0 - room;
-        if (variance_ != nullptr) share = std::min(share, kNearLeast * search_.smallest_largest_share());
+        if (variance_ != nullptr) share = std::min(share, kNearLeast * least_share);
         // With one slot per rank a replica is a rank's load: the least largest share is the best there is.
-        if (!search_.split_heavy(share) && shape.per_rank() == 1) search_.split_heavy(search_.smallest_largest_share());
+        if (!search_.split_heavy(share) && shape.per_rank() == 1) search_.split_heavy(least_share);
         const bool reached = search_.descend();
         keep_if_better();
         if (best_.reached) return;
