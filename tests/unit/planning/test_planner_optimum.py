@@ -161,6 +161,24 @@ def test_few_slots_per_rank_are_balanced_as_from_scratch(ranks, per_rank):
         slots = made.physical_to_logical
 
 
+@pytest.mark.parametrize(("ranks", "per_rank"), [(8, 33), (32, 9)])
+def test_a_target_of_one_does_not_move_most_slots(ranks, per_rank):
+    """The last thousandth of a PAR is worth no receipts: 1.001 is reached, thorough needs no more moves than fast, and
+    both need half of what a plan from scratch moves."""
+    generator = LoadGenerator(6, 256, seed=ranks)
+    first = generator.window()
+    generator.drift("hard")
+    load = generator.window()
+    slots = Placement.initial(6, 256, ranks, ranks * per_rank - 256).physical_to_logical
+    slots = plan(first, slots, ranks, policy="default").physical_to_logical
+    fast = plan(load, slots, ranks, target_par=1.0)
+    thorough = plan(load, slots, ranks, target_par=1.0, effort="thorough", rounds=60)
+    scratch = plan(load, slots, ranks, policy="default").physical_to_logical
+    assert fast.par_before.min() > 1.05
+    assert max(fast.par_after.max(), thorough.par_after.max()) <= 1.001 + 1e-5
+    assert thorough.num_moves <= fast.num_moves <= receipts(slots, scratch, ranks).sum() / 2
+
+
 # -- the end ----------------------------------------------------------------------------------------------------------
 
 
