@@ -115,7 +115,7 @@ def summary(table: Table) -> None:
 
 
 def draw(table: Table, path: Path) -> None:
-    """Mean PAR against moves, one panel for each shape; means over its loads."""
+    """Mean PAR against moves, one panel for each shape; means over its loads, over those of peers if they have any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,6 +130,8 @@ def draw(table: Table, path: Path) -> None:
     peers = list(dict.fromkeys(row.policy for row in table.rows if not row.is_ours))
     for axis, shape in zip(axes.flat, shapes, strict=False):
         rows = [row for row in table.rows if row.shape == shape]
+        compared = {row.load for row in rows if not row.is_ours}
+        rows = [row for row in rows if not compared or row.load in compared]
         policies = list(dict.fromkeys(row.policy for row in rows))
         for name, style in (("incremental fast", "o-"), ("incremental thorough", "s-")):
             points = [
