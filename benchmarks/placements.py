@@ -23,15 +23,21 @@ def greedy_placement(load: FloatArray, num_slots: int, num_ranks: int) -> Slots:
         share = load[layer] / count
         held: list[list[int]] = [[] for _ in range(num_ranks)]
         total = np.zeros(num_ranks)
+        closed = np.zeros((num_experts, num_ranks), dtype=bool)  # the rank is full, or holds the expert
         # Experts with copies first where they would run out of ranks: otherwise heaviest replica first.
         for expert in np.argsort(-share, kind="stable"):
             for _ in range(count[expert]):
-                ranks = [r for r in range(num_ranks) if len(held[r]) < per_rank and expert not in held[r]]
-                if not ranks:
-                    ranks = [_make_room(held, int(expert), per_rank)]
-                rank = min(ranks, key=lambda r: total[r])
+                rank = int(np.argmin(np.where(closed[expert], np.inf, total)))
+                if closed[expert, rank]:
+                    rank = _make_room(held, int(expert), per_rank)
+                    for full, experts in enumerate(held):
+                        closed[:, full] = len(experts) == per_rank
+                        closed[experts, full] = True
                 held[rank].append(int(expert))
                 total[rank] += share[expert]
+                closed[expert, rank] = True
+                if len(held[rank]) == per_rank:
+                    closed[:, rank] = True
         slots[layer] = np.concatenate(held)
     return slots
 

@@ -2,27 +2,32 @@
 """The planner against its peers, balance against moves: ``python -m benchmarks.planner --csv PATH --plot PATH``.
 
 Every shape, load and policy is one row of the CSV; rows that are there already are not measured again, so a run can be
-stopped and gone on with. A peer is ahead where it has a lower PAR, by more than 0.002, than all plans of this package
-that move no more; then the exit status is 1.
+stopped, by ``--seconds`` too, and gone on with. A peer is ahead where it has a lower PAR, by more than 0.002, than all
+plans of this package that move no more; then the exit status is 1.
 
 Loads: real ones from ``--loads`` DIR (JSON files with ``logical_count``) for the shapes with 256 experts, and generated
 ones with the statistics of a large model in service (``benchmarks.loads``). The placement in force was made from
-scratch for the load before. Peers: vLLM's policy (that of the environment, else this package's bit-equal one), and from
-``--vllm-ascend`` PATH (an unpacked source distribution) swift, flashlb and, from 0.30.0rc2 on, STAIR; ``--download
-DIR`` fetches one with pip. Slow peers plan every k-th layer only; they are compared on the same layers.
+scratch for the load before. Peers: vLLM's policy (that of the environment, else this package's bit-equal one); from
+``--vllm-ascend`` PATH (an unpacked source distribution; may be given several times) default, swift, flashlb and, from
+0.30.0rc2 on, STAIR; from ``--sglang`` PATH (an unpacked wheel) SGLang's two; from ``--tensorrt-llm`` PATH
+(moeLoadBalancer.cpp) TensorRT-LLM's, compiled with g++. ``--download DIR`` fetches vllm-ascend with pip. Slow peers
+plan every k-th layer only; they are compared on the same layers.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import functools
+import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +35,13 @@ import numpy as np
 
 from benchmarks import loads, planner_peers
 from benchmarks.placements import FloatArray, Slots, greedy_placement, receipts
+from benchmarks.planner_table import AHEAD, Row, Table, ahead, draw, summary
 from vllm_ascend_eplb.planning import plan
 from vllm_ascend_eplb.values.placement import Placement
 
-AHEAD = 0.002
-"""PARs closer than this are equal."""
-
 TARGETS = (1.0, 1.01, 1.02, 1.05, 1.1, 1.2)
+
+THOROUGH_TARGETS = (1.0, 1.02, 1.05)
 
 VLLM_ASCEND = "0.30.0rc2"
 
@@ -71,28 +76,34 @@ def _shapes() -> Iterator[Shape]:
 SHAPES = tuple(_shapes())
 QUICK = tuple(s for s in SHAPES if (s.model, s.ranks) in (("DeepSeek-V3", 32), ("DeepSeek-V3", 144), ("Qwen3-235B", 16),
                                                           ("Mixtral-like", 8)))  # fmt: skip
+QUICK_LAYERS = 8
+
+MANY_RANKS = 320
+"""On more ranks slow peers take minutes for a layer: these shapes are each peer's last."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One plan. ``step``: every how many-th layer was planned; ``layers``: how many these are. ``milliseconds``:
-    processor time of this process."""
+class Settings:
+    """The command line."""
 
-    shape: str
-    load: str
-    step: int
-    policy: str
-    layers: int
-    par_before: float
-    par_mean: float
-    par_worst: float
-    moves: int
-    moves_per_rank: int
-    milliseconds: float
+    csv: Path
+    plot: Path | None
+    loads: Path | None
+    vllm_ascend: tuple[Path, ...]
+    sglang: Path | None
+    tensorrt_llm: Path | None
+    quick: bool
+    only: str
+    seeds: int
+    budget: float
+    jobs: int
+    seconds: float
+    swift_every: int
+    flashlb_every: int
+    stair_every: int
 
-    @property
-    def key(self) -> tuple[str, str, int, str]:
-        return self.shape, self.load, self.step, self.policy
+
+# -- cases ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -108,203 +119,37 @@ class Case:
         return self if step == 1 else Case(self.shape, self.load_name, self.load[::step], self.slots[::step].copy())
 
 
-# -- cases ------------------------------------------------------------------------------------------------------------
+def load_names(shape: Shape, settings: Settings) -> list[str]:
+    real = list(_real_pairs(settings)) if shape.experts == 256 and settings.loads else []
+    kinds = ("hard",) if settings.quick else ("mild", "medium", "hard")
+    seeds = range(1 if settings.quick else settings.seeds)
+    return real + [f"{kind} drift, seed {seed}" for seed in seeds for kind in kinds]
 
 
-def load_pairs(shape: Shape, files: dict[str, FloatArray], seeds: int, quick: bool) -> Iterator[tuple[str, Any]]:
-    """Names and functions that give (load before, load)."""
-    if shape.experts == 256 and files:
-        names = (loads.PREFILL_1K, loads.PREFILL_4K, loads.DECODE_1000, loads.DECODE_1500)
-        short, longer, decode, longer_decode = names if set(names) <= files.keys() else (list(files) * 4)[:4]
-        for name, first, second in (
-            ("real, prompts 1K to 4K", short, longer),
-            ("real, prefill to decode", short, decode),
-            ("real, decode to decode", decode, longer_decode),
-        ):
-            yield name, lambda first=first, second=second: (files[first], files[second])
-    for seed in range(1 if quick else seeds):
-        for kind in ("hard",) if quick else ("mild", "medium", "hard"):
-            yield f"{kind} drift, seed {seed}", lambda seed=seed, kind=kind: _generated(shape, kind, seed, quick)
+@functools.cache
+def _real_pairs(settings: Settings) -> dict[str, tuple[FloatArray, FloatArray]]:
+    """(load before, load) by name."""
+    files = loads.read_folder(settings.loads)
+    names = (loads.PREFILL_1K, loads.PREFILL_4K, loads.DECODE_1000, loads.DECODE_1500)
+    short, longer, decode, longer_decode = names if set(names) <= files.keys() else (list(files) * 4)[:4]
+    return {
+        "real, prompts 1K to 4K": (files[short], files[longer]),
+        "real, prefill to decode": (files[short], files[decode]),
+        "real, decode to decode": (files[decode], files[longer_decode]),
+    }
 
 
-def _generated(shape: Shape, kind: str, seed: int, quick: bool) -> tuple[FloatArray, FloatArray]:
-    generator = loads.LoadGenerator(8 if quick else shape.layers, shape.experts, seed)
-    first = generator.window().astype(np.float64)
-    generator.drift(kind)
-    return first, generator.window().astype(np.float64)
-
-
-# -- measurements -----------------------------------------------------------------------------------------------------
-
-
-class Table:
-    """The rows measured so far, in a CSV file that grows by a row at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[tuple[str, str, int, str], Row] = {}
-        types = {f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Row)}
-        if path.exists():
-            with path.open(newline="") as file:
-                for line in csv.DictReader(file):
-                    row = Row(**{name: types[name](line[name]) for name in types})
-                    self.rows[row.key] = row
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerow(types)
-
-    def add(self, row: Row) -> None:
-        self.rows[row.key] = row
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, [f.name for f in fields(Row)]).writerow(asdict(row))
-
-
-def measure(table: Table, case: Case, step: int, policy: str, answer: Any) -> Row:
-    """The row of a policy, taken from the table where it is there."""
-    known = table.rows.get((str(case.shape), case.load_name, step, policy))
-    if known is not None:
-        return known
-    part = case.every(step)
-    began = time.process_time()
-    after: Slots = answer(part)
-    milliseconds = 1e3 * (time.process_time() - began)
-    ranks = case.shape.ranks
-    before, par = (Placement(slots, case.shape.experts, ranks).par(part.load) for slots in (part.slots, after))
-    moved = receipts(part.slots, after, ranks)
-    row = Row(
-        str(case.shape), case.load_name, step, policy, len(part.load), round(float(before.mean()), 5),
-        round(float(par.mean()), 5), round(float(par.max()), 5), int(moved.sum()), int(moved.max()),
-        round(milliseconds, 2),
-    )  # fmt: skip
-    table.add(row)
-    print(
-        f"{row.shape:24s} {row.load:26s} 1/{step:<2d} {policy:38s} PAR {row.par_before:.4f} to {row.par_mean:.4f} "
-        f"(worst {row.par_worst:.4f}), {row.moves:6d} moves, {row.milliseconds:9.1f} ms",
-        flush=True,
-    )
-    return row
-
-
-def own(options: dict[str, Any]) -> Any:
-    return lambda case: plan(case.load, case.slots, case.shape.ranks, **options).physical_to_logical
-
-
-def run_case(table: Table, case: Case, peers: dict[str, tuple[planner_peers.Peer, int]], seconds: float) -> None:
-    """All policies on one case; for each peer also this package's plan with at most as many moves."""
-    steps = sorted({1, *(step for _, step in peers.values())})
-    for step in steps:
-        scale = len(case.load) / case.shape.layers / step
-        for target in TARGETS:
-            measure(table, case, step, f"incremental fast {target:g}", own({"target_par": target}))
-        for target in (1.0, 1.02, 1.05):
-            options = {"target_par": target, "effort": "thorough", "time_budget": max(0.02, seconds * scale)}
-            measure(table, case, step, f"incremental thorough {target:g}", own(options))
-        for name, (peer, its_step) in peers.items():
-            if its_step != step:
-                continue
-            try:
-                row = measure(
-                    table, case, step, name, lambda part, peer=peer: peer(part.load, part.slots, case.shape.ranks)
-                )
-            except (ValueError, RuntimeError, IndexError) as error:
-                print(f"{case.shape} {case.load_name}: {name} refuses: {str(error)[:90]}", flush=True)
-                continue
-            options = {"target_par": 1.0, "max_moves": row.moves}
-            if row.moves < 0.5 * case.slots[::step].size:
-                measure(table, case, step, f"incremental, moves of {name}", own(options))
-
-
-# -- judgement --------------------------------------------------------------------------------------------------------
-
-
-def is_ours(row: Row) -> bool:
-    return row.policy.startswith("incremental")
-
-
-def ahead(table: Table) -> list[str]:
-    """Cases in which a peer has a lower PAR than every plan of this package with at most as many moves."""
-    found = []
-    for row in table.rows.values():
-        if is_ours(row):
-            continue
-        ours = [r for r in table.rows.values() if r.key[:3] == row.key[:3] and is_ours(r) and r.moves <= row.moves]
-        best = min((r.par_mean for r in ours), default=row.par_before)
-        if row.par_mean < best - AHEAD:
-            found.append(f"{row.shape}, {row.load}: {row.policy} {row.par_mean:.4f} with {row.moves}, ours {best:.4f}")
-    return found
-
-
-def summary(table: Table) -> None:
-    """Per shape, means over loads: the peers, and the cheapest plan of ours that is as good."""
-    print("\nshape, policy: mean PAR with part of the slots moved; ours as good, or better, with")
-    shapes = dict.fromkeys(row.shape for row in table.rows.values())
-    for shape in shapes:
-        for policy in dict.fromkeys(r.policy for r in table.rows.values() if r.shape == shape and not is_ours(r)):
-            theirs = [r for r in table.rows.values() if (r.shape, r.policy) == (shape, policy)]
-            pairs = []
-            for row in theirs:
-                ours = [
-                    r
-                    for r in table.rows.values()
-                    if r.key[:3] == row.key[:3] and is_ours(r) and r.par_mean <= row.par_mean + AHEAD
-                ]
-                if ours:
-                    pairs.append((row.moves, min(r.moves for r in ours)))
-            more, fewer = (sum(p[i] for p in pairs) for i in (0, 1))
-            par = np.mean([r.par_mean for r in theirs])
-            print(
-                f"  {shape:24s} {policy:24s} PAR {par:.4f}, {more:8d} moves; ours {fewer:8d} "
-                f"({len(pairs)} of {len(theirs)} cases)"
-            )
-
-
-def draw(table: Table, path: Path) -> None:
-    """Mean PAR against moves, one panel for each shape; means over its loads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shapes = list(dict.fromkeys(row.shape for row in table.rows.values()))
-    columns = min(4, len(shapes))
-    lines = -(-len(shapes) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3 * lines), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(shapes) :]:
-        axis.set_visible(False)
-    for axis, shape in zip(axes.flat, shapes, strict=False):
-        rows = [row for row in table.rows.values() if row.shape == shape]
-        policies = list(dict.fromkeys(row.policy for row in rows))
-        for name, style in (("incremental fast", "o-"), ("incremental thorough", "s-")):
-            points = [
-                _point([r for r in rows if r.policy == p and r.step == 1]) for p in policies if p.startswith(name)
-            ]
-            points = sorted(p for p in points if p is not None)
-            if points:
-                axis.plot(*zip(*points, strict=True), style, markersize=3, label=name)
-        for policy in policies:
-            point = _point([r for r in rows if r.policy == policy])
-            if point is not None and not policy.startswith("incremental"):
-                axis.plot(*point, "x", label=policy)
-        axis.set(title=shape, xlabel="moves per layer", ylabel="mean PAR")
-        axis.title.set_fontsize(9)
-        axis.grid(alpha=0.3)
-    handles: dict[str, Any] = {}
-    for axis in axes.flat:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=6)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def _point(rows: list[Row]) -> tuple[float, float] | None:
-    """Moves for each planned layer and mean PAR."""
-    if not rows:
-        return None
-    moves = [row.moves / row.layers for row in rows]
-    return float(np.mean(moves)), float(np.mean([row.par_mean for row in rows]))
+@functools.lru_cache(maxsize=2)
+def make_case(shape: Shape, load_name: str, settings: Settings) -> Case:
+    layers = QUICK_LAYERS if settings.quick else shape.layers
+    if load_name.startswith("real"):
+        first, load = (one[:layers] for one in _real_pairs(settings)[load_name])
+    else:
+        generator = loads.LoadGenerator(layers, shape.experts, int(load_name.rpartition(" ")[2]))
+        first = generator.window().astype(np.float64)
+        generator.drift(load_name.partition(" ")[0])
+        load = generator.window().astype(np.float64)
+    return Case(shape, load_name, load, greedy_placement(first, shape.slots, shape.ranks))
 
 
 # -- peers ------------------------------------------------------------------------------------------------------------
@@ -327,26 +172,192 @@ def download(folder: Path) -> Path:
     return unpacked
 
 
-def find_peers(arguments: argparse.Namespace) -> dict[str, tuple[planner_peers.Peer, int]]:
-    """Peers by name, with the stride of the layers that each plans."""
-    vllm = planner_peers.vllm_peer()
-    peers: dict[str, tuple[planner_peers.Peer, int]] = {}
-    if vllm is not None:
-        peers["vLLM default"] = vllm, 1
-    else:
-        peers["default"] = (
-            (lambda load, slots, ranks: plan(load, slots, ranks, policy="default").physical_to_logical),
-            1,
-        )
-    path = download(arguments.download) if arguments.download else arguments.vllm_ascend
-    if path is not None:
-        for name, peer in planner_peers.ascend_peers(path).items():
-            if name != "vllm-ascend default":
-                peers[name] = peer, arguments.flashlb_every if "flashlb" in name else 1
-        stair = planner_peers.stair_peer(path)
-        if stair is not None:
-            peers["vllm-ascend STAIR"] = stair, arguments.stair_every
-    return peers
+def own_default(load: FloatArray, slots: Slots, num_ranks: int) -> Slots:
+    return plan(load, slots, num_ranks, policy="default").physical_to_logical
+
+
+@dataclass(frozen=True)
+class Source:
+    """A peer, and every how many-th layer it plans."""
+
+    name: str
+    step: int
+    load: Callable[[], planner_peers.Peer]
+
+
+@functools.cache
+def sources(settings: Settings) -> dict[str, Source]:
+    """By name, quick ones first."""
+    in_environment = importlib.util.find_spec("vllm") is not None
+    found = [
+        Source("vLLM default", 1, planner_peers.vllm_peer)
+        if in_environment
+        else Source("default", 1, lambda: own_default)
+    ]
+    if settings.sglang:
+        for policy in ("deepseek", "deepseek_vec"):
+            loader = functools.partial(planner_peers.sglang_peer, settings.sglang, policy)
+            found.append(Source(f"SGLang {policy}", 1, loader))
+    if settings.tensorrt_llm:
+        found.append(Source("TensorRT-LLM", 1, functools.partial(planner_peers.tensorrt_peer, settings.tensorrt_llm)))
+    seen: set[bytes] = set()
+    steps = {"swift": settings.swift_every, "flashlb": settings.flashlb_every, "STAIR": settings.stair_every}
+    for policy, step in steps.items():
+        for path in settings.vllm_ascend:
+            file = planner_peers.ascend_source(path, policy)
+            if not file.exists() or file.read_bytes() in seen:
+                continue
+            seen.add(file.read_bytes())
+            version = path.resolve().name.rpartition("-")[2]
+            loader = functools.partial(planner_peers.ascend_peer, path, policy)
+            found.append(Source(f"vllm-ascend {version} {policy}", step, loader))
+    return {source.name: source for source in found}
+
+
+# -- measurements -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """The plans of one peer for one load; of "incremental", this package's for all targets."""
+
+    shape: Shape
+    load_name: str
+    step: int
+    source: str
+
+    @property
+    def case(self) -> tuple[str, str, int]:
+        return str(self.shape), self.load_name, self.step
+
+
+def tasks(settings: Settings) -> Iterator[Task]:
+    """All of them: first those of quick peers, and of each peer first one load of every shape."""
+    shapes = [s for s in (QUICK if settings.quick else SHAPES) if settings.only in str(s)]
+    names = {shape: load_names(shape, settings) for shape in shapes}
+    peers = sources(settings)
+    steps = [s.step for s in peers.values()]
+    for name, step in [("incremental", s) for s in sorted({1, *steps})] + [(s.name, s.step) for s in peers.values()]:
+        of_source = [
+            Task(shape, names[shape][i], step, name)
+            for i in range(max(map(len, names.values()), default=0))
+            for shape in shapes
+            if i < len(names[shape])
+        ]
+        yield from sorted(of_source, key=lambda task: task.shape.ranks > MANY_RANKS)
+
+
+def measure(case: Case, step: int, policy: str, answer: Callable[[], Slots]) -> Row:
+    began = time.process_time()
+    after = answer()
+    milliseconds = 1e3 * (time.process_time() - began)
+    ranks = case.shape.ranks
+    before, par = (Placement(slots, case.shape.experts, ranks).par(case.load) for slots in (case.slots, after))
+    moved = receipts(case.slots, after, ranks)
+    return Row(
+        str(case.shape), case.load_name, step, policy, len(case.load), round(float(before.mean()), 5),
+        round(float(par.mean()), 5), round(float(par.max()), 5), int(moved.sum()), int(moved.max()),
+        round(milliseconds, 2),
+    )  # fmt: skip
+
+
+def own(case: Case, step: int, policy: str, **options: Any) -> Row:
+    return measure(
+        case, step, policy,
+        lambda: plan(case.load, case.slots, case.shape.ranks, threads=1, **options).physical_to_logical,
+    )  # fmt: skip
+
+
+def own_plans(settings: Settings, task: Task, known: dict[str, Row]) -> Iterator[Row]:
+    case = make_case(task.shape, task.load_name, settings).every(task.step)
+    for target in TARGETS:
+        if (name := f"incremental fast {target:g}") not in known:
+            yield own(case, task.step, name, target_par=target)
+    for target in THOROUGH_TARGETS:
+        if (name := f"incremental thorough {target:g}") not in known:
+            options = {"effort": "thorough", "time_budget": budget(settings, case)}
+            yield own(case, task.step, name, target_par=target, **options)
+
+
+def budget(settings: Settings, case: Case) -> float:
+    """Seconds of a thorough plan: that of all layers, for these."""
+    return max(0.02, float(settings.budget) * len(case.load) / case.shape.layers)
+
+
+@functools.cache
+def loaded(settings: Settings, source: str) -> planner_peers.Peer:
+    return sources(settings)[source].load()
+
+
+def peers_plans(settings: Settings, task: Task, known: dict[str, Row]) -> Iterator[Row]:
+    """A peer's plan, and where it moves less than half of the slots this package's with at most as many moves: fast,
+    and thorough where that is behind."""
+    case = make_case(task.shape, task.load_name, settings).every(task.step)
+    row = known.get(task.source)
+    if row is None:
+        try:
+            peer = loaded(settings, task.source)
+            row = measure(
+                case, task.step, task.source, functools.partial(peer, case.load, case.slots, case.shape.ranks)
+            )
+        except (ImportError, ValueError, RuntimeError, IndexError, AssertionError) as error:
+            print(f"{task.shape} {task.load_name}: {task.source} refuses: {str(error)[:90]}", flush=True)
+            return
+        yield row
+    if not moves_few(task.shape, row):
+        return
+    options: dict[str, Any] = {"target_par": 1.0, "max_moves": row.moves}
+    ours = own(case, task.step, f"incremental fast, moves of {task.source}", **options)
+    yield ours
+    if row.par_mean < ours.par_mean - AHEAD:
+        options |= {"effort": "thorough", "time_budget": budget(settings, case)}
+        yield own(case, task.step, f"incremental thorough, moves of {task.source}", **options)
+
+
+def moves_few(shape: Shape, row: Row) -> bool:
+    return row.moves < 0.5 * row.layers * shape.slots
+
+
+def is_done(task: Task, known: dict[str, Row]) -> bool:
+    if task.source == "incremental":
+        return {f"incremental fast {t:g}" for t in TARGETS} | {
+            f"incremental thorough {t:g}" for t in THOROUGH_TARGETS
+        } <= known.keys()
+    row = known.get(task.source)
+    return row is not None and (not moves_few(task.shape, row) or f"incremental fast, moves of {row.policy}" in known)
+
+
+def work(settings: Settings, item: tuple[Task, dict[str, Row]]) -> tuple[Task, list[Row]]:
+    task, known = item
+    plans = own_plans if task.source == "incremental" else peers_plans
+    return task, list(plans(settings, task, known))
+
+
+def start_worker() -> None:
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[name] = "1"
+
+
+def run(table: Table, settings: Settings) -> Counter[str]:
+    """Adds the rows that are missing. Returns the number of tasks left out, by source."""
+    began = time.monotonic()
+    left = [task for task in tasks(settings) if not is_done(task, table.cases.get(task.case, {}))]
+    items = [(task, table.cases.get(task.case, {})) for task in left]
+    done: set[Task] = set()
+    start_worker()  # what workers inherit
+    with multiprocessing.get_context("spawn").Pool(settings.jobs, start_worker) as pool:
+        answers = pool.imap_unordered(functools.partial(work, settings), items)
+        for _ in items:
+            seconds = settings.seconds - (time.monotonic() - began)
+            try:
+                task, rows = answers.next(timeout=max(0.0, min(seconds, 1e6)))
+            except multiprocessing.TimeoutError:
+                break  # leaving the pool ends its processes
+            done.add(task)
+            for row in rows:
+                table.add(row)
+                print(row, flush=True)
+    return Counter(task.source for task in left if task not in done)
 
 
 def main() -> int:
@@ -354,37 +365,36 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, required=True, help="rows measured; those in it are not measured again")
     parser.add_argument("--plot", type=Path, help="picture of balance against moves (PNG or SVG)")
     parser.add_argument("--loads", type=Path, help="folder of JSON files with logical_count [layers][experts]")
-    parser.add_argument("--vllm-ascend", type=Path, help="unpacked sources of vllm-ascend")
+    parser.add_argument(
+        "--vllm-ascend", type=Path, action="append", default=[], metavar="PATH", help="unpacked sources of vllm-ascend"
+    )
+    parser.add_argument("--sglang", type=Path, metavar="PATH", help="unpacked sglang (the folder that holds sglang/)")
+    parser.add_argument("--tensorrt-llm", type=Path, metavar="PATH", help="TensorRT-LLM's moeLoadBalancer.cpp")
     parser.add_argument("--download", type=Path, metavar="DIR", help=f"fetch vllm-ascend {VLLM_ASCEND} into DIR")
     parser.add_argument("--quick", action="store_true", help="four shapes, eight layers, one seed")
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--seeds", type=int, default=5, help="of the generated loads")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time budget of thorough plans for all layers")
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no case after this time")
+    parser.add_argument("--budget", type=float, default=0.3, help="seconds of a thorough plan for all layers")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that plan")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after this time and say what is left out")
+    parser.add_argument("--swift-every", type=int, default=1, help="swift plans every so many-th layer")
     parser.add_argument("--stair-every", type=int, default=20, help="STAIR plans every so many-th layer")
     parser.add_argument("--flashlb-every", type=int, default=20, help="flashlb plans every so many-th layer")
     arguments = parser.parse_args()
-    table = Table(arguments.csv)
-    files = loads.read_folder(arguments.loads) if arguments.loads else {}
-    peers = find_peers(arguments)
-    began = time.monotonic()
-    for shape in QUICK if arguments.quick else SHAPES:
-        if arguments.only not in str(shape):
-            continue
-        for name, pair in load_pairs(shape, files, arguments.seeds, arguments.quick):
-            if time.monotonic() - began > 60 * arguments.minutes:
-                break
-            first, load = pair()
-            if arguments.quick:
-                first, load = first[:8], load[:8]
-            slots = greedy_placement(first, shape.slots, shape.ranks)
-            run_case(table, Case(shape, name, load, slots), peers, arguments.seconds)
+    values = vars(arguments)
+    folder = values.pop("download")
+    paths = [*values.pop("vllm_ascend"), *([download(folder)] if folder else [])]
+    settings = Settings(vllm_ascend=tuple(paths), **values)
+    table = Table(settings.csv)
+    left_out = run(table, settings)
     summary(table)
-    if arguments.plot:
-        draw(table, arguments.plot)
+    if settings.plot:
+        draw(table, settings.plot)
     behind = ahead(table)
     for line in behind:
         print("AHEAD:", line)
+    for source, number in left_out.items():
+        print(f"left out: {number} loads of {source}")
     print(f"\n{len(table.rows)} rows; a peer is ahead in {len(behind)}")
     return 1 if behind else 0
 

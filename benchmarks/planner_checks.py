@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import platform
@@ -348,13 +349,13 @@ def main() -> int:
     results = Results({"machine": platform.machine(), "python": platform.python_version(), "numpy": np.__version__})
     results.machine |= {"cores": os.cpu_count(), "load at start": os.getloadavg()[0]}
     peers: dict[str, planner_peers.Peer] = {}
-    vllm = planner_peers.vllm_peer() if "plans" in parts else None
-    if vllm is not None:
-        peers["vllm"] = vllm
+    if "plans" in parts and importlib.util.find_spec("vllm") is not None:
+        peers["vllm"] = planner_peers.vllm_peer()
     if arguments.deepseek:
         peers["deepseek"] = planner_peers.deepseek_peer(arguments.deepseek)
     if arguments.vllm_ascend:
-        peers |= planner_peers.ascend_peers(arguments.vllm_ascend)
+        for policy in ("swift", "flashlb"):
+            peers[f"vllm-ascend {policy}"] = planner_peers.ascend_peer(arguments.vllm_ascend, policy)
 
     cases = file_cases(arguments.loads, arguments.quick) if arguments.loads else []
     generated = generated_cases(16 if arguments.quick else 58)

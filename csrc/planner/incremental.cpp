@@ -166,7 +166,10 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
                            open.end());
             }
         }
-        for_each_item(num_layers, goal.threads, finish_layer);
+        for_each_item(num_layers, goal.threads, [&](int l) {
+            layers[l]->save_moves();  // of a plan that has more, or others, by now
+            finish_layer(l);
+        });
     }
 
     const auto mean_load = [&](int l) {

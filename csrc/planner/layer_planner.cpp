@@ -52,10 +52,12 @@ constexpr double kNearScratch = 0.002;
 // Where the target is missed, PARs within this of the lowest found are equally good before improvement.
 constexpr double kSlack = 0.0015;
 
-// Placements kept for each number of receipts in the search for few moves, and how many receipts it looks at where the
-// descent is stuck.
-constexpr int kWidthOfFast = 8;
-constexpr int kWidthOfThorough = 48;
+// The search for few moves: placements kept for each number of receipts are so many over slots times experts times
+// ranks, within bounds, and more by a factor if thorough; and how many receipts it looks at where the descent is stuck.
+constexpr int kStepsForFewMoves = 1 << 14;
+constexpr int kLeastWidth = 8;
+constexpr int kMostWidth = 128;
+constexpr int kWiderIfThorough = 6;
 constexpr int kDepthWhereStuck = 4;
 
 // A plan may make the windows' PARs worse on average by this part of what it takes off the PAR of their sum.
@@ -64,6 +66,9 @@ constexpr double kHurt = 0.25;
 // PARs closer than this are equal.
 constexpr double kSame = 2e-6;
 
+// The last thousandth of the mean load costs more receipts than all before: larger shapes are not asked for it.
+constexpr double kFine = 0.001;
+
 }  // namespace
 
 LayerPlanner::LayerPlanner(const double* load, const double* variance, const int32_t* slots, Shape shape,
@@ -71,7 +76,7 @@ LayerPlanner::LayerPlanner(const double* load, const double* variance, const int
     : load_(load),
       variance_(variance),
       slots_(slots),
-      target_(target),
+      target_(shape.slots > kFewSlots ? std::max(target, 1.0 + kFine) : target),
       search_(shape, {goal.nodes, goal.stay_near ? 0.0F : static_cast<float>(1.0 / goal.far_cost), goal.speed}),
       random_(seed),
       stay_near_(goal.stay_near),
@@ -103,18 +108,22 @@ bool LayerPlanner::keep_if_better() {
 void LayerPlanner::descend() {
     const Shape& shape = search_.shape();
     const double room = kRoomBeside * (shape.slots - shape.ranks) / shape.slots;
+    double least_share = 0.0;
     slack_ = kSlack;
     for (const double square : kSquares) {
         begin(target_, square);
         if (!has_load_) return;
         keep_if_better();
         if (best_.reached) return;
-        floor_ = search_.least_peak();
+        if (floor_ == 0.0) {
+            least_share = search_.smallest_largest_share();
+            floor_ = search_.least_peak(least_share);
+        }
         if (floor_ > target_) search_.aim({floor_ + kSame / 2, square, floor_});  // below are no receipts to be spent
         double share = 1.0 - room;
-        if (variance_ != nullptr) share = std::min(share, kNearLeast * search_.smallest_largest_share());
+        if (variance_ != nullptr) share = std::min(share, kNearLeast * least_share);
         // With one slot per rank a replica is a rank's load: the least largest share is the best there is.
-        if (!search_.split_heavy(share) && shape.per_rank() == 1) search_.split_heavy(search_.smallest_largest_share());
+        if (!search_.split_heavy(share) && shape.per_rank() == 1) search_.split_heavy(least_share);
         const bool reached = search_.descend();
         keep_if_better();
         if (best_.reached) return;
@@ -132,7 +141,7 @@ void LayerPlanner::descend() {
         }
     }
     save_receipts();
-    slack_ = 0.0;
+    slack_ = shape.slots > kFewSlots ? kFine : 0.0;
     search_.adopt(best_.slots);
 }
 
@@ -202,7 +211,7 @@ void LayerPlanner::improve_once(int round) {
         return;
     }
     const bool lower = !best_.reached && round % 2 == 0;
-    const double limit = best_.reached || lower ? target_ : search_.peak() + 1e-6;
+    const double limit = best_.reached || lower ? target_ : std::max(search_.peak(), lowest_ + slack_) + 1e-6;
     search_.aim({limit, square, limit + kScoredAbove[random_.below(std::size(kScoredAbove))]});
     if (lower)
         search_.lower_peak(random_, exact);
@@ -215,7 +224,10 @@ void LayerPlanner::save_moves() {
     if (settled() || variance_ != nullptr) return;
     search_.begin(load_, slots_, variance_);
     const int most = best_.reached ? best_.cost : std::max(best_.cost, kDepthWhereStuck);
-    few_ = find_few_moves(search_, most, thorough_ ? kWidthOfThorough : kWidthOfFast);
+    const Shape& shape = search_.shape();
+    const int64_t steps = static_cast<int64_t>(shape.slots) * shape.experts * shape.ranks;
+    const int width = static_cast<int>(std::clamp<int64_t>(kStepsForFewMoves / steps, kLeastWidth, kMostWidth));
+    few_ = find_few_moves(search_, most, thorough_ ? kWiderIfThorough * width : width);
     for (const FewMoves& few : few_) {
         search_.adopt(few.slots);
         keep_if_better();

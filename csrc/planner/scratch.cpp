@@ -157,18 +157,24 @@ class Matching {
           rank_of_(bins_, -1),
           bin_of_(bins_, -1) {
         const int experts = search.shape().experts, size = bins.size;
-        std::vector<std::vector<int32_t>> homes(experts);
+        // Which of the ranks have an expert at the start, as lists one after another.
+        const std::vector<int32_t>& start = search.start();
+        std::vector<int32_t> first(experts + 2, 0), homes(static_cast<size_t>(bins_) * size);
+        for (const int r : ranks)
+            for (int p = r * size; p < (r + 1) * size; ++p) ++first[std::min(start[p] + 2, experts + 1)];
+        for (int e = 2; e <= experts; ++e) first[e] += first[e - 1];
         for (int r = 0; r < bins_; ++r)
-            for (int p = ranks[r] * size; p < (ranks[r] + 1) * size; ++p) {
-                const int e = search.start()[p];
-                if (e < experts && (homes[e].empty() || homes[e].back() != r)) homes[e].push_back(r);
-            }
+            for (int p = ranks[r] * size; p < (ranks[r] + 1) * size; ++p)
+                if (start[p] < experts) homes[first[start[p] + 1]++] = r;
         std::vector<std::vector<std::pair<int32_t, int32_t>>> by_common(size + 1);
         for (int bin = 0; bin < bins_; ++bin) {
             for (const int32_t* e = bins.begin(bin); e < bins.end(bin); ++e) {
                 if (*e == experts) continue;
-                for (const int r : homes[*e])
+                for (int i = first[*e]; i < first[*e + 1]; ++i) {
+                    const int r = homes[i];
+                    if (i > first[*e] && r == homes[i - 1]) continue;  // twice on one rank
                     if (common(bin, r)++ == 0) near_[bin].push_back(r);
+                }
             }
             for (const int r : near_[bin]) by_common[common(bin, r)].push_back({bin, r});
         }

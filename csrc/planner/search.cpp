@@ -426,9 +426,9 @@ double Search::smallest_largest_share() const {
     return static_cast<double>(low) / kUnit;
 }
 
-double Search::least_peak() const {
+double Search::least_peak(double least_share) const {
     if (!alike()) return 1.0;
-    double least = smallest_largest_share();
+    double least = least_share;
     if (shape_.slots == shape_.experts) {  // beside the heaviest expert are others, at best the lightest
         std::vector<int32_t> lightest(state_.weight.begin(), state_.weight.end() - 1);
         std::sort(lightest.begin(), lightest.end());

@@ -58,8 +58,8 @@ class Search {
     // The load of the heaviest replica, in units of a rank's mean, when copies are given out to make that least.
     double smallest_largest_share() const;
 
-    // No placement has a lower PAR.
-    double least_peak() const;
+    // No placement has a lower PAR, where smallest_largest_share() is `least_share`.
+    double least_peak(double least_share) const;
 
     // Takes moves, best gain per receipt first, until no rank is above the limit (returns true) or none helps.
     bool descend();

@@ -19,6 +19,7 @@ constexpr double kConfirmed = 0.25;
 
 constexpr float kSquare = 0.1F;  // weight of the square beside what is above the limit
 constexpr int kRanksTried = 3;
+constexpr int kStepsBetweenLooks = 4;
 
 }  // namespace
 
@@ -95,10 +96,13 @@ bool Steadying::improve(std::vector<int32_t>& slots, double target) {
     const double of_mean = *std::max_element(rank.begin(), rank.end());
     if (before - std::max(of_mean, target) < kWorthwhile) return false;
     const int half = windows_ / 2;
-    const std::vector<int32_t> trial = descend(slots, 0, half, target);
-    const double gained = mean_of(slots, half, windows_) - mean_of(trial, half, windows_);
+    // What the first half suggests is given up as soon as the other half is worse off.
+    const double unseen = mean_of(slots, half, windows_);
+    const auto worse = [&](const std::vector<int32_t>& now) { return mean_of(now, half, windows_) > unseen; };
+    const std::vector<int32_t> trial = descend(slots, 0, half, target, worse);
+    const double gained = unseen - mean_of(trial, half, windows_);
     if (gained < kConfirmed * (before - std::max(of_mean, target))) return false;
-    std::vector<int32_t> found = descend(slots, 0, windows_, target);
+    std::vector<int32_t> found = descend(slots, 0, windows_, target, nullptr);
     if (mean_of(found, 0, windows_) >= before || percentile95(pars(found)) > percentile95(pars(start_))) return false;
     slots = std::move(found);
     return true;
@@ -142,7 +146,8 @@ void Steadying::place(int slot, int expert) {
     add(r, expert, 1.0F);
 }
 
-std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int first, int last, double target) {
+std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int first, int last, double target,
+                                        const std::function<bool(const std::vector<int32_t>&)>& ends) {
     first_ = first;
     last_ = last;
     limit_ = static_cast<float>(target);
@@ -168,7 +173,7 @@ std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int first, i
         if (-order[0].first <= limit_) break;
         bool moved = false;
         for (int i = 0; i < tried && !moved; ++i) moved = step(order[i].second);
-        if (!moved) break;
+        if (!moved || (ends && steps % kStepsBetweenLooks == kStepsBetweenLooks - 1 && ends(slots_))) break;
     }
     return slots_;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "search.h"
@@ -36,7 +37,9 @@ class Steadying {
     };
 
     double mean_of(const std::vector<int32_t>& slots, int first, int last) const;
-    std::vector<int32_t> descend(std::vector<int32_t> slots, int first, int last, double target);
+    // Ends early where `ends`, asked every few steps, says so of the placement.
+    std::vector<int32_t> descend(std::vector<int32_t> slots, int first, int last, double target,
+                                 const std::function<bool(const std::vector<int32_t>&)>& ends);
     bool step(int rank);
     void offer_swaps(int rank, Candidate& best) const;
     void offer_copies(int rank, Candidate& best) const;

@@ -21,7 +21,8 @@ class PlanOptions:
     """How the policy "incremental" is to plan.
 
     Attributes:
-        target_par: a layer is left alone once its PAR is no greater.
+        target_par: a layer is left alone once its PAR is no greater; below 1.001 it is 1.001 for layers with more than
+            128 slots.
         effort: "fast" is one descent, and up to 128 slots per layer a few rounds of improvement; "thorough" goes on
             improving for ``time_budget`` seconds, or until no layer can be improved.
         time_budget: seconds of "thorough", for all layers together.

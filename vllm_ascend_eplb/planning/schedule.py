@@ -190,10 +190,13 @@ class _Scheduler:
         fewest = max(-(-left // self.buffer) for left in self.left)
         order = sorted(range(len(self.left)), key=lambda rank: -self.left[rank])
         for urgent in (True, False):
-            for rank in order:
-                # what this rank must receive now so that the rest fits into one round fewer
-                must = self.left[rank] - self.buffer * (fewest - 1) if urgent else self.buffer
-                self._fill(rank, must, urgent, number, chosen)
+            before = -1
+            while len(chosen) > before:  # an expert that has just got a new place may be overwritten in its old one
+                before = len(chosen)
+                for rank in order:
+                    # what this rank must receive now so that the rest fits into one round fewer
+                    must = self.left[rank] - self.buffer * (fewest - 1) if urgent else self.buffer
+                    self._fill(rank, must, urgent, number, chosen)
         if not chosen:
             for rank in order:
                 self._fill(rank, self.buffer, True, number, chosen)

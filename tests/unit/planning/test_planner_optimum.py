@@ -87,9 +87,9 @@ def best_par_by_moves(load, slots, ranks):
     return [float(par[received <= k].min()) for k in range(len(slots) + 1)]
 
 
-@pytest.mark.parametrize(("effort", "share"), [("fast", 0.93), ("thorough", 0.95)])
+@pytest.mark.parametrize(("effort", "share"), [("fast", 0.98), ("thorough", 0.99)])
 def test_a_limit_on_moves_gives_the_best_par_for_it(effort, share):
-    """At each number of moves that can lower the PAR of a small shape, nearly always; 0.05 away at most."""
+    """At each number of moves that can lower the PAR of a small shape, nearly always; 0.02 away at most."""
     gaps, stays = [], []
     for seed in range(200):
         load, slots, ranks = small_instance(seed)
@@ -103,7 +103,7 @@ def test_a_limit_on_moves_gives_the_best_par_for_it(effort, share):
             stays.append(made.par_before[0] - best[most])
     assert min(gaps) > -1e-5, "better than every placement: the enumeration lacks some"
     assert np.mean(np.array(gaps) < 1e-5) >= share
-    assert max(gaps) <= 0.05
+    assert max(gaps) <= 0.02
     assert np.mean(np.array(stays) < 1e-5) < 0.1, "leaving all as it is would pass"
 
 
@@ -169,6 +169,24 @@ def test_few_slots_per_rank_are_balanced_as_from_scratch(ranks, per_rank):
         made = plan(load, slots, ranks, effort="thorough", rounds=60)
         assert made.par_after.mean() <= max(1.02, scratch.par_after.mean()) + 0.002
         slots = made.physical_to_logical
+
+
+@pytest.mark.parametrize(("ranks", "per_rank"), [(8, 33), (32, 9)])
+def test_a_target_of_one_does_not_move_most_slots(ranks, per_rank):
+    """The last thousandth of a PAR is worth no receipts: 1.001 is reached, thorough needs no more moves than fast, and
+    both need half of what a plan from scratch moves."""
+    generator = LoadGenerator(6, 256, seed=ranks)
+    first = generator.window()
+    generator.drift("hard")
+    load = generator.window()
+    slots = Placement.initial(6, 256, ranks, ranks * per_rank - 256).physical_to_logical
+    slots = plan(first, slots, ranks, policy="default").physical_to_logical
+    fast = plan(load, slots, ranks, target_par=1.0)
+    thorough = plan(load, slots, ranks, target_par=1.0, effort="thorough", rounds=60)
+    scratch = plan(load, slots, ranks, policy="default").physical_to_logical
+    assert fast.par_before.min() > 1.05
+    assert max(fast.par_after.max(), thorough.par_after.max()) <= 1.001 + 1e-5
+    assert thorough.num_moves <= fast.num_moves <= receipts(slots, scratch, ranks).sum() / 2
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.loads import LoadGenerator
+from benchmarks.placements import greedy_placement
+from vllm_ascend_eplb.planning import plan
 from vllm_ascend_eplb.planning.schedule import level_senders, schedule_rounds
 from vllm_ascend_eplb.values.placement import EMPTY, Placement
 from vllm_ascend_eplb.values.plan import EXPERT, GROUP, SLOT, Plan
@@ -185,6 +188,20 @@ def test_senders_are_levelled_as_far_as_can_be(seed: int, ranks: int, count: int
         inside = sum(set(allowed) <= ranks_in for allowed in candidates)
         needed = max(needed, -(-inside // len(ranks_in)))
     assert busiest == needed
+
+
+@pytest.mark.parametrize(("ranks", "slots"), [(32, 9), (64, 5), (128, 3)])
+@pytest.mark.parametrize("kind", ["medium", "hard"])
+def test_rounds_of_a_plan_are_near_the_bound(kind: str, ranks: int, slots: int) -> None:
+    """Plans with few spare slots move last copies in long chains: a slot may be overwritten only once its expert stands
+    elsewhere. A chain goes in one round."""
+    generator = LoadGenerator(8, 256, seed=1)
+    start = Placement(greedy_placement(generator.window().astype(float), ranks * slots, ranks), 256, ranks)
+    generator.drift(kind)
+    moves = plan(generator.window(), start, ranks).moves
+    rounds = schedule_rounds(start, moves, Topology.even(ranks, ranks // 8), 2)
+    bound = receive_bound(start, rounds, 2)
+    assert bound <= len(rounds) <= max(bound + 1, 1.1 * bound)
 
 
 @pytest.mark.parametrize(("ranks", "slots", "groups"), [(32, 9, 900), (64, 5, 2000)])
