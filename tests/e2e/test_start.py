@@ -73,11 +73,6 @@ CASES = {
         "good.json has 2 redundant experts per layer, eplb_config.num_redundant_experts is 4",
     ),
     "record path": ({"expert_map_record_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
-    "pipeline of several engines": (
-        {"dynamic_eplb": True},
-        {"pipeline_parallel_size": 2, "data_parallel_size": 2},
-        "--pipeline-parallel-size with --data-parallel-size 2 is not supported",
-    ),
     "map for a pipeline": (
         {"dynamic_eplb": True, "expert_map_record_path": "FILES/recorded.json"},
         {"pipeline_parallel_size": 2},
