@@ -47,7 +47,9 @@ EP_BACKENDS: Mapping[str, EpBackend] = MappingProxyType(
         "flashinfer_nvlink_two_sided": EpBackend(few_cores=True),
         "flashinfer_nvlink_one_sided": EpBackend(few_cores=True),
         "passthrough": EpBackend(few_cores=False),  # the MoE backend is a megakernel
-        "moonep": EpBackend(few_cores=False, refused="it computes with copies of the weights, which moves do not reach"),
+        "moonep": EpBackend(
+            few_cores=False, refused="it computes with copies of the weights, which moves do not reach"
+        ),
         "mori_high_throughput": EpBackend(few_cores=False, refused=_AMD),
         "mori_low_latency": EpBackend(few_cores=False, refused=_AMD),
     }
