@@ -32,12 +32,14 @@ BLOCK = 32
 class RoleServer(Server):
     """A server of two data-parallel engines that computes prompts (kv_producer) or takes them over (kv_consumer).
 
+    A step of a prefill server has one prompt for each engine, so that prompts make many steps.
+
     Attributes:
         audit: folder with the account of each worker; see audit.py.
     """
 
     def __init__(self, role: str, settings: dict[str, object], folder: Path, store: Path) -> None:
-        super().__init__(2, settings, folder, 16)
+        super().__init__(2, settings, folder, 1 if role == "kv_producer" else 16)
         transfer = {
             "kv_connector": "ExampleConnector",
             "kv_role": role,

@@ -21,7 +21,7 @@ ROUNDS = 30
 
 @pytest.fixture(scope="module")
 def roles(tmp_path_factory):
-    settings = {**BUSY, "expert_heat_collection_interval": 3}
+    settings = {**BUSY, "expert_heat_collection_interval": 2, "transfer_buffer_experts": 256}
     with both_roles(
         tmp_path_factory.mktemp("roles"),
         {**settings, "eplb_heat_collection_stage": "prefill"},
