@@ -80,7 +80,7 @@ def test_each_server_counts_the_tokens_of_its_stage(roles):
 
 
 @pytest.mark.parametrize("killed", ["prefill", "decode"])
-def test_a_server_is_killed_under_requests_and_started_again(roles, texts, reference, killed):
+def test_answers_are_equal_again_once_a_killed_server_is_back(roles, texts, reference, killed):
     """Two rounds are under way: the prompts of the second one come from the store where it has them."""
     prefill, decode, store, proxy = roles
     server, expected = (prefill if killed == "prefill" else decode), reference[:12]

@@ -8,6 +8,7 @@ the ids that arrive.
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -123,8 +124,10 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> Any:
         if group is not None:
             monkeypatch.setattr(loaded, "get_ep_group", lambda: group)
             monkeypatch.setattr(loaded, "get_local_sizes", lambda: [len(IDS)] * RANKS, raising=False)
+        known = inspect.signature(getattr(loaded, cls)).parameters
+        taken = {name: value for name, value in arguments.items() if name in known}
         with pytest.raises(ArrivedError) as raised:
-            getattr(loaded, cls)(**arguments).prepare(
+            getattr(loaded, cls)(**taken).prepare(
                 torch.zeros(len(IDS), 2048), torch.ones(IDS.shape), IDS, SLOTS, None, False, UNQUANTIZED
             )
         return raised.value
@@ -202,8 +205,9 @@ WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "top_k": IDS.shape[1],
             "num_experts": SLOTS,
             "hidden_size": 2048,
-            "x_bytes_per_token": 4096,
+            "x_bytes_per_token": 4096,  # of vLLM 0.32
             "x_sf_bytes_per_token": 0,
+            "dispatch_format": None,  # of vLLM 0.33
         },
     ),
 }
