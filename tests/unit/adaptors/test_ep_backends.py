@@ -124,6 +124,8 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> Any:
         if group is not None:
             monkeypatch.setattr(loaded, "get_ep_group", lambda: group)
             monkeypatch.setattr(loaded, "get_local_sizes", lambda: [len(IDS)] * RANKS, raising=False)
+            if hasattr(loaded, "FlashInferNVLinkOneSidedManager"):  # which vLLM 0.33 insists on
+                group.device_communicator.all2all_manager.__class__ = loaded.FlashInferNVLinkOneSidedManager
         known = inspect.signature(getattr(loaded, cls)).parameters
         taken = {name: value for name, value in arguments.items() if name in known}
         with pytest.raises(ArrivedError) as raised:
@@ -200,7 +202,10 @@ WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "flashinfer_nvlink_one_sided",
         "FlashInferNVLinkOneSidedPrepareAndFinalize",
         {
-            "group": managed(moe_alltoall=SimpleNamespace(dispatch=kernel("token_selected_experts"))),
+            "group": managed(
+                moe_alltoall=SimpleNamespace(dispatch=kernel("token_selected_experts")),  # of vLLM 0.32
+                get_communication=lambda: SimpleNamespace(dispatch=kernel(1)),  # of vLLM 0.33
+            ),
             "max_num_tokens": 8,
             "top_k": IDS.shape[1],
             "num_experts": SLOTS,
