@@ -73,11 +73,6 @@ CASES = {
         "good.json has 2 redundant experts per layer, eplb_config.num_redundant_experts is 4",
     ),
     "record path": ({"expert_map_record_path": "/nowhere/map.json"}, {}, "/nowhere/map.json"),
-    "pipeline of several engines": (
-        {"dynamic_eplb": True},
-        {"pipeline_parallel_size": 2, "data_parallel_size": 2},
-        "--pipeline-parallel-size with --data-parallel-size 2 is not supported",
-    ),
     "map for a pipeline": (
         {"dynamic_eplb": True, "expert_map_record_path": "FILES/recorded.json"},
         {"pipeline_parallel_size": 2},
@@ -170,6 +165,16 @@ CASES = {
         {"set": {"kernel_config": {"moe_backend": "deep_gemm_mega_moe"}}},
         '"transport": "nccl" and --moe-backend deep_gemm_mega_moe is not supported',
     ),
+    "all2all backend with weights of its own": (
+        {"dynamic_eplb": True},
+        {"set": {"parallel_config": {"all2all_backend": "moonep"}}},
+        "--all2all-backend moonep is not supported",
+    ),
+    "megakernel that vLLM does not balance": (
+        {"dynamic_eplb": True},
+        {"set": {"kernel_config": {"moe_backend": "flashinfer_moe_ep_mega_deep_gemm"}}},
+        "--moe-backend flashinfer_moe_ep_mega_deep_gemm is not supported",
+    ),
     "frozen weights": (
         {"dynamic_eplb": True},
         {"compilation_config": {"inductor_compile_config": {"freezing": True}}},
@@ -251,6 +256,7 @@ def answers(tmp_path_factory, nursery):
     asked["on"] = ({"dynamic_eplb": True, "num_redundant_experts": 4}, {})
     asked["stages"] = ({"dynamic_eplb": True}, {"pipeline_parallel_size": 2})
     asked["slices"] = ({"dynamic_eplb": True}, {"data_parallel_size": 2})
+    asked["engines in stages"] = ({"dynamic_eplb": True}, {"pipeline_parallel_size": 2, "data_parallel_size": 2})
     drafts = {"method": "ngram", "num_speculative_tokens": 2}
     asked["drafts"] = ({"dynamic_eplb": True}, {"speculative_config": drafts})
     asked["drafter"] = ({"dynamic_eplb": True}, DRAFTED)
@@ -291,7 +297,7 @@ def test_redundant_experts_come_from_the_map(answers):
     assert answers["map"]["redundant"] == 2
 
 
-@pytest.mark.parametrize("name", ["stages", "slices", "drafts", "drafter"])
+@pytest.mark.parametrize("name", ["stages", "slices", "engines in stages", "drafts", "drafter"])
 def test_supported_options_are_accepted(answers, name):
     assert answers[name].get("enable_eplb") is True, answers[name]
 

@@ -24,12 +24,6 @@ def common_options(vllm_config: Any, config: EplbConfig) -> tuple[Option, ...]:
     draft = has_experts(speculative)
     return (
         (
-            "--pipeline-parallel-size with --data-parallel-size",
-            parallel.data_parallel_size if stages > 1 else 1,
-            1,
-            "use one of the two",
-        ),
-        (
             "a draft model with experts and --pipeline-parallel-size",
             stages if draft else 1,
             1,

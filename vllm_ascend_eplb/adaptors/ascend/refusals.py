@@ -43,10 +43,16 @@ def refuse_unsupported(vllm_config: Any) -> None:
     Raises:
         EplbConfigError: the configuration has one of them.
     """
-    additional = vllm_config.additional_config
+    additional, parallel = vllm_config.additional_config, vllm_config.parallel_config
     config = settings_of(additional)
     options = (
         *common_options(vllm_config, config),
+        (
+            "--pipeline-parallel-size with --data-parallel-size",
+            parallel.data_parallel_size if parallel.pipeline_parallel_size > 1 else 1,
+            1,
+            "use one of the two",
+        ),
         (  # there it is a model of its own, and a map has the layers of one
             f"an expert_map_path or expert_map_record_path and a draft model with experts, with {SECOND_RUNNER}=1",
             has_map(config) and has_experts(vllm_config.speculative_config) and second_runner(),
@@ -55,7 +61,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
         ),
         (  # a map has all layers of a model, and each stage has some of them
             "an expert_map_path or expert_map_record_path and --pipeline-parallel-size",
-            vllm_config.parallel_config.pipeline_parallel_size if has_map(config) else 1,
+            parallel.pipeline_parallel_size if has_map(config) else 1,
             1,
             "use one of the two",
         ),

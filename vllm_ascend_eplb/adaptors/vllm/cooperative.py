@@ -3,7 +3,7 @@
 
 Such a kernel is launched cooperatively: it starts when all thread blocks fit on the GPU together, and then waits for
 the same kernel on other ranks. An NCCL kernel that waits for a peer holds the cores that it lacks, and both wait for
-ever. The names are those of vLLM 0.32 (``ParallelConfig.all2all_backend``, ``KernelConfig.moe_backend``).
+ever.
 """
 
 from __future__ import annotations
@@ -12,21 +12,10 @@ from typing import Any
 
 from ...settings.config import EplbConfig
 from ..refusals import Option, value_at
+from .ep_backends import DEFAULT, EP_BACKENDS, moe_backends
 
-SAFE_ALL2ALL = (
-    "allgather_reducescatter",
-    "naive",
-    "pplx",
-    "deepep_high_throughput",
-    "flashinfer_all2allv",
-    "flashinfer_nvlink_one_sided",
-    "flashinfer_nvlink_two_sided",
-)
-"""All2all backends beside which a bounded NCCL communicator cannot deadlock: NCCL collectives (vLLM runs ``naive`` and
-``pplx`` as the first of them), kernels with a small fixed number of thread blocks (DeepEP takes 20 cores for high
-throughput) and FlashInfer's, which are not launched cooperatively. Others are refused, unknown ones too:
-``deepep_low_latency``, ``deepep_v2`` and ``nixl_ep`` take cores by the number of experts, ``passthrough`` stands for a
-megakernel; ``moonep`` and ``mori_*`` are untested."""
+SAFE_ALL2ALL = tuple(name for name, backend in EP_BACKENDS.items() if backend.few_cores)
+"""All2all backends beside which a bounded NCCL communicator cannot deadlock. Others are refused, unknown ones too."""
 
 
 def is_megakernel(moe_backend: str) -> bool:
@@ -37,17 +26,13 @@ def is_megakernel(moe_backend: str) -> bool:
 
 def cooperative_kernels(vllm_config: Any) -> list[Option]:
     """The options of a configuration that choose cooperative kernels: name, value, allowed values, way out."""
-    all2all = value_at(vllm_config, "parallel_config.all2all_backend", SAFE_ALL2ALL[0])
+    all2all = value_at(vllm_config, "parallel_config.all2all_backend", DEFAULT)
     found: list[Option] = []
     way_out = 'set "transport" to "pull" or "gloo"'
     if all2all not in SAFE_ALL2ALL:
         allowed = ", ".join(SAFE_ALL2ALL)
         found.append(('"transport": "nccl" and --all2all-backend', all2all, allowed, way_out))
-    for path, name in (
-        ("kernel_config.moe_backend", "--moe-backend"),
-        ("speculative_config.moe_backend", "the moe_backend of --speculative-config"),
-    ):
-        backend = value_at(vllm_config, path, "auto")
+    for name, backend in moe_backends(vllm_config):
         if is_megakernel(backend):
             found.append((f'"transport": "nccl" and {name}', backend, "any that is no megakernel", way_out))
     return found

@@ -10,6 +10,7 @@ from ...settings.fit import refuse_options
 from ..parts import has_experts
 from ..refusals import Option, common_options, has_map, sleeps, transfers_weights, value_at
 from .cooperative import beside_nccl, is_megakernel
+from .ep_backends import beside_ep_backend
 
 
 def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
@@ -74,6 +75,7 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
             False,
             "on a CPU it constant-folds weights that the balancer must move",
         ),
+        *beside_ep_backend(vllm_config),
         *beside_nccl(vllm_config, config),
         *beside_map(vllm_config, config),
     )

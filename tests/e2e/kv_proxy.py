@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prefill server and a decode server at once, behind a small proxy.
+
+vLLM's ExampleConnector leaves the KV cache of a prompt in a folder of the store, one file for each layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from examples.demo.server import Server
+
+from .audit import AUDIT
+from .conftest import START_SECONDS, path_with, wait_until
+
+BLOCK = 32
+"""Tokens of a block; whole blocks of a prompt go from one server to the other."""
+
+
+class RoleServer(Server):
+    """A server of two data-parallel engines that computes prompts (kv_producer) or takes them over (kv_consumer).
+
+    A step of a prefill server has one prompt for each engine, so that prompts make many steps.
+
+    Attributes:
+        audit: folder with the account of each worker; see audit.py.
+    """
+
+    def __init__(self, role: str, settings: dict[str, object], folder: Path, store: Path) -> None:
+        super().__init__(2, settings, folder, 1 if role == "kv_producer" else 16)
+        transfer = {
+            "kv_connector": "ExampleConnector",
+            "kv_role": role,
+            "kv_connector_extra_config": {"shared_storage_path": str(store)},
+        }
+        self.command[self.command.index("--tensor-parallel-size")] = "--data-parallel-size"
+        self.command += [
+            *("--kv-transfer-config", json.dumps(transfer), "--block-size", str(BLOCK)),
+            # of a prompt in parts ExampleConnector keeps the first only
+            *("--no-enable-chunked-prefill", "--max-num-batched-tokens", "512"),
+        ]
+        self.audit = folder / "audit"
+        self.audit.mkdir()
+        (folder / "sitecustomize.py").write_text("import audit\naudit.audit_steps()\n")
+        self.environment |= {"PYTHONPATH": path_with([str(folder)]), AUDIT: str(self.audit)}
+
+    def wait(self) -> None:
+        for _ in self.wait_until_ready(START_SECONDS):
+            pass
+
+    def cycles(self) -> int:
+        stats = self.stats()
+        return stats.cycles_done if stats else 0
+
+    def steps(self) -> list[tuple[int, bool, list[int]]]:
+        """Of all workers: tokens that the scheduler gave a step, whether to count them, what was counted per layer."""
+        lines = [line for path in self.audit.iterdir() for line in path.read_text().splitlines() if line.endswith("]")]
+        return [tuple(json.loads(line)) for line in lines]
+
+    def kill(self) -> None:
+        """Ends all processes at once, and removes what vLLM leaves in memory then."""
+        mapped = self.shared_memory()
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert self._process is not None
+        self._process.wait()
+        wait_until(lambda: not self.processes(), 60, "the end of killed processes")
+        for path in mapped:
+            path.unlink(missing_ok=True)
+
+
+class Proxy:
+    """Sends a request to the prefill server for one token, then to the decode server, whose answer it passes on. A
+    request that a server does not answer, because it is away, is sent there again.
+
+    Attributes:
+        sent_again: how often that happened, by URL.
+    """
+
+    def __init__(self, prefill: str, decode: str) -> None:
+        self.sent_again = {prefill: 0, decode: 0}
+        self._between: Callable[[], None] = lambda: None
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                proxy._post(prefill, {**request, "max_tokens": 1})
+                proxy._between()
+                answer = json.dumps(proxy._post(decode, request)).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def _post(self, url: str, request: dict[str, Any]) -> Any:
+        end = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                response = httpx.post(f"{url}/v1/completions", json=request, timeout=300)
+                response.raise_for_status()
+                return response.json()
+            except httpx.HTTPError:
+                if time.monotonic() > end:
+                    raise
+            self.sent_again[url] += 1
+            time.sleep(0.5)
+
+    @contextlib.contextmanager
+    def doing_between(self, action: Callable[[], None]) -> Iterator[None]:
+        """Calls ``action`` when a prompt is computed, before the decode server is asked."""
+        idle, self._between = self._between, action
+        try:
+            yield
+        finally:
+            self._between = idle
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class Store:
+    """The folder between the servers."""
+
+    def __init__(self, path: Path, layers: int) -> None:
+        self.path, self._layers = path, layers
+
+    def clear(self) -> None:
+        """Forgets all prompts; no request may be under way."""
+        for entry in self.path.iterdir():
+            shutil.rmtree(entry)
+
+    def drop_parts(self) -> None:
+        """Forgets prompts that a server was writing when it was killed; only its requests wait for them.
+
+        ExampleConnector takes a folder for a whole prompt. The files of a prompt are all of one size.
+        """
+        for entry in self.path.iterdir():
+            if not self._is_whole(entry):
+                shutil.rmtree(entry)
+
+    def _is_whole(self, entry: Path) -> bool:
+        sizes = [file.stat().st_size for file in entry.iterdir()]
+        return len(sizes) == self._layers and len(set(sizes)) == 1
+
+    def damage(self) -> None:
+        """Turns the signs of all that is stored."""
+        from safetensors.torch import load_file, save_file
+
+        for file in self.path.glob("*/*.safetensors"):
+            save_file({name: -tensor for name, tensor in load_file(file).items()}, file)
+
+
+@contextlib.contextmanager
+def both_roles(
+    folder: Path, prefill: dict[str, object], decode: dict[str, object]
+) -> Iterator[tuple[RoleServer, RoleServer, Store, Proxy]]:
+    """Starts a server of each role by its settings, and the proxy."""
+    for name in ("prefill", "decode", "kv"):
+        (folder / name).mkdir()
+    servers = (
+        RoleServer("kv_producer", prefill, folder / "prefill", folder / "kv"),
+        RoleServer("kv_consumer", decode, folder / "decode", folder / "kv"),
+    )
+    proxy = Proxy(*(server.url for server in servers))
+    try:
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait()
+        yield (*servers, Store(folder / "kv", layers=6), proxy)
+    finally:
+        proxy.close()
+        for server in servers:
+            server.stop(30.0)
