@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +33,13 @@ def test_slices_of_a_batch_hold_every_token_once(parts: int, rows: int, data: st
 
 def state(data_parallel_size: int = 1) -> VllmEplbState:
     return VllmEplbState(SimpleNamespace(data_parallel_size=data_parallel_size), torch.device("cpu"))
+
+
+def loads_by(load: Callable[[str], object]) -> Any:
+    """A model that loads weights by name with this function."""
+    model: Any = torch.nn.Module()
+    model.load_weights = load
+    return model
 
 
 def test_a_whole_batch_needs_no_number_of_rows() -> None:
@@ -112,7 +119,7 @@ def test_weights_by_name_go_into_initial_slots() -> None:
         loaded.append((weights, balancer.open))
         return weights
 
-    model = SimpleNamespace(load_weights=load)
+    model = loads_by(load)
     mine.guard(model)
     mine.updator = balancer
     assert model.load_weights("by name") == "by name"
@@ -124,7 +131,7 @@ def test_weights_by_name_go_into_initial_slots() -> None:
 
 def test_weights_by_name_are_refused_beside_engines() -> None:
     mine, loaded = state(2), []
-    model = SimpleNamespace(load_weights=loaded.append)
+    model = loads_by(loaded.append)
     mine.guard(model)
     with pytest.raises(RuntimeError, match=r"load_weights of the model with --data-parallel-size 2 is not supported"):
         model.load_weights("by name")
@@ -244,7 +251,7 @@ def test_weights_come_in_parts_before_the_first_step() -> None:
     """Their checksums are learned once, when all have come, and until then nothing is balanced."""
     worker, mine, balancer, _ = sleeper()
     loaded: list[str] = []
-    model = SimpleNamespace(load_weights=loaded.append)
+    model = loads_by(loaded.append)
     mine.guard(model)
     worker.sleep(2)
     worker.wake_up()

@@ -121,10 +121,12 @@ class VllmEplbState(ModelStates):
         if config.dynamic:
             updator = start_balancer(adaptor, config)
             require_loaded_copies(updator.differing, str(vllm_config.load_config.load_format))
-            self.guard(model)
         else:
             require_equal_start(adaptor, config)
-        self.loaded.add(adaptor.placement, updator, by_map=config.expert_map_path is not None)
+        by_map, experts = config.expert_map_path is not None, adaptor.expert_tensors()
+        self.loaded.add(adaptor.placement, updator, by_map=by_map, experts=experts)
+        if updator is not None:
+            self.guard(model)
         if drafts:
             self.draft = _Draft(model_config, tokens[0], updator)
         else:
@@ -323,7 +325,7 @@ class VllmEplbState(ModelStates):
             return load_weights
 
         patch_once(model, "load_weights", into_initial_slots)
-        guard_model(model, self.loaded.require_unmoved)
+        guard_model(model, self.loaded)
 
     def start_async_loop(self) -> None:
         """Does nothing: vLLM's own state starts a thread here, ours has one."""
