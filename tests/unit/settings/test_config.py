@@ -94,7 +94,7 @@ def test_frozen() -> None:
         ("expert_heat_collection_interval", "0", "= '0' is out of range; allowed: integer 1..10000000"),
         ("expert_heat_collection_interval", "6OO", "is a string; allowed: integer 1..10000000"),
         ("algorithm_execution_interval", -3, "= -3 is out of range"),
-        ("algorithm_execution_interval", None, "= null is null; allowed: integer"),
+        ("algorithm_execution_interval", None, "= null is no value; allowed: integer"),
         ("num_redundant_experts", True, "is a boolean; allowed: integer"),
         ("eplb_policy_type", 4, "allowed: integer 0..3"),
         ("eplb_policy_type", "swift", "is a string; allowed: integer 0..3"),
