@@ -56,7 +56,7 @@ def json_cause(text: str, error: json.JSONDecodeError) -> str:
     if not rest or "Unterminated string" in error.msg:
         return _ends(text, before, error)
     first = rest[0]
-    if not first.isascii() and not first.isprintable() or text[at : at + 1] != first and not text[at].isascii():
+    if (not first.isascii() and not first.isprintable()) or (text[at : at + 1] != first and not text[at].isascii()):
         return f"there is an invisible character, U+{ord(text[at]):04X}; take it out"
     if first in _TYPOGRAPHIC:
         return f"it has typographic quotes ({first}); write plain double quotes"

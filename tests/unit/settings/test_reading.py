@@ -38,7 +38,7 @@ def test_words_for_booleans_are_read_as_pydantic_does(name: str, word: str) -> N
     assert getattr(EplbConfig.from_additional_config({"eplb_config": {name: word}}), name) is expected
 
 
-@pytest.mark.parametrize("value", [1, 0, np.bool_(True), np.bool_(False), np.array(True)])
+@pytest.mark.parametrize("value", [1, 0, 1.0, 0.0, np.bool_(True), np.bool_(False), np.array(True)])
 def test_numbers_for_booleans(value: object) -> None:
     assert parse(weighted_dispatch=value).weighted_dispatch is bool(value)
 
@@ -81,6 +81,7 @@ def test_torch_scalars_and_arrays() -> None:
     assert parse(num_redundant_experts=torch.tensor(4)).num_redundant_experts == 4
     assert parse(min_gain=torch.tensor(0.5)).min_gain == 0.5
     assert parse(rank_speed=np.array([1, 2])).rank_speed == [1.0, 2.0]
+    assert parse(rank_speed=torch.tensor([1.0, 2.0])).rank_speed == [1.0, 2.0]
     assert parse(rank_speed=(1, "2")).rank_speed == [1.0, 2.0]
 
 
@@ -110,7 +111,7 @@ def test_choices_of_other_types() -> None:
         ("min_gain", True),
         ("min_gain", "1,5"),
         ("weighted_dispatch", 2),
-        ("weighted_dispatch", 0.0),
+        ("weighted_dispatch", 0.5),
         ("weighted_dispatch", "maybe"),
         ("weighted_dispatch", np.array([True])),
         ("rank_speed", "1,2"),
