@@ -208,7 +208,17 @@ def test_this_machine_is_asked_without_a_proxy(
         if host != "127.0.0.2":
             assert run_json("watch", f"http://{host}:{port}", "--once")["steps"] == 1234
         assert proxy_for(f"http://{host}:{port}") is None
-    for host in ("0.0.0.0", "[::1]", socket.gethostname(), "a.localhost"):
+    for host in (
+        *("0.0.0.0", "[::1]", "[::ffff:127.0.0.1]", "127.1", "0", "2130706433", "0x7f.1"),
+        *(
+            socket.gethostname(),
+            socket.gethostname().upper(),
+            "a.localhost",
+            "localhost.",
+            "ip6-localhost",
+            "LocalHost",
+        ),
+    ):
         assert proxy_for(f"http://{host}:{port}") is None, host
     assert proxy[1] == []
 
@@ -221,13 +231,26 @@ def test_an_error_names_the_proxy(proxy: tuple[str, list[str]], monkeypatch: pyt
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     said = run("watch", "http://192.0.2.7:8000", "--once", status=2)
     assert "cannot be reached through the proxy http://127.0.0.1:9" in said
+    monkeypatch.setenv("http_proxy", "http://somebody:secret@127.0.0.1:9")
+    said = run("watch", "http://me:hidden@192.0.2.7:8000", "--once", status=2)
+    assert "http://192.0.2.7:8000/metrics cannot be reached through the proxy http://127.0.0.1:9" in said
+    assert not any(word in said for word in ("secret", "hidden"))
     monkeypatch.setenv("no_proxy", "192.0.2.7")
     assert proxy_for("http://192.0.2.7:8000") is None
 
 
 def test_other_machines_are_not_this_one() -> None:
     """Negative control."""
-    for host in ("192.0.2.7", "example.invalid", "8.8.8.8", "2001:db8::1", "", "localhost.example.invalid"):
+    for host in (
+        "192.0.2.7",
+        "example.invalid",
+        "8.8.8.8",
+        "2001:db8::1",
+        "",
+        "localhost.example.invalid",
+        "3221225991",
+        "vm2.invalid",
+    ):
         assert not is_this_machine(host), host
 
 
