@@ -132,12 +132,16 @@ def guard_model(model: torch.nn.Module, loaded: LoadedOrder) -> None:
         model: on which ``loaded`` was built.
         loaded: knows which weights move, and whether they have.
     """
+    for module in modules_with_experts(model, loaded):
+        patch_once(module, "named_parameters", functools.partial(_checked_parameters, loaded))
+        patch_once(module, "state_dict", functools.partial(_checked_state, loaded))
+        patch_once(module, "get_parameter", functools.partial(_checked_parameter, loaded))
+
+
+def modules_with_experts(model: torch.nn.Module, loaded: LoadedOrder) -> list[torch.nn.Module]:
+    """The modules of a model, itself included, that have a weight that moves in them."""
     holders = {id(module) for module in model.modules() if any(map(loaded.moves, module.parameters(recurse=False)))}
-    for module in list(model.modules()):
-        if any(id(inner) in holders for inner in module.modules()):
-            patch_once(module, "named_parameters", functools.partial(_checked_parameters, loaded))
-            patch_once(module, "state_dict", functools.partial(_checked_state, loaded))
-            patch_once(module, "get_parameter", functools.partial(_checked_parameter, loaded))
+    return [module for module in model.modules() if any(id(inner) in holders for inner in module.modules())]
 
 
 def _checked_method(name: str, check: Callable[[Any, str], None], original: Any) -> Any:

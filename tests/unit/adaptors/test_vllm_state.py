@@ -19,6 +19,7 @@ from vllm_ascend_eplb.adaptors.vllm.adaptor import Slice
 from vllm_ascend_eplb.adaptors.vllm.runner import require_known_slice
 from vllm_ascend_eplb.adaptors.vllm.state import VllmEplbState
 from vllm_ascend_eplb.adaptors.vllm.worker import balanced
+from vllm_ascend_eplb.values.placement import Placement
 
 
 @given(st.integers(1, 9), st.integers(1, 300), st.data())
@@ -127,6 +128,30 @@ def test_weights_by_name_go_into_initial_slots() -> None:
         model.load_weights("a reload")
     assert loaded == [("by name", True), ("a reload", True)]
     assert balancer.calls == ["moves back", "back to the start", "checksums", "back to the start", "checksums"]
+
+
+def test_parts_of_a_model_are_loaded_into_initial_slots() -> None:
+    """As trainers do that give ``model.model`` its weights. The loader of a model calls those of its parts, for which
+    experts move back once. Negative control: a part without experts."""
+    balancer, mine, loaded = Balancer(), state(), []
+
+    def loads(name: str) -> Callable[[str], None]:
+        return lambda _: loaded.append((name, balancer.open))
+
+    model = loads_by(lambda weights: part.load_weights(weights))
+    part, model.vision = loads_by(loads("part")), loads_by(loads("vision"))
+    model.part = part
+    part.w13_weight = torch.nn.Parameter(torch.ones(2, 3), requires_grad=False)
+    experts = [[[part.w13_weight.data[slot]] for slot in range(2)]]
+    mine.loaded.add(Placement.initial(1, 2, 1, 0), None, by_map=False, experts=experts)
+    mine.guard(model)
+    mine.updator = balancer
+    model.vision.load_weights("a picture's")
+    assert balancer.calls == []
+    part.load_weights("by name")
+    model.load_weights("by name")
+    assert loaded == [("vision", False), ("part", True), ("part", True)]
+    assert balancer.calls == ["moves back", "back to the start", "checksums"] * 2
 
 
 def test_weights_by_name_are_refused_beside_engines() -> None:

@@ -27,7 +27,7 @@ from ..errors import UnsupportedError
 from ..handed_over import settings_of
 from ..parts import is_draft
 from ..patching import patch_once
-from ..readers import LoadedOrder, guard_model
+from ..readers import LoadedOrder, guard_model, modules_with_experts
 from .adaptor import Slice, VllmAdaptor
 from .cooperative import cooperative_kernels
 from .eplb_state import ModelStates
@@ -311,7 +311,8 @@ class VllmEplbState(ModelStates):
         """Lets weights that are loaded by name go into the slots of the initial placement, and refuses to have weights
         read while experts have moved.
 
-        Trainers call ``load_weights`` of the model in every worker, once or for part after part of the weights.
+        Trainers call ``load_weights`` of the model, or of a part of it, in every worker, once or for part after part of
+        the weights.
         """
 
         def into_initial_slots(load: Any) -> Any:
@@ -324,7 +325,9 @@ class VllmEplbState(ModelStates):
 
             return load_weights
 
-        patch_once(model, "load_weights", into_initial_slots)
+        for module in (model, *modules_with_experts(model, self.loaded)):
+            if hasattr(module, "load_weights"):  # a part of a model may be loaded by itself
+                patch_once(module, "load_weights", into_initial_slots)
         guard_model(model, self.loaded)
 
     def start_async_loop(self) -> None:
