@@ -12,6 +12,7 @@ import enum
 import os
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,8 @@ def is_something(value: object) -> bool:
 
 
 def _plain(value: object) -> object:
-    """Python's own value for NumPy's and torch's scalars, paths, enumerations and one-dimensional arrays."""
+    """Python's own value for NumPy's and torch's scalars, decimal numbers, paths, enumerations and one-dimensional
+    arrays."""
     if isinstance(value, enum.Enum):
         value = value.value
     if isinstance(value, os.PathLike):
@@ -80,6 +82,9 @@ def _plain(value: object) -> object:
         return path if isinstance(path, str) else value
     if type(value) in (bool, int, float, str):
         return value
+    for kind in (int, float, Decimal):  # also of subclasses, which YAML readers make to keep a number's form
+        if isinstance(value, kind) and not isinstance(value, np.generic):
+            return float(value) if kind is Decimal else kind(value)
     array: Any = value
     try:
         if isinstance(value, np.generic) or getattr(value, "shape", None) == ():
