@@ -182,9 +182,9 @@ def _judged(key: object, value: object, known: tuple[str, ...]) -> Misplaced | N
     if exact is not None:
         weight: Literal["sure", "likely"] = "sure" if len(exact) >= SHORT and exact != "transport" else "likely"
         return Misplaced(f"{shown} is not read there; write it as {_form(exact, value)}", weight)
-    other = _of_another_balancer(name, value)
-    if other is not None:
-        return Misplaced(f"{shown} is not read by the balancer; {other[0]}", other[1])
+    theirs = _of_another_balancer(name, value)
+    if theirs is not None:
+        return Misplaced(f"{shown} is not read by the balancer; {theirs[0]}", theirs[1])
     candidates = {**dict.fromkeys(known), **MOVED_INTO_EPLB_CONFIG}
     near = difflib.get_close_matches(name, [*candidates, *OF_NEIGHBOURS], n=1, cutoff=0.8) if name else []
     if not near or near[0] in OF_NEIGHBOURS:
