@@ -153,6 +153,13 @@ def test_paths_with_a_tilde_or_a_variable(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"$HOME was not replaced, write its value {tmp_path}" in said
     assert "$NOWHERE was not replaced" in run("plan", TRACE, "--ranks", 4, "-o", "$NOWHERE/a.json", status=2)
     assert "$HOME was not replaced" in run("doctor", "--quick", "--config", "$HOME/none.json", status=2)
+    (tmp_path / "model").mkdir()
+    assert f"{tmp_path}/model/config.json does not exist" in run("doctor", "--model=~/model", "--ranks", 4, status=2)
+    for path, said in (
+        ("~/none.json", f"{tmp_path}/none.json does not exist: no server"),
+        ("$HOME/none.json", f"$HOME was not replaced, write its value {tmp_path}"),
+    ):
+        assert said in run("control", "pause", f"--stats-file={path}", status=2)
 
 
 def test_defaults_are_the_servers() -> None:
