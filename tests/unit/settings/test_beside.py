@@ -114,7 +114,7 @@ def test_setting_of_another_balancer_at_top_level_is_noticed(key: str) -> None:
 
 @pytest.mark.parametrize("nothing", [None, False, "", "false", 0, [], {}])
 def test_eplb_config_of_nothing_is_off(nothing: object) -> None:
-    """As YAML writes a key without a value."""
+    """As YAML writes a key without a value, which vllm-ascend 0.23.0.post1 takes, too."""
     assert not EplbConfig.from_additional_config({"eplb_config": nothing}).active
     assert remarks({"eplb_config": nothing}) == []
 

@@ -141,7 +141,7 @@ def test_bad_value(key: str, value: object, expected: str) -> None:
         ({"num_wait_worker_iterations": 30}, '{"eplb_config": {"algorithm_execution_interval": 30}}'),
         ({"init_redundancy_expert": 16}, '{"eplb_config": {"num_redundant_experts": 16}}'),
         ({"dynamic_eplb": True}, '{"eplb_config": {"dynamic_eplb": true}}'),
-        ({"eplb_config": None}, "must be a dictionary"),
+        ({"eplb_config": True}, "must be a dictionary"),
         ({"eplb_config": '{"dynamic_eplb": true}'}, "is a string; it must be a dictionary"),
         ({"eplb_config": [True]}, "is a list; it must be a dictionary"),
     ],
