@@ -103,7 +103,7 @@ class Server:
         while True:
             self.check_alive()
             try:
-                if httpx.get(f"{self.url}/health", timeout=2.0).status_code == 200:
+                if httpx.get(f"{self.url}/health", timeout=2.0, trust_env=False).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
@@ -130,7 +130,7 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """The balancer's lines of the server's /metrics."""
-        text = httpx.get(f"{self.url}/metrics", timeout=10.0).text
+        text = httpx.get(f"{self.url}/metrics", timeout=10.0, trust_env=False).text
         lines = (line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("vllm_eplb_"))
         return {name: float(value) for name, value in lines}
 

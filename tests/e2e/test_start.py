@@ -78,6 +78,11 @@ CASES = {
         {"pipeline_parallel_size": 2},
         "an expert_map_record_path and --pipeline-parallel-size 2 is not supported",
     ),
+    "weight cache": (
+        {"dynamic_eplb": True},
+        {"load_format": "ipc_cache"},
+        "--load-format ipc_cache is not supported",
+    ),
     "adapters": ({"dynamic_eplb": True}, {"enable_lora": True}, "--enable-lora True is not supported"),
     "weights on the host": ({"dynamic_eplb": True}, {"cpu_offload_gb": 1}, "--cpu-offload-gb 1.0 is not supported"),
     "layers on the host": (

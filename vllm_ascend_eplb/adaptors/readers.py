@@ -2,9 +2,11 @@
 """Code of others that reads weights by slot: refused while experts are not where a checkpoint has them.
 
 Once experts have moved, slot s of a rank holds another expert than after loading, and a file or a copy that is made
-by slots would silently hold wrong weights. The methods of a worker that read weights check this first; so do
-``named_parameters`` and ``state_dict`` of the model, which functions that run by ``collective_rpc`` call. The way out
-of the error moves every expert back.
+by slots would silently hold wrong weights. The methods of a worker that read weights check this first. Functions that
+run by ``collective_rpc`` call ``named_parameters``, ``state_dict`` or ``get_parameter`` of the model or of a module in
+it: those check each tensor that they give, and refuse a weight that moves. All others they give, because serving asks
+for the first parameter, too: some multimodal models ask for its dtype with each image. The way out of the error moves
+every expert back.
 
 Expert ids that vLLM returns (``--enable-return-routed-experts``) need nothing: routers note logical ids, before they
 map them to slots.
@@ -13,8 +15,10 @@ map them to slots.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+import torch
 
 from ..balancer.updator import EplbUpdator
 from ..values.placement import Placement
@@ -22,9 +26,6 @@ from .patching import patch_once
 
 WORKER_READERS = ("save_sharded_state", "save_tensorized_model", "compute_weight_checksums", "apply_model")
 """Methods of vLLM's workers that read weights, or hand the model to a function of the user."""
-
-MODEL_READERS = ("named_parameters", "state_dict")
-"""Methods of a model that read weights by name; ``parameters`` uses the first."""
 
 
 class MovedExpertsError(RuntimeError):
@@ -62,18 +63,32 @@ class LoadedOrder:
 
     def __init__(self) -> None:
         self._models: list[tuple[Placement, EplbUpdator | None]] = []
+        self._moving: set[int] = set()
         self._by_map = False
 
-    def add(self, loaded: Placement, balancer: EplbUpdator | None, *, by_map: bool) -> None:
+    def add(
+        self,
+        loaded: Placement,
+        balancer: EplbUpdator | None,
+        *,
+        by_map: bool,
+        experts: Iterable[Iterable[Iterable[torch.Tensor]]] = (),
+    ) -> None:
         """Adds a model.
 
         Args:
             loaded: the placement that the weights were loaded by.
             balancer: None where the placement is static.
             by_map: whether ``loaded`` is a map of the user.
+            experts: [L][S] tensors of the expert in each slot, as :meth:`EplbAdaptor.expert_tensors` gives them.
         """
         self._models.append((loaded, balancer))
         self._by_map |= by_map
+        self._moving |= {tensor.data_ptr() for layer in experts for slot in layer for tensor in slot} - {0}
+
+    def moves(self, tensor: torch.Tensor) -> bool:
+        """Whether a parameter begins where an expert's weights are, which a balancer moves."""
+        return tensor.data_ptr() in self._moving
 
     def require(self, what: str) -> None:
         """Refuses a reader of weights that would find experts in other slots than a checkpoint has them in.
@@ -110,15 +125,23 @@ def guard_worker(worker: type, check: Callable[[Any, str], None]) -> None:
             patch_once(worker, name, functools.partial(_checked_method, name, check))
 
 
-def guard_model(model: Any, check: Callable[[str], None]) -> None:
-    """Lets the readers of a model instance check first; idempotent.
+def guard_model(model: torch.nn.Module, loaded: LoadedOrder) -> None:
+    """Lets the readers of a model check what they give, and those of every module in it that holds experts; idempotent.
 
     Args:
-        check: gets the name of the method, and raises where weights must not be read.
+        model: on which ``loaded`` was built.
+        loaded: knows which weights move, and whether they have.
     """
-    for name in MODEL_READERS:
-        if hasattr(model, name):
-            patch_once(model, name, functools.partial(_checked_call, name, check))
+    for module in modules_with_experts(model, loaded):
+        patch_once(module, "named_parameters", functools.partial(_checked_parameters, loaded))
+        patch_once(module, "state_dict", functools.partial(_checked_state, loaded))
+        patch_once(module, "get_parameter", functools.partial(_checked_parameter, loaded))
+
+
+def modules_with_experts(model: torch.nn.Module, loaded: LoadedOrder) -> list[torch.nn.Module]:
+    """The modules of a model, itself included, that have a weight that moves in them."""
+    holders = {id(module) for module in model.modules() if any(map(loaded.moves, module.parameters(recurse=False)))}
+    return [module for module in model.modules() if any(id(inner) in holders for inner in module.modules())]
 
 
 def _checked_method(name: str, check: Callable[[Any, str], None], original: Any) -> Any:
@@ -130,10 +153,34 @@ def _checked_method(name: str, check: Callable[[Any, str], None], original: Any)
     return checked
 
 
-def _checked_call(name: str, check: Callable[[str], None], original: Any) -> Any:
+def _checked_parameters(loaded: LoadedOrder, original: Any) -> Any:
     @functools.wraps(original)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        check(f"{name} of the model")
-        return original(*args, **kwargs)
+    def named_parameters(*args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for name, parameter in original(*args, **kwargs):
+            if loaded.moves(parameter):
+                loaded.require_unmoved("named_parameters of the model")
+            yield name, parameter
 
-    return checked
+    return named_parameters
+
+
+def _checked_state(loaded: LoadedOrder, original: Any) -> Any:
+    @functools.wraps(original)
+    def state_dict(*args: Any, **kwargs: Any) -> Any:
+        state = original(*args, **kwargs)
+        if any(loaded.moves(value) for value in state.values() if isinstance(value, torch.Tensor)):
+            loaded.require_unmoved("state_dict of the model")
+        return state
+
+    return state_dict
+
+
+def _checked_parameter(loaded: LoadedOrder, original: Any) -> Any:
+    @functools.wraps(original)
+    def get_parameter(*args: Any, **kwargs: Any) -> torch.nn.Parameter:
+        parameter: torch.nn.Parameter = original(*args, **kwargs)
+        if loaded.moves(parameter):
+            loaded.require_unmoved("get_parameter of the model")
+        return parameter
+
+    return get_parameter

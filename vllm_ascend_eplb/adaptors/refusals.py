@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from ..settings.config import EplbConfig
@@ -39,7 +40,25 @@ def common_options(vllm_config: Any, config: EplbConfig) -> tuple[Option, ...]:
         _parallel(vllm_config, "decode_context_parallel_size", 1),
         _parallel(vllm_config, "enable_elastic_ep", False),
         ("--enable-lora", vllm_config.lora_config is not None, False, "leave it out"),
+        *_shared_weights(vllm_config),
     )
+
+
+SHARING_FORMATS = ("ipc_cache", "modelexpress", "netloader", "rfork")
+"""Values of ``--load-format`` by which another process has or gets the weights of this server as they lie in memory:
+vLLM's weight cache, ModelExpress, and vllm-ascend's two loaders from a running server. It would get moved experts in
+the order of the checkpoint, or see them change."""
+
+
+def _shared_weights(vllm_config: Any) -> Iterator[Option]:
+    """Loaders, of the model and of a draft model, whose weights other processes read."""
+    for option, path in (
+        ("--load-format", "load_config.load_format"),
+        ("a draft model's --load-format", "speculative_config.draft_load_config.load_format"),
+    ):
+        found = str(value_at(vllm_config, path, "auto"))
+        if found in SHARING_FORMATS:
+            yield (option, found, "formats that share no memory with other processes", "leave it out")
 
 
 def sleeps(vllm_config: Any) -> bool:

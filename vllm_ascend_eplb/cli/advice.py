@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..files.disk import parse_json, read_bounded
+from ..files.disk import expand_user, parse_json, read_bounded
 from ..simulate.advice import AdviceError, advised, choices, read_sizes
 from ..simulate.cost import MACHINES, CostModel
 from .output import table
@@ -25,6 +25,7 @@ def advise(model: Path, ranks: int, tokens: float, machine: str, weight_bytes: f
     """
     if machine not in MACHINES:
         raise AdviceError(f"machine is {machine!r}; allowed are {', '.join(MACHINES)}")
+    model = Path(expand_user(model))
     path = model / "config.json" if model.is_dir() else model
     config = parse_json(read_bounded(path, MOST_CONFIG_BYTES, "config.json of a model"), path)
     if not isinstance(config, dict):

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from ..balancer.orders import MAX_INTERVAL, Order, orders_path, write_order
+from ..files.disk import expand_user, unexpanded
 from ..observe.stats import EplbStats
 from ..observe.stats_file import read_stats, stats_path
 from .output import CommandError, JsonOption, print_json, user_errors
@@ -59,7 +60,7 @@ def control(
     with user_errors(as_json):
         if given != (command is Verb.INTERVALS):
             raise CommandError("--collect-steps and --execution-steps go with intervals, which needs one of them")
-        paths = parts_of(stats_file or find_stats_file())
+        paths = parts_of(Path(expand_user(stats_file)) if stats_file else find_stats_file())
         for path in paths:
             stats = _stats(path)
             if stats.phase == "off":
@@ -108,7 +109,8 @@ def parts_of(path: Path) -> list[Path]:
     further = sorted(path.parent.glob(f"{glob.escape(path.stem)}-*{glob.escape(path.suffix)}"))
     found = [file for file in (path, *further) if file.exists()]
     if not found:
-        raise CommandError(f"{path} does not exist: no server writes it, or its server has served nothing yet")
+        because = unexpanded(path) or ": no server writes it, or its server has served nothing yet"
+        raise CommandError(f"{path} does not exist{because}")
     return found
 
 
@@ -138,7 +140,8 @@ def _stats(path: Path) -> EplbStats:
     except OSError as error:
         raise CommandError(f"{path} cannot be read ({error.strerror}); run this as the user of the server") from None
     if stats is None:
-        raise CommandError(f"{path} does not exist: no server writes it, or its server has served nothing yet")
+        because = unexpanded(path) or ": no server writes it, or its server has served nothing yet"
+        raise CommandError(f"{path} does not exist{because}")
     return stats
 
 

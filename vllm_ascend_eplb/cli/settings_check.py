@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 
-from ..files.disk import FileError, read_bounded, show
+from ..files.disk import FileError, read_bounded, show, unique_keys
 from ..files.json_cause import json_cause
 from ..settings.config import EplbConfig
 from ..settings.fit import ModelShape, ServerShape, fit
@@ -25,7 +25,10 @@ def read_settings(text: str | None) -> EplbConfig | None:
     if text is None:
         return None
     where = "--config"
-    if not text.lstrip().startswith("{"):
+    text = text.removeprefix("\ufeff")
+    if not text.strip():
+        raise CommandError('--config is empty; write {"dynamic_eplb": true, ...}')
+    if not text.lstrip().startswith(("{", "[", '"')):
         where = f"--config: {show(text)}"
         try:
             text = read_bounded(text, MAX_CONFIG_BYTES, "settings").decode("utf-8-sig")
@@ -34,7 +37,7 @@ def read_settings(text: str | None) -> EplbConfig | None:
         except FileError as error:
             raise CommandError(f"--config is neither JSON nor a file: {error}") from None
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise CommandError(f"{where} is no JSON: {json_cause(text, error)} (character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.client
 import ipaddress
+import re
 import socket
 import time
 import urllib.error
@@ -32,6 +33,10 @@ BARS = "▁▂▃▄▅▆▇█"
 
 Sample = dict[str, float | str]
 """One look: metric names without prefix, labels appended with dots."""
+
+
+LOCAL_NAMES = ("localhost", "localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
+"""Names of this machine in the /etc/hosts of common systems."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -112,28 +117,32 @@ def look(address: str, timeout: float) -> Sample:
         CommandError: the server cannot be reached, answers something else, or has no balancer.
     """
     proxy = proxy_for(address)
-    through = f" through the proxy {proxy} (of the environment; NO_PROXY leaves a host out)" if proxy else ""
-    scheme = urllib.parse.urlsplit(address).scheme
+    through = (
+        f" through the proxy {without_password(proxy)} (of the environment; NO_PROXY leaves a host out)"
+        if proxy
+        else ""
+    )
+    scheme, shown = urllib.parse.urlsplit(address).scheme, without_password(address)
     opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({scheme: proxy} if proxy else {}))
     try:
         with opener.open(urllib.request.Request(address), timeout=timeout) as answer:
             page = answer.read(MAX_PAGE_BYTES + 1)
     except urllib.error.HTTPError as error:
-        raise CommandError(f"{address} answers {error.code} {error.reason}{through}; is that a vLLM server?") from None
+        raise CommandError(f"{shown} answers {error.code} {error.reason}{through}; is that a vLLM server?") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise CommandError(
-            f"{address} cannot be reached{through} ({reason}); is the server up, and the address right?"
+            f"{shown} cannot be reached{through} ({reason}); is the server up, and the address right?"
         ) from None
     if len(page) > MAX_PAGE_BYTES:
-        raise CommandError(f"{address} answers with more than {MAX_PAGE_BYTES} bytes; is that a vLLM server?")
+        raise CommandError(f"{shown} answers with more than {MAX_PAGE_BYTES} bytes; is that a vLLM server?")
     sample = parse(page.decode("utf-8", "replace"))
     rank = sample.pop("reported_elsewhere", None)
     if rank is not None and not sample:
-        raise CommandError(f"{address}: {ELSEWHERE.format(rank=rank)}")
+        raise CommandError(f"{shown}: {ELSEWHERE.format(rank=rank)}")
     if not sample:
         raise CommandError(
-            f"{address} has no metrics {PREFIX}*: the balancer is off, its first window has not ended, or the "
+            f"{shown} has no metrics {PREFIX}*: the balancer is off, its first window has not ended, or the "
             f"server does not load the plugin (check with `vllm-ascend-eplb doctor`)"
         )
     return sample
@@ -149,13 +158,20 @@ def proxy_for(address: str) -> str | None:
     return proxy
 
 
+def without_password(url: str) -> str:
+    """An address as it may be shown: without the name and password of a user."""
+    return re.sub(r"^([A-Za-z0-9+.-]+://)?[^/]*@", r"\1", url)
+
+
 def is_this_machine(host: str) -> bool:
-    """Whether a host name or address is this machine: an address is, if a socket can be bound to it."""
-    if host == "localhost" or host.endswith(".localhost"):
+    """Whether a host name or address is this machine: an address is, if a socket can be bound to it. IPv4 addresses may
+    be in a short form, such as 127.1."""
+    host = host.rstrip(".").lower()
+    if host in LOCAL_NAMES or host.endswith(".localhost"):
         return True
     try:
-        own = socket.gethostname()
-        address = ipaddress.ip_address(host if host not in (own, socket.getfqdn()) else "127.0.0.1")
+        own = host in (socket.gethostname().lower(), socket.getfqdn().lower())
+        address = ipaddress.ip_address("127.0.0.1" if own else host if ":" in host else socket.inet_aton(host))
     except (OSError, ValueError):  # a name of somewhere else, which is not looked up: the proxy may do that alone
         return False
     if address.is_loopback or address.is_unspecified:

@@ -35,7 +35,7 @@ MAX_JSON_CONTAINERS = 1 << 22
 MAX_JSON_VALUES = 1 << 25
 
 
-_VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", re.ASCII)
+_VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})|%[A-Za-z_]\w*%|\$\([^)]*\)|`[^`]*`", re.ASCII)
 
 
 _READ_HEADER: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
@@ -55,13 +55,14 @@ def expand_user(path: str | os.PathLike[str]) -> str:
 
 
 def unexpanded(path: str | os.PathLike[str]) -> str:
-    """A sentence about a variable in a path that no shell replaced, such as ``$HOME``; empty where there is none."""
+    """A sentence about a variable or command in a path that no shell replaced, such as ``$HOME`` or ``$(pwd)``; empty
+    where there is none."""
     found = _VARIABLE.search(os.fspath(path))
     if found is None:
         return ""
     name = found.group(0)
-    value = os.environ.get(name.strip("${}"))
-    return f": {name} was not replaced, write {'its value ' + show(value) if value else 'the path itself'}"
+    value = os.environ.get(name.strip("${}%"))
+    return f": {show(name)} was not replaced, write {'its value ' + show(value) if value else 'the path itself'}"
 
 
 def read_bounded(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
@@ -228,7 +229,7 @@ def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
             f"{show(path)} has {values} values; allowed are {MAX_JSON_VALUES}: check that it is the right file"
         )
     try:
-        return json.loads(data, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+        return json.loads(data, parse_constant=_no_constant, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError):
             place = f"line {error.lineno}, column {error.colno}"
@@ -318,7 +319,12 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text, for ``object_pairs_hook``.
+
+    Raises:
+        ValueError: a key stands twice.
+    """
     table = dict(pairs)
     if len(table) != len(pairs):
         seen: set[str] = set()

@@ -2,28 +2,40 @@
 """Why a text is no JSON: the cause behind the parser's complaint, and what to write instead.
 
 The parser says what it expected where it stopped. What a person did is one of a few things, which show around that
-place: a comma too many, quotes of another language or lost in a shell, words of Python, comments, a file cut off.
+place: a comma too many, quotes of another language or lost in a shell, words and numbers of another language, letters
+that look like others, comments, a file cut off.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 
 _WORDS = {
-    "True": "write true in lower case",
-    "False": "write false in lower case",
-    "None": "write null",
-    "NULL": "write null",
-    "TRUE": "write true in lower case",
-    "FALSE": "write false in lower case",
+    **dict.fromkeys(("true", "t", "yes", "on", "enabled"), "write true in lower case"),
+    **dict.fromkeys(("false", "f", "no", "off", "disabled"), "write false in lower case"),
+    **dict.fromkeys(("none", "null", "nil", "undefined"), "write null"),
+    **dict.fromkeys(("nan", "inf", "infinity"), "JSON has no NaN and no infinities; write digits"),
 }
+"""Words for values, in lower case, and what JSON has instead."""
 
 
-_TYPOGRAPHIC = "\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb\u2033\u00b4"
+_TYPOGRAPHIC = "\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb\u2033\u00b4\u0060"
+
+
+_LOOKALIKES = {"\uff1a": ":", "\uff0c": ",", ";": ",", "(": "["}
+"""Letters of other keyboards or languages, and what to write instead."""
 
 
 _WORD = re.compile(r"[A-Za-z_][\w.-]*")
+
+
+_NUMBER = re.compile(r"[+-]?\.?[0-9][\w.+]*|[+-](?:inf\w*|nan)", re.ASCII | re.IGNORECASE)
+"""What is meant as a number; not all of it is one in JSON."""
+
+
+_JSON_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?", re.ASCII)
 
 
 def json_cause(text: str, error: json.JSONDecodeError) -> str:
@@ -44,15 +56,28 @@ def json_cause(text: str, error: json.JSONDecodeError) -> str:
     if not rest or "Unterminated string" in error.msg:
         return _ends(text, before, error)
     first = rest[0]
+    if (not first.isascii() and not first.isprintable()) or (text[at : at + 1] != first and not text[at].isascii()):
+        return f"there is an invisible character, U+{ord(text[at]):04X}; take it out"
     if first in _TYPOGRAPHIC:
         return f"it has typographic quotes ({first}); write plain double quotes"
     if first == "'":
         return "strings stand in double quotes in JSON, not in single ones"
     if rest.startswith(("//", "/*", "#")):
         return "JSON has no comments; take them out"
+    if first in _LOOKALIKES:
+        return f"write {_LOOKALIKES[first]} in place of {first}"
+    if rest.startswith('\\"'):
+        return "there are backslashes before the quotes, which a shell did not take; take them out"
+    if "\\escape" in error.msg:
+        return "a backslash stands alone in a string; write two"
+    number = _number_at(text, at)
+    if number:
+        return f"{number[:40]} is no number in JSON; write it in plain digits, such as 0.5 or 1000"
     word = _WORD.match(rest)
-    if word is not None and word.group(0) in _WORDS:
-        return _WORDS[word.group(0)]
+    if word is not None and "Expecting value" in error.msg and '"' in text:
+        meant = _WORDS.get(word.group(0).lower()) or _WORDS.get(_near(word.group(0)))
+        if meant is not None:
+            return meant
     if word is not None and ("property name" in error.msg or "Expecting value" in error.msg):
         if '"' not in text:
             return "it has no double quotes, which a shell may have taken; give it in single quotes"
@@ -72,10 +97,28 @@ def json_cause(text: str, error: json.JSONDecodeError) -> str:
     return error.msg[:1].lower() + error.msg[1:]
 
 
+def _number_at(text: str, at: int) -> str:
+    """A number of another language at or around a place; empty where there is none."""
+    begin = at
+    while begin and (text[begin - 1].isalnum() or text[begin - 1] in "+-._"):
+        begin -= 1
+    found = _NUMBER.match(text, begin)
+    if found is None or found.end() <= at or _JSON_NUMBER.fullmatch(found.group(0)):
+        return ""
+    return found.group(0)
+
+
+def _near(word: str) -> str:
+    """The word of JSON that a misspelt one means; empty where none is near."""
+    near = difflib.get_close_matches(word[:20].lower(), ("true", "false", "null"), n=1, cutoff=0.75)
+    return near[0] if near else ""
+
+
 def _ends(text: str, before: str, error: json.JSONDecodeError) -> str:
     """What is wrong where the parser came to the end of the text."""
     if not before:
         return "it is empty"
-    if "Unterminated string" in error.msg and "\n" in text[error.pos :].strip():
+    rest = text[error.pos :].strip()
+    if "Unterminated string" in error.msg and ("\n" in rest or rest.endswith(("}", "]"))):
         return "a string is not closed; write its double quote"
     return "it ends too early; copy it to its end"

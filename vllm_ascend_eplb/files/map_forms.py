@@ -170,7 +170,15 @@ def check_ids(experts: list[Any], where: str) -> None:
         if type(expert) is not int or not 0 <= expert <= MAX_EXPERT:
             raise ExpertMapError(
                 f"{where}, slot {slot} is {kind(expert)}; expert ids are integers from 0 to {MAX_EXPERT}"
+                f"{_form_of_number(expert)}"
             )
+
+
+def _form_of_number(value: Any) -> str:
+    """What is wrong with the form of a value that is a number in other ones."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        return ", written without quotes"
+    return ", written without a decimal point" if type(value) is float and value.is_integer() else ""
 
 
 def scalar(arrays: dict[str, npt.NDArray[Any]], key: str, name: str) -> int | None:

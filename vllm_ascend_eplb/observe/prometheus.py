@@ -89,6 +89,10 @@ def _without_value(stats: EplbStats) -> set[str]:
         absent |= {"experts_moved_last", "control_wait_last_cycle_seconds"}
     if stats.audits == 0:
         absent.add("audit_damaged")
+    if not (stats.moe_ms or stats.moe_time_saved_seconds):  # no layer was timed at start-up
+        absent.add("moe_time_saved_seconds")
+    if not (stats.plan_cost_seconds or stats.plan_saved_fraction):  # no plan was weighed by these times
+        absent |= {"plan_saved_fraction", "plan_cost_seconds"}
     return absent
 
 

@@ -35,14 +35,16 @@ class InForce:
 
 
 def as_array(values: Any) -> npt.NDArray[Any]:
-    """``values`` as an array; torch tensors of any dtype, on any device, with or without gradients.
+    """``values`` as an array; torch tensors of any dtype, on any device, with or without gradients, and lists of them.
 
     Raises:
-        ValueError, TypeError: rows of different length, or no array at all.
+        ValueError, TypeError, RuntimeError: rows of different length, or no array at all.
     """
+    if isinstance(values, (list, tuple)) and any(hasattr(entry, "detach") for entry in values):
+        return np.stack([as_array(entry) for entry in values])
     if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        if str(values.dtype) == "torch.bfloat16":  # which NumPy has not
+        values = values.detach().cpu().resolve_neg()
+        if str(values.dtype).startswith(("torch.bfloat16", "torch.float8")):  # which NumPy has not
             values = values.float()
     return np.asarray(values)
 
@@ -55,7 +57,7 @@ def checked_load(load: npt.ArrayLike) -> npt.NDArray[Any]:
     """
     try:
         array = as_array(load)
-    except (ValueError, TypeError) as error:  # rows of different length, and whatever an object's own conversion raises
+    except (ValueError, TypeError, RuntimeError) as error:  # whatever an object's own conversion raises
         raise PlanInputError(f"load is no array: {error}") from None
     if array.dtype.kind not in "iuf":
         raise PlanInputError(f"load has dtype {array.dtype}; give integers or floats")
@@ -101,7 +103,7 @@ def checked_placement(
     else:
         try:
             array = as_array(physical_to_logical)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             raise PlanInputError(f"physical_to_logical is no array: {error}") from None
         if array.dtype == np.int32 and array.ndim == 2 and len(array) == num_layers and 0 < num_ranks < 2**31:
             slots = np.ascontiguousarray(array)
@@ -138,7 +140,7 @@ def checked_speed(rank_speed: npt.ArrayLike | None, num_ranks: int, policy: str)
     try:
         given = as_array(rank_speed)
         speed = given.astype(np.float64) if given.dtype.kind in "iuf" else np.zeros(0)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise PlanInputError(f"rank_speed is no array: {error}") from None
     if speed.shape != (num_ranks,) or not (np.isfinite(speed).all() and speed.min() > 0):
         raise PlanInputError(f"rank_speed is {rank_speed!r}; give one number > 0 for each of {num_ranks} ranks")

@@ -3,8 +3,9 @@
 
 ``additional_config`` is a dictionary without a schema: vLLM ignores what it does not know there, and other platforms
 and plugins keep their settings in it. So a key of ours at the wrong place would be ignored without a word. Looked for
-are our settings and old names at the top level or inside another key, misspelt or in another case, and
-``eplb_config`` itself misspelt, nested, or with a dot in place of a brace.
+are our settings and old names at the top level or inside another key, misspelt or in another case, those of vLLM's
+and vllm-ascend's own EPLB at the top level, and ``eplb_config`` itself misspelt, nested, or with a dot in place of a
+brace.
 
 A key that could be a stranger's is left alone: ``mode``, ``policy`` and ``transport`` count only beside settings that
 turn the balancer on, and misspellings of such short words are only remarked on.
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .messages import MOVED_INTO_EPLB_CONFIG, OF_VLLM, clip, show_value
+from .messages import MOVED_INTO_EPLB_CONFIG, OF_VLLM, RENAMED, WITHOUT_COUNTERPART, clip, show_value
 from .reading import is_something, says_off
 
 OF_NEIGHBOURS = frozenset(
@@ -109,6 +110,10 @@ SHORT = 8
 """Below so many letters a name is a common word, and another program may have a key like it."""
 
 
+COMMON_WORDS = ("window_size", "use_async", "communicator")
+"""Settings of vLLM's own EPLB that another program may have as well."""
+
+
 _MAX_DEPTH = 8
 
 
@@ -143,7 +148,7 @@ def misplaced(additional_config: Mapping[object, object], known: Iterable[str]) 
         found = _judged(key, value, names) if key not in OF_NEIGHBOURS else None
         if found is not None:
             yield found
-        elif isinstance(value, Mapping):
+        else:
             yield from _nested(f"additional_config.{clip(str(key))}", value, names)
 
 
@@ -177,6 +182,9 @@ def _judged(key: object, value: object, known: tuple[str, ...]) -> Misplaced | N
     if exact is not None:
         weight: Literal["sure", "likely"] = "sure" if len(exact) >= SHORT and exact != "transport" else "likely"
         return Misplaced(f"{shown} is not read there; write it as {_form(exact, value)}", weight)
+    theirs = _of_another_balancer(name, value)
+    if theirs is not None:
+        return Misplaced(f"{shown} is not read by the balancer; {theirs[0]}", theirs[1])
     candidates = {**dict.fromkeys(known), **MOVED_INTO_EPLB_CONFIG}
     near = difflib.get_close_matches(name, [*candidates, *OF_NEIGHBOURS], n=1, cutoff=0.8) if name else []
     if not near or near[0] in OF_NEIGHBOURS:
@@ -184,6 +192,17 @@ def _judged(key: object, value: object, known: tuple[str, ...]) -> Misplaced | N
     meant = candidates[near[0]] or near[0]
     line = f"{shown} is not read by the balancer; did you mean {_form(meant, value)}?"
     return Misplaced(line, "sure" if len(near[0]) >= SHORT and near[0] != "transport" else "perhaps")
+
+
+def _of_another_balancer(name: str, value: object) -> tuple[str, Literal["likely", "perhaps"]] | None:
+    """What to do with a setting of vLLM's or vllm-ascend's own EPLB, and how sure it is that it is one."""
+    name = name.removeprefix("eplb_config_").removeprefix("eplb_")
+    meant = OF_VLLM.get(name) or RENAMED.get(name)
+    if meant:
+        return f"write it as {_form(meant, value)}", "likely"
+    if name in WITHOUT_COUNTERPART:
+        return WITHOUT_COUNTERPART[name], "perhaps" if name in COMMON_WORDS else "likely"
+    return None
 
 
 def _ours(name: str, known: tuple[str, ...]) -> str | None:
@@ -197,13 +216,20 @@ def _ours(name: str, known: tuple[str, ...]) -> str | None:
     return None
 
 
-def _nested(where: str, value: Mapping[object, object], known: tuple[str, ...]) -> Iterator[Misplaced]:
+def _entries(value: object) -> Iterable[tuple[object, object]]:
+    """What a table or list holds, by key or number; nothing for other values."""
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, (list, tuple)) else ()
+
+
+def _nested(where: str, value: object, known: tuple[str, ...]) -> Iterator[Misplaced]:
     """``eplb_config``, or a setting that only we have, inside another key."""
     certain = {name for name in (*known, *MOVED_INTO_EPLB_CONFIG) if "eplb" in name or name.startswith("expert_")}
     queue, seen = [(where, value, 1)], 0
     while queue:
         path, table, depth = queue.pop()
-        for key, entry in table.items():
+        for key, entry in _entries(table):
             seen += 1
             if seen > _MAX_KEYS:
                 return
@@ -217,7 +243,7 @@ def _nested(where: str, value: Mapping[object, object], known: tuple[str, ...]) 
             elif isinstance(key, str) and key in certain:
                 name = MOVED_INTO_EPLB_CONFIG.get(key, key)
                 yield Misplaced(f"{clip(inside)} is not read there; write it as {_form(name, entry)}", "sure")
-            elif isinstance(entry, Mapping) and depth < _MAX_DEPTH:
+            elif isinstance(entry, (Mapping, list, tuple)) and depth < _MAX_DEPTH:
                 queue.append((inside, entry, depth + 1))
 
 

@@ -25,7 +25,7 @@ from .messages import (
     to_json,
     unknown_key,
 )
-from .reading import PATHS, says_off, taken, taken_path
+from .reading import PATHS, is_something, says_off, taken, taken_path
 
 SERIES_ENTRIES = 8
 """Entries of the load series for a policy that weighs how load varies (eplb_policy_type 3)."""
@@ -213,6 +213,8 @@ class EplbConfig(BaseModel):
             return cls()
         beside = list(misplaced(additional_config, cls.model_fields))
         given = additional_config.get("eplb_config", {})
+        if "eplb_config" in additional_config and not is_something(given):  # null, false, empty
+            given = {}
         if says_off(given):  # whatever else stands there is no matter of a balancer that is off
             try:
                 return cls._checked(given)

@@ -96,7 +96,9 @@ def bad_value(key: str, given: object, value: object, field: FieldInfo) -> str:
     default = to_json(field.default)
     base, hint = base_type(field), ""
     right_type = type(value) is base or (base is float and type(value) is int)
-    if not right_type:
+    if given is None:
+        wrong = "no value"
+    elif not right_type:
         wrong = kind_of(given)
     elif base is str:
         wrong = "not one of the choices" if _choices(field) else "no path"
@@ -115,6 +117,8 @@ def _hint_for_text(value: str, field: FieldInfo) -> str:
     if word in ("null", "none") and type(None) in typing.get_args(field.annotation):
         return " (write null without quotes)"
     choices = ("true", "false") if base_type(field) is bool else _choices(field)
+    if base_type(field) is bool and word.startswith(("enable", "disable", "activ")):
+        return f" (did you mean {'false' if word.startswith('disable') else 'true'}?)"
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
 

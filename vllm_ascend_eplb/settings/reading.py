@@ -12,6 +12,7 @@ import enum
 import os
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -72,29 +73,33 @@ def is_something(value: object) -> bool:
 
 
 def _plain(value: object) -> object:
-    """Python's own value for NumPy's and torch's scalars, paths, enumerations and one-dimensional arrays."""
+    """Python's own value for NumPy's and torch's scalars, decimal numbers, paths, enumerations and one-dimensional
+    arrays."""
     if isinstance(value, enum.Enum):
         value = value.value
     if isinstance(value, os.PathLike):
         path = os.fspath(value)
         return path if isinstance(path, str) else value
-    if isinstance(value, np.ndarray) and value.ndim == 1 and len(value) <= 1 << 16:
-        return value.tolist()
     if type(value) in (bool, int, float, str):
         return value
-    scalar: Any = value
-    if isinstance(value, np.generic) or getattr(value, "shape", None) == ():
-        try:
-            return scalar.item()
-        except Exception:  # an object of somebody's that only looks like a scalar
-            return value
+    for kind in (int, float, Decimal):  # also of subclasses, which YAML readers make to keep a number's form
+        if isinstance(value, kind) and not isinstance(value, np.generic):
+            return float(value) if kind is Decimal else kind(value)
+    array: Any = value
+    try:
+        if isinstance(value, np.generic) or getattr(value, "shape", None) == ():
+            return array.item()
+        if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist") and len(array) <= 1 << 16:
+            return array.tolist()
+    except Exception:  # an object of somebody's that only looks like a scalar or an array
+        return value
     return str(value) if isinstance(value, str) else value
 
 
 def _boolean(value: object) -> object:
     if isinstance(value, str):
         return _BOOLEANS.get(value[:10].strip().lower(), value)
-    if type(value) is int and value in (0, 1):
+    if type(value) in (int, float) and value in (0, 1):
         return bool(value)
     return value
 

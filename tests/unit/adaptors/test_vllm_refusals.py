@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from vllm_ascend_eplb.adaptors.refusals import SHARING_FORMATS, common_options
 from vllm_ascend_eplb.adaptors.vllm.refusals import beside_map, beside_new_weights
 from vllm_ascend_eplb.settings.config import EplbConfig
 from vllm_ascend_eplb.settings.fit import refuse_options
@@ -56,3 +57,36 @@ def test_maps_are_refused_beside_megakernels(backend: str, path: str | None) -> 
     says = f"an expert_map_path and --moe-backend {backend} is not supported"
     with pytest.raises(EplbConfigError, match=says) if refused else contextlib.nullcontext():
         refuse_options(beside_map(SimpleNamespace(kernel_config=SimpleNamespace(moe_backend=backend)), config))
+
+
+def loaded_by(load_format: str, draft_format: str | None = None) -> Any:
+    config = served(draft=SimpleNamespace(**vars(DRAFT)))
+    config.load_config = SimpleNamespace(load_format=load_format)
+    config.lora_config = None
+    config.parallel_config.pipeline_parallel_size = 1
+    if draft_format is not None:
+        config.speculative_config.draft_load_config = SimpleNamespace(load_format=draft_format)
+    return config
+
+
+@pytest.mark.parametrize("load_format", ["ipc_cache", "modelexpress", "netloader", "rfork"])
+def test_formats_that_share_weights_are_refused(load_format: str) -> None:
+    """Another process would read experts from slots that they have left. Formats that load into this process alone
+    pass."""
+    config = EplbConfig(dynamic_eplb=True)
+    with pytest.raises(EplbConfigError, match=f"--load-format {load_format} is not supported.*; leave it out"):
+        refuse_options(common_options(loaded_by(load_format), config))
+    with pytest.raises(EplbConfigError, match=f"a draft model's --load-format {load_format} is not supported"):
+        refuse_options(common_options(loaded_by("auto", load_format), config))
+    for passes in ("auto", "dummy", "safetensors", "sharded_state", "tensorizer", "runai_streamer"):
+        refuse_options(common_options(loaded_by(passes, passes), config))
+
+
+def test_every_load_format_of_vllm_is_known() -> None:
+    """A format that a new vLLM adds shows here, so that a person decides whether it shares weights."""
+    loaders = pytest.importorskip("vllm.model_executor.model_loader")
+    private = {
+        "auto", "hf", "dummy", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt", "runai_streamer",
+        "runai_streamer_sharded", "safetensors", "sharded_state", "tensorizer", "bitsandbytes", "gguf",
+    }  # fmt: skip
+    assert set(vars(loaders)["_LOAD_FORMAT_TO_MODEL_LOADER"]) <= private | set(SHARING_FORMATS)

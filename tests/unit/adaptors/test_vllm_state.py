@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +19,7 @@ from vllm_ascend_eplb.adaptors.vllm.adaptor import Slice
 from vllm_ascend_eplb.adaptors.vllm.runner import require_known_slice
 from vllm_ascend_eplb.adaptors.vllm.state import VllmEplbState
 from vllm_ascend_eplb.adaptors.vllm.worker import balanced
+from vllm_ascend_eplb.values.placement import Placement
 
 
 @given(st.integers(1, 9), st.integers(1, 300), st.data())
@@ -33,6 +34,13 @@ def test_slices_of_a_batch_hold_every_token_once(parts: int, rows: int, data: st
 
 def state(data_parallel_size: int = 1) -> VllmEplbState:
     return VllmEplbState(SimpleNamespace(data_parallel_size=data_parallel_size), torch.device("cpu"))
+
+
+def loads_by(load: Callable[[str], object]) -> Any:
+    """A model that loads weights by name with this function."""
+    model: Any = torch.nn.Module()
+    model.load_weights = load
+    return model
 
 
 def test_a_whole_batch_needs_no_number_of_rows() -> None:
@@ -112,7 +120,7 @@ def test_weights_by_name_go_into_initial_slots() -> None:
         loaded.append((weights, balancer.open))
         return weights
 
-    model = SimpleNamespace(load_weights=load)
+    model = loads_by(load)
     mine.guard(model)
     mine.updator = balancer
     assert model.load_weights("by name") == "by name"
@@ -122,9 +130,33 @@ def test_weights_by_name_go_into_initial_slots() -> None:
     assert balancer.calls == ["moves back", "back to the start", "checksums", "back to the start", "checksums"]
 
 
+def test_parts_of_a_model_are_loaded_into_initial_slots() -> None:
+    """As trainers do that give ``model.model`` its weights. The loader of a model calls those of its parts, for which
+    experts move back once. Negative control: a part without experts."""
+    balancer, mine, loaded = Balancer(), state(), []
+
+    def loads(name: str) -> Callable[[str], None]:
+        return lambda _: loaded.append((name, balancer.open))
+
+    model = loads_by(lambda weights: part.load_weights(weights))
+    part, model.vision = loads_by(loads("part")), loads_by(loads("vision"))
+    model.part = part
+    part.w13_weight = torch.nn.Parameter(torch.ones(2, 3), requires_grad=False)
+    experts = [[[part.w13_weight.data[slot]] for slot in range(2)]]
+    mine.loaded.add(Placement.initial(1, 2, 1, 0), None, by_map=False, experts=experts)
+    mine.guard(model)
+    mine.updator = balancer
+    model.vision.load_weights("a picture's")
+    assert balancer.calls == []
+    part.load_weights("by name")
+    model.load_weights("by name")
+    assert loaded == [("vision", False), ("part", True), ("part", True)]
+    assert balancer.calls == ["moves back", "back to the start", "checksums"] * 2
+
+
 def test_weights_by_name_are_refused_beside_engines() -> None:
     mine, loaded = state(2), []
-    model = SimpleNamespace(load_weights=loaded.append)
+    model = loads_by(loaded.append)
     mine.guard(model)
     with pytest.raises(RuntimeError, match=r"load_weights of the model with --data-parallel-size 2 is not supported"):
         model.load_weights("by name")
@@ -244,7 +276,7 @@ def test_weights_come_in_parts_before_the_first_step() -> None:
     """Their checksums are learned once, when all have come, and until then nothing is balanced."""
     worker, mine, balancer, _ = sleeper()
     loaded: list[str] = []
-    model = SimpleNamespace(load_weights=loaded.append)
+    model = loads_by(loaded.append)
     mine.guard(model)
     worker.sleep(2)
     worker.wake_up()

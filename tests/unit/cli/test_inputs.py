@@ -153,6 +153,13 @@ def test_paths_with_a_tilde_or_a_variable(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"$HOME was not replaced, write its value {tmp_path}" in said
     assert "$NOWHERE was not replaced" in run("plan", TRACE, "--ranks", 4, "-o", "$NOWHERE/a.json", status=2)
     assert "$HOME was not replaced" in run("doctor", "--quick", "--config", "$HOME/none.json", status=2)
+    (tmp_path / "model").mkdir()
+    assert f"{tmp_path}/model/config.json does not exist" in run("doctor", "--model=~/model", "--ranks", 4, status=2)
+    for path, said in (
+        ("~/none.json", f"{tmp_path}/none.json does not exist: no server"),
+        ("$HOME/none.json", f"$HOME was not replaced, write its value {tmp_path}"),
+    ):
+        assert said in run("control", "pause", f"--stats-file={path}", status=2)
 
 
 def test_defaults_are_the_servers() -> None:
@@ -208,7 +215,17 @@ def test_this_machine_is_asked_without_a_proxy(
         if host != "127.0.0.2":
             assert run_json("watch", f"http://{host}:{port}", "--once")["steps"] == 1234
         assert proxy_for(f"http://{host}:{port}") is None
-    for host in ("0.0.0.0", "[::1]", socket.gethostname(), "a.localhost"):
+    for host in (
+        *("0.0.0.0", "[::1]", "[::ffff:127.0.0.1]", "127.1", "0", "2130706433", "0x7f.1"),
+        *(
+            socket.gethostname(),
+            socket.gethostname().upper(),
+            "a.localhost",
+            "localhost.",
+            "ip6-localhost",
+            "LocalHost",
+        ),
+    ):
         assert proxy_for(f"http://{host}:{port}") is None, host
     assert proxy[1] == []
 
@@ -221,13 +238,26 @@ def test_an_error_names_the_proxy(proxy: tuple[str, list[str]], monkeypatch: pyt
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     said = run("watch", "http://192.0.2.7:8000", "--once", status=2)
     assert "cannot be reached through the proxy http://127.0.0.1:9" in said
+    monkeypatch.setenv("http_proxy", "http://somebody:secret@127.0.0.1:9")
+    said = run("watch", "http://me:hidden@192.0.2.7:8000", "--once", status=2)
+    assert "http://192.0.2.7:8000/metrics cannot be reached through the proxy http://127.0.0.1:9" in said
+    assert not any(word in said for word in ("secret", "hidden"))
     monkeypatch.setenv("no_proxy", "192.0.2.7")
     assert proxy_for("http://192.0.2.7:8000") is None
 
 
 def test_other_machines_are_not_this_one() -> None:
     """Negative control."""
-    for host in ("192.0.2.7", "example.invalid", "8.8.8.8", "2001:db8::1", "", "localhost.example.invalid"):
+    for host in (
+        "192.0.2.7",
+        "example.invalid",
+        "8.8.8.8",
+        "2001:db8::1",
+        "",
+        "localhost.example.invalid",
+        "3221225991",
+        "vm2.invalid",
+    ):
         assert not is_this_machine(host), host
 
 

@@ -31,6 +31,15 @@ HINTS = {
     "colon": "colon",
     "more": "more text",
     "bracket": "too many",
+    "number": "no number in JSON",
+    "nan": "no NaN",
+    "null": "write null",
+    "open": "is not closed",
+    "invisible": "invisible character",
+    "full-width colon": "write : in place of",
+    "other comma": "write , in place of",
+    "tuple": "write [ in place of (",
+    "backslash": "backslash",
 }
 
 CASES = [
@@ -62,6 +71,34 @@ CASES = [
     ('{"dynamic_eplb" = true}', "colon"),
     ('{"a": 1} {"b": 2}', "more"),
     ('{"a": 1}}', "bracket"),
+    ('{"a": True}', "word"),
+    ('{"a": TRUE, "b": 1}', "word"),
+    ('{"a": yes}', "word"),
+    ('{"a": Off}', "word"),
+    ('{"a": tru}', "word"),
+    ('{"a": None}', "null"),
+    ('{"a": undefined}', "null"),
+    ('{"a": Null}', "null"),
+    ('{"a": nan}', "nan"),
+    ('{"a": 01}', "number"),
+    ('{"a": 1_000}', "number"),
+    ('{"a": [0x10]}', "number"),
+    ('{"a": .5}', "number"),
+    ('{"a": 5.}', "number"),
+    ('{"a": +1}', "number"),
+    ('{"a": 1e}', "number"),
+    ('{"a": "b}', "open"),
+    ("{\"a': true}", "open"),
+    ('{"a": "b, "c": 1}', "missing"),
+    ('{"a":\u00a01}', "invisible"),
+    ('{"a":\u200b1}', "invisible"),
+    ('{"a"\uff1a 1}', "full-width colon"),
+    ('{"a": 1\uff0c "b": 2}', "other comma"),
+    ('{"a": 1; "b": 2}', "other comma"),
+    ('{"a": (1, 2)}', "tuple"),
+    ('{"a": `b`}', "quotes"),
+    ('{\\"a\\": 1}', "backslash"),
+    ('{"a": "C:\\maps"}', "backslash"),
 ]
 
 
@@ -88,6 +125,22 @@ def test_doctor_gives_the_same_hint(text: str, kind: str) -> None:
     assert HINTS[kind] in said
     assert ("single quotes" in said) == (kind == "shell")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1,]", "a comma before ]"),
+        ("", "--config is empty"),
+        (" ", "--config is empty"),
+        ('{"mode": "sync", "mode": "balance"}', "the key 'mode' stands twice"),
+        ("$(pwd)/settings.json", "$(pwd) was not replaced"),
+        ("`pwd`/settings.json", "`pwd` was not replaced"),
+        ("%HOME%/settings.json", "%HOME% was not replaced"),
+    ],
+)
+def test_doctor_names_the_cause_of_other_texts(text: str, said: str) -> None:
+    assert said in run("doctor", "--quick", "--config", text, status=2)
 
 
 def test_commas_and_cuts_anywhere_in_a_map(tmp_path: Path) -> None:

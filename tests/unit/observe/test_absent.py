@@ -51,7 +51,31 @@ NEEDS = {
     "vllm_eplb_par_realised": "a cycle",
     "vllm_eplb_dispatch_par_before": "shares",
     "vllm_eplb_audit_damaged_slots": "an audit",
+    "vllm_eplb_par_predicted": "a cycle",
+    "vllm_eplb_par_window_observed": "a second window",
+    "vllm_eplb_par_p95_before": "a plan of windows",
+    "vllm_eplb_par_p95_planned": "a plan of windows",
+    "vllm_eplb_dispatch_par_after": "shares",
+    "vllm_eplb_moe_time_saved_seconds": "times",
+    "vllm_eplb_plan_saved_fraction": "a plan that was weighed",
+    "vllm_eplb_plan_cost_seconds": "a plan that was weighed",
+    "vllm_eplb_failures": "a failure",
+    "vllm_eplb_reported_elsewhere": "another server",
 }
+"""What there must be before a gauge has a value."""
+
+ALWAYS = {
+    "cycles", "phase", "info", "steps", "experts_moved", "dispatch_updates", "planner_starts", "control_wait_seconds",
+    "control_wait_longest_seconds", "transfer_wait_seconds", "commit_seconds", "commit_longest_seconds",
+    "longest_step_seconds", "paused", "audits", "audit_repaired_slots", "audit_mended_slots",
+}  # fmt: skip
+"""Gauges of which 0 is a value: totals so far, the longest so far, and states."""
+
+
+def test_every_gauge_says_when_it_has_a_value() -> None:
+    """A gauge that is added shows here, so that a person decides what it shows before there is a value."""
+    names = {gauge.name for gauge in EplbGauges(CollectorRegistry()).gauges()}
+    assert names == {*NEEDS, *(f"vllm_eplb_{name}" for name in ALWAYS)}
 
 
 @pytest.mark.parametrize("parts", [(), ("stage0", "stage1")])
@@ -61,8 +85,7 @@ def test_no_sample_before_the_first_report(parts: tuple[str, ...]) -> None:
     assert samples(registry) == {}
     gauges.show(EplbStats(), *parts[:1])
     names = {name.partition("{")[0] for name in samples(registry)}
-    assert names.isdisjoint(NEEDS)
-    assert {"vllm_eplb_steps", "vllm_eplb_phase", "vllm_eplb_cycles", "vllm_eplb_experts_moved"} <= names
+    assert names == {f"vllm_eplb_{name}" for name in ALWAYS}
     if parts:
         assert not [name for name in samples(registry) if parts[1] in name]
 
@@ -80,8 +103,12 @@ def test_each_sample_comes_with_its_value() -> None:
     assert names() == {"a window"}
     keeper.planned([1.01, 1.0], 0.02)
     assert names() == {"a window", "a plan"}
+    keeper.time_spent(1.5, 1.5, 10)  # nothing saved is a value
+    assert names() == {"a window", "a plan", "times"}
+    keeper.weighed(0.0, 2.0)
+    assert names() == {"a window", "a plan", "times", "a plan that was weighed"}
     keeper.cycle_ended("done", moved=7)
-    assert names() == {"a window", "a plan", "a cycle"}
+    assert names() == {"a window", "a plan", "times", "a plan that was weighed", "a cycle"}
 
 
 def without_realised(registry: CollectorRegistry) -> list[float]:

@@ -494,7 +494,7 @@ def test_series_too_large_for_int64_are_planned_by_ratio(policy, instance, windo
     np.testing.assert_array_equal(plan(counts, slots, num_ranks, policy=policy).moves, exact.moves)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int32", "uint8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float8_e4m3fn", "int32", "uint8"])
 def test_torch_loads_of_any_dtype_are_read(dtype, recwarn):
     torch = pytest.importorskip("torch")
     load = torch.tensor([[1, 3, 2, 1, 9, 4, 1, 1]], dtype=getattr(torch, dtype))
@@ -504,6 +504,10 @@ def test_torch_loads_of_any_dtype_are_read(dtype, recwarn):
     made = plan(load, slots, 2)
     expected = plan([[1, 3, 2, 1, 9, 4, 1, 1]], (np.arange(10) % 8)[None], 2)
     np.testing.assert_array_equal(made.physical_to_logical, expected.physical_to_logical)
+    by_layer = plan(list(load), slots, 2)
+    np.testing.assert_array_equal(by_layer.physical_to_logical, expected.physical_to_logical)
+    with pytest.raises(PlanInputError, match="load is no array"):
+        plan(load.to("meta"), slots, 2)
     assert not recwarn.list
 
 

@@ -17,10 +17,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ascend_eplb.settings.beside import OF_NEIGHBOURS, SHORT, misplaced
+from vllm_ascend_eplb.settings.beside import COMMON_WORDS, OF_NEIGHBOURS, SHORT, misplaced
 from vllm_ascend_eplb.settings.config import EplbConfig, remarks
 from vllm_ascend_eplb.settings.fit import refuse_vllms_own
-from vllm_ascend_eplb.settings.messages import MOVED_INTO_EPLB_CONFIG, EplbConfigError
+from vllm_ascend_eplb.settings.messages import (
+    MOVED_INTO_EPLB_CONFIG,
+    OF_OTHERS,
+    OF_VLLM,
+    RENAMED,
+    WITHOUT_COUNTERPART,
+    EplbConfigError,
+)
 
 ON = {"eplb_config": {"dynamic_eplb": True}}
 LONG = sorted(name for name in {*EplbConfig.model_fields, *MOVED_INTO_EPLB_CONFIG} if len(name) > SHORT + 1)
@@ -86,6 +93,32 @@ def test_misspelt_key_at_top_level_is_refused(name: str) -> None:
         assert f'{{"eplb_config": {{"{target(name)}": 7}}}}' in message
 
 
+@pytest.mark.parametrize("key", sorted({*OF_VLLM, *WITHOUT_COUNTERPART, *OF_OTHERS} - set(EplbConfig.model_fields)))
+def test_setting_of_another_balancer_at_top_level_is_noticed(key: str) -> None:
+    """Those of vLLM's and vllm-ascend's own EPLB. Common words are remarked on: another program may have them."""
+    beside_ours = {key: 50, **ON}
+    if key in COMMON_WORDS:
+        assert EplbConfig.from_additional_config(beside_ours).active
+        (line,) = remarks(beside_ours)
+    else:
+        line = refusal(beside_ours)
+    assert f"additional_config.{key} is not read" in line
+    for way_out in (
+        OF_VLLM.get(key) or RENAMED.get(key),
+        None if key == "enable_eplb" else WITHOUT_COUNTERPART.get(key),
+    ):
+        assert way_out is None or way_out in line
+    if key != "enable_eplb":  # which turns a balancer on
+        assert not EplbConfig.from_additional_config({key: 50}).active
+
+
+@pytest.mark.parametrize("nothing", [None, False, "", "false", 0, [], {}])
+def test_eplb_config_of_nothing_is_off(nothing: object) -> None:
+    """As YAML writes a key without a value, which vllm-ascend 0.23.0.post1 takes, too."""
+    assert not EplbConfig.from_additional_config({"eplb_config": nothing}).active
+    assert remarks({"eplb_config": nothing}) == []
+
+
 def test_misspelt_common_word_is_only_remarked_on() -> None:
     """Another program may have a key like ``model``; so balancing starts, with one line in the log."""
     for key, meant in (("modes", "mode"), ("polcy", "policy"), ("trasport", "transport")):
@@ -125,6 +158,9 @@ def test_misspelt_eplb_config_is_refused(name: str) -> None:
         {"ascend_compilation_config": {"dynamic_eplb": True}},
         {"any": {"expert_heat_collection_interval": 400}, **ON},
         {"any": {"num_iterations_eplb_update": 400}},
+        {"plugins": [{"name": "x"}, ON]},
+        {"plugins": {"all": [[ON]]}},
+        {"plugins": [{"expert_map_path": "m.json"}]},
     ],
 )
 def test_nested_settings_are_refused(nested: dict[object, object]) -> None:
@@ -147,7 +183,7 @@ def test_settings_without_the_switch_are_remarked_on() -> None:
         assert remarks(silent) == []
 
 
-OFF = [False, "false", "False", 0, "0", "off", "no"]
+OFF = [False, "false", "False", 0, 0.0, "0", "off", "no"]
 
 
 @pytest.mark.parametrize("off", OFF)
@@ -225,7 +261,10 @@ def test_vllms_real_defaults_are_no_left_over() -> None:
         refuse_vllms_own(config, False, parallel.EPLBConfig(num_redundant_experts=2))
 
 
-KEYS = st.sampled_from([*EplbConfig.model_fields, *MOVED_INTO_EPLB_CONFIG, *NAMES, *sorted(OF_NEIGHBOURS)]) | st.text()
+KEYS = (
+    st.sampled_from([*EplbConfig.model_fields, *MOVED_INTO_EPLB_CONFIG, *OF_VLLM, *NAMES, *sorted(OF_NEIGHBOURS)])
+    | st.text()
+)
 TABLES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats() | st.just(object()),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.integers() | st.none(), inner, max_size=3),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import os
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,15 @@ def test_words_for_booleans_are_read_as_pydantic_does(name: str, word: str) -> N
     assert getattr(EplbConfig.from_additional_config({"eplb_config": {name: word}}), name) is expected
 
 
-@pytest.mark.parametrize("value", [1, 0, np.bool_(True), np.bool_(False), np.array(True)])
+class Whole(int):
+    """A number as YAML readers make it that keep how it was written."""
+
+
+class Part(float):
+    """The same with a decimal point."""
+
+
+@pytest.mark.parametrize("value", [1, 0, 1.0, 0.0, Whole(1), Whole(0), np.bool_(True), np.bool_(False), np.array(True)])
 def test_numbers_for_booleans(value: object) -> None:
     assert parse(weighted_dispatch=value).weighted_dispatch is bool(value)
 
@@ -54,6 +63,9 @@ INTEGERS = [
     np.float32(600),
     np.array(600),
     np.uint16(600),
+    Whole(600),
+    Part(600),
+    Decimal(600),
 ]
 
 
@@ -67,7 +79,18 @@ def test_forms_of_integers(name: str, value: object) -> None:
     assert type(read) is int
 
 
-NUMBERS = ["1e-2", "0.01", ".01", "1.0E-02", np.float32(0.01), np.float64(0.01), np.array(0.01), 0.01]
+NUMBERS = [
+    "1e-2",
+    "0.01",
+    ".01",
+    "1.0E-02",
+    np.float32(0.01),
+    np.float64(0.01),
+    np.array(0.01),
+    Part(0.01),
+    Decimal("0.01"),
+    0.01,
+]
 
 
 @pytest.mark.parametrize("value", NUMBERS, ids=repr)
@@ -81,6 +104,7 @@ def test_torch_scalars_and_arrays() -> None:
     assert parse(num_redundant_experts=torch.tensor(4)).num_redundant_experts == 4
     assert parse(min_gain=torch.tensor(0.5)).min_gain == 0.5
     assert parse(rank_speed=np.array([1, 2])).rank_speed == [1.0, 2.0]
+    assert parse(rank_speed=torch.tensor([1.0, 2.0])).rank_speed == [1.0, 2.0]
     assert parse(rank_speed=(1, "2")).rank_speed == [1.0, 2.0]
 
 
@@ -110,7 +134,7 @@ def test_choices_of_other_types() -> None:
         ("min_gain", True),
         ("min_gain", "1,5"),
         ("weighted_dispatch", 2),
-        ("weighted_dispatch", 0.0),
+        ("weighted_dispatch", 0.5),
         ("weighted_dispatch", "maybe"),
         ("weighted_dispatch", np.array([True])),
         ("rank_speed", "1,2"),

@@ -263,8 +263,8 @@ class RunnerUpdator:
                 require_loaded_copies(self.balancer.differing, self._load_format)
             else:
                 require_equal_start(adaptor, self._settings)
-            by_map = self._settings.expert_map_path is not None
-            self.loaded.add(adaptor.placement, self.balancer, by_map=by_map)
+            by_map, experts = self._settings.expert_map_path is not None, adaptor.expert_tensors()
+            self.loaded.add(adaptor.placement, self.balancer, by_map=by_map, experts=experts)
 
     def begin(self) -> None:
         """Counts steps from now on: warm-up is over on this rank."""

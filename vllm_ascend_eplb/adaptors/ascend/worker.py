@@ -33,13 +33,12 @@ def balanced(base: type) -> type:
                 load_format = str(self.vllm_config.load_config.load_format)
                 updator.configure(settings_of(self.vllm_config.additional_config), load_format)
             super().load_model(*args, **kwargs)
-            if updator is not None:
-                guard_model(self.get_model(), updator.loaded.require_unmoved)
 
         def compile_or_warm_up_model(self) -> Any:
             result = super().compile_or_warm_up_model()
             updator = updator_of(self)
             if updator is not None:
+                guard_model(self.get_model(), updator.loaded)
                 updator.begin()
             return result
 

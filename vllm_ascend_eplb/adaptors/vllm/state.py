@@ -27,7 +27,7 @@ from ..errors import UnsupportedError
 from ..handed_over import settings_of
 from ..parts import is_draft
 from ..patching import patch_once
-from ..readers import LoadedOrder, guard_model
+from ..readers import LoadedOrder, guard_model, modules_with_experts
 from .adaptor import Slice, VllmAdaptor
 from .cooperative import cooperative_kernels
 from .eplb_state import ModelStates
@@ -121,10 +121,12 @@ class VllmEplbState(ModelStates):
         if config.dynamic:
             updator = start_balancer(adaptor, config)
             require_loaded_copies(updator.differing, str(vllm_config.load_config.load_format))
-            self.guard(model)
         else:
             require_equal_start(adaptor, config)
-        self.loaded.add(adaptor.placement, updator, by_map=config.expert_map_path is not None)
+        by_map, experts = config.expert_map_path is not None, adaptor.expert_tensors()
+        self.loaded.add(adaptor.placement, updator, by_map=by_map, experts=experts)
+        if updator is not None:
+            self.guard(model)
         if drafts:
             self.draft = _Draft(model_config, tokens[0], updator)
         else:
@@ -309,7 +311,8 @@ class VllmEplbState(ModelStates):
         """Lets weights that are loaded by name go into the slots of the initial placement, and refuses to have weights
         read while experts have moved.
 
-        Trainers call ``load_weights`` of the model in every worker, once or for part after part of the weights.
+        Trainers call ``load_weights`` of the model, or of a part of it, in every worker, once or for part after part of
+        the weights.
         """
 
         def into_initial_slots(load: Any) -> Any:
@@ -322,8 +325,10 @@ class VllmEplbState(ModelStates):
 
             return load_weights
 
-        patch_once(model, "load_weights", into_initial_slots)
-        guard_model(model, self.loaded.require_unmoved)
+        for module in (model, *modules_with_experts(model, self.loaded)):
+            if hasattr(module, "load_weights"):  # a part of a model may be loaded by itself
+                patch_once(module, "load_weights", into_initial_slots)
+        guard_model(model, self.loaded)
 
     def start_async_loop(self) -> None:
         """Does nothing: vLLM's own state starts a thread here, ours has one."""

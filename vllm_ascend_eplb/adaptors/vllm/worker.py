@@ -54,7 +54,7 @@ def balanced(base: type, prepare: Callable[[], None]) -> type:
             state = self.model_runner.eplb_state
             if state is not None:
                 state.calibrate()
-                guard_model(self.model_runner.get_model(), state.loaded.require_unmoved)
+                guard_model(self.model_runner.get_model(), state.loaded)
 
         def compile_or_warm_up_model(self) -> Any:
             result = super().compile_or_warm_up_model()
