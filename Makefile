@@ -41,7 +41,7 @@ python-test: setup  ## the unit tests without torch on Python 3.10 (with the old
 	@scripts/pythons.sh
 
 matrix: setup  ## the ones with an offline engine on the other vLLM versions, each in an environment of its own
-	@scripts/matrix.sh 0.30.0 0.31.0
+	@scripts/matrix.sh 0.30.0 0.31.0 0.33.0
 
 .PHONY: npu-setup emulated-npu-test long-emulated-npu-test npu-test
 npu-setup:

