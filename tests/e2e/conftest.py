@@ -26,8 +26,8 @@ from .offline import MODEL, environment
 
 FOLDER = Path(__file__).parent
 
-# vLLM 0.33 gives each data-parallel engine on CPUs a NUMA node of its own, unless this is set. Its value does not matter
-# there; elsewhere "0" is the default.
+# vLLM 0.33 gives each data-parallel engine on CPUs a NUMA node of its own, unless this is set, to whatever value.
+# Elsewhere "0" is the default.
 os.environ.setdefault("VLLM_CPU_SIM_MULTI_NUMA", "0")
 
 
