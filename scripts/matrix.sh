@@ -17,8 +17,8 @@ set -eu
 
 cd "$(dirname "$0")/.."
 torch_version=2.13.0
-units="tests/unit/adaptors/test_patch_points.py tests/unit/adaptors/test_executor.py tests/unit/adaptors/test_eplb_state.py"
-tests=${MATRIX_TESTS:-$units tests/e2e}
+units="test_patch_points.py test_executor.py test_eplb_state.py"
+tests=${MATRIX_TESTS:-$(printf "tests/unit/adaptors/%s " $units) tests/e2e}
 
 say() { printf '[matrix] %s\n' "$*"; }
 

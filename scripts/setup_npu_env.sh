@@ -56,8 +56,9 @@ if [ "$(cat "$venv/.environment.stamp" 2>/dev/null || true)" != "$environment_ke
     say "installing torch_npu $torch_npu_version and tools"
     # Its metadata asks for torch's build for CPUs by name.
     uv pip install --quiet --no-deps "torch_npu==$torch_npu_version"
-    uv pip install --quiet "numpy<2.4" pyyaml decorator attrs psutil scipy cloudpickle pytest hypothesis ninja "pybind11>=2.13" "setuptools>=77" \
-        "pydantic>=2.7" "prometheus_client>=0.18" "rich>=13" "typer>=0.12" pytest-timeout "httpx>=0.27"
+    uv pip install --quiet "numpy<2.4" pyyaml decorator attrs psutil scipy cloudpickle pytest hypothesis ninja \
+        "pybind11>=2.13" "setuptools>=77" "pydantic>=2.7" "prometheus_client>=0.18" "rich>=13" "typer>=0.12" \
+        pytest-timeout "httpx>=0.27"
     echo "$environment_key" >"$venv/.environment.stamp"
 fi
 
