@@ -41,7 +41,7 @@ python-test: setup  ## the unit tests without torch on Python 3.10 (with the old
 	@scripts/pythons.sh
 
 matrix: setup  ## the ones with an offline engine on the other vLLM versions, each in an environment of its own
-	@scripts/matrix.sh 0.30.0 0.31.0
+	@scripts/matrix.sh 0.30.0 0.31.0 0.33.0
 
 .PHONY: npu-setup emulated-npu-test long-emulated-npu-test npu-test
 npu-setup:
@@ -57,14 +57,11 @@ long-emulated-npu-test: npu-setup  ## those that take long: more ranks, data-par
 .PHONY: candidate-npu-test
 candidate-npu-test: npu-setup  ## those with vllm-ascend, and the release candidate 0.30.0rc2 (with vLLM 0.30.0) in its place, by both of its runners
 	@scripts/setup_npu_stack.sh 0.30.0rc2
-	@NPU_TEST_REQUIRED=1 NPU_TEST_ASCEND=0.30.0rc2 .venv-npu/bin/python -m pytest tests/npu/test_ascend.py \
-	    tests/npu/test_serving.py tests/npu/test_serving_ways.py tests/npu/test_doctor.py
-	@NPU_TEST_REQUIRED=1 NPU_TEST_ASCEND=0.30.0rc2 NPU_TEST_RUNNER=V2 .venv-npu/bin/python -m pytest \
-	    tests/npu/test_second_runner.py tests/npu/test_serving.py tests/npu/test_serving_ways.py \
-	    tests/npu/test_serving_drafts.py tests/npu/test_doctor.py
+	@scripts/candidate_npu_test.sh 0.30.0rc2
 
 npu-test:  ## the same tests on this machine's NPUs (two or more), with the Python that has torch_npu: PYTHON=python3
-	@NPU_TEST_REQUIRED=1 NPU_TEST_REAL=1 $(or $(PYTHON),python3) -m pytest tests/npu
+	@NPU_TEST_REQUIRED=1 NPU_TEST_REAL=$(or $(NPU_TEST_REAL),1) $(or $(PYTHON),python3) -m pytest \
+	    $(or $(TESTS),tests/npu)
 
 lint: setup  ## ruff, mypy (strict) and clang-format
 	@.venv/bin/ruff check $(PYTHON_FILES)

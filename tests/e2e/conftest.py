@@ -26,6 +26,10 @@ from .offline import EAGER, MODEL, environment
 
 FOLDER = Path(__file__).parent
 
+# vLLM 0.33 gives each data-parallel engine on CPUs a NUMA node of its own, unless this is set, to whatever value.
+# Elsewhere "0" is the default.
+os.environ.setdefault("VLLM_CPU_SIM_MULTI_NUMA", "0")
+
 
 def vllm_version() -> str:
     """Version of the installed vLLM; its CPU wheels have another distribution name."""

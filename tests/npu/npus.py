@@ -3,6 +3,7 @@
 
 The children run with the Python of .venv-npu on the emulated CANN libraries of build/emulated_cann (both made by
 scripts/setup_npu_env.sh), or, with NPU_TEST_REAL=1, with this Python on real NPUs. pytest itself needs neither.
+NPU_TEST_TORCH_NPU names another torch_npu that scripts/setup_npu_env.sh has installed.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON = ROOT / ".venv-npu" / "bin" / "python"
-LIBRARIES = ROOT / "build" / "emulated_cann" / "lib"
+TORCH_NPU = os.environ.get("NPU_TEST_TORCH_NPU", "")
+PYTHON = ROOT / f".venv-npu-{TORCH_NPU}".rstrip("-") / "bin" / "python"
+LIBRARIES = ROOT / "build" / f"emulated_cann-{TORCH_NPU}".rstrip("-") / "lib"
 REAL = os.environ.get("NPU_TEST_REAL") == "1"
 
 
@@ -30,7 +32,7 @@ def missing() -> str:
     if REAL:
         return _real_npus_missing()
     if not PYTHON.exists() or not (LIBRARIES / "libopapi.so").exists():
-        return "no emulated NPU: run scripts/setup_npu_env.sh (makes .venv-npu and build/emulated_cann)"
+        return f"no emulated NPU: run scripts/setup_npu_env.sh {TORCH_NPU}".rstrip() + f" (no {PYTHON} or {LIBRARIES})"
     return ""
 
 

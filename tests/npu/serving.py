@@ -80,8 +80,9 @@ def environment(report: Path, device: str = "A2", **settings: str) -> dict[str, 
         report: file for what the race detector finds.
         device: A2 or A3.
     """
+    runner = {"VLLM_USE_V2_MODEL_RUNNER": "1"} if SECOND_RUNNER else {}
     if npus.REAL:
-        return npus.environment(**settings)
+        return npus.environment(**runner, **settings)
     values = npus.environment(
         PYTHONPATH=python_path(),
         EMULATED_NPU_RACE="report",
@@ -97,8 +98,8 @@ def environment(report: Path, device: str = "A2", **settings: str) -> dict[str, 
     values.pop("VLLM_PLUGINS", None)
     values.pop("DYNAMIC_EPLB", None)
     if SECOND_RUNNER:
-        values.update(VLLM_USE_V2_MODEL_RUNNER="1", TRITON_INTERPRET="1")
-    return {**values, **settings}
+        values["TRITON_INTERPRET"] = "1"
+    return {**values, **runner, **settings}
 
 
 def prompts(per_domain: int, characters: int = 160) -> list[list[str]]:
@@ -262,14 +263,21 @@ class NpuServer(Server):
         Args:
             engine: which of the data-parallel engines answers; None leaves it to vLLM.
         """
-        headers = {} if engine is None else {"X-data-parallel-rank": str(engine)}
+        return [choice["token_ids"] for choice in self._choices(texts, tokens, engine, ignore_eos=True)]
 
-        def ask(text: str) -> list[int]:
-            request = {"model": "tiny-moe", "prompt": text, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-            request["return_token_ids"] = True
+    def complete_text(self, texts: list[str], tokens: int) -> list[str]:
+        """Greedy answers in words, each until the model ends it."""
+        return [choice["text"] for choice in self._choices(texts, tokens, None, ignore_eos=False)]
+
+    def _choices(self, texts: list[str], tokens: int, engine: int | None, ignore_eos: bool) -> list[dict[str, Any]]:
+        headers = {} if engine is None else {"X-data-parallel-rank": str(engine)}
+        fixed = {"model": "tiny-moe", "max_tokens": tokens, "temperature": 0, "return_token_ids": True}
+
+        def ask(text: str) -> dict[str, Any]:
+            request = {**fixed, "prompt": text, "ignore_eos": ignore_eos}
             response = httpx.post(f"{self.url}/v1/completions", json=request, headers=headers, timeout=300)
             response.raise_for_status()
-            return response.json()["choices"][0]["token_ids"]
+            return response.json()["choices"][0]
 
         with concurrent.futures.ThreadPoolExecutor(len(texts)) as pool:
             return list(pool.map(ask, texts))
@@ -334,10 +342,11 @@ def rows_computed(windows: list[list[list[list[int]]]], ranks: int = 1, gathered
     return np.array([sum(map(rows, window)) for window in windows])
 
 
-def agreement(pairs: Pairs) -> float:
-    """Share of equal tokens among those that follow equal ones; behind the first difference everything differs."""
+def agreement(pairs: Pairs, tokens: int = TOKENS) -> float:
+    """Share of equal tokens among those that follow equal ones, of answers of so many; behind the first difference
+    everything differs."""
     prefixes = [next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), None) for pair in pairs]
-    same = sum(TOKENS if prefix is None else prefix for prefix in prefixes)
+    same = sum(tokens if prefix is None else prefix for prefix in prefixes)
     return same / (same + sum(prefix is not None for prefix in prefixes))
 
 

@@ -66,8 +66,8 @@ def test_collectives(ranks: int, delay: str) -> None:
 )
 def test_wrong_use_of_hccl_is_an_error(program: str, words: list[str]) -> None:
     outcome = npus.run("collectives", program, ranks=2, check=False, HCCL_EXEC_TIMEOUT="5")
-    text = " ".join(str(result) for result in outcome.results)
-    assert all(word in text for word in words), outcome.text() + text
+    text = " ".join(map(str, [*outcome.results, *outcome.outputs]))  # torch_npu 2.10 ends the process at some of them
+    assert all(word in text for word in words), text
     assert "nothing was raised" not in text
 
 

@@ -151,13 +151,17 @@ def test_a_map_is_handed_over_in_vllm_ascends_form_only(tmp_path):
             assert stock["dynamic_eplb"] is True
 
 
-def test_a_map_that_a_release_would_not_load_by_is_refused(monkeypatch):
+def test_a_map_is_kept_where_vllm_ascend_does_not_heed_it(tmp_path, monkeypatch):
+    """vllm-ascend gets the number of redundant experts, to make room for them."""
     monkeypatch.setattr(hand_over, "installed_version", lambda: "0.30.0rc2")
-    given = {"eplb_config": {"expert_map_path": "map.json", "allow_unchecked_vllm": True}}
-    with pytest.raises(
-        EplbConfigError, match=r"map\.json.* with vllm-ascend 0\.30\.0rc2.*\(allowed: null\); leave it out"
-    ):
-        hand_over.hand_over(given)
+    path = tmp_path / "map.json"
+    write_expert_map(path, Placement.initial(2, 4, 2, 2))
+    handed = hand_over.hand_over({"eplb_config": {"expert_map_path": str(path), "dynamic_eplb": True}})["eplb_config"]
+    assert handed["num_redundant_experts"] == 2
+    assert "expert_map_path" not in handed
+    assert handed_over.settings_of({"eplb_config": handed}).expert_map_path == str(path)
+    with pytest.raises(EplbConfigError, match=r"expert_map_path: .*missing\.json"):
+        hand_over.hand_over({"eplb_config": {"expert_map_path": str(tmp_path / "missing.json")}})
 
 
 def test_an_expert_twice_on_a_device_is_refused(tmp_path):
@@ -233,6 +237,21 @@ def test_second_runner_refuses_maps_beside_draft_experts(second_runner):
         refusals.refuse_unsupported(served(additional_config=additional, **changes))
     with pytest.raises(EplbConfigError, match="VLLM_USE_V2_MODEL_RUNNER=1"):
         refusals.refuse_unsupported(served(additional_config=recorded, **drafter))
+
+
+@pytest.mark.parametrize(("version", "refused"), [("0.23.0.post1", False), ("0.30.0rc2", True)])
+def test_own_loader_refuses_maps_beside_draft_experts(monkeypatch, version, refused):
+    """Where this package loads by the map, the draft model's experts would not follow it. Maps may be recorded."""
+    monkeypatch.setattr(refusals, "installed_version", lambda: version)
+    drafter = {"speculative_config": drafted("mtp")}
+    recorded = {"eplb_config": {"dynamic_eplb": True, "expert_map_record_path": "map.json"}}
+    refusals.refuse_unsupported(served(additional_config=recorded, **drafter))
+    given = served(additional_config={"eplb_config": {"expert_map_path": "map.json"}}, **drafter)
+    if refused:
+        with pytest.raises(EplbConfigError, match=r"expert_map_path and a draft model .* vllm-ascend 0\.30\.0rc2"):
+            refusals.refuse_unsupported(given)
+    else:
+        refusals.refuse_unsupported(given)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from vllm_ascend_eplb.adaptors.vllm.eplb_state import (  # noqa: E402
     build_initial_global_physical_to_logical_map,
     compute_logical_maps,
 )
+from vllm_ascend_eplb.adaptors.vllm.state import VllmEplbState  # noqa: E402
 from vllm_ascend_eplb.agreement.phases import (  # noqa: E402
     CycleSettings,
     CycleState,
@@ -25,6 +26,8 @@ from vllm_ascend_eplb.agreement.phases import (  # noqa: E402
 )
 from vllm_ascend_eplb.agreement.transition import advance  # noqa: E402
 from vllm_ascend_eplb.balancer.balancedness import load_stats  # noqa: E402
+from vllm_ascend_eplb.load.recorder import LoadRecorder  # noqa: E402
+from vllm_ascend_eplb.values.placement import Placement  # noqa: E402
 
 LAYERS, EXPERTS, REDUNDANT = 3, 8, 4
 
@@ -207,3 +210,28 @@ def test_the_first_cycle_begins_at_vllms_step(idle, monkeypatch):
             state, _ = advance(state, None, cycle)
             steps += 1
         assert steps == vllm_rearranges_after(interval, idle, monkeypatch), interval
+
+
+@pytest.mark.parametrize("counting", [True, False])
+def test_suppressed_warmup_steps_nothing_and_keeps_the_switch(counting):
+    """vLLM 0.33 writes to the switch of the recorder around warm-up, and puts back what was there."""
+    utils = pytest.importorskip("vllm.v1.worker.gpu.eplb_utils")
+    controller = utils.EPLBController(
+        SimpleNamespace(enable_eplb=True, data_parallel_size=1, eplb_config=SimpleNamespace(log_balancedness=False)),
+        torch.device("cpu"),
+    )
+    if not hasattr(controller, "suppress"):
+        pytest.skip("since vLLM 0.33")
+    recorder = LoadRecorder(LAYERS, EXPERTS, EXPERTS, torch.device("cpu"))
+    recorder.begin_step(Placement.initial(LAYERS, EXPERTS, 2), record=counting)
+    state, steps = VllmEplbState(controller.parallel_config, torch.device("cpu")), []
+    state.should_record_tensor = recorder.recording
+    state.step = lambda *args, **kwargs: steps.append(args)
+    controller.state, controller._has_registered_models = state, True  # noqa: SLF001
+    with controller.suppress():
+        assert not recorder.recording.item()
+        controller.step()
+    assert recorder.recording.item() == counting
+    assert steps == []
+    controller.step()
+    assert len(steps) == 1

@@ -17,6 +17,9 @@ from vllm_ascend_eplb.adaptors.vllm.versions import CHECKED_VERSIONS, READ_VERSI
 ROOT = installed_root()
 needs_vllm = pytest.mark.skipif(ROOT is None, reason="no vLLM here")
 
+NEXT = "{}.{}.0".format(*(int(part) + step for part, step in zip(READ_VERSIONS[-1].split("."), (0, 1), strict=True)))
+"""The release after the newest whose sources were read."""
+
 RUNNER = "vllm/v1/worker/gpu_model_runner.py"
 RUNNER_2 = "vllm/v1/worker/gpu/model_runner.py"
 ROUTER = "vllm/model_executor/layers/fused_moe/router/base_router.py"
@@ -40,11 +43,9 @@ def test_next_versions_follow_those_that_were_read(monkeypatch: pytest.MonkeyPat
 
 @needs_vllm
 def test_next_version_is_balanced_with_a_warning() -> None:
-    major, minor = READ_VERSIONS[-1].split(".")
-    version = f"{major}.{int(minor) + 1}.0"
-    said = verdict(version, "cuda", ROOT)
+    said = verdict(NEXT, "cuda", ROOT)
     assert said.balances
-    assert f"this is {version}" in said.warning
+    assert f"this is {NEXT}" in said.warning
     assert CHECKED_VERSIONS[-1] in said.warning
     assert verdict(f"{CHECKED_VERSIONS[-1]}.0", "cuda", ROOT) == (True, "")
 
@@ -59,7 +60,7 @@ def test_other_versions_stay_off_with_the_way_out(version: str) -> None:
 
 
 def test_version_without_sources_stays_off() -> None:
-    assert not verdict("0.33.0", "cuda", None).balances
+    assert not verdict(NEXT, "cuda", None).balances
 
 
 def copied(folder: Path) -> Path:
@@ -100,6 +101,6 @@ def test_self_test_finds_what_changed(tmp_path: Path, path: str, old: str, new: 
     (changed / path).write_text(text.replace(old, new), encoding="utf-8")
     found = differences(changed, "cuda")
     assert any(says in line for line in found), found
-    assert not verdict("0.33.0", "cuda", changed).balances
+    assert not verdict(NEXT, "cuda", changed).balances
     (changed / path).unlink()
     assert differences(changed, "cuda")

@@ -231,6 +231,19 @@ def test_tensors_of_llama_4_are_taken_apart() -> None:
     assert calls == ["0.router.weight"]
 
 
+def test_slots_are_those_of_layers_not_of_the_model() -> None:
+    """vllm-ascend's first model runner makes room for copies that the model does not know of."""
+    moe, placement = model(1), random_placement(3)
+    moe.num_physical_experts = EXPERTS
+    for layer in moe.moe_layers:
+        layer.routed_experts.moe_config = SimpleNamespace(num_experts=EXPERTS + REDUNDANT)
+    load_by(moe, LoadOrder(placement, by_map=True))
+    checkpoint(moe)
+    for number, layer in enumerate(moe.moe_layers):
+        per_rank = placement.slots_per_rank
+        assert layer.routed_experts.held() == placement.physical_to_logical[number, per_rank : 2 * per_rank].tolist()
+
+
 def test_a_placement_for_another_model_is_refused() -> None:
     with pytest.raises(LoadingError, match="has 8 slots per layer, the model was built with 12"):
         load_by(model(0), LoadOrder(Placement.initial(3, EXPERTS, RANKS), by_map=True))

@@ -15,6 +15,7 @@ from ...values.placement import EMPTY, Placement
 from ..engine_adaptor import EngineAdaptor, recorder_for, topology_of
 from ..errors import UnsupportedError
 from ..parts import pipeline_parts
+from ..vllm.loading import placement_loaded
 from .routing import SlotTable, maps_itself, replicas_ahead, route_by
 
 
@@ -84,12 +85,7 @@ class AscendAdaptor(EngineAdaptor):
         self.placement = placement_of(maps, size)
         num_ranks = self.placement.num_ranks
         if maps_itself(moe_layers[0]):
-            experts = self.placement.num_experts
-            if self.placement != Placement.initial(len(maps), experts, num_ranks, self.placement.num_slots - experts):
-                raise UnsupportedError(
-                    f"the experts of {self.name} were loaded in vLLM's order, and the layers' maps say otherwise; "
-                    "leave eplb_config.expert_map_path out"
-                )
+            self.placement = self._loaded(layers.model, self.placement)
         self.topology = topology_of(self.control_group, num_ranks)
         self.num_groups = max(1, int(getattr(layers.config, "n_group", 1) or 1))
         self.device = moe_layers[0].moe_load.device
@@ -106,6 +102,28 @@ class AscendAdaptor(EngineAdaptor):
         for number, layer in enumerate(moe_layers):
             layer.moe_load = self.recorder.counts[number, first : first + size]
             route_by(layer, SlotTable(self._maps, number, local, offset))
+
+    def _loaded(self, model: Any, placement: Placement) -> Placement:
+        """The placement that a model was loaded by whose layers map experts themselves.
+
+        Args:
+            placement: what vllm-ascend's maps say.
+
+        Raises:
+            UnsupportedError: these maps are not vLLM's order, in which the model was loaded.
+        """
+        from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
+
+        by_map = placement_loaded(get_mixture_of_experts_model(model), self.rank)
+        if by_map is not None:
+            return by_map
+        layers, experts, slots = placement.num_layers, placement.num_experts, placement.num_slots
+        if placement != Placement.initial(layers, experts, placement.num_ranks, slots - experts):
+            raise UnsupportedError(
+                f"the experts of {self.name} were loaded in vLLM's order, and the layers' maps say otherwise; "
+                "set dynamic_eplb to false for this model"
+            )
+        return placement
 
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
         return [

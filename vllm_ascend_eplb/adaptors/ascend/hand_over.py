@@ -19,6 +19,7 @@ from ...files.disk import FileError, parse_json, read_bounded, show
 from ...files.expert_map import MAX_MAP_BYTES, ExpertMapError, read_expert_map
 from ...settings.config import EplbConfig
 from ...settings.messages import EplbConfigError
+from ...values.placement import Placement
 from ..engine import Verdict
 from ..handed_over import HandedOver, settings_of
 from ..vllm.versions import unchecked_line
@@ -30,8 +31,9 @@ CHECKED_VERSIONS = ("0.23.0.post1", "0.30.0rc2")
 """Releases of vllm-ascend whose sources were read and on which the tests ran."""
 
 
-IGNORE_MAPS = ("0.30.0rc2",)
-"""Releases that load weights in vLLM's order, whatever ``expert_map_path`` says, but route by the map."""
+IN_VLLMS_ORDER = ("0.30.0rc2",)
+"""Releases whose first model runner loads weights in vLLM's order, whatever its own ``expert_map_path`` says. There the
+map is not handed over: the weights are loaded by the loader of this package."""
 
 
 SWITCH = "DYNAMIC_EPLB"
@@ -140,13 +142,11 @@ def hand_over(additional_config: dict[str, Any]) -> dict[str, Any]:
     # Also with a static placement: only then does its runner build the classes that ours replace.
     stock = {"dynamic_eplb": True, **{key: getattr(config, key) for key in STOCK_KEYS}}
     if config.expert_map_path is not None:
-        if version in IGNORE_MAPS:
-            raise EplbConfigError(
-                f"eplb_config.expert_map_path = {show(config.expert_map_path)} cannot be used with vllm-ascend "
-                f"{version}, which loads weights in vLLM's order whatever a map says (allowed: null); leave it out"
-            )
-        _check_map(config.expert_map_path)
-        stock["expert_map_path"] = config.expert_map_path
+        placement = _read_map(config.expert_map_path)
+        if version in IN_VLLMS_ORDER:
+            stock["num_redundant_experts"] = placement.num_slots - placement.num_experts
+        else:
+            stock["expert_map_path"] = config.expert_map_path
     return {**additional_config, "eplb_config": HandedOver(stock, config)}
 
 
@@ -154,8 +154,8 @@ def _or_the_second_runner(version: str) -> str:
     return f", or: export {SECOND_RUNNER}=1" if version in SECOND_RUNNER_VERSIONS else ""
 
 
-def _check_map(path: str) -> None:
-    """Checks a map that vllm-ascend will read, which loads the weights by it.
+def _read_map(path: str) -> Placement:
+    """Reads a map that weights will be loaded by.
 
     Raises:
         EplbConfigError: it is no map, not in vllm-ascend's form, or has an expert twice on a device.
@@ -167,7 +167,7 @@ def _check_map(path: str) -> None:
                 f"eplb_config.expert_map_path: {show(path)} is not in the form that vllm-ascend loads weights by, JSON "
                 "with a layer_list in a file that ends in .json; make one with: vllm-ascend-eplb convert"
             )
-        read_expert_map(path)
+        return read_expert_map(path)
     except (ExpertMapError, FileError) as error:
         raise EplbConfigError(f"eplb_config.expert_map_path: {error}") from None
 

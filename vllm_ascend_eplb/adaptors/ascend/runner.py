@@ -23,8 +23,9 @@ computed once; the tables of vllm-ascend differ between ranks there.
 fails with redundant experts. ``look_up_slots`` gives it a map that is indexed by slots. Since 0.30 layers map experts
 themselves and the dispatchers see slots only; there ``route_by`` gives the layers such a map.
 
-**Loading.** Since 0.30 weights are loaded in vLLM's own order, experts 0..E-1 and then the copies. The adaptor checks
-that the maps of the layers say the same, and the start checks that copies are equal.
+**Loading.** Since 0.30 weights are loaded in vLLM's own order, experts 0..E-1 and then the copies, or by
+``expert_map_path`` with the loader of this package; the layers' own maps are not used. The start checks that copies are
+equal.
 
 **Load** comes from ``moe_load`` of the layers, which counts the tokens that the slots of a rank received, from any
 rank. It is made a view of the counters of the recorder, and added to in every forward.

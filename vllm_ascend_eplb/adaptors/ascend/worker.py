@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 from ..handed_over import settings_of
 from ..patching import patch_once
 from ..readers import guard_model, guard_worker
-from .hand_over import second_runner, switch_on
+from ..vllm.loading import loading_by
+from ..vllm.worker import load_order
+from .hand_over import IN_VLLMS_ORDER, installed_version, second_runner, switch_on
 from .runner import RUNNER, RunnerUpdator, take_over
 
 
@@ -32,7 +36,8 @@ def balanced(base: type) -> type:
             if updator is not None:
                 load_format = str(self.vllm_config.load_config.load_format)
                 updator.configure(settings_of(self.vllm_config.additional_config), load_format)
-            super().load_model(*args, **kwargs)
+            with _loading(self.vllm_config, updator):
+                super().load_model(*args, **kwargs)
 
         def compile_or_warm_up_model(self) -> Any:
             result = super().compile_or_warm_up_model()
@@ -56,6 +61,13 @@ def _require_loaded_order(worker: Any, what: str) -> None:
     updator = updator_of(worker)
     if updator is not None:
         updator.loaded.require(what)
+
+
+def _loading(vllm_config: Any, updator: RunnerUpdator | None) -> contextlib.AbstractContextManager[None]:
+    """The context in which a model is loaded: by the map of the settings, where vllm-ascend does not heed one."""
+    if updator is None or installed_version() not in IN_VLLMS_ORDER:
+        return contextlib.nullcontext()
+    return loading_by(functools.partial(load_order, vllm_config))
 
 
 def updator_of(worker: Any) -> RunnerUpdator | None:

@@ -144,12 +144,13 @@ def load_by(moe: Any, order: LoadOrder) -> None:
         LoadingError: a map does not fit the model as it was built, or the model cannot follow a map.
     """
     placement = order.placement
-    if placement.num_slots != moe.num_physical_experts:
+    built = _slots(moe)
+    if placement.num_slots != built:
         if not order.by_map:
             return
         raise LoadingError(
-            f"the expert map has {placement.num_slots} slots per layer, the model was built with "
-            f"{moe.num_physical_experts}; the file was changed while the server started: start it again"
+            f"the expert map has {placement.num_slots} slots per layer, the model was built with {built}; the file was "
+            "changed while the server started: start it again"
         )
     unfit = next((reason for layer in moe.moe_layers if (reason := _unfit(_experts(layer)))), None)
     if unfit is not None:
@@ -253,6 +254,13 @@ def placement_loaded(moe: Any, rank: int) -> Placement | None:
                 "--load-format"
             )
     return placement
+
+
+def _slots(moe: Any) -> int:
+    """Slots of a layer. Under vllm-ascend's first model runner layers have slots that the model does not know of."""
+    layer = next(iter(moe.moe_layers), None)
+    config = getattr(_experts(layer), "moe_config", None)
+    return int(getattr(config, "num_experts", moe.num_physical_experts))
 
 
 def _experts(layer: Any) -> Any:

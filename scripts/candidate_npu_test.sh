@@ -1,0 +1,31 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# Runs the tests on NPUs with a release candidate of vllm-ascend, by its first and then by its second model runner. The
+# second half also runs after the first has failed. The times of both and of the whole are printed, and kept in
+# build/durations-candidate.txt.
+#
+#   scripts/candidate_npu_test.sh 0.30.0rc2 [PYTEST ARGUMENT...]
+set -eu
+
+cd "$(dirname "$0")/.."
+version=$1
+shift
+failed=
+times=
+mkdir -p build
+
+half() { # RUNNER TEST FILES, PYTEST ARGUMENTS...
+    runner=$1
+    shift
+    began=$(date +%s)
+    NPU_TEST_REQUIRED=1 NPU_TEST_ASCEND=$version NPU_TEST_RUNNER=$runner .venv-npu/bin/python -m pytest "$@" ||
+        failed="$failed $runner"
+    times="$times, $runner $(($(date +%s) - began)) s"
+}
+
+start=$(date +%s)
+half V1 tests/npu/test_ascend.py tests/npu/test_serving.py tests/npu/test_serving_ways.py tests/npu/test_doctor.py "$@"
+half V2 tests/npu/test_second_runner.py tests/npu/test_serving.py tests/npu/test_serving_ways.py \
+    tests/npu/test_serving_drafts.py tests/npu/test_doctor.py "$@"
+echo "vllm-ascend $version: $(($(date +%s) - start)) s$times" | tee build/durations-candidate.txt
+[ -z "$failed" ] || { echo "failed by its model runner:$failed" >&2 && exit 1; }
