@@ -110,7 +110,8 @@ def shared_slot_load(
         physical_to_logical.physical_to_logical if isinstance(physical_to_logical, Placement) else physical_to_logical
     )
     slots = np.asarray(given, dtype=np.int64)
-    return np.take_along_axis(loads, np.maximum(slots, 0), axis=1) * np.asarray(shares) * (slots != EMPTY)
+    by_slot = np.take_along_axis(loads, np.maximum(slots, 0), axis=1) * np.asarray(shares) * (slots != EMPTY)
+    return np.asarray(by_slot)
 
 
 def shared_rank_load(
