@@ -13,7 +13,7 @@ from ..planning.payoff import MoveRates
 from ..settings.config import EplbConfig
 from ..transfer.loader import D2DExpertWeightLoader
 from ..values.step_cost import StepCost, StepCostError
-from .calibration import CalibrationError, LayerRuns, calibrate, describe
+from .calibration import NOISY, CalibrationError, LayerRuns, calibrate, describe
 from .served_model import EplbAdaptor
 
 logger = logging.getLogger("vllm.eplb")
@@ -49,18 +49,29 @@ def learn_times(adaptor: EplbAdaptor, config: EplbConfig, loader: D2DExpertWeigh
                 adaptor.device.type,
             )
         return Times()
-    cost = _read(adaptor, config, runs)
-    if cost is None:
+    kept = cost = _read(adaptor, config, runs)
+    if kept is None or kept.noise > NOISY:  # a noisy start does not decide for all that follow
         try:
             cost = _measure(adaptor, runs)
         except CalibrationError as error:
             if told:
                 logger.warning("%s: MoE layers were not timed, plans are weighed by PAR: %s", adaptor.title, error)
             return Times()
+        if kept is not None:
+            cost = kept.best_of(cost)
         if told and config.calibration_path is not None:
             _write(config.calibration_path, cost, adaptor.title)
+    assert cost is not None
     if told:
         logger.info("%s", describe(cost, f"{adaptor.title}: cost of an MoE layer"))
+        if cost.noise > NOISY:
+            logger.warning(
+                "%s: this machine was busy while layers were timed: measurements differ by %.0f %%, so a plan must "
+                "save more than that. Start again when it is idle, or set calibration_path: the next start then "
+                "measures again and keeps the shorter times.",
+                adaptor.title,
+                100 * cost.noise,
+            )
     receive, commit = loader.measure_rates()
     return Times(cost, MoveRates(receive, commit))
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from hypothesis import strategies as st
 
 from vllm_ascend_eplb.balancer import calibration
 from vllm_ascend_eplb.balancer.calibration import CalibrationError, LayerRuns, calibrate, describe, synthetic_ids
+from vllm_ascend_eplb.planning.payoff import MoveRates
+from vllm_ascend_eplb.planning.threshold import PlanJudge
 from vllm_ascend_eplb.values.step_cost import StepCost
+from vllm_ascend_eplb.values.traffic import Traffic
 
 RANKS, SLOTS, EXPERTS, TOP_K = 4, 9, 32, 4
 
@@ -126,6 +130,55 @@ def test_noise_is_what_two_measurements_differ_by(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(noisy, "milliseconds", lambda ids: exact(ids) * float(random.uniform(1.0, 1.6)))
     monkeypatch.setattr(calibration, "time", noisy)
     assert noisy.calibrate().noise > 0.003
+
+
+class _Busy(_Machine):
+    """A machine that somebody else uses, too: any run may take much longer than by itself."""
+
+    def __init__(self, seed: int, reading: float, computing: float) -> None:
+        super().__init__(reading, computing)
+        self._random = np.random.default_rng(seed)
+
+    def milliseconds(self, ids: torch.Tensor) -> float:
+        return super().milliseconds(ids) * (1.0 + float(self._random.exponential(0.5)))
+
+
+def test_a_busy_machine_is_measured_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet, busy = _Machine(1.0, 0.001), _Busy(0, 1.0, 0.001)
+    for machine in (quiet, busy):
+        monkeypatch.setattr(calibration, "time", machine)
+        machine.calibrate(most_rows=256)
+    assert quiet.now < 1.5 * calibration.SECONDS < busy.now < 1.5 * calibration.PATIENCE * calibration.SECONDS
+
+
+def test_noisy_start_leads_to_no_wrong_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imbalance costs nothing in these steps; a plan that halves the PAR is refused after every noisy start.
+
+    The control: the same measurements taken for exact accept it after some.
+    """
+    wrong = 0
+    for seed in range(10):
+        busy = _Busy(seed, 1.0, 0.001)
+        monkeypatch.setattr(calibration, "time", busy)
+        cost = busy.calibrate(most_rows=256)
+        for believed in (cost, replace(cost, noise=0.0)):
+            judge = PlanJudge(0.01)
+            judge.learn(believed, MoveRates(), SLOTS)
+            judge.traffic, judge.steps = Traffic([1], [32]), 10_000
+            accepted = not judge.refuses([2.5], [1.0])
+            assert believed is not cost or not accepted, (seed, cost.noise)
+            wrong += accepted
+    assert wrong
+
+
+def test_gains_beyond_the_noise_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = _Busy(1, 0.04, 0.05)
+    monkeypatch.setattr(calibration, "time", busy)
+    judge = PlanJudge(0.01)
+    cost = busy.calibrate(most_rows=256)
+    judge.learn(cost, MoveRates(), SLOTS)
+    judge.traffic, judge.steps = Traffic([1], [64]), 10_000
+    assert judge.refuses([2.5], [1.0]) == ""
 
 
 def test_small_batches_make_small_grids(machine: _Machine) -> None:

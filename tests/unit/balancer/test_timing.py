@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +81,29 @@ def test_next_start_reads_the_file(tmp_path: Path, measured: list[str]) -> None:
     second = learn_times(adaptor(RUNS), config, LOADER)
     assert first.cost == second.cost == FOUND
     assert len(measured) == 1
+
+
+def test_noisy_file_is_measured_again_and_the_best_is_kept(
+    tmp_path: Path, measured: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A noisy start does not decide for all that follow; a quiet one is not repeated."""
+    path = tmp_path / "cost.json"
+    noisy = replace(FOUND, milliseconds=[[[3.0], [3.0]], [[3.0], [3.5]]], noise=0.2)
+    path.write_text(noisy.to_json())
+    config = EplbConfig(dynamic_eplb=True, calibration_path=str(path))
+    cost = learn_times(adaptor(RUNS), config, LOADER).cost
+    assert len(measured) == 1
+    assert cost.milliseconds.ravel().tolist() == [1.0, 1.0, 2.0, 3.5]
+    assert cost.noise == FOUND.noise
+    assert "busy" not in caplog.text
+    assert learn_times(adaptor(RUNS), config, LOADER).cost == cost
+    assert len(measured) == 1
+
+
+def test_noise_that_stays_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(timing, "calibrate", lambda runs, **_: replace(FOUND, noise=0.21))
+    learn_times(adaptor(RUNS), EplbConfig(dynamic_eplb=True), LOADER)
+    assert "measurements differ by 21 %, so a plan must save more than that" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "{}", "no JSON", FOUND.to_json().replace("this server", "another server")])
