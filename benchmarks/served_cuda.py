@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What balancing costs and gives a served model on GPUs: ``python -m benchmarks.served_cuda --json PATH``.
 
-vLLM serves a model of Qwen3-30B-A3B's shape (fewer layers, dummy weights) on two expert-parallel GPUs, in pairs: without
-balancing, then with the modes that are asked for, again and again, so that drift of the machine hits all alike. Modes are
-this balancer with a number of redundant experts per layer ("ours 0", "ours 2") and vLLM's own, asynchronous (its
-default) and synchronous, with 4. Routers are skewed on purpose, and alike in all of them: rank 0 holds the experts that
-are asked for most, and one expert of a layer is asked for up to twice as often as another.
+vLLM serves a model of Qwen3-30B-A3B's shape (fewer layers, dummy weights) on two expert-parallel GPUs, in pairs:
+without balancing, then with the modes that are asked for, again and again, so that drift of the machine hits all alike.
+Modes are this balancer with a number of redundant experts per layer ("ours 0", "ours 2") and vLLM's own, asynchronous
+(its default) and synchronous, with 4. Routers are skewed on purpose, and alike in all of them: rank 0 holds the experts
+that are asked for most, and one expert of a layer is asked for up to twice as often as another.
 
 Steps are timed where they arrive, in the front end: prefilling in full chunks, and decoding with several numbers of
 requests at once. Ratios to the run without balancing of the same turn are given with the 95 % confidence interval of
 their mean. The longest steps are kept with their place in the run and the time that the front end collected garbage in
-them. The exit status is 1 if a balancer moved nothing. PATH may be a pipe; results are written after every engine.
+them. The exit status is 1 if a balancer moved nothing. Results are written after every engine.
 
 On a machine without GPUs ``--tiny`` runs it on the CPU in small, to see that it runs; vLLM's own balancer is left out.
 """
@@ -279,7 +279,7 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the results; may be a pipe")
+    parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--pairs", type=int, default=5, help="turns: in each, one engine without and one of each mode")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no turn begins after so many")
