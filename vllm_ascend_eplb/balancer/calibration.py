@@ -3,7 +3,7 @@
 
 The router's choice is replaced by expert ids made here, so that the number of tokens per rank, the PAR and the slots in
 use are known; everything else (dispatch, kernels, combine, collectives) is what serves. Experts get tokens as unevenly
-as real ones do (lognormal, sigma 0.7): kernels work in tiles, and even rows flatter them.
+as in the load that was recorded last, else lognormal with sigma 0.7: kernels work in tiles, and even rows flatter them.
 
 Every point of the grid is timed several times, in turns, so that slow drift of the machine spreads over all of them. Of
 its times the shortest counts, of the slowest rank: what makes a run longer is somebody else's. Where they still differ
@@ -86,6 +86,7 @@ def calibrate(
     group: Any,
     device: torch.device,
     seconds: float = SECONDS,
+    skew: npt.NDArray[np.float64] | None = None,
 ) -> StepCost:
     """Times the grid; all ranks together. Blocks for about ``seconds``, up to ``PATIENCE`` times as long where the
     machine is busy.
@@ -96,6 +97,7 @@ def calibrate(
         slots_per_rank: S. num_experts: E; where it is less than R * S, fewer slots in use are timed, too.
         group: process group of all ranks with a CPU backend; None for a single rank.
         device: where the layers run.
+        skew: relative loads of experts from which those of slots are drawn, the same on all ranks; None for lognormal.
 
     Raises:
         CalibrationError: a batch has fewer tokens than ranks that share it.
@@ -118,7 +120,7 @@ def calibrate(
     for count in tokens:
         row = [(count, par, use) for par, use in itertools.product(pars, used)]
         for point in row:
-            run = _prepare(runs, point, num_ranks, rank, slots_per_rank)
+            run = _prepare(runs, point, num_ranks, rank, slots_per_rank, skew)
             clock.once(run)  # kernels are chosen, memory is allocated
             shortest[point] = [clock.milliseconds(run, 1) / runs.num_layers]
         points += row
@@ -131,7 +133,7 @@ def calibrate(
         for point in points:
             estimate = shortest[point][0] * runs.num_layers
             times = max(1, int(LEAST_MILLISECONDS / max(estimate, 1e-3)))
-            run = _prepare(runs, point, num_ranks, rank, slots_per_rank)
+            run = _prepare(runs, point, num_ranks, rank, slots_per_rank, skew)
             shortest[point].append(clock.milliseconds(run, times) / times / runs.num_layers)
         patience = PATIENCE if _noise(list(shortest.values())) > NOISY else 1
         if turns >= patience * MOST_TURNS or 2 * clock.elapsed - turn_began > patience * seconds:
@@ -166,22 +168,35 @@ def describe(cost: StepCost, title: str) -> str:
 
 
 def synthetic_ids(
-    rows: int, top_k: int, num_ranks: int, slots_per_rank: int, used: int, par: float, seed: int, of_rows: int = 0
+    rows: int,
+    top_k: int,
+    num_ranks: int,
+    slots_per_rank: int,
+    used: int,
+    par: float,
+    seed: int,
+    of_rows: int = 0,
+    skew: npt.NDArray[np.float64] | None = None,
 ) -> npt.NDArray[np.int64]:
     """int64 [rows, top_k]: slots of a layer, distinct in each row, so that rank 0 has ``par`` times the mean.
 
-    The other ranks share the rest evenly. Within a rank tokens are lognormal with sigma 0.7, as far as a slot can have
-    no more than one token of each row. Giving what rank 0 has beyond the mean to its hottest expert alone was measured,
-    too: it predicts real steps no better (median error 7.9 % against 7.5 %, benchmarks/results/virtual_ep_h200).
+    The other ranks share the rest evenly. Within a rank tokens are lognormal with sigma 0.7, or drawn from ``skew``, as
+    far as a slot can have no more than one token of each row. Giving what rank 0 has beyond the mean to its hottest
+    expert alone was measured, too: it predicts real steps no better (median error 7.9 % against 7.5 %,
+    benchmarks/results/virtual_ep_h200).
 
     Args:
         used: slots of each rank that get tokens, its first ones.
         seed: of the slots' weights. of_rows: of the choice of each row; ranks with rows of their own have their own.
+        skew: loads of experts, > 0.
     """
     random = np.random.default_rng([seed, used, round(100 * par)])
     rest = (num_ranks - par) / max(num_ranks - 1, 1)
     share = np.array([par, *[rest] * (num_ranks - 1)]) * (top_k / num_ranks)
-    weight = np.concatenate([_capped(np.exp(SIGMA * random.normal(size=used)), total) for total in share])
+    drawn = np.exp(SIGMA * random.normal(size=(num_ranks, used)))
+    if skew is not None:
+        drawn = random.choice(skew, size=drawn.shape)
+    weight = np.concatenate([_capped(slots, total) for slots, total in zip(drawn, share, strict=True)])
     slots = np.concatenate([rank * slots_per_rank + np.arange(used) for rank in range(num_ranks)])
     order = random.permutation(len(slots))
     until = np.cumsum(weight[order])
@@ -212,11 +227,16 @@ def _pars(num_ranks: int, used: int, top_k: int) -> list[float]:
 
 
 def _prepare(
-    runs: LayerRuns, point: tuple[int, float, int], num_ranks: int, rank: int, slots_per_rank: int
+    runs: LayerRuns,
+    point: tuple[int, float, int],
+    num_ranks: int,
+    rank: int,
+    slots_per_rank: int,
+    skew: npt.NDArray[np.float64] | None,
 ) -> Callable[[], None]:
     tokens, par, used = point
     of_rows = 0 if runs.sharers == num_ranks else rank // runs.sharers
-    ids = synthetic_ids(tokens * runs.sharers, runs.top_k, num_ranks, slots_per_rank, used, par, 7, of_rows)
+    ids = synthetic_ids(tokens * runs.sharers, runs.top_k, num_ranks, slots_per_rank, used, par, 7, of_rows, skew)
     return runs.prepare(torch.from_numpy(ids))
 
 

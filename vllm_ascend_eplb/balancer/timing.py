@@ -7,18 +7,28 @@ import logging
 import os
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ..agreement.exchange import exchange_bytes
 from ..files.disk import read_bounded, write_atomic
+from ..files.map_recorder import load_path
+from ..files.traces import read_trace
 from ..planning.payoff import MoveRates
 from ..settings.config import EplbConfig
 from ..transfer.loader import D2DExpertWeightLoader
-from ..values.step_cost import StepCost, StepCostError
+from ..values.step_cost import FloatArray, StepCost, StepCostError
 from .calibration import NOISY, CalibrationError, LayerRuns, calibrate, describe
 from .served_model import EplbAdaptor
 
 logger = logging.getLogger("vllm.eplb")
 
 MOST_FILE_BYTES = 1 << 20
+
+SKEW_POINTS = 257
+"""Quantiles that a recorded load is told by."""
+
+LEAST_LOAD = 1e-3
+"""Of an expert over its layer's mean: one that nobody asked for may be asked for, after all."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ def learn_times(adaptor: EplbAdaptor, config: EplbConfig, loader: D2DExpertWeigh
     kept = cost = _read(adaptor, config, runs)
     if kept is None or kept.noise > NOISY:  # a noisy start does not decide for all that follow
         try:
-            cost = _measure(adaptor, runs)
+            cost = _measure(adaptor, config, runs)
         except CalibrationError as error:
             if told:
                 logger.warning("%s: MoE layers were not timed, plans are weighed by PAR: %s", adaptor.title, error)
@@ -76,7 +86,7 @@ def learn_times(adaptor: EplbAdaptor, config: EplbConfig, loader: D2DExpertWeigh
     return Times(cost, MoveRates(receive, commit))
 
 
-def _measure(adaptor: EplbAdaptor, runs: LayerRuns) -> StepCost:
+def _measure(adaptor: EplbAdaptor, config: EplbConfig, runs: LayerRuns) -> StepCost:
     placement = adaptor.placement
     return calibrate(
         runs,
@@ -86,7 +96,26 @@ def _measure(adaptor: EplbAdaptor, runs: LayerRuns) -> StepCost:
         num_experts=placement.num_experts,
         group=adaptor.control_group,
         device=adaptor.device,
+        skew=_recorded_skew(adaptor, config),
     )
+
+
+def _recorded_skew(adaptor: EplbAdaptor, config: EplbConfig) -> FloatArray | None:
+    """Loads of experts over their layer's mean, as quantiles: of the load that stands beside the map that the server
+    starts from, or beside the one that it records; the same on all ranks. None where there is no load."""
+    found = b""
+    for path in (config.expert_map_path, config.expert_map_record_path):
+        if adaptor.rank != 0 or path is None or found or not load_path(path).exists():
+            continue
+        try:
+            load = read_trace(load_path(path)).load.sum(axis=0)
+        except (OSError, ValueError) as error:
+            logger.warning("%s: layers are timed without the recorded load: %s", adaptor.title, error)
+            continue
+        relative = load / load.mean(axis=1, keepdims=True)
+        found = np.quantile(np.maximum(relative, LEAST_LOAD), np.linspace(0.0, 1.0, SKEW_POINTS)).tobytes()
+    found = exchange_bytes(adaptor.control_group, adaptor.placement.num_ranks, found)[0]
+    return np.frombuffer(found) if found else None
 
 
 def _read(adaptor: EplbAdaptor, config: EplbConfig, runs: LayerRuns) -> StepCost | None:

@@ -50,6 +50,15 @@ def test_rows_of_experts_are_as_skewed_as_real_ones() -> None:
     assert even.max() / even.mean() < 1.01
 
 
+def test_rows_follow_a_recorded_skew() -> None:
+    skew = np.array([1.0] * 9 + [11.0])
+    by_slot = np.bincount(synthetic_ids(4096, 8, 8, 32, 32, 1.0, 7, skew=skew).ravel(), minlength=256)
+    assert len(set(np.round(np.log2(by_slot / by_slot.min())).tolist())) >= 3  # hot ones, and others by their rank
+    assert (by_slot > 4 * np.median(by_slot)).mean() == pytest.approx(0.1, abs=0.06)
+    plain = np.bincount(synthetic_ids(4096, 8, 8, 32, 32, 1.0, 7).ravel(), minlength=256)
+    assert (plain > 4 * np.median(plain)).mean() < 0.04
+
+
 class _Machine:
     """A clock that runs as a machine would: the larger of reading the slots in use and computing the busiest rank."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,3 +126,26 @@ def test_folder_that_cannot_be_written_stops_nothing(
     config = EplbConfig(dynamic_eplb=True, calibration_path=str(tmp_path / "none" / "cost.json"))
     assert learn_times(adaptor(RUNS), config, LOADER).cost == FOUND
     assert "cannot be written" in caplog.text
+
+
+def test_layers_are_timed_with_the_recorded_skew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The load beside the recorded map, where there is one; a file that holds none is said, and not used."""
+    skews: list[Any] = []
+
+    def calibrate(*_: Any, skew: Any, **__: Any) -> StepCost:
+        skews.append(skew)
+        return FOUND
+
+    monkeypatch.setattr(timing, "calibrate", calibrate)
+    config = EplbConfig(dynamic_eplb=True, expert_map_record_path=str(tmp_path / "map.json"))
+    learn_times(adaptor(RUNS), config, LOADER)
+    np.savez(tmp_path / "map.load.npz", load=np.array([[[1.0, 1, 1, 5], [0, 0, 0, 0]]]))
+    learn_times(adaptor(RUNS), config, LOADER)
+    assert skews[0] is None
+    assert (skews[1].min(), skews[1].max()) == (0.5, 2.5)
+    (tmp_path / "map.load.npz").write_bytes(b"no load")
+    learn_times(adaptor(RUNS), config, LOADER)
+    assert skews[2] is None
+    assert "timed without the recorded load" in caplog.text
