@@ -90,6 +90,8 @@ def serve(load: str, balanced: bool, seconds: float, calibration: Path) -> dict[
                 "par": stats.window.par.mean if stats.window else None,
                 "par_start": stats.window.par_start.mean if stats.window else None,
                 "moe_time_saved_seconds": stats.moe_time_saved_seconds,
+                "step_time_saved_seconds": stats.step_time_saved_seconds,
+                "reason": stats.cycles[-1].reason if stats.cycles else "",
             }
         engine.llm_engine.engine_core.shutdown()
     return result

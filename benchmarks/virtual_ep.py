@@ -323,6 +323,9 @@ def report(arguments: argparse.Namespace) -> int:
     except ImportError:
         print("matplotlib is not installed: no plot")
         return 0
+    if all(row["mode"] != "none" for row in rows):
+        print("nothing without balancing to compare with: no plot")
+        return 0
     matplotlib.use("Agg")
     _plot(tables, arguments.folder / "virtual_ep.png")
     return 0
