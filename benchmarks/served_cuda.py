@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What balancing costs and gives a served model on GPUs: ``python -m benchmarks.served_cuda --json PATH``.
 
-vLLM serves a model of Qwen3-30B-A3B's shape (fewer layers, dummy weights) on two expert-parallel GPUs, in pairs:
-without balancing, then with the modes that are asked for, again and again, so that drift of the machine hits all alike.
-Modes are this balancer with a number of redundant experts per layer ("ours 0", "ours 2") and vLLM's own, asynchronous
-(its default) and synchronous, with 4. Routers are skewed on purpose, and alike in all of them: rank 0 holds the experts
-that are asked for most, and one expert of a layer is asked for up to twice as often as another.
-
-Steps are timed where they arrive, in the front end: prefilling in full chunks, and decoding with several numbers of
-requests at once. Ratios to the run without balancing of the same turn are given with the 95 % confidence interval of
-their mean. The longest steps are kept with their place in the run and the time that the front end collected garbage in
-them. The exit status is 1 if a balancer moved nothing. Results are written after every engine.
+vLLM serves a model of Qwen3-30B-A3B's shape (fewer layers, dummy weights) on two expert-parallel GPUs: without
+balancing, with vLLM's own balancer (asynchronous, its default, and synchronous) and with this one, one after the other
+in the same way, without balancing once more at the end. Routers are skewed on purpose, and alike in all of them: rank 0
+holds the experts that are asked for most, and one expert of a layer is asked for up to twice as often as another. Steps
+are timed where they arrive, in the front end: decoding, all requests together, and prefilling in full chunks. The exit
+status is 1 if a balancer moved nothing. PATH may be a pipe.
 
 On a machine without GPUs ``--tiny`` runs it on the CPU in small, to see that it runs; vLLM's own balancer is left out.
 """
@@ -18,7 +14,6 @@ On a machine without GPUs ``--tiny`` runs it on the CPU in small, to see that it
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -31,21 +26,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.served import describe_ratio, ratios
-
-MODES = ("ours 0", "ours 2", "vllm async", "vllm sync")
-THEIRS, SKEW = 4, 0.35
-LONGEST = 5
-"""Longest steps that are kept."""
+MODES = ("off", "vllm async", "vllm sync", "ours", "off again")
+REDUNDANT, SKEW = 4, 0.35
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is served: layers, requests at a time while decoding, tokens of each, steps before any is timed, chunks
-    of prompts that are prefilled, tokens of a prompt and of a chunk; and the steps of a window."""
+    """How much is served: layers, requests at a time, tokens of each, steps before any is timed, chunks of prompts that
+    are prefilled, tokens of a prompt and of a chunk; and the steps of a window."""
 
     layers: int
-    requests: tuple[int, ...]
+    requests: int
     tokens: int
     settle: int
     prefills: int
@@ -54,10 +45,8 @@ class Size:
     interval: int
 
 
-FULL = Size(
-    layers=24, requests=(16, 128, 512), tokens=800, settle=1000, prefills=40, prompt=4096, chunk=8192, interval=300
-)
-TINY = Size(layers=2, requests=(2, 8), tokens=60, settle=40, prefills=2, prompt=64, chunk=128, interval=20)
+FULL = Size(layers=24, requests=512, tokens=1500, settle=1000, prefills=40, prompt=4096, chunk=8192, interval=300)
+TINY = Size(layers=2, requests=8, tokens=60, settle=40, prefills=2, prompt=64, chunk=128, interval=20)
 
 SHAPE = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -108,15 +97,15 @@ def moved_by_vllm(worker: Any) -> int:
 
 def engine_arguments(mode: str, size: Size, tiny: bool) -> dict[str, Any]:
     balancer: dict[str, Any] = {}
-    if mode.startswith("ours"):
+    if mode == "ours":
         settings = {
             "dynamic_eplb": True,
-            "num_redundant_experts": int(mode.split()[1]),
+            "num_redundant_experts": REDUNDANT,
             "expert_heat_collection_interval": size.interval,
         }
         balancer = {"additional_config": {"eplb_config": settings}}
     elif mode.startswith("vllm"):
-        theirs = {"window_size": size.interval, "step_interval": size.interval, "num_redundant_experts": THEIRS}
+        theirs = {"window_size": size.interval, "step_interval": size.interval, "num_redundant_experts": REDUNDANT}
         by = {"use_async": True} if mode == "vllm async" else {"use_async": False, "communicator": "torch_nccl"}
         balancer = {"enable_eplb": True, "eplb_config": theirs | by}
     device = {"gpu_memory_utilization": 0.85, "attention_backend": "TRITON_ATTN", "disable_custom_all_reduce": True}
@@ -125,9 +114,9 @@ def engine_arguments(mode: str, size: Size, tiny: bool) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "seed": 0,
         "tensor_parallel_size": 2,
-        "enable_expert_parallel": mode.startswith("ours") or not tiny,  # which vLLM alone cannot do on a CPU
+        "enable_expert_parallel": mode == "ours" or not tiny,  # which vLLM alone cannot do on a CPU
         "enable_prefix_caching": False,
-        "max_num_seqs": size.requests[-1],
+        "max_num_seqs": size.requests,
         "max_model_len": 2 * size.prompt,
         "max_num_batched_tokens": size.chunk,
         "enforce_eager": tiny,
@@ -154,45 +143,6 @@ def timed(engine: Any, prompts: list[list[int]], tokens: int) -> Iterator[tuple[
             before = now
 
 
-class Garbage:
-    """Seconds in which this process has collected garbage since it was asked last."""
-
-    def __init__(self) -> None:
-        self._began = self._seconds = 0.0
-        gc.callbacks.append(self._note)
-
-    def _note(self, phase: str, _: dict[str, int]) -> None:
-        if phase == "start":
-            self._began = time.perf_counter()
-        else:
-            self._seconds += time.perf_counter() - self._began
-
-    def take(self) -> float:
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-
-def decode(engine: Any, prompts: list[list[int]], tokens: int, garbage: Garbage) -> dict[str, Any]:
-    """Steps in which all ``prompts`` get a token."""
-    steps: list[tuple[float, float]] = []
-    garbage.take()
-    for seconds, rows in timed(engine, prompts, tokens):
-        collected = garbage.take()
-        if rows == len(prompts):
-            steps.append((seconds, collected))
-    cut = max(1, min(20, len(steps) // 4))
-    steps = steps[cut:-cut]
-    times = [seconds for seconds, _ in steps]
-    longest = sorted(range(len(times)), key=lambda at: -times[at])[:LONGEST]
-    return {
-        "tokens_per_s": len(prompts) * len(times) / sum(times),
-        "steps": len(times),
-        "step_median_ms": 1e3 * statistics.median(times),
-        "step_p99_ms": 1e3 * sorted(times)[int(0.99 * len(times))],
-        "longest": [{"step": at, "ms": 1e3 * times[at], "garbage_ms": 1e3 * steps[at][1]} for at in sorted(longest)],
-    }
-
-
 def serve(mode: str, size: Size, tiny: bool) -> dict[str, Any]:
     """One engine from its start to its end, and what was measured."""
     from vllm import LLM
@@ -214,18 +164,24 @@ def serve(mode: str, size: Size, tiny: bool) -> dict[str, Any]:
                 for request in range(count)
             ]
 
-        garbage = Garbage()
-        for _ in timed(engine, prompts(size.requests[-1], 8), size.settle):
+        for _ in timed(engine, prompts(size.requests, 8), size.settle):
             pass
         began = time.perf_counter()
         for _ in timed(engine, prompts(size.prefills * size.chunk // size.prompt, size.prompt), 1):
             pass
         prefill = size.prefills * size.chunk / (time.perf_counter() - began)
-        result: dict[str, Any] = {"prefill tokens_per_s": prefill}
-        for count in size.requests:
-            result[f"decode {count}"] = decode(engine, prompts(count, 8), size.tokens, garbage)
-            result[f"decode {count} tokens_per_s"] = result[f"decode {count}"]["tokens_per_s"]
-        if mode.startswith("ours"):
+        steps = [
+            seconds for seconds, rows in timed(engine, prompts(size.requests, 8), size.tokens) if rows == size.requests
+        ][20:-20]
+        result = {
+            "prefill_tokens_per_s": prefill,
+            "decode_tokens_per_s": size.requests * len(steps) / sum(steps),
+            "steps": len(steps),
+            "step_median_ms": 1e3 * statistics.median(steps),
+            "step_p99_ms": 1e3 * sorted(steps)[int(0.99 * len(steps))],
+            "step_longest_ms": 1e3 * max(steps),
+        }
+        if mode == "ours":
             from vllm_ascend_eplb.observe.stats_file import read_stats, stats_path
 
             path = stats_path()
@@ -238,8 +194,6 @@ def serve(mode: str, size: Size, tiny: bool) -> dict[str, Any]:
                 "cycles_skipped": stats.cycles_skipped,
                 "par": stats.window.par.mean,
                 "par_start": stats.window.par_start.mean,
-                "moe_time_saved_seconds": stats.moe_time_saved_seconds,
-                "step_time_saved_seconds": stats.step_time_saved_seconds,
             }
         elif mode.startswith("vllm"):
             result["moved"] = llm.collective_rpc(here.moved_by_vllm)[0]
@@ -266,26 +220,12 @@ def run(mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return dict(json.loads(answer.read_text()))
 
 
-def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ratios of every mode to the run without balancing of the same turn."""
-    off = {run["turn"]: run for run in runs if run["mode"] == "off"}
-    compared = {}
-    for mode in dict.fromkeys(run["mode"] for run in runs if run["mode"] != "off"):
-        on = [run for run in runs if run["mode"] == mode]
-        for key in (key for key in on[0] if key.endswith(" tokens_per_s")):
-            compared[f"{mode}, {key}"] = ratios([off[run["turn"]][key] for run in on], [run[key] for run in on])
-    return compared
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--pairs", type=int, default=5, help="turns: in each, one engine without and one of each mode")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no turn begins after so many")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, help="where to write the results; may be a pipe")
     parser.add_argument("--tiny", action="store_true", help="in small, on the CPU")
     parser.add_argument("--layers", type=int, default=0, help="of the model")
-    parser.add_argument("--mode", choices=("off", *MODES), help="only one engine, in this process")
+    parser.add_argument("--mode", choices=MODES, help="only this one, in this process; the result is not compared")
     arguments = parser.parse_args()
     size = TINY if arguments.tiny else FULL
     if arguments.layers:
@@ -294,29 +234,27 @@ def main() -> int:
         arguments.json.write_text(json.dumps(serve(arguments.mode, size, arguments.tiny)))
         return 0
     arguments.layers = size.layers
-    runs: list[dict[str, Any]] = []
-    began = time.monotonic()
-    for turn in range(arguments.pairs):
-        if time.monotonic() - began > arguments.seconds:
-            print(f"{arguments.pairs - turn} turns were left out")
-            break
-        for mode in ["off", *(mode for mode in arguments.modes if not (arguments.tiny and mode.startswith("vllm")))]:
-            runs.append({"turn": turn, "mode": mode, **run(mode, arguments)})
-            print(json.dumps(runs[-1]), flush=True)
-            report = {
-                "benchmark": "served_cuda",
-                "machine": _machine(),
-                **asdict(size),
-                "redundant_of_vllm": THEIRS,
-                "skew": SKEW,
-                "over_off": compare(runs),
-                "runs": runs,
-            }
-            if arguments.json:
-                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    for name, ratio in compare(runs).items():
-        print(describe_ratio(name, ratio))
-    return int(any(run.get("moved") == 0 for run in runs))
+    results = {}
+    for mode in [mode for mode in MODES if not (arguments.tiny and mode.startswith("vllm"))]:
+        results[mode] = run(mode, arguments)
+        print(mode, json.dumps(results[mode]), flush=True)
+    off = {key: (results["off"][key] + results["off again"][key]) / 2 for key in results["off"]}
+    report = {
+        "benchmark": "served_cuda",
+        "machine": _machine(),
+        **asdict(size),
+        "redundant": REDUNDANT,
+        "skew": SKEW,
+        "results": results,
+        "over_off": {
+            mode: {key: result[key] / off[key] for key in off if key != "steps"} for mode, result in results.items()
+        },
+    }
+    text = json.dumps(report, indent=1)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
+    return int(any(result.get("moved") == 0 for result in results.values()))
 
 
 def _machine() -> str:
