@@ -150,6 +150,40 @@ def calibrate(
     )
 
 
+def time_shares(
+    runs: LayerRuns,
+    shares: npt.NDArray[np.float64],
+    tokens: Sequence[int],
+    *,
+    num_ranks: int,
+    rank: int,
+    group: Any,
+    device: torch.device,
+) -> npt.NDArray[np.float64]:
+    """float64 [K, N]: milliseconds of a layer by how its pairs fall on the slots, and by tokens per rank; all ranks
+    together. What a layer takes depends on these counts and not on which experts lie in the slots, so a placement can
+    be timed that is not in force.
+
+    Args:
+        runs: the layers.
+        shares: [K, P], parts of a layer's pairs, the same on all ranks.
+        tokens: [N], tokens per rank.
+        num_ranks, rank, group, device: as for :func:`calibrate`.
+    """
+    clock = _Clock(device, group)
+    of_rows = 0 if runs.sharers == num_ranks else rank // runs.sharers
+    best = np.full((len(shares), len(tokens)), np.inf)
+    for turn in range(LEAST_TURNS):
+        for at in np.ndindex(*best.shape):
+            weight = _capped(shares[at[0]], float(runs.top_k))
+            ids = _draw(weight, tokens[at[1]] * runs.sharers, runs.top_k, np.random.default_rng([7, of_rows]))
+            run = runs.prepare(torch.from_numpy(ids))
+            if not turn:
+                clock.once(run)
+            best[at] = min(best[at], clock.milliseconds(run, 1) / runs.num_layers)
+    return best
+
+
 def describe(cost: StepCost, title: str) -> str:
     """One line for the log: what imbalance and redundant slots cost."""
     small = float(min(cost.tokens, key=lambda tokens: abs(tokens - 64)))
@@ -199,13 +233,18 @@ def synthetic_ids(
     weight = np.concatenate([_capped(slots, total) for slots, total in zip(drawn, share, strict=True)])
     slots = np.concatenate([rank * slots_per_rank + np.arange(used) for rank in range(num_ranks)])
     order = random.permutation(len(slots))
-    until = np.cumsum(weight[order])
-    until *= top_k / until[-1]
     own = np.random.default_rng([seed, of_rows, rows])
+    return np.asarray(slots[order][_draw(weight[order], rows, top_k, own)], dtype=np.int64)
+
+
+def _draw(weight: npt.NDArray[np.float64], rows: int, top_k: int, own: np.random.Generator) -> npt.NDArray[np.int64]:
+    """int64 [rows, top_k]: places of ``weight``, each entry of it <= 1 and all of them ``top_k``, distinct in a row."""
+    until = np.cumsum(weight)
+    until *= top_k / until[-1]
     start = own.permutation((np.arange(rows) + own.random(rows)) / max(rows, 1))
     # One token out of every stretch of length 1: a slot of weight w <= 1 is met at most once in a row, with chance w.
     chosen = np.searchsorted(until, start[:, None] + np.arange(top_k), side="right")
-    return np.asarray(slots[order][np.minimum(chosen, len(slots) - 1)], dtype=np.int64)
+    return np.asarray(np.minimum(chosen, len(weight) - 1), dtype=np.int64)
 
 
 def _capped(weight: npt.NDArray[np.float64], total: float) -> npt.NDArray[np.float64]:

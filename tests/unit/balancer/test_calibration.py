@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_ascend_eplb.balancer import calibration
-from vllm_ascend_eplb.balancer.calibration import CalibrationError, LayerRuns, calibrate, describe, synthetic_ids
+from vllm_ascend_eplb.balancer.calibration import (
+    CalibrationError,
+    LayerRuns,
+    calibrate,
+    describe,
+    synthetic_ids,
+    time_shares,
+)
 from vllm_ascend_eplb.planning.payoff import MoveRates
 from vllm_ascend_eplb.planning.threshold import PlanJudge
 from vllm_ascend_eplb.values.step_cost import StepCost
@@ -118,6 +125,23 @@ def test_grid_finds_where_tokens_begin_to_cost(machine: _Machine) -> None:
     assert 2.4 < large[1] / large[0] < 2.6
     assert np.isclose(cost.layer_ms(32, 1.0, 9) / cost.layer_ms(32, 1.0, 8), 9 / 8)
     assert np.isclose(large[0], 1024 * TOP_K * 0.001, rtol=0.02)
+
+
+def test_a_placement_is_timed_by_its_own_counts(machine: _Machine) -> None:
+    """A rank with twice the tokens takes twice as long where tokens count; where weights count, one with fewer slots in
+    use is faster, which PAR cannot tell."""
+    even = np.ones(RANKS * SLOTS)
+    heavy, few_slots = even.copy(), even.copy()
+    heavy[:SLOTS] = 3.0
+    few_slots.reshape(RANKS, SLOTS)[:, 4:] = 0.0
+    shares = np.array([part / part.sum() for part in (even, heavy, few_slots)])
+    took = time_shares(
+        machine.runs(), shares, [32, 1024], num_ranks=RANKS, rank=0, group=None, device=torch.device("cpu")
+    )
+    assert took[1, 1] / took[0, 1] == pytest.approx(2.0, rel=0.05)
+    assert took[1, 0] == pytest.approx(took[0, 0], rel=0.05)
+    assert took[2, 0] / took[0, 0] == pytest.approx(4 / 9, rel=0.05)
+    assert took[0, 1] == pytest.approx(1024 * TOP_K * 0.001, rel=0.05)
 
 
 def test_calibration_keeps_its_time(machine: _Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from vllm_ascend_eplb.balancer.timing import learn_times
 from vllm_ascend_eplb.settings.config import EplbConfig
 from vllm_ascend_eplb.values.placement import Placement
 from vllm_ascend_eplb.values.step_cost import StepCost
+from vllm_ascend_eplb.values.topology import Topology
 
 FOUND = StepCost([1, 64], [1.0, 2.0], [2], [[[1.0], [1.0]], [[2.0], [4.0]]], 0.02, "measured", "this server")
 LOADER: Any = SimpleNamespace(measure_rates=lambda: (2e9, 8e9))
@@ -149,3 +150,32 @@ def test_layers_are_timed_with_the_recorded_skew(
     learn_times(adaptor(RUNS), config, LOADER)
     assert skews[2] is None
     assert "timed without the recorded load" in caplog.text
+
+
+def test_recorded_load_is_timed_by_counts_at_start(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both placements, and what the times by PAR would have said; nothing where the load is of another model."""
+    asked: list[Any] = []
+
+    def time_shares(runs: LayerRuns, shares: Any, tokens: list[int], **_: Any) -> Any:
+        asked.append((shares, tokens))
+        return np.multiply.outer([3.0] * 3 + [2.0] * 3, np.ones(len(tokens)))
+
+    monkeypatch.setattr(timing, "time_shares", time_shares)
+    served = adaptor(RUNS)
+    served.placement = Placement.initial(4, 8, 2)
+    served.topology, served.num_groups = Topology.even(2), 1
+    load = np.tile([9.0, 9, 9, 9, 1, 1, 1, 1], (1, 4, 1))
+    np.savez(tmp_path / "map.load.npz", load=load)
+    config = EplbConfig(dynamic_eplb=True, expert_map_record_path=str(tmp_path / "map.json"))
+    with caplog.at_level(logging.INFO, "vllm.eplb"):
+        learn_times(served, config, LOADER)
+    ((shares, tokens),) = asked
+    assert tokens == [64]
+    assert shares.reshape(2, 3, 2, 4).sum(axis=3).max(axis=2).tolist() == [[0.9] * 3, [0.5] * 3]
+    said = "at 64 tokens per rank a layer takes 3.000 ms, 2.000 ms balanced (3.600 and 2.000 ms by PAR)"
+    assert said in caplog.text
+    np.savez(tmp_path / "map.load.npz", load=load[:, :2])
+    learn_times(served, config, LOADER)
+    assert len(asked) == 1
