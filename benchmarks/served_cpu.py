@@ -4,8 +4,8 @@
 vLLM serves the tiny model on two expert-parallel CPU ranks, in pairs: with a static placement, then with the balancer
 started from the same placement, with the times of layers measured at start-up; again and again, so that drift of the
 machine hits both alike. Once the placement is the one that vLLM loads (load is nearly even), and once one whose first
-rank has the experts that are asked for most. What counts is the median of the pairs' ratios; with the spread of the
-ratios goes what the machine can show. The exit status is 1 if the balancer moved nothing where load is skewed.
+rank has the experts that are asked for most. What counts is the mean of the pairs' ratios with its confidence interval:
+that is what the machine can show. The exit status is 1 if the balancer moved nothing where load is skewed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.served import RANKS, cpu_engine
+from benchmarks.served import RANKS, cpu_engine, describe_ratio, ratios
 
 LOADS = ("balanced", "skewed")
 REDUNDANT, REQUESTS, CHUNK, INTERVAL = 4, 48, 2048, 20
@@ -91,6 +90,8 @@ def serve(load: str, balanced: bool, seconds: float, calibration: Path) -> dict[
                 "par": stats.window.par.mean if stats.window else None,
                 "par_start": stats.window.par_start.mean if stats.window else None,
                 "moe_time_saved_seconds": stats.moe_time_saved_seconds,
+                "step_time_saved_seconds": stats.step_time_saved_seconds,
+                "reason": stats.cycles[-1].reason if stats.cycles else "",
             }
         engine.llm_engine.engine_core.shutdown()
     return result
@@ -132,22 +133,23 @@ def main() -> int:
                     result = {"load": load, "pair": pair, "on": balanced, **run(load, balanced, arguments, calibration)}
                     runs.append(result)
                     print(json.dumps(result), flush=True)
-    ratios: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     for load in arguments.loads:
         for key in ("prefill_tokens_per_s", "decode_tokens_per_s"):
             off, on = ([run[key] for run in runs if run["load"] == load and run["on"] is on] for on in (False, True))
-            of_pairs = [b / a for a, b in zip(off, on, strict=True)]
-            ratios[f"{load} {key}"] = {"median": statistics.median(of_pairs), "pairs": of_pairs}
+            compared[f"{load} {key}"] = ratios(off, on)
     report = {
         "benchmark": "served_cpu",
         "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "ranks": RANKS,
         "redundant": REDUNDANT,
-        "on_over_off": ratios,
+        "on_over_off": compared,
         "runs": runs,
     }
     text = json.dumps(report, indent=1)
     print(text)
+    for name, ratio in compared.items():
+        print(describe_ratio(name, ratio))
     if arguments.json:
         arguments.json.write_text(text + "\n")
     return int(any(run["load"] == "skewed" and run["on"] and not run["moved"] for run in runs))

@@ -33,7 +33,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.virtual_ep_cases import SCENARIOS, TINY_SCENARIOS, Case, make_cases, read_cases, save_cases
+from benchmarks.virtual_ep_cases import (
+    PRIMARY_SCENARIOS,
+    SCENARIOS,
+    TINY_SCENARIOS,
+    Case,
+    make_cases,
+    primary_cases,
+    read_cases,
+    save_cases,
+)
 
 FIELDS = (
     "scenario", "layer", "stage", "tokens", "mode", "redundant", "slots", "par", "par_step", "active", "ms",
@@ -126,10 +135,14 @@ def candidates(counts: npt.NDArray[np.int32], most: int = CANDIDATES) -> npt.NDA
     return np.unique(np.concatenate([order[:part] for order in (*orders, third)]))
 
 
-def time_case(kernel: Kernel, case: Case, everything: bool) -> list[dict[str, Any]]:
-    """A row of the CSV per drawn step: ``ms`` of the slowest rank, and what the expectation promised."""
+def time_case(
+    kernel: Kernel, case: Case, everything: bool, ranks: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]]
+) -> list[dict[str, Any]]:
+    """A row of the CSV per drawn step: ``ms`` of the slowest rank, and what the expectation promised. To ``ranks`` come
+    the counts [n, S] of the ranks that were timed, and their times [n]."""
     steps = [counts if everything else counts[candidates(counts)] for counts in case.counts]
     took = kernel.milliseconds(np.concatenate(steps))
+    ranks.append((np.concatenate(steps), took))
     slowest = [float(part.max()) for part in np.split(took, np.cumsum([len(step) for step in steps])[:-1])]
     rows = []
     for counts, ms in zip(case.counts[1:], slowest[1:], strict=True):
@@ -158,27 +171,39 @@ def measure(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     left_out: dict[str, int] = defaultdict(int)
     written = 0
+    of_ranks: dict[str, list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]]] = defaultdict(list)
     with (arguments.out / "virtual_ep.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
+        kernels = {
+            (scenario["shape"]["hidden"], scenario["shape"]["width"]): Kernel(
+                scenario["shape"]["hidden"], scenario["shape"]["width"], device
+            )
+            for scenario in scenarios
+        }
+        kernel_of = {}
         for scenario in scenarios:
             shape = scenario["shape"]
             name = f"{shape['model']} EP{scenario['ranks']}"
-            kernel = Kernel(shape["hidden"], shape["width"], device)
+            kernel_of[name] = kernels[shape["hidden"], shape["width"]]
             mine = [case for case in cases if case.scenario == name]
-            if not mine:
-                continue
             for case in mine[:: max(1, len(mine) // 12)]:  # warm-up: kernels are chosen, memory is allocated
-                time_case(kernel, case, arguments.all_ranks)
-            for case in mine:
-                if time.monotonic() - began > arguments.seconds:
-                    left_out[name] += 1
-                    continue
-                for row in time_case(kernel, case, arguments.all_ranks):
-                    writer.writerow(row)
-                    written += 1
-            print(f"{name}: {len(mine) - left_out[name]} of {len(mine)} cases, {time.monotonic() - began:.0f} s in all")
-            del kernel
+                time_case(kernel_of[name], case, arguments.all_ranks, [])
+        for case in cases:
+            if time.monotonic() - began > arguments.seconds:
+                left_out[case.scenario] += 1
+                continue
+            ranks: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]] = []
+            for row in time_case(kernel_of[case.scenario], case, arguments.all_ranks, ranks):
+                writer.writerow(row)
+                written += 1
+            of_ranks[f"{case.scenario}, {case.slots} slots"] += ranks
+        print(f"{len(cases) - sum(left_out.values())} of {len(cases)} cases, {time.monotonic() - began:.0f} s in all")
+    np.savez_compressed(
+        arguments.out / "virtual_ep_ranks.npz",
+        **{f"counts of {name}": np.concatenate([counts for counts, _ in parts]) for name, parts in of_ranks.items()},
+        **{f"ms of {name}": np.concatenate([ms for _, ms in parts]) for name, parts in of_ranks.items()},
+    )
     machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     about = {
         "benchmark": "virtual_ep",
@@ -298,6 +323,9 @@ def report(arguments: argparse.Namespace) -> int:
     except ImportError:
         print("matplotlib is not installed: no plot")
         return 0
+    if all(row["mode"] != "none" for row in rows):
+        print("nothing without balancing to compare with: no plot")
+        return 0
     matplotlib.use("Agg")
     _plot(tables, arguments.folder / "virtual_ep.png")
     return 0
@@ -328,7 +356,11 @@ def _plot(tables: dict[str, dict[tuple[str, int], dict[str, float]]], path: Path
 def prepare(arguments: argparse.Namespace) -> int:
     """The command ``cases``."""
     scenarios = TINY_SCENARIOS if arguments.tiny else SCENARIOS
-    cases = make_cases(scenarios, arguments.loads, arguments.layers, arguments.steps, arguments.grid_only)
+    if arguments.primaries:
+        scenarios = TINY_SCENARIOS if arguments.tiny else PRIMARY_SCENARIOS
+        cases = primary_cases(scenarios, arguments.loads, arguments.layers, arguments.steps)
+    else:
+        cases = make_cases(scenarios, arguments.loads, arguments.layers, arguments.steps, arguments.grid_only)
     save_cases(arguments.cases, scenarios, cases)
     print(f"{len(cases)} cases of {', '.join(scenario.name for scenario in scenarios)} in {arguments.cases}")
     return 0
@@ -343,6 +375,7 @@ def main() -> int:
     cases.add_argument("--layers", type=int, default=5)
     cases.add_argument("--steps", type=int, default=3)
     cases.add_argument("--grid-only", action="store_true", help="only the grid that the calibration measures")
+    cases.add_argument("--primaries", action="store_true", help="only decode steps with and without redundant slots")
     cases.add_argument("--tiny", action="store_true", help="4 ranks, to see that it runs")
     cases.set_defaults(do=prepare)
     timing = commands.add_parser("time", help="times the cases on this machine's accelerator")

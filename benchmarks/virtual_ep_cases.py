@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.loads import DECODE_1000, DECODE_1500, PREFILL_1K, PREFILL_2K, read_counts
+from benchmarks.primaries import with_redundant
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -70,6 +71,15 @@ SCENARIOS = (
 )
 TINY_SCENARIOS = (Scenario(TINY, 4, (0, 4)),)
 
+PRIMARY_SCENARIOS = tuple(
+    Scenario(shape, ranks, (-shape.experts % ranks, -shape.experts % ranks + ranks))
+    for shape, ranks in ((DEEPSEEK_V3, 32), (DEEPSEEK_V3, 64), (DEEPSEEK_V3, 144), (DEEPSEEK_V3, 320), (QWEN3_235B, 32))
+)
+"""Where one redundant expert per rank is compared with steps that leave its slot alone."""
+
+PRIMARY_MODES = ("ours", "all slots", "primaries alone")
+PRIMARY_TOKENS = (8, 16, 32, 64, 128, 256, 512)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -114,51 +124,6 @@ def split(pairs: IntArray, slots: IntArray, shares: FloatArray, random: np.rando
     return counts
 
 
-def primaries(slots: IntArray, ranks: int, load: FloatArray) -> npt.NDArray[np.bool_]:
-    """bool [P]: one slot of each expert such that every rank has E/R of them, as far as the placement allows.
-
-    Augmenting paths, hottest experts first, on the rank with least load; experts that find no room take a full rank.
-    What primaries can bring at best is what the same policy brings without redundant experts.
-    """
-    width = len(slots) // ranks
-    room = len(load) // ranks
-    holders = [sorted({int(p) // width for p in np.flatnonzero(slots == e)}) for e in range(len(load))]
-    rank_of = np.full(len(load), -1)
-    taken = np.zeros(ranks, dtype=np.int64)
-    weight = np.zeros(ranks)
-
-    def place(expert: int, seen: set[int]) -> bool:
-        for rank in sorted(holders[expert], key=lambda r: weight[r]):
-            if rank in seen:
-                continue
-            seen.add(rank)
-            if taken[rank] < room:
-                move(expert, rank)
-                return True
-            for tenant in np.flatnonzero(rank_of == rank):
-                if place(int(tenant), seen):
-                    move(expert, rank)
-                    return True
-        return False
-
-    def move(expert: int, rank: int) -> None:
-        if rank_of[expert] >= 0:
-            taken[rank_of[expert]] -= 1
-            weight[rank_of[expert]] -= load[expert]
-        rank_of[expert] = rank
-        taken[rank] += 1
-        weight[rank] += load[expert]
-
-    for expert in np.argsort(-load):
-        if not place(int(expert), set()):
-            move(int(expert), min(holders[expert], key=lambda r: (taken[r], weight[r])))
-    chosen = np.zeros(len(slots), dtype=bool)
-    for expert, rank in enumerate(rank_of):
-        at = rank * width + np.flatnonzero(slots[rank * width : (rank + 1) * width] == expert)
-        chosen[at[0]] = True
-    return chosen
-
-
 def _ways(scenario: Scenario, planned: FloatArray) -> Iterator[tuple[str, int, npt.NDArray[np.int32], FloatArray]]:
     """(mode, redundant, slots [L, P], shares [L, P]) of each way to balance, made from the load ``planned`` [L, E]."""
     from vllm_ascend_eplb import Placement, dispatch_shares, plan
@@ -181,9 +146,15 @@ def _ways(scenario: Scenario, planned: FloatArray) -> Iterator[tuple[str, int, n
         yield "ours", redundant, ours, even(ours)
         if redundant:
             yield "ours weighted", redundant, ours, dispatch_shares(load, ours, scenario.ranks)
-        if redundant and experts % scenario.ranks == 0:
-            chosen = [primaries(row.astype(np.int64), scenario.ranks, planned[i]) for i, row in enumerate(ours)]
-            yield "ours primaries", redundant, ours, np.array(chosen, dtype=np.float64)
+        if redundant == scenario.redundant[0]:
+            least = ours
+        elif (more := redundant - scenario.redundant[0]) % scenario.ranks == 0:
+            filled = with_redundant(least.astype(np.int64), scenario.ranks, planned, more // scenario.ranks)
+            both = filled.astype(np.int32)
+            yield "all slots", redundant, both, even(both)
+            alone = np.zeros((layers, scenario.ranks, both.shape[1] // scenario.ranks))
+            alone[:, :, : least.shape[1] // scenario.ranks] = even(least).reshape(layers, scenario.ranks, -1)
+            yield "primaries alone", redundant, both, alone.reshape(layers, -1)
 
 
 def _perfect(pairs: int, ranks: int, slots: int) -> npt.NDArray[np.int32]:
@@ -273,6 +244,22 @@ def drawn_loads(experts: int, layers: int = 24, seed: int = 1) -> dict[str, tupl
         pair = [np.exp(GRID_SIGMA * logarithm) for logarithm in (latent, drifted)]
         loads[stage] = (pair[0] / pair[0].sum(axis=1, keepdims=True), pair[1] / pair[1].sum(axis=1, keepdims=True))
     return loads
+
+
+def primary_cases(scenarios: tuple[Scenario, ...], folder: Path | None, layers: int, steps: int) -> list[Case]:
+    """Decode steps with one redundant expert per rank, with all slots and with primaries alone, and without any. The
+    same layer and tokens in all ways stand beside each other, so that a run that is cut off compares like with like."""
+    cases: list[Case] = []
+    for scenario in scenarios:
+        recorded = folder is not None and scenario.shape is DEEPSEEK_V3
+        loads = recorded_loads(folder) if recorded and folder is not None else drawn_loads(scenario.shape.experts)
+        planned, served = loads["decode"]
+        chosen = pick_layers(served, scenario.ranks, scenario.redundant[0], layers)
+        made = cases_of(
+            scenario, {"decode": (planned[chosen], served[chosen])}, {"decode": PRIMARY_TOKENS, "prefill": ()}, steps
+        )
+        cases += [case for case in made if case.mode in PRIMARY_MODES]
+    return sorted(cases, key=lambda case: (case.layer, case.tokens not in (32, 64, 128), case.scenario, case.tokens))
 
 
 def make_cases(

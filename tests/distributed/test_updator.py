@@ -252,6 +252,9 @@ def test_measured_time_decides_what_moves(tokens: float, receive: float | None, 
     assert (len(set(all_seen[0].history)) > 1) is moves
     assert stats.moe_ms > 0
     assert (stats.moe_time_saved_seconds > 0) is moves
+    if not moves:  # steps were timed, and against themselves nothing is saved
+        assert stats.step_ms == stats.step_ms_start > 0
+        assert stats.step_time_saved_seconds == 0
     reason = stats.cycles[0].reason
     if moves:
         assert stats.moe_ms < stats.moe_ms_start

@@ -21,6 +21,7 @@ from ..values.plan import Plan
 from ..values.traffic import Traffic
 from ..values.window import WindowLoad
 from .gather import Gathered
+from .step_clock import StepClock
 from .timing import Times
 from .work import Parts, Work
 
@@ -59,7 +60,12 @@ class _Case:
 
 
 class Lead:
-    """EP rank 0's judgement. It exists on that rank only; the others learn of it by the agreed facts."""
+    """EP rank 0's judgement. It exists on that rank only; the others learn of it by the agreed facts.
+
+    Attributes:
+        clock: times steps.
+        case: the cycle under way.
+    """
 
     def __init__(self, parts: Parts, work: Work) -> None:
         self._parts, self._work = parts, work
@@ -67,6 +73,7 @@ class Lead:
         self._observed: Placement | None = None  # in mode observe: what the last plan would have led to
         self._load: Int64Array | None = None  # [L, E] of the last window, until the map recorder has it
         self.case: _Case | None = None
+        self.clock = StepClock()
         self._told_still = False
 
     def learn(self, times: Times) -> None:
@@ -130,7 +137,11 @@ class Lead:
         self._judge.steps = self._work.state.collect_steps
         if self._judge.cost.in_milliseconds:
             now_ms, start_ms = (self._judge.moe_ms(part.par) for part in (window.in_force, window.at_start))
-            parts.stats.time_spent(now_ms, start_ms, gathered.steps)
+            would_ms = None if window.observed is None else self._judge.moe_ms(window.observed.par)
+            parts.stats.time_spent(now_ms, start_ms, gathered.steps, would_ms)
+        timed = self.clock.window_ended(at_start=placement == parts.start)
+        if timed is not None:
+            parts.stats.steps_timed(timed.ms, timed.ms_start, timed.saved_seconds)
         return _Case(placement, self._task(), par, note)  # the task depends on the traffic of this window
 
     # --- it weighs ----------------------------------------------------------------------------------------------------
@@ -163,7 +174,7 @@ class Lead:
         received = parts.loader.received_bytes(plan.moves)
         case.payoff = self._judge.weigh(par_before, par_after, received)
         if self._judge.cost.in_milliseconds:
-            parts.stats.weighed(case.payoff.saved_fraction, case.payoff.cost_ms)
+            parts.stats.weighed(case.payoff.saved_ms, case.payoff.saved_fraction, case.payoff.cost_ms)
         before = float(par_before.mean())
         if parts.config.mode == "observe":
             self._observed = Placement(plan.physical_to_logical, work.placement.num_experts, work.placement.num_ranks)

@@ -173,6 +173,8 @@ class EplbUpdator:
                 time.sleep(TURN_SECONDS)
         record = serving and self.state.phase is not Phase.OFF
         self.parts.recorder.begin_step(self.placement, record=record, phase=stage, tokens_per_rank=tokens_per_rank)
+        if self.lead is not None:
+            self.lead.clock.step(began, tokens_per_rank, counts=record and self.state.phase in BETWEEN_CYCLES)
         self.stats.step = self.state.step
         # Report LISTEN as COLLECT: the distinction is internal.
         phase = Phase.COLLECT if self.state.phase is Phase.LISTEN else self.state.phase

@@ -247,6 +247,8 @@ def panel(sample: Sample, history: History, url: str) -> Panel:
     ):
         pars.add_row(title, _par(sample, f"{name}.mean"), _par(sample, f"{name}.worst"))
     parts: list[Table | Text] = [facts, Text(""), pars]
+    if "moe_seconds" in sample:
+        parts += [Text(""), _times(sample)]
     if len(history.par) > 1:
         parts.append(Text(f"\nPAR by window  {sparkline(list(history.par))}  {history.par[-1]:.3f}"))
     age = sample.get("updated_timestamp_seconds")
@@ -255,6 +257,24 @@ def panel(sample: Sample, history: History, url: str) -> Panel:
     if history.error:
         parts.append(Text(history.error, style="bold red"))
     return Panel(Group(*parts), title=f"expert load balancing: {url}", title_align="left")
+
+
+def _times(sample: Sample) -> Table:
+    """What balancing brings in time: predicted from measured layers, and realised where steps were compared."""
+    times = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    for column in ("time per step", "last window", "start placement", "saved so far"):
+        times.add_column(column)
+    now, start = _time(sample, "moe_seconds"), _time(sample, "moe_seconds_start_placement")
+    times.add_row("MoE layers, predicted", now, start, _time(sample, "moe_time_saved_seconds"))
+    if "moe_seconds_observed" in sample:
+        times.add_row("  with the plan that was not carried out", _time(sample, "moe_seconds_observed"))
+    if "step_seconds" in sample:
+        now, start = (_time(sample, f"step_seconds{end}") for end in ("", "_start_placement"))
+        times.add_row("whole step, measured", now, start, _time(sample, "step_time_saved_seconds"))
+    fraction = sample.get("plan_saved_fraction")
+    if isinstance(fraction, float):
+        times.add_row("last plan", f"saves {fraction:.1%} of MoE time, costs {_time(sample, 'plan_cost_seconds')} once")
+    return times
 
 
 def sparkline(values: list[float]) -> str:

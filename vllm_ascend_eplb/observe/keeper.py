@@ -58,8 +58,10 @@ class StatsKeeper:
         self._planner_seconds = 0.0
         self._last_plan: tuple[Par | None, int, float] = (None, 0, 0.0)
         self._last_percentiles: tuple[Par | None, Par | None] = (None, None)
-        self._moe_ms = self._moe_ms_start = self._moe_saved = 0.0
+        self._moe_ms = self._moe_ms_start = self._moe_ms_observed = self._moe_saved = 0.0
+        self._step_ms = self._step_ms_start = self._step_saved = 0.0
         self._plan_saves = self._plan_costs = 0.0
+        self._saved_ms: float | None = None
         self._last_done: CycleRecord | None = None
         self._cycles: deque[CycleRecord] = deque(maxlen=KEPT_CYCLES)
 
@@ -90,23 +92,39 @@ class StatsKeeper:
         )
         self._predicted, self._moves_planned, self._planner_seconds = None, 0, 0.0
         self._percentiles = None, None
+        self._saved_ms = None
+        self._amend(par_realised=self._window.par, par_observed=self._window.par_observed)
+
+    def _amend(self, **update: object) -> None:
+        """Adds to the last cycle what the window after it showed."""
         if self._cycles:
             before = self._cycles[-1]
-            self._cycles[-1] = after = before.model_copy(
-                update={"par_realised": self._window.par, "par_observed": self._window.par_observed}
-            )
+            self._cycles[-1] = after = before.model_copy(update=update)
             if self._last_done is before:
                 self._last_done = after
 
-    def time_spent(self, moe_ms: float, moe_ms_start: float, steps: int) -> None:
-        """What the MoE layers of a step of the window took, and would have with the placement the server started with,
-        by the measured times of a layer; and the window's steps."""
-        self._moe_ms, self._moe_ms_start = moe_ms, moe_ms_start
-        self._moe_saved += 1e-3 * (moe_ms_start - moe_ms) * steps
+    def time_spent(self, moe_ms: float, moe_ms_start: float, steps: int, moe_ms_observed: float | None = None) -> None:
+        """What the MoE layers of a step of the window took, by the measured times of a layer, and the window's steps.
 
-    def weighed(self, saved_fraction: float, cost_ms: float) -> None:
-        """What the last plan saves of MoE time, and what carrying it out costs once, by measured times."""
-        self._plan_saves, self._plan_costs = saved_fraction, cost_ms
+        Args:
+            moe_ms: with the placement in force. moe_ms_start: with the one that the server started with.
+            steps: of the window.
+            moe_ms_observed: with the plan of the window before; None where it was carried out or there is none.
+        """
+        self._moe_ms, self._moe_ms_start, self._moe_ms_observed = moe_ms, moe_ms_start, moe_ms_observed or 0.0
+        self._moe_saved += 1e-3 * (moe_ms_start - moe_ms) * steps
+        self._amend(moe_ms_realised=moe_ms, moe_ms_observed=moe_ms_observed)
+
+    def steps_timed(self, step_ms: float, step_ms_start: float, saved_seconds: float) -> None:
+        """What an average step of the window took, what it took with the initial placement, and the difference over all
+        steps of the window."""
+        self._step_ms, self._step_ms_start = step_ms, step_ms_start
+        self._step_saved += saved_seconds
+
+    def weighed(self, saved_ms: float, saved_fraction: float, cost_ms: float) -> None:
+        """What the last plan saves of MoE time in a step, which part of it that is, and what carrying it out costs
+        once, by measured times."""
+        self._saved_ms, self._plan_saves, self._plan_costs = saved_ms, saved_fraction, cost_ms
 
     def figures(self) -> npt.NDArray[np.int64]:
         """int64 [len(RANK_FIGURES)]: this rank's own, in microseconds."""
@@ -180,6 +198,7 @@ class StatsKeeper:
             moved=moved,
             moves_planned=self._moves_planned,
             planner_seconds=self._planner_seconds,
+            saved_ms=self._saved_ms,
         )
         self._results[result] += 1
         self._moved += moved
@@ -252,7 +271,11 @@ class StatsKeeper:
             longest_step_seconds=self._longest_step,
             moe_ms=self._moe_ms,
             moe_ms_start=self._moe_ms_start,
+            moe_ms_observed=self._moe_ms_observed,
             moe_time_saved_seconds=self._moe_saved,
+            step_ms=self._step_ms,
+            step_ms_start=self._step_ms_start,
+            step_time_saved_seconds=self._step_saved,
             plan_saved_fraction=self._plan_saves,
             plan_cost_seconds=1e-3 * self._plan_costs,
             placement_digest=self.placement_digest,

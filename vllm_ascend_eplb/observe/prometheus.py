@@ -89,10 +89,13 @@ def _without_value(stats: EplbStats) -> set[str]:
         absent |= {"experts_moved_last", "control_wait_last_cycle_seconds"}
     if stats.audits == 0:
         absent.add("audit_damaged")
+    absent |= {name for name in ("moe_ms", "moe_ms_start", "moe_ms_observed", "step_ms") if not getattr(stats, name)}
     if not (stats.moe_ms or stats.moe_time_saved_seconds):  # no layer was timed at start-up
         absent.add("moe_time_saved_seconds")
     if not (stats.plan_cost_seconds or stats.plan_saved_fraction):  # no plan was weighed by these times
         absent |= {"plan_saved_fraction", "plan_cost_seconds"}
+    if "step_ms" in absent:
+        absent |= {"step_ms_start", "step_time_saved_seconds"}
     return absent
 
 
@@ -185,6 +188,31 @@ class EplbGauges:
                 "Seconds of MoE layers saved so far against the initial placement, predicted from the times measured "
                 "at start-up and the load of each window.",
             ),
+            "moe_ms": gauge(
+                "moe_seconds",
+                "Seconds of the MoE layers in an average step of the last window, by the times measured at start-up.",
+            ),
+            "moe_ms_start": gauge(
+                "moe_seconds_start_placement", "The same as it would have been with the start placement."
+            ),
+            "moe_ms_observed": gauge(
+                "moe_seconds_observed",
+                "The same as it would have been with the plan of the window before (mode observe).",
+            ),
+            "step_ms": gauge(
+                "step_seconds",
+                "Seconds from one step to the next in the last window, median by tokens per rank, while no cycle "
+                "was under way.",
+            ),
+            "step_ms_start": gauge(
+                "step_seconds_start_placement",
+                "The same for steps of as many tokens, as measured while the start placement was in force.",
+            ),
+            "step_time_saved_seconds": gauge(
+                "step_time_saved_seconds",
+                "Seconds saved so far against the start placement, realised: the difference of the two over all "
+                "compared steps. Whatever else changed since is in it.",
+            ),
             "plan_saved_fraction": gauge(
                 "plan_saved_fraction", "Fraction of MoE time that the last plan saves, carried out or not."
             ),
@@ -259,7 +287,8 @@ class EplbGauges:
         self._info.set(1, **info, **own)
         absent = _without_value(stats)
         for name, number in (*self._numbers.items(), *self._old_names.items()):
-            number.set(None if name in absent else getattr(stats, name), **own)
+            value = None if name in absent else getattr(stats, name)
+            number.set(1e-3 * value if value is not None and "_ms" in name else value, **own)
         rank = reported_elsewhere()
         if rank is not None:
             self._elsewhere.set(None, dp_rank=str(rank))

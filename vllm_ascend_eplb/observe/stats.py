@@ -152,6 +152,10 @@ class CycleRecord(_Frozen):
             placement in force and as the plan promises; None where it was made from one window.
         moved: experts moved. moves_planned: those of the plan, carried out or not.
         planner_seconds: wall time of planning.
+        saved_ms: of MoE layers in each step, as the plan promised; None where no time was measured.
+        moe_ms_realised, moe_ms_observed: milliseconds of the MoE layers in a step of the window that followed, and in
+            mode observe what they would have been with the plan in force; None until that is over, and where no time
+            was measured.
     """
 
     cycle: Count
@@ -169,6 +173,9 @@ class CycleRecord(_Frozen):
     moved: Count = 0
     moves_planned: Count = 0
     planner_seconds: Seconds = 0.0
+    saved_ms: Saved | None = None
+    moe_ms_realised: Seconds | None = None
+    moe_ms_observed: Seconds | None = None
 
 
 class EplbStats(_Frozen):
@@ -197,7 +204,11 @@ class EplbStats(_Frozen):
         moe_ms, moe_ms_start: milliseconds of the MoE layers in an average step of the last window, with the placement
             in force and with the one the server started with, by the times of a layer that were measured at start-up;
             0 where none were.
-        moe_time_saved_seconds: the difference of the two over all steps so far.
+        moe_ms_observed: the same with the plan of the window before, in mode observe; 0 where there is none.
+        moe_time_saved_seconds: the difference of ``moe_ms_start`` and ``moe_ms`` over all steps so far, so predicted.
+        step_ms, step_ms_start: milliseconds of an average step of the last window, timed, and of the same steps as long
+            as they were with the initial placement; 0 where none can be compared.
+        step_time_saved_seconds: the difference of the two over all steps that were compared so far, so realised.
         plan_saved_fraction: part of MoE time that the last plan saves, carried out or not; plan_cost_seconds: what
             carrying it out costs once. Both 0 where no time was measured.
         placement_digest: hash of the placement in force.
@@ -245,7 +256,11 @@ class EplbStats(_Frozen):
     longest_step_seconds: Seconds = 0.0
     moe_ms: Seconds = 0.0
     moe_ms_start: Seconds = 0.0
+    moe_ms_observed: Seconds = 0.0
     moe_time_saved_seconds: Saved = 0.0
+    step_ms: Seconds = 0.0
+    step_ms_start: Seconds = 0.0
+    step_time_saved_seconds: Saved = 0.0
     plan_saved_fraction: Saved = 0.0
     plan_cost_seconds: Seconds = 0.0
     placement_digest: Count = 0

@@ -101,14 +101,22 @@ def entry_counts(placement: Placement, shares: npt.ArrayLike, entries: int) -> n
     return result
 
 
-def shared_rank_load(
-    load: npt.ArrayLike, physical_to_logical: npt.ArrayLike | Placement, shares: npt.ArrayLike, num_ranks: int
+def shared_slot_load(
+    load: npt.ArrayLike, physical_to_logical: npt.ArrayLike | Placement, shares: npt.ArrayLike
 ) -> FloatArray:
-    """float64 [L, R]: tokens per rank when slots take ``shares`` [L, P] of their expert's ``load`` [L, E]."""
+    """float64 [L, P]: tokens per slot when slots take ``shares`` [L, P] of their expert's ``load`` [L, E]."""
     loads = np.asarray(load, dtype=np.float64)
     given = (
         physical_to_logical.physical_to_logical if isinstance(physical_to_logical, Placement) else physical_to_logical
     )
     slots = np.asarray(given, dtype=np.int64)
     by_slot = np.take_along_axis(loads, np.maximum(slots, 0), axis=1) * np.asarray(shares) * (slots != EMPTY)
-    return np.asarray(by_slot.reshape(len(slots), num_ranks, -1).sum(axis=2))
+    return np.asarray(by_slot)
+
+
+def shared_rank_load(
+    load: npt.ArrayLike, physical_to_logical: npt.ArrayLike | Placement, shares: npt.ArrayLike, num_ranks: int
+) -> FloatArray:
+    """float64 [L, R]: tokens per rank when slots take ``shares`` [L, P] of their expert's ``load`` [L, E]."""
+    by_slot = shared_slot_load(load, physical_to_logical, shares)
+    return np.asarray(by_slot.reshape(len(by_slot), num_ranks, -1).sum(axis=2))

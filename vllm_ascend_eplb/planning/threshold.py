@@ -86,10 +86,12 @@ class PlanJudge:
             if payoff.saved_fraction >= threshold:
                 return ""
             said = f"{pars} gains less than {threshold:.1%}"
-        elif payoff.pays(threshold):
-            return ""
-        else:
+        elif not payoff.pays(threshold):
             said = f"{pars} {self.describe(payoff)}, net less than {threshold:.1%}"
+        elif payoff.saved_fraction < self.cost.noise:
+            return f"{pars} {self.describe(payoff)}, no more than measurements differ by ({self.cost.noise:.1%})"
+        else:
+            return ""
         self.threshold = max(self._least, EASES * threshold)
         return said
 

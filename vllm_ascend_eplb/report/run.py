@@ -9,7 +9,19 @@ import numpy as np
 
 from ..observe.stats import CycleRecord, EplbStats
 from .charts import Line, bar_chart, line_chart
-from .pieces import MAX_TABLE_ROWS, card, escape, figure, is_table, mean_of, rank_pair, show_ms, show_par, table
+from .pieces import (
+    MAX_TABLE_ROWS,
+    card,
+    escape,
+    figure,
+    is_table,
+    mean_of,
+    rank_pair,
+    show_ms,
+    show_par,
+    show_seconds,
+    table,
+)
 
 _RESULT_STYLE = {"done": "s0", "skipped": "s2", "failed": "s1"}
 
@@ -30,6 +42,7 @@ def run_parts(stats: EplbStats) -> list[str]:
         if not observing:
             had = f"PAR with the start placement (worst layer {window.par_start.worst:.2f})"
             cards.append(card(f"{window.par_start.mean:.3f}", had))
+    cards += _times(stats)
     cards += [
         card(f"{stats.cycles_done}", f"cycles done; {stats.cycles_skipped} skipped, {stats.cycles_failed} failed"),
         card(f"{stats.experts_moved:,}", f"experts moved in {stats.step:,} steps"),
@@ -88,6 +101,10 @@ def run_parts(stats: EplbStats) -> list[str]:
             head[6:6] = ["95th percentile before", "predicted"]
             for row, cycle in zip(rows, shown, strict=True):
                 row[6:6] = [show_par(cycle.p95_before), show_par(cycle.p95_predicted)]
+        if any(cycle.saved_ms is not None for cycle in shown):
+            head[-1:-1] = ["ms saved per step"]
+            for row, cycle in zip(rows, shown, strict=True):
+                row[-1:-1] = ["-" if cycle.saved_ms is None else f"{cycle.saved_ms:.3f}"]
         parts.append(table(head, rows, words={len(head) - 1}))
     return parts
 
@@ -99,13 +116,35 @@ def _would_bring(stats: EplbStats) -> list[str]:
     if not pairs:
         return ['<p class="note">No plan has been measured yet: a measurement takes two windows with load.</p>']
     was, would, moves = (float(np.mean(column)) for column in zip(*pairs, strict=True))
-    saved = 1.0 - would / was if was > 0 else 0.0
+    saved, how = (
+        (1.0 - would / was if was > 0 else 0.0),
+        "of the experts' time would be saved, if it follows the busiest rank",
+    )
+    times = [(c.moe_ms_realised, c.moe_ms_observed) for c in stats.cycles]
+    timed = [(ms, would_ms) for ms, would_ms in times if ms and would_ms is not None]
+    if timed:
+        ms, would_ms = (float(np.mean(column)) for column in zip(*timed, strict=True))
+        saved, how = 1.0 - would_ms / ms, f"of MoE time would be saved: {ms - would_ms:.3f} of {ms:.3f} ms in each step"
     cards = [
         card(f"{would:.3f}", f"PAR, mean of layers, with each plan in the window after it; {was:.3f} as it was"),
-        card(f"{saved:.1%}", "of the experts' time would be saved, if it follows the busiest rank"),
+        card(f"{saved:.1%}", how),
         card(f"{moves:,.0f}", f"moves from the placement in force, mean of {len(pairs)} plans"),
     ]
     return [f'<div class="cards">{"".join(cards)}</div>']
+
+
+def _times(stats: EplbStats) -> list[str]:
+    """What balancing brings in time, where layers were timed."""
+    cards = []
+    if stats.moe_ms and stats.mode != "observe":
+        start = f"MoE layers per step, predicted; {stats.moe_ms_start:.3f} ms with the start placement"
+        cards.append(card(f"{stats.moe_ms:.3f} ms", start))
+        cards.append(card(show_seconds(stats.moe_time_saved_seconds), "of MoE time saved so far, predicted"))
+    if stats.step_ms and stats.mode != "observe":
+        start = f"a whole step, measured; {stats.step_ms_start:.3f} ms with the start placement"
+        cards.append(card(f"{stats.step_ms:.3f} ms", start))
+        cards.append(card(show_seconds(stats.step_time_saved_seconds), "saved so far, measured"))
+    return cards
 
 
 def _run_par(cycles: Sequence[CycleRecord]) -> str:

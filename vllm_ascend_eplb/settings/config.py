@@ -139,13 +139,13 @@ class EplbConfig(BaseModel):
     )
     calibrate: bool = Field(
         default=True,
-        description="measures the time of MoE layers at start-up, about 5 s, to weigh plans in milliseconds; false "
-        "weighs them by PAR",
+        description="measures the time of MoE layers at start-up, about 5 s, 15 s on a busy machine, to weigh plans in "
+        "milliseconds; false weighs them by PAR",
     )
     calibration_path: str | None = Field(
         default=None,
         min_length=1,
-        description="file with the measured times; written if missing or of another model, server or device",
+        description="file with the measured times; written if missing, noisy, or of another model, server or device",
     )
     transfer_buffer_experts: int | None = Field(
         default=None,

@@ -121,8 +121,9 @@ def choices(sizes: ModelSizes, cost: CostModel) -> list[Choice]:
         made = plan(load, start, ranks, cost.num_nodes)
         scale = 1e3 * sizes.shape.num_layers / layers
         if not found:
-            baseline = scale * float(cost.layer_seconds(made.par_before, start.slots_per_rank).sum())
-        ms = scale * float(cost.layer_seconds(made.par_after, start.slots_per_rank).sum())
+            baseline = scale * float(cost.layer_seconds(start.slot_load(load)).sum())
+        balanced = Placement(made.physical_to_logical, experts, ranks)
+        ms = scale * float(cost.layer_seconds(balanced.slot_load(load)).sum())
         memory = (redundant / ranks) * cost.expert_bytes * sizes.shape.num_layers
         found.append(
             Choice(

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cost: what a placement costs in time, as a model on a machine.
 
-The time of one MoE layer in one step is that of its busiest rank: the larger of reading the weights of all its slots
-and computing its (token, expert) pairs (a roofline; Williams et al., 2009), plus the dispatch and combine of those
-pairs over the slower kind of link that they take. Rates are nominal figures times what such transfers and kernels reach
-of them; give measured ones where you have them. The model is meant for comparing settings, not for promising latency.
+The time of one MoE layer in one step is that of its slowest rank. It follows the (token, expert) pairs of each slot,
+not their sum: a slot without a pair is not read, and kernels compute in tiles of rows. Reading the weights of a rank's
+slots and computing their tiles overlap in part: the two times are added as a norm between their sum and a roofline
+(Williams et al., 2009). On top come the dispatch and combine of the pairs over the kinds of link that they take. Rates
+are nominal figures times what such transfers and kernels reach of them; give measured ones where you have them. The
+model is meant for comparing settings, not for promising latency.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,18 +24,27 @@ LINK_EFFICIENCY = 0.6
 """Part of a link's nominal rate that copies of experts reach: 268 of 450 GB/s with batched sends on two H200s."""
 
 
-COMPUTE_EFFICIENCY = 0.6
-"""Part of the nominal matrix throughput that grouped matrix products reach; fitted on one H200, as the next two."""
+TILE = 128
+"""Rows that kernels compute at once."""
 
 
-MEMORY_EFFICIENCY = 0.6
+COMPUTE_EFFICIENCY = 0.62
+"""Part of the nominal matrix throughput that grouped matrix products reach on whole tiles; fitted on one H200, as the
+next three."""
+
+
+MEMORY_EFFICIENCY = 0.74
 """Part of the nominal memory bandwidth that reading weights reaches."""
 
 
-KERNEL_SECONDS = 60e-6
-"""What a layer takes beside reading and computing. With it the model met 1,485 cases of ``benchmarks/virtual_ep``
-(DeepSeek-V3 at EP32 to EP320, Qwen3-235B at EP32, 1 to 4,096 tokens per rank, bf16) with a median error of 7 %, nine in
-ten within 23 %, the worst by 59 %. On other machines it is an assumption."""
+OVERLAP = 2.1
+"""Exponent of the norm that adds reading and computing: 1 is one after the other, infinity a roofline."""
+
+
+KERNEL_SECONDS = 50e-6
+"""What a layer takes beside reading and computing. With these four the expected pairs of each slot met 1,485 cases of
+``benchmarks/virtual_ep`` (DeepSeek-V3 at EP32 to EP320, Qwen3-235B at EP32, 1 to 4,096 tokens per rank, bf16) with a
+median error of 5.5 %, nine in ten within 14 %, the worst by 49 %. On other machines they are an assumption."""
 
 
 @dataclass(frozen=True)
@@ -179,21 +191,34 @@ class CostModel:
         """(token, expert) pairs of an average rank in one layer of one step."""
         return self.batch * self.shape.top_k
 
-    def layer_seconds(self, par: npt.ArrayLike, slots_per_rank: int) -> FloatArray:
-        """Seconds of MoE layers in one step, by their PAR [...]. For ranks of unequal speed give the PAR that counts it
-        (``Placement.par(load, rank_speed)``): the machine's rates are then those of an average rank.
+    def layer_seconds(self, slot_load: npt.ArrayLike) -> FloatArray:
+        """Seconds of MoE layers in one step, [L].
 
         Args:
-            par: peak-to-average ratio of rank load in each layer.
-            slots_per_rank: slots of a rank in one layer, whose weights are all read.
+            slot_load: [L, P], how a window's tokens fell on the slots; a step's pairs are spread alike, and evenly in a
+                layer without load.
         """
-        pairs = np.asarray(par, dtype=np.float64) * self.pairs_per_rank
+        load = np.asarray(slot_load, dtype=np.float64)
+        total = load.sum(axis=1, keepdims=True)
+        share = np.divide(load, total, out=np.full(load.shape, 1.0 / load.shape[1]), where=total > 0)
+        pairs = (share * self.pairs_per_rank * self.num_ranks).reshape(len(load), self.num_ranks, -1)
         machine, shape = self.machine, self.shape
-        reading = slots_per_rank * self.expert_bytes / (machine.memory * MEMORY_EFFICIENCY)
+        busy = -np.expm1(-pairs)  # chance that a slot gets any
+        tiles = np.maximum(busy, pairs / TILE + 0.5 * busy)  # the last one is half full on average
+        # The slowest rank of a step reads more slots than on average: the largest of R normals is sqrt(2 ln R) off.
+        spread = np.sqrt(2.0 * math.log(self.num_ranks) * (busy * (1.0 - busy)).sum(axis=2))
+        read = np.minimum(pairs.shape[2], busy.sum(axis=2) + spread)
+        reading = read * self.expert_bytes / (machine.memory * MEMORY_EFFICIENCY)
         flops = machine.flops * 2.0 / self.bytes_per_weight  # int8 and fp8 at twice the rate of bf16
-        computing = pairs * (6.0 * shape.hidden * shape.width) / (flops * COMPUTE_EFFICIENCY)
-        wire = pairs * self.seconds_per_pair_sent
-        return np.asarray(KERNEL_SECONDS + np.maximum(reading, computing) + wire)
+        computing = (
+            np.maximum(read, tiles.sum(axis=2))
+            * TILE
+            * (6.0 * shape.hidden * shape.width)
+            / (flops * COMPUTE_EFFICIENCY)
+        )
+        both = (reading**OVERLAP + computing**OVERLAP) ** (1.0 / OVERLAP)
+        wire = pairs.sum(axis=2) * self.seconds_per_pair_sent
+        return np.asarray((KERNEL_SECONDS + both + wire).max(axis=1))
 
     @property
     def seconds_per_pair_sent(self) -> float:

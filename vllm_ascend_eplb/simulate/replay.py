@@ -19,9 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..planning import dispatch_shares, plan, shared_rank_load
+from ..planning import dispatch_shares, plan
+from ..planning.shares import shared_slot_load
 from ..values.placement import FloatArray, Placement, PlacementError, peak_to_average
 from ..values.plan import EXPERT, LAYER, SLOT, Plan
+from .cost import CostModel
 from .result import Conditions, Outcome, PolicyChoice, Setting, Simulation, SimulationError, best_outcome
 
 
@@ -96,7 +98,7 @@ def simulate(
     cost = conditions.cost
     plain = Placement.initial(load.shape[1], load.shape[2], cost.num_ranks)
     baseline_par = peak_to_average(np.stack([plain.rank_load(window) for window in load]))
-    baseline = cost.layer_seconds(baseline_par, plain.slots_per_rank).sum(axis=1)  # [T]
+    baseline = np.array([cost.layer_seconds(plain.slot_load(window)).sum() for window in load])  # [T]
     outcomes: list[tuple[Outcome, Placement]] = []
     interrupted = False
     groups = replays(settings)
@@ -176,11 +178,10 @@ def _replay(
     switched = False
     for t, window in enumerate(load):
         for setting, tally in tallies.items():
-            par = _par(window, placement, shares if setting.shares else None, cost.num_ranks)
-            seconds = cost.layer_seconds(par, placement.slots_per_rank)
+            par, seconds = _par_and_seconds(window, placement, shares if setting.shares else None, cost)
             if switched:  # the first steps of the window still run as before
-                old = _par(window, before, shares_before if setting.shares else None, cost.num_ranks)
-                seconds = delay * cost.layer_seconds(old, placement.slots_per_rank) + (1.0 - delay) * seconds
+                old, old_seconds = _par_and_seconds(window, before, shares_before if setting.shares else None, cost)
+                seconds = delay * old_seconds + (1.0 - delay) * seconds
                 par = delay * old + (1.0 - delay) * par
             tally.par_mean.append(float(par.mean()))
             tally.par_worst.append(float(par.max()))
@@ -281,10 +282,13 @@ def _plan(seen: FloatArray, placement: Placement, setting: Setting, conditions: 
     )
 
 
-def _par(window: FloatArray, placement: Placement, shares: FloatArray | None, num_ranks: int) -> FloatArray:
-    if shares is None:
-        return placement.par(window)
-    return peak_to_average(shared_rank_load(window, placement, shares, num_ranks))
+def _par_and_seconds(
+    window: FloatArray, placement: Placement, shares: FloatArray | None, cost: CostModel
+) -> tuple[FloatArray, FloatArray]:
+    """([L], [L]): PAR and seconds in one step of each layer, with an even split where there are no shares."""
+    by_slot = placement.slot_load(window) if shares is None else shared_slot_load(window, placement, shares)
+    par = peak_to_average(by_slot.reshape(len(by_slot), cost.num_ranks, -1).sum(axis=2))
+    return par, cost.layer_seconds(by_slot)
 
 
 def _start(load: FloatArray, setting: Setting, num_ranks: int) -> Placement:

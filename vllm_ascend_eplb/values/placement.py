@@ -185,14 +185,17 @@ class Placement:
         by_rank = np.sort(self._slots.reshape(self.num_layers, self.num_ranks, -1), axis=2)
         return int(np.count_nonzero((by_rank[..., 1:] == by_rank[..., :-1]) & (by_rank[..., 1:] != EMPTY)))
 
-    def rank_load(self, load: npt.ArrayLike) -> FloatArray:
-        """float64 [L, R]: tokens per rank when every expert's load [L, E] is split evenly over its replicas."""
+    def slot_load(self, load: npt.ArrayLike) -> FloatArray:
+        """float64 [L, P]: tokens per slot when every expert's load [L, E] is split evenly over its replicas."""
         per_replica = np.asarray(load, dtype=np.float64) / self.replica_count
         if per_replica.shape != (self.num_layers, self.num_experts):
             raise PlacementError(f"load has shape {np.shape(load)}; expected {(self.num_layers, self.num_experts)}")
         padded = np.pad(per_replica, ((0, 0), (0, 1)))  # an empty slot (-1) takes the zero column
-        per_slot = np.take_along_axis(padded, self._slots.astype(np.int64), axis=1)
-        total: FloatArray = per_slot.reshape(self.num_layers, self.num_ranks, -1).sum(axis=2)
+        return np.take_along_axis(padded, self._slots.astype(np.int64), axis=1)
+
+    def rank_load(self, load: npt.ArrayLike) -> FloatArray:
+        """float64 [L, R]: tokens per rank when every expert's load [L, E] is split evenly over its replicas."""
+        total: FloatArray = self.slot_load(load).reshape(self.num_layers, self.num_ranks, -1).sum(axis=2)
         return total
 
     def par(self, load: npt.ArrayLike, rank_speed: npt.ArrayLike | None = None) -> FloatArray:

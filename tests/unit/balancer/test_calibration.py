@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_ascend_eplb.balancer import calibration
-from vllm_ascend_eplb.balancer.calibration import CalibrationError, LayerRuns, calibrate, describe, synthetic_ids
+from vllm_ascend_eplb.balancer.calibration import (
+    CalibrationError,
+    LayerRuns,
+    calibrate,
+    describe,
+    synthetic_ids,
+    time_shares,
+)
+from vllm_ascend_eplb.planning.payoff import MoveRates
+from vllm_ascend_eplb.planning.threshold import PlanJudge
 from vllm_ascend_eplb.values.step_cost import StepCost
+from vllm_ascend_eplb.values.traffic import Traffic
 
 RANKS, SLOTS, EXPERTS, TOP_K = 4, 9, 32, 4
 
@@ -44,6 +55,15 @@ def test_rows_of_experts_are_as_skewed_as_real_ones() -> None:
     assert 0.5 < np.log(by_slot).std() < 0.8
     even = np.bincount(ids.ravel() // 32, minlength=8)
     assert even.max() / even.mean() < 1.01
+
+
+def test_rows_follow_a_recorded_skew() -> None:
+    skew = np.array([1.0] * 9 + [11.0])
+    by_slot = np.bincount(synthetic_ids(4096, 8, 8, 32, 32, 1.0, 7, skew=skew).ravel(), minlength=256)
+    assert len(set(np.round(np.log2(by_slot / by_slot.min())).tolist())) >= 3  # hot ones, and others by their rank
+    assert (by_slot > 4 * np.median(by_slot)).mean() == pytest.approx(0.1, abs=0.06)
+    plain = np.bincount(synthetic_ids(4096, 8, 8, 32, 32, 1.0, 7).ravel(), minlength=256)
+    assert (plain > 4 * np.median(plain)).mean() < 0.04
 
 
 class _Machine:
@@ -107,6 +127,23 @@ def test_grid_finds_where_tokens_begin_to_cost(machine: _Machine) -> None:
     assert np.isclose(large[0], 1024 * TOP_K * 0.001, rtol=0.02)
 
 
+def test_a_placement_is_timed_by_its_own_counts(machine: _Machine) -> None:
+    """A rank with twice the tokens takes twice as long where tokens count; where weights count, one with fewer slots in
+    use is faster, which PAR cannot tell."""
+    even = np.ones(RANKS * SLOTS)
+    heavy, few_slots = even.copy(), even.copy()
+    heavy[:SLOTS] = 3.0
+    few_slots.reshape(RANKS, SLOTS)[:, 4:] = 0.0
+    shares = np.array([part / part.sum() for part in (even, heavy, few_slots)])
+    took = time_shares(
+        machine.runs(), shares, [32, 1024], num_ranks=RANKS, rank=0, group=None, device=torch.device("cpu")
+    )
+    assert took[1, 1] / took[0, 1] == pytest.approx(2.0, rel=0.05)
+    assert took[1, 0] == pytest.approx(took[0, 0], rel=0.05)
+    assert took[2, 0] / took[0, 0] == pytest.approx(4 / 9, rel=0.05)
+    assert took[0, 1] == pytest.approx(1024 * TOP_K * 0.001, rel=0.05)
+
+
 def test_calibration_keeps_its_time(machine: _Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.calibrate().tokens[-1] == 1024  # the control: on a fast machine the largest steps fit
     slow = _Machine(reading=0.4, computing=0.1)
@@ -126,6 +163,55 @@ def test_noise_is_what_two_measurements_differ_by(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(noisy, "milliseconds", lambda ids: exact(ids) * float(random.uniform(1.0, 1.6)))
     monkeypatch.setattr(calibration, "time", noisy)
     assert noisy.calibrate().noise > 0.003
+
+
+class _Busy(_Machine):
+    """A machine that somebody else uses, too: any run may take much longer than by itself."""
+
+    def __init__(self, seed: int, reading: float, computing: float) -> None:
+        super().__init__(reading, computing)
+        self._random = np.random.default_rng(seed)
+
+    def milliseconds(self, ids: torch.Tensor) -> float:
+        return super().milliseconds(ids) * (1.0 + float(self._random.exponential(0.5)))
+
+
+def test_a_busy_machine_is_measured_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet, busy = _Machine(1.0, 0.001), _Busy(0, 1.0, 0.001)
+    for machine in (quiet, busy):
+        monkeypatch.setattr(calibration, "time", machine)
+        machine.calibrate(most_rows=256)
+    assert quiet.now < 1.5 * calibration.SECONDS < busy.now < 1.5 * calibration.PATIENCE * calibration.SECONDS
+
+
+def test_noisy_start_leads_to_no_wrong_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imbalance costs nothing in these steps; a plan that halves the PAR is refused after every noisy start.
+
+    The control: the same measurements taken for exact accept it after some.
+    """
+    wrong = 0
+    for seed in range(10):
+        busy = _Busy(seed, 1.0, 0.001)
+        monkeypatch.setattr(calibration, "time", busy)
+        cost = busy.calibrate(most_rows=256)
+        for believed in (cost, replace(cost, noise=0.0)):
+            judge = PlanJudge(0.01)
+            judge.learn(believed, MoveRates(), SLOTS)
+            judge.traffic, judge.steps = Traffic([1], [32]), 10_000
+            accepted = not judge.refuses([2.5], [1.0])
+            assert believed is not cost or not accepted, (seed, cost.noise)
+            wrong += accepted
+    assert wrong
+
+
+def test_gains_beyond_the_noise_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = _Busy(1, 0.04, 0.05)
+    monkeypatch.setattr(calibration, "time", busy)
+    judge = PlanJudge(0.01)
+    cost = busy.calibrate(most_rows=256)
+    judge.learn(cost, MoveRates(), SLOTS)
+    judge.traffic, judge.steps = Traffic([1], [64]), 10_000
+    assert judge.refuses([2.5], [1.0]) == ""
 
 
 def test_small_batches_make_small_grids(machine: _Machine) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from vllm_ascend_eplb.balancer.timing import learn_times
 from vllm_ascend_eplb.settings.config import EplbConfig
 from vllm_ascend_eplb.values.placement import Placement
 from vllm_ascend_eplb.values.step_cost import StepCost
+from vllm_ascend_eplb.values.topology import Topology
 
 FOUND = StepCost([1, 64], [1.0, 2.0], [2], [[[1.0], [1.0]], [[2.0], [4.0]]], 0.02, "measured", "this server")
 LOADER: Any = SimpleNamespace(measure_rates=lambda: (2e9, 8e9))
@@ -82,6 +85,29 @@ def test_next_start_reads_the_file(tmp_path: Path, measured: list[str]) -> None:
     assert len(measured) == 1
 
 
+def test_noisy_file_is_measured_again_and_the_best_is_kept(
+    tmp_path: Path, measured: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A noisy start does not decide for all that follow; a quiet one is not repeated."""
+    path = tmp_path / "cost.json"
+    noisy = replace(FOUND, milliseconds=[[[3.0], [3.0]], [[3.0], [3.5]]], noise=0.2)
+    path.write_text(noisy.to_json())
+    config = EplbConfig(dynamic_eplb=True, calibration_path=str(path))
+    cost = learn_times(adaptor(RUNS), config, LOADER).cost
+    assert len(measured) == 1
+    assert cost.milliseconds.ravel().tolist() == [1.0, 1.0, 2.0, 3.5]
+    assert cost.noise == FOUND.noise
+    assert "busy" not in caplog.text
+    assert learn_times(adaptor(RUNS), config, LOADER).cost == cost
+    assert len(measured) == 1
+
+
+def test_noise_that_stays_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(timing, "calibrate", lambda runs, **_: replace(FOUND, noise=0.21))
+    learn_times(adaptor(RUNS), EplbConfig(dynamic_eplb=True), LOADER)
+    assert "measurements differ by 21 %, so a plan must save more than that" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["", "{}", "no JSON", FOUND.to_json().replace("this server", "another server")])
 def test_file_of_something_else_is_replaced(
     text: str, tmp_path: Path, measured: list[str], caplog: pytest.LogCaptureFixture
@@ -101,3 +127,55 @@ def test_folder_that_cannot_be_written_stops_nothing(
     config = EplbConfig(dynamic_eplb=True, calibration_path=str(tmp_path / "none" / "cost.json"))
     assert learn_times(adaptor(RUNS), config, LOADER).cost == FOUND
     assert "cannot be written" in caplog.text
+
+
+def test_layers_are_timed_with_the_recorded_skew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The load beside the recorded map, where there is one; a file that holds none is said, and not used."""
+    skews: list[Any] = []
+
+    def calibrate(*_: Any, skew: Any, **__: Any) -> StepCost:
+        skews.append(skew)
+        return FOUND
+
+    monkeypatch.setattr(timing, "calibrate", calibrate)
+    config = EplbConfig(dynamic_eplb=True, expert_map_record_path=str(tmp_path / "map.json"))
+    learn_times(adaptor(RUNS), config, LOADER)
+    np.savez(tmp_path / "map.load.npz", load=np.array([[[1.0, 1, 1, 5], [0, 0, 0, 0]]]))
+    learn_times(adaptor(RUNS), config, LOADER)
+    assert skews[0] is None
+    assert (skews[1].min(), skews[1].max()) == (0.5, 2.5)
+    (tmp_path / "map.load.npz").write_bytes(b"no load")
+    learn_times(adaptor(RUNS), config, LOADER)
+    assert skews[2] is None
+    assert "timed without the recorded load" in caplog.text
+
+
+def test_recorded_load_is_timed_by_counts_at_start(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both placements, and what the times by PAR would have said; nothing where the load is of another model."""
+    asked: list[Any] = []
+
+    def time_shares(runs: LayerRuns, shares: Any, tokens: list[int], **_: Any) -> Any:
+        asked.append((shares, tokens))
+        return np.multiply.outer([3.0] * 3 + [2.0] * 3, np.ones(len(tokens)))
+
+    monkeypatch.setattr(timing, "time_shares", time_shares)
+    served = adaptor(RUNS)
+    served.placement = Placement.initial(4, 8, 2)
+    served.topology, served.num_groups = Topology.even(2), 1
+    load = np.tile([9.0, 9, 9, 9, 1, 1, 1, 1], (1, 4, 1))
+    np.savez(tmp_path / "map.load.npz", load=load)
+    config = EplbConfig(dynamic_eplb=True, expert_map_record_path=str(tmp_path / "map.json"))
+    with caplog.at_level(logging.INFO, "vllm.eplb"):
+        learn_times(served, config, LOADER)
+    ((shares, tokens),) = asked
+    assert tokens == [64]
+    assert shares.reshape(2, 3, 2, 4).sum(axis=3).max(axis=2).tolist() == [[0.9] * 3, [0.5] * 3]
+    said = "at 64 tokens per rank a layer takes 3.000 ms, 2.000 ms balanced (3.600 and 2.000 ms by PAR)"
+    assert said in caplog.text
+    np.savez(tmp_path / "map.load.npz", load=load[:, :2])
+    learn_times(served, config, LOADER)
+    assert len(asked) == 1

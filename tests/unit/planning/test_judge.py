@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -104,6 +106,14 @@ def test_moves_that_cost_more_than_they_save_are_refused() -> None:
     assert judge.refuses([2.0], [1.0], [0, 0.9 * saved]) == ""  # 1 kB/s is a byte in a millisecond
     assert "costs" in judge.refuses([2.0], [1.0], [0, 1.1 * saved])
     assert PlanJudge(0.0).refuses([2.0], [1.0], [0, 1e30]) == ""  # without a measurement nobody can tell
+
+
+def test_gain_within_the_noise_of_measurements_is_refused() -> None:
+    for noise, said in ((0.0, ""), (0.3, "no more than measurements differ by (30.0%)")):
+        judge = measured(0.0, PREFILL)
+        judge.learn(replace(FLAT_THEN_STEEP, noise=noise), MoveRates(), 8)
+        assert judge.refuses([1.3], [1.0]).endswith(said)
+        assert judge.refuses([2.0], [1.0]) == ""
 
 
 def test_layers_are_left_alone_where_it_saves_no_time() -> None:

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from tests.unit.values.test_step_cost import FLAT_THEN_STEEP, step_costs
 from vllm_ascend_eplb import Placement, plan
 from vllm_ascend_eplb.planning.payoff import MoveRates, Payoff, weigh
+from vllm_ascend_eplb.planning.threshold import PlanJudge
 from vllm_ascend_eplb.values.step_cost import StepCost
 from vllm_ascend_eplb.values.traffic import Traffic
+from vllm_ascend_eplb.values.window import WindowLoad
 
 PREFILL, DECODE = Traffic([1], [4096]), Traffic([1], [8])
 
@@ -77,7 +79,9 @@ def test_balancing_costs_at_most_one_plan_over_standing_still(cost: StepCost, da
     load = np.round(random.lognormal(sigma=1.0, size=(layers, experts)) * 1000).astype(np.int64) + 1
     still = placement = Placement.initial(layers, experts, ranks, data.draw(st.sampled_from([0, 4])))
     slots = placement.slots_per_rank
-    min_gain, rates = data.draw(st.floats(0, 0.05)), MoveRates(data.draw(st.floats(1e3, 1e9)))
+    rates = MoveRates(data.draw(st.floats(1e3, 1e9)))
+    judge = PlanJudge(data.draw(st.floats(0, 0.05)))
+    judge.learn(cost, rates, slots)
     time, time_still, dearest = 0.0, 0.0, 0.0
     windows = data.draw(st.integers(1, 5))
     for window in range(windows):
@@ -85,14 +89,15 @@ def test_balancing_costs_at_most_one_plan_over_standing_still(cost: StepCost, da
         steps = data.draw(st.integers(1, 2000))
         made = plan(load, placement, ranks, max_moves=data.draw(st.integers(0, 8)), target_par=1.0)
         received = np.bincount(made.moves[:, 1] // slots, minlength=ranks) * 1e5
-        payoff = weigh(
-            cost, traffic, made.par_before, made.par_after, slots, move_ms=rates.milliseconds(received), steps=steps
-        )
-        if made.num_moves and payoff.pays(min_gain):
+        judge.traffic, judge.steps = traffic, steps
+        if made.num_moves and not judge.refuses(made.par_before, made.par_after, received):
+            move_ms = rates.milliseconds(received)
+            judge.carried_out(placement, judge.weigh(made.par_before, made.par_after, received).saved_fraction)
             placement = Placement(made.physical_to_logical, experts, ranks)
-            time += payoff.cost_ms
-            dearest = max(dearest, payoff.cost_ms)
+            time += move_ms
+            dearest = max(dearest, move_ms)
         lasted = steps if window < windows - 1 else data.draw(st.integers(0, steps))
+        judge.window_ended(WindowLoad.of(load, placement, still), placement)
         for name in ("time", "time_still"):
             in_force = placement if name == "time" else still
             spent = lasted * float(traffic.layer_ms(cost, in_force.par(load), slots).sum())

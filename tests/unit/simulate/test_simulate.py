@@ -11,7 +11,17 @@ import pytest
 
 from vllm_ascend_eplb import Placement, plan
 from vllm_ascend_eplb.files.traces import TraceError, read_trace
-from vllm_ascend_eplb.simulate.cost import LINK_EFFICIENCY, MACHINES, MODELS, CostModel, model_of_shape
+from vllm_ascend_eplb.simulate.cost import (
+    COMPUTE_EFFICIENCY,
+    KERNEL_SECONDS,
+    LINK_EFFICIENCY,
+    MACHINES,
+    MEMORY_EFFICIENCY,
+    MODELS,
+    OVERLAP,
+    CostModel,
+    model_of_shape,
+)
 from vllm_ascend_eplb.simulate.replay import grid, receipts, replays, simulate
 from vllm_ascend_eplb.simulate.result import Conditions, Setting, Simulation, SimulationError
 from vllm_ascend_eplb.values.plan import Plan
@@ -133,19 +143,35 @@ def test_cost_model_by_hand() -> None:
     shape, machine = MODELS[0], MACHINES["h200"]
     assert shape.expert_bytes(2.0) == pytest.approx(88.1e6, rel=1e-3)  # as published: 88 MB in bf16
     cost = CostModel(machine, shape, 16, 2, 128.0, 2.0)
-    balanced, skewed = cost.layer_seconds([1.0, 2.0], 18)
-    assert skewed > balanced
-    reading = 18 * shape.expert_bytes(2.0) / (machine.memory * 0.6)
+    even = np.ones((1, 16 * 18))  # 128 tokens per rank, 1,024 pairs, 57 for each slot: half of a tile
+    skewed = even.copy()
+    skewed[0, :18] *= 2.0
+    reading = 18 * shape.expert_bytes(2.0) / (machine.memory * MEMORY_EFFICIENCY)
     wire = 1024 * 4 * 7168 / LINK_EFFICIENCY * (0.5 / 50e9 + 0.5 / 450e9)
-    computing = 1024 * 6 * 7168 * 2048 / (machine.flops * 0.6)
-    assert balanced == pytest.approx(60e-6 + max(reading, computing) + wire)
+    computing = 18 * 128 * 6 * 7168 * 2048 / (machine.flops * COMPUTE_EFFICIENCY)
+    both = (reading**OVERLAP + computing**OVERLAP) ** (1 / OVERLAP)
+    (balanced,) = cost.layer_seconds(even)
+    assert max(reading, computing) < both < reading + computing
+    assert balanced == pytest.approx(KERNEL_SECONDS + both + wire)
+    assert cost.layer_seconds(skewed)[0] > balanced
     assert cost.receive_seconds([2, 0], [0, 1]) == pytest.approx(
         max(2 / 450e9, 1 / 50e9) * shape.expert_bytes(2.0) / LINK_EFFICIENCY
     )
     assert cost.receive_seconds([], []) == cost.commit_seconds([]) == 0
     # while reading weights takes longest, balance saves nothing of it
-    small = CostModel(machine, shape, 16, 2, 0.001, 2.0)
-    assert small.layer_seconds(1.0, 18) == pytest.approx(float(small.layer_seconds(1.5, 18)), rel=1e-3)
+    small = CostModel(machine, shape, 16, 1, 4.0, 2.0)
+    small_even, small_skewed = (float(small.layer_seconds(load)[0]) for load in (even, skewed))
+    assert small_skewed / small_even < 1.05 < cost.layer_seconds(skewed)[0] / balanced
+    assert cost.layer_seconds(0 * even) == pytest.approx(balanced)  # a layer without load counts as even
+
+
+def test_cost_model_reads_slots_not_their_sum() -> None:
+    """Two placements with one PAR take different times: a slot without tokens is not read, a tile is computed whole."""
+    cost = CostModel(MACHINES["h200"], MODELS[0], 2, 1, 8.0, 2.0)
+    spread = np.array([[1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5]])
+    packed = np.array([[4.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0]])
+    slow, fast = (float(cost.layer_seconds(load)[0]) for load in (spread, packed))
+    assert fast < 0.8 * slow
 
 
 def test_interrupted(trace: np.ndarray) -> None:
