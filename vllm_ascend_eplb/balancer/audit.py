@@ -247,7 +247,7 @@ class Auditor:
 
     def repaired(self, slots: int) -> None:
         """The repair is over; so many slots got good weights."""
-        self._parts.stats.mended(slots)
+        self._parts.stats.repaired(slots)
         if self._parts.rank == 0 and slots:
             logger.warning(
                 "%s audit: %d of %d damaged slots were repaired by step %d",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files from elsewhere, read within bounds, and files of ours, written whole.
+"""Bounded reading of foreign files, and atomic writing of this package's files.
 
-Expert maps and traces are handed around between machines and edited by hand. What is read is bounded before memory is
-taken: the size of the file, the depth and number of values of a JSON text, the shape that an array's header claims.
-Every failure is one :class:`FileError` with one line.
+Expert maps and traces are passed between machines and edited by hand. So every size is checked before memory is
+allocated: the size of the file, the depth and number of values of a JSON text, the shape in an array's header. Every
+failure is one :class:`FileError` with one line.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class FileError(ValueError):
 
 
 def expand_user(path: str | os.PathLike[str]) -> str:
-    """The path with ``~`` replaced by a home folder, which a shell does on a command line and nobody inside JSON."""
+    """The path with ``~`` replaced by a home folder: inside JSON no shell expands it."""
     name = os.fspath(path)
     return os.path.expanduser(name) if name.startswith("~") else name
 
@@ -77,7 +77,7 @@ def read_bounded(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
     """
     path = expand_user(path)
     try:
-        # O_NONBLOCK: a FIFO must not block; what is no regular file is refused below
+        # O_NONBLOCK: a FIFO must not block; it is refused below
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except FileNotFoundError:
         if os.path.islink(path):
@@ -113,7 +113,7 @@ def read_bounded(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
-    """Finds out before a long computation that its result could not be written.
+    """Checks that a result can be written, before the long computation that makes it.
 
     Raises:
         FileError: the folder is missing or may not be written, or the path is a directory, a symbolic link or no file
@@ -136,7 +136,7 @@ def check_place(path: str | os.PathLike[str]) -> None:
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replaces a file so that readers see either what was there or all of ``data``, also after a crash.
+    """Replaces a file so that readers see either the old contents or all of ``data``, also after a crash.
 
     Raises:
         FileError: as for :func:`check_place`, or the disk refuses.
@@ -162,14 +162,14 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_private(path: str | os.PathLike[str], text: str) -> None:
-    """Replaces a file that only its owner may read, so that readers see all or nothing. Does not wait for the disk to
-    have it: after a crash nobody asks for it.
+    """Replaces a file that only its owner may read, so that readers see all or nothing. Does not wait for the disk,
+    because nothing reads the file after a crash.
 
     Raises:
         OSError: the file cannot be written.
     """
     target = Path(path)
-    # mkstemp: a new file of mode 0600 that no one else can have put there
+    # mkstemp: a new file of mode 0600 that nobody else can have created
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -191,16 +191,16 @@ _OTHER_KINDS = (
     (b"\x80", "is a pickle or torch.save's form of old, which can run code; save it with torch.save as of torch 1.6, "
     "or with numpy.save"),
 )  # fmt: skip
-"""How files of other kinds begin that are given in place of JSON, and the way out."""
+"""First bytes of file kinds that are given in place of JSON, and the way out."""
 
 _TABLE = re.compile(rb"[^{}\[\]:\s][^{}\[\]:]*[,;\t][^{}\[\]:]*")
 
 
 def refuse_other_kinds(data: bytes, path: str | os.PathLike[str]) -> None:
-    """Names the kind of a file that is no JSON by its first bytes.
+    """Refuses a file of another kind than JSON, by its first bytes.
 
     Raises:
-        FileError: it is of another kind.
+        FileError: the file is of another kind, which the message names.
     """
     for begin, said in _OTHER_KINDS:
         if data.startswith(begin):
@@ -274,7 +274,7 @@ def parse_npz(
         data: contents of the archive.
         path: for messages.
         limit: most bytes that an array may have when unpacked.
-        names: the arrays wanted; those that are not there are left out. An archive of one array gives that one,
+        names: arrays to read; missing ones are left out. From an archive with a single array that array is read,
             whatever its name.
 
     Raises:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands beside ``eplb_config`` in vLLM's ``additional_config`` and was meant to stand in it.
+"""Finds settings of the balancer that stand beside ``eplb_config`` in vLLM's ``additional_config``.
 
-``additional_config`` is a dictionary without a schema: vLLM ignores what it does not know there, and other platforms
-and plugins keep their settings in it. So a key of ours at the wrong place would be ignored without a word. Looked for
-are our settings and old names at the top level or inside another key, misspelt or in another case, and
-``eplb_config`` itself misspelt, nested, or with a dot in place of a brace.
+``additional_config`` is a dictionary without a schema: vLLM ignores unknown keys, and other platforms and plugins keep
+their settings in it. So a key of ours at the wrong place would be ignored silently. This module looks for our settings
+and old names at the top level or inside another key, misspelt or in another case, and for ``eplb_config`` itself
+misspelt, nested, or with a dot in place of a brace.
 
-A key that could be a stranger's is left alone: ``mode``, ``policy`` and ``transport`` count only beside settings that
-turn the balancer on, and misspellings of such short words are only remarked on.
+A key that may belong to another program is left alone: ``mode``, ``policy`` and ``transport`` count only beside
+settings that turn the balancer on, and misspellings of such short words only cause a remark.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ OF_NEIGHBOURS = frozenset(
 
 
 SHORT = 8
-"""Below so many letters a name is a common word, and another program may have a key like it."""
+"""A name with fewer letters is a common word that another program may use as a key."""
 
 
 _MAX_DEPTH = 8
@@ -117,12 +117,12 @@ _MAX_KEYS = 10_000
 
 @dataclass(frozen=True)
 class Misplaced:
-    """A key that is not read where it stands.
+    """A key that is not read at its place.
 
     Attributes:
-        line: which key, and where it goes.
-        weight: "sure" for a key that can only be meant for the balancer; "likely" for one of ours that another program
-            may have as well; "perhaps" for one that is only similar.
+        line: the key, and where it belongs.
+        weight: "sure" for a key that can only be meant for the balancer; "likely" for a setting of ours that another
+            program may have as well; "perhaps" for a key that is only similar.
     """
 
     line: str
@@ -164,7 +164,7 @@ def bare(key: object) -> str:
 
 
 def _judged(key: object, value: object, known: tuple[str, ...]) -> Misplaced | None:
-    """What is wrong with a key at the top level; None where nothing is."""
+    """What is wrong with a key at the top level; None if nothing is."""
     name, shown = bare(key), f"additional_config.{clip(str(key))}"
     if isinstance(key, str) and key in MOVED_INTO_EPLB_CONFIG:
         return Misplaced(f"{shown} is an old name; write it as {_form(MOVED_INTO_EPLB_CONFIG[key], value)}", "sure")
@@ -187,7 +187,7 @@ def _judged(key: object, value: object, known: tuple[str, ...]) -> Misplaced | N
 
 
 def _ours(name: str, known: tuple[str, ...]) -> str | None:
-    """The setting that a name at the top level means exactly, perhaps with ``eplb_config.`` in front of it."""
+    """The setting that a name at the top level is equal to, with or without ``eplb_config.`` in front of it."""
     if name == "enable_eplb":
         return "dynamic_eplb"
     for prefix in ("", "eplb_config_", "eplb_"):
@@ -198,7 +198,7 @@ def _ours(name: str, known: tuple[str, ...]) -> str | None:
 
 
 def _nested(where: str, value: Mapping[object, object], known: tuple[str, ...]) -> Iterator[Misplaced]:
-    """``eplb_config``, or a setting that only we have, inside another key."""
+    """Finds ``eplb_config``, or a setting that only this package has, inside another key."""
     certain = {name for name in (*known, *MOVED_INTO_EPLB_CONFIG) if "eplb" in name or name.startswith("expert_")}
     queue, seen = [(where, value, 1)], 0
     while queue:
@@ -232,10 +232,10 @@ def _json(value: object) -> str:
 
 
 def left_over(vllms_own: object) -> dict[str, object]:
-    """What ``--eplb-config`` sets to other values than vLLM's defaults.
+    """The settings in ``--eplb-config`` that differ from vLLM's defaults.
 
     Args:
-        vllms_own: vLLM's ``EPLBConfig``, a dictionary of it, or None.
+        vllms_own: vLLM's ``EPLBConfig``, the same as a dictionary, or None.
     """
     if isinstance(vllms_own, Mapping):
         return {str(key): value for key, value in vllms_own.items()}
@@ -247,7 +247,7 @@ def left_over(vllms_own: object) -> dict[str, object]:
 
 
 def moved_from_vllm(settings: Mapping[str, object]) -> str:
-    """The same settings as they are written for this balancer, as far as it has them."""
+    """The same settings in this package's form, without those that it does not have."""
     pairs = {OF_VLLM[name]: value for name, value in settings.items() if OF_VLLM.get(name)}
     inner = ", ".join(f'"{name}": {_json(value)}' for name, value in {"dynamic_eplb": True, **pairs}.items())
     return f'{{"eplb_config": {{{inner}}}}}'

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cost: what a placement costs in time, as a model on a machine.
+"""CostModel: the time of MoE layers and transfers, for a model on a machine.
 
 The time of one MoE layer in one step is that of its busiest rank: the larger of reading the weights of all its slots
-and computing its (token, expert) pairs (a roofline; Williams et al., 2009), plus the dispatch and combine of those
-pairs over the slower kind of link that they take. Rates are nominal figures times what such transfers and kernels reach
-of them; give measured ones where you have them. The model is meant for comparing settings, not for promising latency.
+and computing its (token, expert) pairs (a roofline; Williams et al., 2009), plus dispatch and combine of those pairs
+over the links within and between nodes. Rates are nominal figures times an efficiency; give measured rates where you
+have them. The model is for comparing settings, not for predicting latency.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ MEMORY_EFFICIENCY = 0.6
 
 
 KERNEL_SECONDS = 60e-6
-"""What a layer takes beside reading and computing. With it the model met 1,485 cases of ``benchmarks/virtual_ep``
-(DeepSeek-V3 at EP32 to EP320, Qwen3-235B at EP32, 1 to 4,096 tokens per rank, bf16) with a median error of 7 %, nine in
-ten within 23 %, the worst by 59 %. On other machines it is an assumption."""
+"""Time of a layer beside reading and computing. With it the model's median error over 1,485 cases of
+``benchmarks/virtual_ep`` (DeepSeek-V3 at EP32 to EP320, Qwen3-235B at EP32, 1 to 4,096 tokens per rank, bf16) is 7 %;
+nine in ten are within 23 %, the worst is off by 59 %. On other machines it is an assumption."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of device and how it is connected; a rank is one device as the serving engine counts them.
+    """A kind of device with its links; a rank is one device as the serving engine counts devices.
 
     Attributes:
-        name: by which it is chosen.
-        title: what it is.
+        name: name on the command line.
+        title: description.
         ranks_per_node: ranks that share the fast link.
         link: nominal bytes/s that a rank receives from ranks of its node.
         link_between: nominal bytes/s that a rank receives from other nodes.
         flops: nominal dense BF16 operations/s of a rank.
         memory: nominal bytes/s of a rank's memory.
-        source: where the figures come from.
+        source: source of the figures.
     """
 
     name: str
@@ -157,7 +157,7 @@ class CostModel:
     """Seconds of steps and transfers.
 
     Attributes:
-        machine, shape: what is served on what.
+        machine, shape: the device, and the model's MoE layers.
         num_ranks: R. num_nodes: nodes that share the ranks evenly.
         batch: tokens that each rank brings into a step.
         bytes_per_weight: 1 for int8 and fp8, 2 for bf16.
@@ -180,8 +180,8 @@ class CostModel:
         return self.batch * self.shape.top_k
 
     def layer_seconds(self, par: npt.ArrayLike, slots_per_rank: int) -> FloatArray:
-        """Seconds of MoE layers in one step, by their PAR [...]. For ranks of unequal speed give the PAR that counts it
-        (``Placement.par(load, rank_speed)``): the machine's rates are then those of an average rank.
+        """Seconds of MoE layers in one step, by their PAR [...]. For ranks of unequal speed give the PAR of
+        ``Placement.par(load, rank_speed)``: the machine's rates are then those of an average rank.
 
         Args:
             par: peak-to-average ratio of rank load in each layer.
@@ -197,7 +197,7 @@ class CostModel:
 
     @property
     def seconds_per_pair_sent(self) -> float:
-        """Dispatch and combine of one pair: the hidden state there and back in bf16, from ranks chosen evenly."""
+        """Seconds of dispatch and combine of one pair: the hidden state there and back in bf16, evenly over ranks."""
         far = 1.0 - 1.0 / self.num_nodes
         machine = self.machine
         return (4.0 * self.shape.hidden / LINK_EFFICIENCY) * (far / machine.link_between + (1.0 - far) / machine.link)
@@ -213,6 +213,6 @@ class CostModel:
         return float(seconds.max(initial=0.0) * self.expert_bytes / LINK_EFFICIENCY)
 
     def commit_seconds(self, received: npt.ArrayLike) -> float:
-        """Seconds in which the busiest rank copies its received experts [R] from staging into slots (read, write)."""
+        """Seconds that the busiest rank takes to copy received experts [R] from staging into slots (read, write)."""
         rate = self.machine.memory * MEMORY_EFFICIENCY
         return float(np.asarray(received).max(initial=0) * 2.0 * self.expert_bytes / rate)
