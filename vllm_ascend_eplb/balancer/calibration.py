@@ -2,12 +2,12 @@
 """Calibration: all ranks together time the served model's own MoE layers, once, before the KV cache is sized.
 
 The router's choice is replaced by expert ids made here, so that the number of tokens per rank, the PAR and the slots in
-use are known; everything else (dispatch, kernels, combine, collectives) is what serves. Experts get tokens as unevenly
-as real ones do (lognormal, sigma 0.7): kernels work in tiles, and even rows flatter them.
+use are known; everything else (dispatch, kernels, combine, collectives) is as in serving. Experts get tokens as
+unevenly as in real traffic (lognormal, sigma 0.7): kernels work in tiles, and are faster on even rows.
 
-Every point of the grid is timed several times, in turns, so that slow drift of the machine spreads over all of them. Of
-its times the shortest counts, of the slowest rank: what makes a run longer is somebody else's. Ranks agree on each
-time, and so on when to stop.
+Every point of the grid is timed several times, in turns, so that slow drift of the machine spreads over all points. The
+shortest time counts, because only other work on the machine makes a run longer; each time is that of the slowest rank.
+Ranks agree on each time, and so on when to stop.
 """
 
 from __future__ import annotations
