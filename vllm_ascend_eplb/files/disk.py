@@ -122,7 +122,7 @@ def check_place(path: str | os.PathLike[str]) -> None:
     path = expand_user(path)
     target = Path(path)
     if "\0" in path:
-        raise FileError(f"{show(path)} is no path: it has a null byte; give the path of a file to write")
+        raise FileError(f"{show(path)} is not a path: it has a null byte; give the path of a file to write")
     if target.is_symlink():
         raise FileError(f"{show(path)} is a symbolic link, which would be replaced; give the path of the file itself")
     if target.is_dir():
@@ -213,7 +213,7 @@ def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
     """The value of a JSON text; NaN, infinities and repeated keys are refused.
 
     Raises:
-        FileError: the text is no JSON, truncated, nested too deeply or has too many values.
+        FileError: the text is not JSON, truncated, nested too deeply or has too many values.
     """
     refuse_other_kinds(data, path)
     codes = np.frombuffer(data, dtype=np.uint8)
@@ -232,16 +232,16 @@ def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError):
             place = f"line {error.lineno}, column {error.colno}"
-            raise FileError(f"{show(path)} is no JSON: {json_cause(error.doc, error)} ({place})") from None
+            raise FileError(f"{show(path)} is not JSON: {json_cause(error.doc, error)} ({place})") from None
         reason = str(error) or "nested too deeply"
-        raise FileError(f"{show(path)} is no JSON ({show(reason)}); copy or write it again") from None
+        raise FileError(f"{show(path)} is not JSON ({show(reason)}); copy or write it again") from None
 
 
 def parse_npy(data: bytes, path: str | os.PathLike[str]) -> npt.NDArray[Any]:
     """The array of numbers in the contents of a .npy file.
 
     Raises:
-        FileError: the contents are no such array, are truncated or hold no numbers.
+        FileError: the contents are not such an array, are truncated or hold no numbers.
     """
     stream = io.BytesIO(data)
     try:
@@ -250,7 +250,7 @@ def parse_npy(data: bytes, path: str | os.PathLike[str]) -> npt.NDArray[Any]:
             raise ValueError(f"format version {version}")
         shape, fortran, dtype = _READ_HEADER[version](stream)
     except Exception as error:  # NumPy parses the header as Python, and its tokenizer has errors of its own
-        raise FileError(f"{show(path)} is no NumPy array ({show(str(error))}); save it with numpy.save") from None
+        raise FileError(f"{show(path)} is not a NumPy array ({show(str(error))}); save it with numpy.save") from None
     if dtype.hasobject or dtype.kind not in "iufb":
         raise FileError(f"{show(path)} holds {dtype}; give an array of numbers")
     count, begin = 1, stream.tell()
@@ -278,7 +278,7 @@ def parse_npz(
             whatever its name.
 
     Raises:
-        FileError: the contents are no archive of arrays, or an array is too large.
+        FileError: the contents are not an archive of arrays, or an array is too large.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -303,7 +303,7 @@ def parse_npz(
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(f"{show(path)} is no .npz archive ({show(str(error))}); copy or write it again") from None
+        raise FileError(f"{show(path)} is not an .npz archive ({show(str(error))}); copy or write it again") from None
     except Exception as error:  # zlib.error and whatever a damaged archive makes zipfile raise
         raise FileError(f"{show(path)} is damaged ({show(str(error))}); copy or write it again") from None
 
@@ -315,7 +315,7 @@ def show(text: str | os.PathLike[str]) -> str:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def read_expert_map(
         The placement, which has no empty slots.
 
     Raises:
-        ExpertMapError: the file cannot be read, is no map, or is a map for another model or number of ranks.
+        ExpertMapError: the file cannot be read, is not a map, or is a map for another model or number of ranks.
     """
     try:
         data = read_bounded(path, MAX_MAP_BYTES, "expert map")
@@ -247,7 +247,7 @@ def _parse(data: bytes, path: str | os.PathLike[str], dense_layers: int | Collec
     if isinstance(value, dict) and "logical_count" in value:
         raise ExpertMapError(f"{name} holds loads (logical_count), no map; make one from it with the command plan")
     raise ExpertMapError(
-        f"{name} is no expert map: expected an object with layer_list (vllm-ascend), {_SGLANG_KEY} (SGLang) or "
+        f"{name} is not an expert map: expected an object with layer_list (vllm-ascend), {_SGLANG_KEY} (SGLang) or "
         f"{TRTLLM_KEY} (TensorRT-LLM), or a list of lists"
     )
 

@@ -76,7 +76,7 @@ def parse_yaml(data: bytes, name: str) -> Any:
             reader.dispose()
     except Exception as error:  # YAMLError, and what constructors of dates and numbers raise
         reason = " ".join(str(error).split())
-        raise ExpertMapError(f"{name} is no YAML ({show(reason)[:200]}); copy or write it again") from None
+        raise ExpertMapError(f"{name} is not YAML ({show(reason)[:200]}); copy or write it again") from None
 
 
 def from_trtllm(value: dict[Any, Any], name: str) -> Found:

@@ -120,7 +120,7 @@ def _from_json(value: object, name: str) -> npt.NDArray[np.float64]:
     try:
         return np.array(value, dtype=np.float64)
     except (ValueError, TypeError, OverflowError):
-        raise TraceError(f"{name} holds no table of numbers; expected [windows][layers][experts]") from None
+        raise TraceError(f"{name} does not hold a table of numbers; expected [windows][layers][experts]") from None
 
 
 def _checked(array: npt.NDArray[np.generic], name: str) -> Trace:

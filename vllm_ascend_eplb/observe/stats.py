@@ -282,4 +282,4 @@ class EplbStats(_Frozen):
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"])) or "the text"
-            raise StatsError(f"no statistics: {where}: {first['msg']}") from None
+            raise StatsError(f"not statistics: {where}: {first['msg']}") from None

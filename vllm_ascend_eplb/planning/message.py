@@ -55,7 +55,7 @@ def unpack_plan(
     """Rounds, target and entries of each slot. The rounds are not checked against ``start``, the placement in force.
 
     Raises:
-        ValueError: this is no plan of cycle ``number`` for a placement of this shape.
+        ValueError: the message is not a plan of cycle ``number`` for a placement of this shape.
     """
     shape = (start.num_layers, start.num_slots)
     rows_at = HEAD_BYTES + 4 * shape[0] * shape[1]

@@ -65,7 +65,7 @@ def plan(
 
     Raises:
         PlanInputError: an argument is out of range.
-        PlacementError: ``physical_to_logical`` is no valid placement.
+        PlacementError: ``physical_to_logical`` is not a valid placement.
         TypeError: no option has the name given.
     """
     began = time.perf_counter()

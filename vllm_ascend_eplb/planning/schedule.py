@@ -341,7 +341,7 @@ def level_senders(
         candidates: per move the slots that may be its source, at least one.
         slots_per_rank: S.
         num_ranks: R.
-        slots: per move its destination; a source on the same rank is no send.
+        slots: per move its destination; a source on the same rank is not a send.
 
     Returns:
         Per move its source slot.

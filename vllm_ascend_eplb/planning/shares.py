@@ -38,7 +38,7 @@ def dispatch_shares(
         float64 [L, P]; the shares of an expert's slots sum to 1, an empty slot has 0.
 
     Raises:
-        PlacementError: ``physical_to_logical`` is no valid placement, or ``load`` does not belong to it.
+        PlacementError: ``physical_to_logical`` is not a valid placement, or ``load`` does not belong to it.
         ValueError: ``load`` has entries that are negative or not finite.
     """
     loads = np.ascontiguousarray(load, dtype=np.float64)

@@ -115,7 +115,7 @@ def read_start_placement(
         num_ranks: ranks of the expert-parallel group, R.
 
     Raises:
-        EplbConfigError: the file is no map, or not one for this model and server; names layer, device and slot.
+        EplbConfigError: the file is not a map for this model and server; the message names layer, device and slot.
     """
     if config.expert_map_path is None:
         return None

@@ -99,9 +99,9 @@ def bad_value(key: str, given: object, value: object, field: FieldInfo) -> str:
     if not right_type:
         wrong = kind_of(given)
     elif base is str:
-        wrong = "not one of the choices" if _choices(field) else "no path"
+        wrong = "not one of the choices" if _choices(field) else "not a path"
     else:
-        wrong = "no list of such numbers" if base is list else "out of range"
+        wrong = "not a list of such numbers" if base is list else "out of range"
     if isinstance(value, str):
         hint = _hint_for_text(value, field)
     return (

@@ -42,7 +42,7 @@ _Table: TypeAlias = Annotated[tuple[_Series, ...], Field(max_length=4096)]
 
 
 class SimulationError(ValueError):
-    """Settings that cannot be simulated, or a file that is no simulation."""
+    """Settings that cannot be simulated, or a file that is not a simulation."""
 
 
 @dataclass(frozen=True)
@@ -227,14 +227,14 @@ class Simulation(_Frozen):
         """Reads what :meth:`to_json` wrote.
 
         Raises:
-            SimulationError: the text is no simulation.
+            SimulationError: the text is not a simulation.
         """
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"])) or "the text"
-            raise SimulationError(f"no simulation: {where}: {first['msg']}") from None
+            raise SimulationError(f"not a simulation: {where}: {first['msg']}") from None
 
 
 def best_outcome(outcomes: Sequence[Outcome]) -> Outcome | None:

@@ -140,7 +140,7 @@ class StepCost:
             StepCostError: it is something else, or of another version.
         """
         if not isinstance(value, dict) or value.get("kind") != KIND:
-            raise StepCostError(f"no step cost: expected a JSON object whose kind is {KIND!r}")
+            raise StepCostError(f"not a step cost: expected a JSON object whose kind is {KIND!r}")
         if value.get("version") != VERSION:
             raise StepCostError(
                 f"a step cost of version {value.get('version')!r}; this package reads version {VERSION}: measure again"
@@ -149,7 +149,7 @@ class StepCost:
         missing = names - value.keys()
         if missing or not isinstance(value["subject"], str):
             raise StepCostError(
-                f"no step cost: {', '.join(sorted(missing)) or 'subject'} is missing or of a wrong type"
+                f"not a step cost: {', '.join(sorted(missing)) or 'subject'} is missing or of a wrong type"
             )
         return cls(**{name: value[name] for name in names})
 
@@ -163,7 +163,7 @@ class StepCost:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise StepCostError(f"no step cost: {error}") from None
+            raise StepCostError(f"not a step cost: {error}") from None
         return cls.from_dict(value)
 
     def __eq__(self, other: object) -> bool:
@@ -177,12 +177,12 @@ def array_of(name: str, value: Any) -> FloatArray:
     """A read-only copy in float64.
 
     Raises:
-        StepCostError: it is no array of finite numbers.
+        StepCostError: the value is not an array of finite numbers.
     """
     try:
         array = np.array(value, dtype=np.float64)
     except (TypeError, ValueError):
-        raise StepCostError(f"{name} is no array of numbers") from None
+        raise StepCostError(f"{name} is not an array of numbers") from None
     if not np.isfinite(array).all():
         raise StepCostError(f"{name} has entries that are not finite")
     array.setflags(write=False)

@@ -158,7 +158,7 @@ def _check_map(path: str) -> None:
     """Checks a map that vllm-ascend will read, which loads the weights by it.
 
     Raises:
-        EplbConfigError: it is no map, not in vllm-ascend's form, or has an expert twice on a device.
+        EplbConfigError: the file is not a map, not in vllm-ascend's form, or has an expert twice on a device.
     """
     try:
         form = parse_json(read_bounded(path, MAX_MAP_BYTES, "expert map"), path) if path.endswith(".json") else None

@@ -2,8 +2,8 @@
 """Whether vLLM launches kernels that need all cores of a GPU at once, beside which NCCL transfers can deadlock.
 
 Such a kernel is launched cooperatively: it starts when all thread blocks fit on the GPU together, and then waits for
-the same kernel on other ranks. An NCCL kernel that waits for a peer holds the cores that it lacks, and both wait for
-ever. The names are those of vLLM 0.32 (``ParallelConfig.all2all_backend``, ``KernelConfig.moe_backend``).
+the same kernel on other ranks. If an NCCL kernel that waits for a peer holds some of these cores, both deadlock. The
+names are those of vLLM 0.32 (``ParallelConfig.all2all_backend``, ``KernelConfig.moe_backend``).
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def cooperative_kernels(vllm_config: Any) -> list[Option]:
     ):
         backend = value_at(vllm_config, path, "auto")
         if is_megakernel(backend):
-            found.append((f'"transport": "nccl" and {name}', backend, "any that is no megakernel", way_out))
+            found.append((f'"transport": "nccl" and {name}', backend, "any that is not a megakernel", way_out))
     return found
 
 
 def beside_nccl(vllm_config: Any, config: EplbConfig) -> list[Option]:
-    """Those options where weights travel by NCCL; none with another transport."""
+    """These options, if weights travel by NCCL; empty with another transport."""
     return cooperative_kernels(vllm_config) if config.transport == "nccl" else []
