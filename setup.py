@@ -19,13 +19,13 @@ OPS = Extension("vllm_ascend_eplb._ops", sources=[])
 
 
 def missing_tools() -> list[str]:
-    """Packages that bring what this machine lacks: CMake, and make or Ninja for it to run."""
+    """Packages of the build tools that this machine lacks: CMake, and Ninja if there is no make."""
     tools = [] if shutil.which("cmake") else ["cmake>=3.18"]
     return tools if shutil.which("make") or shutil.which("ninja") else [*tools, "ninja"]
 
 
 class FreshFiles(build_py):
-    """What an earlier build left in this checkout's build folder stays out of the package."""
+    """Keeps files of an earlier build in this checkout's build folder out of the package."""
 
     def run(self) -> None:
         if not self.editable_mode:
@@ -37,20 +37,20 @@ class CMakeBuild(build_ext):
     """One CMake build for both; CMake writes the libraries into the folder that setuptools names."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # Loaded by its path: it belongs to no version of Python.
+        # _ops.so is loaded by its path and fits any version of Python.
         if fullname.rpartition(".")[2] == "_ops":
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
     def build_extension(self, ext: Extension) -> None:
         if ext is not PLANNER:
-            return  # built with it
+            return  # one CMake build makes both
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        (build / "CMakeCache.txt").unlink(missing_ok=True)  # the checkout, or Python, may have been elsewhere
+        (build / "CMakeCache.txt").unlink(missing_ok=True)  # the paths of the checkout or of Python may have changed
         configure = [
             "cmake",
             "-S",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An expert-parallel load balancer for serving Mixture-of-Experts models with vLLM.
 
-Importing the package imports NumPy only: neither torch nor vllm. The planner's process relies on that.
+Importing the package imports only NumPy, neither torch nor vllm. The planner's process relies on that.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry point of ``vllm.general_plugins``: vLLM calls ``register`` in every process, perhaps twice.
 
-It wraps ``EngineArgs.create_engine_config``. There the settings are read and checked, in the front-end
-process, before any worker starts. If they turn the balancer on, the configuration for the workers names a worker class
-of ours (adaptors/vllm/worker.py), which does the rest. If not, vLLM's own configuration passes through unchanged.
+``register`` wraps ``EngineArgs.create_engine_config``. The wrapper reads and checks the settings in the front-end
+process, before any worker starts. If they turn the balancer on, the configuration for the workers names our worker
+class (adaptors/vllm/worker.py), which does the rest. Otherwise vLLM's own configuration is returned unchanged.
 
-With the first model runner of vllm-ascend, vllm-ascend's worker stays, and is hooked once its module is imported
+With the first model runner of vllm-ascend, vllm-ascend's worker class is kept, and hooked when its module is imported
 (adaptors/ascend/worker.py). Alternatively ``VLLM_PLUGINS`` names the platform ``ascend_eplb`` in place of ``ascend``:
-then ``register_platform``, the entry point of ``vllm.platform_plugins``, gives a subclass of vllm-ascend's platform,
-with a worker class of ours.
+then ``register_platform``, the entry point of ``vllm.platform_plugins``, returns a subclass of vllm-ascend's platform
+with our worker class.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def register_platform() -> str | None:
-    """The platform class if the user has named it; vLLM allows one platform from outside."""
+    """The platform class if the user named it; vLLM allows only one platform plugin."""
     named = os.environ.get("VLLM_PLUGINS", "").split(",")
     return "vllm_ascend_eplb.adaptors.ascend.platform.EplbNPUPlatform" if "ascend_eplb" in named else None
 

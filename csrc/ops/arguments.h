@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of map_and_record and their checks, the same for every device.
+// The arguments of map_and_record and their checks, for all devices.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +43,7 @@ struct Arguments {
           replica_count(tensor(stack[2])),
           counts(tensor(stack[3])),
           record(tensor(stack[4])) {
-        // The value of an optional stands in memory of its own, which is ours now.
+        // The value of an optional stands in memory of its own, which this function owns now.
         const std::unique_ptr<Word> value(reinterpret_cast<Word*>(static_cast<uintptr_t>(stack[5])));
         if (value) num_unpadded.emplace(tensor(*value));
         check_all();
@@ -54,7 +54,7 @@ struct Arguments {
     const Tensor replica_count;
     const Tensor counts;
     const Tensor record;
-    std::optional<Tensor> num_unpadded;  // one number (the end of the rows that count) or two (first, end)
+    std::optional<Tensor> num_unpadded;  // one number (the end of the counted rows) or two (first, end)
 
   private:
     static Tensor tensor(Word word) { return Tensor(reinterpret_cast<TensorHandle>(static_cast<uintptr_t>(word))); }

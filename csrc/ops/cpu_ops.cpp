@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU kernel of map_and_record; load/ops.py defines the schema and says what the op does.
+// CPU kernel of map_and_record; load/ops.py defines the schema and describes the op.
 #include "cpu_ops.h"
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 namespace eplb {
 namespace {
 
-// One version per instruction set, chosen when the library is loaded; elsewhere the baseline's vectors serve.
+// One version per instruction set, chosen when the library is loaded; other compilers use the baseline's vectors.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
 #define EPLB_PER_INSTRUCTION_SET __attribute__((target_clones("avx512f", "avx2", "default")))
 #define EPLB_BYTE_PERMUTATIONS __attribute__((target("avx512f,avx512bw,avx512vbmi")))
@@ -25,13 +25,13 @@ namespace {
 #define EPLB_PER_INSTRUCTION_SET
 #endif
 
-constexpr int64_t kEntriesPerThread = 8192;  // fewer are done sooner than another thread is woken
-constexpr int64_t kCopies = 4;               // of the bins, in turn: an add need not wait for the last one's store
-constexpr int64_t kTile = 256;               // entries mapped at a time: their buffers stay in the first-level cache
-constexpr int64_t kCacheLine = 64;           // what a vector store leaves over two of them is slow to read back
-constexpr int64_t kLargestCompact = 32768;   // elements of a compact table: 64 KiB
-constexpr int64_t kUsesOfCompact = 2;  // batch entries per element of a compact table for which it pays to make it
-constexpr int64_t kUsesOfCompactBesideBytes = 16;  // the same where replica counts are cheap to look up
+constexpr int64_t kEntriesPerThread = 8192;  // fewer entries take less time than waking another thread
+constexpr int64_t kCopies = 4;              // copies of the bins, used in turn: an add does not wait for the last store
+constexpr int64_t kTile = 256;              // entries mapped at a time: their buffers stay in the first-level cache
+constexpr int64_t kCacheLine = 64;          // alignment: a vector store over two lines is slow to read back
+constexpr int64_t kLargestCompact = 32768;  // elements of a compact table: 64 KiB
+constexpr int64_t kUsesOfCompact = 2;       // least batch entries per element for which a compact table pays
+constexpr int64_t kUsesOfCompactBesideBytes = 16;  // the same if replica counts are looked up as bytes
 
 int64_t scalar(const Tensor& t, int64_t i) { return t.is_int32() ? t.data<int32_t>()[i] : t.data<int64_t>()[i]; }
 
@@ -44,8 +44,8 @@ void in_parallel(int64_t parts, const Body& body) {
     EPLB_TORCH(torch_parallel_for, 0, parts, 1, run, const_cast<Body*>(&body));
 }
 
-// The work on a tile is split in loops that vectorise (these three) and table look-ups, which are quicker one by one
-// than by gather instructions.
+// The work on a tile is split into loops that vectorise (the next functions) and table look-ups, which are faster one
+// by one than by gather instructions.
 
 // Copies ids to 32 bits; returns whether all are experts.
 EPLB_PER_INSTRUCTION_SET
@@ -69,10 +69,10 @@ bool narrow(const int32_t* ids, int64_t n, uint64_t num_experts, uint32_t* exper
     return bad == 0;
 }
 
-constexpr int64_t kBytes = 256;  // experts and entries of a row up to which replica counts are looked up as bytes
+constexpr int64_t kBytes = 256;  // most experts, and entries of a row, for which replica counts are looked up as bytes
 
-// Valid entries of each one's row, for a tile of experts 0..kBytes-1: 64 look-ups by a few instructions. All of the
-// tile's buffers may be read and written, whatever n.
+// Valid entries of each expert's row, for a tile of experts 0..kBytes-1: 64 look-ups by a few instructions. Reads and
+// writes whole buffers of the tile, whatever n.
 #ifdef EPLB_BYTE_PERMUTATIONS
 bool has_byte_permutations() {
     static const bool has = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw");
@@ -80,7 +80,7 @@ bool has_byte_permutations() {
 }
 
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 takes its own header's "undefined" vectors for that
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of "undefined" vectors in its own header
 EPLB_BYTE_PERMUTATIONS
 void look_up_bytes(const uint8_t* table, const uint32_t* experts, int64_t n, uint32_t* found) {
     __m512i quarters[4];
@@ -108,8 +108,8 @@ bool has_byte_permutations() { return false; }
 void look_up_bytes(const uint8_t*, const uint32_t*, int64_t, uint32_t*) {}
 #endif
 
-// Element of the dispatch table for each entry of a tile. `angles`: of each one's token, from that of the tile's first
-// token on. `valid`: valid entries of each one's row; null: `width` each.
+// Element of the dispatch table for each entry of a tile. `angles`: angle of each entry's token, relative to the tile's
+// first token. `valid`: valid entries of each entry's row; null: all rows have `width`.
 EPLB_PER_INSTRUCTION_SET
 void index_tile(const uint32_t* experts, const uint32_t* angles, const uint32_t* valid, int64_t n, uint32_t first_angle,
                 uint32_t width, uint32_t row_stride, uint32_t* index) {
@@ -128,11 +128,11 @@ void index_tile(const uint32_t* experts, const uint32_t* angles, const uint32_t*
 struct Scratch {
     std::vector<uint32_t> bins;     // [parts, copies, slots], tokens of this call
     std::vector<uint32_t> valid;    // [experts]
-    std::vector<uint8_t> bytes;     // [kBytes], the same where they fit
+    std::vector<uint8_t> bytes;     // [kBytes], the same as bytes, if they fit
     std::vector<uint16_t> compact;  // [experts, common width]
 };
 
-// `Element`: int64_t, the dispatch table as it was given, or uint16_t, a compact one (see make_compact).
+// `Element`: int64_t for the given dispatch table, or uint16_t for a compact one (see make_compact).
 template <typename Id, typename Element>
 struct Batch {
     static constexpr bool kCompact = std::is_same_v<Element, uint16_t>;
@@ -145,10 +145,10 @@ struct Batch {
     uint32_t width;
     uint64_t num_experts;
     const uint32_t* valid;  // [experts], valid entries of each row
-    const uint8_t* bytes;   // [kBytes], the same to be looked up as bytes; null: not to be
-    bool uniform;           // all of them equal `width`
+    const uint8_t* bytes;   // [kBytes], the same as bytes; null: not used
+    bool uniform;           // whether all rows have `width` valid entries
     uint64_t num_slots;
-    int64_t copy_stride;  // from one copy of the bins to the next; 0: there is only one
+    int64_t copy_stride;  // from one copy of the bins to the next; 0 for a single copy
 
     // Maps the tokens first..end-1; with `kCount` adds each mapped entry to its bin in one of the copies.
     template <bool kCount>
@@ -216,7 +216,7 @@ struct Batch {
         };
         int64_t j = 0;
         for (; j + kCopies <= n; j += kCopies) {
-            uint32_t next[kCopies];  // one load instead of four
+            uint32_t next[kCopies];  // one wide load instead of four
             std::memcpy(next, index + j, sizeof next);
             for (int64_t copy = 0; copy < kCopies; ++copy) put(j + copy, next[copy], copy);
         }
@@ -225,7 +225,7 @@ struct Batch {
 
     bool is_expert(Id id) const { return static_cast<uint64_t>(static_cast<int64_t>(id)) < num_experts; }
 
-    // Maps the tokens first..end-1 and counts those of them within real_first..real_end-1.
+    // Maps the tokens first..end-1 and counts the tokens among them in real_first..real_end-1.
     void map_part(int64_t first, int64_t end, int64_t real_first, int64_t real_end, uint32_t* bins) const {
         const int64_t from = std::clamp(real_first, first, end);
         const int64_t to = std::clamp(real_end, from, end);
@@ -245,7 +245,7 @@ bool narrow_valid(const Replicas* replicas, int64_t num_experts, int64_t width, 
     return differs == 0;
 }
 
-// The least common multiple of the replica counts, if a table of that width for all experts is small; or 0.
+// The least common multiple of the replica counts, or 0 if it exceeds `most`.
 int64_t common_width(const std::vector<uint32_t>& valid, int64_t most) {
     int64_t width = 1;
     for (const uint32_t replicas : valid) {
@@ -266,17 +266,16 @@ uint64_t narrow_row(const int64_t* row, int64_t n, uint16_t* compact) {
     return highest;
 }
 
-// Makes a table of 16-bit elements that holds replicas only. With `repeat` the rows' width is a multiple of each one's
-// replica count and each replica is repeated: the same fraction of the interval chooses the same replica, and the
-// replica count need not be looked up for a token. Returns whether all replicas are slots that are counted and that
-// fit.
+// Makes a table of 16-bit elements that holds only replicas. With `repeat` the rows' width is a multiple of each
+// expert's replica count, and each replica is repeated: the same fraction of the interval chooses the same replica, so
+// tokens need no look-up of the replica count. Returns whether all replicas are counted slots that fit into 16 bits.
 bool make_compact(const int64_t* table, int64_t row_stride, const std::vector<uint32_t>& valid, int64_t width,
                   bool repeat, int64_t num_slots, std::vector<uint16_t>& compact) {
     compact.resize(valid.size() * static_cast<size_t>(width));
     uint64_t highest = 0;
     uint16_t* row = compact.data();
     for (size_t expert = 0; expert < valid.size(); ++expert, table += row_stride, row += width) {
-        const int64_t replicas = std::max<int64_t>(valid[expert], 1);  // none: the first entry, as entry_of has it
+        const int64_t replicas = std::max<int64_t>(valid[expert], 1);  // without any: the first entry, as in entry_of
         const int64_t times = repeat ? width / replicas : 1;
         if (times == 1) {
             highest = std::max(highest, narrow_row(table, replicas, row));

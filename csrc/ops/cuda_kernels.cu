@@ -5,7 +5,7 @@
 namespace eplb {
 namespace {
 
-constexpr uint32_t kMaxSharedSlots = 12 * 1024 - 64;  // what fits in the 48 KiB that need no opt-in
+constexpr uint32_t kMaxSharedSlots = 12 * 1024 - 64;  // slots that fit into 48 KiB, which need no opt-in
 
 __device__ __forceinline__ int64_t load(const Ints& numbers, int64_t i) {
     return numbers.wide ? static_cast<const int64_t*>(numbers.data)[i]
@@ -17,8 +17,9 @@ __device__ __forceinline__ void add(int64_t* to, uint32_t amount) {
 }
 __device__ __forceinline__ void add(int32_t* to, uint32_t amount) { atomicAdd(to, static_cast<int32_t>(amount)); }
 
-// One pass over the entries: `kPerThread` per thread, all loads of a kind issued before the first is used. With
-// `kShared` a block counts in shared memory and adds its sums to `counts` at the end; else every entry does.
+// One pass over the entries, `kPerThread` per thread. All loads of a kind are issued before the first is used. With
+// `kShared` a block counts in shared memory and adds its sums to `counts` at the end; otherwise every entry adds to
+// `counts`.
 template <typename Id, typename Count, bool kShared, int kThreads, int kPerThread>
 __global__ void __launch_bounds__(kThreads) map_and_record_kernel(const MapArguments a) {
     extern __shared__ uint32_t bins[];
@@ -96,8 +97,8 @@ cudaError_t launch(const MapArguments& a, cudaStream_t stream) {
     return cudaGetLastError();
 }
 
-// Few entries add to `counts` quicker than blocks can zero and sum bins; more are spread over all multiprocessors, and
-// from there on each thread takes more. The limits are the crossings measured on an H100 with 288 slots.
+// Few entries add to `counts` faster than blocks zero and sum bins. More entries are spread over all multiprocessors;
+// beyond that each thread takes more entries. The limits were measured on an H100 with 288 slots.
 template <typename Id, typename Count>
 cudaError_t choose(const MapArguments& a, cudaStream_t stream) {
     if (a.num_entries <= 1024 || a.counts.num_slots > kMaxSharedSlots)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA kernels as plain functions. Nothing of torch here: nvcc compiles cuda_kernels.cu without torch's headers.
+// The CUDA kernels as plain functions, without torch: nvcc compiles cuda_kernels.cu without torch's headers.
 #pragma once
 
 #include <cuda_runtime.h>

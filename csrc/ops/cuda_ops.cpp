@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The host's part of the CUDA kernel of map_and_record; load/ops.py defines the schema and says what the op does.
+// Host side of the CUDA kernel of map_and_record; load/ops.py defines the schema and describes the op.
 #include "cuda_ops.h"
 
 #include "cuda_kernels.h"
@@ -7,7 +7,7 @@
 namespace eplb {
 namespace {
 
-// Makes a device torch's current one.
+// Makes a device torch's current device while it lives.
 class DeviceGuard {
   public:
     explicit DeviceGuard(const Device& device) { EPLB_TORCH_CUDA(aoti_torch_create_cuda_guard, device.index, &guard_); }

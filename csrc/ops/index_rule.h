@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which entry of its expert's dispatch-table row a token takes. Shared by the CPU and the CUDA kernel; ops.py holds the
-// same rule in ATen operators and says why it has this form.
+// The rule that chooses an entry of the expert's dispatch-table row for a token, for the CPU and the CUDA kernel.
+// ops.py has the same rule in ATen operators, and the reasons for its form.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What load/ops.py calls, through ctypes, once it has loaded the library: the kernels become those of the ops whose
-// schemas it defined.
+// Registers the kernels with the ops whose schemas load/ops.py defined. load/ops.py calls these functions through
+// ctypes after it has loaded the library.
 #include "cpu_ops.h"
 #ifdef EPLB_CUDA
 #include "cuda_ops.h"
@@ -15,7 +15,7 @@ void kernel(Word* stack, uint64_t, uint64_t) {
     stack[0] = kMapAndRecord(given).release();
 }
 
-// The library's functions return why not, or an empty text; the text stays valid until the next call.
+// Runs `attempt` and returns the reason of its failure, or an empty text; the text is valid until the next call.
 template <typename Register>
 const char* why_not(const Register& attempt) {
     static std::string text;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A tensor of torch, and the arguments of a kernel.
+// A tensor of torch.
 #pragma once
 
 #include <utility>
@@ -16,7 +16,7 @@ struct Device {
     bool operator!=(const Device& other) const { return !(*this == other); }
 };
 
-// Owns a handle; what the kernels ask of the tensor is read once, when it is made.
+// Owns a handle. Shape, strides, dtype and device are read once, at construction.
 class Tensor {
   public:
     explicit Tensor(TensorHandle handle) : handle_(handle) {
@@ -47,7 +47,7 @@ class Tensor {
         if (handle_ != nullptr) torch_abi.aoti_torch_delete_tensor_object(handle_);
     }
 
-    // A new, contiguous tensor of the same shape, dtype and device; what it holds is undefined.
+    // A new, contiguous tensor of the same shape, dtype and device, with undefined contents.
     Tensor empty_like() const {
         int64_t strides[2] = {1, 1};
         if (dims_ > 2) fail("empty_like is for tensors of at most two dimensions");
@@ -62,7 +62,7 @@ class Tensor {
         Tensor to = empty_like();
         Word stack[3] = {word(to.another_handle()), word(another_handle()), 0};  // self, src, non_blocking
         EPLB_TORCH(torch_call_dispatcher, "aten::copy_", "", stack, kBuiltFor);
-        Tensor(reinterpret_cast<TensorHandle>(stack[0]));  // `to` again, returned
+        Tensor(reinterpret_cast<TensorHandle>(stack[0]));  // frees the handle of the result, which is `to` again
         return to;
     }
 
@@ -98,7 +98,7 @@ class Tensor {
         return static_cast<T*>(at);
     }
 
-    // Hands the tensor on, as the result of a kernel.
+    // Gives up the handle, as the result of a kernel.
     Word release() && { return word(std::exchange(handle_, nullptr)); }
 
   private:

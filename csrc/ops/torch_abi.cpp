@@ -37,7 +37,7 @@ class Finder {
     std::string missing_;
 };
 
-// Which of torch's functions that are named so returns `code`.
+// The name among `names` whose torch function (prefix + name) returns `code`.
 std::string name_of(int32_t code, const std::string& prefix, std::initializer_list<const char*> names) {
     Finder find(kTorch);
     for (const char* const name : names) {
@@ -104,7 +104,7 @@ std::string find_torch_cuda() {
 }
 
 void register_kernel(const char* op, const char* key, Kernel kernel) {
-    OpaqueLibrary* library = nullptr;  // deleting it would take the kernel back
+    OpaqueLibrary* library = nullptr;  // never deleted: that would unregister the kernel
     EPLB_TORCH(aoti_torch_library_init_impl, "vllm_ascend_eplb", key, __FILE__, __LINE__, &library);
     EPLB_TORCH(torch_library_impl, library, op, kernel, kBuiltFor);
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Torch as these kernels see it: the functions of its stable C interface that they call, found at run time in the torch
-// that the process has loaded.
+// The functions of torch's stable C interface that the kernels call, found at run time in the torch that the process
+// has loaded.
 //
-// Nothing of torch is needed to build the library, so `pip install .` builds it in isolation, and one library serves
-// every torch from 2.10 on: torch keeps these functions, and how a kernel is called through them, across versions.
+// The library is built without torch, so `pip install .` builds it in isolation. One library serves every torch from
+// 2.10 on, because torch keeps these functions and their calling convention across versions.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +20,10 @@ using TensorHandle = OpaqueTensor*;
 struct OpaqueLibrary;
 struct OpaqueGuard;
 
-// An op's kernel: takes the arguments off `stack`, which it then owns, and leaves the results there.
+// An op's kernel: takes ownership of the arguments on `stack`, and puts the results there.
 using Kernel = void (*)(Word* stack, uint64_t num_arguments, uint64_t num_results);
 
-// Torch's functions, under their own names. Those that return a status return 0 where they succeed.
+// Torch's functions, under their own names. A returned status is 0 on success.
 struct TorchAbi {
     uint64_t (*aoti_torch_abi_version)();
     int32_t (*aoti_torch_dtype_int32)();
@@ -51,7 +51,7 @@ struct TorchAbi {
                                   void* context);
 };
 
-// The same of a torch for CUDA.
+// Functions of a torch for CUDA.
 struct TorchCudaAbi {
     int32_t (*aoti_torch_create_cuda_guard)(int32_t device_index, OpaqueGuard** guard);
     int32_t (*aoti_torch_delete_cuda_guard)(OpaqueGuard* guard);
@@ -71,15 +71,15 @@ inline void succeed(int32_t status, const char* function) {
 #define EPLB_TORCH(function, ...) ::eplb::succeed(::eplb::torch_abi.function(__VA_ARGS__), #function)
 #define EPLB_TORCH_CUDA(function, ...) ::eplb::succeed(::eplb::torch_cuda_abi.function(__VA_ARGS__), #function)
 
-// Finds the functions; returns what is missing, or an empty text. The second is for a torch for CUDA.
+// Finds the functions; returns what is missing, or an empty text. find_torch_cuda() is for a torch for CUDA.
 std::string find_torch();
 std::string find_torch_cuda();
 
-// For messages: "int64", "cuda".
+// Names for messages: "int64", "cuda".
 std::string dtype_name(int32_t dtype);
 std::string device_type_name(int32_t type);
 
-// Registers the kernel of an op of this package for a dispatch key, for as long as the process lives.
+// Registers the kernel of an op of this package for a dispatch key, until the process ends.
 void register_kernel(const char* op, const char* key, Kernel kernel);
 
 }  // namespace eplb

@@ -8,7 +8,7 @@ namespace eplb {
 
 namespace {
 
-// Where the threshold begins, drawn for each run: high ones leave any dead end, low ones finish well.
+// First thresholds, one drawn for each run: high ones leave any dead end, low ones end at better placements.
 constexpr double kFirstThresholds[] = {0.05, 0.15, 0.5, 1.5};
 constexpr double kEven = 0.1;  // weight of the loads' squared distance from the mean beside the busiest rank
 
@@ -38,7 +38,7 @@ double Annealing::energy() const {
     return peak + kEven * squares;
 }
 
-// Puts `expert` into `slot`, whatever it held. The holders' loads are added up anew, so that no rounding piles up.
+// Puts `expert` into `slot`, whatever it held. Sums the holders' loads again, so that rounding errors do not add up.
 void Annealing::set(int slot, int expert) {
     const int r = slot / per_rank_, old = expert_[slot];
     --held_[static_cast<size_t>(old) * ranks_ + r];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module _planner. The Python face checks what users pass; the checks here keep the process alive whatever
-// comes in, and each raises ValueError.
+// The Python module _planner. planning/inputs.py checks the arguments of users; the checks here raise ValueError, so
+// that no argument can crash the process.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -58,8 +58,8 @@ void require_slots(const Int32Array& slots, int num_experts, int num_ranks) {
     }
 }
 
-// weight [X, n] float64, order [X, n] int64: items by falling weight -> position [X, n] of each item when packs are
-// laid out one after the other.
+// weight [X, n] float64, order [X, n] int64 (items by falling weight) -> position [X, n] of each item, with the packs
+// one after the other.
 Int32Array pack_balanced(const DoubleArray& weight, const Int64Array& order, int packs) {
     require_matrix(weight, "weight");
     require_matrix(order, "order");
@@ -147,7 +147,7 @@ double peak_to_average(const double* load, const int32_t* row, const std::vector
     return total > 0.0 ? most / (total / num_ranks) : 1.0;
 }
 
-// The same of each layer, [L].
+// PAR of each layer, [L].
 py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slots, int num_slots, int num_ranks,
                                     const double* speed = nullptr) {
     const auto layers = load.shape(0), num_experts = load.shape(1);
@@ -161,7 +161,7 @@ py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slot
     return result;
 }
 
-// The 95th percentile [L], by nearest rank, of the PARs in those windows [T, L, E] that have load; 1 where none has.
+// The 95th percentile [L], by nearest rank, of the PARs in the windows [T, L, E] that have load; 1 if none has.
 py::array_t<double> percentile95(const DoubleArray& series, const int32_t* slots, int num_slots, int num_ranks,
                                  const double* speed) {
     const auto layers = series.shape(1), num_experts = series.shape(2);
@@ -265,7 +265,7 @@ py::array_t<double> par(const DoubleArray& load, const Int32Array& slots, int nu
     return peak_to_average(load, slots.data(), static_cast<int>(slots.shape(1)), num_ranks);
 }
 
-// Whether slots [L, P] are a placement that can be served from.
+// Whether slots [L, P] are a valid placement.
 bool is_valid(const Int32Array& slots, int num_experts, int num_ranks) {
     if (slots.ndim() != 2 || slots.size() == 0) return false;
     try {

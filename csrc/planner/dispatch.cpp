@@ -25,10 +25,10 @@ Dispatch::Dispatch(Shape shape)
     for (int p = 0; p < shape.slots; ++p) rank_of_[p] = p / shape.per_rank();
 }
 
-// The optimum of the linear program is also reached by the loads with the least sum of squares, which exchange between
-// two ranks cannot improve. Block coordinate descent goes there: one replicated expert after the other is poured anew
-// over its holders, lowest first. It stops when the load that provably cannot leave a set of ranks shows that the
-// busiest of them cannot have less.
+// The rank loads with the least sum of squares are an optimum of the linear program, too. Block coordinate descent
+// finds them: the load of one replicated expert after the other is spread again over its holders, lowest first. It
+// stops when a lower bound, the load that cannot leave a set of ranks, proves that the busiest rank is near the
+// optimum.
 void Dispatch::share(const double* load, const int32_t* slots, double tolerance, double* share) {
     const int P = shape_.slots, E = shape_.experts;
     std::fill(count_.begin(), count_.end(), 0);
@@ -90,7 +90,8 @@ void Dispatch::share(const double* load, const int32_t* slots, double tolerance,
     }
 }
 
-// Pours an expert's load over its holders so that those which get some end up level, and none that gets none is lower.
+// Spreads an expert's load over its holders (water-filling): holders that get load end at one level, and all others are
+// above it.
 void Dispatch::fill(const Replicated& r) {
     Holder* first = holders_.data() + r.first;
     Holder* last = holders_.data() + r.last;
@@ -110,9 +111,9 @@ void Dispatch::fill(const Replicated& r) {
     std::iota(level_order_.begin(), level_order_.end(), 0);
     for (size_t i = 1; i < level_order_.size(); ++i) {
         const int32_t h = level_order_[i];
-        const double its = rank_load_[first[h].rank];
+        const double load = rank_load_[first[h].rank];
         size_t j = i;
-        for (; j > 0 && rank_load_[first[level_order_[j - 1]].rank] > its; --j) level_order_[j] = level_order_[j - 1];
+        for (; j > 0 && rank_load_[first[level_order_[j - 1]].rank] > load; --j) level_order_[j] = level_order_[j - 1];
         level_order_[j] = h;
     }
     double sum = r.load, level = 0.0;
@@ -130,7 +131,7 @@ void Dispatch::fill(const Replicated& r) {
     }
 }
 
-// What ranks with more than `level` to do must carry on average whatever the shares are: what is held there only.
+// A lower bound of the busiest rank's load: the load of experts held only by ranks above `level`, over those ranks.
 double Dispatch::held_above(double level) {
     double sum = 0.0;
     int ranks = 0;
@@ -147,7 +148,7 @@ double Dispatch::held_above(double level) {
     return sum / ranks;
 }
 
-// The same for the busiest i ranks, the most for any i.
+// The largest such bound over the sets of the i busiest ranks.
 double Dispatch::lower_bound() {
     const int R = shape_.ranks;
     std::iota(order_.begin(), order_.end(), 0);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dispatch: which part of an expert's tokens each of its replicas takes, for a given placement.
+// Dispatch shares: the part of an expert's tokens that each of its replicas takes, for a given placement.
 #pragma once
 
 #include <cstdint>
@@ -13,15 +13,15 @@ class Dispatch {
   public:
     explicit Dispatch(Shape shape);
 
-    // Writes share [P] of each slot in its expert's load, so that the busiest rank has least to do: within `tolerance`
-    // of the optimum, relative to the busiest rank. slots [P]: valid, -1 where empty.
+    // Writes the share [P] of each slot in its expert's load, so that the busiest rank's load is within `tolerance` of
+    // the optimum, relatively. slots [P]: valid, -1 where empty.
     void share(const double* load, const int32_t* slots, double tolerance, double* share);
 
   private:
     struct Holder {
         int32_t rank;
-        int32_t slots;  // of that rank which hold the expert
-        double load;    // what they take together
+        int32_t slots;  // slots of that rank that hold the expert
+        double load;    // load of these slots together
     };
     struct Replicated {
         int32_t expert;

@@ -48,7 +48,7 @@ class Beam {
         for (int cost = 0; cost <= most_; ++cost) {
             std::set<State>& states = by_cost_[cost];
             std::set<Sets> done;
-            for (;;) {  // a step without a receipt leads to the same number
+            for (;;) {  // steps without a receipt stay at the same number
                 const auto next =
                     std::find_if(states.begin(), states.end(), [&](const State& s) { return !done.count(s.sets); });
                 if (next == states.end() || static_cast<int>(done.size()) >= 2 * width_) break;
@@ -152,7 +152,7 @@ class Beam {
         return found;
     }
 
-    // What a rank keeps stays in its slot.
+    // Experts that stay on a rank keep their slots.
     std::vector<int32_t> slots_of(const Sets& sets) const {
         std::vector<int32_t> slots = search_.start();
         for (int r = 0; r < shape_.ranks; ++r) {

@@ -15,10 +15,11 @@ struct FewMoves {
     int cost;                    // receipts
 };
 
-// A beam search (Lowerre, 1976) over numbers of receipts: from `width` placements with so many receipts by receipts and
-// swaps to those with more. Returns, by rising number of receipts from 1 to `most`, the placements with the lowest PAR
-// found; none where fewer receipts lead to a PAR as low. `search` has begun; returns nothing for shapes that are not
-// small, for placements with empty slots or an expert twice on a rank, and where nodes are told apart.
+// A beam search (Lowerre, 1976) over numbers of receipts: receipts and swaps lead from `width` placements with one
+// number of receipts to placements with more. Returns the placement with the lowest PAR found for each number of
+// receipts from 1 to `most`, in rising order, without those whose PAR fewer receipts reach as well. `search` has begun.
+// Returns nothing for shapes that are not small, for placements with empty slots or an expert twice on a rank, and if
+// nodes differ.
 std::vector<FewMoves> find_few_moves(const Search& search, int most, int width);
 
 }  // namespace eplb

@@ -19,10 +19,10 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int kRoundsPerTurn = 8;
 
-// A limit on moves beyond this is far from binding on the small layers that have choices.
+// A limit on moves above this does not bind on the small layers that have choices.
 constexpr int64_t kMostMovesToChoose = 4096;
 
-// Consecutive groups of one layer that pay best when taken together.
+// Consecutive groups of one layer with the best gain when taken together.
 struct Segment {
     int layer;
     int first, last;  // groups
@@ -53,7 +53,7 @@ void append_segments(const OrderedMoves& ordered, const std::vector<double>& mov
     }
 }
 
-// So many of a layer's moves, or another placement reached with so many, and what that takes off.
+// A choice for a layer: some of its first groups, or another placement with its own moves; and its gain.
 struct Choice {
     int moves;
     double gain;          // tokens
@@ -61,8 +61,8 @@ struct Choice {
     int groups;
 };
 
-// Which choice each layer takes so that the moves stay within `most` and the gains' sum is greatest: a knapsack with
-// multiple choices, solved exactly. [L], -1: none.
+// The choice of each layer, [L] (-1: none), with at most `most` moves and the greatest sum of gains: a multiple-choice
+// knapsack, solved exactly.
 std::vector<int> choose_within(const std::vector<std::vector<Choice>>& choices, int64_t most) {
     const size_t width = static_cast<size_t>(most) + 1;
     std::vector<double> gain(width, 0.0);  // by moves allowed
@@ -89,7 +89,7 @@ std::vector<int> choose_within(const std::vector<std::vector<Choice>>& choices, 
     return answer;
 }
 
-// Whether each move brings an expert of which the receiving node held no copy at the start.
+// For each move, whether the receiving node held no copy of the expert at the start.
 std::vector<char> crossing(const OrderedMoves& ordered, const int32_t* slots, Shape shape, int nodes) {
     std::vector<char> crosses(ordered.moves.size(), 0);
     if (nodes <= 1) return crosses;
@@ -116,7 +116,7 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
     for (uint64_t& seed : layer_seed) seed = seeds.next();
     const auto begin_layer = [&](int l) {
         const size_t row = static_cast<size_t>(l) * shape.experts;
-        // A layer without any variance stays as it is: nothing is to be kept ready for change.
+        // A layer without variance has constant load, so its plan need not age well.
         const bool varies = variance != nullptr && std::any_of(variance + row, variance + row + shape.experts,
                                                                [](double each) { return each > 0.0; });
         layers[l] = std::make_unique<LayerPlanner>(load + row, varies ? variance + row : nullptr,

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-// Wider vectors where the machine has them, chosen when the library is loaded. No fused multiply-add: AVX2 alone does
-// not bring it and -ffp-contract=off forbids it elsewhere.
+// Wider vectors if the machine has them, chosen when the library is loaded. Without fused multiply-add: AVX2 does not
+// include it, and -ffp-contract=off forbids it elsewhere.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define EPLB_KERNEL __attribute__((target_clones("avx2", "default")))
 #else
@@ -43,7 +43,7 @@ void score_placements(int n, Potential potential, const float* __restrict base, 
 
 namespace {
 
-// Floats above zero are ordered as their bit patterns are; integers let the compiler vectorise the maximum.
+// Floats above zero have the order of their bit patterns; with integers the compiler vectorises the maximum.
 inline int32_t bits(float value) {
     int32_t result;
     std::memcpy(&result, &value, sizeof result);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner loops of the search. Each result depends on its own element only, in float32 with one rounding per
+// The inner loops of the search. Each result depends only on its own element, in float32 with one rounding per
 // operation, so any vector width gives the same numbers.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace eplb {
 
-// What a rank's load (in units of the mean) costs the search: the part above the limit, and a small square that
+// The cost of a rank's load (in units of the mean) in the search: the part above the limit, and a small square that
 // prefers even ranks.
 struct Potential {
     float limit = 1.0F;
@@ -19,14 +19,14 @@ struct Potential {
     }
 };
 
-// Prices: what a candidate's gain is multiplied with.
+// Prices: factors on a candidate's gain.
 constexpr float kImpossible = 0.0F;
 constexpr float kTwoReceipts = 0.5F;
 constexpr float kOneReceipt = 1.0F;
-constexpr float kFree = 6.0F;  // no receipt, or one that goes back to where the expert was at the start
+constexpr float kFree = 6.0F;  // no receipt: experts go to ranks that held them at the start
 
-// What rank r gains together with the rank of each slot p by giving it an expert of replica load `share` for slot p's
-// expert, times price[p]. Excess: a rank's load minus the limit.
+// score[p]: the gain of rank r and the rank of slot p if they exchange r's expert with replica load `share` and slot
+// p's expert, times price[p]. Excess: a rank's load minus the limit.
 void score_swaps(int n, Potential potential, float share, float excess_r, const float* slot_share,
                  const float* slot_excess, const float* price, float* score);
 

@@ -16,36 +16,35 @@ namespace {
 // Weights of the potential's square, tried in this order until one leads to the target.
 constexpr double kSquares[] = {0.1, 0.5, 0.03, 2.0};
 
-// The same for improvement, one drawn for each round, so that a round that takes back the same ranks may end elsewhere.
+// The same for improvement, one drawn for each round, so that a round with the same ranks may end differently.
 constexpr double kSearchSquares[] = {0.003, 0.03, 0.1, 0.1, 0.3};
 constexpr double kScoredAbove[] = {-0.01, 0.0, 0.0, 0.0};
 
-// Every so many rounds moves are weighed exactly where that is affordable.
+// Rounds between two rounds that score moves exactly, and most slots for which exact scoring is affordable.
 constexpr int kExactEvery = 4;
 constexpr int kFewSlots = 128;
 
-// There a descent is so short that "fast" has time for some rounds: they take off a tenth of the moves.
+// Most slots for which "fast" has time for some rounds: they save a tenth of the moves.
 constexpr int kSlotsOfFast = 512;
 
-// On larger shapes there is time where the descent was short: so many rounds times receipts, and at most so many
-// rounds.
+// On larger shapes "fast" has time for rounds after a short descent: rounds times receipts, and most rounds.
 constexpr int kReceiptsOfFast = 24;
 constexpr int kMostRoundsOfFast = 8;
 
 // Steps by which "fast" lowers the busiest rank of such a placement.
 constexpr int kStepsOfFast = 8;
 
-// Where the target is missed, every so many rounds a new placement from scratch is tried.
+// If the target is missed: rounds between two trials of a new placement from scratch.
 constexpr int kScratchEvery = 16;
 
-// An expert whose replicas leave less than this part of the other slots' mean load to them is split before the descent.
+// An expert is split before the descent if its replicas leave less room than this part of the other slots' mean load.
 constexpr double kRoomBeside = 0.45;
 
-// Under drift the heaviest replicas decide how well a plan ages: none may exceed the least possible by more.
+// Under drift the heaviest replicas decide how well a plan ages: most ratio of a replica to the least possible largest.
 constexpr double kNearLeast = 1.05;
 
-// A placement from scratch must take so much off the PAR for all slots received, or the same part of that for part of
-// them, where the search alone came as low as a placement from scratch is before its descent.
+// Least gain of PAR of a placement from scratch that fills all slots (in proportion for fewer receipts), if the search
+// alone came within kNearScratch of the PAR that a placement from scratch has before its descent.
 constexpr double kReceiptsForPar = 0.05;
 constexpr double kNearScratch = 0.002;
 
@@ -60,7 +59,7 @@ constexpr int kMostWidth = 128;
 constexpr int kWiderIfThorough = 6;
 constexpr int kDepthWhereStuck = 4;
 
-// A plan may make the windows' PARs worse on average by this part of what it takes off the PAR of their sum.
+// A plan may raise the windows' PARs on average by this part of its gain for the PAR of their sum.
 constexpr double kHurt = 0.25;
 
 // PARs closer than this are equal.
@@ -88,8 +87,8 @@ void LayerPlanner::begin(double limit, double square) {
     has_load_ = search_.begin(load_, slots_, variance_);
 }
 
-// Notes the search's present placement if it is better than the best so far: it reaches the target, or with fewer
-// receipts; where none does, it has the lowest PAR, or one within the slack of that with fewer receipts.
+// Notes the search's current placement if it is better than the best so far: it reaches the target, or reaches it with
+// fewer receipts; if none reaches it, it has the lowest PAR, or fewer receipts with a PAR within the slack of it.
 bool LayerPlanner::keep_if_better() {
     const double peak = search_.peak();
     const bool reached = peak <= target_ + kSame / 2;
@@ -145,8 +144,8 @@ void LayerPlanner::descend() {
     search_.adopt(best_.slots);
 }
 
-// On the way to a target out of reach a descent changes ranks that need not change for what was reached: descends once
-// more, just to there.
+// A descent to a target out of reach changes more ranks than needed for the PAR that it reaches: descends once more to
+// that PAR.
 void LayerPlanner::save_receipts() {
     if (best_.reached) return;
     const double limit = best_.peak + kSame / 2;
@@ -156,8 +155,8 @@ void LayerPlanner::save_receipts() {
     }
 }
 
-// Lowers the busiest rank step by step: a descent to a limit just below it touches few ranks, and all others may get
-// more to do up to there. A step that fails is halved.
+// Lowers the busiest rank step by step: a descent to a limit just below it changes few ranks, and the load of all
+// others may grow up to the limit. A step that fails is halved.
 void LayerPlanner::sink(int steps) {
     search_.adopt(best_.slots);
     const double end = std::max(target_, floor_);
@@ -262,8 +261,7 @@ OrderedMoves LayerPlanner::order(const std::vector<const double*>& windows) {
             ordered.groups = {{static_cast<int32_t>(ordered.moves.size()), mean(steadying.pars(target))}};
             return ordered;
         }
-        // On a load that stays as it is, what helps the sum of the windows but hurts in most of them is not carried
-        // out.
+        // For constant load, a plan that helps the sum of the windows but hurts most of them is dropped.
         if (!steadied_ && variance_ == nullptr && target != search_.start()) {
             const std::vector<double> before = steadying.pars(search_.start()), after = steadying.pars(target);
             const double hurt = kHurt * (start_peak_ - best_.peak);

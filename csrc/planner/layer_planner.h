@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One layer's plan: from the placement in force to one that reaches the target with few receipts, or comes as near to
-// it as the search can.
+// One layer's plan: from the placement in force to one that reaches the target with few receipts, or comes as close as
+// the search can.
 #pragma once
 
 #include <cstdint>
@@ -18,33 +18,33 @@ struct Goal;
 
 class LayerPlanner {
   public:
-    // load, variance [E] (variance may be null) and slots [P] as in plan_incremental(), which outlive this.
+    // load, variance [E] (variance may be null) and slots [P] as in plan_incremental(); they must outlive this object.
     LayerPlanner(const double* load, const double* variance, const int32_t* slots, Shape shape, const Goal& goal,
                  double target, uint64_t seed);
 
-    // The descent, and where it does not reach the target a placement made from scratch.
+    // The descent, and a placement from scratch if the descent does not reach the target.
     void descend();
 
-    // So many rounds of large-neighbourhood search; none once settled().
+    // Rounds of large-neighbourhood search; does nothing if settled().
     void improve(int rounds);
 
-    // On small shapes: searches for the best placement for each number of receipts.
+    // Searches for the best placement for each number of receipts, on small shapes.
     void save_moves();
 
-    // What that found with fewer receipts than the plan.
+    // The placements found by it with fewer receipts than the plan.
     const std::vector<FewMoves>& with_fewer_moves() const { return few_; }
 
     // Makes `slots` [P] the plan.
     void take(const std::vector<int32_t>& slots) { best_.slots = slots; }
 
-    // The few rounds that there is time for in a fast plan.
+    // The few rounds of a fast plan.
     void improve_briefly();
 
-    // Nothing can be better than what was found.
+    // Whether no placement can be better than the one found.
     bool settled() const { return !has_load_ || (best_.reached && best_.cost == 0); }
 
-    // The moves to what was found, with the PARs after each group, and the PAR before all of them. Where experts are
-    // hot at different times in `windows` [T] to [E], these are means over the windows, and all moves are one group.
+    // The moves to the placement found, with the PAR after each group, and the PAR before all of them. If experts are
+    // hot at different times in `windows` [T] of [E], these are means over the windows, and all moves are one group.
     OrderedMoves order(const std::vector<const double*>& windows);
     double start_peak() const { return start_peak_; }
     bool steadied() const { return steadied_; }

@@ -12,11 +12,11 @@ namespace {
 struct Change {
     int slot;
     int in;            // the expert that it takes
-    int partner = -1;  // another change; the two are a swap and go together
+    int partner = -1;  // another change; the two are a swap and are made together
     bool done = false;
 };
 
-// What differs between two placements, rank by rank. Experts that stay on a rank stay in their slots.
+// The differences between two placements, rank by rank. Experts that stay on a rank keep their slots.
 std::vector<Change> changes_between(const std::vector<int32_t>& start, const std::vector<int32_t>& target, int per_rank,
                                     int empty) {
     std::vector<Change> changes;
@@ -73,7 +73,7 @@ class Ordering {
   private:
     int out(const Change& change) const { return search_.slots()[change.slot]; }
 
-    // Two ranks that exchange experts of which each has the only copy.
+    // Pairs two ranks that exchange experts of which both have the only copy.
     void pair_swaps() {
         const int per_rank = search_.shape().per_rank();
         std::vector<int> taker(static_cast<size_t>(empty_) + 1, -1);
@@ -84,7 +84,7 @@ class Ordering {
             if (change.partner >= 0 || expert == empty_ || search_.count(expert) > 1) continue;
             const int j = taker[expert];
             if (j < 0 || changes_[j].partner >= 0) continue;
-            // Which of the rank's incoming experts goes into which slot is free: take the one that the other gives up.
+            // A rank's incoming experts may go into any of its changed slots: take the expert that the partner drops.
             const int other = out(changes_[j]);
             if (other == empty_ || search_.count(other) > 1) continue;
             for (int k = 0; k < static_cast<int>(changes_.size()); ++k) {
@@ -103,7 +103,7 @@ class Ordering {
         return change.partner >= 0 || expert == empty_ || search_.count(expert) > 1;
     }
 
-    // By receipt: a swap is two.
+    // Gain per receipt; a swap has two.
     Search::Outcome outcome(const Change& change) {
         if (change.partner < 0) return search_.try_receipt(change.slot, change.in);
         Search::Outcome both = search_.try_swap(change.slot, changes_[change.partner].slot);
@@ -120,8 +120,9 @@ class Ordering {
             waiting_[out(change)].push_back(i);
     }
 
-    // The change with the best gain per receipt that may go now, or -1; one that lifts a rank too high only where no
-    // other is left. Gains in the queue may be out of date: the best is computed again, and taken if it still is.
+    // The possible change with the best gain per receipt, or -1; a change that lifts a rank too high is taken only if
+    // no other is left. Gains in the queue may be out of date: the best is computed again, and taken if it is still
+    // best.
     int next() {
         const double bar = std::max(highest_allowed(), search_.peak());
         int found = -1;
@@ -152,7 +153,7 @@ class Ordering {
         return found;
     }
 
-    // Nine tenths of what was gained so far is to be kept after every group.
+    // After every group, nine tenths of the gain so far must be kept.
     double highest_allowed() const { return best_peak_ + 0.1 * (start_peak_ - best_peak_); }
 
     void take(int i) {
@@ -176,7 +177,7 @@ class Ordering {
         result_.groups.push_back({static_cast<int32_t>(result_.moves.size()), peak});
     }
 
-    // All that is left drops the only copy of an expert which another change brings back: follow one until it closes.
+    // Every remaining change drops the only copy of an expert that another change brings back: follow one such cycle.
     void close_cycle() {
         std::vector<int> taker(static_cast<size_t>(empty_) + 1, -1), position(changes_.size(), -1), path;
         for (int i = 0; i < static_cast<int>(changes_.size()); ++i)
@@ -196,7 +197,7 @@ class Ordering {
     Search& search_;
     const int empty_;
     const double start_peak_;
-    double best_peak_;  // lowest after any group
+    double best_peak_;  // lowest peak after any group
     std::vector<Change> changes_;
     std::vector<std::vector<int>> waiting_;  // by expert: changes that would drop its last copy
     std::priority_queue<std::pair<float, int>> queue_;

@@ -16,8 +16,8 @@ struct Move {
 };
 
 struct Group {
-    int32_t end;  // the group's moves are those from the previous group's end to this
-    double peak;  // load of the busiest rank after it, in units of the mean
+    int32_t end;  // end of the group's moves, which begin at the previous group's end
+    double peak;  // load of the busiest rank after the group, in units of the mean
 };
 
 struct OrderedMoves {
@@ -25,7 +25,7 @@ struct OrderedMoves {
     std::vector<Group> groups;
 };
 
-// The moves that lead from where `search` began to `target` [P]. `search` must have begun anew; it ends at the target.
+// The moves from the start of `search` to `target` [P]. `search` must be at its start; afterwards it is at the target.
 OrderedMoves order_moves(Search& search, const std::vector<int32_t>& target);
 
 }  // namespace eplb

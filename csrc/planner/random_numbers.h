@@ -5,8 +5,8 @@
 
 namespace eplb {
 
-// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014): the same numbers everywhere,
-// which std::shuffle and the standard distributions do not promise.
+// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014): the same numbers on every
+// machine, which std::shuffle and the standard distributions do not guarantee.
 class Random {
   public:
     explicit Random(uint64_t seed) : state_(seed) {}

@@ -25,7 +25,7 @@ void draw_placement(uint64_t seed, int num_experts, int num_slots, int num_ranks
     std::iota(open.begin(), open.end(), 0);
     if (num_ranks == 1) open.clear();
     for (int copy = num_experts; copy < num_slots; ++copy) {
-        if (open.empty()) {  // more slots than distinct (rank, expert) pairs: copies on one rank cannot be avoided
+        if (open.empty()) {  // more slots than (rank, expert) pairs: two copies on one rank cannot be avoided
             ++count[random.below(static_cast<uint32_t>(num_experts))];
             continue;
         }
@@ -35,7 +35,7 @@ void draw_placement(uint64_t seed, int num_experts, int num_slots, int num_ranks
             open.pop_back();
         }
     }
-    // Experts with many copies first, each onto the ranks with most free slots: this never runs into a dead end.
+    // Experts with many copies first, each onto the ranks with most free slots: this never reaches a dead end.
     std::vector<int32_t> experts(num_experts), ranks(num_ranks), held(num_ranks, 0);
     std::iota(experts.begin(), experts.end(), 0);
     std::iota(ranks.begin(), ranks.end(), 0);

@@ -10,7 +10,7 @@ namespace eplb {
 
 namespace {
 
-// Experts bin by bin, each bin with room for as many as a rank has slots.
+// Experts bin by bin; each bin has as many places as a rank has slots.
 struct Bins {
     Bins(int number, int size) : number(number), size(size), expert(static_cast<size_t>(number) * size), used(number) {}
     int32_t* begin(int bin) { return &expert[static_cast<size_t>(bin) * size]; }
@@ -26,8 +26,8 @@ struct Bins {
     std::vector<int32_t> used;    // [number]
 };
 
-// How many copies each of `experts` gets when every further one goes to the heaviest replica and none is twice on one
-// of `ranks` ranks with `slots` slots together; none where that leaves slots over. By expert; the others have 0.
+// The copies of each of `experts` if every further copy goes to the heaviest replica, on `ranks` ranks with `slots`
+// slots together and no expert twice on a rank; empty if slots are left over. By expert; all others have 0.
 std::vector<int32_t> give_copies(const std::vector<int64_t>& weight, const std::vector<int32_t>& experts, int ranks,
                                  int slots) {
     std::vector<int32_t> copies(weight.size(), 0);
@@ -59,7 +59,7 @@ class Packer {
   public:
     Packer(int bins, int size, const std::vector<int64_t>& share) : share_(share), held_(bins, size) {}
 
-    // The same for bins that are not alike: each copy goes where it is done first, with `slowness` by bin.
+    // The same for bins of unequal speed (`slowness` by bin): each copy goes to the bin that is done first.
     bool pack(const std::vector<std::pair<int32_t, int32_t>>& items, const std::vector<double>& slowness) {
         std::vector<double> load(held_.number, 0.0);
         for (const auto& [expert, copies] : items) {
@@ -84,7 +84,7 @@ class Packer {
         return true;
     }
 
-    // items: experts and copies of each in falling order of share. False where the bins cannot be filled so.
+    // items: experts with their copies, in falling order of share. False if the bins cannot be filled this way.
     bool pack(const std::vector<std::pair<int32_t, int32_t>>& items) {
         std::vector<Entry> entries(held_.number);
         for (int bin = 0; bin < held_.number; ++bin) entries[bin] = {0, bin};
@@ -123,8 +123,8 @@ class Packer {
     using Entry = std::pair<int64_t, int32_t>;  // a bin with room, by load
     using Open = std::priority_queue<Entry, std::vector<Entry>, std::greater<Entry>>;
 
-    // Every bin with room holds the expert already: one of them takes an expert of a full bin, which takes this one
-    // instead. Loads may get worse; what follows mends that.
+    // For an expert that every bin with room holds already: one of them takes another expert from a full bin, which
+    // takes this one instead. Loads may get worse; later steps correct that.
     bool make_room(int expert) {
         for (const auto& [load, to] : taken_) {
             if (held_.full(to)) continue;
@@ -201,7 +201,7 @@ class Matching {
             if (tried_[r]) continue;
             tried_[r] = 1;
             const int other = bin_of_[r];
-            // Only bins that have one expert there give their rank up: nothing is lost.
+            // Only bins with one expert in common with their rank give it up, so that nothing is lost.
             if (other >= 0 && (common(other, r) > 1 || !augment(other))) continue;
             join(bin, r);
             return true;
@@ -228,7 +228,7 @@ void lay_over(const Search& search, const std::vector<int32_t>& ranks, const Bin
         std::copy(bins.begin(bin), bins.end(bin), slots.begin() + ranks[matching.rank_of(bin)] * bins.size);
 }
 
-// Ranks and the experts that may lie there: all of them, or a node and its experts.
+// Ranks and the experts that they may hold: all ranks and experts, or a node and its experts.
 struct Block {
     std::vector<int32_t> ranks, experts;
 };
@@ -260,7 +260,7 @@ std::vector<int32_t> by_share(std::vector<int32_t> experts, const std::vector<in
     return experts;
 }
 
-// Those that have copies, with their number.
+// The experts that have copies, with their numbers of copies.
 std::vector<std::pair<int32_t, int32_t>> items_of(const std::vector<int32_t>& experts,
                                                   const std::vector<int32_t>& copies) {
     std::vector<std::pair<int32_t, int32_t>> items;
@@ -290,7 +290,7 @@ class Repacking {
     bool fill(std::vector<int32_t>& slots) {
         const int most = static_cast<int>(order_.size());
         int step = 1 + most / 16, chosen = must_;
-        while (!attempt(chosen)) {  // steps double until it can be done, then the fewest are sought between
+        while (!attempt(chosen)) {  // double the step until it succeeds, then bisect for the fewest ranks
             if (chosen == most) return false;
             chosen = std::min(most, chosen + step);
             step *= 2;
@@ -306,7 +306,7 @@ class Repacking {
     }
 
   private:
-    // Drops what an expert has too many of, from the busiest of its ranks, and notes what it lacks.
+    // Drops an expert's surplus copies, from the busiest of its ranks, or notes the copies that it lacks.
     void keep_wanted(const std::vector<int32_t>& copies) {
         const int experts = search_.shape().experts;
         const std::vector<int32_t>& start = search_.start();
@@ -333,7 +333,7 @@ class Repacking {
         }
     }
 
-    // The ranks that must be packed anew, then the others, lightest first.
+    // The ranks that must be packed again, then the others, lightest first.
     void choose_order() {
         order_ = block_.ranks;
         const auto must = [&](int r) { return !kept_.full(r) || load_[r] > limit_; };

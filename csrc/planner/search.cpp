@@ -11,9 +11,9 @@ namespace {
 
 constexpr int kUnit = 1 << 20;
 constexpr float kPerUnit = 1.0F / kUnit;
-constexpr int kMostUnits = 1 << 11;  // that an int32 holds
+constexpr int kMostUnits = 1 << 11;  // most units (2^20) that an int32 holds
 
-// What a receipt costs where copies must be made anyway and only the place is chosen, in units of the potential.
+// Cost of a receipt, in units of the potential, when a copy must be made anyway and only its place is chosen.
 constexpr float kReceiptInPotential = 0.05F;
 
 float units(int32_t load) { return static_cast<float>(load) * kPerUnit; }
@@ -75,7 +75,7 @@ bool Search::begin(const double* load, const int32_t* slots, const double* varia
         ++state_.count[state_.expert[p]];
         state_.home[at(state_.rank_of[p], state_.expert[p])] = 1;
     }
-    // Copies found twice on a rank, one on every other rank, and one more in the middle of a swap.
+    // Room for copies twice on a rank, one on every other rank, and one more during a swap.
     const int most = *std::max_element(state_.count.begin(), state_.count.end() - 1);
     state_.stride = static_cast<size_t>(R + most + 1);
     state_.place.resize(state_.stride * E);
@@ -126,10 +126,10 @@ bool Search::begin(const double* load, const int32_t* slots, const double* varia
 
 double Search::unit() { return kUnit; }
 
-// With speeds, load / speed <= limit is load + limit * (1 - speed) <= limit: a slow rank has something to do already,
-// its background, and a fast one less than nothing. That is exact at the limit, and shapes the potential elsewhere.
+// With speeds, load / speed <= limit equals load + limit * (1 - speed) <= limit. So a slow rank gets a background load,
+// and a fast rank a negative one. This is exact at the limit, and an approximation of the potential elsewhere.
 void Search::aim(const Aim& aim) {
-    const double most = kMostUnits / 2.0;  // of a load with its background, so that sums fit
+    const double most = kMostUnits / 2.0;  // most load with background, so that sums fit
     const double limit = std::min(aim.limit, most);
     limit_ = static_cast<int32_t>(std::llrint(limit * kUnit));
     potential_.limit = static_cast<float>(std::min(aim.scored_limit, most));
@@ -137,7 +137,7 @@ void Search::aim(const Aim& aim) {
     for (int r = 0; r < shape_.ranks; ++r) {
         int32_t change = 0;
         if (!alike()) {
-            // No rank has more than R to do, so that one with less than -R to begin with is never above the limit.
+            // No rank has a load above R, so a rank with a background below -R is never above the limit.
             const double background = std::max(limit * (1.0 - conditions_.speed[r]), -1.0 - shape_.ranks);
             change = static_cast<int32_t>(std::llrint(background * kUnit)) - state_.background[r];
             state_.background[r] += change;
@@ -163,7 +163,7 @@ double Search::peak() const {
 bool Search::reached() const { return *std::max_element(state_.rank_load.begin(), state_.rank_load.end()) <= limit_; }
 
 bool Search::descend() {
-    const int most_steps = 4 * shape_.slots + 64;  // far more than any descent takes; moves that go in circles end here
+    const int most_steps = 4 * shape_.slots + 64;  // far more than any descent takes; ends moves in a circle
     for (int step = 0; step < most_steps; ++step) {
         const int r = static_cast<int>(std::max_element(state_.rank_load.begin(), state_.rank_load.end()) -
                                        state_.rank_load.begin());
@@ -173,8 +173,8 @@ bool Search::descend() {
     return false;
 }
 
-// Brings what the kernels read up to date: potentials of the ranks that have changed, and the effects of one copy more
-// or less of each expert that such a rank holds.
+// Updates the input of the kernels: potentials of the ranks that have changed, and the effects of one copy more or less
+// of each expert on such a rank.
 void Search::refresh() {
     const int E = shape_.experts, S = shape_.per_rank();
     const Potential potential = potential_;
@@ -223,8 +223,8 @@ void Search::refresh() {
             const int p = word * 64 + lowest_bit(bits);
             const int e = expert[p], r = state_.rank_of[p];
             while (next_rank <= r) derived_.spare_first[next_rank++] = n;
-            // The slot's own rank is among derived_.drop_gain's holders; what it gains is added by the kernels. An
-            // empty slot has nothing to lose: its derived_.drop_gain and derived_.down_change are zero.
+            // The slot's own rank is among the holders in derived_.drop_gain; the kernels add its gain. An empty slot
+            // loses nothing: its derived_.drop_gain and derived_.down_change are zero.
             derived_.spare_slot[n] = p;
             derived_.spare_base[n] = derived_.drop_gain[e] + potential(slot_load[p] + derived_.down_change[e]);
             derived_.spare_load[n] = slot_load[p] - derived_.slot_share[p];
@@ -304,8 +304,8 @@ void Search::offer_swaps(int r, Candidate& best) {
         for (int s = r * S; s < (r + 1) * S; ++s) {
             const int e = state_.expert[s];
             if (e == E || state_.away[s] != pass) continue;
-            // Receipts: e there (+1), minus e's own at r when it came from elsewhere, plus the other expert here, minus
-            // its own there when it came from elsewhere.
+            // Receipts: +1 for e on the other rank, -1 if e was a receipt of r; +1 for the other expert on r, -1 if it
+            // was a receipt of the other rank.
             if (!built) {
                 built = true;
                 scratch_.price = pass ? derived_.away_price : derived_.home_price;
@@ -334,7 +334,7 @@ void Search::offer_swaps(int r, Candidate& best) {
                             &derived_.slot_excess[first], price, row + first);
             };
             score(0, P, scratch_.price.data());
-            // Ranks that had e at the start take it back for less; ranks that hold it cannot take it.
+            // Ranks that held e at the start take it back at a lower cost; ranks that hold it cannot take it.
             for (int i = state_.home_slots_first[e]; i < state_.home_slots_first[e + 1]; ++i) {
                 const int first = state_.home_rank[i] * S;
                 for (int k = 0; k < S; ++k) {
@@ -361,7 +361,7 @@ void Search::offer_swaps(int r, Candidate& best) {
     if (i >= 0) best.slot = i % P, best.other = scratch_.rows[i / P], best.expert = state_.expert[scratch_.rows[i / P]];
 }
 
-// Gives rank r the experts that it held at the start. Experts that lose their last copy thereby are noted in
+// Gives rank r the experts that it held at the start. Experts that lose their last copy by this are noted in
 // scratch_.lost.
 void Search::restore(int r) {
     const int E = shape_.experts, S = shape_.per_rank();
@@ -380,7 +380,7 @@ void Search::restore(int r) {
     }
 }
 
-// Gives an expert one more copy, in the slot that can best spare its own. Returns false if there is none.
+// Gives an expert one more copy, in the slot whose expert is dropped at the least cost. Returns false if no slot can.
 bool Search::replicate(int expert) {
     refresh();
     const int n = derived_.spare_first[shape_.ranks];
@@ -463,7 +463,7 @@ void Search::undo() {
     }
 }
 
-// Adds up to `wanted` ranks that have received something to scratch_.chosen.
+// Adds up to `wanted` ranks with receipts to scratch_.chosen.
 void Search::choose_ranks(Random& random, int wanted) {
     const int R = shape_.ranks, S = shape_.per_rank();
     for (int tries = 8 * wanted; tries > 0 && static_cast<int>(scratch_.chosen.size()) < wanted; --tries) {
@@ -518,7 +518,7 @@ void Search::adopt(const std::vector<int32_t>& slots) {
     state_.trail.clear();
 }
 
-// Notes how the loads of an expert's holders, but `besides`, change when it has another number of copies.
+// Notes the changes of load of an expert's holders, except `besides`, if the expert has another number of copies.
 void Search::tally(int expert, int copies, int besides) {
     if (expert == shape_.experts || copies == 0) return;
     const int32_t change = share_of(expert, copies) - state_.share[expert];
@@ -531,7 +531,7 @@ void Search::tally(int expert, int copies, int besides) {
     }
 }
 
-// The outcome of the noted changes, which are forgotten.
+// Returns the outcome of the noted changes, and forgets them.
 Search::Outcome Search::settle() {
     float gain = 0.0F;
     double peak = 0.0;
@@ -575,7 +575,7 @@ void Search::offer_outcome(const Outcome& outcome, float price, int slot, int ot
     best.expert = expert;
 }
 
-// The moves of the three functions above, one by one.
+// Offers the moves of the three functions above one by one, with their exact effects.
 void Search::offer_exactly(int r, Candidate& best) {
     const int P = shape_.slots, E = shape_.experts, S = shape_.per_rank();
     const auto holds = [&](int rank, int e) {
@@ -646,7 +646,7 @@ void Search::set_spare(int slot, bool spare) {
     derived_.spare[slot / 64] = spare ? derived_.spare[slot / 64] | bit : derived_.spare[slot / 64] & ~bit;
 }
 
-// Sets what follows from an expert's weight and number of copies.
+// Sets the values that depend on an expert's weight and number of copies.
 void Search::count_shares(int expert) {
     const int copies = state_.count[expert];
     state_.share[expert] = copies ? share_of(expert, copies) : 0;
@@ -687,7 +687,7 @@ void Search::place(int slot, int expert) {
     state_.cost += state_.away[slot];
 }
 
-// Sets the number of copies and spreads the load evenly over the holders, each of which has the old share.
+// Sets the number of copies and spreads the load evenly over the holders, which all have the old share.
 void Search::recount(int expert, int copies) {
     const int32_t before = state_.share[expert];
     state_.count[expert] = copies;

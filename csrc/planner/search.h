@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One layer's placement while the search changes it: who holds what, how many copies, the load of every rank.
+// One layer's placement while the search changes it: the expert of each slot, copies of each expert, load of each rank.
 #pragma once
 
 #include <cstddef>
@@ -19,67 +19,67 @@ struct Shape {
     int per_rank() const { return slots / ranks; }
 };
 
-// What a candidate's gain is multiplied with: one over the receipts that it costs; nearly free ones count as kFree.
+// The factor on a candidate's gain: 1 / receipts; kFree without a receipt.
 inline float price_of(int cost) { return cost >= 2 ? kTwoReceipts : cost == 1 ? kOneReceipt : kFree; }
 
-// What holds for all placements of a layer.
+// Conditions for all placements of a layer.
 struct Conditions {
-    int nodes = 1;     // share the ranks evenly
-    float far = 1.0F;  // a receipt from another node (one that held no copy at the start) counts less by this factor,
-                       // 0 < far <= 1, or is forbidden where it is 0
-    const double* speed = nullptr;  // [R] of the ranks, with a mean of 1; null: all alike. A rank's load is then what
-                                    // it has to do over its speed.
+    int nodes = 1;     // nodes, which share the ranks evenly
+    float far = 1.0F;  // factor on the score of a receipt from another node (whose own node held no copy at the start),
+                       // 0 < far <= 1; 0 forbids it
+    const double* speed = nullptr;  // [R] speeds of the ranks, mean 1; null: all alike. A rank's load is then its
+                                    // tokens over its speed.
 };
 
-// What a descent goes for, in units of the mean load.
+// The aim of a descent, in units of the mean load.
 struct Aim {
-    double limit;         // at which a rank is light enough
+    double limit;         // load at which a rank is light enough
     double square;        // weight of the potential's square
-    double scored_limit;  // from which the potential rises steeply
+    double scored_limit;  // load from which the potential rises steeply
 };
 
 class Search {
   public:
     Search(Shape shape, Conditions conditions);
 
-    // Starts from `slots` [P] (-1: empty) under `load` [E]. Returns false where there is no load and nothing to do.
-    // With `variance` [E] (of each expert's load, tokens squared; may be null) the square of the potential is the one
-    // that is to be expected: a rank's variance is the sum of its replicas', each variance / copies^2.
+    // Starts from `slots` [P] (-1: empty) under `load` [E]. Returns false without load: then there is nothing to do.
+    // With `variance` [E] (of each expert's load, tokens squared; may be null) the potential has the expected square: a
+    // rank's variance is the sum over its replicas of variance / copies^2.
     bool begin(const double* load, const int32_t* slots, const double* variance);
 
     void aim(const Aim& aim);
 
-    // Gives experts more copies until none of their replicas carries more than `share` of a rank's mean, and keeps the
-    // descent from dropping below. An expert whose replicas leave little room beside them holds a descent up: no
-    // single copy more helps its ranks without hurting the receiver as much, and dropping one looks cheap. Does nothing
-    // and returns false where the slots do not suffice.
+    // Gives experts more copies until none of their replicas has more than `share` of a rank's mean load, and keeps the
+    // descent from dropping these copies. Without it the descent gets stuck at an expert with heavy replicas: a single
+    // further copy helps its ranks no more than it hurts the receiver, and dropping a copy looks cheap. Does nothing
+    // and returns false if there are not enough slots.
     bool split_heavy(double share);
 
-    // The load of the heaviest replica, in units of a rank's mean, when copies are given out to make that least.
+    // The least possible load of the heaviest replica, in units of a rank's mean.
     double smallest_largest_share() const;
 
     // No placement has a lower PAR, where smallest_largest_share() is `least_share`.
     double least_peak(double least_share) const;
 
-    // Takes moves, best gain per receipt first, until no rank is above the limit (returns true) or none helps.
+    // Takes moves, best gain per receipt first, until no rank is above the limit (returns true) or no move helps.
     bool descend();
 
     // Large-neighbourhood search (Shaw, 1998), one step: takes a few ranks back to their start, descends again, and
     // keeps the result if it reaches the limit with no more receipts than before. Returns whether it was kept.
-    // `exact`: weigh every move by its full effect; slow, for small shapes. Otherwise the effects of the dropped and of
-    // the added copy are added up, which is off where a rank holds another copy of both.
+    // `exact`: score every move by its full effect; slow, for small shapes. Otherwise the effects of the dropped and of
+    // the added copy are added up, which is wrong for a rank that holds further copies of both.
     bool reconsider(Random& random, bool exact);
 
-    // The same round the busiest rank, kept if the busiest rank has less to do afterwards, whatever it costs.
+    // The same step around the busiest rank, kept if the peak is lower afterwards, whatever the receipts.
     bool lower_peak(Random& random, bool exact);
 
-    // Takes the placement `slots` [P] (E: empty), known to be valid, as the present one.
+    // Makes `slots` [P] (E: empty), a valid placement, the current one.
     void adopt(const std::vector<int32_t>& slots);
 
-    // What follows if `slot` takes `expert`, or if two slots exchange theirs.
+    // The effect if `slot` takes `expert`, or if two slots exchange their experts.
     struct Outcome {
-        float gain;   // of potential
-        double peak;  // highest load of a rank that gets more to do, in units of the mean
+        float gain;   // gain of potential
+        double peak;  // highest load of a rank whose load grows, in units of the mean
     };
     Outcome try_receipt(int slot, int expert);
     Outcome try_swap(int slot, int other);
@@ -91,13 +91,13 @@ class Search {
     bool reached() const;                     // no rank is above the limit
     int cost() const { return state_.cost; }  // receipts: experts on ranks that did not hold them at the start
     int count(int expert) const { return state_.count[expert]; }
-    int32_t weight(int expert) const { return state_.weight[expert]; }  // in units of which a rank has 2^20 on average
-    static double unit();                                               // that many
+    int32_t weight(int expert) const { return state_.weight[expert]; }  // a rank's mean load is 2^20 of its units
+    static double unit();                                               // 2^20
     bool alike() const { return conditions_.speed == nullptr; }         // all ranks are equally fast
     double speed(int rank) const { return alike() ? 1.0 : conditions_.speed[rank]; }
     int confined_nodes() const {
         return state_.near.empty() || conditions_.far > 0.0F ? 1 : conditions_.nodes;
-    }  // experts never leave theirs
+    }  // nodes that experts never leave
     bool nodes_differ() const { return !state_.near.empty(); }
     bool is_near(int node, int expert) const {
         return state_.near.empty() || state_.near[static_cast<size_t>(node) * (shape_.experts + 1) + expert];
@@ -147,8 +147,8 @@ class Search {
     size_t at(int rank, int expert) const { return static_cast<size_t>(rank) * (shape_.experts + 1) + expert; }
     int32_t share_of(int expert, int copies) const { return state_.weight[expert] / copies; }
 
-    // The placement, and what follows from it at once. Loads are integers in 1/2^20 of a rank's mean, so that sums are
-    // exact in any order.
+    // The placement, with copies and loads, which are updated with every change. Loads are integers in 1/2^20 of a
+    // rank's mean, so that sums are exact in any order.
     struct State {
         std::vector<int32_t> expert, start;                // [P]
         std::vector<int32_t> weight, count, least, share;  // [E + 1], the last stands for "empty"
@@ -169,7 +169,7 @@ class Search {
                                                            // held
     };
 
-    // What the kernels read. Derived from the state where ranks have changed since the last refresh().
+    // Input of the kernels. refresh() derives it from the state for ranks that have changed since its last call.
     struct Derived {
         std::vector<int32_t> dirty_ranks;
         std::vector<uint8_t> is_dirty;  // [R]
@@ -188,7 +188,7 @@ class Search {
         std::vector<float> spare_base, spare_load, spare_price;         // by entry of that list
     };
 
-    // Room for one step, so that none is allocated.
+    // Buffers of one step, so that steps do not allocate.
     struct Scratch {
         std::vector<int32_t> chosen, lost;    // ranks taken back; experts without a copy
         std::vector<int32_t> tally, tallied;  // change of each rank's load; ranks that change

@@ -11,13 +11,13 @@ namespace {
 
 constexpr int kFewestWindows = 4;
 
-// Below this difference between the mean PAR of the windows and the PAR of their mean there is nothing to gain.
+// Least difference between the mean PAR of the windows and the PAR of their mean; below it there is nothing to gain.
 constexpr double kWorthwhile = 0.05;
 
-// The part of the possible gain that must show in the windows that were not looked at.
+// Part of the possible gain that the held-out windows must show.
 constexpr double kConfirmed = 0.25;
 
-constexpr float kSquare = 0.1F;  // weight of the square beside what is above the limit
+constexpr float kSquare = 0.1F;  // weight of the square beside the load above the limit
 constexpr int kRanksTried = 3;
 constexpr int kStepsBetweenLooks = 4;
 
@@ -45,7 +45,7 @@ Steadying::Steadying(Shape shape, const std::vector<const double*>& windows, con
             for (int e = 0; e < E; ++e) load[e] += windows[t][e];
         loads.push_back(std::move(load));
     }
-    // A fragment of a window is no evidence of its own.
+    // A fragment of a window is not evidence by itself.
     std::vector<double> totals;
     for (const auto& load : loads) totals.push_back(std::accumulate(load.begin(), load.end(), 0.0));
     const double most = *std::max_element(totals.begin(), totals.end());
@@ -85,11 +85,11 @@ double Steadying::mean_of(const std::vector<int32_t>& slots, int first, int last
 bool Steadying::improve(std::vector<int32_t>& slots, double target) {
     if (windows_ < kFewestWindows) return false;
     const double before = mean_of(slots, 0, windows_);
-    // The PAR of the windows' mean: what a plan for the mean sees.
+    // The PAR of the windows' mean load, which a plan for the mean sees.
     std::vector<double> rank(shape_.ranks, 0.0);
     std::vector<int32_t> count(shape_.experts + 1, 0);
     for (const int e : slots) ++count[e];
-    std::vector<double> share(count.size(), 0.0);  // of a replica, mean of the windows
+    std::vector<double> share(count.size(), 0.0);  // load of a replica, mean of the windows
     for (int e = 0; e < shape_.experts; ++e)
         if (count[e] > 0) share[e] = std::accumulate(part(e), part(e) + windows_, 0.0) / count[e] / windows_;
     for (int p = 0; p < shape_.slots; ++p) rank[p / shape_.per_rank()] += share[slots[p]];
@@ -108,7 +108,7 @@ bool Steadying::improve(std::vector<int32_t>& slots, double target) {
     return true;
 }
 
-// What a rank with these loads costs the search, over the windows that count.
+// The cost of a rank with these loads in the search, over the windows that count.
 float Steadying::potential(const float* load) const {
     float sum = 0.0F;
     for (int k = first_; k < last_; ++k) {
@@ -154,7 +154,7 @@ std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int first, i
     slots_ = std::move(slots);
     count_.assign(shape_.experts + 1, 0);
     for (const int e : slots_) ++count_[e];
-    count_[shape_.experts] = 1;  // "empty" weighs nothing, whatever it is divided by
+    count_[shape_.experts] = 1;  // "empty" has no load; any divisor but zero will do
     load_.assign(static_cast<size_t>(shape_.ranks) * windows_, 0.0F);
     held_.assign(static_cast<size_t>(shape_.ranks) * (shape_.experts + 1), 0);
     home_ = held_;
@@ -189,7 +189,7 @@ bool Steadying::step(int rank) {
     return true;
 }
 
-// An expert of the rank for one of another rank.
+// Offers swaps: an expert of the rank for an expert of another rank.
 void Steadying::offer_swaps(int r, Candidate& best) const {
     const int S = shape_.per_rank(), E = shape_.experts;
     std::vector<float> here(windows_), there(windows_);
@@ -219,12 +219,12 @@ void Steadying::offer_swaps(int r, Candidate& best) const {
     }
 }
 
-// A copy of one of the rank's experts elsewhere, in place of an expert that has other copies. The effects of the copy
-// more and of the copy less are added up, which is off where a rank holds both.
+// Offers copies of the rank's experts on other ranks, in place of experts with other copies. The effects of the added
+// and of the dropped copy are added up, which is wrong for a rank that holds both experts.
 void Steadying::offer_copies(int r, Candidate& best) const {
     const int S = shape_.per_rank(), E = shape_.experts, P = shape_.slots;
     std::vector<float> changed(windows_), dropped(P, 0.0F);
-    // What the holders of an expert, but one slot, gain when it has another number of copies.
+    // The gain of an expert's holders, except one slot, if the expert has another number of copies.
     const auto gain_of = [&](int expert, int copies, int besides) {
         const float change = 1.0F / static_cast<float>(copies) - 1.0F / static_cast<float>(count_[expert]);
         float gain = 0.0F;

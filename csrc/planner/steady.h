@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Balance in every window, where experts are seen to be hot at different times: the mean of the windows does not tell.
+// Balance in every window, for layers whose experts are hot at different times, which the mean of the windows hides.
 #pragma once
 
 #include <cstdint>
@@ -13,18 +13,18 @@ namespace eplb {
 double mean(const std::vector<double>& values);
 double percentile95(std::vector<double> values);  // by nearest rank
 
-// Windows of one layer's load, each scaled to the same total; at most kMostWindows, longer series are summed up.
+// Windows of one layer's load, each scaled to the same total; at most kMostWindows: longer series are merged.
 class Steadying {
   public:
     static constexpr int kMostWindows = 16;
 
-    // windows [T] to loads [E] of the layer, oldest first. `nodes`: experts stay on theirs where there are several.
+    // windows [T]: pointers to loads [E] of the layer, oldest first. `nodes`: with several, experts stay on their node.
     Steadying(Shape shape, const std::vector<const double*>& windows, const int32_t* start, int nodes);
 
-    // Whether plans can gain by it: half of the windows tells what to do, and the other half, not looked at, confirms
-    // that it lowers the mean PAR. Windows that differ by chance have no such pattern. If so, `slots` [P] (E: empty)
-    // become a placement with a lower mean PAR of all windows, few receipts away, whose 95th percentile is no worse
-    // than at the start.
+    // Plans for every window, if that gains: half of the windows suggests moves, and the other half must confirm that
+    // they lower the mean PAR. Windows that differ only by chance do not pass. If they pass, `slots` [P] (E: empty)
+    // become a placement with a lower mean PAR over all windows, few receipts away, whose 95th percentile is no worse
+    // than at the start. Returns whether they did.
     bool improve(std::vector<int32_t>& slots, double target);
 
     // PARs of a placement [P], one for each window.

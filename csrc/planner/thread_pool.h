@@ -10,8 +10,8 @@
 
 namespace eplb {
 
-// Calls work(i) for 0 <= i < items on up to `threads` threads, the caller's among them, and rethrows the first
-// exception. Which thread takes which item is open, so work(i) may touch nothing but what belongs to item i.
+// Calls work(i) for 0 <= i < items on up to `threads` threads, the caller's included, and rethrows the first exception.
+// Any thread may take any item, so work(i) may change only data of item i.
 template <typename Work>
 void for_each_item(int items, int threads, const Work& work) {
     std::atomic<int> next{0};
@@ -31,7 +31,7 @@ void for_each_item(int items, int threads, const Work& work) {
         try {
             helpers.emplace_back(loop);
         } catch (...) {
-            break;  // no thread to be had: the others do the work
+            break;  // no further thread can be started: the running ones do the work
         }
     }
     loop();

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call that a worker refuses does not disturb the calls after it.
+"""Reads all workers' answers to a call before an error is raised, so that a refused call does not disturb the next.
 
-vLLM's engine reads the workers' answers to a call from one queue per worker, in order, and raises at the first that is
-an error. The answers behind it stay in their queues, where the next call, or the next step, takes them for its own.
-The balancer refuses some calls in every worker (weights read by slot, reloads that it cannot follow), so all answers
-are read before the error is raised.
+vLLM's engine reads the workers' answers to a call from one queue per worker, in order, and raises at the first error.
+The answers behind it stay in their queues, and the next call, or the next step, would read them as its own. The
+balancer refuses some calls in every worker (weights read by slot, reloads that it cannot follow).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .handed_over import settings_of
 from .patching import patch_once
 
 LATE_SECONDS = 10.0
-"""How long an answer may take after another worker's error. A worker that is later than that hangs, or is dead."""
+"""How long an answer may take after another worker's error. A worker that is later hangs, or is dead."""
 
 
 class AnswerQueues(list[Any]):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the front end needs to know of an engine (vLLM, or vllm-ascend with one of two model runners)."""
+"""Engine: the interface of the front end to vLLM, and to vllm-ascend with one of its two model runners."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         balances: whether balancing is on.
-        warning: a line for the log; empty where there is nothing to say.
+        warning: a line for the log; may be empty.
     """
 
     balances: bool
@@ -30,7 +30,7 @@ class Engine(ABC):
         """Whether the installed version is balanced."""
 
     def without_balancing(self, engine_args: Any) -> Any:
-        """The arguments of the engine where balancing stays off."""
+        """The arguments of the engine if balancing stays off."""
         return engine_args
 
     @abstractmethod
@@ -56,7 +56,7 @@ class Engine(ABC):
         """Checks the complete configuration.
 
         Raises:
-            EplbConfigError: the first thing in it that is not supported, and the way out.
+            EplbConfigError: an unsupported option, the first one, with the way out.
         """
 
     @abstractmethod
@@ -69,11 +69,11 @@ class Engine(ABC):
 
     @abstractmethod
     def parts(self, vllm_config: Any) -> list[str]:
-        """Names of the balancers of the server; none where there is one."""
+        """Names of the balancers of the server; empty if there is one."""
 
 
 def eplb_config_for(given: Any, num_redundant: int, *, use_async: bool) -> Any:
-    """A copy of vLLM's settings of its own balancer, with the values that ours needs.
+    """A copy of vLLM's settings of its own balancer, with the values that this balancer needs.
 
     Args:
         given: vLLM's ``EPLBConfig``; other code holds the same object.

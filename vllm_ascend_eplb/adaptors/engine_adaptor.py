@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the adaptors of all engines have in common: topology, recorder, switched maps, and the check of the copies."""
+"""Common parts of the adaptors of all engines: topology, recorder, switched maps, and the check of the copies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EngineAdaptor(EplbAdaptor):
     """An adaptor of an engine whose routers read maps from the device.
 
     Attributes:
-        switched: all that a commit switches over to another placement, in this order.
+        switched: the maps that a commit switches to another placement, in this order.
     """
 
     switched: list[DispatchMaps | RoutingTables]
@@ -42,7 +42,7 @@ class EngineAdaptor(EplbAdaptor):
 
 
 def topology_of(control_group: Any, num_ranks: int) -> Topology:
-    """Which ranks are on one host; all ranks of the CPU process group call it together."""
+    """The host of each rank; all ranks of the CPU process group call it together."""
     hosts = exchange_bytes(control_group, num_ranks, host_identity().encode())
     return Topology(tuple(hosts.index(host) for host in hosts))
 
@@ -60,11 +60,11 @@ def recorder_for(
 
     Args:
         kind: the class of the recorder.
-        placement: the one that was loaded; gives layers, experts and slots.
-        device: where the model counts.
+        placement: the loaded placement; gives layers, experts and slots.
+        device: device of the counters.
         config: the settings.
         contributes: whether the counts of this rank enter the sum over ranks.
-        dtype: what the layers count in, int32 or int64.
+        dtype: dtype of the layers' counters, int32 or int64.
     """
     stage = config.eplb_heat_collection_stage
     return kind(
@@ -82,17 +82,17 @@ def recorder_for(
 
 
 def require_loaded_copies(differing: int, load_format: str) -> None:
-    """Ends the start where redundant slots were left without weights, because their tokens would be answered wrongly.
+    """Ends start-up if redundant slots were left without weights, because their tokens would be answered wrongly.
 
-    vLLM leaves them empty where a checkpoint has all experts of a layer in one tensor, and so do models that load their
+    vLLM leaves them empty if a checkpoint has all experts of a layer in one tensor, and so do models that load their
     experts by themselves.
 
     Args:
-        differing: experts whose copies differ from each other once the model is loaded.
-        load_format: with vLLM's "dummy" every slot gets weights of its own, which is no fault.
+        differing: number of experts whose copies differ after the model is loaded.
+        load_format: vLLM's ``--load-format``; with "dummy" every slot has weights of its own, and copies may differ.
 
     Raises:
-        UnsupportedError: copies differ that should not.
+        UnsupportedError: copies differ.
     """
     if differing and load_format != "dummy":
         raise UnsupportedError(

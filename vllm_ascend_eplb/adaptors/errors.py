@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that end the start of a worker."""
+"""Errors that end the start-up of a worker."""
 
 from __future__ import annotations
 
 
 class UnsupportedError(RuntimeError):
-    """This model, or the way in which it is run, cannot be balanced."""
+    """The model, or an option it is run with, is unsupported."""
 
 
 class PatchPointError(UnsupportedError):

@@ -28,7 +28,7 @@ def hook(engine_args: type) -> None:
 
 
 def _balancing(original: Any) -> Any:
-    """``create_engine_config`` that switches balancing on where the settings ask for it."""
+    """``create_engine_config`` that switches balancing on if the settings ask for it."""
 
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,24 +60,23 @@ def _balancing(original: Any) -> Any:
 
 
 def engine_in_use() -> Engine:
-    """The engine whose configuration is built: vLLM, or vllm-ascend with the model runner that is chosen."""
+    """The engine whose configuration is built: vLLM, or vllm-ascend with the chosen model runner."""
     if not on_ascend():
         return Vllm()
     return SecondRunner() if second_runner() else FirstRunner()
 
 
 def _explain(engine: Engine, engine_args: Any, config: EplbConfig) -> None:
-    """Where vLLM refuses a configuration that the balancer refuses, too, says the reason and the way out of the
-    balancer.
+    """Raises the balancer's error, with its way out, if the balancer refuses a configuration that vLLM has refused.
 
     Raises:
-        EplbConfigError: there is such a reason.
+        EplbConfigError: the balancer refuses the configuration, too.
     """
     try:
         model = engine_args.create_model_config()
         num_experts = model.get_num_experts()
         num_layers = engine.layers_of_map(config, moe_layers(model), engine_args.speculative_config)
-    except Exception:  # vLLM's own error says what is wrong with the model
+    except Exception:  # vLLM's own error tells what is wrong with the model
         return
     server = ServerShape(_expert_parallel_size(engine_args), engine_args.enable_expert_parallel)
     fit(config, ModelShape(num_experts, num_layers), server)
@@ -87,7 +86,7 @@ def _balance(engine: Engine, vllm_config: Any, config: EplbConfig) -> None:
     """Checks the settings against model and server, and changes the configuration so that the workers balance.
 
     Raises:
-        EplbConfigError: what cannot work, and the way out.
+        EplbConfigError: a setting cannot work; the message has the way out.
     """
     parallel = vllm_config.parallel_config
     note_first_rank(parallel.data_parallel_rank)
@@ -100,10 +99,10 @@ def _balance(engine: Engine, vllm_config: Any, config: EplbConfig) -> None:
 
 
 def _announce(parts: list[str], config: EplbConfig, num_redundant: int) -> None:
-    """Opens the statistics and metrics of the server, and says in the log what is on.
+    """Opens the statistics and metrics of the server, and logs that balancing is on.
 
     Args:
-        parts: names of the balancers of the server; none where there is one.
+        parts: names of the balancers of the server; empty if there is one.
     """
     from vllm.platforms import current_platform
 
@@ -124,7 +123,7 @@ def _announce(parts: list[str], config: EplbConfig, num_redundant: int) -> None:
 
 
 def moe_layers(model_config: Any) -> int | None:
-    """How many layers of a model have experts, L; None where its configuration does not say it in a known way.
+    """Number of layers with experts, L; None if the model's configuration does not have it in a known form.
 
     The rules are those of vLLM's models: DeepSeek's ``first_k_dense_replace`` and ``moe_layer_freq`` (a number, or a
     list of flags), Qwen's ``mlp_only_layers`` and ``decoder_sparse_step``.

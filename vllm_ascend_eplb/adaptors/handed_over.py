@@ -10,12 +10,12 @@ from ..settings.config import EplbConfig
 
 
 class HandedOver(dict[str, Any]):
-    """``eplb_config`` as :func:`hand_over` left it: the keys for vllm-ascend, and our settings as an attribute, which
-    copies and pickles of it keep.
+    """``eplb_config`` after :func:`hand_over`: the keys for vllm-ascend, and our settings as an attribute, which copies
+    and pickles keep.
 
     Args:
         stock: vllm-ascend's own keys.
-        settings: ours, as the user gave them.
+        settings: our settings, as the user gave them.
     """
 
     def __init__(self, stock: Mapping[str, Any], settings: EplbConfig) -> None:

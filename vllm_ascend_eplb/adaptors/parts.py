@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 DRAFT = "drafter"
-"""Name of the balancer of a draft model with experts, in the log, the statistics and the metrics; that of the model has
-no name."""
+"""Name of the balancer of a draft model with experts, in the log, the statistics and the metrics; the model's balancer
+has no name."""
 
 
 def has_experts(speculative: Any) -> bool:
@@ -23,8 +23,8 @@ def has_experts(speculative: Any) -> bool:
 
 
 def draft_layers(speculative: Any) -> int | None:
-    """How many layers with experts a draft model in the checkpoint of the model (MTP) has; None where its configuration
-    does not say it.
+    """Number of layers with experts of a draft model in the model's checkpoint (MTP); None if its configuration does
+    not have it.
 
     Args:
         speculative: vLLM's speculative configuration, of a draft model with experts.
@@ -42,12 +42,12 @@ def is_draft(vllm_config: Any, model_config: Any) -> bool:
 
 
 def pipeline_parts(stages: int) -> list[str]:
-    """Names of the balancers of the pipeline stages; none where there is one stage."""
+    """Names of the balancers of the pipeline stages; empty if there is one stage."""
     return [f"stage{stage}" for stage in range(stages)] if stages > 1 else []
 
 
 def parts_of(vllm_config: Any) -> list[str]:
-    """Names of the balancers of a server; none where there is one."""
+    """Names of the balancers of a server; empty if there is one."""
     if has_experts(vllm_config.speculative_config):
         return ["", DRAFT]
     return pipeline_parts(vllm_config.parallel_config.pipeline_parallel_size)

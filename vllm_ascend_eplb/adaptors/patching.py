@@ -10,7 +10,7 @@ _MARK = "_eplb_patch"
 
 
 def patch_once(owner: Any, name: str, replace: Callable[[Any], Any]) -> Any:
-    """Puts ``replace(original)`` in place of an attribute, unless a patch of ours is there already.
+    """Puts ``replace(original)`` in place of an attribute, unless our patch is there already.
 
     Args:
         owner: a module, a class or an instance; an instance is patched alone, not its class.
@@ -18,7 +18,7 @@ def patch_once(owner: Any, name: str, replace: Callable[[Any], Any]) -> Any:
         replace: makes the replacement, a function, class or object that can hold attributes.
 
     Returns:
-        What the attribute is now.
+        The patched attribute.
 
     Raises:
         AttributeError: ``owner`` has no such attribute.
@@ -33,9 +33,9 @@ def patch_once(owner: Any, name: str, replace: Callable[[Any], Any]) -> Any:
 
 
 def is_patch(found: Any) -> bool:
-    """Whether this was made by :func:`patch_once`, or is a subclass of a class that was.
+    """Whether an object was made by :func:`patch_once`, or is a subclass of a class that was.
 
-    Attributes are looked for without ``getattr``: some objects of vLLM answer, and log, whatever they are asked for.
+    Does not use ``getattr`` for the mark: some objects of vLLM answer to any attribute, and log it.
     """
     kinds = found.__mro__ if isinstance(found, type) else (found,)
     return any(_MARK in getattr(kind, "__dict__", {}) for kind in kinds)

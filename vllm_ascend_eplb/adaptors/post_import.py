@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a function once a module has been imported, or at once if it has been already.
+"""Runs a function after a module is imported, or at once if it is imported already.
 
-A plugin is loaded in every process of the engine, before it is known which modules that process will need. Importing
-them just to patch them would cost seconds and can close import cycles.
+A plugin is loaded in every process of the engine, before it is known which modules that process needs. Importing
+modules only to patch them would take seconds, and can close import cycles.
 """
 
 from __future__ import annotations

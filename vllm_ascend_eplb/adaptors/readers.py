@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code of others that reads weights by slot: refused while experts are not where a checkpoint has them.
+"""Refuses readers of weights by slot while experts are not in the slots where a checkpoint has them.
 
 Once experts have moved, slot s of a rank holds another expert than after loading, and a file or a copy that is made
 by slots would silently hold wrong weights. The methods of a worker that read weights check this first. Functions that
@@ -8,7 +8,7 @@ it: those check each tensor that they give, and refuse a weight that moves. All 
 for the first parameter, too: some multimodal models ask for its dtype with each image. The way out of the error moves
 every expert back.
 
-Expert ids that vLLM returns (``--enable-return-routed-experts``) need nothing: routers note logical ids, before they
+Expert ids that vLLM returns (``--enable-return-routed-experts``) need no check: routers note logical ids, before they
 map them to slots.
 """
 
@@ -42,7 +42,7 @@ def require_loaded_order(what: str, in_force: Placement, loaded: Placement, *, b
         by_map: whether that was a map of the user; then no checkpoint has this order.
 
     Raises:
-        MovedExpertsError: some expert is elsewhere; names how many slots, and the way out.
+        MovedExpertsError: an expert is in another slot; the message has the number of such slots and the way out.
     """
     moved = int((in_force.physical_to_logical != loaded.physical_to_logical).sum())
     if moved:
@@ -59,7 +59,7 @@ def require_loaded_order(what: str, in_force: Placement, loaded: Placement, *, b
 
 
 class LoadedOrder:
-    """Which slots the models of a worker were loaded into, and the balancers that move their experts since."""
+    """The placements by which the models of a worker were loaded, with the balancers that move their experts."""
 
     def __init__(self) -> None:
         self._models: list[tuple[Placement, EplbUpdator | None]] = []
@@ -78,7 +78,7 @@ class LoadedOrder:
 
         Args:
             loaded: the placement that the weights were loaded by.
-            balancer: None where the placement is static.
+            balancer: None for a static placement.
             by_map: whether ``loaded`` is a map of the user.
             experts: [L][S] tensors of the expert in each slot, as :meth:`EplbAdaptor.expert_tensors` gives them.
         """
@@ -91,7 +91,7 @@ class LoadedOrder:
         return tensor.data_ptr() in self._moving
 
     def require(self, what: str) -> None:
-        """Refuses a reader of weights that would find experts in other slots than a checkpoint has them in.
+        """Refuses a reader of weights that would find experts in other slots than in a checkpoint.
 
         Args:
             what: the reader, for the error message.
@@ -104,7 +104,7 @@ class LoadedOrder:
             require_loaded_order(what, loaded, loaded, by_map=self._by_map)
 
     def require_unmoved(self, what: str) -> None:
-        """The same for weights that are read within the server, where a map does no harm.
+        """Like :meth:`require`, for readers within the server, which a map does not disturb.
 
         Raises:
             MovedExpertsError: experts have moved.
@@ -115,10 +115,10 @@ class LoadedOrder:
 
 
 def guard_worker(worker: type, check: Callable[[Any, str], None]) -> None:
-    """Lets the readers of a worker class check first; idempotent. A method that this version lacks is left out.
+    """Lets the readers of a worker class check first; idempotent. Skips methods that this version lacks.
 
     Args:
-        check: gets the worker and the name of the method, and raises where weights must not be read.
+        check: gets the worker and the name of the method, and raises if weights must not be read.
     """
     for name in WORKER_READERS:
         if hasattr(worker, name):

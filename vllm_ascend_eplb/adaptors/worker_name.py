@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of worker classes: vLLM finds its worker by a qualified name (``parallel_config.worker_cls``).
 
-The name that the front end gives stands for a worker class of vLLM, or of any package, with the balancer in it. It is
-resolved in the process of the worker only, by the ``__getattr__`` of the module that it names.
+The front end sets a name that means a worker class of vLLM, or of any package, with the balancer in it. The name is
+resolved only in the process of the worker, by the ``__getattr__`` of the module in the name.
 """
 
 from __future__ import annotations

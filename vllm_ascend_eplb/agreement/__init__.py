@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The third station: every rank learns the same facts at the same step."""
+"""Agreement: every rank learns the same facts at the same step."""

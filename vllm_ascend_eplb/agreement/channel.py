@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ControlChannel: facts that all ranks agree on, without waiting for any of them.
+"""ControlChannel: facts that all ranks agree on, without waiting for any rank.
 
 At every step of a cycle each rank posts its ``Facts`` and reads the result of the facts posted ``lag`` steps before::
 
     channel.post(facts)          # asynchronous all_reduce of one small vector on a CPU group
     agreed = channel.read()      # of lag steps ago: minimum and maximum of every field; None while the pipeline fills
 
-All ranks read the same vector at the same step, so whatever they decide from it they decide together. One all_reduce
-(MAX over the fields and their negatives) carries both bounds: a counter's agreed value is its minimum, an alarm's its
-maximum, and what must be equal everywhere has minimum == maximum.
+All ranks read the same vector at the same step, so they decide the same. One all_reduce (MAX over the fields and their
+negatives) carries both bounds. The agreed value of a counter is its minimum, that of an alarm its maximum; a field that
+must be equal on all ranks has minimum == maximum.
 
-The two bulk operations (the summed load to EP rank 0, the plan from it) go over the same group, one at a time, posted
-at agreed steps only; their handles never block.
+The two bulk operations (the summed load to EP rank 0, the plan from EP rank 0) go over the same group, one at a time,
+posted at agreed steps only; their handles never block.
 
 Nothing here has a deadline. A post is as certain as the peer's next forward, and a rank that gave up alone would hold
-another placement than the others; the group's own timeout ends the wait if a peer died, and the engine with it.
+another placement than the others. If a peer died, the group's own timeout ends the wait, and the engine.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ class ControlError(RuntimeError):
 
 @dataclass(frozen=True)
 class Facts:
-    """What one rank tells the others at a step. The one list of fields; all are integers |x| < 2**62.
+    """What one rank tells the others at a step. All fields are integers |x| < 2**62.
 
     Attributes:
         step: steps so far; equal on all ranks.
-        epoch: phase changes so far; facts of an older epoch say nothing about this one.
+        epoch: phase changes so far; facts of an older epoch are stale.
         placement: digest of the placement in force; equal on all ranks.
-        ready: 1 when this rank has done what the phase waits for.
-        failure: a failure's number, 0 for none.
-        poisoned: 1 when the transfer group must not be used any more.
+        ready: 1 once this rank has done what the phase waits for.
+        failure: number of the failure, 0 for none.
+        poisoned: 1 if the transfer group must not be used any more.
         plan_number: cycle whose plan EP rank 0 holds; 0 on all other ranks.
-        plan_length: its bytes; 0 on all other ranks.
-        plan_digest: its hash; 0 on all other ranks.
-        rounds: rounds of the plan at hand.
-        rounds_ready: rounds of it prepared so far.
-        rounds_done: rounds of it that arrived so far.
-        rounds_intact: rounds of it that arrived undamaged so far.
-        order: number of the newest order that EP rank 0 has of an operator; 0 for none, and on all other ranks.
-        order_command, order_collect_steps, order_execution_steps: what it says; 0 for nothing, and on all other ranks.
+        plan_length: bytes of that plan; 0 on all other ranks.
+        plan_digest: hash of that plan; 0 on all other ranks.
+        rounds: rounds of the plan under way.
+        rounds_ready: rounds prepared so far.
+        rounds_done: rounds that arrived so far.
+        rounds_intact: rounds that arrived undamaged so far.
+        order: number of the newest operator's order that EP rank 0 has; 0 for none, and on all other ranks.
+        order_command, order_collect_steps, order_execution_steps: contents of the order; 0 without one.
         damaged: slots of this rank that an audit found damaged.
     """
 
@@ -99,7 +99,7 @@ class Agreed:
 
 
 def agree(facts: list[Facts]) -> Agreed:
-    """What the channel gives all ranks when they post ``facts``; for tests, replays and a single rank."""
+    """The result that all ranks read after they posted ``facts``; for tests, replays and a single rank."""
     table = np.array([_as_tuple(posted) for posted in facts], dtype=np.int64)
     return Agreed(Facts(*table.min(axis=0).tolist()), Facts(*table.max(axis=0).tolist()))
 
@@ -108,17 +108,17 @@ Result = TypeVar("Result")
 
 
 class Bulk(Generic[Result]):
-    """An operation on much data that is under way."""
+    """A bulk operation under way."""
 
     def __init__(self, work: Any, tensor: torch.Tensor, finish: Callable[[torch.Tensor], Result]) -> None:
         self._work, self._tensor, self._finish = work, tensor, finish
 
     def done(self) -> bool:
-        """Whether the operation ended, well or badly. Never blocks."""
+        """Whether the operation ended, with or without an error. Never blocks."""
         return self._work is None or bool(self._work.is_completed())
 
     def result(self) -> Result:
-        """The data; call it once ``done``.
+        """The data; call it after ``done``.
 
         Raises:
             ControlError: the operation failed.
@@ -134,11 +134,11 @@ class Bulk(Generic[Result]):
 
 @dataclass
 class Waiting:
-    """Time the channel took from the step, in seconds.
+    """Time that the channel cost the step thread, in seconds.
 
     Attributes:
         reads: results read.
-        total: time spent waiting for them.
+        total: time spent waiting for results.
         longest: the longest single wait.
         post_total: time spent posting.
         recent: the last 256 waits.
@@ -163,12 +163,12 @@ class ControlChannel:
     """Pipelined agreement of all ranks of a CPU (Gloo) group.
 
     Args:
-        group: the torch.distributed process group, with a CPU backend; used by nothing else while a cycle is active.
+        group: the torch.distributed process group, with a CPU backend; nothing else may use it while a cycle is active.
             None for a single rank.
         rank: this rank within the group.
         num_ranks: ranks in the group.
-        lag: posts between a post and the read of its result, 0..8. A larger lag tolerates slower networks and makes
-            every change of phase that many steps later; 0 waits for every result at once.
+        lag: posts between a post and the read of its result, 0..8. A larger lag tolerates slower networks, and delays
+            every change of phase by that many steps; 0 waits for every result at once.
 
     Raises:
         ValueError: ``lag`` is out of range, or there is no group for several ranks.
@@ -194,7 +194,7 @@ class ControlChannel:
         """Posts this rank's facts. All ranks post at the same steps.
 
         Raises:
-            ControlError: more than ``lag`` results were left unread, or a peer is gone.
+            ControlError: more than ``lag`` results were left unread, or a peer exited.
         """
         if len(self._posted) > self.lag:
             raise ControlError(f"{len(self._posted)} facts posted and none read; read after every post")
@@ -209,7 +209,7 @@ class ControlChannel:
             try:
                 work = self._group.allreduce([self._tensors[index]], self._max)
             except RuntimeError as error:
-                raise ControlError(f"facts cannot be posted, a peer is gone: {error}") from error
+                raise ControlError(f"facts cannot be posted, a peer exited: {error}") from error
         self._posted.append((work, index, facts.step))
         self._newest = facts.step
         self.waiting.post_total += time.perf_counter() - start
@@ -218,7 +218,7 @@ class ControlChannel:
         """The facts agreed ``lag`` posts ago. None while the pipeline fills, also after a pause in posting.
 
         Raises:
-            ControlError: a peer is gone. Others may have read the result, so this rank must not serve on.
+            ControlError: a peer exited. Other ranks may have read the result, so this rank must not serve on.
         """
         if len(self._posted) <= self.lag:
             return None
@@ -228,7 +228,7 @@ class ControlChannel:
             try:
                 work.wait()
             except RuntimeError as error:
-                raise ControlError(f"the ranks cannot agree any more, a peer is gone: {error}") from error
+                raise ControlError(f"the ranks cannot agree any more, a peer exited: {error}") from error
         self.waiting.add(time.perf_counter() - start)
         if step != self._newest - self.lag:
             return None  # posted before a pause
@@ -236,8 +236,8 @@ class ControlChannel:
         return Agreed(Facts(*(-value for value in values[count:])), Facts(*values[:count]))
 
     def reduce_load(self, load: npt.NDArray[np.int64]) -> Bulk[npt.NDArray[np.int64] | None]:
-        """Sums ``load`` (int64, any shape, the same on all ranks) over the ranks on rank 0. Takes no memory, which
-        could be missing on one rank only: a contiguous array is overwritten.
+        """Sums ``load`` (int64, any shape, the same on all ranks) over the ranks on rank 0. A contiguous array is
+        overwritten: no memory is allocated, because one rank alone might have none.
 
         Returns:
             A handle whose result is the sum on rank 0 and None elsewhere.
@@ -249,7 +249,8 @@ class ControlChannel:
         return self._begin(self.reduce_beside(load))
 
     def reduce_beside(self, load: npt.NDArray[np.int64]) -> Bulk[npt.NDArray[np.int64] | None]:
-        """The same for little data, also while a bulk operation is under way; all ranks call it at the same step."""
+        """Sums a small array like :meth:`reduce_load`, also while a bulk operation is under way. All ranks call it at
+        the same step."""
         tensor = torch.from_numpy(np.ascontiguousarray(load, dtype=np.int64))
         flat = tensor.view(-1)
         work = None
@@ -260,7 +261,7 @@ class ControlChannel:
         return Bulk(work, tensor, lambda t: t.numpy() if self.rank == 0 else None)
 
     def reserve(self, nbytes: int) -> None:
-        """Sets memory aside for broadcasts of up to so many bytes: a rank without memory must find out at start-up, not
+        """Allocates memory for broadcasts of up to ``nbytes``, so that a rank without memory fails at start-up and not
         when the others wait for it."""
         self._inbox = torch.zeros(nbytes, dtype=torch.uint8)
 
@@ -269,7 +270,7 @@ class ControlChannel:
 
         Args:
             data: the bytes on rank 0; ignored elsewhere.
-            length: their number, agreed before.
+            length: number of bytes, agreed before.
 
         Returns:
             A handle whose result is the bytes, on every rank.
@@ -312,7 +313,7 @@ def _options(options: Any, operation: Any) -> Any:
 
 @dataclass(frozen=True)
 class FlightEntry:
-    """One step as a rank saw it: the phase after the step, the facts it posted and the agreed ones it read."""
+    """One step of a rank: the phase after the step, the facts it posted, and the agreed facts it read."""
 
     phase: int
     facts: Facts | None
@@ -320,12 +321,12 @@ class FlightEntry:
 
 
 class FlightRecorder:
-    """The last steps of a rank, to find out afterwards what happened.
+    """The last steps of a rank, for the analysis of a failure.
 
-    A replay feeds ``entry.agreed`` to the transition function, entry by entry, and must meet the same phases.
+    A replay feeds ``entry.agreed`` to the transition function, entry by entry, and must go through the same phases.
 
     Args:
-        capacity: steps that are kept.
+        capacity: number of steps to keep.
     """
 
     def __init__(self, capacity: int = 256) -> None:
@@ -339,13 +340,13 @@ class FlightRecorder:
         return tuple(self._entries)
 
     def dump(self, path: str | Path, **about: object) -> None:
-        """Writes all entries as JSON, with ``about`` (rank, reason, settings) beside them."""
+        """Writes all entries as JSON, together with ``about`` (rank, reason, settings)."""
         data = {"about": about, "fields": FIELDS, "entries": [asdict(entry) for entry in self._entries]}
         Path(path).write_text(json.dumps(data, indent=1, default=str), encoding="utf-8")
 
     def leave(self, rank: int, **about: object) -> Path | None:
-        """Dumps into a folder of its own under the temporary one; None where that fails: a full disk must not hide the
-        reason itself."""
+        """Dumps into a new folder for temporary files. Returns None if that fails, so that a full disk does not hide
+        the reason for the dump."""
         try:
             path = Path(tempfile.mkdtemp(prefix="vllm-eplb-flight-"), f"rank{rank}.json")
             self.dump(path, rank=rank, **about)

@@ -12,24 +12,24 @@ import torch
 
 
 class StartError(RuntimeError):
-    """Ranks that were started differently. Nothing can be balanced over them."""
+    """Ranks were started differently, and cannot be balanced together."""
 
 
 def require_equal(group: Any, num_ranks: int, values: Mapping[str, object]) -> None:
-    """Compares ``values`` over all ranks at start-up; blocks until all took part.
+    """Compares ``values`` over all ranks at start-up; blocks until all ranks take part.
 
     Args:
         group: a CPU process group of all ranks, or None for a single rank.
         num_ranks: ranks in it.
-        values: by field: whatever must be equal (version, settings, shape, placement); compared by their text.
+        values: by field name, everything that must be equal (version, settings, shape, placement); compared as text.
 
     Raises:
-        StartError: a field differs; names the first such rank and field.
+        StartError: a field differs; the message names the first such rank and field.
     """
     mine = {name: str(value) for name, value in values.items()}
     if group is None or num_ranks == 1:
         return
-    # JSON, not torch's all_gather_object: that would unpickle what the other ranks send.
+    # JSON, not torch's all_gather_object, which would unpickle data of other ranks.
     theirs = [json.loads(data) for data in exchange_bytes(group, num_ranks, json.dumps(mine).encode())]
     for rank, given in enumerate(theirs):
         for name in sorted({*theirs[0], *given}):

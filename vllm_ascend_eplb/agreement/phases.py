@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of a cycle: phases, failures, commands, actions, and the agreed state."""
+"""Types of the cycle: phases, failures, commands, actions, and the agreed state."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TypeAlias
 
 
 class Phase(IntEnum):
-    """Where in the cycle all ranks are."""
+    """The phase of the cycle, equal on all ranks."""
 
-    OFF = 0  # for good; serving goes on with the placement in force
+    OFF = 0  # permanent; serving goes on with the placement in force
     COLLECT = 1  # load is being counted; nothing is posted
     SNAPSHOT = 2  # every rank copies its counts to the host
     REDUCE = 3  # the counts of all ranks are being summed on EP rank 0
@@ -20,11 +20,11 @@ class Phase(IntEnum):
     MOVE = 6  # rounds are prepared, sent and committed
     DRAIN = 7  # after a failure: the rounds in flight arrive, then the cycle is dropped
     LISTEN = 8  # load is being counted; all ranks learn whether an operator ordered anything
-    AUDIT = 9  # every rank finishes summing its live slots; then all know whether any is damaged
+    AUDIT = 9  # every rank finishes summing its live slots; then all ranks know whether a slot is damaged
 
 
 class Failure(IntEnum):
-    """Why a cycle was dropped, or balancing switched off. The largest value that any rank reports is agreed."""
+    """The reason why a cycle was dropped, or balancing switched off. The largest value of any rank is agreed."""
 
     NONE = 0
     SNAPSHOT = 1
@@ -69,7 +69,7 @@ _FAILURE_TEXT = {
 
 
 class Command(IntEnum):
-    """What an operator may order while the server runs (orders.py). Numbers travel in ``Facts.order_command``."""
+    """Orders that an operator may give while the server runs (orders.py). ``Facts.order_command`` holds the number."""
 
     NONE = 0
     PAUSE = 1  # begin no more cycles; one under way is completed
@@ -80,7 +80,7 @@ class Command(IntEnum):
 
 
 class Do(IntEnum):
-    """What a rank has to do at a step. ``Action.round`` is the round of PREPARE, ISSUE and COMMIT, else -1."""
+    """Tasks of a rank at a step. ``Action.round`` is the round number for PREPARE, ISSUE and COMMIT, else -1."""
 
     SNAPSHOT = 1  # begin to copy the counts to the host
     REDUCE = 2  # post the sum of the counts
@@ -91,11 +91,11 @@ class Do(IntEnum):
     COMMIT = 7  # staging to slots, maps in place
     FINISH = 8  # the cycle is complete (also when there was nothing to move)
     DROP = 9  # forget the rest of the cycle
-    SWITCH_OFF = 10  # for good
-    OBEY = 11  # an order took effect: note it
+    SWITCH_OFF = 10  # permanently
+    OBEY = 11  # note that an order took effect
     NEW_WINDOW = 12  # forget the load counted so far
-    REDUCE_SUMS = 13  # post the sums of all slots, one of which is damaged
-    PLAN_REPAIR = 14  # EP rank 0 finds the damaged slots, and good copies of what belongs there
+    REDUCE_SUMS = 13  # post the checksums of all slots, because a slot is damaged
+    PLAN_REPAIR = 14  # EP rank 0 finds the damaged slots, and good copies of their experts
     END_AUDIT = 15  # nothing is damaged; the next pass over the slots begins
 
 
@@ -110,34 +110,34 @@ Actions: TypeAlias = tuple[Action, ...]
 
 
 class AgreementError(RuntimeError):
-    """Ranks that must be equal are not. Going on could give wrong answers, so the rank stops."""
+    """Ranks disagree about a fact that must be equal. Wrong answers could follow, so the rank stops."""
 
 
 def early(collect_steps: int) -> int:
-    """Steps before the first cycle. It comes after a quarter of the interval, as in vLLM, whose counter starts at three
-    quarters: a cold placement is the worst one."""
+    """Steps before the first cycle: a quarter of the interval, as in vLLM, whose counter starts at three quarters. The
+    start placement does not follow the load, so waiting longer costs most there."""
     return max(1, collect_steps // 4)
 
 
 @dataclass(frozen=True)
 class CycleSettings:
-    """The settings that steer the clock; equal on all ranks (checked at start-up).
+    """The settings that control the timing of cycles; equal on all ranks (checked at start-up).
 
     Attributes:
         collect_steps: steps of collecting before a cycle begins.
-        execution_steps: earliest steps from the snapshot to the first round.
+        execution_steps: least steps from the snapshot to the first round.
         first_collect_steps: the same as ``collect_steps``, for the first cycle.
         max_failures: cycles dropped in a row after which balancing is switched off.
-        buffers: staging buffers, that is rounds that may be in flight at a time (1 or 2). More are prepared ahead,
-            so that one can be issued at every step at which a buffer is free, whatever the lag.
-        max_resends: how often one round may be sent again after a checksum did not match.
-        listen_steps: steps between two times at which all ranks learn of orders; 0 for never.
+        buffers: staging buffers: rounds that may be in flight at a time (1 or 2). More rounds are prepared ahead, so
+            that a round can be issued at every step at which a buffer is free, whatever the lag.
+        max_resends: most times that a round is sent again after a checksum mismatch.
+        listen_steps: steps between two steps at which all ranks learn of orders; 0 for never.
         cut_after: steps, or one collect interval if that is longer, after which a plan that is still being carried out
-            gives way to a newer one, at a round boundary; 0 for never.
-        least_plan_age: steps that a plan always has, however short the interval: over so few, load does not drift.
+            gives way to a newer plan, at a round boundary; 0 for never.
+        least_plan_age: age in steps up to which a plan is never dropped, however short the interval.
         audit_steps: steps from one audit of the weights to the next; 0 for none.
-        synchronous: the whole cycle takes place within one step. ``advance`` is called again and again while the
-            state is active, with facts agreed at once; the step does not count on meanwhile.
+        synchronous: whether the whole cycle takes place within one step. ``advance`` is then called repeatedly while
+            the state is active, with facts agreed at once; the step number does not change meanwhile.
     """
 
     collect_steps: int
@@ -158,19 +158,19 @@ class CycleState:
     """The agreed state of the balancer; equal on all ranks at every step.
 
     Attributes:
-        phase: where in the cycle we are.
+        phase: phase of the cycle.
         epoch: number of phase changes so far. Facts posted in an older epoch are stale.
         step: steps so far.
         cycle: number of the cycle under way, or of the last one.
         due: step at which the next cycle begins (phase COLLECT).
         collect_steps, execution_steps: the intervals in force; those of the settings until an order changes them.
-        listen_at: step at which orders are next asked for (phase COLLECT).
+        listen_at: step at which ranks next learn of orders (phase COLLECT).
         order: number of the last order taken; 0 before the first.
         paused: whether cycles begin only when ordered.
-        wanted: the cycle that was ordered and is not yet over: CYCLE, RESTORE or NONE.
+        wanted: the ordered cycle that has not ended yet: CYCLE, RESTORE or NONE.
         entered: step at which the phase was entered.
         snapshot_at: step of the snapshot of this cycle.
-        plan_length, plan_digest: of the agreed plan, in bytes and as a hash.
+        plan_length, plan_digest: bytes and hash of the agreed plan.
         rounds: rounds of the agreed plan.
         prepared, issued, committed: rounds so far; committed <= issued <= prepared <= rounds.
         resends: how often the oldest round in flight was sent again.
@@ -222,7 +222,7 @@ class CycleState:
 
     @property
     def in_flight(self) -> int:
-        """Rounds that were issued and not yet committed. A cycle that was dropped leaves its counts behind."""
+        """Rounds that were issued and not yet committed; 0 in phases whose counts are of an earlier cycle."""
         return self.issued - self.committed if self.phase in (Phase.MOVE, Phase.DRAIN) else 0
 
     def plan_age_limit(self, settings: CycleSettings) -> int:

@@ -4,19 +4,19 @@
 A cycle runs through these phases; between cycles the balancer only collects::
 
     COLLECT -> SNAPSHOT -> REDUCE -> PLAN -> BROADCAST -> MOVE -> COLLECT
-    COLLECT -> LISTEN -> COLLECT   (now and then: has an order come in on EP rank 0?)
+    COLLECT -> LISTEN -> COLLECT   (every ``listen_steps`` steps: does EP rank 0 have an order?)
                    any failure, nothing in flight -> COLLECT (later than usual)
                    a failure with a round in flight -> DRAIN -> COLLECT
                    too many failures in a row, or a poisoned transfer group -> OFF
 
-Where an audit of the weights is due, it comes between two cycles. If it found nothing, that is all; else a *repair*
-follows, a cycle that reduces checksums instead of load and moves experts to where the placement says they are::
+A due audit of the weights comes between two cycles. If it finds damage, a *repair* follows: a cycle that reduces
+checksums instead of load, and copies experts again into the slots where the placement has them::
 
     COLLECT -> AUDIT -> COLLECT
     COLLECT -> AUDIT -> REDUCE -> PLAN -> BROADCAST -> MOVE -> COLLECT
 
 Every rank holds a ``CycleState`` and calls ``advance`` once per step with the facts that all ranks have agreed on. The
-function looks at nothing else, so the states of all ranks are equal at every step. What a rank knows alone (its
+function looks at nothing else, so the states of all ranks are equal at every step. Knowledge of a single rank (its
 snapshot is ready, its staging is filled, its planner died) enters only through the ``Facts`` it posts.
 """
 
@@ -29,15 +29,15 @@ from .phases import Action, Actions, AgreementError, Command, CycleSettings, Cyc
 
 
 def advance(state: CycleState, agreed: Agreed | None, settings: CycleSettings) -> tuple[CycleState, Actions]:
-    """One step of the balancer, or one turn within a step where the cycle is synchronous.
+    """One step of the balancer, or one turn within a step if the cycle is synchronous.
 
     Args:
         state: the state after the last step.
-        agreed: the facts posted ``lag`` steps ago, minimum and maximum over all ranks; None where none were posted.
+        agreed: the facts posted ``lag`` steps ago, minimum and maximum over all ranks; None if none were posted.
         settings: equal on all ranks.
 
     Returns:
-        The state of this step, and what every rank has to do now, in order.
+        The state of this step, and the actions of every rank, in order.
 
     Raises:
         AgreementError: ranks disagree about the step, the phase or the placement.
@@ -51,7 +51,7 @@ def advance(state: CycleState, agreed: Agreed | None, settings: CycleSettings) -
         if agreed.max.poisoned:
             return _switch_off(state, Failure.TRANSFER)
         if agreed.max.epoch != state.epoch:
-            agreed = None  # posted before the last change of phase: says nothing about this one
+            agreed = None  # posted before the last change of phase: stale
     if state.phase is Phase.COLLECT:
         return _collect(state, settings)
     if agreed is None:
@@ -62,8 +62,8 @@ def advance(state: CycleState, agreed: Agreed | None, settings: CycleSettings) -
 
 
 def abandon(state: CycleState, settings: CycleSettings) -> CycleState:
-    """The state after all ranks, at the same step and with nothing in flight, dropped whatever was under way. They may
-    have gone back to the initial placement."""
+    """The state after all ranks dropped what was under way, at the same step and with nothing in flight. They may have
+    gone back to the initial placement."""
     if state.phase is Phase.OFF:
         return state
     wanted = Command.NONE if state.wanted is Command.RESTORE else state.wanted
@@ -96,13 +96,13 @@ def _collect(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Ac
         return _enter(state, Phase.LISTEN), ()
     cycle = state.step >= state.due and (state.wanted is not Command.NONE or not state.paused)
     audit = 0 <= state.audit_due <= state.step
-    if cycle and not (audit and state.audit_due < state.due):  # what was due first, so that neither starves
+    if cycle and not (audit and state.audit_due < state.due):  # the one due first goes first, so that neither starves
         return _begin(state, Phase.SNAPSHOT), (Action(Do.SNAPSHOT),)
     return (_enter(state, Phase.AUDIT), ()) if audit else (state, ())
 
 
 def _listen(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
-    # EP rank 0 alone hears of orders, and all other ranks post zeros: the maximum is what it heard.
+    # Only EP rank 0 has orders, and all other ranks post zeros: the maximum is the order.
     actions: Actions = ()
     if agreed.max.order > state.order:
         state, actions = _obey(state, agreed.max)
@@ -159,8 +159,8 @@ def _audit(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[
 
 
 def _waiting(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actions]:
-    """Deadlines, counted in steps and so agreed by themselves. Rounds have none: what was issued must arrive. Nor has a
-    synchronous cycle: the planner's own time limit ends the wait."""
+    """Fails the cycle at its deadline. Deadlines are counted in steps, so all ranks meet them at the same step. Rounds
+    have none: an issued round must arrive. A synchronous cycle has none: the planner's own time limit ends the wait."""
     late = state.step - state.snapshot_at > state.plan_age_limit(settings)
     if late and state.phase in (Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST):
         return _fail(state, _LATE[state.phase], settings)
@@ -206,7 +206,7 @@ def _broadcast(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tu
         return _fail(state, Failure.ROUNDS_DIFFER, settings)
     if agreed.max.rounds == 0:
         return _finish(state, settings)
-    # Ready means that a round for each buffer is prepared, too: those that build on no other go out at once.
+    # Ready includes a prepared round for each buffer; those that depend on no other round are issued at once.
     rounds = agreed.max.rounds
     first = min(rounds, settings.buffers)
     issued, prepared = min(agreed.min.rounds_ready, first), min(rounds, first + 1)
@@ -240,17 +240,17 @@ def _move(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[C
 
 
 def _outdated(state: CycleState, settings: CycleSettings) -> bool:
-    """Whether moving has taken so long that the rest of the plan gives way to one for newer load. What was committed
-    so far is worth having: moves are ordered by gain."""
+    """Whether moving has taken so long that the rest of the plan gives way to a plan for newer load. The rounds
+    committed so far keep their value, because moves are ordered by gain."""
     if not settings.cut_after or state.wanted is Command.RESTORE or state.repair:
         return False
     return state.step - state.entered >= max(settings.cut_after, state.collect_steps)
 
 
 def _send_again(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[CycleState, Actions]:
-    """The oldest round in flight arrived everywhere, but damaged somewhere: back to before it was prepared."""
+    """Prepares the oldest round in flight again: it arrived on all ranks, but damaged on one."""
     if agreed.min.rounds_done < state.issued:
-        return state, ()  # a later round is still in flight; staging must not be reused before it arrived
+        return state, ()  # a later round is still in flight; its staging must not be reused yet
     if state.resends >= settings.max_resends:
         return _drop(replace(state, failure=Failure.CHECKSUM), settings)
     oldest = state.committed
@@ -281,14 +281,14 @@ def _drop(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actio
     if state.repair or state.phase is Phase.AUDIT:
         audit_due = state.step + max(pause, settings.audit_steps)
     elif settings.audit_steps and state.failure is Failure.CHECKSUM:
-        audit_due = state.step  # the slot that it was sent from may be damaged
+        audit_due = state.step  # the source slot may be damaged
     dropped = replace(_enter(state, Phase.COLLECT), due=state.step + pause, audit_due=audit_due, repair=False)
     return dropped, (Action(Do.DROP, failure=state.failure),)
 
 
 def _finish(state: CycleState, settings: CycleSettings) -> tuple[CycleState, Actions]:
     done = replace(_enter(state, Phase.COLLECT), repair=False)
-    if not state.repair:  # a repair leaves the window of load, orders and the count of failures as they are
+    if not state.repair:  # a repair does not change the window of load, orders and the count of failures
         done = replace(done, due=state.step + state.collect_steps, failures=0, wanted=Command.NONE)
     return done, (Action(Do.FINISH),)
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What drives the stations: :class:`~vllm_ascend_eplb.balancer.updator.EplbUpdator` and its collaborators."""
+"""The driver of all stages: :class:`~vllm_ascend_eplb.balancer.updator.EplbUpdator` and its collaborators."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Audit: does every live slot still hold the weights of its logical expert?
+"""Audit: checks that every live slot still holds the weights of its logical expert.
 
 A flipped bit in a slot, or a slot that holds another expert's weights, silently corrupts outputs. So each rank sums its
-slots, a few at every step between two cycles, and compares the sums with those that the experts had at
-start-up (checksum.py), which are the same on all ranks and for all replicas. When a pass over all slots is over, all
-ranks learn in one agreed step whether any of them found damage. Only then do the sums travel, and EP rank 0 finds for
-each damaged slot another one of its layer that holds what belongs there: a replica, or a slot that was swapped with it.
+slots, a few at every step between two cycles. It compares the sums with the experts' checksums from start-up
+(checksum.py), which are the same on all ranks and for all replicas. After a pass over all slots, all ranks learn in one
+agreed step whether a rank found damage. Only then do the sums travel. For each damaged slot, EP rank 0 looks for a slot
+of the same layer with the expert's weights: a replica, or a slot that was swapped with the damaged one.
 
 ``SlotAudit`` sums the slots of one rank; ``Auditor`` drives it, and the repair that may follow, for EplbUpdator.
 """
@@ -33,15 +33,15 @@ logger = logging.getLogger("vllm.eplb")
 
 
 STEP_SECONDS = 0.001
-"""Time of the host that summing may take from one step; one slot is summed all the same."""
+"""Most host time that summing may take in one step; at least one slot is summed."""
 
 
 STEP_BYTES = 64 << 20
-"""Weights that are summed at one step, at most, but at least one slot: some ten microseconds of a GPU's memory."""
+"""Most bytes of weights that are summed at one step, but at least one slot: tens of microseconds of a GPU's memory."""
 
 
 MOST_PLACES = 64
-"""Slots that are summed at one step, at most."""
+"""Most slots that are summed at one step."""
 
 
 _NOT_YET = -2
@@ -51,12 +51,12 @@ class SlotAudit:
     """Sums this rank's live slots, pass after pass.
 
     Args:
-        slots: per layer and local slot the expert's tensors, as flat uint8 views of the live weights.
-        streams: of their device.
-        interval: steps in which a pass should be over.
+        slots: for each layer and local slot the expert's tensors, as flat uint8 views of the live weights.
+        streams: streams of their device.
+        interval: steps that a pass should take.
 
-    All calls are made by the step thread. Sums are enqueued on the compute stream, so they are in order with commits;
-    nothing waits for them.
+    The step thread makes all calls. Sums are enqueued on the compute stream, in order with commits; nothing waits for
+    them.
     """
 
     def __init__(self, slots: Sequence[Sequence[Sequence[torch.Tensor]]], streams: Streams, interval: int) -> None:
@@ -69,12 +69,12 @@ class SlotAudit:
         self._next = 0
         self._under_way: list[tuple[int, int, int, Sums]] = []  # layer, slot, place, prepared sums
         self._event = streams.event()
-        for layer in slots:  # what the device's library sets aside is set aside before the engine serves
+        for layer in slots:  # the device's library allocates its memory here, before the engine serves
             self._summer.enqueue(self._summer.place(0, layer[0]))
         self._summer.fetch()
 
     def step(self) -> None:
-        """Takes the sums of the last step in, and enqueues the next. Never waits."""
+        """Collects the sums of the last step, and enqueues the next. Never waits."""
         if self._under_way and not self._collect():
             return
         began, nbytes = time.perf_counter(), 0
@@ -110,7 +110,7 @@ class SlotAudit:
         return True
 
     def written(self, layers: Int32Array, slots: Int32Array) -> None:
-        """These local slots got other weights: what was summed of them counts no more."""
+        """Marks local slots as unsummed, because their weights changed."""
         self._sums[layers, slots] = _NOT_YET
         gone = set(zip(layers.tolist(), slots.tolist(), strict=True))
         self._under_way = [pending for pending in self._under_way if pending[:2] not in gone]
@@ -131,28 +131,28 @@ class SlotAudit:
 
     @property
     def sums(self) -> Int64Array:
-        """int64 [L, S], of the pass that is complete."""
+        """int64 [L, S], the sums of the complete pass."""
         return self._sums
 
     def damaged(self, placement: Placement, table: ChecksumTable, rank: int) -> int:
-        """Slots of this rank that do not hold their expert."""
+        """Number of slots of this rank that do not hold their expert."""
         first = rank * self.slots_per_rank
         mine = placement.physical_to_logical[:, first : first + self.slots_per_rank]
         return int(np.count_nonzero(wrong_slots(self._sums, mine, table)))
 
 
 SHOWN = 8
-"""Damaged slots that a line in the log names."""
+"""Most damaged slots that a log line names."""
 
 
 class Auditor:
     """Drives the audits of this rank's slots, and their repair.
 
-    A pass over the slots goes on between cycles. When it is over everywhere, a repair may follow: a cycle that sums
-    checksums over the ranks instead of load, and moves experts to where the placement in force says they are.
+    A pass over the slots goes on between cycles. When it has ended on all ranks, a repair may follow: a cycle that sums
+    checksums over the ranks instead of load, and copies experts again into slots where the placement in force has them.
 
     Args:
-        parts, work: of the balancer; the setting ``audit_interval`` is not 0.
+        parts, work: parts and state of the balancer; the setting ``audit_interval`` is not 0.
     """
 
     def __init__(self, parts: Parts, work: Work) -> None:
@@ -162,13 +162,14 @@ class Auditor:
         self._table = parts.loader.checksums
         self._error: Exception | None = None
         self._last_damage: list[Damage] = []
-        self._summand: Int64Array | None = None  # [L, P], from when the pass is over to its end or its repair
+        self._summand: Int64Array | None = None  # [L, P], from the end of a pass to the end of the audit
         self._sum: Bulk[Int64Array | None] | None = None  # during a repair
         self._damaged = 0
 
     def step(self) -> None:
-        """Sums a few slots. An exception is raised when the audit is agreed on, so that the other ranks learn of it."""
-        if self._table is not self._loader.checksums:  # the weights are others since a moment ago
+        """Sums a few slots. An exception is kept and raised when the audit is agreed on, so that all ranks learn of
+        it."""
+        if self._table is not self._loader.checksums:  # weights were reloaded
             self._table = self._loader.checksums
             self._restart()
         if self._error is None:
@@ -178,10 +179,10 @@ class Auditor:
                 self._error = error
 
     def ready(self) -> bool:
-        """Whether all slots of this rank are summed, and what it will post if any rank finds damage is there.
+        """Whether all slots of this rank are summed, and its sums are ready to be posted if a rank finds damage.
 
         Raises:
-            Exception: what summing them threw.
+            Exception: the exception that summing raised.
         """
         if self._error is not None:
             raise self._error
@@ -192,12 +193,12 @@ class Auditor:
         return True
 
     def damaged(self) -> int:
-        """Slots of this rank that do not hold their expert; the pass is complete."""
+        """Number of slots of this rank that do not hold their expert, after a complete pass."""
         table = self._loader.checksums
         return 0 if table is None else self._slots.damaged(self._work.placement, table, self._loader.rank)
 
     def _sums(self) -> Int64Array:
-        """[L, P], zero for the slots of other ranks: their sum over the ranks is the table of all slots."""
+        """[L, P], zero for slots of other ranks: summed over the ranks, it is the table of all slots."""
         placement = self._work.placement
         sums = np.zeros((placement.num_layers, placement.num_slots), dtype=np.int64)
         first = self._loader.rank * placement.slots_per_rank
@@ -205,7 +206,7 @@ class Auditor:
         return sums
 
     def end(self) -> None:
-        """No rank found damage; the next pass begins."""
+        """Ends an audit in which no rank found damage, and begins the next pass."""
         self._parts.stats.audited(0)
         self._summand = None
         self._restart()
@@ -215,7 +216,7 @@ class Auditor:
         self._slots.restart()
 
     def committed(self, moves: Int32Array) -> None:
-        """Slots of this rank that the moves [N, 5] of a round wrote are summed again."""
+        """Marks the slots of this rank that the moves [N, 5] of a round wrote, so that they are summed again."""
         owners, slots = np.divmod(moves[:, SLOT], self._loader.slots_per_rank)
         mine = owners == self._loader.rank
         self._slots.written(moves[mine, LAYER], slots[mine])
@@ -235,7 +236,7 @@ class Auditor:
         return self._sum is not None and self._sum.done()
 
     def offer_repair(self) -> None:
-        """On EP rank 0: says which slots are damaged, and offers to send good weights into them."""
+        """On EP rank 0: logs the damaged slots, and offers the rounds that send good weights into them."""
         work = self._work
         sums = self._sum.result() if self._sum is not None else None
         if sums is None:
@@ -246,8 +247,8 @@ class Auditor:
         work.offer = pack_plan(work.state.cycle, target, rounds_to_array(rounds)) if rounds else b""
 
     def repaired(self, slots: int) -> None:
-        """The repair is over; so many slots got good weights."""
-        self._parts.stats.mended(slots)
+        """Notes that the repair has ended, with ``slots`` repaired slots."""
+        self._parts.stats.repaired(slots)
         if self._parts.rank == 0 and slots:
             logger.warning(
                 "%s audit: %d of %d damaged slots were repaired by step %d",
@@ -258,22 +259,22 @@ class Auditor:
             )
 
     def forget(self) -> None:
-        """The cycle is over. After a repair, and after a pass that failed, the next pass begins."""
+        """Forgets the cycle. After a repair, and after a failed pass, the next pass begins."""
         if self.repairing or self._error is not None:
             self._restart()
         self._summand = self._sum = None
 
     def _plan_repair(self, sums: Int64Array, placement: Placement, step: int) -> tuple[int, list[Round]]:
-        """On EP rank 0: says in the log what is damaged.
+        """On EP rank 0: logs the damage.
 
         Args:
-            sums: [L, P], of all slots.
-            placement: in force.
-            step: of the audit, for the log.
+            sums: [L, P], sums of all slots.
+            placement: the placement in force.
+            step: step of the audit, for the log.
 
         Returns:
-            Damaged slots, and the rounds that repair them as far as good copies are known and ``audit_action`` asks
-            for it.
+            Number of damaged slots, and the rounds that repair those with a known good copy, if ``audit_action`` is
+            "repair".
         """
         table, config = self._loader.checksums, self._config
         if table is None:
@@ -282,8 +283,8 @@ class Auditor:
         rounds: list[Round] = []
         if config.audit_action == "repair" and config.mode != "observe":
             rounds = repair_rounds(damage, placement.slots_per_rank, self._loader.buffer_experts)
-        mending = sum(len(round.moves) for round in rounds)
-        if mending or damage != self._last_damage:
+        repairs = sum(len(round.moves) for round in rounds)
+        if repairs or damage != self._last_damage:
             self._last_damage = damage
             logger.error(
                 "%s audit at step %d: %d of %d slots do not hold the weights of their expert: %s; %s",
@@ -293,14 +294,14 @@ class Auditor:
                 sums.size,
                 "; ".join(damaged.text(placement.slots_per_rank) for damaged in damage[:SHOWN])
                 + ("; ..." if count > SHOWN else ""),
-                self._what_is_done(mending, count, len(damage)),
+                self._what_is_done(repairs, count, len(damage)),
             )
         return count, rounds
 
-    def _what_is_done(self, mending: int, count: int, known: int) -> str:
-        if mending == count:
+    def _what_is_done(self, repairs: int, count: int, known: int) -> str:
+        if repairs == count:
             return "good copies are being sent there"
         if self._config.audit_action == "repair":
             why = "the next ones follow" if count > known else "the others have none: reload the weights"
-            return f"{mending} get good copies, {why}"
+            return f"{repairs} get good copies, {why}"
         return 'answers may be wrong: reload the weights, or set "audit_action": "repair" in eplb_config'

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Balancedness: a log line about the load of single forwards, at an interval, as vLLM's ``log_balancedness`` writes it.
+"""BalancednessLog: a log line about the load of single forwards, at an interval, as vLLM's ``log_balancedness`` has it.
 
-The counts of one forward are summed over the ranks by an asynchronous collective; EP rank 0 writes the line some steps
-later, when the sum is there. The collective is posted at steps that all ranks know, so nobody agrees on anything first.
+An asynchronous collective sums the counts of one forward over the ranks; EP rank 0 writes the line some steps later,
+when the sum has arrived. All ranks know the steps at which the collective is posted, so no agreement is needed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ logger = logging.getLogger("vllm.eplb")
 
 
 class LoadStats(NamedTuple):
-    """The load of one forward, summed up over layers.
+    """The load of one forward, summed over layers.
 
     Attributes:
-        avg_tokens: of an average rank.
-        max_tokens: of the busiest rank of each layer.
-        balancedness: the one over the other, 1.0 is perfect; 0.0 without tokens.
+        avg_tokens: tokens of an average rank.
+        max_tokens: tokens of the busiest rank of each layer.
+        balancedness: avg_tokens / max_tokens, 1.0 is perfect; 0.0 without tokens.
     """
 
     avg_tokens: float
@@ -35,7 +35,7 @@ class LoadStats(NamedTuple):
 
 
 def load_stats(tokens: torch.Tensor, num_ranks: int) -> LoadStats:
-    """What vLLM logs about a forward, in float32 as there.
+    """The figures that vLLM logs about a forward, in float32 as vLLM computes them.
 
     Args:
         tokens: integers [L, P], tokens per slot over all ranks.
@@ -50,9 +50,9 @@ class BalancednessLog:
     """Writes a line about every ``interval``-th forward.
 
     Args:
-        name: of the model.
+        name: name of the model.
         interval: steps between lines, at least 1.
-        recorder, control: of the balancer; the recorder counts what is logged.
+        recorder, control: parts of the balancer; the recorder counts the logged tokens.
     """
 
     def __init__(self, name: str, interval: int, recorder: LoadRecorder, control: ControlChannel) -> None:
@@ -62,12 +62,12 @@ class BalancednessLog:
         self._sums: list[tuple[int, int, Bulk[Int64Array | None]]] = []
 
     def before_step(self, step: int, due: int, placement: Placement) -> None:
-        """Called before forward ``step`` on all ranks, before anything else touches the counts.
+        """Called before forward ``step`` on all ranks, before anything else changes the counts.
 
         Args:
-            step: number of the forward that comes.
+            step: number of the next forward.
             due: steps until the next rearrangement may begin.
-            placement: in force since the last flush.
+            placement: the placement in force since the last flush.
         """
         if self._watched >= 0:
             counts = self._recorder.counts.cpu().numpy().astype(np.int64)
@@ -77,8 +77,8 @@ class BalancednessLog:
             self._recorder.flush(placement)
             self._watched = step
         while self._sums and self._sums[0][2].done():
-            watched, its_due, total = self._sums.pop(0)
-            self._write(watched, its_due, total.result())
+            watched, then_due, total = self._sums.pop(0)
+            self._write(watched, then_due, total.result())
 
     def _write(self, step: int, due: int, tokens: Int64Array | None) -> None:
         if tokens is None:

@@ -16,13 +16,13 @@ from .work import Parts, Work
 
 @dataclass(frozen=True)
 class Gathered:
-    """What EP rank 0 knows of a window.
+    """The load and figures of a window, on EP rank 0.
 
     Attributes:
         load: int64 [T, L, E], tokens per logical expert, summed over the ranks.
         histogram: int64 [2, BUCKETS], steps by tokens per rank, summed over the ranks that count.
-        figures: int64 [R, len(RANK_FIGURES)], what each rank measured of itself.
-        steps: of the window that served requests on EP rank 0.
+        figures: int64 [R, len(RANK_FIGURES)], the figures of each rank.
+        steps: steps of the window that served requests on EP rank 0.
     """
 
     load: Int64Array
@@ -32,25 +32,25 @@ class Gathered:
 
 
 class Gather:
-    """One sum over the ranks in each cycle: the load, the steps by tokens per rank, and the figures, which each rank
-    writes into its own row, so that all travel in the same collective."""
+    """Sums load, steps by tokens per rank, and figures over the ranks, in one collective per cycle. Each rank writes
+    its figures into its own row."""
 
     def __init__(self, parts: Parts, work: Work) -> None:
         self._parts, self._work = parts, work
         self._shape: tuple[int, ...] = ()
         self._steps = 0
-        self._summand: Int64Array | None = None  # from when it is taken until it is posted
-        self._sum: Bulk[Int64Array | None] | None = None  # from when it is posted to the end of the cycle
+        self._summand: Int64Array | None = None  # from the snapshot until it is posted
+        self._sum: Bulk[Int64Array | None] | None = None  # from then to the end of the cycle
 
     def begin(self) -> None:
         """Ends the window: begins to copy the counts to the host."""
         recorder = self._parts.recorder
-        recorder.discard_snapshot()  # that of a cycle which was dropped before it was taken
+        recorder.discard_snapshot()  # a dropped cycle may have left one
         recorder.snapshot(self._work.placement)
 
     def taken(self) -> bool:
-        """Whether this rank's summand is there. All ranks take theirs before they agree to post the sum: a rank that
-        threw later would leave the others' sum without its part."""
+        """Whether this rank has its summand. All ranks take theirs before they agree to post the sum: if a rank raised
+        later, the sum would lack its part."""
         parts = self._parts
         if self._summand is None and parts.recorder.snapshot_ready() and not parts.control.bulk_busy:
             load, histogram = parts.recorder.take(), parts.recorder.histogram()
@@ -69,7 +69,7 @@ class Gather:
         return self._sum is not None and self._sum.done()
 
     def result(self) -> Gathered | None:
-        """What was summed; None on all ranks but EP rank 0."""
+        """The sum; None on all ranks except EP rank 0."""
         total = self._sum.result() if self._sum is not None else None
         if total is None:
             return None

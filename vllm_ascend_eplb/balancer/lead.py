@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lead: what EP rank 0 does for all ranks. It asks the planner, weighs the answer, and reports what came of it."""
+"""Lead: EP rank 0's work for all ranks. It asks the planner, weighs the answer, and reports the result."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ DISPATCH_GAIN = 0.002
 
 @dataclass
 class _Case:
-    """The plan that was asked for in this cycle, from the request to the end of the cycle.
+    """The plan requested in this cycle, from the request to the end of the cycle.
 
     Attributes:
-        start: the placement in force when it was asked for.
-        task: what was asked for.
-        window_par: mean PAR of the window, as the tokens fell.
-        note: what the log says beside the cycle: how the last plan turned out.
-        answer: of the planner, once it is there.
-        new_shares: dispatch shares that the cycle brings, with or without moves.
+        start: the placement in force at the request.
+        task: task of the request.
+        window_par: mean PAR of the window, with the shares in force.
+        note: text for the log about the result of the last plan.
+        answer: the planner's answer; None until it has come.
+        new_shares: dispatch shares of the cycle, with or without moves.
         skipped: why no expert is moved; empty if some are.
         still: whether nothing moves because imbalance costs no time with this traffic.
-        payoff: what the plan brings.
+        payoff: gain and cost of the plan.
     """
 
     start: Placement
@@ -70,20 +70,20 @@ class Lead:
     def __init__(self, parts: Parts, work: Work) -> None:
         self._parts, self._work = parts, work
         self._judge = PlanJudge(parts.config.min_gain)
-        self._observed: Placement | None = None  # in mode observe: what the last plan would have led to
+        self._observed: Placement | None = None  # in mode observe: the placement of the last plan
         self._load: Int64Array | None = None  # [L, E] of the last window, until the map recorder has it
         self.case: _Case | None = None
         self.clock = StepClock()
         self._told_still = False
 
     def learn(self, times: Times) -> None:
-        """From now on plans are weighed by the times that were measured here."""
+        """Takes the measured times: plans are weighed by them from now on."""
         self._judge.learn(times.cost, times.rates, self._parts.start.slots_per_rank)
 
-    # --- it asks ------------------------------------------------------------------------------------------------------
+    # --- the request --------------------------------------------------------------------------------------------------
 
     def request(self, gathered: Gathered) -> None:
-        """Takes stock of the window and hands its load to the planner."""
+        """Reports the window and hands its load to the planner."""
         parts, state, placement = self._parts, self._work.state, self._work.placement
         if parts.planner is None:
             return
@@ -111,12 +111,12 @@ class Lead:
             return Rebalance("random", PlanOptions(seed=self._work.state.cycle))
         if config.policy_name != "incremental":
             return Rebalance(config.policy_name)
-        # A layer is left alone where going on saves no time.
+        # A layer is left as it is if a lower PAR saves no time.
         options = replace(plan_options(config), target_par=self._judge.target_par(config.target_par))
         return Rebalance("incremental", options, config.rank_speed)
 
     def _take_stock(self, gathered: Gathered) -> _Case:
-        """What the window was like, and whether the last plan kept its promise in it."""
+        """Reports the window's load, and judges the last plan by it."""
         parts, placement = self._parts, self._work.placement
         observed, self._observed = self._observed, None
         load = gathered.load.sum(axis=0)
@@ -144,10 +144,10 @@ class Lead:
             parts.stats.steps_timed(timed.ms, timed.ms_start, timed.saved_seconds)
         return _Case(placement, self._task(), par, note)  # the task depends on the traffic of this window
 
-    # --- it weighs ----------------------------------------------------------------------------------------------------
+    # --- the decision -------------------------------------------------------------------------------------------------
 
     def look_for_answer(self) -> None:
-        """Takes the planner's answer, once it is there, and decides what to offer to the other ranks."""
+        """Takes the planner's answer, once it has come, and decides what to offer to the other ranks."""
         parts, work, case = self._parts, self._work, self.case
         if parts.planner is None or case is None or case.answer is not None:
             return
@@ -162,7 +162,7 @@ class Lead:
         work.offer = self._weigh(case, answer)
 
     def _weigh(self, case: _Case, answer: PlanAnswer) -> bytes:
-        """The message to broadcast: the plan, or new dispatch shares alone, or nothing."""
+        """The message to broadcast: the plan, new dispatch shares alone, or nothing (empty)."""
         parts, work = self._parts, self._work
         plan, rounds, now, after = answer.plan, answer.rounds, answer.dispatch_now, answer.dispatch_after
         assert plan is not None
@@ -194,7 +194,7 @@ class Lead:
     def _not_worth_it(
         self, case: _Case, num_moves: int, before: FloatArray, after: FloatArray, received_bytes: Int64Array
     ) -> str:
-        """Why a plan that brings PAR from ``before`` to ``after``, both [L], is not carried out; empty if it is."""
+        """Why a plan that leads from PAR ``before`` to ``after``, both [L], is not carried out; empty if it is."""
         if not num_moves:
             why = self._why_still(before)
             case.still = bool(why)
@@ -204,7 +204,7 @@ class Lead:
         return self._judge.refuses(before, after, received_bytes)
 
     def _why_still(self, par: FloatArray) -> str:
-        """Says that imbalance costs nothing with this traffic, where it is so; empty elsewhere."""
+        """Text for the log if imbalance costs no time with this traffic; empty otherwise."""
         wanted = self._parts.config.target_par
         within = self._judge.target_par(wanted)
         if within <= wanted or par.max() <= wanted:
@@ -216,10 +216,10 @@ class Lead:
         said = self._judge.describe(payoff)
         return f"; {said}" if said else ""
 
-    # --- it reports ---------------------------------------------------------------------------------------------------
+    # --- the report ---------------------------------------------------------------------------------------------------
 
     def finished(self, num_rounds: int, moved: int) -> None:
-        """The cycle is over: all rounds were committed, or the rest of them gave way to a newer plan."""
+        """Reports a cycle that has ended: all rounds were committed, or the rest gave way to a newer plan."""
         case, state, stats = self.case, self._work.state, self._parts.stats
         assert case is not None
         assert case.answer is not None
@@ -233,7 +233,7 @@ class Lead:
         reason = case.skipped if whole else f"cut off after {state.committed} of {num_rounds} rounds for a newer plan"
         stats.cycle_ended("skipped" if case.skipped else "done", moved=moved, reason=reason)
         if case.skipped:
-            # Traffic that leaves nothing to gain stays for hours: it is told once, not in every cycle.
+            # Traffic without anything to gain may last for hours: log it once, not in every cycle.
             level = logging.DEBUG if case.still and self._told_still else logging.INFO
             told = self._parts.title, state.cycle, state.step, case.skipped, case.note
             logger.log(level, "%s cycle %d at step %d: %s%s", *told)
@@ -269,7 +269,7 @@ class Lead:
         )
 
     def dropped(self, failure: Failure, moved: int) -> None:
-        """The cycle was dropped on all ranks, because of this rank or of another one."""
+        """Reports a cycle that was dropped on all ranks, because of this rank or of another one."""
         reason, state = self._work.reason or failure.text, self._work.state
         self._parts.stats.cycle_ended("failed", moved=moved, reason=reason, failure=failure.kind)
         logger.warning(
@@ -283,7 +283,7 @@ class Lead:
         self.record_map()
 
     def switched_off(self, failure: Failure, moved: int) -> None:
-        """Balancing ended for good."""
+        """Reports that balancing was switched off permanently."""
         reason = self._work.reason or failure.text
         self._parts.stats.cycle_ended("failed", moved=moved, reason=reason, failure=failure.kind)
         step = self._work.state.step
@@ -293,18 +293,18 @@ class Lead:
             self._parts.planner.close(wait=0)
 
     def went_back(self) -> None:
-        """The placement of the start is in force again, because weights are about to be loaded."""
+        """Notes that the initial placement is in force again, because weights are about to be loaded."""
         self._judge.forget()
         self.record_map()
 
     def record_map(self) -> None:
-        """Leaves the placement in force to be written; it is in force however the cycle ended."""
+        """Hands the placement in force to the map recorder, however the cycle ended."""
         if self._parts.map_recorder is not None:
             load, self._load = self._load, None
             self._parts.map_recorder.record(self._work.placement, load)
 
     def publish(self) -> None:
-        """Leaves the statistics to be written."""
+        """Hands the statistics to the statistics file."""
         parts = self._parts
         if parts.planner is not None:
             parts.stats.planner_starts = parts.planner.starts
@@ -315,15 +315,15 @@ class Lead:
         self.case = None
 
     def close(self) -> None:
-        """Ends the planner and all that writes files: all of it, even where a signal interrupts one part."""
+        """Ends the planner and all writers of files, even if a signal interrupts one part."""
         parts = self._parts
         with contextlib.ExitStack() as last_first:
             if parts.map_recorder is not None:
                 last_first.callback(parts.map_recorder.close)
-                if self._work.state.active:  # some rounds of a cycle may be in force that goes on
+                if self._work.state.active:  # rounds of a cycle under way may be in force
                     last_first.callback(self.record_map)
             if parts.stats_file is not None:
-                last_first.callback(remove_orphaned_folder, parts.stats_file.path)  # whose planner has ended by then
+                last_first.callback(remove_orphaned_folder, parts.stats_file.path)  # the planner has ended by then
                 last_first.callback(parts.stats_file.close)
             if parts.orders is not None:
                 last_first.callback(parts.orders.close)
@@ -332,7 +332,7 @@ class Lead:
 
 
 def _in_bad_windows(plan: Plan) -> str:
-    """For the log line: the 95th percentile of the windows' PARs, mean over layers, where there are windows."""
+    """Text for the log: the 95th percentile of the windows' PARs, mean over layers; empty for a single window."""
     if plan.p95_before is None or plan.p95_after is None:
         return ""
     return f"; p95 of windows {plan.p95_before.mean():.3f} -> {plan.p95_after.mean():.3f}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reload and sleep: an engine loads other weights, or gives the memory of weights away, while the balancer runs."""
+"""Reload and sleep: an engine loads other weights, or frees the memory of weights, while the balancer runs."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ..agreement.phases import Command, Phase
 from .work import Parts, Work
 
 NO_DEADLINE = 10**9
-"""Steps: longer than any plan takes."""
+"""Steps: more than any plan takes."""
 
 
 TURN_SECONDS = 0.0005
-"""Where steps are made without forwards: pause before the next turn where the last one changed nothing."""
+"""Pause before the next turn if the last one changed nothing, where turns are made without forwards."""
 
 
 @contextlib.contextmanager
 def new_weights(parts: Parts, work: Work, back_to_start: Callable[[], None]) -> Iterator[None]:
-    """Around the loading of weights; all ranks together, at the same step, between two forwards. Blocks.
+    """Context for the loading of weights; all ranks together, at the same step, between two forwards. Blocks.
 
-    An engine loads weights into the slots as they were at the start. So the placement of the start is put in force
-    before, and the experts' checksums are learned again afterwards.
+    An engine loads weights by the initial placement. So that placement is put in force before, and the experts'
+    checksums are learned again afterwards.
 
     Args:
-        parts, work: of the balancer.
-        back_to_start: drops what is under way and switches to the placement of the start.
+        parts, work: parts and state of the balancer.
+        back_to_start: drops the cycle under way and switches to the initial placement.
 
     Raises:
         StartError: the ranks are not at the same step. Nothing was changed.
-        RuntimeError: afterwards, copies of an expert differ from each other.
+        RuntimeError: copies of an expert differ after weights were loaded.
     """
     come_to_rest(parts, work, back_to_start)
     group, num_ranks = parts.adaptor.control_group, parts.adaptor.topology.num_ranks
@@ -41,7 +41,7 @@ def new_weights(parts: Parts, work: Work, back_to_start: Callable[[], None]) -> 
     intact = all(exchange_bytes(group, num_ranks, sound))
     try:
         yield
-    finally:  # on a rank that failed, too: the others wait for its sums
+    finally:  # also on a rank that failed, because the other ranks wait for its sums
         differing = parts.loader.learn_checksums(work.placement) if intact else parts.differing
     if differing > parts.differing:
         raise RuntimeError(
@@ -51,11 +51,12 @@ def new_weights(parts: Parts, work: Work, back_to_start: Callable[[], None]) -> 
 
 
 def come_to_rest(parts: Parts, work: Work, drop: Callable[[], None]) -> None:
-    """Ends what is under way; all ranks together, at the same step, between two forwards. Blocks.
+    """Waits for transfers in flight and drops the cycle; all ranks together, at the same step, between two forwards.
+    Blocks.
 
     Args:
-        parts, work: of the balancer.
-        drop: drops the cycle, once nothing is in flight.
+        parts, work: parts and state of the balancer.
+        drop: drops the cycle; called when nothing is in flight.
 
     Raises:
         StartError: the ranks are not at the same step. Nothing was changed.
@@ -70,15 +71,15 @@ def come_to_rest(parts: Parts, work: Work, drop: Callable[[], None]) -> None:
 
 
 def move_back(parts: Parts, work: Work, turn: Callable[[], object]) -> None:
-    """Moves every expert back to where it was loaded, because a part of the weights is about to be loaded there; all
-    ranks together, at rest. Blocks: steps follow one another without forwards, and none is too late for a plan.
+    """Moves every expert back to its initial slots, because a part of the weights is about to be loaded there; all
+    ranks together, at rest. Blocks: makes steps without forwards until the experts are back, without a deadline.
 
     Args:
-        parts, work: of the balancer.
+        parts, work: parts and state of the balancer.
         turn: makes one step of the agreed state.
 
     Raises:
-        RuntimeError: balancing is off, or the cycle failed; on all ranks alike.
+        RuntimeError: balancing is off, or the cycle failed; raised on all ranks alike.
     """
     before = work.state
     work.state = replace(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orders: what an operator asks of the balancer of a running server.
+"""Orders: commands of an operator to the balancer of a running server.
 
-An order is one small JSON file beside the statistics file. ``vllm-ascend-eplb control`` writes it, a thread of EP
-rank 0 looks for it, and from there it travels as an agreed fact (``Facts.order``), so that it takes effect on all ranks
-at the same step. A later order replaces one that was not taken yet. What came of it stands in the statistics.
+An order is one small JSON file beside the statistics file. ``vllm-ascend-eplb control`` writes it, and a thread of EP
+rank 0 reads it. The order then travels as an agreed fact (``Facts.order``), so that it takes effect on all ranks at the
+same step. A later order replaces an order that was not taken yet. The statistics show the result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_ORDER_BYTES = 4096
 
 
 LOOK_SECONDS = 0.25
-"""How often EP rank 0 looks for an order."""
+"""Seconds between two looks of EP rank 0 for an order."""
 
 
 MAX_INTERVAL = 10_000_000
@@ -40,18 +40,18 @@ Interval = Annotated[int, Field(ge=1, le=MAX_INTERVAL)]
 
 
 class OrderError(ValueError):
-    """What stands in an order file is no order, or not from a user who may give one."""
+    """An order file holds no order, or belongs to a user who may not give orders."""
 
 
 class Order(BaseModel):
     """One order.
 
     Attributes:
-        id: names it; the statistics repeat the id of the last order that was taken.
+        id: identifies the order; the statistics have the id of the last order that was taken.
         command: pause (begin no more cycles; one under way is completed), resume, cycle (one now, paused or not),
-            restore (move every expert back to where it was at the start, and pause there), intervals.
-        collect_steps, execution_steps: for ``intervals``: those of ``expert_heat_collection_interval`` and
-            ``algorithm_execution_interval`` from now on; None leaves one as it is.
+            restore (move every expert back to its initial slots, and pause there), intervals.
+        collect_steps, execution_steps: for ``intervals``: new values of ``expert_heat_collection_interval`` and
+            ``algorithm_execution_interval``; None keeps a value.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -78,13 +78,13 @@ class NumberedOrder:
 
 
 def orders_path(stats_path: str | os.PathLike[str]) -> Path:
-    """Where the order file of the server with this statistics file lies."""
+    """Path of the order file of the server with this statistics file."""
     path = Path(stats_path)
     return path.with_name(f"{path.name}.order")
 
 
 def write_order(path: str | os.PathLike[str], order: Order) -> None:
-    """Puts an order where EP rank 0 looks for it; readable by its owner only.
+    """Writes an order file for EP rank 0; readable by its owner only.
 
     Raises:
         OSError: the file cannot be written.
@@ -93,11 +93,11 @@ def write_order(path: str | os.PathLike[str], order: Order) -> None:
 
 
 def read_order(path: str | os.PathLike[str]) -> Order | None:
-    """The order in a file; None if there is no file.
+    """Reads the order in a file; None if there is no file.
 
     Raises:
         OrderError: the file is not the server user's own, may be written by others, or holds no order.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
     try:
@@ -125,7 +125,7 @@ def read_order(path: str | os.PathLike[str]) -> Order | None:
 
 @dataclass(frozen=True)
 class OrderFacts:
-    """An order as it travels in ``Facts``: zeros where there is none."""
+    """The fields of ``Facts`` for an order; zeros without one."""
 
     order: int = 0
     order_command: int = 0
@@ -134,16 +134,16 @@ class OrderFacts:
 
 
 class PostedOrders:
-    """Orders that EP rank 0 told the other ranks of, until they take effect; on the other ranks there are none."""
+    """Orders that EP rank 0 has posted, until they take effect; empty on the other ranks."""
 
     def __init__(self) -> None:
         self._posted: dict[int, Order] = {}
 
     def facts(self, newest: NumberedOrder | None, taken: int) -> OrderFacts:
-        """What to tell the other ranks of.
+        """The facts to post about the newest order.
 
         Args:
-            newest: order that came in.
+            newest: the newest order, or None.
             taken: number of the last order that took effect.
         """
         if newest is None or newest.number <= taken:
@@ -153,19 +153,19 @@ class PostedOrders:
         return OrderFacts(newest.number, command, order.collect_steps or 0, order.execution_steps or 0)
 
     def take(self, number: int) -> Order | None:
-        """The order with this number, which has taken effect; None where it came in on another rank."""
+        """The order with this number, which has taken effect; None on ranks that did not post it."""
         order = self._posted.get(number)
         self._posted = {posted: kept for posted, kept in self._posted.items() if posted > number}
         return order
 
 
 class OrderBox:
-    """EP rank 0's view of the order file. The step thread reads a variable; a daemon thread looks at the disk.
+    """Reads the order file on EP rank 0. The step thread reads a variable; a daemon thread reads the disk.
 
-    A file that is there when the server starts is an old one: it is removed and never obeyed.
+    A file from before the start is removed and never obeyed.
 
     Args:
-        path: of the order file.
+        path: path of the order file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -179,7 +179,7 @@ class OrderBox:
         self._thread.start()
 
     def look(self) -> None:
-        """Takes in a new file. Never raises: a bad order must not stop a server."""
+        """Reads the file if it is new. Never raises: a bad order must not stop a server."""
         try:
             status = os.lstat(self.path)
             version = (status.st_mtime_ns, status.st_ino)

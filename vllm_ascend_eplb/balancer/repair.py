@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From checksums of all slots to damaged slots, and to rounds that repair them."""
+"""Finds damaged slots from the checksums of all slots, and makes rounds that repair them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..values.rounds import Round
 from ..values.topology import Topology
 
 MOST_REPAIRS = 256
-"""Slots of one repair at most; what is left is found again by the next audit."""
+"""Most slots of one repair; the next audit finds the rest again."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Damage:
     """A slot that does not hold its expert.
 
     Attributes:
-        source: a slot of the same layer with the weights that belong there; -1 where there is none.
+        source: a slot of the same layer with the expert's weights; -1 if there is none.
     """
 
     layer: int
@@ -38,18 +38,18 @@ class Damage:
 def find_damage(
     sums: Int64Array, placement: Placement, table: ChecksumTable, topology: Topology
 ) -> tuple[list[Damage], int]:
-    """Which slots are damaged, and where what belongs there can be had: on the same rank, else on the same node, else
-    anywhere, undamaged replicas first.
+    """Finds the damaged slots and a source for each: undamaged replicas first, then on the same rank, on the same node,
+    or anywhere.
 
     Args:
-        sums: int64 [L, P], of the live slots of all ranks.
+        sums: int64 [L, P], sums of the live slots of all ranks.
         placement: the placement in force.
-        table: the sums that the experts should have.
+        table: the experts' checksums.
         topology: the node of each rank.
 
     Returns:
-        The first ``MOST_REPAIRS`` damaged slots, and the number of all. Where there are more, only undamaged replicas
-        are sources: a slot whose turn has not come may need what another damaged one holds.
+        The first ``MOST_REPAIRS`` damaged slots, and the number of all. If there are more, only undamaged replicas are
+        sources: a slot of a later repair may need the weights in another damaged slot.
     """
     slots, size = placement.physical_to_logical, placement.slots_per_rank
     wrong = wrong_slots(sums, slots, table)
@@ -76,13 +76,13 @@ def find_damage(
 
 
 def repair_rounds(damage: Sequence[Damage], slots_per_rank: int, buffer_experts: int) -> list[Round]:
-    """Rounds that send good weights into damaged slots; the placement stays what it is.
+    """Rounds that send good weights into damaged slots; the placement does not change.
 
-    A damaged slot may be the source of another one (two slots that were swapped), so it is written in the round that
-    it is last read in, or later. A ring of such slots that does not fit into the buffer is left alone.
+    A damaged slot may be the source of another one (two slots that were swapped). So it is written in the last round
+    that reads it, or later. A ring of such slots that does not fit into the buffer is not repaired.
 
     Args:
-        damage: all that is to be repaired; those without a source are left alone.
+        damage: slots to repair; those without a source are left out.
         slots_per_rank: S.
         buffer_experts: staging places of a rank per round.
     """
@@ -96,7 +96,7 @@ def repair_rounds(damage: Sequence[Damage], slots_per_rank: int, buffer_experts:
             if not readers[place] and room[damaged.slot // slots_per_rank] < buffer_experts:
                 chosen.append(damaged)
                 room[damaged.slot // slots_per_rank] += 1
-        if not chosen:  # every slot that is left is read by another: rings
+        if not chosen:  # every remaining slot is read by another: rings
             ring = _ring(left)
             room = Counter(damaged.slot // slots_per_rank for damaged in ring)
             chosen = ring if max(room.values()) <= buffer_experts else []
@@ -113,7 +113,7 @@ def repair_rounds(damage: Sequence[Damage], slots_per_rank: int, buffer_experts:
 
 
 def _ring(left: dict[tuple[int, int], Damage]) -> list[Damage]:
-    """One ring among slots each of which is read by another."""
+    """One ring among slots that are all read by another slot."""
     place = next(iter(left))
     seen: dict[tuple[int, int], int] = {}
     path: list[Damage] = []

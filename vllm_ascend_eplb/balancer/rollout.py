@@ -27,13 +27,13 @@ from .work import Parts, Work
 
 
 class Maps:
-    """All that the routers read: the adaptor's maps and, where tokens are split by planned shares, dispatch tables."""
+    """The tensors that the routers read: the adaptor's maps and, with planned shares, the dispatch tables."""
 
     def __init__(self, adaptor: EplbAdaptor) -> None:
         self._adaptor = adaptor
 
     def stage(self, placement: Placement, layers: list[int]) -> None:
-        """Computes what the routers will read of ``layers`` under ``placement``; in the background, in order."""
+        """Computes the maps of ``layers`` under ``placement``; in the background, in order."""
         self._adaptor.prepare_maps(placement, layers)
         if self._adaptor.dispatch is not None:
             self._adaptor.dispatch.prepare(placement, layers)
@@ -56,9 +56,9 @@ class _Course:
     """A plan that was unpacked and checked.
 
     Attributes:
-        rounds: to be carried out; placements: after each of them.
+        rounds: the rounds; placements: the placement after each of them.
         tables: dispatch tables for the last placement, put in force when all rounds are committed.
-        staging: the maps of the rounds prepared so far.
+        staging: futures of the maps of the rounds prepared so far.
     """
 
     rounds: list[Round]
@@ -70,8 +70,7 @@ class _Course:
 class Rollout:
     """Carries out one plan after another on this rank.
 
-    Of a cycle it holds the broadcast, then the checks under way in the background, then the course; nothing before and
-    nothing after.
+    In a cycle it holds first the broadcast, then the checks in the background, then the course; otherwise nothing.
     """
 
     def __init__(self, parts: Parts, work: Work) -> None:
@@ -84,12 +83,12 @@ class Rollout:
 
     @property
     def num_rounds(self) -> int:
-        """Rounds of the plan at hand; 0 while there is none."""
+        """Rounds of the plan under way; 0 without a plan."""
         return len(self._course.rounds) if self._course is not None else 0
 
     @property
     def moved(self) -> int:
-        """Experts that the committed rounds of the plan at hand moved."""
+        """Experts moved by the committed rounds of the plan under way."""
         rounds = self._course.rounds if self._course is not None else []
         return sum(len(round.moves) for round in rounds[: self._work.state.committed])
 
@@ -99,7 +98,7 @@ class Rollout:
         self._broadcast = self._parts.control.broadcast(message, self._work.state.plan_length)
 
     def ready(self) -> bool:
-        """Whether the plan is here, checked, and its first rounds are prepared."""
+        """Whether the plan has arrived, is checked, and its first rounds are prepared."""
         if self._course is None:
             if self._unpacking is None and self._broadcast is not None and self._broadcast.done():
                 message, self._broadcast = self._broadcast.result(), None
@@ -111,8 +110,8 @@ class Rollout:
         return not self._course.rounds or self._first_rounds_ready(self._course)
 
     def _unpack(self, message: bytes, start: Placement, state: CycleState) -> _Course:
-        """In the background: the rounds of the plan, checked against the placement in force, what they lead to, and the
-        dispatch tables for the last of it."""
+        """Unpacks the plan in the background: its rounds, checked against the placement in force, the placements after
+        them, and the dispatch tables of the last placement."""
         if digest_of(message) != state.plan_digest:
             raise ValueError("the plan's hash differs from the agreed one")
         rounds, target, counts = unpack_plan(message, state.cycle, start)
@@ -126,7 +125,7 @@ class Rollout:
         return _Course(rounds, placements, rows)
 
     def _first_rounds_ready(self, course: _Course) -> bool:
-        """Prepares a round for each buffer as soon as the plan is checked; tells whether the first may be issued."""
+        """Prepares a round for each buffer, once the plan is checked; returns whether the first may be issued."""
         if not course.staging:
             try:
                 for number in range(min(len(course.rounds), self._parts.settings.buffers)):
@@ -136,7 +135,7 @@ class Rollout:
         return self.rounds_ready() > 0 and all(future.done() for future in course.staging)
 
     def rounds_ready(self) -> int:
-        """Rounds prepared, as far as they may be issued now."""
+        """Number of prepared rounds that may be issued now."""
         if self._course is None:
             return 0
         for number, future in enumerate(self._course.staging):
@@ -150,7 +149,7 @@ class Rollout:
         return len(self._course.staging)
 
     def prepare(self, number: int) -> None:
-        """Everything of a round that can fail. A round that arrived damaged is prepared again."""
+        """Does everything of a round that can fail. A round that arrived damaged is prepared again."""
         assert self._course is not None
         if number < len(self._course.staging):
             del self._course.staging[number:]
@@ -164,7 +163,7 @@ class Rollout:
         course.staging.append(self._background.submit(self.maps.stage, after, layers))
 
     def issue(self, number: int) -> None:
-        """Starts the transfer of a round; nothing but the call."""
+        """Starts the transfer of a round; only the call."""
         began = time.perf_counter()
         self._parts.loader.issue(number)
         self._parts.stats.waited_for_transfer(time.perf_counter() - began)
@@ -183,13 +182,13 @@ class Rollout:
         return self._course.rounds[number]
 
     def finish(self) -> None:
-        """All rounds are committed: puts the plan's dispatch tables in force, where there are any."""
+        """Puts the plan's dispatch tables, if any, in force, after all rounds are committed."""
         tables = self._parts.adaptor.dispatch
         if tables is not None and self._course is not None and self._course.tables is not None:
             tables.put(self._course.tables)
 
     def forget(self) -> None:
-        """Drops what is prepared; nothing is in flight."""
+        """Drops what is prepared. Nothing may be in flight."""
         if self._course is not None:
             for future in self._course.staging:
                 future.cancel()
@@ -198,11 +197,11 @@ class Rollout:
         self._broadcast = self._unpacking = self._course = None
 
     def settle(self) -> None:
-        """Waits until nothing is prepared in the background any more."""
+        """Waits for all preparations in the background."""
         self._background.submit(lambda: None).result()
 
     def back_to(self, placement: Placement) -> None:
-        """Switches the maps alone: whoever calls it sees to the weights."""
+        """Switches the maps only; the caller is responsible for the weights."""
         self._parts.recorder.flush(self._work.placement)
         layers = list(range(placement.num_layers))
         self._background.submit(self.maps.stage, placement, layers).result()

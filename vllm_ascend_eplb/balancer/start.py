@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a balancer starts: all ranks tell each other how they were started, then build it together."""
+"""Start of a balancer: all ranks compare how they were started, then build it together."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ logger = logging.getLogger("vllm.eplb")
 
 
 LEAST_PLAN_AGE = 200
-"""Steps that the planner has at least, in tests and trials with very short intervals, too."""
+"""Least steps that the planner has, also with very short intervals in tests and trials."""
 
 
 LISTEN_STEPS = 64
-"""Steps between two times at which all ranks learn of orders. Each costs lag + 1 posts of facts."""
+"""Steps between two steps at which all ranks learn of orders. Each time costs lag + 1 posts of facts."""
 
 
 def start_balancer(adaptor: EplbAdaptor, config: EplbConfig) -> EplbUpdator:
-    """The balancer of one model, built on all ranks together, once they have told each other that they were started
-    alike. EP rank 0 gets the planner's process and the statistics file.
+    """Builds the balancer of one model on all ranks together, after a check that they were started alike. EP rank 0
+    gets the planner's process and the statistics file.
 
     Raises:
-        StartError: the ranks were started differently; names rank and field.
+        StartError: the ranks were started differently; the message names rank and field.
     """
     require_equal_start(adaptor, config)
     if adaptor.rank != 0:
@@ -57,10 +57,10 @@ def start_balancer(adaptor: EplbAdaptor, config: EplbConfig) -> EplbUpdator:
 
 
 def require_equal_start(adaptor: EplbAdaptor, config: EplbConfig) -> None:
-    """Makes sure that all ranks were started alike; all call it together.
+    """Checks that all ranks were started alike; all ranks call it together.
 
     Raises:
-        StartError: they were not; names rank and field.
+        StartError: the ranks were started differently; the message names rank and field.
     """
     placement = adaptor.placement
     require_equal(
@@ -84,12 +84,12 @@ def build_updator(
     orders: OrderBox | None = None,
     map_recorder: MapRecorder | None = None,
 ) -> EplbUpdator:
-    """Builds the balancer around parts that are there; all ranks together, in the engine's profile run.
+    """Builds the balancer from given parts; all ranks together, in the engine's profile run.
 
     Args:
-        adaptor: the model.
+        adaptor: the served model.
         config: the settings, equal on all ranks.
-        planner, stats_file, orders, map_recorder: for EP rank 0 only; see ``Parts``.
+        planner, stats_file, orders, map_recorder: parts of EP rank 0 only; see ``Parts``.
     """
     topology, lag = adaptor.topology, 0 if config.mode == "sync" else config.control_lag
     if adaptor.rank == 0 and topology.num_blocks != topology.num_nodes:

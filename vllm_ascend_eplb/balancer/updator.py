@@ -19,13 +19,12 @@ A cycle, from one window of load to the next placement::
 
 Between cycles, ``Auditor`` sums the live slots; a repair takes the place of REDUCE and PLAN.
 
-A step waits for nothing but the agreed facts. Everything that takes time runs elsewhere: planning in the planner's
-process, checks and preparations in a thread, transfers on their own stream or threads. In mode sync the same turns
-follow one another within one step until the cycle is over: same parts, same agreement, same rounds, so also the same
-result.
+A step waits only for the agreed facts. Everything that takes time runs elsewhere: planning in the planner's process,
+checks and preparations in a thread, transfers on streams or threads of their own. In mode sync the same turns follow
+one another within one step until the cycle ends. Parts, agreement and rounds are the same, so the result is the same.
 
-Each collaborator holds its own part of the cycle, and only while that part means something. They share ``Parts``, what
-the balancer is made of, and ``Work``, what holds at this step; none of them calls another.
+Each collaborator holds its own part of the cycle, and only while that part exists. They share ``Parts`` (the parts of
+the balancer) and ``Work`` (its state at this step); none of them calls another.
 """
 
 from __future__ import annotations
@@ -60,18 +59,18 @@ Stage = Literal["prefill", "decode"]
 
 
 PUBLISH_STEPS = 64
-"""How often the statistics are published, besides at every change of phase."""
+"""Steps between two publications of the statistics, besides those at every change of phase."""
 
 
 class EplbUpdator:
     """The balancer of one model on one rank; ``start.start_balancer`` makes it.
 
     Args:
-        parts: what it drives.
+        parts: the parts of the balancer.
 
     Attributes:
-        parts, work: what the collaborators share.
-        gather, rollout, lead, auditor: the collaborators; ``lead`` on EP rank 0 only, ``auditor`` where audits are on.
+        parts, work: shared by the collaborators.
+        gather, rollout, lead, auditor: the collaborators; ``lead`` on EP rank 0 only, ``auditor`` if audits are on.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -99,7 +98,7 @@ class EplbUpdator:
             self._is_ready[Phase.AUDIT] = self.auditor.ready
 
     def _table(self) -> dict[Do, Callable[[Action], object]]:
-        """What every action of the agreed state means on this rank."""
+        """The method for every action of the agreed state."""
         gather, rollout, auditor = self.gather, self.rollout, self.auditor
         table: dict[Do, Callable[[Action], object]] = {
             Do.SNAPSHOT: self._begin_cycle,
@@ -139,11 +138,12 @@ class EplbUpdator:
 
     @property
     def differing(self) -> int:
-        """Experts whose copies differed from each other when the weights were loaded first."""
+        """Number of experts whose copies differed when the weights were first loaded."""
         return self.parts.differing
 
     def calibrate(self) -> None:
-        """Learns what time layers and moves take here; all ranks together, once the model can run, before it serves."""
+        """Measures the time of layers and moves on this server; all ranks together, when the model can run and before
+        it serves."""
         times = learn_times(self.parts.adaptor, self.parts.config, self.parts.loader)
         if self.lead is not None:
             self.lead.learn(times)
@@ -155,11 +155,11 @@ class EplbUpdator:
 
         Args:
             serving: whether the forward serves requests. A dummy batch is a step, but its tokens are not counted.
-            stage: whether the batch prefills or only decodes; it matters where only one of them is counted.
+            stage: whether the batch prefills or only decodes; used if only one of the two is counted.
             tokens_per_rank: tokens of the batch over the ranks that share it.
 
         Raises:
-            AgreementError, ControlError: the ranks do not agree any more, so this one must not go on serving.
+            AgreementError, ControlError: the ranks do not agree any more, so this rank must not serve on.
         """
         began = time.perf_counter()
         before = self.state
@@ -184,12 +184,12 @@ class EplbUpdator:
             self._publish()
 
     def forward_end(self) -> None:
-        """After a forward. Decides nothing, because not every engine gets here."""
+        """Called after a forward. Decides nothing, because not every engine calls it."""
         if self.state.step % PUBLISH_STEPS == 0:
             self._publish()
 
     def _turn(self) -> None:
-        """Posts what this rank knows, reads what all agreed on, advances the state, does what it says."""
+        """Posts this rank's facts, reads the agreed ones, advances the state, performs its actions."""
         parts, before = self.parts, self.state
         posted = agreed = None
         if before.active:
@@ -203,11 +203,11 @@ class EplbUpdator:
         except AgreementError:
             self._dump_flight("the ranks disagree")
             raise
-        if not parts.settings.synchronous or self.state != before:  # turns that only wait would push out the others
+        if not parts.settings.synchronous or self.state != before:  # turns that only wait would fill the recorder
             self._flight.record(self.state.phase, posted, agreed)
         parts.loader.tick()
         if self.state.paused and self.state.phase is Phase.LISTEN:
-            parts.recorder.flush(self.placement)  # no cycle does, and what counts on the device may overflow
+            parts.recorder.flush(self.placement)  # no cycle does while paused, and counts on the device may overflow
         for action in actions:
             self._perform(action)
         if self.auditor is not None and self.state.phase in BETWEEN_CYCLES:
@@ -225,7 +225,7 @@ class EplbUpdator:
         except Exception as error:
             self.work.fail(MAY_FAIL[action.do], error)
 
-    # --- what this rank knows -----------------------------------------------------------------------------------------
+    # --- the facts of this rank ---------------------------------------------------------------------------------------
 
     def _facts(self) -> Facts:
         state, work, loader = self.state, self.work, self.parts.loader
@@ -264,12 +264,12 @@ class EplbUpdator:
         return self.auditor.summed() if self.state.repair and self.auditor is not None else self.gather.summed()
 
     def _is_planned(self) -> bool:
-        """Never: that the plan is there says ``plan_number``, which EP rank 0 alone posts."""
+        """Always False: ``plan_number``, which only EP rank 0 posts, tells that the plan has come."""
         if self.lead is not None:
             self.lead.look_for_answer()
         return False
 
-    # --- what the state says is to be done ----------------------------------------------------------------------------
+    # --- the actions of the agreed state ------------------------------------------------------------------------------
 
     def _begin_cycle(self, _: Action) -> None:
         self.work.begin()
@@ -314,7 +314,7 @@ class EplbUpdator:
         self._forget()
 
     def _forget(self) -> None:
-        """The cycle is over: nothing is in flight, and what was prepared is dropped."""
+        """Forgets the cycle and drops what was prepared. Nothing may be in flight."""
         self.rollout.forget()
         self.gather.forget()
         for part in (self.auditor, self.lead):
@@ -334,20 +334,20 @@ class EplbUpdator:
     # --- beside the steps ---------------------------------------------------------------------------------------------
 
     def pause_recording(self) -> None:
-        """What is computed until the next step serves nobody (warm-up, profiling, capturing)."""
+        """Stops counting until the next step, for forwards without requests (warm-up, profiling, capturing)."""
         self.parts.recorder.set_recording(False)
 
     def new_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Around an engine's loading of other weights; see :func:`~vllm_ascend_eplb.balancer.new_weights.new_weights`,
-        which says what it raises."""
+        """Context for an engine's loading of other weights; see
+        :func:`~vllm_ascend_eplb.balancer.new_weights.new_weights`, also for what it raises."""
         return new_weights(self.parts, self.work, self._back_to_start)
 
     def rest(self, *, at_start: bool) -> None:
-        """Ends what is under way, before the memory of the weights is given away; all ranks together, at the same step,
+        """Ends the cycle under way, before the memory of the weights is freed; all ranks together, at the same step,
         between two forwards. Blocks.
 
         Args:
-            at_start: switches to the initial placement as well, because the weights will be loaded again.
+            at_start: whether to switch to the initial placement as well, because the weights will be loaded again.
 
         Raises:
             StartError: the ranks are not at the same step. Nothing was changed.
@@ -356,14 +356,14 @@ class EplbUpdator:
         self.rollout.settle()
 
     def move_back(self) -> None:
-        """Moves every expert back to where it was loaded; see :func:`~vllm_ascend_eplb.balancer.new_weights.move_back`,
-        which says what it raises. All ranks together, at the same step, between two forwards. Blocks."""
+        """Moves every expert back to its initial slots; see :func:`~vllm_ascend_eplb.balancer.new_weights.move_back`,
+        also for what it raises. All ranks together, at the same step, between two forwards. Blocks."""
         if self.placement != self.parts.start:
             self.rest(at_start=False)
             move_back(self.parts, self.work, self._turn)
 
     def _drop_cycle(self) -> None:
-        """Drops the cycle; the placement stays what its rounds have made of it."""
+        """Drops the cycle; rounds that were committed stay in force."""
         self.parts.recorder.flush(self.placement)
         self.work.state = replace(abandon(self.state, self.parts.settings), wanted=self.state.wanted)
         self._forget()
@@ -382,8 +382,8 @@ class EplbUpdator:
             self.lead.went_back()
 
     def close(self) -> None:
-        """Ends the planner and the threads. Serving may go on; nothing is balanced any more."""
-        with contextlib.ExitStack() as last_first:  # all of it, even where a signal interrupts one part
+        """Ends the planner and the threads. Serving may go on without balancing."""
+        with contextlib.ExitStack() as last_first:  # ends everything, even if a signal interrupts one part
             last_first.callback(self.parts.loader.close)
             last_first.callback(self.rollout.close)
             if self.lead is not None:

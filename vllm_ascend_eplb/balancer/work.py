@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the collaborators of EplbUpdator share: the parts of a balancer, and what holds on this rank at this step."""
+"""Parts and Work: shared by the collaborators of EplbUpdator, the parts of a balancer and its state on this rank."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ logger = logging.getLogger("vllm.eplb")
 
 @dataclass
 class Parts:
-    """All that a balancer is made of; start.py builds it. Everybody reads a part where it is used, so tests and
-    benchmarks may replace one.
+    """The parts of a balancer; start.py builds them. Code reads a part from here at every use, so tests and benchmarks
+    may replace one.
 
     Attributes:
-        adaptor: the model.
+        adaptor: the served model.
         config: the settings, equal on all ranks.
-        settings: of the clock, derived from ``config``.
-        control: agrees with the other ranks.
+        settings: timing of cycles, derived from ``config``.
+        control: channel for agreement with the other ranks.
         loader: moves weights.
         stats: the statistics of this rank.
-        differing: experts whose copies differed from each other when the weights were loaded first.
-        planner: EP rank 0's planner process; None elsewhere.
-        stats_file: where EP rank 0 publishes its statistics; None for nowhere.
-        orders: where EP rank 0 finds what an operator orders; None for nowhere.
-        map_recorder: where EP rank 0 records the placement in force; None for nowhere.
+        differing: number of experts whose copies differed when the weights were first loaded.
+        planner: the planner process of EP rank 0; None on other ranks.
+        stats_file: statistics file of EP rank 0, or None.
+        orders: orders of an operator, on EP rank 0; or None.
+        map_recorder: recorder of the placement in force, on EP rank 0; or None.
     """
 
     adaptor: EplbAdaptor
@@ -59,7 +59,7 @@ class Parts:
 
     @property
     def title(self) -> str:
-        """How log lines begin."""
+        """First words of log lines."""
         return self.adaptor.title
 
     @property
@@ -68,21 +68,21 @@ class Parts:
 
     @property
     def start(self) -> Placement:
-        """The placement that the engine loads weights into."""
+        """The placement by which the engine loads weights."""
         return self.adaptor.placement
 
 
 @dataclass
 class Work:
-    """What holds on this rank at this step.
+    """The state of the balancer on this rank at this step.
 
     Attributes:
         title, rank: for the log.
         state: the agreed state; equal on all ranks.
-        placement: in force on this rank.
-        failure: what went wrong on this rank in the cycle under way; the other ranks learn of it.
+        placement: the placement in force on this rank.
+        failure: failure of this rank in the cycle under way; the other ranks learn of it.
         reason: the failure in words.
-        offer: on EP rank 0, once it has decided: the plan to broadcast, empty if there is nothing to carry out.
+        offer: on EP rank 0, after its decision: the plan to broadcast, empty if there is nothing to carry out.
     """
 
     title: str
@@ -107,7 +107,7 @@ class Work:
 
 
 BETWEEN_CYCLES = (Phase.COLLECT, Phase.LISTEN, Phase.AUDIT)
-"""Phases in which no slot is written and none is on its way to another rank."""
+"""Phases in which no slot is written or transferred."""
 
 
 FAILS_AS = {
@@ -118,7 +118,7 @@ FAILS_AS = {
     Phase.MOVE: Failure.PREPARE,
     Phase.AUDIT: Failure.AUDIT,
 }
-"""What an exception in the background of a phase is to the other ranks."""
+"""The failure that an exception in the background of a phase is reported as."""
 
 
 MAY_FAIL: dict[Do, Failure] = {
@@ -127,4 +127,4 @@ MAY_FAIL: dict[Do, Failure] = {
     Do.PREPARE: Failure.PREPARE,
     Do.PLAN_REPAIR: Failure.AUDIT,
 }
-"""Actions that nothing depends on yet: an exception drops the cycle."""
+"""Actions whose exception drops the cycle, because nothing depends on them yet."""

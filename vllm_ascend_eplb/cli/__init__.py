@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``vllm-ascend-eplb``: what operators need around the balancer. One file per command."""
+"""The command ``vllm-ascend-eplb``: tools for operators. One file per command."""
 
 from .app import app, main
 

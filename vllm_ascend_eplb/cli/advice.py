@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``doctor --model`` shows: expected milliseconds, memory and the advice for a model on a machine."""
+"""``doctor --model``: expected milliseconds, memory and advice for a model on a machine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ MOST_CONFIG_BYTES = 4 << 20
 
 
 def advise(model: Path, ranks: int, tokens: float, machine: str, weight_bytes: float) -> dict[str, Any]:
-    """The answer in JSON's types.
+    """Estimates a model on a machine; the result has JSON's types.
 
     Raises:
-        AdviceError: the configuration, the ranks or the machine do not fit; FileError: the file cannot be read.
+        AdviceError: the configuration, the ranks or the machine do not fit.
+        FileError: the file cannot be read.
     """
     if machine not in MACHINES:
         raise AdviceError(f"machine is {machine!r}; allowed are {', '.join(MACHINES)}")
@@ -29,7 +30,7 @@ def advise(model: Path, ranks: int, tokens: float, machine: str, weight_bytes: f
     path = model / "config.json" if model.is_dir() else model
     config = parse_json(read_bounded(path, MOST_CONFIG_BYTES, "config.json of a model"), path)
     if not isinstance(config, dict):
-        raise AdviceError(f"{path} is no JSON object; give the config.json of a Mixture-of-Experts model")
+        raise AdviceError(f"{path} is not a JSON object; give the config.json of a Mixture-of-Experts model")
     sizes = read_sizes(config, str(path))
     preset = MACHINES[machine]
     nodes = -(-ranks // preset.ranks_per_node)
@@ -49,7 +50,7 @@ def advise(model: Path, ranks: int, tokens: float, machine: str, weight_bytes: f
 
 
 def show_advice(out: Console, answer: dict[str, Any]) -> None:
-    """The same for people."""
+    """Prints the result of :func:`advise` as text."""
     shown = table(
         "redundant", "slots per rank", "PAR", "MoE time per step", "saved", "memory per rank", "KV tokens lost"
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands in one place.
+"""The application with all commands.
 
-Exit status: 0 if all is well; 1 if what was asked for has a negative answer (``doctor``); 2 for input or arguments that
-cannot be used; 130 after Ctrl-C.
+Exit status: 0 for success; 1 for a negative answer (``doctor``, ``control``); 2 for input or arguments that cannot be
+used; 130 after Ctrl-C.
 """
 
 from __future__ import annotations

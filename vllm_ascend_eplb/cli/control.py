@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``control``: an order to the balancer of a running server on this host."""
+"""``control``: gives an order to the balancer of a running server on this host."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def control(
     ] = None,
     stats_file: Annotated[
         Path | None,
-        typer.Option(help="The server's statistics file; default: that of this user's only server on this host."),
+        typer.Option(help="The server's statistics file; default: the file of this user's only server on this host."),
     ] = None,
     timeout: Annotated[
         float, typer.Option(min=0.0, max=86400.0, help="Seconds to wait until the order takes effect.")
@@ -65,7 +65,7 @@ def control(
             stats = _stats(path)
             if stats.phase == "off":
                 raise CommandError(
-                    f"balancing is off for good in this server ({stats.off_reason}); restart it to balance again"
+                    f"balancing was switched off in this server ({stats.off_reason}); restart it to balance again"
                 )
         order = Order(command=command.value, collect_steps=collect_steps, execution_steps=execution_steps)
         for path in paths:
@@ -104,7 +104,7 @@ def parts_of(path: Path) -> list[Path]:
     """The statistics files of a server, one for each of its balancers (such as pipeline stages).
 
     Raises:
-        CommandError: there is none.
+        CommandError: there is no such file.
     """
     further = sorted(path.parent.glob(f"{glob.escape(path.stem)}-*{glob.escape(path.suffix)}"))
     found = [file for file in (path, *further) if file.exists()]
@@ -115,10 +115,10 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def find_stats_file() -> Path:
-    """The statistics file of the one server that this user has here.
+    """The statistics file of this user's only server on this host.
 
     Raises:
-        CommandError: there is none, or there are several; each pipeline stage of a server has one of its own.
+        CommandError: there is no server, or there are several.
     """
     named = stats_path()
     if named is not None:
@@ -146,7 +146,7 @@ def _stats(path: Path) -> EplbStats:
 
 
 def _wait(path: Path, order: Order, end: float) -> EplbStats | None:
-    """The statistics once they name the order; None if they do not by ``end`` (of the monotonic clock)."""
+    """Waits until the statistics have the order's id; None if they do not by ``end`` (of the monotonic clock)."""
     while True:
         stats = _stats(path)
         if stats.order == order.id:

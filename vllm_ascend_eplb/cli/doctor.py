@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``doctor``: what is installed, and whether balancing would be switched on here."""
+"""``doctor``: shows what is installed, and whether balancing would be switched on here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PLUGIN_GROUPS = (
     "vllm.endpoint_plugins",
 )
 ONLY_IF_NAMED = "vllm.endpoint_plugins"
-"""Plugins of this group are loaded only where VLLM_PLUGINS names them."""
+"""Plugins of this group are loaded only if VLLM_PLUGINS names them."""
 
 PAGE = "eplb_page"
 
@@ -70,8 +70,8 @@ def doctor(
 ) -> None:
     """Show what is installed, and whether balancing would be switched on here, or why not.
 
-    With the command line of a server behind --, vLLM itself is asked: it reads the arguments and the model's
-    configuration as it does at start-up, and stops before any worker starts.
+    With the command line of a server behind --, vLLM itself reads the arguments and the model's configuration as it
+    does at start-up, and stops before any worker starts.
     """
     words = _behind_serve(server or [])
     if words and (config is not None or model is not None or quick):
@@ -126,7 +126,7 @@ def doctor(
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what matters, by distribution; None where it is not installed."""
+    """Versions of the relevant distributions; None if a distribution is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "vllm-ascend-eplb": __version__}
     for name in DISTRIBUTIONS:
         try:
@@ -137,7 +137,7 @@ def versions() -> dict[str, str | None]:
 
 
 def probe(with_vllm: bool, words: Sequence[str] = (), timeout: float = 180.0) -> dict[str, Any]:
-    """What torch and vLLM say of themselves, and of the arguments of a server; see probe.py."""
+    """Asks torch and vLLM in a process of its own, also about the arguments of a server; see probe.py."""
     command = [sys.executable, "-m", "vllm_ascend_eplb.cli.probe", "--stacks-after", str(0.6 * timeout)]
     command += [*(["--vllm"] if with_vllm else []), *(["--", *words] if words else [])]
     try:
@@ -158,18 +158,18 @@ def probe(with_vllm: bool, words: Sequence[str] = (), timeout: float = 180.0) ->
 
 
 def _stuck_in(stacks: str) -> str:
-    """Where the main thread, which faulthandler writes last, was; its innermost frames."""
+    """The innermost frames of the main thread, which faulthandler writes last."""
     frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', stacks.rpartition("most recent call first")[2])
     inner = ", called from ".join(f"{function} ({path}:{line})" for path, line, function in frames[:3])
     return f"; it stood in {inner}; the stacks of all threads are on standard error" if inner else ""
 
 
 def export_line(plugins: dict[str, list[str]], current: str | None) -> str | None:
-    """The VLLM_PLUGINS line that is needed so that nothing installed is left out; None where none is needed.
+    """The VLLM_PLUGINS line with all installed plugins that are needed; None if no such line is needed.
 
     Args:
         plugins: names of the installed plugins by group.
-        current: the variable's value; None where it is not set, which means all plugins but endpoint plugins.
+        current: the variable's value; None if it is not set, which means all plugins except endpoint plugins.
     """
     ours = {group: [name for name in names if name.startswith("eplb")] for group, names in plugins.items()}
     wanted = [name for group in PLUGIN_GROUPS for name in ours.get(group, [])]
@@ -177,7 +177,7 @@ def export_line(plugins: dict[str, list[str]], current: str | None) -> str | Non
     if current is None:
         if not ours.get(ONLY_IF_NAMED):
             return None
-        # naming one plugin drops all that are not named, those of other packages too
+        # naming one plugin drops all others, also those of other packages
         named = [name for group in PLUGIN_GROUPS if group != ONLY_IF_NAMED for name in plugins.get(group, [])]
     if set(wanted) <= set(named):
         return None
@@ -208,7 +208,7 @@ def kernel_findings(answer: dict[str, Any]) -> list[Finding]:
         if device == "cpu":
             text = f"ATen operators on cpu, which are slower, are in use: {why}"
         else:
-            text = f"no kernel for {device}: {why}; a server does without, as vLLM's own records there"
+            text = f"no kernel for {device}: {why}; servers do not need it, because vLLM's own kernel records there"
         findings.append(Finding("recording op", "note", text))
     return findings
 
@@ -253,12 +253,12 @@ def _engine(answer: dict[str, Any], quick: bool) -> list[Finding]:
     if missing:
         findings += [Finding("patch point", "wrong", f"missing: {line}") for line in missing]
     else:
-        findings.append(Finding("patch points", "ok", f"all {answer['patch_points']} that the adaptor needs are there"))
+        findings.append(Finding("patch points", "ok", f"all {answer['patch_points']} that the adaptor needs are found"))
     return findings
 
 
 def _ascend(answer: dict[str, Any]) -> list[Finding]:
-    """vllm-ascend: its version, its runner's call surface, and what it needs to have in the environment."""
+    """Findings about vllm-ascend: its version, the calls of its runner, and its environment variables."""
     version, checked = answer["ascend_version"], answer["ascend_checked_versions"]
     if "ascend_error" in answer:
         return [Finding("vllm-ascend", "wrong", f"{version}; its runner cannot be imported: {answer['ascend_error']}")]
@@ -306,7 +306,7 @@ def plugin_findings() -> list[Finding]:
 
 
 def loaded_findings(answer: dict[str, Any]) -> list[Finding]:
-    """What vLLM's own loading of plugins did, where it was asked."""
+    """Findings about vLLM's own loading of plugins, if it was asked."""
     if "plugin_in_place" not in answer:
         return []
     if answer["plugin_in_place"]:
@@ -322,7 +322,7 @@ def loaded_findings(answer: dict[str, Any]) -> list[Finding]:
 
 
 def server_findings(answer: dict[str, Any]) -> list[Finding]:
-    """What vLLM's own start-up makes of the arguments of a server, where it was asked."""
+    """Findings about vLLM's own start-up with the arguments of a server, if it was asked."""
     if "server" not in answer:
         return []
     asked = answer["server"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``doctor`` says of one thing that it looked at, and the mark of the answer of the process that looks."""
+"""Finding: one result of ``doctor``; and the mark before the answer of its probe process."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 MARK = "vllm-ascend-eplb probe: "
-"""Begins the line with the answer of ``probe.py`` on standard output."""
+"""First part of the line with the answer of ``probe.py`` on standard output."""
 
 Status = Literal["ok", "note", "wrong"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One result.
 
     Attributes:
-        what: its name. status: ok, note (balancing works all the same) or wrong (it stays off).
-        text: what was found, and the way out where something is wrong.
+        what: the subject.
+        status: ok, note (balancing works anyway) or wrong (balancing stays off).
+        text: what was found, and the way out if something is wrong.
     """
 
     what: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How commands speak: tables for people, one JSON value with ``--json``, one line for an error."""
+"""Output of commands: tables for people, one JSON value with ``--json``, one line for an error."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ USER_ERRORS = (
     StatsError,
     TraceError,
 )
-"""What wrong input raises; the message is shown as it is. Anything else is a bug and shows itself as one."""
+"""Errors of wrong input; their message is shown as it is. Any other error is a bug, and shows a traceback."""
 
 
 class CommandError(Exception):
-    """A command cannot do what it was asked; the message is one line."""
+    """A command cannot be carried out; the message is one line."""
 
 
 def console() -> Console:
-    """Where text goes. A pipe has no width of its own."""
+    """The console for text; 120 columns if it is not a terminal."""
     made = Console(highlight=False, soft_wrap=False)
     if not made.is_terminal:
         made.width = 120
@@ -55,7 +55,7 @@ def console() -> Console:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """A table whose first column is text and whose others are numbers."""
+    """A table with text in the first column and numbers in the others."""
     made = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
     for number, column in enumerate(columns):
         made.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0)
@@ -68,7 +68,7 @@ def print_json(value: object) -> None:
 
 @contextlib.contextmanager
 def user_errors(as_json: bool) -> Iterator[None]:
-    """Ends the command with one line and status 2 where the input is to blame."""
+    """Ends the command with one line and status 2 on wrong input."""
     try:
         yield
     except (*USER_ERRORS, CommandError) as error:
@@ -84,7 +84,7 @@ def fail(message: str, as_json: bool, status: int = 2) -> NoReturn:
 
 
 def warn(lines: Iterable[str]) -> None:
-    """Warnings on standard error, where they disturb no JSON."""
+    """Prints warnings on standard error, apart from JSON."""
     for line in lines:
         print(f"warning: {line}", file=sys.stderr)
 
@@ -108,7 +108,7 @@ def show_bytes(count: float) -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """A time with a unit that suits it."""
+    """A time with a fitting unit."""
     size = abs(seconds)
     if size >= 120:
         return f"{seconds / 60:.1f} min"

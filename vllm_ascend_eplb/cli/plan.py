@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plan``: an expert map from a recorded load, offline."""
+"""``plan``: makes an expert map from a recorded load, offline."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def plan(
 
 
 def _within(whole: Placement, planned: Placement, layers: Sequence[int]) -> Placement:
-    """A placement of all layers with some of them planned."""
+    """The placement ``whole`` with ``planned`` in the layers ``layers``."""
     slots = whole.physical_to_logical.copy()
     slots[list(layers)] = planned.physical_to_logical
     return Placement(slots, whole.num_experts, whole.num_ranks)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``doctor`` asks of torch and vLLM, in a process of its own: importing them takes seconds, prints, and may crash.
+"""Asks torch and vLLM for ``doctor``, in a process of its own: importing them takes seconds, prints, and may crash.
 
 ``python -m vllm_ascend_eplb.cli.probe [--stacks-after SECONDS] [--vllm [-- ARGUMENTS OF A SERVER]]``. The last line on
-standard output is one JSON object that begins with ``MARK``. A process that still works after so many seconds writes
-the stacks of all its threads to standard error, so that a hang explains itself.
+standard output is ``MARK`` and one JSON object. After ``--stacks-after`` seconds the process writes the stacks of all
+threads to standard error, so that the cause of a hang is seen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def devices() -> dict[str, Any]:
     """Accelerators that torch sees."""
     try:
         import torch
-    except Exception as error:  # a torch whose libraries are missing raises what it likes
+    except Exception as error:  # a torch with missing libraries raises errors of many types
         return {"torch_error": _line(error)}
     found: dict[str, Any] = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0, "npu": 0}
     try:
@@ -42,8 +42,8 @@ def devices() -> dict[str, Any]:
 
 
 def kernels() -> dict[str, Any]:
-    """Which kernel the recording op has on each device, and why it has none of its own on one."""
-    logging.getLogger("vllm.eplb").setLevel(logging.ERROR)  # its warning is told as a finding
+    """The kernel of the recording op on each device, and the reason if it has none of its own."""
+    logging.getLogger("vllm.eplb").setLevel(logging.ERROR)  # the warning becomes a finding
     try:
         import torch
 
@@ -55,7 +55,7 @@ def kernels() -> dict[str, Any]:
 
 
 def patch_points() -> dict[str, Any]:
-    """The platform that vLLM chose, and the patch points that it is missing."""
+    """The platform that vLLM chose, and the patch points that are missing."""
     try:
         import vllm
         from vllm.platforms import current_platform
@@ -86,10 +86,10 @@ def patch_points() -> dict[str, Any]:
 
 
 def plugin() -> dict[str, Any]:
-    """Whether vLLM's own loading of plugins puts the balancer in place: asked, not modelled.
+    """Whether vLLM's own loading of plugins puts the balancer in place.
 
-    vLLM reads VLLM_PLUGINS, finds the entry points and calls them, as in each of its processes; then the function that
-    the plugin hooks is looked at.
+    vLLM reads VLLM_PLUGINS, finds the entry points and calls them, as in each of its processes. Afterwards the function
+    that the plugin hooks is checked.
     """
     found: dict[str, Any] = {"plugin_in_place": False}
     try:
@@ -117,7 +117,7 @@ def _is_ours(function: Any) -> bool:
 
 
 def ascend() -> dict[str, Any]:
-    """The version of vllm-ascend, and how the chosen model runner differs from the one that our adaptor knows."""
+    """The version of vllm-ascend, and differences of the chosen model runner from the one that our adaptor knows."""
     from vllm.plugins import load_general_plugins
 
     from ..adaptors.ascend import hand_over, runner, second_runner
@@ -127,7 +127,7 @@ def ascend() -> dict[str, Any]:
         "ascend_version": hand_over.installed_version(),
         "ascend_checked_versions": list(hand_over.CHECKED_VERSIONS),
     }
-    load_general_plugins()  # those of vllm-ascend, without which its runner cannot be imported
+    load_general_plugins()  # vllm-ascend's runner cannot be imported without its plugins
     try:
         importlib.import_module("vllm_ascend.ops")  # before the runner, as the worker does: they import each other
         if hand_over.second_runner():
@@ -152,7 +152,7 @@ def main(words: list[str]) -> None:
     options = parser.parse_args(words[:at])
     faulthandler.dump_traceback_later(options.stacks_after)
     if behind:
-        os.environ["VLLM_LOGGING_LEVEL"] = "INFO"  # the balancer's lines are told as findings
+        os.environ["VLLM_LOGGING_LEVEL"] = "INFO"  # the balancer's log lines become findings
     answer = {**devices(), **kernels(), **(patch_points() if options.vllm else {})}
     if behind and "platform" in answer:
         from .probe_server import ask_server

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM makes of the command line of a server: asked of vLLM's own ``vllm serve``, up to where workers would start.
+"""Runs vLLM's own start-up with the command line of a server, up to the start of workers.
 
-The parser of that command reads the arguments (a file that its ``--config`` names, too), ``AsyncEngineArgs`` reads the
-model's configuration and builds that of the engine. Plugins are loaded on the way, as in a server, so that this one
+The parser of ``vllm serve`` reads the arguments (also a file that ``--config`` names), and ``AsyncEngineArgs`` reads
+the model's configuration and builds the engine's. Plugins are loaded on the way, as in a server, so that this package
 switches balancing on there, or not.
 """
 
@@ -20,14 +20,14 @@ PARSERS = ("vllm.utils.argparse_utils", "vllm.utils")
 
 
 def ask_server(words: Sequence[str]) -> dict[str, Any]:
-    """What would become of a server.
+    """The result of a server's start-up.
 
     Args:
         words: the arguments behind ``vllm serve``.
 
     Returns:
-        In JSON's types: ``refused``, the line that start-up ends with; or ``balances``, whether workers would balance,
-        and ``model``, the architecture. ``said`` has the lines that this package logs, with their levels.
+        In JSON's types: ``refused``, the error line that ends start-up; or ``balances``, whether workers would balance,
+        and ``model``, the architecture. ``said`` has the log lines of this package, with their levels.
     """
     said: list[tuple[str, str]] = []
     answer: dict[str, Any] = {"said": said}
@@ -93,7 +93,8 @@ def _configuration(args: Any) -> Any:
 
 @contextlib.contextmanager
 def _collecting(said: list[tuple[str, str]]) -> Iterator[None]:
-    """Lines of this package's log. A filter keeps them: vLLM sets its logging up anew, which takes handlers away."""
+    """Collects log lines of this package by a filter, because vLLM sets its logging up again, which removes
+    handlers."""
 
     def keep(record: logging.LogRecord) -> bool:
         said.append((record.levelname.lower(), " ".join(record.getMessage().split())))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``report``: one self-contained page about a run, the map that it recorded, a simulation, or all of them."""
+"""``report``: writes one self-contained page about a run, its recorded map, a simulation, or all of them."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def report(
 
 
 def read_run(path: Path) -> EplbStats | Simulation | RecordedMap:
-    """What a file holds.
+    """Reads a file of any of the three kinds.
 
     Raises:
-        CommandError: neither statistics nor a simulation nor a map.
-        ExpertMapError, TraceError: a map, or the load beside it, that cannot be used.
+        CommandError: the file holds neither statistics nor a simulation nor a map.
+        ExpertMapError, TraceError: the map, or the load beside it, cannot be used.
     """
     data = read_bounded(path, MAX_SIMULATION_BYTES, "statistics, map or simulation file")
     if data.startswith((b"PK", b"\x93NUMPY")) or b'"layer_list"' in data[:200]:

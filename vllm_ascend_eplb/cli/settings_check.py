@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that ``doctor`` is given: read, and checked against a model and a server in numbers."""
+"""Reads the settings given to ``doctor``, and checks them against the sizes of a model and a server."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ MAX_CONFIG_BYTES = 1 << 20
 
 
 def read_settings(text: str | None) -> EplbConfig | None:
-    """The settings of ``--config``: JSON, or a file with it; with or without ``eplb_config`` around them.
+    """The settings of ``--config``: JSON, or a file with JSON; with or without ``eplb_config`` around them.
 
     Raises:
-        CommandError: it is no JSON object; EplbConfigError: a setting is not allowed.
+        CommandError: the text is not a JSON object.
+        EplbConfigError: a setting is not allowed.
     """
     if text is None:
         return None
@@ -33,24 +34,24 @@ def read_settings(text: str | None) -> EplbConfig | None:
         try:
             text = read_bounded(text, MAX_CONFIG_BYTES, "settings").decode("utf-8-sig")
         except UnicodeDecodeError:
-            raise CommandError(f"{where} is no text in UTF-8; give settings as JSON") from None
+            raise CommandError(f"{where} is not UTF-8 text; give settings as JSON") from None
         except FileError as error:
             raise CommandError(f"--config is neither JSON nor a file: {error}") from None
     try:
         value = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
-        raise CommandError(f"{where} is no JSON: {json_cause(text, error)} (character {error.pos + 1})") from None
+        raise CommandError(f"{where} is not JSON: {json_cause(text, error)} (character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:
-        raise CommandError(f"{where} is no JSON ({show(str(error))})") from None
+        raise CommandError(f"{where} is not JSON ({show(str(error))})") from None
     if not isinstance(value, dict):
-        raise CommandError(f'{where} is no JSON object; write {{"dynamic_eplb": true, ...}}')
+        raise CommandError(f'{where} is not a JSON object; write {{"dynamic_eplb": true, ...}}')
     if "eplb_config" not in value:
         value = {"eplb_config": value}
     return EplbConfig.from_additional_config(value)
 
 
 def check_settings(settings: EplbConfig | None, experts: int | None, ranks: int | None) -> list[Finding]:
-    """What a balancer would do with them, in a model with so many logical experts, on so many ranks."""
+    """Findings about the settings, for a model with ``experts`` logical experts on ``ranks`` ranks."""
     if settings is None:
         return []
     if not settings.active:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``simulate``: what balancing would have brought on a recorded trace, and with which settings."""
+"""``simulate``: replays a recorded trace with several policies and settings."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def simulate(
     delay_steps: Annotated[int, typer.Option(min=0, help="Steps from a window's end until its plan is in force.")] = 50,
     weight_bytes: Annotated[float, typer.Option(min=0.1, max=8.0, help="Bytes per weight: 1 int8, 2 bf16.")] = 1.0,
     hidden: Annotated[
-        int | None, typer.Option(min=1, help="Hidden size, for models that are not known by their shape.")
+        int | None, typer.Option(min=1, help="Hidden size of the model, if its shape is not a known one.")
     ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Width of the model's experts.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Experts per token of the model.")] = None,
@@ -166,7 +166,7 @@ def simulate(
 
 
 def show(result: Simulation, out: Console) -> None:
-    """The outcomes as text."""
+    """Prints the outcomes as text."""
     out.print(
         f"{result.trace}: {result.num_windows} windows of {result.num_layers} layers x {result.num_experts} experts, "
         f"{result.num_ranks} ranks on {result.num_nodes} node(s)\n{result.machine}; {result.model}, "
@@ -214,7 +214,7 @@ def show(result: Simulation, out: Console) -> None:
 
 
 def refusal(result: Simulation) -> str:
-    """Why this version would not serve with the best setting; empty where it would."""
+    """Why this version would refuse the best setting; empty if it would not."""
     try:
         config = EplbConfig.from_additional_config({"eplb_config": result.eplb_config() or {}})
         fit(config, ModelShape(result.num_experts), ServerShape(result.num_ranks))
@@ -239,7 +239,7 @@ def _machine(name: str, link: float | None, link_between: float | None) -> Machi
     if name not in MACHINES:
         raise CommandError(f"--machine {name}: allowed are {', '.join(MACHINES)}; --link changes a rate")
     machine = MACHINES[name]
-    if link is not None:  # a rate that was measured is not reduced again
+    if link is not None:  # a given rate is a measured one, so the efficiency is divided out
         machine = replace(machine, link=link * 1e9 / LINK_EFFICIENCY, source=f"{machine.source}; link as given")
     if link_between is not None:
         machine = replace(

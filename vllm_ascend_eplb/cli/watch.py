@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``watch``: a running server's balancer in the terminal, from its ``/metrics``."""
+"""``watch``: shows the balancer of a running server in the terminal, from ``/metrics``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KEPT = 60
 BARS = "▁▂▃▄▅▆▇█"
 
 Sample = dict[str, float | str]
-"""One look: metric names without prefix, labels appended with dots."""
+"""One reading: metric names without prefix, labels appended with dots."""
 
 
 LOCAL_NAMES = ("localhost", "localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
@@ -46,7 +46,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass
 class History:
-    """What was seen since the start."""
+    """The readings since the start."""
 
     par: deque[float]
     samples: int = 0
@@ -63,7 +63,7 @@ def watch(
     """Watch the balancer of a running server; Ctrl-C ends it. With --json one line per reading."""
     try:
         address = metrics_url(url)
-        sample = look(address, timeout)  # the first look must work; later ones may fail for a while
+        sample = look(address, timeout)  # the first reading must work; later ones may fail for a while
     except CommandError as error:
         fail(str(error), as_json)
     history = History(deque(maxlen=KEPT))
@@ -93,17 +93,17 @@ def metrics_url(url: str) -> str:
     """The address of the metrics page of a server.
 
     Raises:
-        CommandError: it is no address of a web server.
+        CommandError: ``url`` is not an address of a web server.
     """
     if "://" not in url:
         url = f"http://{url}"
     try:
         parts = urllib.parse.urlsplit(url)
-        parts.port  # noqa: B018  # raises where it is no port
+        parts.port  # noqa: B018  # raises if it is not a port
     except ValueError as error:
-        raise CommandError(f"{url[:200]} is no address ({error}); give one such as http://localhost:8000") from None
+        raise CommandError(f"{url[:200]} is not an address ({error}); give one such as http://localhost:8000") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise CommandError(f"{url[:200]} is no address of a server; give one such as http://localhost:8000")
+        raise CommandError(f"{url[:200]} is not an address of a server; give one such as http://localhost:8000")
     path = parts.path.rstrip("/")
     return urllib.parse.urlunsplit(
         (parts.scheme, parts.netloc, path if path.endswith("/metrics") else path + "/metrics", parts.query, "")
@@ -111,7 +111,7 @@ def metrics_url(url: str) -> str:
 
 
 def look(address: str, timeout: float) -> Sample:
-    """The balancer's metrics of one moment.
+    """Reads the balancer's metrics once.
 
     Raises:
         CommandError: the server cannot be reached, answers something else, or has no balancer.
@@ -149,7 +149,7 @@ def look(address: str, timeout: float) -> Sample:
 
 
 def proxy_for(address: str) -> str | None:
-    """The proxy that a request goes through; None for this machine, whatever the environment says."""
+    """The proxy of a request; None for this machine, whatever the environment has."""
     parts = urllib.parse.urlsplit(address)
     proxy = urllib.request.getproxies().get(parts.scheme)
     host = parts.hostname or ""
@@ -186,7 +186,7 @@ def is_this_machine(host: str) -> bool:
 
 
 def parse(page: str) -> Sample:
-    """The balancer's metrics on a page; empty where there are none."""
+    """The balancer's metrics on a page; empty if there are none."""
     lines = [line for line in page.splitlines() if PREFIX in line[:200]]
     sample: Sample = {}
     try:
@@ -209,12 +209,12 @@ def parse(page: str) -> Sample:
                     labels = [value for key, value in sorted(entry.labels.items()) if key in ("layers", "result")]
                     sample[".".join([name, *labels])] = float(entry.value)
     except ValueError as error:
-        raise CommandError(f"the page is no metrics page ({error}); is that a vLLM server?") from None
+        raise CommandError(f"the page is not a metrics page ({error}); is that a vLLM server?") from None
     return sample
 
 
 def panel(sample: Sample, history: History, url: str) -> Panel:
-    """What is shown."""
+    """The panel in the terminal."""
     facts = Table.grid(padding=(0, 3))
     for _ in range(4):
         facts.add_column()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the package reads from and writes to disks."""
+"""Files that the package reads and writes: map files, traces, the private folder of a run."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files from elsewhere, read within bounds, and files of ours, written whole.
+"""Bounded reading of foreign files, and atomic writing of this package's files.
 
-Expert maps and traces are handed around between machines and edited by hand. What is read is bounded before memory is
-taken: the size of the file, the depth and number of values of a JSON text, the shape that an array's header claims.
-Every failure is one :class:`FileError` with one line.
+Expert maps and traces are passed between machines and edited by hand. So every size is checked before memory is
+allocated: the size of the file, the depth and number of values of a JSON text, the shape in an array's header. Every
+failure is one :class:`FileError` with one line.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class FileError(ValueError):
 
 
 def expand_user(path: str | os.PathLike[str]) -> str:
-    """The path with ``~`` replaced by a home folder, which a shell does on a command line and nobody inside JSON."""
+    """The path with ``~`` replaced by a home folder: inside JSON no shell expands it."""
     name = os.fspath(path)
     return os.path.expanduser(name) if name.startswith("~") else name
 
@@ -78,7 +78,7 @@ def read_bounded(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
     """
     path = expand_user(path)
     try:
-        # O_NONBLOCK: a FIFO must not block; what is no regular file is refused below
+        # O_NONBLOCK: a FIFO must not block; it is refused below
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except FileNotFoundError:
         if os.path.islink(path):
@@ -114,7 +114,7 @@ def read_bounded(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
-    """Finds out before a long computation that its result could not be written.
+    """Checks that a result can be written, before the long computation that makes it.
 
     Raises:
         FileError: the folder is missing or may not be written, or the path is a directory, a symbolic link or no file
@@ -123,7 +123,7 @@ def check_place(path: str | os.PathLike[str]) -> None:
     path = expand_user(path)
     target = Path(path)
     if "\0" in path:
-        raise FileError(f"{show(path)} is no path: it has a null byte; give the path of a file to write")
+        raise FileError(f"{show(path)} is not a path: it has a null byte; give the path of a file to write")
     if target.is_symlink():
         raise FileError(f"{show(path)} is a symbolic link, which would be replaced; give the path of the file itself")
     if target.is_dir():
@@ -137,7 +137,7 @@ def check_place(path: str | os.PathLike[str]) -> None:
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replaces a file so that readers see either what was there or all of ``data``, also after a crash.
+    """Replaces a file so that readers see either the old contents or all of ``data``, also after a crash.
 
     Raises:
         FileError: as for :func:`check_place`, or the disk refuses.
@@ -163,14 +163,14 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_private(path: str | os.PathLike[str], text: str) -> None:
-    """Replaces a file that only its owner may read, so that readers see all or nothing. Does not wait for the disk to
-    have it: after a crash nobody asks for it.
+    """Replaces a file that only its owner may read, so that readers see all or nothing. Does not wait for the disk,
+    because nothing reads the file after a crash.
 
     Raises:
         OSError: the file cannot be written.
     """
     target = Path(path)
-    # mkstemp: a new file of mode 0600 that no one else can have put there
+    # mkstemp: a new file of mode 0600 that nobody else can have created
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -192,16 +192,16 @@ _OTHER_KINDS = (
     (b"\x80", "is a pickle or torch.save's form of old, which can run code; save it with torch.save as of torch 1.6, "
     "or with numpy.save"),
 )  # fmt: skip
-"""How files of other kinds begin that are given in place of JSON, and the way out."""
+"""First bytes of file kinds that are given in place of JSON, and the way out."""
 
 _TABLE = re.compile(rb"[^{}\[\]:\s][^{}\[\]:]*[,;\t][^{}\[\]:]*")
 
 
 def refuse_other_kinds(data: bytes, path: str | os.PathLike[str]) -> None:
-    """Names the kind of a file that is no JSON by its first bytes.
+    """Refuses a file of another kind than JSON, by its first bytes.
 
     Raises:
-        FileError: it is of another kind.
+        FileError: the file is of another kind, which the message names.
     """
     for begin, said in _OTHER_KINDS:
         if data.startswith(begin):
@@ -214,7 +214,7 @@ def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
     """The value of a JSON text; NaN, infinities and repeated keys are refused.
 
     Raises:
-        FileError: the text is no JSON, truncated, nested too deeply or has too many values.
+        FileError: the text is not JSON, truncated, nested too deeply or has too many values.
     """
     refuse_other_kinds(data, path)
     codes = np.frombuffer(data, dtype=np.uint8)
@@ -233,16 +233,16 @@ def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError):
             place = f"line {error.lineno}, column {error.colno}"
-            raise FileError(f"{show(path)} is no JSON: {json_cause(error.doc, error)} ({place})") from None
+            raise FileError(f"{show(path)} is not JSON: {json_cause(error.doc, error)} ({place})") from None
         reason = str(error) or "nested too deeply"
-        raise FileError(f"{show(path)} is no JSON ({show(reason)}); copy or write it again") from None
+        raise FileError(f"{show(path)} is not JSON ({show(reason)}); copy or write it again") from None
 
 
 def parse_npy(data: bytes, path: str | os.PathLike[str]) -> npt.NDArray[Any]:
     """The array of numbers in the contents of a .npy file.
 
     Raises:
-        FileError: the contents are no such array, are truncated or hold no numbers.
+        FileError: the contents are not such an array, are truncated or hold no numbers.
     """
     stream = io.BytesIO(data)
     try:
@@ -251,7 +251,7 @@ def parse_npy(data: bytes, path: str | os.PathLike[str]) -> npt.NDArray[Any]:
             raise ValueError(f"format version {version}")
         shape, fortran, dtype = _READ_HEADER[version](stream)
     except Exception as error:  # NumPy parses the header as Python, and its tokenizer has errors of its own
-        raise FileError(f"{show(path)} is no NumPy array ({show(str(error))}); save it with numpy.save") from None
+        raise FileError(f"{show(path)} is not a NumPy array ({show(str(error))}); save it with numpy.save") from None
     if dtype.hasobject or dtype.kind not in "iufb":
         raise FileError(f"{show(path)} holds {dtype}; give an array of numbers")
     count, begin = 1, stream.tell()
@@ -275,11 +275,11 @@ def parse_npz(
         data: contents of the archive.
         path: for messages.
         limit: most bytes that an array may have when unpacked.
-        names: the arrays wanted; those that are not there are left out. An archive of one array gives that one,
+        names: arrays to read; missing ones are left out. From an archive with a single array that array is read,
             whatever its name.
 
     Raises:
-        FileError: the contents are no archive of arrays, or an array is too large.
+        FileError: the contents are not an archive of arrays, or an array is too large.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -304,7 +304,7 @@ def parse_npz(
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(f"{show(path)} is no .npz archive ({show(str(error))}); copy or write it again") from None
+        raise FileError(f"{show(path)} is not an .npz archive ({show(str(error))}); copy or write it again") from None
     except Exception as error:  # zlib.error and whatever a damaged archive makes zipfile raise
         raise FileError(f"{show(path)} is damaged ({show(str(error))}); copy or write it again") from None
 
@@ -316,7 +316,7 @@ def show(text: str | os.PathLike[str]) -> str:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Expert maps: placements as files.
 
-Read and written are these forms; what a file holds shows from its contents:
+These forms are read and written; the form of a file is recognised from its contents:
 
 - ``ascend``, vllm-ascend's JSON (``expert_map_path``, ``expert_map_record_path``); ``device_expert[slot]`` is the
   logical expert in that slot of the device. Layers and devices count by their order::
@@ -14,7 +14,7 @@ Read and written are these forms; what a file holds shows from its contents:
   DeepSeek-V3), and does not say how many ranks there are.
 - ``array``, ``physical_to_logical`` [L, P] as .npy, .npz or a JSON list of lists; .npz carries ``num_experts`` and
   ``num_ranks`` as well.
-- ``trtllm``, ``omni``, ``deepseek``: those of other balancers, see foreign_forms.py.
+- ``trtllm``, ``omni``, ``deepseek``: forms of other balancers, see foreign_forms.py.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _SGLANG_KEY = "physical_to_logical_map"
 
 
 _SGLANG_KEYS = (_SGLANG_KEY, "last_physical_to_logical_map")
-"""The second is in the records that SGLang writes by forward pass."""
+"""The second key is in the records that SGLang writes for each forward pass."""
 
 
 _ARRAY_KEY = "physical_to_logical"
@@ -85,16 +85,15 @@ def read_expert_map(
     dense_layers: int | Collection[int] = 0,
     allow_duplicates: bool = False,
 ) -> Placement:
-    """Reads a map file of any form; which one it is shows from its contents.
+    """Reads a map file of any form; the form is recognised from the contents.
 
     Args:
         path: of the file. Symbolic links are followed.
         num_layers: MoE layers, L, that the model has; None accepts any number.
         num_experts: logical experts per layer, E, that the model has; None takes the largest id in the file + 1.
         num_ranks: ranks of the server, R. Only the forms ``ascend`` and ``omni``, and ``array`` as .npz, hold it.
-        dense_layers: rows of the form ``sglang`` that belong to layers without experts: how many leading ones, or the
-            numbers of the layers where they stand between those with experts; ``trtllm`` says itself which layers have
-            experts.
+        dense_layers: rows of the form ``sglang`` that belong to layers without experts: the number of leading ones, or
+            the layer numbers if they stand between layers with experts. A file of form ``trtllm`` names its layers.
         allow_duplicates: accepts an expert that one device holds twice; DeepSeek's algorithm makes such maps, but the
             second copy only takes memory.
 
@@ -102,7 +101,7 @@ def read_expert_map(
         The placement, which has no empty slots.
 
     Raises:
-        ExpertMapError: the file cannot be read, is no map, or is a map for another model or number of ranks.
+        ExpertMapError: the file cannot be read, is not a map, or is a map for another model or number of ranks.
     """
     try:
         data = read_bounded(path, MAX_MAP_BYTES, "expert map")
@@ -145,10 +144,10 @@ def write_expert_map(
         path: of the file; its ending says which kind where a form has several (.npy, .npz, .pt, else JSON).
         placement: what to write.
         form: one of ``FORMS``; None takes that of :func:`default_form`.
-        dense_layers: layers without experts, as in :func:`read_expert_map`. The form ``sglang`` gets rows for them,
-            the form ``trtllm`` counts them.
-        layers: the model's numbers of the placement's layers, ascending, where those without experts stand between
-            them; instead of ``dense_layers``.
+        dense_layers: layers without experts, as in :func:`read_expert_map`. The form ``sglang`` gets rows for them;
+            layer numbers of the form ``trtllm`` count them.
+        layers: layer numbers, in the model, of the placement's layers, ascending; instead of ``dense_layers`` if layers
+            without experts stand between them.
 
     Raises:
         ExpertMapError: the placement has an empty slot, the form cannot hold it, or the file cannot be written.
@@ -176,7 +175,7 @@ def write_expert_map(
 
 
 def default_form(path: str | os.PathLike[str]) -> MapForm:
-    """The form that a file is written in when nothing else is said."""
+    """The form in which a file is written by default, from its ending."""
     by_ending: dict[str, MapForm] = {
         ".npy": "array", ".npz": "array", ".pt": "sglang", ".yaml": "trtllm", ".yml": "trtllm"
     }  # fmt: skip
@@ -222,10 +221,10 @@ def _npz(**arrays: Any) -> bytes:
 
 
 def _parse(data: bytes, path: str | os.PathLike[str], dense_layers: int | Collection[int]) -> Found:
-    """What a file's contents say.
+    """The map in a file's contents.
 
     Raises:
-        ExpertMapError, FileError: nothing that is a map.
+        ExpertMapError, FileError: the contents are not a map.
     """
     name = show(path)
     if data.startswith(b"\x93NUMPY"):
@@ -248,13 +247,13 @@ def _parse(data: bytes, path: str | os.PathLike[str], dense_layers: int | Collec
     if isinstance(value, dict) and "logical_count" in value:
         raise ExpertMapError(f"{name} holds loads (logical_count), no map; make one from it with the command plan")
     raise ExpertMapError(
-        f"{name} is no expert map: expected an object with layer_list (vllm-ascend), {_SGLANG_KEY} (SGLang) or "
+        f"{name} is not an expert map: expected an object with layer_list (vllm-ascend), {_SGLANG_KEY} (SGLang) or "
         f"{TRTLLM_KEY} (TensorRT-LLM), or a list of lists"
     )
 
 
 def _is_yaml(data: bytes, path: str | os.PathLike[str]) -> bool:
-    """YAML by its ending, or by the keys of TensorRT-LLM; never what begins as JSON does."""
+    """Whether a file is YAML, by its ending or by TensorRT-LLM's keys; never if it begins as JSON does."""
     begin = data[:4096].lstrip()
     if begin[:1] in (b"{", b"["):
         return False

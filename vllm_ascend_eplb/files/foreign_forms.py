@@ -9,10 +9,10 @@
     initial_global_assignments:
       3: [7, 2, 0, 3, 5, 6, 1, 4, 7, 2]
 
-- ``omni``: OmniPlacement's pattern, .npy [R, L, E], 1 where a rank holds an expert. It has no slots: the experts of a
-  rank stand in ascending order, and none stands twice.
+- ``omni``: OmniPlacement's pattern, .npy [R, L, E], 1 where a rank holds an expert. It has no slots: a rank's experts
+  are read in ascending order, each once.
 - ``deepseek``: the three arrays that DeepSeek's ``rebalance_experts`` returns, ``phy2log`` [L, P], ``log2phy``
-  [L, E, copies], -1 where there are fewer, and ``logcnt`` [L, E], as .npz or as a file of ``torch.save``.
+  [L, E, copies] (padded with -1) and ``logcnt`` [L, E], as .npz or as a file of ``torch.save``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DEEPSEEK = {
     "copies": ("log2phy", "logical_to_physical_map", "logical_to_all_physical_map", "arr_1"),
     "counts": ("logcnt", "expert_count", "logical_replica_count", "arr_2"),
 }
-"""The three arrays of DeepSeek's EPLB and the names that they are saved under, theirs and those of its callers."""
+"""The three arrays of DeepSeek's EPLB, with the names that DeepSeek and callers of it save them under."""
 
 
 _NESTED_IN_A_LINE = re.compile(rb"^[ \t]*(?:[-?:][ \t]+){4,}", re.MULTILINE)
@@ -76,7 +76,7 @@ def parse_yaml(data: bytes, name: str) -> Any:
             reader.dispose()
     except Exception as error:  # YAMLError, and what constructors of dates and numbers raise
         reason = " ".join(str(error).split())
-        raise ExpertMapError(f"{name} is no YAML ({show(reason)[:200]}); copy or write it again") from None
+        raise ExpertMapError(f"{name} is not YAML ({show(reason)[:200]}); copy or write it again") from None
 
 
 def from_trtllm(value: dict[Any, Any], name: str) -> Found:
@@ -107,7 +107,7 @@ def from_trtllm(value: dict[Any, Any], name: str) -> Found:
 
 
 def settings_of_balancer(value: Any, name: str) -> Any:
-    """TensorRT-LLM's own settings of the balancer where they stand in those of its server.
+    """TensorRT-LLM's settings of its balancer, taken out of the settings of its server if they stand there.
 
     Raises:
         ExpertMapError: the settings of the server name another file.
@@ -120,10 +120,10 @@ def settings_of_balancer(value: Any, name: str) -> Any:
 
 
 def to_trtllm(placement: Placement, layers: list[int]) -> bytes:
-    """TensorRT-LLM's configuration with this placement, which then stays.
+    """TensorRT-LLM's configuration with this placement as a static one.
 
     Args:
-        layers: the model's numbers of the placement's layers.
+        layers: layer numbers, in the model, of the placement's layers.
     """
     rows = placement.physical_to_logical.tolist()
     lines = [f"num_slots: {placement.num_slots}", "layer_updates_per_iter: 0", f"{TRTLLM_KEY}:"]
@@ -162,7 +162,7 @@ def to_omni(placement: Placement) -> npt.NDArray[np.int64]:
     """The pattern of a placement.
 
     Raises:
-        ExpertMapError: a rank holds an expert twice, which a pattern cannot say.
+        ExpertMapError: a rank holds an expert twice, which a pattern cannot hold.
     """
     if placement.num_duplicates:
         raise ExpertMapError(
@@ -176,7 +176,7 @@ def to_omni(placement: Placement) -> npt.NDArray[np.int64]:
 
 
 def from_deepseek(arrays: dict[str, Any], name: str) -> Found:
-    """DeepSeek's arrays; the second and the third are compared with the first where they are there."""
+    """DeepSeek's arrays; the second and the third, if present, are compared with the first."""
     first, array = _named(arrays, "slots")
     if array is None:
         raise ExpertMapError(f"{name} has none of the arrays {', '.join(DEEPSEEK['slots'][:3])}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a text is no JSON: the cause behind the parser's complaint, and what to write instead.
+"""Finds the cause of a JSON error, and what to write instead.
 
 The parser says what it expected where it stopped. What a person did is one of a few things, which show around that
 place: a comma too many, quotes of another language or lost in a shell, words and numbers of another language, letters
@@ -39,15 +39,15 @@ _JSON_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?", re.
 
 
 def json_cause(text: str, error: json.JSONDecodeError) -> str:
-    """What is wrong with a text and the way out, without its place.
+    """What is wrong with a text, and the way out; without the position.
 
     Args:
-        text: that is no JSON.
-        error: of the parser.
+        text: a text that is not JSON.
+        error: the parser's error.
     """
     at = error.pos
     rest, before = text[at:].lstrip(), text[:at].rstrip()
-    # Some versions of Python stop at a comma that is one too many, others behind it.
+    # Some versions of Python stop at a trailing comma, others behind it.
     after_comma = rest[1:].lstrip() if rest.startswith(",") else rest
     if (before.endswith(",") or rest.startswith(",")) and after_comma[:1] in ("}", "]"):
         return f"there is a comma before {after_comma[0]}; take it out"
@@ -115,7 +115,7 @@ def _near(word: str) -> str:
 
 
 def _ends(text: str, before: str, error: json.JSONDecodeError) -> str:
-    """What is wrong where the parser came to the end of the text."""
+    """What is wrong if the parser reached the end of the text."""
     if not before:
         return "it is empty"
     rest = text[error.pos :].strip()

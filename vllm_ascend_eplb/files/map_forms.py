@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Placements in the forms of vllm-ascend's and SGLang's JSON, and as plain arrays: parsing and formatting.
 
-A reader answers :class:`Found`; what all forms have in common is checked in expert_map.py.
+A reader returns :class:`Found`; expert_map.py checks what all forms have in common.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_LAYERS = 4096
 
 
 MAX_SLOTS = 65535
-"""Most slots per layer, over all ranks: what the planner works with."""
+"""Most slots per layer, over all ranks: the planner's limit."""
 
 
 MAX_EXPERT = 65535
@@ -33,12 +33,12 @@ class ExpertMapError(ValueError):
 
 @dataclass(frozen=True)
 class Found:
-    """What a map file says.
+    """The contents of a map file.
 
     Attributes:
         slots: int32 [L, P], the logical expert in each slot.
-        experts: logical experts per layer, where the file says it.
-        ranks: for which the map is made, where the file says it.
+        experts: logical experts per layer; None if the file does not have their number.
+        ranks: ranks that the map is made for; None if the file does not have their number.
     """
 
     slots: Int32Array
@@ -116,7 +116,8 @@ def check_count(count: Any, length: int, where: str, what: str) -> None:
 
 
 def _check_order(entries: list[Any], key: str, where: str) -> None:
-    """Ids may be missing or begin anywhere. Where they contradict the order, two readers would disagree."""
+    """Refuses ids that contradict the order of a list, because readers by id and by order would disagree. Ids may be
+    missing, or begin at any number."""
     ids = [entry.get(key) for entry in entries]
     if any(type(number) is not int for number in ids):
         return
@@ -150,7 +151,7 @@ def from_rows(value: Any, name: str) -> Int32Array:
 
 
 def as_slots(array: npt.NDArray[Any], name: str) -> Int32Array:
-    """The same as an array of numbers."""
+    """An array of expert ids by layer and slot."""
     if array.ndim != 2 or not array.size or len(array) > MAX_LAYERS or array.shape[1] > MAX_SLOTS:
         raise ExpertMapError(
             f"{name} has shape {array.shape}; expected [layers, slots] with at most {MAX_LAYERS} layers and "
@@ -210,7 +211,7 @@ def to_ascend(placement: Placement) -> dict[str, Any]:
 
 
 def kind(value: object) -> str:
-    """A value of a JSON text in a few words."""
+    """Describes a value of a JSON text in a few words."""
     if value is None:
         return "missing or null"
     if isinstance(value, list):

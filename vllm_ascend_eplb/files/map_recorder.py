@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MapRecorder: keeps the placement in force, and the load behind it, in files (``expert_map_record_path``).
+"""MapRecorder: writes the placement in force, and the load behind it, to files (``expert_map_record_path``).
 
-What is recorded is the placement that the updator committed, never a plan: a cycle that was dropped half-way leaves the
-file as it was. Writing waits for a disk, so a thread of its own does it; the step thread only leaves a reference.
+The recorded placement is the one that the updator committed, never a plan. A thread of its own writes, because writing
+waits for a disk; the step thread only leaves a reference.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from .expert_map import ExpertMapError, read_expert_map, write_expert_map
 from .traces import read_trace
 
 KEPT_WINDOWS = 32
-"""Windows of load that are kept beside the map; 32 of 58 layers x 256 experts have 4 MB in memory."""
+"""Windows of load that are kept beside the map; 32 windows of 58 layers x 256 experts take 4 MB of memory."""
 
 
 logger = logging.getLogger("vllm.eplb")  # only loggers under vllm have handlers in a server
 
 
 def load_path(path: str | os.PathLike[str]) -> Path:
-    """Where the load behind a recorded map stands: ``map.json`` has ``map.load.npz`` beside it."""
+    """Path of the load file beside a recorded map: ``map.load.npz`` beside ``map.json``."""
     return Path(path).with_suffix(".load.npz")
 
 
 @dataclass(frozen=True)
 class RecordedMap:
-    """What a server left: the placement last in force, and the load behind it.
+    """The record of a server: the placement last in force, and the load behind it.
 
     Attributes:
-        placement: last in force.
-        load: float64 [T, L, E], tokens per logical expert in the last windows, newest last; None where there is none.
+        placement: the placement last in force.
+        load: float64 [T, L, E], tokens per logical expert in the last windows, newest last; None if not recorded.
     """
 
     placement: Placement
@@ -64,13 +64,14 @@ def read_recorded(path: str | os.PathLike[str]) -> RecordedMap:
 
 
 class MapRecorder:
-    """Writes each placement in force to a map file; the newest wins where they come faster than the disk takes them.
+    """Writes each placement in force to a map file. If placements come faster than the disk takes them, only the
+    newest is written.
 
-    Beside the map stands the load of the last ``KEPT_WINDOWS`` windows, int64 [T, L, E] with the newest last, as
-    ``plan`` and ``simulate`` take it.
+    The load of the last ``KEPT_WINDOWS`` windows is written beside the map: int64 [T, L, E], newest last, as ``plan``
+    and ``simulate`` read it.
 
     Args:
-        path: of the map file; its ending says the form, as in ``write_expert_map``. The load goes to ``load_path``.
+        path: of the map file; its ending selects the form, as in ``write_expert_map``. The load goes to ``load_path``.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -84,12 +85,12 @@ class MapRecorder:
         self._thread: threading.Thread | None = None
 
     def record(self, placement: Placement, load: npt.NDArray[np.integer] | None = None) -> None:
-        """Leaves what is now in force to the thread. Never waits for the disk, never raises.
+        """Hands the placement in force to the thread. Never waits for the disk, never raises.
 
         Args:
             placement: committed on all ranks.
-            load: [L, E], tokens per logical expert in the window that has just ended; not changed by the caller
-                afterwards. None if there is no newer one.
+            load: [L, E], tokens per logical expert in the window that has just ended; the caller must not change it
+                afterwards. None if no window has ended since the last call.
         """
         with self._lock:
             if load is not None:
@@ -101,7 +102,7 @@ class MapRecorder:
         self._wake.set()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Writes what is still to be written; waits at most ``timeout`` seconds."""
+        """Writes what is pending; waits at most ``timeout`` seconds."""
         self._closing = True
         self._wake.set()
         if self._thread is not None:

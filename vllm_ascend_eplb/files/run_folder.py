@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The private folder of a server: made at its start, and removed by whoever of its processes ends last.
+"""The private folder of a server: made at start-up, and removed by the server's process that ends last.
 
-Where all of them are killed at once nobody is left to remove it, so the next server of the same user does. What tells
-it that a folder is abandoned is a lock, which the kernel takes back however a process ends: process ids come again,
-and mean something else in another container that shares the folder for temporary files.
+If all processes are killed at once, the next server of the same user removes the folder. A lock shows whether a folder
+is abandoned, because the kernel releases it however a process ends. Process ids do not: they are reused, and differ
+between containers that share the folder for temporary files.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import tempfile
 from pathlib import Path
 
 OWNED_FOLDER = "vllm-eplb-"
-"""How the names of private folders begin; the id of the process that made the folder follows, and a hyphen."""
+"""First part of a private folder's name; the id of the process that made it and a hyphen follow."""
 
 
 _NAME = re.compile(re.escape(OWNED_FOLDER) + r"(\d{1,10})-\w+")
 
 
 def make_private_folder() -> Path:
-    """A new folder (mode 0700), locked for as long as this process, or one that it forked, is there. Removes abandoned
-    ones."""
+    """Makes a folder (mode 0700) that is locked while this process, or one that it forked, lives. Removes abandoned
+    folders."""
     remove_abandoned_folders()
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f"{OWNED_FOLDER}{os.getpid()}-"))
         with contextlib.suppress(FileNotFoundError):  # another server that is just starting may find it unlocked
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # stays open, and the lock with it
-            with contextlib.suppress(OSError):  # a file system without locks: nobody can lock, and so remove, it there
+            with contextlib.suppress(OSError):  # without locks in the file system nobody can lock and remove it
                 fcntl.flock(handle, fcntl.LOCK_SH)
             if folder.is_dir():
                 return folder
@@ -39,7 +39,7 @@ def make_private_folder() -> Path:
 
 
 def remove_abandoned_folders() -> None:
-    """Removes the private folders of this user's servers that ended without a chance to do so."""
+    """Removes private folders of this user's servers that were killed."""
     with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
         for entry in entries:
             if _NAME.fullmatch(entry.name):
@@ -67,10 +67,10 @@ def owner_of_folder(folder: str | os.PathLike[str]) -> int | None:
 
 
 def remove_orphaned_folder(stats_file: str | os.PathLike[str]) -> None:
-    """Removes the private folder of a statistics file whose front-end process was killed and so could not remove it.
+    """Removes the private folder of a statistics file if the front-end process was killed before it could do so.
 
-    Called where the balancer ends in order, and in the planner's process, which outlives the others where they do not.
-    It touches no folder that a user chose.
+    The balancer calls this when it ends in order; otherwise the planner's process does, which outlives the others. A
+    folder that a user chose is never touched.
     """
     folder = os.path.dirname(stats_file)
     owner = owner_of_folder(folder)
@@ -81,8 +81,7 @@ def remove_orphaned_folder(stats_file: str | os.PathLike[str]) -> None:
 
 
 def has_ended(process: int) -> bool:
-    """Whether there is no process of this id, or one that has ended and that its parent has not asked for yet: in a
-    container nobody may ever ask."""
+    """Whether no process has this id, or the process is a zombie: in a container nobody may ever reap it."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

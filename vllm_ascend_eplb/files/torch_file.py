@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of ``torch.save``, as SGLang's recorder and scripts around DeepSeek's EPLB write them.
 
-torch is imported here alone, and only when such a file is read or written. Nothing in a file is executed: torch reads
-it with ``weights_only=True``, which knows tensors, numbers, text and containers.
+torch is imported only here, and only when such a file is read or written. Nothing in a file is executed: torch reads
+it with ``weights_only=True``, which accepts tensors, numbers, text and containers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from .disk import FileError, show
 
 _CODES = re.compile(r"\x1b\[[0-9;]*m")
-"""Those that make text bold in a terminal."""
+"""Escape codes that make text bold in a terminal."""
 
 MAX_DEPTH = 6
 
@@ -39,7 +39,7 @@ def is_torch_file(data: bytes) -> bool:
 
 
 def read_torch(data: bytes, path: str | os.PathLike[str], limit: int) -> Any:
-    """What ``torch.save`` wrote, with NumPy's arrays for tensors.
+    """The contents of a file of ``torch.save``, with NumPy arrays in place of tensors.
 
     Args:
         data: contents of the file.
@@ -68,7 +68,7 @@ def read_torch(data: bytes, path: str | os.PathLike[str], limit: int) -> Any:
         raise FileError(f"{name} is a file of torch.save, for which torch is needed; pip install torch") from None
     try:
         value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what it likes
+    except Exception as error:  # torch raises errors of many types
         reason = _CODES.sub("", str(error)).strip().splitlines() or [type(error).__name__]
         raise FileError(
             f"{name} cannot be read by torch.load with weights_only=True ({show(reason[0])[:160]}); save tensors, "
@@ -78,7 +78,7 @@ def read_torch(data: bytes, path: str | os.PathLike[str], limit: int) -> Any:
 
 
 def write_torch(value: Any) -> bytes:
-    """The contents of a file of ``torch.save`` with tensors for NumPy's arrays.
+    """The bytes of a file of ``torch.save``, with tensors in place of NumPy arrays.
 
     Raises:
         FileError: torch is not installed.

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces: recorded loads as files, whatever recorded them.
+"""Traces: files of recorded loads, from this package and from other recorders.
 
-A trace is int or float [T, L, E]: tokens per logical expert in each of T windows. Read are .npz (``load``, ``loads`` or
-``logical_count``), .npy, JSON with ``logical_count`` or a plain list, as SGLang and DeepSeek publish them, and the .pt
-files of SGLang's recorder; one window [L, E] counts as a trace of one. Layers without any load are left out, wherever
-they stand: a model's dense layers, and layers of other pipeline stages. :attr:`Trace.layers` has the numbers of the
-others.
+A trace is int or float [T, L, E]: tokens per logical expert in each of T windows. Accepted are .npz (``load``,
+``loads`` or ``logical_count``), .npy, JSON with ``logical_count`` or a plain list, as SGLang and DeepSeek publish them,
+and the .pt files of SGLang's recorder. An array [L, E] is a trace of one window. Layers without any load are left out:
+a model's dense layers, and layers of other pipeline stages. :attr:`Trace.layers` has the numbers of the kept layers.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ MAX_TRACE_BYTES = 2 << 30
 
 
 ENOUGH = 8
-"""Tokens per expert in a layer from which an expert without any is no accident."""
+"""Mean tokens per expert of a layer above which an expert without tokens is unlikely to be chance."""
 
 
 NAMES = ("load", "loads", "logical_count")
@@ -43,9 +42,9 @@ class Trace:
 
     Attributes:
         load: float64 [T, L, E], tokens per logical expert, oldest window first, of the layers that have load.
-        layers: their numbers in the file.
-        file_layers: layers in the file.
-        remarks: what may be wrong with the file, a line each.
+        layers: the numbers of these layers in the file.
+        file_layers: number of layers in the file.
+        remarks: what may be wrong with the file, one line for each.
     """
 
     load: FloatArray
@@ -69,7 +68,7 @@ class Trace:
         return full
 
     def of_layers_with_load(self, placement: Placement) -> Placement:
-        """A placement of all layers of the file without those that have no load; one of the others as it is."""
+        """A placement of all layers of the file, reduced to the layers with load. Other placements are unchanged."""
         if placement.num_layers != self.file_layers or not self.skipped_layers:
             return placement
         return Placement(placement.physical_to_logical[list(self.layers)], placement.num_experts, placement.num_ranks)
@@ -91,7 +90,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     """Reads a file of loads.
 
     Raises:
-        TraceError: the file cannot be read or holds no loads; the message says what and where.
+        TraceError: the file cannot be read or holds no loads; the message names file and entry.
     """
     name = show(path)
     try:
@@ -121,7 +120,7 @@ def _from_json(value: object, name: str) -> npt.NDArray[np.float64]:
     try:
         return np.array(value, dtype=np.float64)
     except (ValueError, TypeError, OverflowError):
-        raise TraceError(f"{name} holds no table of numbers; expected [windows][layers][experts]") from None
+        raise TraceError(f"{name} does not hold a table of numbers; expected [windows][layers][experts]") from None
 
 
 def _checked(array: npt.NDArray[np.generic], name: str) -> Trace:
@@ -145,7 +144,8 @@ def _checked(array: npt.NDArray[np.generic], name: str) -> Trace:
 
 
 def _from_torch(value: Any, name: str) -> npt.NDArray[Any]:
-    """What SGLang's recorder dumps: counts by step, or a record of each forward pass with counts by slot."""
+    """The loads in a dump of SGLang's recorder: counts by step, or a record of each forward pass with counts by
+    slot."""
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, dict) and isinstance(value.get("records"), list):
@@ -158,7 +158,7 @@ def _from_torch(value: Any, name: str) -> npt.NDArray[Any]:
         )
     if found.ndim == 2:
         return found
-    filled = found.any(axis=(1, 2))  # the recorder's buffer has places for steps that have not been
+    filled = found.any(axis=(1, 2))  # the recorder's buffer also has places for future steps
     return found[filled] if filled.any() else found
 
 

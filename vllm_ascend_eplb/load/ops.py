@@ -8,17 +8,17 @@ replays is read from a tensor on the device).
 
 **Kernels.** ``_ops.so``, built from ``csrc/ops``, holds a CPU kernel and, where nvcc was present, a CUDA kernel. It is
 built without torch and finds torch's stable C interface when it is loaded, so one build serves torch 2.10 and later.
-Every other device, and a torch that the library does not fit, runs the same op as a sequence of ATen operators, defined
-here. :func:`kernel_for` says which one a device gets, :data:`why_not` why a kernel is not in use. Servers on CPUs run
-the op; on CUDA and on Ascend the engines count by operators of their own.
+Every other device, and a torch that does not fit the library, runs the same op as ATen operators, defined here.
+:func:`kernel_for` names the kernel of a device, :data:`why_not` the reason why a kernel is not in use. Servers on CPUs
+run the op; on CUDA and on Ascend the engines count with operators of their own.
 
 **Which replica.** Row ``e`` of a dispatch table holds ``V = replica_count[e]`` valid entries (slots). Token ``n`` takes
 entry ``floor(V * u)``, where ``u = frac(n / phi + e * (sqrt(2) - 1))`` in 16-bit fixed point; ``n`` is the token's row
-in the batch and ``phi`` the golden ratio. It depends on nothing else, so ranks that route the same tokens agree, and
-one token that two ranks route differently does not shift any other. The golden-ratio sequence spreads evenly for any
-``V`` and over any run of neighbouring tokens, which tend to want the same experts; the term in ``e`` keeps the few
-tokens of a small batch from all taking their experts' first replicas. An entry that is repeated gets a larger share;
-the shares hold best for few tokens if equal entries of a row stand side by side, whatever the order.
+in the batch and ``phi`` the golden ratio. The choice depends on nothing else. So ranks that route the same tokens
+agree, and a token that two ranks route differently does not shift any other token. The golden-ratio sequence spreads
+evenly for any ``V`` and over any run of neighbouring tokens, which tend to use the same experts. The term in ``e``
+prevents the few tokens of a small batch from all taking their experts' first replicas. A repeated entry gets a larger
+share; for few tokens the shares hold best if equal entries of a row stand side by side, in any order.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def map_and_record(
     record: torch.Tensor,
     num_unpadded: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Maps logical to physical expert ids and, where ``record`` holds, adds one to ``counts`` for each.
+    """Maps logical to physical expert ids and, if ``record`` is true, adds one to ``counts`` for each.
 
     All tensors are on one device.
 
@@ -89,7 +89,7 @@ def map_and_record(
         Physical ids [N, K] of the dtype of ``topk_ids``, contiguous, a new tensor.
 
     Raises:
-        RuntimeError: a tensor has another dtype, shape or device than described.
+        RuntimeError: a tensor has the wrong dtype, shape or device.
     """
     out: torch.Tensor = _map_and_record(topk_ids, dispatch_table, replica_count, counts, record, num_unpadded)
     return out
@@ -132,7 +132,7 @@ def map_and_record_aten(
         counted = counted & (rows < bounds[-1:])
         if bounds.shape[0] == 2:
             counted = counted & (rows >= bounds[:1])
-    # What does not count adds 0 to slot 0: shapes must not depend on data under graph capture.
+    # Uncounted ids add 0 to slot 0, because shapes must not depend on data under graph capture.
     counts.scatter_add_(0, (slots * counted).reshape(-1), counted.reshape(-1).to(counts.dtype))
     return torch.where(known, slots, ids).to(topk_ids.dtype)
 
@@ -203,7 +203,7 @@ torch.library.register_fake("vllm_ascend_eplb::map_and_record", _map_and_record_
 
 
 def _register(path: Path, devices: tuple[str, ...]) -> dict[str, str]:
-    """Puts the kernels of the library into the op; says by device why it has none."""
+    """Registers the library's kernels with the op; returns the reason for each device that has none."""
     if not path.exists():
         return dict.fromkeys(devices, f"{path} is missing; reinstall the package")
     failed = {}
@@ -220,7 +220,7 @@ def _register(path: Path, devices: tuple[str, ...]) -> dict[str, str]:
 
 
 def kernel_for(device: torch.device | str) -> str:
-    """Which kernel the op runs on a device: ``"cpu"`` or ``"cuda"`` from the library, or ``"aten"``."""
+    """The kernel that the op runs on a device: ``"cpu"`` or ``"cuda"`` from the library, or ``"aten"``."""
     kind = torch.device(device).type
     key = kind.upper()
     if key in ("CPU", "CUDA") and torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -231,7 +231,7 @@ def kernel_for(device: torch.device | str) -> str:
 
 
 why_not = _register(_LIBRARY, ("cpu", "cuda") if torch.version.cuda is not None else ("cpu",))
-"""For ``"cpu"`` and, with a torch for CUDA, ``"cuda"``: why the op has no kernel of its own there, if it has none."""
+"""Reasons why the op has no kernel of the library, by device: ``"cpu"`` and, with a torch for CUDA, ``"cuda"``."""
 
 
 if "cpu" in why_not:

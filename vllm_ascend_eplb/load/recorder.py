@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tokens per slot, counted on the device, become the load [T, L, E] that a policy reads.
+"""LoadRecorder: turns tokens per slot, counted on the device, into the load [T, L, E] that a policy reads.
 
 ::
 
@@ -8,16 +8,16 @@
                                                                                                          v
                                    policy <── window [T, L, E] of all ranks <── sum over ranks ──────────┘
 
-**Who counts.** Every (token, expert) pair must enter the sum over ranks once. Which ranks contribute follows from who
-routes what: if each rank routes its own tokens, all do; if several ranks route the same tokens, one of them does, the
-others are made with ``contributes=False`` and record nothing. Nothing is ever divided by a number of ranks. Steps that
-serve nobody (dummy, warm-up, profile) are begun with ``record=False``; padding is cut off inside the op.
+**Who counts.** Every (token, expert) pair must enter the sum over ranks once. If each rank routes its own tokens, all
+ranks contribute. If several ranks route the same tokens, one of them contributes; the others are made with
+``contributes=False`` and record nothing. Counts are never divided by a number of ranks. Steps without requests (dummy,
+warm-up, profile) are begun with ``record=False``; the op leaves padding out.
 
-**No smearing.** Counts are per slot; which expert a slot holds changes with every commit. :meth:`LoadRecorder.flush`
-turns them into counts per logical expert while the placement under which they were made is still known.
+**Flush before a commit.** Counts are per slot, and a commit changes the experts in slots. :meth:`LoadRecorder.flush`
+turns them into counts per logical expert while the placement under which they were counted is still known.
 
-**No waiting.** begin_step, flush and snapshot only enqueue work on the current stream (and a side stream); nothing
-blocks the host, and after the first use nothing is allocated on the device.
+**No waiting.** begin_step, flush and snapshot only enqueue work on the current stream (and a side stream). They never
+block the host, and allocate nothing on the device after the first use.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ..values.placement import EMPTY, Int64Array, Placement
 from ..values.traffic import BUCKETS, THOUSANDTHS, bucket_of
 
 PHASES = ("all", "prefill", "decode")
-"""Which steps a window may count: all, those that prefill, or those that only decode."""
+"""Kinds of steps that a window may count: all, steps that prefill, or steps that only decode."""
 
 
 class LoadError(ValueError):
-    """A call that does not fit the model or the moment."""
+    """A call with the wrong shape or in the wrong order."""
 
 
 class LoadRecorder:
@@ -55,22 +55,21 @@ class LoadRecorder:
         device: where the model counts.
         contributes: whether this rank's counts enter the sum over ranks. If not, recording is never switched on and
             :meth:`take` returns zeros.
-        phases: which steps are counted: ``("all",)``, or any of ``"prefill"`` and ``"decode"``. A step's phase decides
-            whether it is counted, nothing else, so ranks need not agree on it.
-        num_entries: T, entries of the series that a window consists of; more than one where a policy wants to see how
-            load changes.
+        phases: kinds of steps that are counted: ``("all",)``, or any of ``"prefill"`` and ``"decode"``. The phase only
+            decides whether a step is counted, so ranks need not agree on it.
+        num_entries: T, entries of the series in a window; more than one if the policy weighs how load varies.
         steps_per_entry: calls of :meth:`begin_step` after which the next entry begins. When all T are in use the oldest
             is dropped. Irrelevant for T = 1.
-        dtype: of ``counts``: int64 cannot overflow; int32 (what vLLM's own kernels count in) holds 2**31 - 1 tokens per
+        dtype: of ``counts``: int64 cannot overflow; int32 (the dtype of vLLM's own kernels) holds 2**31 - 1 tokens per
             slot between two flushes.
         own_stream: whether a snapshot is copied to the host on a stream of its own.
 
     Attributes:
-        counts: ``dtype`` [L, P], zero at first. Layer l of the model records into ``counts[l]``; the address stays.
-        recording: bool [1], the switch that the ops read; the address stays.
+        counts: ``dtype`` [L, P], zero at first. Layer l of the model records into ``counts[l]``; its address is fixed.
+        recording: bool [1], the switch that the ops read; its address is fixed.
 
     Raises:
-        LoadError: a number is below 1, or ``phases`` or ``dtype`` is none of the above.
+        LoadError: a number is below 1, or ``phases`` or ``dtype`` is not allowed.
     """
 
     def __init__(
@@ -128,17 +127,18 @@ class LoadRecorder:
     def begin_step(
         self, placement: Placement, *, record: bool, phase: str = "all", tokens_per_rank: float = 1.0
     ) -> None:
-        """Prepares the coming forward: advances the series, sets the switch.
+        """Prepares the next forward: advances the series, sets the switch.
 
-        All ranks call it equally often between two snapshots; that alone moves the series on.
+        All ranks call it equally often between two snapshots, because only these calls advance the series.
 
         Args:
-            placement: in force during this forward. If it is not the last one, what was counted is flushed first.
-            record: whether the forward serves requests whose tokens the window needs. False for dummy, warm-up and
-                profile steps.
-            phase: ``"prefill"`` or ``"decode"``; needed only where some steps are not counted. Steps of other phases
-                (``"all"``) count in windows of all steps only.
-            tokens_per_rank: that each rank brings into the step, as far as this one knows.
+            placement: the placement in force during this forward. If it differs from the last one, counts are flushed
+                first.
+            record: whether the forward serves requests whose tokens are counted. False for dummy, warm-up and profile
+                steps.
+            phase: ``"prefill"`` or ``"decode"``; needed only if some steps are not counted. Steps of other phases
+                (``"all"``) count only in windows of all steps.
+            tokens_per_rank: tokens that each rank brings into the step, as far as this rank knows.
 
         Raises:
             LoadError: the placement has another shape than the recorder.
@@ -157,7 +157,7 @@ class LoadRecorder:
             self._histogram[:, bucket_of(tokens_per_rank)] += 1, round(THOUSANDTHS * tokens_per_rank)
 
     def set_recording(self, on: bool) -> None:
-        """Sets the switch for the forwards to come; enqueues work only when it changes."""
+        """Sets the switch for the next forwards; enqueues work only if it changes."""
         on = on and self.contributes
         if on != self._is_recording:
             self.recording.fill_(on)
@@ -168,10 +168,10 @@ class LoadRecorder:
         """Adds ``counts`` to the window as counts of logical experts and zeroes them.
 
         Args:
-            placement: the one in force since the last flush. Tokens counted in its empty slots are dropped.
+            placement: the placement in force since the last flush. Tokens counted in empty slots are dropped.
 
         Raises:
-            LoadError: it has another shape than the recorder.
+            LoadError: the placement has another shape than the recorder.
         """
         self._use(placement)
         if not self._dirty:
@@ -185,7 +185,7 @@ class LoadRecorder:
         """Ends the window: flushes, starts the copy to the host, begins a new, empty window.
 
         Args:
-            placement: in force since the last flush; default the one last given.
+            placement: the placement in force since the last flush; default the last one given.
 
         Raises:
             LoadError: no placement was ever given, or the last snapshot has not been taken.
@@ -201,11 +201,11 @@ class LoadRecorder:
         self._steps = self._entry = 0
 
     def begin_window(self, placement: Placement, steps_per_entry: int) -> None:
-        """Forgets the load counted so far and begins an empty window. A snapshot that was not taken stays.
+        """Drops the load counted so far and begins an empty window. A snapshot that was not taken is kept.
 
         Args:
-            placement: in force since the last flush.
-            steps_per_entry: of the series, from now on.
+            placement: the placement in force since the last flush.
+            steps_per_entry: steps of an entry of the series, from now on.
         """
         self.flush(placement)
         self._window.zero_()
@@ -218,7 +218,7 @@ class LoadRecorder:
         return self._snapshot.ready()
 
     def take(self) -> Int64Array:
-        """The window that the last :meth:`snapshot` ended, this rank's part; waits for the copy if it is not ready.
+        """This rank's part of the window that the last :meth:`snapshot` ended; waits for the copy if it is not ready.
 
         Returns:
             int64 [T, L, E], tokens (times experts per token) per logical expert; oldest entry first. Entries that no
@@ -232,22 +232,22 @@ class LoadRecorder:
         return taken
 
     def histogram(self) -> Int64Array:
-        """int64 [2, BUCKETS]: recorded steps of the window that the last :meth:`snapshot` ended by tokens per rank, and
-        thousandths of their tokens per rank, as ``Traffic.of_histogram`` takes the sum over ranks."""
+        """int64 [2, BUCKETS]: steps by tokens per rank, in the window that the last :meth:`snapshot` ended, and the sum
+        of their tokens per rank in thousandths. ``Traffic.of_histogram`` takes the sum over ranks."""
         return self._ended_histogram
 
     def discard_snapshot(self) -> None:
-        """Gives up a snapshot that nobody is going to take, because its cycle was dropped. Its load is lost."""
+        """Drops a snapshot that will not be taken, because its cycle was dropped. Its load is lost."""
         self._snapshot.discard()
 
     def window(self) -> Int64Array:
-        """int64 [T, L, E]: what was counted and flushed since the window began, this rank's part, in the order in which
-        it is kept. Waits for the device."""
+        """int64 [T, L, E]: this rank's load, counted and flushed since the window began, in storage order. Waits for
+        the device."""
         window: Int64Array = self._window[..., : self.num_experts].cpu().numpy()
         return window
 
     def device_tensors(self) -> list[torch.Tensor]:
-        """What the recorder keeps on the device from one step to the next."""
+        """The recorder's tensors on the device that live from step to step."""
         return [self.counts, self.recording, self._window, *self._maps.device_tensors()]
 
     def _use(self, placement: Placement) -> None:
@@ -263,9 +263,9 @@ class LoadRecorder:
 
 
 class _SlotMaps:
-    """For the two placements last used: element of the flattened [L, E + 1] window that each slot counts into.
+    """The element of the flattened [L, E + 1] window that each slot counts into, for the two placements last used.
 
-    Two, because a plan's next placement is prepared while the last one still counts.
+    Two, because the next placement is prepared while the one in force still counts.
     """
 
     def __init__(self, num_layers: int, num_experts: int, num_slots: int, device: torch.device) -> None:
@@ -281,7 +281,7 @@ class _SlotMaps:
         self._next = 0
 
     def index_of(self, placement: Placement) -> int:
-        """Which of the two maps is of ``placement``; uploads it over the one not used last if neither is."""
+        """Index of the map of ``placement``; uploads it over the least recently used map if it is not there."""
         for i, known in enumerate(self._placements):
             if known is placement or known == placement:
                 self._next = 1 - i
@@ -289,7 +289,7 @@ class _SlotMaps:
         i = self._next
         self._next = 1 - i
         if self._copied[i] is not None and not self._copied[i].query():
-            self._on_host[i] = _host_empty(tuple(self._on_host[i].shape), self._device)  # the old one is being read
+            self._on_host[i] = _host_empty(tuple(self._on_host[i].shape), self._device)  # the old one is still read
         slots = placement.physical_to_logical
         columns = np.where(slots == EMPTY, self._empty, slots)
         np.add(columns, self._first_of_layer, out=self._on_host[i].numpy())
@@ -309,7 +309,7 @@ class _SlotMaps:
 
 
 class Snapshot:
-    """A copy of the window on its way to the host, on a stream of its own, or else on the device's default one."""
+    """A copy of the window to the host, on a stream of its own or on the device's default stream."""
 
     def __init__(self, window: torch.Tensor, own_stream: bool) -> None:
         self._device = window.device

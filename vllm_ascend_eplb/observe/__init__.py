@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened, for people and machines: statistics and metrics."""
+"""Statistics of the balancer, their file, and metrics."""

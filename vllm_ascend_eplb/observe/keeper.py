@@ -27,9 +27,9 @@ from .stats import (
 
 
 class StatsKeeper:
-    """Gathers, on EP rank 0, what happens in the cycle. Belongs to the step thread; every call is cheap.
+    """Gathers statistics of cycles. Belongs to the step thread; every call is cheap.
 
-    A cycle reports itself in this order: ``window_ended``, ``planned`` (if there was a plan), ``cycle_ended``.
+    The calls of a cycle come in this order: ``window_ended``, ``planned`` (if there is a plan), ``cycle_ended``.
     """
 
     def __init__(self, version: str = "", policy: str = "", mode: str = "") -> None:
@@ -37,7 +37,7 @@ class StatsKeeper:
         self.phase: PhaseName = "collect"
         self.step = 0
         self.placement_digest = 0
-        self._audits = self._audit_damaged = self._audit_mended = 0
+        self._audits = self._audit_damaged = self._audit_repaired = 0
         self._off_reason = ""
         self._results = {"done": 0, "skipped": 0, "failed": 0}
         self._failures: dict[str, int] = {}
@@ -73,12 +73,12 @@ class StatsKeeper:
         self._collect_steps, self._execution_steps = collect_steps, execution_steps
 
     def obeyed(self, order: str, step: int, *, paused: bool, collect_steps: int, execution_steps: int) -> None:
-        """The order with this id took effect at ``step``."""
+        """Notes that the order with this id took effect at ``step``."""
         self._order, self._order_step, self._paused = order[:300], step, paused
         self.intervals(collect_steps, execution_steps)
 
     def window_ended(self, window: WindowLoad) -> None:
-        """A window is over and its load is known."""
+        """Notes that a window has ended, with its load."""
         load, start, observed = window.in_force, window.at_start, window.observed
         self._window = Window(
             step=self.step,
@@ -127,17 +127,17 @@ class StatsKeeper:
         self._saved_ms, self._plan_saves, self._plan_costs = saved_ms, saved_fraction, cost_ms
 
     def figures(self) -> npt.NDArray[np.int64]:
-        """int64 [len(RANK_FIGURES)]: this rank's own, in microseconds."""
+        """int64 [len(RANK_FIGURES)]: figures of this rank, in microseconds."""
         seconds = (self._control, self._transfer, self._commit, self._longest_step)
         return np.array([round(1e6 * value) for value in seconds], dtype=np.int64)
 
     def ranks_told(self, figures: npt.NDArray[np.int64], rank_load: RankLoad, node_of_rank: Sequence[int]) -> None:
-        """All ranks' figures are known, with the load of the window.
+        """Notes the figures of all ranks, and their load in the window.
 
         Args:
-            figures: [R, len(RANK_FIGURES)], of each rank.
-            rank_load: of the window, with the placement in force.
-            node_of_rank: R integers.
+            figures: [R, len(RANK_FIGURES)], in microseconds.
+            rank_load: load of the window, with the placement in force.
+            node_of_rank: the node of each of R ranks.
         """
         relative = _over_mean(rank_load.tokens)
         self._ranks = tuple(
@@ -159,14 +159,14 @@ class StatsKeeper:
         p95_before: npt.ArrayLike | None = None,
         p95_after: npt.ArrayLike | None = None,
     ) -> None:
-        """A plan is there.
+        """Notes a plan.
 
         Args:
-            par_after: [L], the PAR that it promises.
-            seconds: wall time that it took.
-            moves: of the plan.
-            p95_before, p95_after: [L], 95th percentile of PAR over the windows that it was made from, in force and
-                after all moves; None where it was made from one.
+            par_after: [L], the PAR that the plan promises.
+            seconds: wall time of planning.
+            moves: number of moves.
+            p95_before, p95_after: [L], 95th percentile of PAR over the windows that the plan was made from, with the
+                placement in force and after all moves; None for a plan made from a single window.
         """
         self._predicted, self._moves_planned, self._planner_seconds = Par.of(par_after), moves, float(seconds)
         self._last_plan = self._predicted, self._moves_planned, self._planner_seconds
@@ -174,13 +174,13 @@ class StatsKeeper:
         self._last_percentiles = self._percentiles = before, after
 
     def dispatch_changed(self, par_after: npt.ArrayLike) -> None:
-        """New dispatch shares are in force; ``par_after`` [L]: what they alone would have made of the last window."""
+        """Notes that new dispatch shares are in force; ``par_after`` [L]: PAR of the last window with these shares."""
         self._dispatch_updates += 1
         self._dispatch_before = self._window.par if self._window else None
         self._dispatch_after = Par.of(par_after)
 
     def cycle_ended(self, result: CycleResult, *, moved: int = 0, reason: str = "", failure: str = "") -> None:
-        """A cycle is over: how many experts it moved, why it moved none, and the kind of its failure."""
+        """Notes that a cycle has ended: experts moved, the reason if none were, and the kind of a failure."""
         if failure:
             self._failures[failure] = self._failures.get(failure, 0) + 1
         window = self._window
@@ -209,16 +209,16 @@ class StatsKeeper:
         self._control_at_cycle = self._control
 
     def audited(self, damaged: int) -> None:
-        """An audit is over: it found so many damaged slots, on all ranks together."""
+        """Notes that an audit has ended; ``damaged``: damaged slots on all ranks together."""
         self._audits += 1
         self._audit_damaged = damaged
 
-    def mended(self, slots: int) -> None:
-        """So many damaged slots got good weights again."""
-        self._audit_mended += slots
+    def repaired(self, slots: int) -> None:
+        """Adds ``slots`` damaged slots that were repaired."""
+        self._audit_repaired += slots
 
     def waited_for_control(self, seconds: float) -> None:
-        """One step waited so long for the agreed status."""
+        """Adds the time that one step waited for the agreed status."""
         self._control += seconds
         self._control_longest = max(self._control_longest, seconds)
 
@@ -226,16 +226,16 @@ class StatsKeeper:
         self._transfer += seconds
 
     def committed(self, seconds: float) -> None:
-        """The commits of one step took so long."""
+        """Adds the time that the commits of one step took."""
         self._commit += seconds
         self._commit_longest = max(self._commit_longest, seconds)
 
     def step_took(self, seconds: float) -> None:
-        """One whole ``forward_before`` took so long."""
+        """Notes the time that one whole ``forward_before`` took."""
         self._longest_step = max(self._longest_step, seconds)
 
     def stats(self) -> EplbStats:
-        """The snapshot of this moment."""
+        """The statistics as of now."""
         last = self._last_done
         par_planned, moves_planned, planner_seconds = self._last_plan
         return EplbStats(
@@ -286,7 +286,8 @@ class StatsKeeper:
             execution_steps=self._execution_steps,
             audits=self._audits,
             audit_damaged=self._audit_damaged,
-            audit_mended=self._audit_mended,
+            audit_repaired=self._audit_repaired,
+            audit_mended=self._audit_repaired,
             window=self._window,
             ranks=self._ranks,
             cycles=tuple(self._cycles),

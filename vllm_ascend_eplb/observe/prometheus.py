@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics: the statistics of the balancer as gauges ``vllm_eplb_*`` on the server's ``/metrics``.
 
-Where balancing is on, the front-end process starts a daemon thread that looks at the statistics file once a second:
-requests and scrapes never wait for it, and the last cycle shows also when traffic has ended. All values are gauges, the
-totals too, because with several API servers each of them shows the same file (``multiprocess_mode="mostrecent"``).
+If balancing is on, the front-end process starts a daemon thread that reads the statistics file once a second. Requests
+and scrapes never wait for it, and the last cycle is shown even after traffic has ended. All values are gauges, totals
+included, because several API servers show the same file (``multiprocess_mode="mostrecent"``).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ logger = logging.getLogger("vllm.eplb.metrics")  # only loggers under vllm have 
 
 
 class _Gauge:
-    """A gauge of Prometheus that has no sample where it has no value.
+    """A Prometheus gauge that has a sample only while it has a value.
 
-    prometheus_client gives a gauge without labels the value 0 as soon as it is made, in the files that several API
-    servers share, too; so it is made with its first value. A value that is gone is taken out, or NaN in those files,
-    from which nothing can be taken.
+    prometheus_client gives a new gauge without labels the value 0, also in the files that several API servers share. So
+    the gauge is made with its first value. A value that is gone is removed; in those shared files, where that is not
+    possible, it becomes NaN.
     """
 
     def __init__(self, name: str, text: str, labels: tuple[str, ...], registry: CollectorRegistry) -> None:
@@ -45,7 +45,7 @@ class _Gauge:
         self._shown: set[tuple[str, ...]] = set()
 
     def set(self, value: float | None, **labels: str) -> None:
-        """Shows a value for these labels, or none."""
+        """Sets the value for these labels; None removes it."""
         key = tuple(labels[name] for name in self.labels)
         if value is None:
             if key in self._shown:
@@ -59,7 +59,7 @@ class _Gauge:
         (self._made.labels(*key) if self.labels else self._made).set(value)
 
     def register(self) -> None:
-        """Puts the gauge back if somebody took it out of the registry."""
+        """Registers the gauge again if it was removed from the registry."""
         if self._made is not None:
             with contextlib.suppress(ValueError):  # still there
                 self._registry.register(self._made)
@@ -71,7 +71,7 @@ class _Gauge:
             if self.labels:
                 self._made.remove(*key)
             else:
-                with contextlib.suppress(KeyError):  # somebody took it out
+                with contextlib.suppress(KeyError):  # it was removed already
                     self._registry.unregister(self._made)
                 self._made = None
             return
@@ -79,7 +79,7 @@ class _Gauge:
 
 
 def _without_value(stats: EplbStats) -> set[str]:
-    """The numbers that say nothing yet, though they are there: 0 for what has not been."""
+    """Names of the numbers that are 0 only because their event has not happened yet."""
     absent = set()
     if not stats.updated_at:
         absent.add("updated_at")
@@ -104,7 +104,7 @@ class EplbGauges:
 
     Args:
         registry: where to register them.
-        parts: the server's balancers, where it has several (pipeline stages); each gauge then has a label ``part``.
+        parts: names of the server's balancers if it has several (pipeline stages); gauges then have a label ``part``.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, parts: Sequence[str] = ()) -> None:
@@ -220,16 +220,16 @@ class EplbGauges:
             "paused": gauge("paused", "1 while paused: cycles begin only when an operator orders one."),
             "audits": gauge("audits", "Audits of the weights in all slots so far."),
             "audit_damaged": gauge("audit_damaged_slots", "Damaged slots that the last audit found."),
-            "audit_mended": gauge("audit_repaired_slots", "Damaged slots that were repaired so far."),
+            "audit_repaired": gauge("audit_repaired_slots", "Damaged slots that were repaired so far."),
             "updated_at": gauge("updated_timestamp_seconds", "Time of the last report, in seconds since 1970."),
         }
 
-        # of metrics that were renamed; they stay for one release
-        self._old_names = {"audit_mended": gauge("audit_mended_slots", "Old name of vllm_eplb_audit_repaired_slots.")}
+        # old names of renamed metrics; they stay for one release
+        self._old_names = {"audit_repaired": gauge("audit_mended_slots", "Old name of vllm_eplb_audit_repaired_slots.")}
 
     def register(self) -> None:
-        """Puts gauges back that somebody took out of the registry: vLLM 0.23, vllm-ascend's, empties it of all that has
-        "vllm" in its name when an engine starts."""
+        """Registers gauges again that were removed from the registry: when an engine starts, vLLM 0.23 (the version of
+        vllm-ascend 0.23) unregisters everything with "vllm" in its name."""
         for gauge in self.gauges():
             gauge.register()
 
@@ -246,7 +246,7 @@ class EplbGauges:
         ]
 
     def show_elsewhere(self, rank: int) -> None:
-        """Says that another API server has the metrics.
+        """Shows that another API server has the metrics.
 
         Args:
             rank: first DP rank of this server.
@@ -307,13 +307,13 @@ def metrics_table() -> str:
 
 
 class StatsWatcher:
-    """Shows a statistics file on gauges whenever it changes. Nothing that happens to the file stops it.
+    """Shows a statistics file on gauges whenever it changes. A missing or damaged file does not stop it.
 
     Args:
         path: of the file.
-        gauges: where to show it.
-        interval: seconds between two looks.
-        part: whose statistics they are, where the gauges are of several parts.
+        gauges: gauges to set.
+        interval: seconds between two reads.
+        part: name of the balancer whose statistics these are, if the gauges are of several.
     """
 
     def __init__(self, path: str | os.PathLike[str], gauges: EplbGauges, interval: float = 1.0, part: str = "") -> None:
@@ -332,7 +332,7 @@ class StatsWatcher:
         self._closing.set()
 
     def look(self) -> bool:
-        """Shows the file if it changed since the last look; tells whether it did. Never raises."""
+        """Shows the file if it changed since the last call, and returns whether it did. Never raises."""
         try:
             status = os.stat(self.path)
             version = (status.st_mtime_ns, status.st_ino)
@@ -366,7 +366,7 @@ def watch(parts: Sequence[str] = ()) -> None:
     """Starts the watchers of this process, once. Never raises: metrics must not stop a server.
 
     Args:
-        parts: the server's balancers, where it has several; each has a statistics file of its own.
+        parts: names of the server's balancers if it has several; each has a statistics file of its own.
     """
     try:
         path = stats_path()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics: what EP rank 0 knows about the balancing, handed to other processes in one small JSON file.
+"""EplbStats: the statistics of the balancer on EP rank 0, for other processes in one small JSON file.
 
-The worker keeps a :class:`StatsKeeper` and publishes its :class:`EplbStats`; a background thread replaces the file, so
-that serving never waits for a disk. The API server (``/metrics``), tools and the demo read it. Its path stands in the
-environment variable ``EPLB_STATS_FILE``, set in the front-end process and inherited by the workers; a user may
-set it beforehand to choose the place.
+The worker keeps a :class:`StatsKeeper` and publishes :class:`EplbStats`; a background thread replaces the file, so that
+serving never waits for a disk. The API server (``/metrics``), tools and the demo read it. The environment variable
+``EPLB_STATS_FILE`` holds the path. The front-end process sets it, and the workers inherit it; a user may set it before
+the start to choose the place.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Window(_Frozen):
         tokens: (token, expert) pairs counted, over all layers and ranks.
         par: with the placement in force during the window.
         par_start: the same tokens with the placement the server started with.
-        par_observed: the same tokens with the plan of the window before; only in mode observe, which made it and did
-            not carry it out.
+        par_observed: the same tokens with the plan of the window before; only in mode observe, in which plans are not
+            carried out.
         rank_load: [L][R] load of each rank in each layer over the layer's mean, with the placement in force; empty
             where it has more than ``MAX_TABLE_ENTRIES`` numbers.
         rank_load_start: the same with the placement the server started with.
@@ -112,12 +112,13 @@ class Window(_Frozen):
 
 
 class RankRecord(_Frozen):
-    """What one rank told of itself when the last window ended. Times are in seconds, since the server started.
+    """Figures of one rank at the end of the last window. Times are in seconds, since the server started.
 
     Attributes:
-        rank: within the expert-parallel group; node: of its host, counted in order of the ranks.
-        load: its part of the window's load over an even part, mean of layers; worst: in the layer where that is most.
-        control_wait_seconds, transfer_wait_seconds, commit_seconds: what its steps waited for.
+        rank: number within the expert-parallel group; node: number of the rank's host, in order of the ranks.
+        load: the rank's load in the window over the mean load, mean of layers; worst: the same in the layer where it is
+            largest.
+        control_wait_seconds, transfer_wait_seconds, commit_seconds: time that the rank's steps waited.
         longest_step_seconds: the longest time that balancing added to one of its steps.
     """
 
@@ -132,7 +133,7 @@ class RankRecord(_Frozen):
 
 
 RANK_FIGURES = ("control_wait_seconds", "transfer_wait_seconds", "commit_seconds", "longest_step_seconds")
-"""What ranks send to EP rank 0 with their load, in microseconds."""
+"""Figures that ranks send to EP rank 0 with their load, in microseconds."""
 
 
 class CycleRecord(_Frozen):
@@ -140,16 +141,16 @@ class CycleRecord(_Frozen):
 
     Attributes:
         cycle: its number, from 1.
-        step: step at which its window ended; ``end_step``: step at which it was over.
-        result: done (moves were made), skipped (nothing worth moving) or failed (dropped).
-        reason: why it was skipped or failed.
-        par: PAR in its window, with the placement in force: what there was before.
+        step: step at which its window ended; ``end_step``: step at which the cycle ended.
+        result: done (experts moved), skipped (no gain worth the moves) or failed (dropped).
+        reason: why the cycle was skipped or failed.
+        par: PAR in its window, with the placement in force then.
         par_start: PAR of the same window with the placement the server started with.
         par_predicted: PAR that the plan promises for the same window; None without a plan.
-        par_realised: PAR in the window that followed; None until that is over.
-        par_observed: in mode observe, what the window that followed would have had with the plan in force.
+        par_realised: PAR in the next window; None until that window ends.
+        par_observed: in mode observe, the PAR that the next window would have had with the plan in force.
         p95_before, p95_predicted: 95th percentile of PAR over the windows that the plan was made from, with the
-            placement in force and as the plan promises; None where it was made from one window.
+            placement in force and as the plan promises; None for a plan made from a single window.
         moved: experts moved. moves_planned: those of the plan, carried out or not.
         planner_seconds: wall time of planning.
         saved_ms: of MoE layers in each step, as the plan promised; None where no time was measured.
@@ -184,22 +185,22 @@ class EplbStats(_Frozen):
     Attributes:
         version: of this package. policy, mode: the settings in force.
         updated_at: when it was written, seconds since the epoch.
-        phase: phase of the cycle; ``off`` with an ``off_reason`` is for good.
+        phase: phase of the cycle; ``off`` with an ``off_reason`` is permanent.
         step: steps so far; a step is one forward pass that is counted.
         cycles_done, cycles_skipped, cycles_failed: cycles so far by result.
-        failures: those that failed by kind, as in ``cycle.Failure``.
-        planner_starts: times that the planner's process was started; 1 if it never had to be replaced.
+        failures: failed cycles by kind, as in ``phases.Failure``.
+        planner_starts: starts of the planner's process; 1 if it was never replaced.
         experts_moved: experts moved so far; ``experts_moved_last``: in the last cycle that was done.
-        par_before, par_predicted, par_realised: of the last cycle that was done; realised is measured in the window
-            after it and None until that is over.
-        dispatch_updates: how often the dispatch shares were changed; ``dispatch_par_before``, ``dispatch_par_after``:
-            PAR of the last window for which they were, with the old shares and with the new ones, nothing moved.
-        par_planned, moves_planned, planner_seconds: of the last plan, carried out or not.
-        p95_before, p95_planned: 95th percentile of PAR over the windows that this plan was made from, without it and
-            with it; None where it was made from one window.
-        control_wait_*: waiting for the ranks' agreement: total, in the last cycle, longest in one step.
-        transfer_wait_seconds: waiting for transfers, total.
-        commit_*: switching over to received experts: total, longest in one step.
+        par_before, par_predicted, par_realised: PARs of the last cycle that was done; realised is measured in the next
+            window, and None until that window ends.
+        dispatch_updates: changes of the dispatch shares; ``dispatch_par_before``, ``dispatch_par_after``: PAR of the
+            window before the last change, with the old and with the new shares, without a move.
+        par_planned, moves_planned, planner_seconds: figures of the last plan, carried out or not.
+        p95_before, p95_planned: 95th percentile of PAR over the windows that this plan was made from, without the plan
+            and with it; None for a plan made from a single window.
+        control_wait_*: waits for the ranks' agreement: total, in the last cycle, longest in one step.
+        transfer_wait_seconds: waits for transfers, total.
+        commit_*: time of commits: total, longest in one step.
         longest_step_seconds: the longest time that one ``forward_before`` took: the longest wait caused by balancing.
         moe_ms, moe_ms_start: milliseconds of the MoE layers in an average step of the last window, with the placement
             in force and with the one the server started with, by the times of a layer that were measured at start-up;
@@ -216,7 +217,8 @@ class EplbStats(_Frozen):
         paused: whether cycles begin only when ordered.
         collect_steps, execution_steps: the intervals in force, in steps.
         audits: passes over the weights of all slots so far.
-        audit_damaged: slots that the last one found damaged; ``audit_mended``: slots repaired so far.
+        audit_damaged: slots that the last audit found damaged.
+        audit_repaired: slots repaired so far; ``audit_mended`` is its old name, and stays for one release.
         window: the last finished window.
         ranks: all ranks, as of the end of that window.
         cycles: the last cycles, oldest first, at most ``KEPT_CYCLES``.
@@ -271,6 +273,7 @@ class EplbStats(_Frozen):
     execution_steps: Count = 0
     audits: Count = 0
     audit_damaged: Count = 0
+    audit_repaired: Count = 0
     audit_mended: Count = 0
     window: Window | None = None
     ranks: Annotated[tuple[RankRecord, ...], Field(max_length=MAX_RANKS)] = ()
@@ -284,8 +287,8 @@ class EplbStats(_Frozen):
         """Reads what :meth:`to_json` wrote.
 
         Raises:
-            StatsError: the text is no JSON, a field is unknown, of the wrong type or out of range, or it is longer
-                than ``MAX_STATS_BYTES``.
+            StatsError: the text is not JSON, a field is unknown, of the wrong type or out of range, or the text is
+                longer than ``MAX_STATS_BYTES``.
         """
         if len(text) > MAX_STATS_BYTES:
             raise StatsError(f"statistics of {len(text)} bytes; at most {MAX_STATS_BYTES} are read")
@@ -294,4 +297,4 @@ class EplbStats(_Frozen):
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"])) or "the text"
-            raise StatsError(f"no statistics: {where}: {first['msg']}") from None
+            raise StatsError(f"not statistics: {where}: {first['msg']}") from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The statistics file: EPLB rank 0 writes it, the API server and the tools read it."""
+"""The statistics file: EP rank 0 writes it, the API server and the tools read it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ RANK_VARIABLE = "EPLB_FIRST_DP_RANK"
 
 
 def note_first_rank(data_parallel_rank: int) -> None:
-    """In the front-end process: which DP rank is the first of this server. Rank 0 alone reports statistics, so a server
-    on another host has none."""
+    """Notes, in the front-end process, the first DP rank of this server. Only rank 0 reports statistics, so a server on
+    another host has none."""
     os.environ.pop(RANK_VARIABLE, None)
     if data_parallel_rank > 0:
         os.environ[RANK_VARIABLE] = str(data_parallel_rank)
 
 
 def reported_elsewhere() -> int | None:
-    """The first DP rank of this server where another server hosts rank 0 and has the statistics; else None."""
+    """The first DP rank of this server if another server hosts rank 0 and has the statistics; otherwise None."""
     rank = os.environ.get(RANK_VARIABLE, "")
     return int(rank) if rank.isascii() and rank.isdigit() and len(rank) < 10 and int(rank) > 0 else None
 
@@ -47,8 +47,8 @@ class StatsFile:
 
     Args:
         path: of the file; its folder must exist. The file is readable by its owner only.
-        min_interval: least seconds between two writes of the background thread; what is published meanwhile is
-            replaced by what is published later.
+        min_interval: least seconds between two writes of the background thread; of the statistics published meanwhile
+            only the newest are written.
     """
 
     def __init__(self, path: str | os.PathLike[str], min_interval: float = 0.2) -> None:
@@ -68,7 +68,7 @@ class StatsFile:
         write_private(self.path, stats.to_json())
 
     def publish(self, stats: EplbStats) -> None:
-        """Leaves statistics to the background thread. Never waits, never raises."""
+        """Hands statistics to the background thread. Never waits, never raises."""
         self._newest = stats
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="eplb-stats", daemon=True)
@@ -76,7 +76,7 @@ class StatsFile:
         self._wake.set()
 
     def close(self, timeout: float = 2.0) -> None:
-        """Writes what is still to be written and ends the thread; waits at most ``timeout`` seconds."""
+        """Writes pending statistics and ends the thread; waits at most ``timeout`` seconds."""
         self._closing.set()
         self._wake.set()
         if self._thread is not None:
@@ -101,12 +101,12 @@ class StatsFile:
             self._closing.wait(self._min_interval)
 
     def _removed_by_owner(self) -> bool:
-        """Whether the private folder is gone because the front-end process that made it is ending: it removes the
-        folder before it ends the engine's processes, where an offline program comes to its end."""
+        """Whether the private folder is gone because the front-end process that made it is ending. At the end of an
+        offline program, that process removes the folder before it ends the engine's processes."""
         owner = owner_of_folder(self.path.parent)
         if owner is None or self.path.parent.exists():
             return False
-        # This process is ended next, or the owner is gone by then.
+        # Then this process is ended soon, or the owner has exited.
         return self._closing.wait(OWNER_ENDS) or has_ended(owner)
 
 
@@ -114,7 +114,7 @@ def read_stats(path: str | os.PathLike[str]) -> EplbStats | None:
     """Reads a statistics file; None if there is none yet.
 
     Raises:
-        StatsError: what is there are no statistics.
+        StatsError: the file does not hold statistics.
         OSError: it cannot be read.
     """
     try:
@@ -128,10 +128,10 @@ def read_stats(path: str | os.PathLike[str]) -> EplbStats | None:
 
 
 def stats_path(part: str = "") -> Path | None:
-    """Where statistics are written, or None if nobody asked for them.
+    """Path of the statistics file, or None if the environment variable is not set.
 
     Args:
-        part: which of several balancers of one server writes them (a pipeline stage, a draft model); each has a file.
+        part: name of the balancer, if a server has several (pipeline stages, a draft model); each has a file.
     """
     name = os.environ.get(STATS_VARIABLE, "")
     if not name:
@@ -141,10 +141,10 @@ def stats_path(part: str = "") -> Path | None:
 
 
 def provide_stats_path() -> Path:
-    """In the front-end process: the path that all processes of this server share.
+    """The path that all processes of this server share; called in the front-end process.
 
-    Makes a private folder for it unless the environment variable is set. The process that made it removes it when it
-    exits; if that was killed, the planner's process does (process.py), or else the next server's start.
+    Makes a private folder unless the environment variable is set. The process that made the folder removes it at its
+    exit. If that process is killed, the planner's process removes the folder (process.py), or the next server's start.
     """
     existing = stats_path()
     if existing is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second station: from a window of load to an ordered plan and its rounds. No torch."""
+"""From a window of load to an ordered plan and its rounds. No torch."""
 
 from .forecast import forecast
 from .options import PlanInputError, PlanOptions

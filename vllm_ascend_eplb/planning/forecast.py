@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the next window's load will be, and how far it may be off, from the windows seen so far."""
+"""Forecast of the next window's load, with its variance, from the windows seen so far."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ import numpy.typing as npt
 from ..values.placement import FloatArray
 
 SPANS = (1.0, 2.0, 4.0)
-"""How much of the latest load may serve as forecast beside all of it, in windows of usual length."""
+"""Lengths of the latest load that may serve as forecast, in windows of usual length; all of it is tried as well."""
 
 TESTED_WINDOWS = 5
 """The spans are compared on at most this many of the last windows."""
 
 WHOLE = 0.75
-"""A span is long enough once it has this part of its tokens: a series ends with a fragment, which is no window."""
+"""A span is long enough once it has this part of its tokens, because a series ends with a fragment of a window."""
 
 CLEARLY_BETTER = 0.85
-"""A longer span must bring the error below this part of the shortest's: an average lags behind a drift, which the next
-window does not show yet, but halves the error where the windows differ by noise only."""
+"""A longer span is taken only if its error is below this part of the shortest span's. An average lags behind a drift,
+which the tested windows may not show yet; where windows differ by noise only, it halves the error."""
 
 ALL_FIRST = 0.95
-"""All windows are taken rather than a part of them where the errors differ by less: that is by chance."""
+"""All windows are preferred to a part of them unless the errors differ by more: a smaller difference is chance."""
 
 
 def forecast(series: npt.NDArray[np.float64]) -> tuple[FloatArray, FloatArray]:
     """The expected load of the next window and its variance.
 
     Each layer takes the latest window (a fragment together with the one before) unless back-testing finds more windows
-    together clearly better. What counts is the error of the forecast of a layer's distribution over experts: squared,
-    divided by the forecast (the hotter an expert, the more replicas share its error), and weighted by the tokens of the
-    window forecast, so that a fragment says little. Half of what decides is the other layers' error. A layer that is
-    best forecast by all windows is taken to stay as it is, its variance is zero. Elsewhere the variance of an expert's
-    load is half its own mean squared error in the back-test and half the layer's, in proportion to the squared load.
+    together clearly better. The error is that of a layer's distribution over experts: squared, divided by the forecast
+    (the hotter an expert, the more replicas share its error), and weighted by the tokens of the forecast window, so
+    that a fragment counts little. A layer's own error and the mean error of all layers decide in equal parts. A layer
+    that is forecast best by all windows is assumed to be constant: its variance is zero. Elsewhere the variance of an
+    expert's load is half its own mean squared error in the back-test and half the layer's, in proportion to the squared
+    load.
 
     Args:
         series: float64 [T, L, E], oldest window first, not negative; windows may differ in length.

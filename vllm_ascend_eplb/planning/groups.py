@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of moves that must be committed together, cut to fit a staging buffer.
 
-A move that drops a redundant copy stands alone. What then remains of a layer is a permutation of slots, and a cycle of
-it that does not fit is cut into shorter ones, at the price of one extra copy per cut. One staging place per rank is
-enough (two where there is one rank only).
+A move that drops a redundant copy is a group of its own. The other moves of a layer are then a permutation of slots. A
+cycle of this permutation that does not fit is cut into shorter ones; each cut costs one extra copy. One staging place
+per rank is enough (two if there is only one rank).
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ class Slots:
 def fitting_groups(
     placement: Placement, rows: npt.NDArray[np.int64], buffer_experts: int, most_moves: int | None
 ) -> list[list[Move]]:
-    """Groups in order, valid one after the other, none of which needs more than ``buffer_experts`` places of a rank;
-    those of more than ``most_moves`` are taken apart, too, if a number is given. No group brings an expert to a rank
-    twice: the second copy, which the rank can make itself, is a group of its own afterwards."""
+    """Groups in order, valid one after the other, none of which needs more than ``buffer_experts`` places of a rank.
+
+    If ``most_moves`` is given, groups of more moves are taken apart, too. No group brings an expert to a rank twice:
+    the rank makes the second copy itself, in a later group."""
     state, size = Slots(placement), placement.slots_per_rank
     result: list[list[Move]] = []
     bounds = np.flatnonzero(np.diff(rows[:, 3])) + 1
@@ -87,7 +88,7 @@ def fitting_groups(
                 by_layer[move[0]].append(move)
             for layer, in_layer in by_layer.items():
                 pieces += _decompose(layer, in_layer, state, size, placement.num_slots, buffer_experts)
-        # Postponing it loses nothing: what the slot holds stays, and the first copy is there.
+        # Postponing these moves loses nothing: their slots keep what they hold, and the first copy is there.
         pieces += [[move] for move in again]
         for piece in pieces:
             state.apply(piece)
@@ -112,8 +113,8 @@ def _decompose(
 ) -> list[list[Move]]:
     """Cuts one layer's change into groups that are valid in order and fit into the buffer.
 
-    A move that drops a redundant copy is a group of its own. When none is left, every remaining move drops the last
-    copy of its expert, so as many experts are dropped as added and they are the same ones: the rest is a permutation.
+    A move that drops a redundant copy is a group of its own. Every remaining move drops the last copy of an expert. So
+    the same experts are dropped and added, and the remaining moves are a permutation of slots.
     """
     held, copies = list(state.expert_in[layer]), list(state.copies[layer])
     dropping: dict[int, list[Move]] = defaultdict(list)
@@ -156,8 +157,8 @@ def _cut_cycle(
 ) -> list[list[Move]]:
     """Groups that together let each slot of ``cycle`` take what the next one holds.
 
-    A leading part of the cycle closes on itself: all its slots but the last are then final, and the last one holds
-    what the cycle's last slot wants, so it takes the part's place in the rest.
+    A leading part of the cycle is turned by itself. All its slots but the last are then final. The last one holds what
+    the cycle's last slot needs, so it stands for the whole part in the remaining cycle.
     """
     pieces: list[list[Move]] = []
     while len(cycle) > 1:

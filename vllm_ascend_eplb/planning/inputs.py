@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller of ``plan`` gives, checked and in one form: load, placement, topology, speeds."""
+"""The arguments of ``plan``, checked and in one form: load, placement, topology, speeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGEST_LOAD = 1e30
 
 @dataclass(frozen=True)
 class InForce:
-    """A placement that was found valid; the fields of ``Placement`` that planning needs, without what it derives."""
+    """A placement that was found valid: the fields of ``Placement`` that planning needs, without derived maps."""
 
     slots: Int32Array
     num_experts: int
@@ -66,7 +66,7 @@ def checked_load(load: npt.ArrayLike) -> npt.NDArray[Any]:
     if array.ndim == 2:
         array = array[None]
     if array.dtype != np.int64:
-        with np.errstate(over="ignore"):  # of a wider float: infinity, which is refused below
+        with np.errstate(over="ignore"):  # a wider float may become infinity, which is refused below
             array = array.astype(np.float64)
     lowest, highest = array.min(), array.max()
     if not (lowest >= 0 and highest <= LARGEST_LOAD):  # NaN fails both
@@ -92,8 +92,8 @@ def checked_placement(
     """The placement in force, for a load of ``num_layers`` x ``num_experts``.
 
     Raises:
-        PlanInputError: it is no array, or of another shape than the load.
-        PlacementError: it is no valid placement.
+        PlanInputError: the value is not an array, or has another shape than the load.
+        PlacementError: the value is not a valid placement.
     """
     check_integer("num_ranks", num_ranks)
     if isinstance(physical_to_logical, Placement):
@@ -109,7 +109,7 @@ def checked_placement(
             slots = np.ascontiguousarray(array)
             if _planner.is_valid(slots, num_experts, int(num_ranks)):
                 return InForce(slots, num_experts, int(num_ranks))
-        placement = Placement(array, num_experts, int(num_ranks))  # says what is wrong
+        placement = Placement(array, num_experts, int(num_ranks))  # raises with the reason
     if (placement.num_layers, placement.num_experts) != (num_layers, num_experts):
         raise PlanInputError(
             f"load is for {num_layers} layers of {num_experts} experts, "

@@ -29,7 +29,7 @@ def digest_of(message: bytes) -> int:
 
 
 def most_plan_bytes(placement: Placement) -> int:
-    """What a plan may need, at two moves for each slot. A longer one takes memory of its own."""
+    """Bytes of a plan with two moves for each slot. A longer plan gets a buffer of its own."""
     return HEAD_BYTES + placement.num_layers * placement.num_slots * (4 + 2 * ROW_BYTES + 1)
 
 
@@ -42,7 +42,7 @@ def pack_plan(
         number: the cycle.
         target: [L, P], the placement that the plan leads to.
         rounds: [N, 7], see :func:`~vllm_ascend_eplb.values.rounds.rounds_to_array`.
-        dispatch: shares for the target, where there are any.
+        dispatch: shares for the target; None where tokens are split evenly.
     """
     counts = b"" if dispatch is None else dispatch.counts.tobytes()
     head = np.array([number, len(rounds), len(counts)], dtype="<i8").tobytes()
@@ -55,15 +55,15 @@ def unpack_plan(
     """Rounds, target and entries of each slot. The rounds are not checked against ``start``, the placement in force.
 
     Raises:
-        ValueError: this is no plan of cycle ``number`` for a placement of this shape.
+        ValueError: the message is not a plan of cycle ``number`` for a placement of this shape.
     """
     shape = (start.num_layers, start.num_slots)
     rows_at = HEAD_BYTES + 4 * shape[0] * shape[1]
     if len(message) < rows_at:
         raise ValueError(f"a plan of {len(message)} bytes; at least {rows_at} are needed")
-    its_number, num_rows, num_counts = np.frombuffer(message, dtype="<i8", count=3).tolist()
-    if its_number != number:
-        raise ValueError(f"the plan of cycle {its_number} arrived in cycle {number}")
+    cycle, num_rows, num_counts = np.frombuffer(message, dtype="<i8", count=3).tolist()
+    if cycle != number:
+        raise ValueError(f"the plan of cycle {cycle} arrived in cycle {number}")
     rows_end = rows_at + ROW_BYTES * num_rows
     if num_rows < 0 or num_counts not in (0, shape[0] * shape[1]) or len(message) != rows_end + num_counts:
         raise ValueError(f"a plan of {len(message)} bytes names {num_rows} moves and the shares of {num_counts} slots")

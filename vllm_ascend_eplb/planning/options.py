@@ -27,13 +27,13 @@ class PlanOptions:
             improving for ``time_budget`` seconds, or until no layer can be improved.
         time_budget: seconds of "thorough", for all layers together.
         rounds: rounds of improvement per layer in "thorough" instead of a time budget; equal rounds give equal plans.
-        max_moves: most moves in the plan, over all layers; spent where they bring most.
+        max_moves: most moves in the plan, over all layers; layers that gain most per move come first.
         max_moves_per_rank: most experts that a rank receives over all layers.
         max_moves_between_nodes: most experts that are received from another node, over all layers.
         price_between_nodes: what an expert received from another node costs, in experts received within the node.
-        min_gain: the plan is empty unless it takes at least this part off the busiest ranks, summed over layers.
-        count_noise: the load is counts of tokens; do not plan for differences that counting alone explains.
-        seed: of "random" and of improvement; any integer.
+        min_gain: the plan is empty unless it lowers the busiest ranks' load, summed over layers, by at least this part.
+        count_noise: whether the load is counts of tokens, so that differences within their counting noise are ignored.
+        seed: of the policy "random" and of improvement; any integer.
         threads: threads that share the layers. The plan does not depend on it.
 
     Raises:

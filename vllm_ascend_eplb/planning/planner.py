@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plan``: lets one of the policies answer."""
+"""``plan``: checks a load and a placement, and plans with one of the policies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_RANKS = 1024
 MOST_SLOTS = 65535
 
 FRUGAL_ATTEMPTS = 7
-"""Where ``max_moves`` binds, a target that can be reached with so many moves is sought by so many bisections."""
+"""Bisection steps for a target PAR that can be reached with ``max_moves``, where that limit binds."""
 
 
 def plan(
@@ -42,30 +42,30 @@ def plan(
     Args:
         load: [L, E] or a series [T, L, E] (oldest window first) of tokens per logical expert; integers or floats,
             finite, not negative, at most 1e30. From a series "incremental" forecasts the next window and its variance
-            (``forecast.forecast``). A layer that stays as it is gets the plan with the fewest moves, as from one
-            window; one that drifts gets a plan that ages well; and one whose experts are hot at different times, window
-            by window and in both halves of the series, a plan with the lowest mean PAR of the windows. The other
-            policies add the windows up.
+            (``forecast.forecast``). A layer with constant load gets the plan with the fewest moves, as from one window.
+            A layer that drifts gets a plan that ages well. A layer whose experts are hot at different times, in both
+            halves of the series, gets the plan with the lowest mean PAR over the windows. The other policies add the
+            windows up.
         physical_to_logical: int [L, P], the placement in force; -1 marks an empty slot.
         num_ranks: ranks that share the slots evenly, R.
         num_nodes: nodes that share the ranks evenly.
         num_groups: groups of consecutive experts. Where the nodes can share them evenly "default" keeps all copies of a
             group on one node, and "incremental" does where the placement in force does.
-        policy: "incremental", "default" (DeepSeek's, as vLLM runs it) or "random". ``rank_speed`` and ``options``, but
-            ``seed``, are for "incremental" only.
-        rank_speed: numbers [R], 0.001..1000 of each other: how fast the ranks are; only their ratios count. A rank of
-            twice the speed is to get twice the load, and PARs are of load over speed. Default: all alike.
+        policy: "incremental", "default" (DeepSeek's, as vLLM runs it) or "random". ``rank_speed`` and ``options``,
+            except ``seed``, are for "incremental" only.
+        rank_speed: numbers [R], 0.001..1000 of each other: relative speeds of the ranks. A rank of twice the speed gets
+            twice the load, and PARs are of load over speed. Default: all alike.
         options: fields of ``PlanOptions``: target_par, effort, limits on moves, ...
 
     Returns:
-        The plan. Its moves come in small groups, those that pay most per byte first; after every group the placement
-        is valid and no layer's PAR is above what it was before the plan. PARs are predicted for an even split over
-        replicas, with "incremental" and a series under the forecast; of layers that were planned window by window
-        they are means over the windows. With a series, ``p95_before`` and ``p95_after`` say what it was in bad windows.
+        The plan. Its moves come in small groups, highest gain per byte first. After every group the placement is valid,
+        and no layer's PAR is above its PAR before the plan. PARs are predicted for an even split over replicas; with
+        "incremental" and a series, for the forecast load. PARs of layers that were planned window by window are means
+        over the windows. With a series, ``p95_before`` and ``p95_after`` are the PARs of bad windows.
 
     Raises:
         PlanInputError: an argument is out of range.
-        PlacementError: ``physical_to_logical`` is no valid placement.
+        PlacementError: ``physical_to_logical`` is not a valid placement.
         TypeError: no option has the name given.
     """
     began = time.perf_counter()
@@ -159,7 +159,7 @@ def _incremental(
     thorough = options.effort == "thorough"
     best = attempt(floor, thorough)
     if options.max_moves is not None and best.num_moves > 0.9 * options.max_moves:
-        # A plan for a nearer target spends no moves on the way to a far one. Nearer by part of the way to the start:
+        # A plan for a nearer target needs fewer moves. The target is part of the way from the floor to the start:
         low, high = 0.0, 1.0
         for _ in range(FRUGAL_ATTEMPTS):
             part = 0.5 * (low + high)
@@ -182,7 +182,7 @@ def _incremental(
 
 
 def noise_par(counts: npt.ArrayLike, placement: Placement) -> FloatArray:
-    """float64 [L]: the PAR that counting tokens shows although all ranks are equally loaded.
+    """float64 [L]: the PAR that token counts show by chance when all ranks are equally loaded.
 
     The counts of independent tokens are Poisson: their variance is their mean. The largest of R normal variables is
     about sqrt(2 ln R) standard deviations above the mean.

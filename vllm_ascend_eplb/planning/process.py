@@ -36,19 +36,19 @@ ORPHAN_SECONDS = 3.0
 
 
 PATIENCE_SECONDS = 1.0
-"""How long a child is given for a plan that nobody waits for any more. A new child takes as long to be there."""
+"""How long a child may go on with a plan that was superseded. A new child takes as long to start."""
 
 
 KEPT_ANSWERS = 4
-"""Answers of one child that are kept until somebody asks for them; one is enough for a child that behaves."""
+"""Answers of one child that are kept until they are asked for; a correct child needs one."""
 
 
 RESTART_SECONDS = (0.0, 1.0, 5.0, 30.0)
-"""Pauses before the child is started for the first, second, ... time in vain; the last one stays."""
+"""Pauses before the first, second, ... start in a row that brought no answer; the last value is used from then on."""
 
 
 def _child(requests: Any, answers: Any, policy: Callable[[PlanRequest], Plan], parent: int) -> None:
-    # Planning must neither outlive the server nor compete with it, nor take part in its Ctrl-C.
+    # The planner must not outlive the server, compete with it for cores, or react to its Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with(parent)
@@ -62,8 +62,8 @@ def _child(requests: Any, answers: Any, policy: Callable[[PlanRequest], Plan], p
 def _die_with(parent: int) -> None:
     """Ends this process soon after its parent ended, even if the parent was killed while this process is stopped.
 
-    Not at once: an engine that kills its processes one by one lists them first, and vLLM's shutdown breaks off when one
-    of the listed is gone before its turn.
+    It waits a moment: an engine lists its processes before it kills them one by one, and vLLM's shutdown breaks off if
+    one of them has ended before its turn.
     """
     if sys.platform == "linux":
         set_pdeathsig = 1
@@ -102,7 +102,7 @@ def _startable() -> Iterator[None]:
 
 
 class _Child:
-    """One life of the planner's process, with queues of its own and a thread that reads its answers."""
+    """One planner process, with queues of its own and a thread that reads its answers."""
 
     def __init__(self, policy: Callable[[PlanRequest], Plan], on_answer: Callable[[], None]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -120,7 +120,7 @@ class _Child:
         with _startable():
             self._process.start()
         self.pid = self._process.pid
-        # With the child's ends closed here, its death is the end of the file for whoever reads or writes.
+        # With the child's ends closed here, readers and writers see an end of file when the child dies.
         self._answers._writer.close()  # type: ignore[attr-defined]
         self._requests._reader.close()  # type: ignore[attr-defined]
         self._requests._ignore_epipe = True  # type: ignore[attr-defined]
@@ -132,13 +132,13 @@ class _Child:
                 answer = self._answers.get()
             except (EOFError, OSError, ValueError):  # the child is gone, or the queue was closed under us
                 break
-            except Exception:  # bytes that are no message: what follows them cannot be read either
+            except Exception:  # bytes that are not a message: what follows cannot be read either
                 self._process.kill()
                 break
             if isinstance(answer, PlanAnswer) and type(getattr(answer, "number", None)) is int:
                 self.answers = (*self.answers, answer)[-KEPT_ANSWERS:]
             self._on_answer()
-        self.gone = True  # known before the exit code is
+        self.gone = True  # set before the exit code is known
         self._on_answer()
 
     def ask(self, request: PlanRequest) -> None:
@@ -176,7 +176,7 @@ class EplbProcess:
         self._thread.start()
 
     def submit(self, request: PlanRequest) -> None:
-        """Asks for a plan. A request that has not been answered yet is given up."""
+        """Asks for a plan. An earlier request without an answer is dropped."""
         with self._lock:
             self.request = request
             self._answer = None
@@ -211,7 +211,7 @@ class EplbProcess:
                 self._bury_child()
             if self.child is None:
                 self._start_child()
-            if request is None:  # or else there may be a newer one, whose wake-up was taken for the answer's
+            if request is None:  # otherwise a newer request may be there, whose wake-up _ask took for an answer's
                 self._wake.wait()
                 self._wake.clear()
         self._end_child()
@@ -219,7 +219,7 @@ class EplbProcess:
     def _handle(self, request: PlanRequest) -> None:
         try:
             answer = self._ask(request)
-        except Exception as error:  # whatever it is, this thread must be there for the next request
+        except Exception as error:  # whatever it is, this thread must live for the next request
             self._end_child()
             answer = PlanAnswer(request.number, error=f"{type(error).__name__}: {error}", died=True)
         with self._lock:
@@ -227,10 +227,10 @@ class EplbProcess:
                 self._answer = answer
 
     def _ask(self, request: PlanRequest) -> PlanAnswer | None:
-        """Has the child answer; replaces it when it died, hangs, or is busy with what nobody waits for any more.
+        """Has the child answer. Replaces a child that died, hangs, or is busy with a superseded request.
 
-        The death of a child that was there before the request may have nothing to do with it: a new one is asked. A
-        new one that dies has died of the request.
+        If a child from before this request dies, the request may not be the cause: a new child is asked. If a new child
+        dies, the request is the cause.
         """
         if self.child is not None and self.child.gone:
             self._bury_child()
@@ -253,7 +253,7 @@ class EplbProcess:
                     return answer
             with self._lock:
                 overtaken = self.request is not None
-            if overtaken and time.monotonic() > asked + PATIENCE_SECONDS:  # it hangs, or takes too long to wait for
+            if overtaken and time.monotonic() > asked + PATIENCE_SECONDS:  # it hangs, or is too slow
                 self._end_child()
                 return None
             if died:
@@ -268,7 +268,7 @@ class EplbProcess:
         return None
 
     def _bury_child(self) -> int | None:
-        """Ends a child that went away by itself, and says so."""
+        """Reaps a child that ended by itself, and logs it."""
         code = self._end_child()
         if not self._stopping:
             logger.warning("EPLB: the planner process ended (exit code %s); it is started again", code)
@@ -287,5 +287,5 @@ class EplbProcess:
             return
         self.starts += 1
         self._starts_in_vain += 1
-        with contextlib.suppress(Exception):  # no memory, threads or processes left; tried again with the next request
+        with contextlib.suppress(Exception):  # no memory, threads or processes left; the next request tries again
             self.child = _Child(self._policy, self._wake.set)

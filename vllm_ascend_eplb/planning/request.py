@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the planner's process is asked and what it answers, and the work in between."""
+"""Requests to the planner's process, its answers, and the loop that answers them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .schedule import schedule_rounds
 
 @dataclass(frozen=True)
 class Rebalance:
-    """A task: a placement that suits the load better.
+    """A task: find a placement with better balance.
 
     Attributes:
         policy: "incremental", "default" or "random".
-        options: see there.
+        options: of the policy "incremental".
         rank_speed: [R], relative speeds of the ranks; None where they are equal.
     """
 
@@ -36,22 +36,22 @@ class Rebalance:
 
 @dataclass(frozen=True)
 class Restore:
-    """A task: every expert goes to where ``target`` (int32 [L, P]) has it, whatever the load."""
+    """A task: move every expert to its slot in ``target`` (int32 [L, P]), whatever the load."""
 
     target: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What the planner is asked. Plain values and arrays only: it is pickled to the child.
+    """A request to the planner. Plain values and arrays only: it is pickled to the child.
 
     Attributes:
-        number: of the cycle; the answer carries it back.
+        number: number of the cycle; the answer has it, too.
         load: int64 [T, L, E], tokens per window, layer and logical expert.
         physical_to_logical: int32 [L, P], the placement in force.
         num_experts: logical experts per layer.
         node_of_rank: the node of each rank.
-        num_groups: groups of experts, as the model routes them; 1 where it does not.
+        num_groups: groups of experts that the model routes by; 1 without groups.
         buffer_experts: staging places of a rank per round.
         task: what the plan is for.
         dispatch_entries: entries K of a row of the dispatch tables; 0 where tokens are split evenly.
@@ -87,16 +87,16 @@ class Dispatch:
 
 @dataclass(frozen=True)
 class PlanAnswer:
-    """What the planner answers: a plan cut into rounds, or the error that kept it from making one.
+    """The planner's answer: a plan cut into rounds, or an error.
 
     Attributes:
-        number: of the request.
-        plan: None where there is an error.
+        number: number of the request.
+        plan: None if there is an error.
         rounds: int32 [N, 7], the plan's moves as ``rounds.rounds_to_array`` packs them.
         dispatch_now, dispatch_after: the best shares for the placement in force, and for the one that the plan leads
             to; None where tokens are split evenly.
         error: what went wrong, in words.
-        died: whether the process went away rather than answer.
+        died: whether the process ended without an answer.
     """
 
     number: int
@@ -147,7 +147,7 @@ def plan_request(request: PlanRequest) -> Plan:
 
 
 def best_dispatch(request: PlanRequest, placement: Placement) -> Dispatch | None:
-    """The shares that leave the busiest rank of ``placement`` least to do, as entries of the request's tables."""
+    """The shares that give the busiest rank of ``placement`` the least load, as entries of the request's tables."""
     if not request.dispatch_entries:
         return None
     from .shares import dispatch_shares, entry_counts, shared_rank_load

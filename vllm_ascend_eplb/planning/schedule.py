@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounds: what is sent and committed together, so that a small staging buffer is enough.
+"""Rounds: moves that are sent and committed together, so that a small staging buffer is enough.
 
-What holds for every list of rounds that ``schedule_rounds`` makes of the ordered moves of a plan:
+``schedule_rounds`` makes a list of rounds from the ordered moves of a plan. For every such list:
 
 - After each round every expert of every layer still has a copy.
-- No rank fills more than ``buffer_experts`` staging places in a round; a copy within a rank takes one, too.
-- All sources of a round are slots that hold the expert when it begins. All are read before any slot is written, so
-  any permutation of slots within a round is legal.
+- No rank fills more than ``buffer_experts`` staging places in a round; a copy within a rank takes a place, too.
+- All sources of a round are slots that hold the expert when the round begins. All are read before any slot is written,
+  so any permutation of slots within a round is legal.
 - A group that fits into the buffer is not split, unless it has more moves than ranks and would cost many rounds whole.
-  A larger one (policy "default": a whole layer) is decomposed by :mod:`.groups`. One staging place per rank is enough.
+  A larger group (policy "default": a whole layer) is decomposed by :mod:`.groups`. One staging place per rank suffices.
 - After all rounds the placement is the one that all moves lead to.
-- An expert that is to stand twice on a rank is sent there once; the rank copies it from one slot to the other.
+- An expert with two slots on a rank is sent there once; the rank copies it from one slot to the other.
 
-``Round.after`` tells how far rounds may overlap: a round reads and writes no slot that a round later than ``after``
-writes. The scheduler keeps the plan's order per receiving rank, and lets the ranks with most left to receive go first,
-which keeps the number of rounds near the bound ceil(receives of the busiest rank / buffer).
+``Round.after`` limits how far rounds may overlap: a round reads and writes no slot that a round later than ``after``
+writes. The scheduler keeps the plan's order per receiving rank. The ranks with most left to receive go first, so that
+the number of rounds stays near the bound ceil(receives of the busiest rank / buffer).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..values.topology import Topology
 from .groups import Move, Slots, checked_rows, fitting_groups
 
 TOLERANCE = 1.1
-"""Rounds over the bound that are not worth a second try."""
+"""Rounds over the bound, as a ratio; a second try is made only above it."""
 
 
 def schedule_rounds(
@@ -53,8 +53,8 @@ def schedule_rounds(
         topology: the node of each rank; sources on the same rank, then on the same node are preferred.
         buffer_experts: staging places of a rank per round, at least 1.
         overlap: arrange rounds so that each may be in flight while the one before is being agreed, where possible.
-        relay: let an expert that several ranks of a node want cross the node boundary once and go on from there,
-            where that delays nothing.
+        relay: send an expert that several ranks of a node need across the node boundary once, and from there to the
+            others, where that delays nothing.
 
     Returns:
         Rounds in order; the same on every machine for the same arguments.
@@ -71,7 +71,7 @@ def schedule_rounds(
     best: list[Round] | None = None
     whole_groups = 0
     for most_moves, sends in ((None, 1.0), (None, 1.5), (placement.num_ranks, 1.5)):
-        # whole groups and level senders first; less of either only where that costs many rounds
+        # Try whole groups and level senders first; relax them only if they cost many rounds.
         groups = fitting_groups(placement, rows, buffer_experts, most_moves)
         if best is not None and most_moves is not None and len(groups) == whole_groups:
             break  # none was taken apart
@@ -88,7 +88,7 @@ def schedule_rounds(
 
 @dataclass(eq=False)
 class _Group:
-    """A group that waits for its round."""
+    """A group that is not yet in a round."""
 
     order: int
     moves: list[Move]
@@ -100,10 +100,10 @@ class _Group:
 
 
 class _Scheduler:
-    """List scheduling of groups into rounds: the ranks with most left to receive choose first."""
+    """List scheduling of groups into rounds: ranks with most left to receive choose first."""
 
     SCAN = 64
-    """Groups of a rank that are looked at per round once one did not fit."""
+    """Most groups of a rank that are tried per round without fitting."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class _Scheduler:
         relay: bool,
     ) -> None:
         self.size, self.topology, self.buffer = placement.slots_per_rank, topology, buffer_experts
-        self.most_sends = most_sends  # of a rank per round, where a move can as well wait
+        self.most_sends = most_sends  # of a rank per round, for moves that are not urgent
         self.overlap, self.relay = overlap, relay and topology.num_nodes > 1
         self.state = Slots(placement)
         self.holders: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -165,7 +165,7 @@ class _Scheduler:
 
     @staticmethod
     def _written_by(group: _Group, layer: int, slot: int) -> int:
-        return next(expert for its_layer, its_slot, expert in group.moves if (its_layer, its_slot) == (layer, slot))
+        return next(move[2] for move in group.moves if move[:2] == (layer, slot))
 
     def run(self) -> list[Round]:
         rounds: list[Round] = []
@@ -177,7 +177,7 @@ class _Scheduler:
         return rounds
 
     def _choose(self, number: int, overlap: bool) -> list[_Group]:
-        """Groups for one round: first what keeps the bound on the number of rounds, then what else fits well."""
+        """Groups for one round: first those that the bound on the number of rounds needs, then others that fit well."""
         self.room = [self.buffer] * len(self.left)
         self.new_copies: Counter[tuple[int, int]] = Counter()
         self.busy_slots: set[tuple[int, int]] = set()
@@ -238,8 +238,8 @@ class _Scheduler:
         return [slot for slot in self.holders[layer, expert] if self.written.get((layer, slot), NONE) < self.closed]
 
     def _is_sent_in_vain(self, group: _Group, layer: int, slot: int, expert: int, sources: list[int]) -> bool:
-        """Whether the rank can copy the expert from a slot of its own a little later: from one just written, or one
-        that an earlier group is going to write."""
+        """Whether the rank can copy the expert from its own slot in a later round: from a slot just written, or from
+        one that an earlier group will write."""
         rank = slot // self.size
         if any(source // self.size == rank for source in sources):
             return False
@@ -248,7 +248,7 @@ class _Scheduler:
         return (layer, expert, rank) in self.arriving or self.bringing[layer, expert, rank][0] is not group
 
     def _worthwhile(self, layer: int, slot: int, expert: int, sources: list[int]) -> bool:
-        """Whether now is a good time for a move that could as well wait for a later round."""
+        """Whether a move that is not urgent should go into this round."""
         rank = slot // self.size
         node = self.topology.node_of_rank[rank]
         ranks = {source // self.size for source in sources}
@@ -257,13 +257,13 @@ class _Scheduler:
         near = {source for source in ranks if self.topology.node_of_rank[source] == node}
         if self.relay and not near:
             if (layer, expert, node) in self.crossing:
-                return False  # it crosses to this node in this round already; take it from there afterwards
+                return False  # it crosses to this node in this round; a later round takes it from there
             if any(self.topology.node_of_rank[holder // self.size] == node for holder in self.holders[layer, expert]):
                 return False  # it has just arrived on this node
         return min(self.sending[source] for source in (near or ranks)) < self.most_sends
 
     def _survives(self, key: tuple[int, int], group: _Group, delta: int) -> bool:
-        """Whether the expert keeps a copy when the group goes first and then the earlier ones that still wait."""
+        """Whether the expert keeps a copy if this group goes before the earlier groups that still wait."""
         layer, expert = key
         copies = self.state.copies[layer][expert] + self.new_copies[key] + delta
         if copies < 1:
@@ -344,7 +344,7 @@ def level_senders(
         candidates: per move the slots that may be its source, at least one.
         slots_per_rank: S.
         num_ranks: R.
-        slots: per move its destination; a source on the same rank is no send.
+        slots: per move its destination; a source on the same rank is not a send.
 
     Returns:
         Per move its source slot.

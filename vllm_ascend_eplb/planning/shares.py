@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dispatch: which part of an expert's tokens each of its replicas takes.
+"""Dispatch shares: the part of an expert's tokens that each of its replicas takes.
 
-Between two placements this is the faster lever: shares need no transfer, only new tables.
+New shares need no transfer, only new tables, so they can follow the load between two placements.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ TOLERANCE = 1e-3
 
 
 class ShareError(ValueError):
-    """Shares that no table can be made of."""
+    """Shares that cannot be turned into a table."""
 
 
 def dispatch_shares(
     load: npt.ArrayLike, physical_to_logical: npt.ArrayLike | Placement, num_ranks: int, tolerance: float = TOLERANCE
 ) -> FloatArray:
-    """The share of its expert's tokens that each slot should take so that the busiest rank has least to do.
+    """The share of its expert's tokens that each slot should take, so that the busiest rank has the least load.
 
-    The optimum of the linear program "minimise the busiest rank's load" for a fixed placement, by block coordinate
-    descent (water-filling one replicated expert after the other), with a bound from a cut as proof.
+    Solves the linear program "minimise the busiest rank's load" for a fixed placement by block coordinate descent
+    (water-filling one replicated expert after the other). A lower bound from a cut proves the optimum.
 
     Args:
         load: [L, E] tokens per logical expert, finite and not negative.
@@ -38,7 +38,7 @@ def dispatch_shares(
         float64 [L, P]; the shares of an expert's slots sum to 1, an empty slot has 0.
 
     Raises:
-        PlacementError: ``physical_to_logical`` is no valid placement, or ``load`` does not belong to it.
+        PlacementError: ``physical_to_logical`` is not a valid placement, or ``load`` does not belong to it.
         ValueError: ``load`` has entries that are negative or not finite.
     """
     loads = np.ascontiguousarray(load, dtype=np.float64)
@@ -51,7 +51,7 @@ def dispatch_shares(
         try:
             return _planner.dispatch_shares(loads, slots, num_ranks, tolerance)
         except ValueError:
-            pass  # said in plainer words below
+            pass  # Placement below raises a clearer message
     placement = Placement(slots, loads.shape[1], num_ranks)
     if placement.num_layers != len(loads):
         raise PlacementError(f"load is for {len(loads)} layers, the placement for {placement.num_layers}")

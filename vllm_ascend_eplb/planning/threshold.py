@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PlanJudge: whether a plan is worth its moves, and whether the last one was."""
+"""PlanJudge: decides whether a plan is worth its moves, and whether the last one was."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from ..values.window import WindowLoad
 from .payoff import MoveRates, Payoff, weigh
 
 PAYS_FROM = 0.25
-"""Part of the promised gain that a plan must bring in the next window, or the threshold rises."""
+"""Part of the promised gain that a plan must bring in the next window; otherwise the threshold rises."""
 
 
 LEAST_RAISED, MOST_RAISED = 0.005, 0.2
-"""Between these the threshold is raised, as fractions of MoE time."""
+"""Least and largest raised threshold, as fractions of MoE time."""
 
 
 EASES = 0.9
-"""What a plan that was refused makes of the threshold, so that what was too little is tried again."""
+"""Factor on the threshold after a refused plan, so that a refused gain is tried again later."""
 
 
 class PlanJudge:
     """Weighs plans on EP rank 0. A plan must save more than a threshold; plans that did not pay raise it for the next.
 
-    Time is what counts: milliseconds of a step's MoE layers, by the tokens per rank of the window's steps. Where no
-    time was measured it follows the PAR, and moves are free.
+    Plans are weighed in time: milliseconds of a step's MoE layers, for the tokens per rank of the window's steps. If no
+    time was measured, time is proportional to PAR, and moves are free.
 
     Args:
         min_gain: the least threshold, as a fraction of MoE time.
 
     Attributes:
-        cost: of an MoE layer. rates: of experts on their way.
-        traffic: of the last window.
-        steps: expected until the next plan.
+        cost: time of an MoE layer.
+        rates: rates at which experts travel.
+        traffic: traffic of the last window.
+        steps: steps expected until the next plan.
     """
 
     def __init__(self, min_gain: float) -> None:
@@ -49,7 +50,7 @@ class PlanJudge:
         self._slots = 1
 
     def learn(self, cost: StepCost, rates: MoveRates, slots_per_rank: int) -> None:
-        """From now on time is counted by what was measured here."""
+        """Takes the measured times: plans are weighed in milliseconds from now on."""
         self.cost, self.rates, self._slots = cost, rates, slots_per_rank
 
     def moe_ms(self, par: npt.ArrayLike) -> float:
@@ -57,14 +58,13 @@ class PlanJudge:
         return float(self.traffic.layer_ms(self.cost, par, self._slots).sum())
 
     def target_par(self, wanted: float) -> float:
-        """The PAR at which a layer is left alone: ``wanted``, or where going below saves nothing that can be
-        measured."""
+        """The PAR at which a layer is left as it is: ``wanted``, or the PAR below which nothing measurable is saved."""
         if not self.cost.in_milliseconds:
             return wanted
         return max(wanted, self.traffic.par_within(self.cost, self._slots))
 
     def weigh(self, before: npt.ArrayLike, after: npt.ArrayLike, received_bytes: npt.ArrayLike = ()) -> Payoff:
-        """What a plan brings that leads from PAR ``before`` [L] to ``after`` [L], with ``received_bytes`` [R]."""
+        """The payoff of a plan that leads from PAR ``before`` [L] to ``after`` [L], with ``received_bytes`` [R]."""
         move_ms = self.rates.milliseconds(received_bytes)
         return weigh(
             self.cost,
@@ -77,8 +77,7 @@ class PlanJudge:
         )
 
     def refuses(self, before: npt.ArrayLike, after: npt.ArrayLike, received_bytes: npt.ArrayLike = ()) -> str:
-        """Why a plan that brings PAR from ``before`` to ``after``, [L] or the mean, is not carried out; empty if it
-        is."""
+        """Why a plan that leads from PAR ``before`` to ``after`` ([L] or the mean) is refused; empty if it is not."""
         threshold = self.threshold
         payoff = self.weigh(before, after, received_bytes)
         pars = f"PAR {np.asarray(before).mean():.3f} to {np.asarray(after).mean():.3f}"
@@ -96,7 +95,7 @@ class PlanJudge:
         return said
 
     def describe(self, payoff: Payoff) -> str:
-        """What a plan brings, in words; empty where no time was measured."""
+        """Gain and cost of a plan, in words; empty if no time was measured."""
         if not self.cost.in_milliseconds:
             return ""
         return (
@@ -105,21 +104,21 @@ class PlanJudge:
         )
 
     def carried_out(self, before: Placement, promised: float) -> None:
-        """A plan was carried out: the placement before it, and which part of MoE time it promised to save."""
+        """Notes that a plan was carried out: the placement before it, and the fraction of MoE time it promised."""
         self._before, self._promised = before, promised
 
     def forget(self) -> None:
-        """What was carried out last is not to be judged."""
+        """Drops the last plan, so that it is not judged."""
         self._before = None
 
     def window_ended(self, window: WindowLoad, placement: Placement, traffic: Traffic | None = None) -> str:
         """Judges the last plan, which led to ``placement``, by the window that followed it.
 
-        Returns:
-            What the log says of the plan; empty if there is none.
+        Load and traffic have changed since the plan was made, so the plan is compared with the placement before it in
+        the same window.
 
-        Load and traffic have gone on changing, so the plan is judged by what this same window would have been without
-        it.
+        Returns:
+            Text for the log about the plan; empty if there is none.
         """
         if traffic is not None:
             self.traffic = traffic

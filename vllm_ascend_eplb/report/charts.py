@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Charts as text: SVG for lines and bars, PNG inside the page for heat maps. No script, no library.
 
-Drawings are small (400 units wide), so that their letters stay readable on a phone; colours come from the page's style
-sheet by class, so that dark mode and print have theirs.
+Drawings are small (400 units wide), so that their letters are readable on a phone. Colours come from the page's style
+sheet by class, so that dark mode and print have colours of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 WIDTH, HEIGHT = 400.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 10.0, 10.0, 34.0
 MAX_TIPS = 256
-"""Values with a tooltip of their own; of longer series every n-th has one."""
+"""Most values of a series with a tooltip; in longer series every n-th value has one."""
 
 Anchors = tuple[tuple[float, tuple[int, int, int]], ...]
 
@@ -49,9 +49,9 @@ class Line:
     """One line of a chart.
 
     Attributes:
-        label: in the legend.
+        label: text in the legend.
         style: CSS class, ``s0``..``s4``.
-        values: by position; None where there is none.
+        values: values by position; None leaves a gap.
     """
 
     label: str
@@ -135,7 +135,7 @@ def bar_chart(
         tall = (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
         style = styles[index] if styles else "s0"
         if style != "s0":
-            tall = max(tall, 2.5)  # a bar that means something else shows even at 0
+            tall = max(tall, 2.5)  # a bar of another style (skipped, failed) is visible even at 0
         tip = html.escape(f"{x_label} {numbers[index]}: {value:g}")
         parts.append(
             f'<rect class="bar {style}" x="{LEFT + (index + 0.1) * width:.2f}" y="{HEIGHT - BOTTOM - tall:.2f}" '
@@ -152,9 +152,9 @@ def heat_map(
 
     Args:
         table: numbers; not empty.
-        rows, columns: what they are, in the plural.
-        unit: what the colours mean.
-        diverging: colours to both sides of 1.0.
+        rows, columns: names of the axes, in the plural.
+        unit: meaning of the colours.
+        diverging: whether colours diverge from 1.0.
         low, high: ends of the scale; default those of the table, with ``diverging`` equally far from 1.0.
     """
     values = np.asarray(table, dtype=np.float64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The live page: the report of a run that goes on, kept up to date by a few lines of script."""
+"""The live page: the report of a running server, updated by a few lines of script."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ look();
 
 
 def live_page() -> str:
-    """The page without its contents, which the script fetches and keeps up to date."""
+    """The page without contents; its script fetches them and updates them."""
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     parts = [
         "<h1>Expert load balancing</h1>",
@@ -62,7 +62,7 @@ def live_page() -> str:
 
 
 def live_body(stats: EplbStats) -> str:
-    """What the page shows of a run, as HTML without a document around it."""
+    """The contents of the page for a run, as HTML without a document around it."""
     return "\n".join([subtitle(stats), *run_parts(stats)])
 
 
@@ -77,7 +77,7 @@ class NoStatsError(Exception):
 
 
 class StatsReader:
-    """The statistics file as it is now, read and drawn once per change."""
+    """Reads the statistics file, and draws the page, once per change of the file."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -96,7 +96,7 @@ class StatsReader:
             return stats.to_json(), tag
 
     def body(self) -> tuple[str, str]:
-        """What the page shows, as HTML, and a tag that changes with it.
+        """The contents of the page, as HTML, and a tag that changes with them.
 
         Raises:
             NoStatsError: there are no statistics, or they cannot be read.
@@ -141,7 +141,7 @@ class EplbPage:
         """Registers the routes."""
         reader = StatsReader()
 
-        # These are no coroutines: FastAPI runs them in threads, so that reading and drawing hold up no request.
+        # Plain functions, not coroutines: FastAPI runs them in threads, so that they do not delay requests.
         def page() -> Response:
             return Response(live_page(), media_type="text/html", headers=HEADERS)
 
@@ -156,7 +156,7 @@ class EplbPage:
         app.add_api_route(f"{PATH}/stats", stats, methods=["GET"], include_in_schema=False)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Nothing: the routes ask nothing of the engine."""
+        """Does nothing: the routes do not use the engine."""
 
 
 def _answer(request: Request, read: Callable[[], tuple[str, str]], kind: str) -> Response:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page: a document around what is shown of a run, a recorded map and a simulation."""
+"""The page: one document with the parts of a run, a recorded map and a simulation."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def make_page(
     """The whole page.
 
     Args:
-        stats: of a run, or None. simulation, recorded: or None. At least one of them.
+        stats: statistics of a run, or None.
+        simulation: a simulation, or None.
         title: heading of the page.
-        recorded: the map that a run left, with the load behind it.
+        recorded: the map that a run recorded, with its load, or None. At least one of the three is given.
     """
     parts = [f"<h1>{escape(title)}</h1>", subtitle(stats, simulation)]
     if stats is not None:
@@ -49,15 +50,15 @@ def document(title: str, parts: Sequence[str], allowed: str = "") -> str:
 
     Args:
         title: of the window.
-        parts: its contents, as HTML.
-        allowed: what it may do beyond showing itself, as directives of a content security policy.
+        parts: contents, as HTML.
+        allowed: further directives of the content security policy.
     """
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     more = f"; {allowed}" if allowed else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # the page must load nothing, whatever stands in it; the icon is there so that browsers do not ask for one
+        # the policy keeps the page from loading anything; the empty icon keeps browsers from asking for one
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         f"style-src 'unsafe-inline'{more}\">"
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>\n{style}</style></head>'
@@ -66,7 +67,7 @@ def document(title: str, parts: Sequence[str], allowed: str = "") -> str:
 
 
 def subtitle(stats: EplbStats | None, simulation: Simulation | None = None) -> str:
-    """A line that says of what the page is, as HTML."""
+    """A line with run, simulation and versions, as HTML."""
     parts = []
     if stats is not None:
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(stats.updated_at, 4e9)))

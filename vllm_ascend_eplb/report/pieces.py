@@ -16,7 +16,7 @@ MAX_TABLE_ROWS = 64
 
 
 def rank_pair(*tables: tuple[str, Sequence[Sequence[float]]]) -> list[str]:
-    """Heat maps, with their titles, on one scale."""
+    """Heat maps of rank load, (title, table) each, on one scale."""
     values = np.concatenate([np.ravel(np.asarray(table)) for _, table in tables])
     low, high = float(values.min()), float(values.max())
     return [
@@ -30,7 +30,7 @@ def rank_pair(*tables: tuple[str, Sequence[Sequence[float]]]) -> list[str]:
 
 
 def is_table(table: Sequence[Sequence[float]]) -> bool:
-    """Whether rows have one length, and there are some."""
+    """Whether a table is not empty and all its rows have the same length."""
     return bool(table) and bool(table[0]) and all(len(row) == len(table[0]) for row in table)
 
 
@@ -40,14 +40,14 @@ def figure(title: str, remark: str, content: str) -> str:
 
 
 def card(value: str, text: str) -> str:
-    """A number with what it means."""
+    """A number with its meaning."""
     return f'<div class="card"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
 
 
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], words: set[int] | None = None, marked: set[int] | None = None
 ) -> str:
-    """A table; the columns ``words`` hold text, the rows ``marked`` stand out."""
+    """A table; the columns ``words`` hold text, the rows ``marked`` are highlighted."""
     wordy = words or set()
     top = "".join(f"<th{' class=words' if i in wordy else ''}>{escape(cell)}</th>" for i, cell in enumerate(head))
     body = []
@@ -63,7 +63,7 @@ def escape(text: str) -> str:
 
 
 def mean_of(par: Par | None) -> float | None:
-    """The mean over layers, where there is one."""
+    """The mean over layers; None without a PAR."""
     return par.mean if par is not None else None
 
 

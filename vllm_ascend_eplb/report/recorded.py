@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page shows of a map that a run recorded, and of the load behind it."""
+"""The part of the page about a recorded map and the load behind it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .pieces import figure
 
 
 def recorded_parts(recorded: RecordedMap) -> list[str]:
-    """What is shown of a recorded map, as pieces of HTML."""
+    """The part about a recorded map, as pieces of HTML."""
     placement, load = recorded.placement, recorded.load
     redundant = placement.num_slots - placement.num_experts
     parts = [

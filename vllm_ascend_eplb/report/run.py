@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page shows of a run: its load, its cycles, its waits."""
+"""The part of the page about a run: load, cycles, waits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _RESULT_STYLE = {"done": "s0", "skipped": "s2", "failed": "s1"}
 
 
 def run_parts(stats: EplbStats) -> list[str]:
-    """What is shown of a run, as pieces of HTML."""
+    """The part about a run, as pieces of HTML."""
     parts = ["<h2>The run</h2>"]
     if stats.phase == "off":
         parts.append(f'<p class="note">Balancing was switched off: {escape(stats.off_reason or "no reason given")}</p>')
@@ -110,7 +110,7 @@ def run_parts(stats: EplbStats) -> list[str]:
 
 
 def _would_bring(stats: EplbStats) -> list[str]:
-    """What balancing would bring here, judged by windows that the plans had not seen."""
+    """Cards with the gain that balancing would bring, measured on windows that the plans had not seen."""
     judged = [(c.par_realised, c.par_observed, c.moves_planned) for c in stats.cycles]
     pairs = [(was.mean, would.mean, moves) for was, would, moves in judged if was is not None and would is not None]
     if not pairs:

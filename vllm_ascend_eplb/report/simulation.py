@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page shows of a simulation: the best setting, all settings, the load."""
+"""The part of the page about a simulation: the best setting, all settings, the load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .pieces import MAX_TABLE_ROWS, card, escape, figure, is_table, rank_pair, s
 
 
 def simulation_parts(sim: Simulation) -> list[str]:
-    """What is shown of a simulation, as pieces of HTML."""
+    """The part about a simulation, as pieces of HTML."""
     parts = [
         "<h2>The simulation</h2>",
         f"<p>{sim.num_windows} windows of {sim.window_steps:,} steps, {sim.num_layers} MoE layers of {sim.num_experts} "
@@ -91,7 +91,7 @@ def _best_cards(sim: Simulation, best: Outcome) -> str:
 
 
 def _simulated_par(sim: Simulation, best: Outcome) -> list[str]:
-    """PAR by window of the best setting, of the best of the other policies and without anything."""
+    """PAR by window of the best setting, of the best of each other policy, and without balancing."""
     shown = []
     styles = {"default": "s3", "incremental": "s4", "random": "s2"}
     for policy, style in styles.items():

@@ -19,10 +19,10 @@ from .pinned import PinnedRows
 
 
 class _Prepared:
-    """What layers of some tensors are going to be, commit by commit.
+    """New rows of tensors, prepared commit by commit.
 
     Args:
-        tensors: each [L, ...], on one device.
+        tensors: tensors [L, ...] on one device.
     """
 
     def __init__(self, *tensors: torch.Tensor) -> None:
@@ -31,11 +31,11 @@ class _Prepared:
         self._waiting: deque[tuple[list[int], list[torch.Tensor]]] = deque()
 
     def add(self, layers: list[int], *rows: npt.NDArray[np.signedinteger]) -> None:
-        """For each tensor [len(layers), ...], for the next commit that has none yet; from any thread."""
+        """Adds the rows of the next commit, [len(layers), ...] for each tensor; from any thread."""
         self._waiting.append((layers, [self.pinned.rows(row) for row in rows]))
 
     def commit(self) -> None:
-        """Puts the oldest in force; only enqueues copies on the current stream."""
+        """Puts the oldest prepared rows in force; only enqueues copies on the current stream."""
         layers, hosts = self._waiting.popleft()
         for tensor, host in zip(self._tensors, hosts, strict=True):
             for i, layer in enumerate(layers):
@@ -55,12 +55,12 @@ class DispatchMaps:
     """Logical-to-physical maps of all layers on the device.
 
     Args:
-        placement: the one to start with.
-        device: where the routers run.
+        placement: the placement to start with.
+        device: device of the routers.
         width: entries per expert, W: the most replicas that an expert can get.
 
     Attributes:
-        logical_to_physical: int64 [L, E, W], slots of each expert, -1 beyond its replicas.
+        logical_to_physical: int64 [L, E, W], slots of each expert, padded with -1.
         replica_count: int64 [L, E].
 
     Raises:
@@ -77,12 +77,12 @@ class DispatchMaps:
         self.prepared = _Prepared(self.logical_to_physical, self.replica_count)
 
     def prepare(self, placement: Placement, layers: list[int]) -> None:
-        """Computes the rows of ``layers`` under ``placement`` for the next commit that has none yet.
+        """Computes the rows of ``layers`` under ``placement`` for the next unprepared commit.
 
         May be called for several commits ahead, in order, from another thread than the commits.
 
         Raises:
-            MapError: an expert has more replicas than the maps are wide.
+            MapError: an expert has more replicas than the maps have entries.
         """
         if placement.replica_count.max() > self.width:
             raise MapError(f"an expert gets {placement.replica_count.max()} replicas; the maps hold {self.width}")
@@ -91,7 +91,7 @@ class DispatchMaps:
         self.prepared.add(layers, slots, part.replica_count.astype(np.int64))
 
     def commit(self) -> None:
-        """Switches over to the oldest prepared placement; only enqueues copies on the current stream."""
+        """Switches to the oldest prepared placement; only enqueues copies on the current stream."""
         self.prepared.commit()
 
     def forget_prepared(self) -> None:
@@ -100,18 +100,18 @@ class DispatchMaps:
 
 
 ROUTING_ROWS = 1024
-"""Rows of a routing table, as many as in vllm-ascend's own."""
+"""Rows of a routing table, as in vllm-ascend's own."""
 
 
 def rows_by_token(
     slots: npt.NDArray[np.signedinteger], valid: npt.NDArray[np.signedinteger], offset: int = 0
 ) -> npt.NDArray[np.int32]:
-    """A routing table of what :func:`~vllm_ascend_eplb.load.ops.entries_of` takes, token by token.
+    """A routing table with the choices of :func:`~vllm_ascend_eplb.load.ops.entries_of`, a row for each token.
 
     Args:
         slots: int [L, E, W], slots that take an expert's tokens in turn.
-        valid: int [L, E], entries of each row of it, 1..W.
-        offset: added to the entry that a token takes, modulo the valid ones.
+        valid: int [L, E], valid entries of each row of ``slots``, 1..W.
+        offset: added to the entry that a token takes, modulo the valid entries.
 
     Returns:
         int32 [L, ROUTING_ROWS, E].
@@ -124,15 +124,14 @@ def rows_by_token(
 
 
 class RoutingTables:
-    """Maps by the row of a token in its batch, of all layers on the device: token n takes
-    ``table[layer, n % ROUTING_ROWS, expert]``.
+    """Routing tables of all layers on the device: token n of a batch takes ``table[layer, n % ROUTING_ROWS, expert]``.
 
     Args:
-        placement: the one to start with.
-        device: where the routers run.
-        offset: how many replicas further on a token's choice is. Ranks that route their own tokens differ in it by
-            one: then the n-th tokens of as many ranks as an expert has replicas take one each, also where each rank has
-            a single token. All others must agree.
+        placement: the placement to start with.
+        device: device of the routers.
+        offset: replicas by which a token's choice is shifted. Ranks that route their own tokens use consecutive
+            offsets, so that their n-th tokens take different replicas, even if each rank has a single token. Ranks that
+            route the same tokens must use the same offset.
 
     Attributes:
         table: int32 [L, ROUTING_ROWS, E], slots.
@@ -148,8 +147,8 @@ class RoutingTables:
         return rows_by_token(placement.logical_to_physical(int(counts.max())), counts, self._offset)
 
     def prepare(self, placement: Placement, layers: list[int]) -> None:
-        """Computes the tables of ``layers`` under ``placement`` for the next commit that has none yet; from any thread,
-        in order."""
+        """Computes the tables of ``layers`` under ``placement`` for the next unprepared commit; from any thread, in
+        order."""
         self.prepared.add(layers, self._rows(_layers_of(placement, layers)))
 
     def commit(self) -> None:

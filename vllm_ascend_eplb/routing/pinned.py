@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PinnedRows: host memory that devices copy from, kept until the copies are done."""
+"""PinnedRows: host memory that a device copies from, kept until the copies are done."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 
 class PinnedRows:
-    """New rows for tensors of one device, on the host. On a device the host may be a step or two ahead of the copies,
-    and memory that goes back to the allocator meanwhile may be written by its next user.
+    """New rows for tensors of one device, on the host. The host may be a step or two ahead of the device's copies.
+    Memory that returns to the allocator before a copy is done may be overwritten by its next user.
 
     Args:
-        device: of the tensors.
+        device: device of the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,13 +24,13 @@ class PinnedRows:
         self._in_use: deque[tuple[tuple[torch.Tensor, ...], torch.Event]] = deque()
 
     def rows(self, rows: npt.NDArray[np.signedinteger]) -> torch.Tensor:
-        """The rows in memory that may be copied from without waiting; from any thread."""
+        """The rows in host memory from which asynchronous copies can be made; from any thread."""
         tensor = torch.from_numpy(np.ascontiguousarray(rows))
         return tensor if self._on_host else tensor.pin_memory()
 
     def keep(self, *rows: torch.Tensor) -> None:
-        """Keeps ``rows`` until the copies enqueued on the current stream so far are done; lets go of older ones whose
-        copies are. Never waits."""
+        """Keeps ``rows`` until the copies enqueued on the current stream so far are done. Releases older rows whose
+        copies are done. Never waits."""
         if self._module is None:
             return
         while self._in_use and self._in_use[0][1].query():
@@ -41,5 +41,5 @@ class PinnedRows:
 
     @property
     def num_kept(self) -> int:
-        """Calls of ``keep`` whose rows are still held."""
+        """Number of calls of ``keep`` whose rows are still held."""
         return len(self._in_use)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DispatchTables: weighted dispatch, the lever between two placements that needs no transfer.
+"""DispatchTables: weighted dispatch, which changes the shares of replicas without a transfer.
 
-A table [E, K] per layer names K slots for each expert; the op ``map_and_record`` sends each token to one of them. How
-often a slot stands in a row is its share of the expert's tokens. The tables have buffers of their own: the true maps
-and replica counts (:class:`~vllm_ascend_eplb.routing.maps.DispatchMaps`) stay what they are. Addresses never change, so
-that captured graphs see every new table.
+A table [E, K] per layer has K slots for each expert; the op ``map_and_record`` sends each token to one of them. The
+frequency of a slot in a row is its share of the expert's tokens. The tables have buffers of their own: the maps and
+replica counts (:class:`~vllm_ascend_eplb.routing.maps.DispatchMaps`) do not change. Addresses never change, so that
+captured graphs see every new table.
 
-Equal entries of a row stand side by side, because the op walks through a row in golden-ratio steps, which cut any one
-stretch of it evenly. Where each rank routes its own tokens (regime *owned*), rank r of R begins r/R further on in every
-row: ranks with a single token each then take different replicas. In every other regime all ranks must route a token
-alike, so the tables are equal byte for byte.
+Equal entries of a row stand side by side, because the op goes through a row in golden-ratio steps, which meet every
+stretch of the row evenly. If each rank routes its own tokens (regime *owned*), the rows of rank r of R are turned by
+r/R of a row. So ranks with a single token each take different replicas. In every other regime all ranks must route a
+token alike, so the tables are equal byte for byte.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ENTRIES = range(16, 65)
 
 
 class TableError(ShareError):
-    """A width that no table has."""
+    """The width of a table is out of range."""
 
 
 def even_shares(placement: Placement) -> FloatArray:
@@ -47,21 +47,21 @@ def table_rows(placement: Placement, shares: npt.ArrayLike, entries: int) -> npt
     """Rows that realise shares to within one entry.
 
     Args:
-        placement: [L, P] as seen by the layers asked for.
-        shares: float [L, P] as :func:`~vllm_ascend_eplb.planning.shares.entry_counts` takes them, or its result.
+        placement: placement [L, P] of the layers.
+        shares: float [L, P], an argument of :func:`~vllm_ascend_eplb.planning.shares.entry_counts`, or its result.
         entries: K.
 
     Returns:
         int64 [L, E, K], equal entries side by side.
 
     Raises:
-        ShareError: no table can be made of the shares.
+        ShareError: the shares cannot be turned into a table.
     """
     return _arranged(placement, entry_counts(placement, shares, entries))
 
 
 def _arranged(placement: Placement, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Rows [L, E, K] in which each slot stands as often as ``counts`` [L, P] says."""
+    """Rows [L, E, K] in which each slot stands ``counts`` [L, P] times."""
     slots = placement.physical_to_logical
     layers, places = np.nonzero(counts)
     order = np.lexsort((places, slots[layers, places], layers))
@@ -73,16 +73,16 @@ class DispatchTables:
     """The dispatch tables of all layers on the device.
 
     Args:
-        placement: the one to start with, split evenly.
-        device: where the routers run.
+        placement: the placement to start with, with even shares.
+        device: device of the routers.
         entries: K, 16..64: the resolution of the shares.
-        rank, num_ranks: given only where each rank routes its own tokens: this rank's rows are turned by rank/num_ranks
-            of a row.
+        rank, num_ranks: given only if each rank routes its own tokens: this rank's rows are turned by rank/num_ranks of
+            a row.
 
     Attributes:
         table: int64 [L, E, K], slots.
         count: int64 [L, E], valid entries of each row; always K.
-        shares: float64 [L, P] on the host: what is in force, or will be once the copies that are under way are done.
+        shares: float64 [L, P] on the host: the shares in force after the copies that are under way.
 
     Raises:
         TableError: ``entries`` is out of range.
@@ -112,15 +112,15 @@ class DispatchTables:
         return np.ascontiguousarray(np.roll(_arranged(placement, counts), -self._turn, axis=2))
 
     def prepare(self, placement: Placement, layers: Sequence[int], shares: npt.ArrayLike | None = None) -> None:
-        """Computes the rows of ``layers`` for the next commit that has none yet; from any thread, in order.
+        """Computes the rows of ``layers`` for the next unprepared commit; from any thread, in order.
 
         Args:
-            placement: in force once the commit has taken place.
-            layers: those that change.
-            shares: float [len(layers), P] for these layers; None splits evenly (the layer's experts have just moved).
+            placement: the placement in force after the commit.
+            layers: the layers that change.
+            shares: float [len(layers), P] for these layers; None splits evenly (experts of these layers have moved).
 
         Raises:
-            ShareError: the shares are none.
+            ShareError: the shares cannot be turned into a table.
         """
         self._prepared.append(self._make(placement, list(layers), shares))
 
@@ -128,11 +128,11 @@ class DispatchTables:
         """The rows of all layers, for :meth:`put`; from any thread.
 
         Args:
-            placement: in force when they are put.
+            placement: the placement in force when the rows are put.
             shares: float [L, P], or the counts of :func:`~vllm_ascend_eplb.planning.shares.entry_counts`.
 
         Raises:
-            ShareError: the shares are none.
+            ShareError: the shares cannot be turned into a table.
         """
         return self._make(placement, list(range(placement.num_layers)), shares)
 
@@ -173,7 +173,13 @@ class RoutingDispatchTables(DispatchTables):
 
 @dataclass(frozen=True)
 class TableRows:
-    """New rows: the layers they are for, what a table has of each, and the shares they realise [len(layers), P]."""
+    """New rows of a table.
+
+    Attributes:
+        layers: the layers that they are for.
+        rows: the rows of each of these layers.
+        shares: float64 [len(layers), P], the shares that the rows realise.
+    """
 
     layers: list[int]
     rows: torch.Tensor

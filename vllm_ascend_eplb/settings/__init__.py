@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings: their schema, their errors, and whether they fit a model and a server."""
+"""The schema of the settings, their errors, and the check that they fit a model and a server."""

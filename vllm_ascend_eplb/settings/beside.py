@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands beside ``eplb_config`` in vLLM's ``additional_config`` and was meant to stand in it.
+"""Finds settings of the balancer that stand beside ``eplb_config`` in vLLM's ``additional_config``.
 
 ``additional_config`` is a dictionary without a schema: vLLM ignores what it does not know there, and other platforms
 and plugins keep their settings in it. So a key of ours at the wrong place would be ignored without a word. Looked for
@@ -7,8 +7,8 @@ are our settings and old names at the top level or inside another key, misspelt 
 and vllm-ascend's own EPLB at the top level, and ``eplb_config`` itself misspelt, nested, or with a dot in place of a
 brace.
 
-A key that could be a stranger's is left alone: ``mode``, ``policy`` and ``transport`` count only beside settings that
-turn the balancer on, and misspellings of such short words are only remarked on.
+A key that may belong to another program is left alone: ``mode``, ``policy`` and ``transport`` count only beside
+settings that turn the balancer on, and misspellings of such short words only cause a remark.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ OF_NEIGHBOURS = frozenset(
 
 
 SHORT = 8
-"""Below so many letters a name is a common word, and another program may have a key like it."""
+"""A name with fewer letters is a common word that another program may use as a key."""
 
 
 COMMON_WORDS = ("window_size", "use_async", "communicator")
@@ -122,12 +122,12 @@ _MAX_KEYS = 10_000
 
 @dataclass(frozen=True)
 class Misplaced:
-    """A key that is not read where it stands.
+    """A key that is not read at its place.
 
     Attributes:
-        line: which key, and where it goes.
-        weight: "sure" for a key that can only be meant for the balancer; "likely" for one of ours that another program
-            may have as well; "perhaps" for one that is only similar.
+        line: the key, and where it belongs.
+        weight: "sure" for a key that can only be meant for the balancer; "likely" for a setting of ours that another
+            program may have as well; "perhaps" for a key that is only similar.
     """
 
     line: str
@@ -169,7 +169,7 @@ def bare(key: object) -> str:
 
 
 def _judged(key: object, value: object, known: tuple[str, ...]) -> Misplaced | None:
-    """What is wrong with a key at the top level; None where nothing is."""
+    """What is wrong with a key at the top level; None if nothing is."""
     name, shown = bare(key), f"additional_config.{clip(str(key))}"
     if isinstance(key, str) and key in MOVED_INTO_EPLB_CONFIG:
         return Misplaced(f"{shown} is an old name; write it as {_form(MOVED_INTO_EPLB_CONFIG[key], value)}", "sure")
@@ -206,7 +206,7 @@ def _of_another_balancer(name: str, value: object) -> tuple[str, Literal["likely
 
 
 def _ours(name: str, known: tuple[str, ...]) -> str | None:
-    """The setting that a name at the top level means exactly, perhaps with ``eplb_config.`` in front of it."""
+    """The setting that a name at the top level is equal to, with or without ``eplb_config.`` in front of it."""
     if name == "enable_eplb":
         return "dynamic_eplb"
     for prefix in ("", "eplb_config_", "eplb_"):
@@ -258,10 +258,10 @@ def _json(value: object) -> str:
 
 
 def left_over(vllms_own: object) -> dict[str, object]:
-    """What ``--eplb-config`` sets to other values than vLLM's defaults.
+    """The settings in ``--eplb-config`` that differ from vLLM's defaults.
 
     Args:
-        vllms_own: vLLM's ``EPLBConfig``, a dictionary of it, or None.
+        vllms_own: vLLM's ``EPLBConfig``, the same as a dictionary, or None.
     """
     if isinstance(vllms_own, Mapping):
         return {str(key): value for key, value in vllms_own.items()}
@@ -273,7 +273,7 @@ def left_over(vllms_own: object) -> dict[str, object]:
 
 
 def moved_from_vllm(settings: Mapping[str, object]) -> str:
-    """The same settings as they are written for this balancer, as far as it has them."""
+    """The same settings in this package's form, without those that it does not have."""
     pairs = {OF_VLLM[name]: value for name, value in settings.items() if OF_VLLM.get(name)}
     inner = ", ".join(f'"{name}": {_json(value)}' for name, value in {"dynamic_eplb": True, **pairs}.items())
     return f'{{"eplb_config": {{{inner}}}}}'

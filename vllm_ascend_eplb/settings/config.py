@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration: what stands in ``additional_config["eplb_config"]``, parsed once into a typed, checked object.
+"""EplbConfig: the contents of ``additional_config["eplb_config"]``, parsed once into a typed, checked object.
 
-The keys that vllm-ascend knows keep its names and defaults; the others are this package's own, in the same dictionary.
-Values are taken in every form that vLLM and vllm-ascend take, and in no form that could mean two things (reading.py).
-What stands beside ``eplb_config`` and was meant to stand in it is refused (beside.py).
+vllm-ascend's keys keep their names and defaults; the other keys are this package's own, in the same dictionary. Values
+are accepted in every form that vLLM and vllm-ascend accept, unless the form is ambiguous (reading.py). Settings that
+stand beside ``eplb_config`` by mistake are refused (beside.py).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class EplbConfig(BaseModel):
         default=0,
         ge=0,
         le=1_000_000,
-        description="slots per layer beyond one for each expert, over all ranks; left out, that of `expert_map_path`",
+        description="slots per layer beyond one for each expert, over all ranks; by default those of `expert_map_path`",
     )
     eplb_policy_type: int = Field(
         default=2,
@@ -255,28 +255,28 @@ class EplbConfig(BaseModel):
 
     @property
     def active(self) -> bool:
-        """Whether the package does anything at all."""
+        """True if balancing or a static placement is configured."""
         return self.dynamic or self.expert_map_path is not None
 
     @property
     def dynamic(self) -> bool:
-        """Whether load is counted and plans are made. A map to record turns it on, as it does in vllm-ascend; a map to
-        start from alone is a static placement."""
+        """True if load is counted and plans are made. ``expert_map_record_path`` turns this on, as in vllm-ascend;
+        ``expert_map_path`` alone is a static placement."""
         return self.dynamic_eplb or self.expert_map_record_path is not None
 
     @property
     def policy_name(self) -> PolicyName:
-        """The policy to use: ``policy``, or the one that ``eplb_policy_type`` stands for."""
+        """The policy to use: ``policy``, or the policy with the number ``eplb_policy_type``."""
         return self.policy if self.policy is not None else _POLICY_OF_TYPE[self.eplb_policy_type]
 
     @property
     def load_entries(self) -> int:
-        """Entries of the load series that the policy is given: several where it weighs how load varies."""
+        """Entries of the load series that the policy gets: several if it weighs how load varies."""
         return SERIES_ENTRIES if self.policy is None and self.eplb_policy_type == 3 else 1
 
 
 def remarks(additional_config: object) -> list[str]:
-    """Lines to log about settings that are valid and do perhaps not what was meant.
+    """Lines to log about valid settings that may not do what was meant.
 
     Args:
         additional_config: vLLM's dictionary, from which :class:`EplbConfig` was read without an error.

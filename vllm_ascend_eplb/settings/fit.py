@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the settings fit the files, the model and the server that they are given for."""
+"""Checks that the settings fit the map file, the model and the server."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .messages import EplbConfigError, show_value
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the settings need to know of a model.
+    """The sizes of a model that settings depend on.
 
     Attributes:
         num_experts: logical experts in each MoE layer, E; None or 0 for a model without MoE layers.
-        num_layers: MoE layers, L; None where that is not known, then only the workers compare it with a map's.
+        num_layers: MoE layers, L; None if unknown: then only the workers compare it with the map.
     """
 
     num_experts: int | None
@@ -30,7 +30,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class ServerShape:
-    """What the settings need to know of a server.
+    """The properties of a server that settings depend on.
 
     Attributes:
         ep_size: ranks of the expert-parallel group, R.
@@ -42,13 +42,13 @@ class ServerShape:
 
 
 def fit(config: EplbConfig, model: ModelShape, server: ServerShape) -> int:
-    """Checks the settings against the model and the server they are meant for. Does nothing unless they are active.
+    """Checks the settings against the model and the server. Does nothing unless the settings are active.
 
     Returns:
         Redundant experts per layer: ``num_redundant_experts``, or those of the map to start from.
 
     Raises:
-        EplbConfigError: what cannot work, and the way out.
+        EplbConfigError: a setting cannot work; the message has the way out.
     """
     if not config.active:
         return config.num_redundant_experts
@@ -80,14 +80,14 @@ def fit(config: EplbConfig, model: ModelShape, server: ServerShape) -> int:
 
 
 def refuse_vllms_own(config: EplbConfig, enable_eplb: bool, eplb_config: object) -> None:
-    """Refuses the switches of vLLM's own balancer beside ours. Does nothing unless the settings are active.
+    """Refuses options of vLLM's own balancer beside this one. Does nothing unless the settings are active.
 
     Args:
         enable_eplb: whether ``--enable-eplb`` is given.
         eplb_config: vLLM's ``EPLBConfig`` as ``--eplb-config`` made it.
 
     Raises:
-        EplbConfigError: one of them is given.
+        EplbConfigError: an option of vLLM's own balancer is given.
     """
     if not config.active:
         return
@@ -115,13 +115,13 @@ def read_start_placement(
         num_ranks: ranks of the expert-parallel group, R.
 
     Raises:
-        EplbConfigError: the file is no map, or not one for this model and server; names layer, device and slot.
+        EplbConfigError: the file is not a map for this model and server; the message names layer, device and slot.
     """
     if config.expert_map_path is None:
         return None
     where = "eplb_config.expert_map_path"
     try:
-        # what another balancer wrote may hold an expert twice on a device: that wastes a slot, and serves all right
+        # maps of other balancers may hold an expert twice on a device: that wastes a slot but is correct
         placement = read_expert_map(
             config.expert_map_path,
             num_layers=num_layers,
@@ -182,14 +182,14 @@ def _check_redundancy(redundant: int, num_experts: int, ep_size: int) -> None:
 
 
 def refuse_options(options: Iterable[tuple[str, object, object, str]], engine: str = "") -> None:
-    """Ways to start an engine for which this version has no proof that balancing is right.
+    """Refuses options of an engine that are unsupported together with balancing.
 
     Args:
-        options: name, value, allowed value and way out of each.
-        engine: whose, where it matters.
+        options: for each option its name, value, allowed value and way out.
+        engine: name of the engine, if the option is unsupported there only.
 
     Raises:
-        EplbConfigError: one of them has another value than the allowed one.
+        EplbConfigError: an option does not have its allowed value.
     """
     beside = f" with {engine}" if engine else ""
     for name, value, allowed, way_out in options:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of errors about settings: value, allowed range, way out."""
+"""Error messages about settings: value, allowed range, way out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOVED_INTO_EPLB_CONFIG = {
     "num_wait_worker_iterations": "algorithm_execution_interval",
     "init_redundancy_expert": "num_redundant_experts",
 }
-"""Settings that once stood at the top level of additional_config, and where they stand now."""
+"""Settings that once stood at the top level of additional_config, with their names in eplb_config."""
 
 
 RENAMED = {old: new for old, new in MOVED_INTO_EPLB_CONFIG.items() if old != new}
@@ -37,7 +37,7 @@ RENAMED["load_collection_phase"] = "eplb_heat_collection_stage"
 
 
 OF_OTHERS = {"load_collection_phase", "stair_config"}
-"""Settings of vllm-ascend's own EPLB under its second model runner, which stand at the same place."""
+"""Settings of vllm-ascend's own EPLB under its second model runner, which stand in eplb_config, too."""
 
 
 OF_VLLM = {
@@ -51,7 +51,7 @@ OF_VLLM = {
     "communicator": "",
     "enable_migration_batching": "",
 }
-"""Settings of vLLM's own EPLB, and the setting here that does the same; empty where none does."""
+"""Settings of vLLM's own EPLB, and the setting here that does the same; empty if there is none."""
 
 
 WITHOUT_COUNTERPART = {
@@ -63,7 +63,7 @@ WITHOUT_COUNTERPART = {
     "communicator": "it belongs to vLLM's own EPLB; the setting here is transport",
     "enable_migration_batching": "it belongs to vLLM's own EPLB; leave it out",
 }
-"""Settings of other balancers for which no setting of ours does the same, and what to do with them."""
+"""Settings of other balancers without a counterpart here, and what to do with them."""
 
 
 def unknown_key(key: object, known: tuple[str, ...]) -> str:
@@ -90,8 +90,8 @@ def bad_value(key: str, given: object, value: object, field: FieldInfo) -> str:
     Args:
         key: name of the setting.
         given: the value as it was written.
-        value: the same in the type of the setting, where it could be brought to it.
-        field: of the schema.
+        value: the same in the type of the setting, if it could be converted.
+        field: the setting in the schema.
     """
     default = to_json(field.default)
     base, hint = base_type(field), ""
@@ -101,9 +101,9 @@ def bad_value(key: str, given: object, value: object, field: FieldInfo) -> str:
     elif not right_type:
         wrong = kind_of(given)
     elif base is str:
-        wrong = "not one of the choices" if _choices(field) else "no path"
+        wrong = "not one of the choices" if _choices(field) else "not a path"
     else:
-        wrong = "no list of such numbers" if base is list else "out of range"
+        wrong = "not a list of such numbers" if base is list else "out of range"
     if isinstance(value, str):
         hint = _hint_for_text(value, field)
     return (
@@ -143,7 +143,7 @@ def base_type(field: FieldInfo) -> Any:
 
 
 def allowed_of(field: FieldInfo) -> str:
-    """What a field accepts, in words, from the very constraints that check it."""
+    """The values that a field accepts, in words, from the constraints of the schema."""
     low = next((m.ge for m in field.metadata if isinstance(m, annotated_types.Ge)), None)
     high = next((m.le for m in field.metadata if isinstance(m, annotated_types.Le)), None)
     base, choices = base_type(field), _choices(field)

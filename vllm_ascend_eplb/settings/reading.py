@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values as other programs hand them over, brought to the type of a setting where nothing can be misread.
+"""Converts values from other programs to the type of a setting where that is unambiguous.
 
-vLLM and vllm-ascend check settings with pydantic, which takes ``"true"`` for a boolean and ``"600"`` for a number. YAML
-makes a string of ``1e-2``, scripts pass ``Path`` and NumPy's scalars. A value that could mean two things stays as it is
-and is refused by the schema: a boolean is no number, and text is no number unless it is written as one.
+vLLM and vllm-ascend check settings with pydantic, which accepts ``"true"`` as a boolean and ``"600"`` as a number. YAML
+turns ``1e-2`` into a string; scripts pass ``Path`` and NumPy scalars. An ambiguous value is left as it is, and the
+schema refuses it: a boolean is not a number, and text is a number only if it is written as one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BOOLEANS = {
     **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
     **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
 }
-"""Words for booleans, those that pydantic takes."""
+"""Words for booleans that pydantic accepts."""
 
 
 PATHS = ("expert_map_path", "expert_map_record_path")
@@ -36,7 +36,7 @@ PATHS = ("expert_map_path", "expert_map_record_path")
 
 
 def taken(value: object, field: FieldInfo) -> object:
-    """A value in the type of its setting; unchanged where it is not one of the forms above."""
+    """A value converted to the type of its setting; unchanged if it has none of the forms above."""
     value, base = _plain(value), base_type(field)
     if base is bool:
         return _boolean(value)
@@ -50,13 +50,13 @@ def taken(value: object, field: FieldInfo) -> object:
 
 
 def taken_path(value: object) -> object:
-    """A path as text, with ``~`` expanded, which no shell did inside JSON."""
+    """A path as text, with ``~`` expanded, because no shell expands it inside JSON."""
     value = _plain(value)
     return expand_user(value) if isinstance(value, str) else value
 
 
 def says_off(settings: object) -> bool:
-    """Whether settings say that the balancer is off: ``dynamic_eplb`` is false in any spelling, and no map is given."""
+    """Whether settings turn the balancer off: ``dynamic_eplb`` is false in any spelling, and no map is given."""
     if not isinstance(settings, Mapping) or "dynamic_eplb" not in settings:
         return False
     return _boolean(_plain(settings["dynamic_eplb"])) is False and not any(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What balancing would bring for recorded load, in tokens and in time."""
+"""Simulation of balancing on a recorded load, in tokens and in time."""

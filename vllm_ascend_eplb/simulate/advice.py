@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advice before anything is served: what balancing and redundant experts would bring a model on a machine, and take.
+"""Estimates gain and memory of balancing and redundant experts, for a model on a machine, before anything is served.
 
-Load is drawn as uneven as DeepSeek-V3's recorded loads are (lognormal, sigma 0.7), a plan is made for it, and both are
-timed with the cost model. It is an estimate: the model's own load, and a server that measures itself, know better.
+A load as uneven as DeepSeek-V3's recorded loads is drawn (lognormal, sigma 0.7), a plan is made for it, and both are
+timed with the cost model. This is an estimate: the model's recorded load, or a server's own measurement, is better.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from .cost import CostModel, MoeShape
 
 SIGMA = 0.7
 DRAWN_LAYERS = 16
-"""Layers for which load is drawn; the model's layers are taken to be like them on average."""
+"""Layers for which load is drawn; the model's layers are assumed to have the same mean."""
 
 WORTH = 0.01
-"""Part of MoE time that a choice must save to be advised over a choice that takes less memory."""
+"""Fraction of MoE time that a choice must save to be advised over a choice that takes less memory."""
 
 
 class AdviceError(ValueError):
-    """A configuration of a model that says too little, or one that cannot be served so."""
+    """A model's configuration lacks a size, or the ranks cannot share its experts."""
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What a model's configuration says.
+    """Sizes from a model's configuration.
 
     Attributes:
-        shape: of its MoE layers.
-        kv_bytes: of one token in the KV cache of one rank that keeps whole tokens, in bf16.
+        shape: shape of the MoE layers.
+        kv_bytes: bytes of one token in the KV cache of a rank that keeps whole tokens, in bf16.
     """
 
     shape: MoeShape
@@ -47,11 +47,11 @@ class Choice:
     """One number of redundant experts per layer.
 
     Attributes:
-        redundant: experts per layer. slots: of a rank.
-        par_before, par_after: mean over layers, with the initial placement of this number and balanced.
-        ms: of all MoE layers in a step, balanced.
-        saved: part of MoE time saved over the smallest number of redundant experts without balancing.
-        memory: bytes that a rank's redundant slots take, over all layers. kv_tokens: that the KV cache loses by it.
+        redundant: redundant experts per layer. slots: slots of a rank.
+        par_before, par_after: PAR, mean over layers, with the initial placement and balanced.
+        ms: milliseconds of all MoE layers in a step, balanced.
+        saved: fraction of MoE time saved, against the fewest redundant experts without balancing.
+        memory: bytes of a rank's redundant slots, over all layers. kv_tokens: tokens of KV cache that fit into them.
     """
 
     redundant: int
@@ -68,7 +68,7 @@ def read_sizes(config: dict[str, Any], name: str) -> ModelSizes:
     """The sizes from a Hugging Face configuration.
 
     Raises:
-        AdviceError: a size is missing; names it.
+        AdviceError: a size is missing; the message names it.
     """
     config = config.get("text_config", config)
 
@@ -100,7 +100,7 @@ def read_sizes(config: dict[str, Any], name: str) -> ModelSizes:
 
 
 def choices(sizes: ModelSizes, cost: CostModel) -> list[Choice]:
-    """What no redundant experts, one and two per rank would bring; the fewest that the ranks can share come first.
+    """Estimates for the fewest redundant experts that the ranks can share (often none), and one and two more per rank.
 
     Raises:
         AdviceError: the ranks cannot share the experts.
@@ -141,7 +141,7 @@ def choices(sizes: ModelSizes, cost: CostModel) -> list[Choice]:
 
 
 def advised(found: list[Choice]) -> tuple[Choice | None, str]:
-    """The choice that is advised, None for no balancing, and why, in a sentence."""
+    """The advised choice, None for no balancing, and the reason in a sentence."""
     best: Choice | None = None
     for choice in found:
         if choice.saved >= WORTH + (best.saved if best is not None else 0.0):

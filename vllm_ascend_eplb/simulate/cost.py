@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cost: what a placement costs in time, as a model on a machine.
+"""CostModel: the time of MoE layers and transfers, for a model on a machine.
 
 The time of one MoE layer in one step is that of its slowest rank. It follows the (token, expert) pairs of each slot,
 not their sum: a slot without a pair is not read, and kernels compute in tiles of rows. Reading the weights of a rank's
@@ -49,17 +49,17 @@ median error of 5.5 %, nine in ten within 14 %, the worst by 49 %. On other mach
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of device and how it is connected; a rank is one device as the serving engine counts them.
+    """A kind of device with its links; a rank is one device as the serving engine counts devices.
 
     Attributes:
-        name: by which it is chosen.
-        title: what it is.
+        name: name on the command line.
+        title: description.
         ranks_per_node: ranks that share the fast link.
         link: nominal bytes/s that a rank receives from ranks of its node.
         link_between: nominal bytes/s that a rank receives from other nodes.
         flops: nominal dense BF16 operations/s of a rank.
         memory: nominal bytes/s of a rank's memory.
-        source: where the figures come from.
+        source: source of the figures.
     """
 
     name: str
@@ -169,7 +169,7 @@ class CostModel:
     """Seconds of steps and transfers.
 
     Attributes:
-        machine, shape: what is served on what.
+        machine, shape: the device, and the model's MoE layers.
         num_ranks: R. num_nodes: nodes that share the ranks evenly.
         batch: tokens that each rank brings into a step.
         bytes_per_weight: 1 for int8 and fp8, 2 for bf16.
@@ -222,7 +222,7 @@ class CostModel:
 
     @property
     def seconds_per_pair_sent(self) -> float:
-        """Dispatch and combine of one pair: the hidden state there and back in bf16, from ranks chosen evenly."""
+        """Seconds of dispatch and combine of one pair: the hidden state there and back in bf16, evenly over ranks."""
         far = 1.0 - 1.0 / self.num_nodes
         machine = self.machine
         return (4.0 * self.shape.hidden / LINK_EFFICIENCY) * (far / machine.link_between + (1.0 - far) / machine.link)
@@ -238,6 +238,6 @@ class CostModel:
         return float(seconds.max(initial=0.0) * self.expert_bytes / LINK_EFFICIENCY)
 
     def commit_seconds(self, received: npt.ArrayLike) -> float:
-        """Seconds in which the busiest rank copies its received experts [R] from staging into slots (read, write)."""
+        """Seconds that the busiest rank takes to copy received experts [R] from staging into slots (read, write)."""
         rate = self.machine.memory * MEMORY_EFFICIENCY
         return float(np.asarray(received).max(initial=0) * 2.0 * self.expert_bytes / rate)

@@ -2,11 +2,11 @@
 """Simulation: a recorded load, replayed through policies and settings.
 
 For every setting the trace runs window by window. After each ``interval`` windows the policy plans from the load of
-just these windows, as the server does, and the plan is carried out if it promises at least ``min_gain``; its effect
-begins ``delay_steps`` steps into the next window. So no window is ever balanced with its own load.
+these windows, as the server does. The plan is carried out if it promises at least ``min_gain``, and takes effect
+``delay_steps`` steps into the next window. So no window is balanced with its own load.
 
-What is not simulated: the threshold that rises after plans that did not pay, failed cycles, and load that differs
-between the steps of one window.
+Not simulated: the threshold that rises after plans that did not pay, failed cycles, and load that differs between the
+steps of one window.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def grid(
     max_moves: Sequence[int | None] = (None,),
     shares: Sequence[bool] = (False,),
 ) -> list[Setting]:
-    """Every combination, without those that only differ in what they do not use."""
+    """Every combination of the values, without combinations that differ only in a value that is not used."""
     settings: dict[Setting, None] = {}
     for policy, interval, extra, most, share in itertools.product(policies, intervals, redundant, max_moves, shares):
         if share and not extra:
@@ -47,7 +47,7 @@ def grid(
 
 
 def replays(settings: Sequence[Setting]) -> list[tuple[Setting, ...]]:
-    """The settings, those together that differ in ``shares`` only: one replay answers both."""
+    """Groups of settings that differ in ``shares`` only: one replay serves all settings of a group."""
     groups: dict[tuple[object, ...], list[Setting]] = {}
     for setting in settings:
         key = (setting.policy, setting.interval, setting.redundant, setting.max_moves)
@@ -69,16 +69,16 @@ def simulate(
 
     Args:
         load: float64 [T, L, E], T >= 2.
-        settings: what to try.
-        conditions: what they share.
-        exposed: part of the time of transfers that steps are taken to wait for, 0..1. They overlap with steps, so 1
-            is an upper bound of what they cost.
+        settings: settings to try.
+        conditions: what all settings share.
+        exposed: part of the transfer time that steps are assumed to wait for, 0..1. Transfers overlap with steps, so 1
+            is an upper bound of their cost.
         trace: name for the result. version: of the package.
         progress: called with (windows replayed so far, windows in all).
 
     Returns:
-        The simulation. A KeyboardInterrupt ends it early: the settings that were tried to their end are in it, and
-        ``interrupted`` is set.
+        The simulation. A KeyboardInterrupt ends it early: the result then has only the settings that were replayed in
+        full, and ``interrupted`` is set.
 
     Raises:
         SimulationError: the trace has fewer than two windows, or a setting does not fit model and ranks.
@@ -149,7 +149,7 @@ def simulate(
 
 @dataclass
 class _Tally:
-    """What one setting has cost so far."""
+    """PAR and time of one setting by window, so far."""
 
     par_mean: list[float]
     par_worst: list[float]
@@ -240,8 +240,8 @@ def _replay(
 def receipts(made: Plan, start: Placement, num_nodes: int) -> tuple[FloatArray, FloatArray]:
     """([R], [R]): experts that each rank receives from its own node, and from other nodes.
 
-    A copy comes from the own node where any rank there held the expert before the plan, and costs nothing where the
-    rank itself did.
+    A copy comes from the rank's own node if any rank there held the expert before the plan. It is not counted if the
+    rank itself held the expert.
     """
     ranks, per_node = start.num_ranks, start.num_ranks // num_nodes
     layers, slots, experts = (made.moves[:, column].astype(np.int64) for column in (LAYER, SLOT, EXPERT))

@@ -26,7 +26,7 @@ MAX_WINDOWS = 100_000
 
 
 NO_BETTER = 0.01
-"""Settings whose gains differ by less than this part are taken for equal; the one that moves least is the best."""
+"""Settings whose gains differ by less than this part count as equal; the best of them moves the fewest bytes."""
 
 
 _Finite: TypeAlias = Annotated[float, Field(ge=-1e15, le=1e15)]
@@ -42,7 +42,7 @@ _Table: TypeAlias = Annotated[tuple[_Series, ...], Field(max_length=4096)]
 
 
 class SimulationError(ValueError):
-    """Settings that cannot be simulated, or a file that is no simulation."""
+    """Settings that cannot be simulated, or a file that is not a simulation."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Setting:
     shares: bool = False
 
     def describe(self) -> str:
-        """In a few words; +n are redundant experts."""
+        """The setting in a few words; +n means n redundant experts."""
         parts = [self.policy, f"+{self.redundant}"]
         if self.policy != "none" or self.shares:
             parts.insert(1, "every window" if self.interval == 1 else f"every {self.interval} windows")
@@ -77,15 +77,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all settings of a simulation share.
+    """Conditions that all settings of a simulation share.
 
     Attributes:
-        cost: the model of time.
+        cost: the cost model.
         window_steps: forward steps in one window of the trace.
         delay_steps: steps from a window's end until its plan is in force.
         target_par, min_gain, effort: as in the server's settings of these names.
         num_groups: groups of consecutive experts that the policy "default" keeps on a node.
-        threads: that plan.
+        threads: threads of the planner.
     """
 
     cost: CostModel
@@ -103,7 +103,7 @@ class _Frozen(BaseModel):
 
 
 class Outcome(_Frozen):
-    """What came of one setting. Times are in seconds; those of steps concern the MoE layers alone.
+    """The result of one setting. Times are in seconds; times of steps cover the MoE layers only.
 
     Attributes:
         policy, interval, redundant, max_moves, shares: the setting.
@@ -112,12 +112,12 @@ class Outcome(_Frozen):
         cycles: plans carried out; skipped: plans that promised too little.
         bytes_moved: weights received over all ranks.
         bytes_between_nodes: the part of it that crosses nodes.
-        step_seconds: of an average step. saved_seconds: of all steps of the trace, against the start placement
-            without redundancy.
-        receive_seconds: in which the busiest ranks received their experts; it overlaps with steps.
-        commit_seconds: in which experts were copied into their slots; steps wait for it.
+        step_seconds: time of an average step. saved_seconds: time saved over all steps of the trace, against the start
+            placement without redundancy.
+        receive_seconds: time in which the busiest ranks received experts; it overlaps with steps.
+        commit_seconds: time in which experts were copied into their slots; steps wait for it.
         net_seconds: saved - commit - exposed part of receive.
-        planner_seconds: of planning, here, beside the steps.
+        planner_seconds: time of planning on this machine; a server plans beside the steps.
     """
 
     policy: PolicyChoice
@@ -153,17 +153,17 @@ class Outcome(_Frozen):
 
 
 class Simulation(_Frozen):
-    """Outcomes of one trace, and what the report shows of the best of them.
+    """Outcomes of one trace, and the tables that the report shows of the best one.
 
     Attributes:
-        kind: what this file is; version: of the package that wrote it.
+        kind: constant that marks the file; version: version of the package that wrote it.
         trace: name of the trace; num_windows, num_layers, num_experts: T, L, E.
         num_ranks, num_nodes: R and N. machine, machine_source, model: of the cost model.
-        expert_bytes: of one expert in one layer. batch: tokens that each rank brings into a step.
-        window_steps, exposed: steps of a window; part of the transfers that steps are taken to wait for.
-        interrupted: not all settings were tried.
-        baseline_step_seconds: of an average step with the start placement and no redundancy.
-        baseline_par_mean, baseline_par_worst: its PAR over layers by window.
+        expert_bytes: bytes of one expert in one layer. batch: tokens that each rank brings into a step.
+        window_steps, exposed: steps of a window; part of the transfer time that steps are assumed to wait for.
+        interrupted: whether some settings were not tried.
+        baseline_step_seconds: time of an average step with the start placement and no redundancy.
+        baseline_par_mean, baseline_par_worst: PAR over layers by window with that placement.
         outcomes: best first, by net_seconds.
         expert_load: [L][E] load of each expert over the layer's mean, over the whole trace.
         rank_load_before, rank_load_after: [L][R] load of ranks over the mean in the last window, with the start
@@ -199,11 +199,11 @@ class Simulation(_Frozen):
 
     @property
     def best(self) -> Outcome | None:
-        """The outcome that moves least among those that save most, within ``NO_BETTER``."""
+        """The outcome that moves the fewest bytes among those that save most, within ``NO_BETTER``."""
         return best_outcome(self.outcomes)
 
     def eplb_config(self) -> dict[str, object] | None:
-        """The ``eplb_config`` that asks a server for the best setting; None where that is not to balance."""
+        """The ``eplb_config`` of the best setting for a server; None if the best is not to balance."""
         best = self.best
         if best is None or best.policy == "none":
             return None
@@ -227,14 +227,14 @@ class Simulation(_Frozen):
         """Reads what :meth:`to_json` wrote.
 
         Raises:
-            SimulationError: the text is no simulation.
+            SimulationError: the text is not a simulation.
         """
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"])) or "the text"
-            raise SimulationError(f"no simulation: {where}: {first['msg']}") from None
+            raise SimulationError(f"not a simulation: {where}: {first['msg']}") from None
 
 
 def best_outcome(outcomes: Sequence[Outcome]) -> Outcome | None:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fourth station: expert weights from slot to slot, through staging."""
+"""Transfer of expert weights from slot to slot, through staging."""

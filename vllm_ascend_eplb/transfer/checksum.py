@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checksums of expert weights, so that nothing damaged or mistaken is ever committed.
+"""Checksums of expert weights, so that damaged weights or a wrong expert are never committed.
 
-An expert's weights never change while a server runs, wherever its copies are. So the sums are taken once, at start-up,
-and a receiver compares what arrived with the table: no extra message, and a wrong expert is found as well as a wrong
-byte. Each tensor is summed in up to 16 sections, as 64-bit integers that wrap around; sections and tensors are then
-combined with odd factors, which makes the order of parts count.
+An expert's weights never change while a server runs, and are equal in all its copies. So the sums are taken once, at
+start-up, and a receiver compares the received experts with this table, without a further message. That finds a wrong
+expert as well as a wrong byte. Each tensor is summed in up to 16 sections, as 64-bit integers that wrap around.
+Sections and tensors are then combined with odd factors, so that their order counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..values.placement import EMPTY, Int32Array, Int64Array, Placement
 from .transport import Streams
 
 UNKNOWN = -1
-"""The table's entry for an expert that cannot be verified."""
+"""Entry of the table for an expert that cannot be verified."""
 
 
 SECTIONS = 16
@@ -32,16 +32,16 @@ _MASK = (1 << 64) - 1
 
 
 Sums = list[tuple[torch.Tensor, torch.Tensor]]
-"""Prepared sums of one expert: per tensor its words [sections, n] and where their sums go, int64 [sections]."""
+"""Prepared sums of one expert: for each tensor its words [sections, n], and the output int64 [sections]."""
 
 
 class Summer:
     """Sums experts on their device; the results come to the host in one copy.
 
     Args:
-        streams: of the device.
-        places: experts that are summed between two calls of ``fetch``, at most.
-        tensors: tensors per expert, at most.
+        streams: streams of the device.
+        places: most experts that are summed between two calls of ``fetch``.
+        tensors: most tensors per expert.
     """
 
     def __init__(self, streams: Streams, places: int, tensors: int) -> None:
@@ -51,7 +51,7 @@ class Summer:
         self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=True) if pinned else self._sums
 
     def place(self, place: int, tensors: Sequence[torch.Tensor]) -> Sums:
-        """The sums of an expert, given as flat uint8 views, into one of the places."""
+        """Prepares the sums of an expert, given as flat uint8 views, for one of the places."""
         prepared = []
         for number, tensor in enumerate(tensors):
             words = _words(tensor)
@@ -61,12 +61,12 @@ class Summer:
 
     @staticmethod
     def enqueue(sums: Sums) -> None:
-        """Sums on the current stream."""
+        """Enqueues the sums on the current stream."""
         for words, out in sums:
             torch.sum(words, dim=1, dtype=torch.int64, out=out)
 
     def fetch(self) -> None:
-        """Enqueues the copy to the host on the current stream; ``value`` may be called once it is done."""
+        """Enqueues the copy to the host on the current stream; ``value`` may be called after the copy is done."""
         if self._host is not self._sums:
             self._host.copy_(self._sums, non_blocking=True)
 
@@ -82,8 +82,8 @@ class Summer:
 def sum_slots(
     slots: Sequence[Sequence[Sequence[torch.Tensor]]], summer: Summer, streams: Streams, places: int
 ) -> Int64Array:
-    """int64 [L, S]: the checksums of all experts in ``slots`` [L][S], as flat uint8 views; blocks. ``places`` of the
-    summer are used at a time."""
+    """int64 [L, S]: the checksums of all experts in ``slots`` [L][S], given as flat uint8 views; blocks. Sums
+    ``places`` experts at a time."""
     flat = [(layer, slot) for layer, row in enumerate(slots) for slot in range(len(row))]
     values: Int64Array = np.zeros((len(slots), len(slots[0])), dtype=np.int64)
     for first in range(0, len(flat), places):
@@ -100,7 +100,7 @@ def sum_slots(
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes as the widest integers that fit their number."""
+    """The bytes as integers of the largest width that divides their number."""
     width, dtype = next(
         (size, dtype)
         for size, dtype in ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
@@ -125,12 +125,13 @@ class ChecksumTable:
         """Fills the table from the sums of all ranks' slots; all ranks call it together.
 
         Args:
-            mine: int64 [L, S], of this rank's slots.
+            mine: int64 [L, S], sums of this rank's slots.
             placement: the placement in force.
-            exchange: sends bytes to all ranks and returns those of all, in rank order.
+            exchange: sends bytes to all ranks and returns the bytes of all ranks, in rank order.
 
         Returns:
-            Experts whose copies differ (weights that were drawn at random per slot, for example). They stay UNKNOWN.
+            Number of experts whose copies differ (for example because weights were drawn at random per slot). Their
+            entries are UNKNOWN.
         """
         parts = [
             np.frombuffer(data, dtype="<i8").reshape(mine.shape) for data in exchange(mine.astype("<i8").tobytes())
@@ -152,7 +153,7 @@ class ChecksumTable:
 
 
 def wrong_slots(sums: Int64Array, experts: Int32Array, table: ChecksumTable) -> npt.NDArray[np.bool_]:
-    """bool [L, n]: where ``sums`` differs from the one that the expert should have; False where that is not known."""
+    """bool [L, n]: where ``sums`` differs from the expert's checksum; False where that is not known."""
     expected = np.take_along_axis(table.sums, np.maximum(experts, 0).astype(np.int64), axis=1)
     wrong: npt.NDArray[np.bool_] = (experts != EMPTY) & (expected != UNKNOWN) & (sums != expected)
     return wrong

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which transports there are, and which of them carry the weights of a server."""
+"""Chooses the transports that carry the weights of a server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .slots import ExpertSlots
 from .transport import Streams, TransferError, Transport
 
 ALLOWED = {"cpu": ("auto", "gloo"), "cuda": ("auto", "gloo", "pull", "nccl")}
-"""By device; on any other one those of ``ALLOWED_ELSEWHERE``."""
+"""Transports by device; other devices have ``ALLOWED_ELSEWHERE``."""
 
 
 ALLOWED_ELSEWHERE = ("auto", "gloo", "hccl")
@@ -40,17 +40,18 @@ class Peers:
 def choose(
     wanted: str, slots: ExpertSlots, peers: Peers, streams: Streams, *, cooperative_kernels: bool
 ) -> list[Transport]:
-    """The transports of this rank; the first one that reaches a pair of ranks carries what is between them.
+    """The transports of this rank; the first one that reaches a pair of ranks carries their experts. All ranks call it
+    together.
 
     Args:
         wanted: one of ``ALLOWED`` for the device.
-        slots: what is carried.
-        peers: between whom; all ranks call it together.
-        streams: of the device.
+        slots: the slots whose experts are carried.
+        peers: the ranks.
+        streams: streams of the device.
         cooperative_kernels: whether the engine launches kernels that need all cores of a GPU at once.
 
     Raises:
-        TransferError: the transport cannot work here; says what would.
+        TransferError: the transport cannot work here; the message names transports that can.
     """
     kind = slots.device.type
     allowed = ALLOWED.get(kind, ALLOWED_ELSEWHERE)
@@ -82,7 +83,7 @@ def choose(
 
 
 def _pull(slots: ExpertSlots, peers: Peers, streams: Streams) -> tuple[Any, list[tuple[int, int]], int]:
-    """The transport within nodes, the (source, reader) pairs that it does not reach, and the number of all pairs."""
+    """The pull transport within nodes, the (source, reader) pairs that it does not reach, and the number of pairs."""
     from .pull import PullTransport
 
     def exchange(data: bytes) -> list[bytes]:

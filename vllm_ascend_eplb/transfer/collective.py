@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NCCL and HCCL: batch_isend_irecv on a communicator of its own, on a stream of its own.
+"""NCCL and HCCL: batch_isend_irecv on a communicator and a stream of its own.
 
-A communicator's kernel that waits for its peer holds cores of the device. A kernel that needs all cores at once
-(cooperative launch) then waits for it, and where another rank has them the other way round both wait for ever. So on
-CUDA the communicator must be bounded to few cores, and is refused beside such kernels. All ranks enter it at the same
-step, at one fixed point, in the order of the rounds.
+A communicator's kernel holds cores of the device while it waits for its peer. A kernel that needs all cores at once
+(cooperative launch) waits for these cores. If another rank has launched the two in the opposite order, both ranks
+deadlock. So on CUDA the communicator must be bounded to few cores, and is refused beside such kernels. All ranks enter
+it at the same step, at one fixed point, in the order of the rounds.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch.distributed as dist
 from .transport import Batch, Piece, Streams, TransferError, Transport
 
 MOST_CTAS = 8
-"""Thread blocks that NCCL may use for the transfer group, at most."""
+"""Most thread blocks that NCCL may use for the transfer group."""
 
 
 class CollectiveTransport(Transport):
     """batch_isend_irecv of the group's own backend (NCCL, HCCL).
 
     Args:
-        group: a registered process group of all ranks with a backend for the device, used by nothing else.
-        streams: of the device.
+        group: a registered process group of all ranks with a backend for the device; nothing else uses it.
+        streams: streams of the device.
         cooperative_kernels: whether the engine launches kernels that need all cores at once (DeepEP low latency,
             DeepGEMM mega MoE).
 
@@ -77,7 +77,7 @@ class _CollectiveBatch(Batch):
 
 
 def most_ctas(group: Any, device: torch.device) -> int | None:
-    """How many thread blocks the NCCL communicator of ``group`` may use; None where nothing bounds it."""
+    """Most thread blocks that the NCCL communicator of ``group`` may use; None if it is not bounded."""
     try:
         bound = int(group._get_backend(device).options.config.max_ctas)
     except (AttributeError, RuntimeError):

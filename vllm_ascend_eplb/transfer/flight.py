@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flight: one round on its way, cut into parts under a budget per step; and FlightPlanner, which prepares it."""
+"""Flight: a round in transfer, cut into parts under a budget per step; and FlightPlanner, which prepares it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .slots import ExpertSlots
 from .transport import Batch, Copies, Piece, TransferError, Transport
 
 CHUNK = 4096
-"""Under a budget, transfers are cut at multiples of so many bytes."""
+"""Under a budget, transfers are cut at multiples of this number of bytes."""
 
 
 MOST_PARTS = 64
-"""Steps over which a budget may spread one round, at most."""
+"""Most steps over which a budget may spread one round."""
 
 
 @dataclass(eq=False)
 class Flight:
-    """A round on its way through the loader."""
+    """A round in transfer."""
 
     round: Round
     buffer: int
@@ -36,9 +36,9 @@ class Flight:
     staged: list[tuple[torch.Tensor, ...]]
     """Flat uint8 views of the staging places, per tensor of the expert."""
     sums: list[Sums]
-    """The prepared checksums of the staging places; none where nothing is verified."""
+    """The prepared checksums of the staging places; empty if experts are not verified."""
     enters: bool = True
-    """Whether issuing does it all on the device, so that the mover thread only waits."""
+    """Whether issuing enqueues everything on the device, so that the mover thread only waits."""
     parts: list[list[Batch]] = field(default_factory=list)
     nbytes: int = 0
     issued: int = 0
@@ -53,17 +53,17 @@ class Flight:
 def cut_parts(
     sizes: Sequence[int], ends: Sequence[tuple[int, int]], num_ranks: int, budget_bytes: int
 ) -> list[list[tuple[int, int, int]]]:
-    """Cuts the moves of a round into parts, one per step, in none of which a rank sends, or receives, more than the
-    budget. Equal on all ranks, so that both sides of a message cut it alike.
+    """Cuts the moves of a round into parts, one per step. In no part does a rank send, or receive, more than the
+    budget. The result is equal on all ranks, so that both sides of a message cut it alike.
 
     Args:
         sizes: bytes of each move's expert.
-        ends: sender and receiver of each move; equal where the copy is local and costs nothing.
+        ends: sender and receiver of each move; equal for a local copy, which needs no budget.
         num_ranks: ranks in the group.
-        budget_bytes: 0 for one part with everything.
+        budget_bytes: most bytes per rank and part; 0 for one part with everything.
 
     Returns:
-        Per part its (move, first byte, end byte) in order; at least one part.
+        For each part its (move, first byte, end byte) in order; at least one part.
     """
     if not budget_bytes:
         return [[(move, 0, size) for move, size in enumerate(sizes)]]
@@ -93,14 +93,14 @@ def cut_parts(
 
 
 class FlightPlanner:
-    """Prepares flights on one rank: all that can fail, so that issuing one is nothing but the call.
+    """Prepares flights on one rank. Everything that can fail happens here, so that issuing is only the call.
 
     Args:
         slots: live slots and staging.
-        transports: the first of them that reaches a pair of ranks carries what is between them.
-        summers: one per staging buffer.
-        rank, num_ranks: this rank among all.
-        budget_bytes: what a rank may send, and receive, per step; 0 for no limit.
+        transports: the first one that reaches a pair of ranks carries their experts.
+        summers: one for each staging buffer.
+        rank, num_ranks: this rank, and the number of ranks.
+        budget_bytes: most bytes that a rank may send, and receive, per step; 0 for no limit.
     """
 
     def __init__(
@@ -120,15 +120,15 @@ class FlightPlanner:
         """Prepares a round.
 
         Args:
-            round: equal on all ranks.
-            verify: whether what arrives is summed.
+            round: the round, equal on all ranks.
+            verify: whether received experts are summed.
 
         Raises:
             TransferError: the round does not fit this rank's slots, staging or budget.
         """
         size, places_left = self._slots.slots_per_rank, self._slots.buffer_experts
         if round.slots_per_rank != size:
-            raise TransferError(f"the round is for {round.slots_per_rank} slots per rank, here are {size}")
+            raise TransferError(f"the round is for {round.slots_per_rank} slots per rank; this rank has {size}")
         moves = round.moves
         senders, receivers = moves[:, SOURCE] // size, moves[:, SLOT] // size
         mine = np.flatnonzero(receivers == self._rank)
@@ -149,7 +149,7 @@ class FlightPlanner:
         return flight
 
     def _cut(self, layers: Int32Array, senders: Int32Array, receivers: Int32Array) -> list[list[tuple[int, int, int]]]:
-        """The (move, first byte, end byte) that concern this rank, per part."""
+        """For each part the (move, first byte, end byte) that this rank sends or receives."""
         expert_bytes = self._slots.expert_bytes
         if not self._budget_bytes:
             concern = np.flatnonzero((senders == self._rank) | (receivers == self._rank))

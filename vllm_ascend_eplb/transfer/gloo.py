@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transport by Gloo, through pinned host memory where the weights are on a device."""
+"""Transport by Gloo; for weights on a device through pinned host memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from .transport import Batch, Piece, Streams, TransferError, Transport
 
 MESSAGES = 1 << 12
-"""Messages between two ranks in one part of a round, at most."""
+"""Most messages between two ranks in one part of a round."""
 
 
 def _check_indices(pieces: Sequence[Piece]) -> None:
@@ -20,19 +20,19 @@ def _check_indices(pieces: Sequence[Piece]) -> None:
 
 
 def _tag(serial: int, index: int) -> int:
-    """The tag of a message, its own for half a million serials; Gloo's tags have 31 bits."""
+    """The tag of a message. Gloo's tags have 31 bits, so a tag comes again after half a million serials."""
     return (serial * MESSAGES + index) % (1 << 31)
 
 
 class GlooTransport(Transport):
-    """Sockets, for weights on a CPU. One message per tensor, straight from slot to staging.
+    """Sockets, for weights on a CPU. One message per tensor, from slot to staging without a copy in between.
 
-    Every message has a tag of its own: a receive left over from an earlier round would else swallow a later send.
-    Nothing is polled or timed out: ``run`` waits, in a thread of its own.
+    Every message has a tag of its own; otherwise a receive left from an earlier round could take a later send. Nothing
+    is polled or timed out: ``run`` waits in the mover thread.
 
     Args:
-        group: a Gloo process group, or backend, that nothing else uses for sends and receives. What must be quick,
-            such as a ControlChannel, does not belong on it: it would queue behind experts on the same sockets.
+        group: a Gloo process group, or backend, that nothing else uses for sends and receives. A ControlChannel must
+            not use it: its messages would wait behind experts on the same sockets.
     """
 
     name = "gloo"
@@ -67,16 +67,16 @@ class _GlooBatch(Batch):
 class StagedGlooTransport(Transport):
     """Sockets, for weights on a device: through pinned host memory, one message per piece.
 
-    Copy engines and sockets do all the work; no device core is held, so nothing on the device can wait for a peer.
-    Receives have a row of pinned memory each and are posted first. Sends share fewer rows: a sender that many ranks
-    want waits, in the mover thread, until a row is free. It gets free because all receives are posted.
+    Copy engines and sockets do all the work, and hold no device core. So nothing on the device can wait for a peer.
+    Each receive has pinned memory of its own and is posted first. Sends share fewer rows: a sender with many receivers
+    waits, in the mover thread, for a free row. A row becomes free because all receives are posted.
 
     Args:
         group: as for GlooTransport.
-        streams: of the device.
+        streams: streams of the device.
         row_bytes: bytes of the largest expert, padding included.
-        receive_rows: pieces this rank receives in one part, at most.
-        send_rows: pieces that may be on their way from this rank.
+        receive_rows: most pieces that this rank receives in one part.
+        send_rows: most pieces that this rank sends at a time.
     """
 
     name = "gloo"
@@ -96,10 +96,10 @@ class StagedGlooTransport(Transport):
         _check_indices((*sends, *receives))
         rows, used = [], 0
         flat = self._in
-        for piece in receives:  # pieces share the pool tightly: parts of an expert need no whole row
+        for piece in receives:  # pieces are packed without gaps: a part of an expert needs no whole row
             if used + piece.nbytes > flat.numel():
                 raise TransferError(
-                    f"a round part of {used + piece.nbytes} bytes exceeds the {flat.numel()} pinned ones"
+                    f"a part of a round has {used + piece.nbytes} bytes; pinned memory holds {flat.numel()}"
                 )
             rows.append(flat[used : used + piece.nbytes])
             used += piece.nbytes

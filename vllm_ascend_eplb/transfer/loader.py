@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""D2DExpertWeightLoader: the weights of a round, from the slots of one rank into those of another.
+"""D2DExpertWeightLoader: moves the weights of a round from the slots of one rank into slots of another.
 
-Weights arrive in staging buffers, never in live slots. A round passes through the loader in steps that all ranks take
-together::
+Weights arrive in staging buffers, never in live slots. All ranks take a round through the loader together::
 
     prepare(round)   everything that can throw: checks, views, lists of operations
-    ready(number)    whether this rank has no objection to issuing it
-    issue(number)    starts the transfer; nothing but the call, at the same step and point on all ranks
-    tick()           once per step, before rounds are issued: the next part of a transfer that keeps a budget per step
+    ready(number)    whether this rank may issue the round
+    issue(number)    starts the transfer; only the call, at the same step and point on all ranks
+    tick()           once per step, before rounds are issued: sends the next part of a transfer under a budget per step
     rounds_done      rounds that arrived and were sent; never blocks
-    rounds_intact    those of which every expert has the checksum it had at start-up
+    rounds_intact    rounds of which every expert has its checksum from start-up
     commit(number)   staging to slots on the compute stream; enqueues prepared copies, allocates nothing
-    forget()         the plan is finished or dropped
+    forget()         ends a plan that is finished or dropped
 
 A transfer that fails, or does not end within ``deadline`` seconds, poisons the loader: it is never used again.
 
 Rounds are issued and committed in order, numbered 0, 1, ... within a plan. With two staging buffers, round k+1 may be
-in flight while round k is being agreed; ``Round.after`` says when it must wait instead, and ``ready`` heeds it.
+in flight while round k is being agreed on. If ``Round.after`` forbids this, ``ready`` returns False until it may go.
 
-What a device can do by itself is enqueued by ``issue``: copies, checksums, an event. One mover thread per rank does
-what would block: it waits for events and sockets, compares the sums, and sets flags that ``rounds_done`` reads.
+``issue`` enqueues everything that the device can do by itself: copies, checksums, an event. One mover thread per rank
+does everything that blocks: it waits for events and sockets, compares the sums, and sets flags that ``rounds_done``
+reads.
 
-One file, because the step thread and the mover thread share the flags of a flight: in which order they touch them is
-read in one place.
+All of this is one file, because the step thread and the mover thread share the flags of a flight, and the order of
+their accesses must be visible in one place.
 
-Order on a device: a transfer waits, on its stream, for the event of the last commit that concerns its slots or its
-staging buffer; the compute stream waits for the event of the transfer before it commits.
+Order on a device: a transfer waits, on its stream, for the event of the last commit that wrote its source slots or read
+its staging buffer; the compute stream waits for the event of the transfer before it commits.
 """
 
 from __future__ import annotations
@@ -57,33 +57,33 @@ logger = logging.getLogger("vllm.eplb")
 
 WARM_UP_BYTES = 64
 MEASUREMENTS = 4
-"""Transfers of one expert of which the fastest gives the rate."""
+"""Measured transfers of one expert; the fastest gives the rate."""
 
 
 CHANNELS = 4
-"""Loaders that may share a process group."""
+"""Most loaders that may share a process group."""
 
 
 class D2DExpertWeightLoader:
     """Moves expert weights between the ranks of a group, through staging buffers.
 
     Args:
-        weights: per MoE layer, per local slot, the tensors of the expert in it, in the same order everywhere: weights,
-            scales, biases, of any dtype. Views into the engine's own tensors; their addresses never change. Slots of a
+        weights: for each MoE layer and local slot the tensors of its expert (weights, scales, biases, of any dtype), in
+            the same order everywhere. Views into the engine's own tensors, whose addresses never change. Slots of a
             layer have equal shapes; layers may differ.
         group: process group of all ranks with a CPU (Gloo) backend, for start-up and for transport gloo. While serving
-            nothing else may send on it, nor may anything quick use it. None for a single rank.
+            nothing else may send on it, and nothing that must be fast may use it. None for a single rank.
         rank: this rank in the group.
         buffer_experts: experts per staging buffer; None for ``default_buffer_experts``.
         transport: "auto" (pull within a host where the devices can, else gloo; hccl on an NPU), "gloo", "pull",
             "nccl" or "hccl".
-        buffers: 1 or 2 staging buffers, that is rounds in flight.
+        buffers: staging buffers, 1 or 2: most rounds in flight.
         topology: the node of each rank; all on one node by default. Transport pull is tried within a node only.
-        device_group: process group with a device backend, used by nothing else, for nccl and hccl.
-        budget_bytes: what a rank may send, and receive, per step; 0 for no limit.
+        device_group: process group with a device backend for nccl and hccl; nothing else uses it.
+        budget_bytes: most bytes that a rank may send, and receive, per step; 0 for no limit.
         cooperative_kernels: whether the engine launches kernels that need all cores of a GPU at once.
-        channel: number of the loader among those that use ``group`` at the same time, 0..CHANNELS-1: the messages of
-            each have tags of their own.
+        channel: number of this loader among the loaders that share ``group``, 0..CHANNELS-1; message tags differ by
+            channel.
         deadline: seconds after which a transfer counts as failed; the group's own timeout is far above.
         own_streams: whether transfers run on streams of their own, beside the engine's.
 
@@ -91,7 +91,7 @@ class D2DExpertWeightLoader:
         TransferError: weights cannot be sliced per expert (not contiguous, unequal shapes, overlapping slots), an
             argument is out of range, or the transport cannot work here. The message says what to do.
 
-    All ranks construct it together.
+    All ranks construct the loader together.
     """
 
     def __init__(
@@ -140,8 +140,8 @@ class D2DExpertWeightLoader:
             self._streams,
             cooperative_kernels=cooperative_kernels,
         )
-        """The first that reaches a pair of ranks carries what is between them. Each may be replaced while no
-        round is prepared."""
+        """The first one that reaches a pair of ranks carries their experts. Entries may be replaced while no round is
+        prepared."""
         self._one_sided = any(transport.one_sided for transport in self.transports)
         self._planner = FlightPlanner(store, self.transports, self._summers, rank, self.num_ranks, budget_bytes)
 
@@ -150,16 +150,16 @@ class D2DExpertWeightLoader:
         self._in_buffer: list[Flight | None] = [None] * buffers
         self._queued: deque[tuple[Flight, int]] = deque()
         self._part_issued = False
-        self._commits = 0  # in all
-        self._plan_base = 0  # before the plan at hand
+        self._commits = 0  # over all plans
+        self._plan_base = 0  # commits before the plan under way
         self._commit_events = [self._streams.event() for _ in range(4)]
         self._arrival_events = [self._streams.event() for _ in range(buffers)]
         self._error: Exception | None = None
         self.bytes_received = 0
         self.seconds_in_flight = 0.0
-        """From issue to the moment at which the mover thread knew of the arrival, over all rounds."""
+        """Time from issue until the mover thread noticed the arrival, over all rounds."""
         self.seconds_on_device = 0.0
-        """Between the first and the last copy of a part on the side stream, over all parts; 0 on a CPU."""
+        """Time between the first and the last copy of a part on its stream, over all parts; 0 on a CPU."""
         self._jobs: queue.SimpleQueue[tuple[Flight, int] | None] = queue.SimpleQueue()
         self._mover = threading.Thread(target=self._move, name="eplb-mover", daemon=True)
         self._mover.start()
@@ -173,11 +173,11 @@ class D2DExpertWeightLoader:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of device memory that staging takes."""
+        """Bytes of device memory for staging."""
         return self._store.staging.numel()
 
     def describe(self) -> str:
-        """One line about the memory taken, for the log."""
+        """A log line about transport and memory."""
         pinned = sum(
             transport.pinned_bytes for transport in self.transports if isinstance(transport, StagedGlooTransport)
         )
@@ -198,7 +198,7 @@ class D2DExpertWeightLoader:
         return self._streams
 
     def received_bytes(self, moves: Int32Array) -> Int64Array:
-        """int64 [R]: bytes that each rank receives by ``moves``, rows that begin with layer and slot."""
+        """int64 [R]: bytes that each rank receives in ``moves``, whose rows begin with layer and slot."""
         of_layer = np.array(self._store.expert_bytes, dtype=np.int64)
         received: Int64Array = np.zeros(self.num_ranks, dtype=np.int64)
         np.add.at(received, moves[:, SLOT] // self.slots_per_rank, of_layer[moves[:, LAYER]])
@@ -208,13 +208,14 @@ class D2DExpertWeightLoader:
         return exchange_bytes(self._group, self.num_ranks, data)
 
     def learn_checksums(self, placement: Placement) -> int:
-        """Sums all experts and exchanges the sums; blocks. At start-up, and after an engine reloaded its weights.
+        """Sums all experts and exchanges the sums; blocks. Called at start-up, and after an engine reloaded its
+        weights.
 
         Args:
-            placement: the placement in force; says which slots hold the same expert.
+            placement: the placement in force, which tells slots with the same expert.
 
         Returns:
-            Experts that cannot be verified because their copies differ.
+            Number of experts that cannot be verified because their copies differ.
         """
         mine = sum_slots(self._store.live, self._summers[0], self._streams, self.buffer_experts)
         table = ChecksumTable(self.num_layers, placement.num_experts)
@@ -225,8 +226,8 @@ class D2DExpertWeightLoader:
         return differing
 
     def warm_up(self) -> None:
-        """One small transfer with every peer over every transport, one checksum and one copy; blocks. All ranks call
-        it together, in the engine's profile run, so that what libraries allocate is counted there."""
+        """Makes one small transfer with every peer over every transport, one checksum and one copy; blocks. All ranks
+        call it together, in the engine's profile run, so that the run counts the memory that libraries allocate."""
         length = min(WARM_UP_BYTES, self._store.live[0][0][0].numel())
         scratch = torch.zeros((self.num_ranks, length), dtype=torch.uint8, device=self.device)
         if self._streams.module is not None:
@@ -255,8 +256,9 @@ class D2DExpertWeightLoader:
         self._exchange(b"warm")
 
     def measure_rates(self) -> tuple[float | None, float | None]:
-        """Bytes/s at which the slowest rank receives an expert from its neighbour, and copies one within its memory;
-        None for a single rank. Blocks; all ranks call it together, before anything is in flight."""
+        """Measures (receive, commit) in bytes/s: the rates at which the slowest rank receives an expert from its
+        neighbour, and copies an expert within its memory. None for a single rank. Blocks; all ranks call it together,
+        before anything is in flight."""
         if self.num_ranks == 1:
             return None, None
         after, before = (self.rank + 1) % self.num_ranks, (self.rank - 1) % self.num_ranks
@@ -296,17 +298,17 @@ class D2DExpertWeightLoader:
     # ---- while serving, in the step thread
 
     def prepare(self, round: Round) -> None:
-        """Builds all that the transfer of a round needs. Preparing a round that has arrived but is not committed
-        prepares sending it, and those after it, again.
+        """Builds everything that the transfer of a round needs. If the round has arrived but is not committed, it is
+        prepared to be sent again; rounds after it must then be prepared again, too.
 
         Raises:
-            TransferError: the round does not fit this loader, or the loader is poisoned. Nothing was touched.
+            TransferError: the round does not fit this loader, or the loader is poisoned. Nothing was changed.
         """
         if self.poisoned:
             raise TransferError("a transfer failed before; its process group is not used again")
         flight = self._planner.plan(round, verify=self.checksums is not None)
         old = self._flights.get(round.number)
-        if old is not None and old.issued:  # it is sent again, and so are those after it
+        if old is not None and old.issued:  # it is sent again, and so are the rounds after it
             if self.in_flight:
                 raise TransferError(f"round {round.number} cannot be sent again while a round is in flight")
             for number in [number for number in self._flights if number >= round.number]:
@@ -316,8 +318,8 @@ class D2DExpertWeightLoader:
         self._flights[round.number] = flight
 
     def ready(self, number: int) -> bool:
-        """Whether round ``number`` is prepared and the commits that it builds on have taken place. Where peers read
-        this rank's slots by themselves, those commits must have been executed on the device, too. Never blocks."""
+        """Whether round ``number`` is prepared and the commits that it depends on have taken place. With a one-sided
+        transport these commits must have been executed on the device, too. Never blocks."""
         flight = self._flights.get(number)
         if flight is None:
             return False
@@ -325,8 +327,8 @@ class D2DExpertWeightLoader:
         return self._commits >= needed and (not self._one_sided or self._executed(needed))
 
     def issue(self, number: int) -> None:
-        """Starts a prepared round; on all ranks at the same step and point. Under a budget its first part goes out at
-        this step if no other has, and ``tick`` sends the rest. Never raises: a failure poisons the loader."""
+        """Starts a prepared round; on all ranks at the same step and point. Under a budget its first part is sent at
+        this step unless another part was, and ``tick`` sends the rest. Never raises: a failure poisons the loader."""
         try:
             flight = self._flights[number]
             if self._in_buffer[flight.buffer] is not None:
@@ -340,8 +342,8 @@ class D2DExpertWeightLoader:
             self._failed(error)
 
     def tick(self) -> None:
-        """Once per step, at the point where rounds are issued: sends the next part of a transfer under a budget. Never
-        raises."""
+        """Sends the next part of a transfer under a budget. Called once per step, at the point where rounds are issued.
+        Never raises."""
         self._part_issued = False
         try:
             if self._queued:
@@ -373,7 +375,7 @@ class D2DExpertWeightLoader:
         self._jobs.put((flight, part))
 
     def _finish(self, flight: Flight, stream: Any) -> None:
-        """Enqueues what follows the last copy: checksums, and the event of the arrival."""
+        """Enqueues, after the last copy, the checksums and the event of the arrival."""
         for sums in flight.sums:
             Summer.enqueue(sums)
         if flight.sums:
@@ -382,8 +384,8 @@ class D2DExpertWeightLoader:
             self._arrival_events[flight.buffer].record(stream)
 
     def _wait_for_commits(self, stream: Any, flight: Flight) -> None:
-        """Makes ``stream`` wait for the last commit that wrote slots which the round reads, or read the staging buffer
-        that it fills. Not for later ones: they may be a step away."""
+        """Makes ``stream`` wait for the last commit that wrote slots which the round reads, or that read the staging
+        buffer which it fills. It must not wait for later commits, which may be a step away."""
         number = flight.round.number
         needed = self._plan_base + max(flight.round.after + 1, number - self.num_buffers + 1, 0)
         if needed and stream is not None:
@@ -391,12 +393,12 @@ class D2DExpertWeightLoader:
 
     @property
     def rounds_done(self) -> int:
-        """Rounds of the plan at hand that arrived here and were sent from here, without a gap. Never blocks."""
+        """Rounds of the plan under way, without a gap, that arrived here and were sent from here. Never blocks."""
         return self._count(False)
 
     @property
     def rounds_intact(self) -> int:
-        """Rounds of the plan at hand that are done, and all experts have the right checksum. Never blocks."""
+        """Rounds of the plan under way, without a gap, that are done with the right checksums. Never blocks."""
         return self._count(True)
 
     def _count(self, intact: bool) -> int:
@@ -417,12 +419,12 @@ class D2DExpertWeightLoader:
 
     @property
     def error(self) -> Exception | None:
-        """What made a transfer fail; None if nothing did."""
+        """The error of a failed transfer; None if no transfer failed."""
         return self._error
 
     @property
     def poisoned(self) -> bool:
-        """Whether a transfer failed, or did not end in time. Then none is issued any more."""
+        """Whether a transfer failed, or did not end in time. Then no transfer is issued any more."""
         if self._error is None:
             for flight in self._in_buffer:
                 if flight is not None and not flight.arrived and time.monotonic() - flight.issued_at > self.deadline:
@@ -432,17 +434,18 @@ class D2DExpertWeightLoader:
         return self._error is not None
 
     def poison(self, reason: str) -> None:
-        """Gives the transfer group up. What is in flight stays there; staging stays allocated."""
+        """Gives up the transfer group. Transfers in flight are left alone; staging stays allocated."""
         self._failed(TransferError(reason))
 
     def _failed(self, error: Exception) -> None:
         if self._error is None:
             self._error = error
-            # Why; that balancing ends is the error.
+            # A warning with the reason; the end of balancing is logged as the error.
             logger.warning("rank %d: expert transfers by %s failed: %s", self.rank, self.transport, error)
 
     def commit(self, number: int) -> None:
-        """Staging to slots, on the compute stream (the current one); enqueues copies and returns. On a CPU it copies.
+        """Copies staging to slots, on the compute stream (the current one): enqueues copies and returns. On a CPU it
+        copies at once.
 
         Raises:
             TransferError: the round has not arrived, or it is not the oldest.
@@ -466,8 +469,8 @@ class D2DExpertWeightLoader:
         del self._flights[number]
 
     def forget(self) -> None:
-        """The plan is finished or dropped: what is not committed is forgotten. A round in flight poisons the loader,
-        because its bytes may arrive at any time; drain it first."""
+        """Drops everything that is not committed, because the plan is finished or dropped. A round in flight poisons
+        the loader, because its bytes may arrive at any time; drain it first."""
         if self.in_flight:
             self.poison("a round was dropped while it was in flight")
             return
@@ -477,7 +480,7 @@ class D2DExpertWeightLoader:
         self._plan_base = self._commits
 
     def close(self) -> None:
-        """Ends the mover thread once it has nothing to do; does not wait for it."""
+        """Ends the mover thread after its last job; does not wait for it."""
         self._jobs.put(None)
 
     def _executed(self, commits: int) -> bool:
@@ -485,7 +488,7 @@ class D2DExpertWeightLoader:
         if not commits or self._streams.module is None:
             return True
         kept = len(self._commit_events)
-        oldest = max(commits, self._commits - kept + 1)  # its own event was reused: a later commit stands for it
+        oldest = max(commits, self._commits - kept + 1)  # if its event was reused, a later commit stands for it
         return bool(self._commit_events[oldest % kept].query())
 
     # ---- in the mover thread
@@ -502,11 +505,11 @@ class D2DExpertWeightLoader:
                         self._run(flight, part)
                     if part == len(flight.parts) - 1:
                         self._arrive(flight)
-            except Exception as error:  # whatever it is, the group cannot be trusted any more
+            except Exception as error:  # after any error the group cannot be used any more
                 self._failed(error)
 
     def _run(self, flight: Flight, part: int) -> None:
-        """What issuing left to do."""
+        """Does the part of a transfer that ``issue`` left to the mover thread."""
         side = self._streams.side
         self._wait_for_commits(side, flight)
         if flight.began[part] is None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pull: the receiver copies experts out of the slots of ranks on its host, through mapped device memory.
+"""Pull: the receiver copies experts from slots of other ranks on its host, through mapped device memory.
 
-The copies are plain device-to-device copies on a stream of the receiver. Copy engines do them; the sender does
-nothing, no kernel waits for a peer, and so nothing can hold the cores that another kernel needs.
+The copies are plain device-to-device copies on a stream of the receiver, done by copy engines. The sender does nothing,
+and no kernel waits for a peer. So nothing can hold the cores that another kernel needs.
 
-Because the sender does nothing, its own stream order does not protect the receiver: a commit that the sender has
-enqueued but not yet executed would be read half-done. The loader therefore reports a round as ready only when the
-commits it builds on have been executed on this device (``one_sided``).
+Because the sender does nothing, its stream order does not protect the receiver, which could read a commit that is
+enqueued but only half executed. The loader therefore reports a round as ready only after the commits that it depends on
+have been executed on this device (``one_sided``).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class PullTransport(Transport):
     """One-sided copies between devices of a host (CUDA).
 
     Args:
-        weights: this rank's slots: per layer, per local slot, flat uint8 views.
-        rank: of this process in the group.
+        weights: this rank's slots: for each layer and local slot, flat uint8 views.
+        rank: rank of this process in the group.
         num_ranks: ranks in the group.
-        same_host: which ranks to try, per rank.
-        exchange: sends one bytes object to all ranks and returns those of all, in rank order; blocks. Called twice.
-        streams: of this rank's device.
+        same_host: for each rank, whether to try it.
+        exchange: sends bytes to all ranks and returns the bytes of all ranks, in rank order; blocks. Called twice.
+        streams: streams of this rank's device.
 
-    All ranks construct it together. Afterwards ``reaches`` tells, the same on all ranks, which pairs it connects.
+    All ranks construct it together. Afterwards ``reaches`` gives the same answer on all ranks.
     """
 
     name = "pull"
@@ -53,7 +53,7 @@ class PullTransport(Transport):
                 continue
             try:
                 self._peers[peer] = _map(offers[peer], streams.device)
-            except Exception as error:  # whatever the driver or the allocator says: the peer cannot be mapped
+            except Exception as error:  # any error of the driver or the allocator: the peer cannot be mapped
                 self.failures[peer] = str(error)
         mine = bytes(peer in self._peers for peer in range(num_ranks))
         self._reach = [list(row) for row in exchange(mine)]
@@ -72,7 +72,7 @@ class PullTransport(Transport):
 
 
 def _offer(weights: Weights) -> bytes:
-    """Handles of all storages behind the weights, and where each tensor lies in them; b"" if they cannot be shared."""
+    """Handles of all storages behind the weights, with each tensor's place in them; b"" if they cannot be shared."""
     storages: dict[int, Any] = {}
     table: list[list[list[tuple[int, int, int]]]] = []
     try:
@@ -98,7 +98,7 @@ def _map(offer: bytes, device: torch.device) -> list[list[list[torch.Tensor]]]:
         raise RuntimeError("the peer's allocator cannot share device memory")
     shared, table = pickle.loads(offer)
     index = device.index if device.index is not None else torch.cuda.current_device()
-    # mapped into this rank's own device: no context, and no memory, on the peer's
+    # mapped into this rank's own device: takes no context and no memory on the peer's device
     storages = {key: torch.UntypedStorage._new_shared_cuda(index, *handle[1:]) for key, handle in shared.items()}
 
     def view(key: int, offset: int, length: int) -> torch.Tensor:

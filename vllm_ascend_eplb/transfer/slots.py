@@ -12,21 +12,25 @@ import torch
 from .transport import TransferError
 
 ALIGNMENT = 256
-"""Bytes at whose multiples the tensors of an expert begin in staging."""
+"""Alignment, in bytes, of an expert's tensors in staging."""
 
 
 Weights = Sequence[Sequence[Sequence[torch.Tensor]]]
 
 
 def default_buffer_experts(num_layers: int, slots_per_rank: int, lag: int = 1, buffers: int = 2) -> int:
-    """Experts per staging buffer: at least 2, and enough for a cycle that moves a tenth of all slots to end within 60
+    """Experts per staging buffer: at least 2, and enough that a cycle which moves a tenth of all slots ends within 60
     steps, at ``lag + 2`` steps per ``buffers`` rounds."""
     receives = num_layers * slots_per_rank / 10
     return max(2, int(np.ceil(receives * (lag + 2) / (60 * buffers))))
 
 
 def flat_views(weights: Weights) -> tuple[list[list[tuple[torch.Tensor, ...]]], torch.device]:
-    """Every tensor as flat uint8; refuses what cannot be moved expert by expert."""
+    """Every tensor as a flat uint8 view, and the device.
+
+    Raises:
+        TransferError: weights cannot be moved expert by expert.
+    """
     if not weights or not weights[0] or not weights[0][0]:
         raise TransferError("there are no expert weights to move")
     device, slots = weights[0][0][0].device, len(weights[0])
@@ -68,7 +72,7 @@ def flat_views(weights: Weights) -> tuple[list[list[tuple[torch.Tensor, ...]]], 
 
 
 def aligned_offsets(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """First byte of each tensor in staging, then the size of the whole."""
+    """First byte of each tensor in staging, then the total size."""
     offsets = [0]
     for tensor in tensors:
         offsets.append(offsets[-1] + -(-tensor.numel() // ALIGNMENT) * ALIGNMENT)
@@ -79,15 +83,15 @@ class ExpertSlots:
     """The live slots of one rank, and the staging buffers in which experts arrive.
 
     Args:
-        weights: [L][S] lists of tensors, the engine's own.
-        buffers: staging buffers.
+        weights: [L][S] lists of the engine's own tensors.
+        buffers: number of staging buffers.
         buffer_experts: places of a staging buffer; None for ``default_buffer_experts``.
 
     Attributes:
         live: [L][S] tuples of flat uint8 views of the expert's tensors.
         staging: uint8 [buffers, places, row_bytes].
         expert_bytes: [L], bytes of one expert.
-        most_tensors: tensors of an expert, at most.
+        most_tensors: most tensors of an expert.
 
     Raises:
         TransferError: weights cannot be sliced per expert.

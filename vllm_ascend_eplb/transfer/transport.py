@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transports: how the bytes of experts get from the slots of one rank into the staging buffer of another.
+"""Transports: carry the bytes of experts from the slots of one rank into the staging buffer of another.
 
-A transport is handed the pieces that this rank sends and receives in one part of a round, and gives a ``Batch``::
+A transport gets the pieces that this rank sends and receives in one part of a round, and returns a ``Batch``::
 
-    prepare   everything that can throw; builds the batch, touches no peer
-    issue     called in the step thread, at the same step on all ranks: nothing but the call
+    prepare   everything that can throw; builds the batch, contacts no peer
+    issue     called in the step thread, at the same step on all ranks: only the call
     run       called afterwards in the loader's mover thread: blocks until all pieces have arrived and were sent
 
-Which of the last two does the work is the transport's choice. What only enqueues work on the device goes into
+Each transport decides whether ``issue`` or ``run`` does the work. Work that is only enqueued on the device belongs into
 ``issue``: communicators must be entered in the same order everywhere, and launches from another thread would wait for
-the step thread's own. What blocks a host thread goes into ``run``.
+the step thread's launches. Work that blocks a host thread belongs into ``run``.
 
 =========  ==========================================================================================================
 local      copies within a rank
-gloo       sockets; on a CPU straight from slot to staging, on a device through pinned host memory: no device cores
+gloo       sockets; on a CPU from slot to staging, on a device through pinned host memory; no device cores
 pull       the receiver reads the slots of peers on its host through mapped memory: copy engines only; CUDA
 nccl/hccl  batch_isend_irecv on a communicator of its own, on the side stream; kernels hold some of the device's cores
 =========  ==========================================================================================================
@@ -30,18 +30,18 @@ import torch
 
 
 class TransferError(RuntimeError):
-    """Weights cannot be transferred, or were not."""
+    """Weights cannot be transferred, or a transfer failed."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of one expert that cross from one rank to another.
+    """Bytes of one expert that travel from one rank to another.
 
     Attributes:
-        peer: rank (of the group) on the other side.
-        index: tensors that this pair of ranks exchanges in this part before the piece; equal on both sides.
+        peer: rank, in the group, on the other side.
+        index: number of tensors that this pair of ranks exchanges in this part before this piece; equal on both sides.
         tensors: views of the slot at the sender, of staging at the receiver.
-        source: what is sent, for one-sided transports: (layer, local slot at the sender, one (tensor number,
+        source: place of the bytes at the sender, for one-sided transports: (layer, local slot, one (tensor number,
             first byte, end byte) per view).
     """
 
@@ -59,16 +59,16 @@ class Batch:
     """The prepared pieces of one part of a round on one rank.
 
     Attributes:
-        enters: whether ``issue`` does it all, by work enqueued on the current stream; ``run`` is then not called.
+        enters: whether ``issue`` enqueues all work on the current stream; ``run`` is then not called.
     """
 
     enters = False
 
     def issue(self, serial: int) -> None:
-        """In the step thread; never blocks. ``serial`` is the part's own and equal on all ranks."""
+        """Called in the step thread; never blocks. ``serial`` is unique to the part, and equal on all ranks."""
 
     def run(self) -> None:
-        """In the mover thread, on the side stream; returns when all has arrived and all was sent.
+        """Called in the mover thread, on the side stream; returns when everything has arrived and was sent.
 
         Raises:
             Exception: the transfer failed; the group must not be used any more.
@@ -76,7 +76,7 @@ class Batch:
 
 
 class Transport(ABC):
-    """One way to move bytes. ``one_sided``: peers read our slots without our doing."""
+    """One way to move bytes. ``one_sided``: peers read this rank's slots without an action of this rank."""
 
     name: str
     one_sided = False
@@ -86,7 +86,7 @@ class Transport(ABC):
         """Prepares one part.
 
         Raises:
-            TransferError: it cannot be done; nothing was touched.
+            TransferError: the part cannot be transferred; nothing was changed.
         """
 
     def reaches(self, sender: int, receiver: int) -> bool:
@@ -95,20 +95,20 @@ class Transport(ABC):
 
 
 class Streams:
-    """The streams and events of one device, or stand-ins that do nothing where the device has none (CPU).
+    """The streams and events of one device; on a CPU stand-ins that do nothing.
 
     Args:
-        device: where the weights live.
-        own: False to make no streams and use the device's default one, where an engine cannot run side streams.
+        device: device of the weights.
+        own: whether to make streams; False uses the device's default stream, for engines without side streams.
     """
 
     def __init__(self, device: torch.device, own: bool = True) -> None:
         self.device = device
         self.module: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self.side: Any = self._stream(own)
-        """Of the mover thread, and of it alone: what it enqueues must not wait behind a later round."""
+        """Stream of the mover thread alone: its work must not wait behind a later round."""
         self.entry: Any = self._stream(own)
-        """Of the step thread, for transfers that are enqueued when a round is issued."""
+        """Stream of the step thread, for transfers that are enqueued when a round is issued."""
 
     def _stream(self, own: bool) -> Any:
         if self.module is None:
@@ -153,7 +153,7 @@ class _Nothing:
 
 
 class Copies(Batch):
-    """Copies into staging from memory that this rank can read: its own slots, or mapped ones of a peer."""
+    """Copies into staging from memory that this rank can read: its own slots, or mapped slots of a peer."""
 
     def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], enters: bool) -> None:
         self._pairs, self.enters = pairs, enters

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every station shares: placements, plans, rounds, topology. NumPy only."""
+"""Values that all stages share: placements, plans, rounds, topology. NumPy only."""

@@ -213,7 +213,7 @@ class Placement:
         """A new placement after all ``moves`` (rows that begin with layer, slot, expert) took place at once.
 
         Raises:
-            PlacementError: a layer or slot is out of range, or the result is no valid placement.
+            PlacementError: a layer or slot is out of range, or the result is not a valid placement.
         """
         rows = np.asarray(list(moves) if not isinstance(moves, np.ndarray) else moves, dtype=np.int64)
         if not rows.size:

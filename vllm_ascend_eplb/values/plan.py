@@ -20,7 +20,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a policy answers.
+    """The answer of a policy: moves from the placement in force, in order.
 
     Attributes:
         physical_to_logical: int32 [L, P], the placement after all moves.
@@ -30,7 +30,7 @@ class Plan:
         par_after: float64 [L], predicted PAR after all moves.
         policy: name of the policy that made it.
         p95_before, p95_after: float64 [L], the 95th percentile of the PARs in the windows that the plan was made from,
-            in force and after all moves; None where it was made from one.
+            in force and after all moves; None for a plan made from a single window.
         seconds: wall time that planning took.
     """
 

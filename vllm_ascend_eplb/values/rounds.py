@@ -57,15 +57,15 @@ def check_rounds(
     *,
     repair: bool = False,
 ) -> None:
-    """Replays ``rounds`` and checks all that the module promises, without trust in their maker.
+    """Replays ``rounds`` and checks everything that ``planning/schedule.py`` promises, whoever made them.
 
     Args:
         placement: the placement in force.
         rounds: to be checked.
         buffer_experts: staging places of a rank per round.
-        target: the placement that they must lead to, if that is known.
-        repair: whether the slots may hold other experts than ``placement`` says, as an audit found. Then any slot may
-            be a source, and the checksums of what arrives decide.
+        target: the placement that the rounds must lead to; None skips this check.
+        repair: whether slots may hold other experts than ``placement`` says, because an audit found damage. Then any
+            slot may be a source; the checksums of the received experts decide.
 
     Raises:
         RoundError: the message names the round and what is wrong with it.
@@ -76,7 +76,8 @@ def check_rounds(
         name, moves = f"round {number}", round.moves
         if round.number != number or round.slots_per_rank != slots_per_rank or not NONE <= round.after < number:
             raise RoundError(
-                f"{name} calls itself {round.number}, of {round.slots_per_rank} slots, after {round.after}"
+                f"{name} has number {round.number}, {round.slots_per_rank} slots per rank and after {round.after}; "
+                f"expected {number}, {slots_per_rank} and an earlier round"
             )
         if moves.ndim != 2 or moves.shape[1] != 5 or moves.dtype != np.int32 or not len(moves):
             raise RoundError(f"{name} has moves of shape {moves.shape}, {moves.dtype}; expected int32 [n >= 1, 5]")

@@ -2,8 +2,8 @@
 """StepCost: what one MoE layer takes in a step, by tokens per rank and peak-to-average ratio (PAR).
 
 Tokens are not time. With few tokens a rank's time is that of reading the weights of its slots, however its tokens are
-spread; with many it follows the busiest rank's. Where one turns into the other differs by machine, model and kernel, so
-it is measured, on a grid, and read off between the points of that grid.
+spread; with many tokens it follows the busiest rank's. The turning point differs by machine, model and kernel. So the
+time is measured on a grid, and interpolated between the points of that grid.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 
 Origin = Literal["measured", "modelled", "proportional"]
-"""Where the times come from: measured where the model is served, from a model of the machine, or none: time is taken to
-be in proportion to the tokens of the busiest rank, in no unit."""
+"""Where the times come from: ``measured`` where the model is served, ``modelled`` by a model of the machine, or
+``proportional``: nothing is known, and time is proportional to the tokens of the busiest rank, without a unit."""
 
 KIND, VERSION = "vllm-ascend-eplb step cost", 1
 
 MOST_POINTS = 4096
-"""Points of a grid at most: a file is read whole."""
+"""Most points of a grid: a file is read whole."""
 
 
 class StepCostError(ValueError):
-    """Times, or a file of them, that are none."""
+    """Times, or a file of times, that cannot be used."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepCost:
     """Milliseconds of one MoE layer, of its slowest rank, measured on a grid.
 
-    Between the points times are interpolated linearly. Beyond the largest number of tokens they grow in proportion to
-    it; beyond the largest PAR a rank takes as long as with the same number of tokens of its own at that PAR; below the
-    smallest values, and beyond the slots, they stay as they are. Longer with more tokens, PAR or slots, or as long:
-    where a measurement says otherwise, a point becomes the mean of the largest below it and the least above it.
+    Times are interpolated linearly between the points. Beyond the largest number of tokens they grow in proportion to
+    the tokens. Beyond the largest PAR the time is that of the same tokens on the busiest rank at the largest PAR. Below
+    the smallest values, and beyond the most slots, times are constant. Times never fall with more tokens, PAR or slots:
+    where measurements do, a point becomes the mean of the largest below it and the least above it.
 
     Args:
         tokens: [N] tokens that each rank brings into the step, rising, > 0.
         pars: [M] PARs, rising, from 1.
         slots: [K] slots of a rank in a layer that get tokens, rising, >= 1.
         milliseconds: [N, M, K], finite and > 0.
-        noise: by which part two measurements of the same thing differ; savings below it cannot be told from none.
+        noise: relative difference of two measurements of the same thing; smaller savings cannot be told from zero.
         origin: where the times come from.
-        subject: what was measured, in words: model, ranks, device. Files of another subject are not taken.
+        subject: what was measured, in words: model, ranks, device. A file with another subject is not used.
 
     Raises:
         StepCostError: an argument is out of range; names it.
@@ -89,13 +89,13 @@ class StepCost:
 
     @classmethod
     def proportional(cls) -> StepCost:
-        """Time in proportion to the tokens of the busiest rank, in no unit: what is assumed where nothing is known."""
+        """Time proportional to the tokens of the busiest rank, without a unit: assumed where nothing is known."""
         ends = np.array([1.0, 2.0])
         return cls(ends, ends, np.ones(1), np.multiply.outer(ends, ends)[..., None], 0.0, "proportional")
 
     @property
     def in_milliseconds(self) -> bool:
-        """Whether times have a unit, so that they can be compared with those of transfers."""
+        """Whether times have a unit, and can be compared with the times of transfers."""
         return self.origin != "proportional"
 
     def layer_ms(self, tokens: npt.ArrayLike, par: npt.ArrayLike, slots: float) -> FloatArray:
@@ -151,7 +151,7 @@ class StepCost:
             StepCostError: it is something else, or of another version.
         """
         if not isinstance(value, dict) or value.get("kind") != KIND:
-            raise StepCostError(f"no step cost: expected a JSON object whose kind is {KIND!r}")
+            raise StepCostError(f"not a step cost: expected a JSON object whose kind is {KIND!r}")
         if value.get("version") != VERSION:
             raise StepCostError(
                 f"a step cost of version {value.get('version')!r}; this package reads version {VERSION}: measure again"
@@ -160,7 +160,7 @@ class StepCost:
         missing = names - value.keys()
         if missing or not isinstance(value["subject"], str):
             raise StepCostError(
-                f"no step cost: {', '.join(sorted(missing)) or 'subject'} is missing or of a wrong type"
+                f"not a step cost: {', '.join(sorted(missing)) or 'subject'} is missing or of a wrong type"
             )
         return cls(**{name: value[name] for name in names})
 
@@ -174,7 +174,7 @@ class StepCost:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise StepCostError(f"no step cost: {error}") from None
+            raise StepCostError(f"not a step cost: {error}") from None
         return cls.from_dict(value)
 
     def __eq__(self, other: object) -> bool:
@@ -188,12 +188,12 @@ def array_of(name: str, value: Any) -> FloatArray:
     """A read-only copy in float64.
 
     Raises:
-        StepCostError: it is no array of finite numbers.
+        StepCostError: the value is not an array of finite numbers.
     """
     try:
         array = np.array(value, dtype=np.float64)
     except (TypeError, ValueError):
-        raise StepCostError(f"{name} is no array of numbers") from None
+        raise StepCostError(f"{name} is not an array of numbers") from None
     if not np.isfinite(array).all():
         raise StepCostError(f"{name} has entries that are not finite")
     array.setflags(write=False)

@@ -12,10 +12,10 @@ import numpy.typing as npt
 from .step_cost import FloatArray, StepCost, StepCostError, array_of
 
 BUCKETS = 16
-"""Of a histogram: up to 1, 2, 4, ... 16,384 tokens per rank, and more."""
+"""Buckets of a histogram: up to 1, 2, 4, ... 16,384 tokens per rank, and more."""
 
 THOUSANDTHS = 1000
-"""Tokens per rank are added up in thousandths: where ranks share a batch, they are no whole numbers."""
+"""Tokens per rank are summed in thousandths, because ranks that share a batch have fractions of tokens."""
 
 LARGEST_PAR = 1024.0
 """PAR up to which ``par_within`` searches: as many ranks as the planner knows."""
@@ -45,8 +45,8 @@ class Traffic:
 
     @classmethod
     def of_histogram(cls, histogram: npt.ArrayLike) -> Traffic:
-        """From integers [2, B]: steps in each bucket, and thousandths of the tokens per rank of all of them together.
-        Without any step it is that of one with a single token: nothing is known, and something has to be assumed."""
+        """From integers [2, B]: steps in each bucket, and the sum of their tokens per rank in thousandths. Without any
+        step, one step with a single token is assumed."""
         steps, total = np.asarray(histogram, dtype=np.float64)
         if not steps.any():
             return cls(np.ones(1), np.ones(1))
@@ -68,13 +68,12 @@ class Traffic:
         return np.asarray(milliseconds @ (self.steps[used] / self.steps.sum()))
 
     def par_within(self, cost: StepCost, slots: float) -> float:
-        """The largest PAR at which a layer takes no longer than with perfect balance, as far as can be measured."""
+        """The largest PAR at which a layer takes no measurably longer time than with perfect balance."""
         pars = np.geomspace(1.0, LARGEST_PAR, 2049)
         ms = self.layer_ms(cost, pars, slots)
         return float(pars[ms <= ms[0] * (1.0 + cost.noise)][-1])
 
 
 def bucket_of(tokens: float) -> int:
-    """The bucket of a histogram for a step with so many tokens per rank: at most 1, 2, 4, 8, ...; the last has the
-    rest."""
+    """The bucket of a step with ``tokens`` per rank: at most 1, 2, 4, 8, ...; the last bucket has the rest."""
     return min(BUCKETS - 1, max(0, math.ceil(math.log2(max(tokens, 1.0)))))

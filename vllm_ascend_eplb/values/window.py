@@ -40,13 +40,13 @@ class RankLoad:
 
 @dataclass(frozen=True, eq=False)
 class WindowLoad:
-    """What EP rank 0 knows of the load of a window.
+    """The load of a window, as EP rank 0 knows it.
 
     Attributes:
         load: int64 [L, E], tokens per logical expert.
-        in_force: as the tokens fell.
-        at_start: as they would have fallen under the placement that the server started with.
-        observed: as they would have fallen under the last plan, where it was made and not carried out (mode observe).
+        in_force: load of the ranks under the placement in force.
+        at_start: the same under the placement that the server started with.
+        observed: the same under the last plan, if that plan was not carried out (mode observe).
         rank_speed: [R], relative speeds of the ranks; None where they are equal.
     """
 
@@ -85,5 +85,5 @@ class WindowLoad:
         return cls(load, in_force, even(start), None if observed is None else even(observed), rank_speed)
 
     def under(self, placement: Placement) -> RankLoad:
-        """As the tokens fall under ``placement`` with an even split over replicas."""
+        """The load of the ranks under ``placement`` with an even split over replicas."""
         return RankLoad.of(placement.rank_load(self.load), self.rank_speed)

@@ -131,7 +131,7 @@ def test_check_tells_what_is_wrong(tmp_path: Path) -> None:
     assert "layer 1, device 0 holds expert 0 twice" in run("check", path, "--ranks", 2, status=2)
     assert run_json("check", path, "--ranks", 2, "--allow-duplicates")["duplicates_on_a_device"] == 1
     path.write_text('{"moe_layer_count": 1, "layer_list": [')
-    assert "is no JSON" in run_json("check", path, status=2)["error"]
+    assert "is not JSON" in run_json("check", path, status=2)["error"]
     assert "for 2 of 3; give loads of the same model" in (
         path.write_text("[[0, 1, 1, 2], [0, 2, 1, 2]]") and run("check", path, "--ranks", 2, "--load", TRACE, status=2)
     )

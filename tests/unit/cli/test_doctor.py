@@ -133,7 +133,7 @@ def test_doctor_checks_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / "c.json").write_text('{"eplb_config": {"dynamic_eplb": true, "mode": "observe"}}')
     assert "observing only" in settings(str(tmp_path / "c.json"))
     assert "did you mean" in run("doctor", "--config", '{"dynamic_epbl": true}', status=2)
-    assert "is no JSON" in run("doctor", "--config", "{", status=2)
+    assert "is not JSON" in run("doctor", "--config", "{", status=2)
     assert "neither JSON nor" in run("doctor", "--config", str(tmp_path / "none"), status=2)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hints about texts that are no JSON come from the cause, not from where the parser stopped.
+"""Hints about texts that are not JSON come from the cause, not from where the parser stopped.
 
 Where this kind can occur: every JSON that a person writes or a tool cuts: maps, loads, ``doctor --config``, statistics
 and simulations. The same cause must get the same hint wherever it stands in the text, and no cause another one's.

@@ -124,7 +124,7 @@ def test_off_means_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_old_names_of_metrics_show_the_same_value() -> None:
     registry = CollectorRegistry()
-    EplbGauges(registry).show(EplbStats(audits=1, audit_mended=7))
+    EplbGauges(registry).show(EplbStats(audits=1, audit_repaired=7))
     assert registry.get_sample_value("vllm_eplb_audit_repaired_slots") == 7
     assert registry.get_sample_value("vllm_eplb_audit_mended_slots") == 7
 

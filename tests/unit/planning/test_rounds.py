@@ -244,7 +244,7 @@ def bad_rounds() -> list[tuple[list[list[int]], int, str]]:
         ([[0, 0, 1, 0, 1]], NONE_AFTER, "without a copy"),
         ([[0, 0, 1, 0, 1], [0, 1, 0, 0, 0]], NONE_AFTER, "needs 2 places"),
         ([[0, 0, 9, 0, 1]], NONE_AFTER, "out of range"),
-        ([[0, 0, 1, 0, 1]], 3, "calls itself"),
+        ([[0, 0, 1, 0, 1]], 3, "has number"),
     ]
 
 

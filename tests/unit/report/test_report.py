@@ -274,7 +274,7 @@ def test_the_command(tmp_path: Path, simulation: Simulation) -> None:
         ([tmp_path / "none"], "does not exist"),
         ([tmp_path], "is a directory"),
         ([tmp_path / "other.json"], "neither statistics of a run nor a map nor a simulation"),
-        ([tmp_path / "cut.json"], "no simulation: "),
+        ([tmp_path / "cut.json"], "not a simulation: "),
         ([run, "-o", tmp_path], "is a directory"),
         ([run, "-o", tmp_path / "no" / "page.html"], "create it first"),
     ):

@@ -113,7 +113,7 @@ def test_frozen() -> None:
         ("control_lag", 9, "integer 1..8"),
         ("max_failures", 0, "integer 1.."),
         ("dispatch_table_entries", 128, "integer 16..64"),
-        ("expert_map_path", "", "is no path"),
+        ("expert_map_path", "", "is not a path"),
         ("expert_map_path", 3, "is an integer; allowed: a path | null"),
     ],
 )
@@ -471,7 +471,7 @@ def test_settings_page_shows_this_table() -> None:
 def test_speeds_of_ranks() -> None:
     assert parse(rank_speed=[1, 0.5]).rank_speed == [1.0, 0.5]
     for value, wrong in (
-        ([0.0], "no list of such numbers"),
+        ([0.0], "not a list of such numbers"),
         ("1,2", "a string"),
         ([True], "no list"),
         (2, "an integer"),

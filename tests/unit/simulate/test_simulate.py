@@ -199,7 +199,7 @@ def test_settings_that_cannot_be(trace: np.ndarray) -> None:
     with pytest.raises(SimulationError, match="at least 2 windows"):
         simulate(trace[:1], [Setting()], conditions())
     for text in ("", "{}", "[]", '{"kind": "x"}', "NaN"):
-        with pytest.raises(SimulationError, match="no simulation"):
+        with pytest.raises(SimulationError, match="not a simulation"):
             Simulation.from_json(text)
 
 

@@ -144,7 +144,7 @@ def test_file_of_another_kind_is_refused(change: dict[str, object], said: str) -
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000, '{"kind": 1}'])
 def test_file_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(StepCostError, match="no step cost"):
+    with pytest.raises(StepCostError, match="not a step cost"):
         StepCost.from_json(text)
 
 

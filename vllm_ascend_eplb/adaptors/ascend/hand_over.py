@@ -158,7 +158,7 @@ def _read_map(path: str) -> Placement:
     """Reads a map that weights will be loaded by.
 
     Raises:
-        EplbConfigError: it is no map, not in vllm-ascend's form, or has an expert twice on a device.
+        EplbConfigError: the file is not a map, not in vllm-ascend's form, or has an expert twice on a device.
     """
     try:
         form = parse_json(read_bounded(path, MAX_MAP_BYTES, "expert map"), path) if path.endswith(".json") else None

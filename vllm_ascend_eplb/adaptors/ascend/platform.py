@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The platform of vllm-ascend with a worker class of ours: an entry without hooks, for users who name it::
+"""The platform of vllm-ascend with our worker class: an entry without hooks, for users who name the platform::
 
     VLLM_PLUGINS=ascend_eplb,eplb,ascend_kv_connector,ascend_model,ascend_model_loader,ascend_service_profiling
 

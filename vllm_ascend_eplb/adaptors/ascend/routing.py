@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How layers and dispatchers of vllm-ascend get from a logical expert to a slot."""
+"""Maps logical experts to slots in layers and dispatchers of vllm-ascend."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def look_up_slots(dispatcher: ModuleType) -> None:
 
 
 class SlotTable:
-    """Takes the place of the ``log2phy`` of a layer: indexed by logical experts, it gives slots.
+    """Replaces the ``log2phy`` of a layer: indexed by logical experts, it returns slots.
 
     Args:
         maps: the maps of all layers; changed in place by commits.
         layer: number of the layer.
         local_slots: int32 [P], the local number of each slot of this rank, -1 for slots of other ranks.
-        offset: how many replicas further on a token's choice is. It differs by rank where each rank routes its own
-            tokens, so that few tokens per rank spread, too; 0 where several ranks may map the same token.
+        offset: replicas by which a token's choice is shifted. It differs by rank if each rank routes its own tokens, so
+            that few tokens per rank spread, too; it is 0 if several ranks may map the same token.
     """
 
     def __init__(self, maps: DispatchMaps, layer: int, local_slots: torch.Tensor, offset: int) -> None:
@@ -63,13 +63,13 @@ class SlotTable:
 
 
 def maps_itself(layer: Any) -> bool:
-    """Whether a layer turns experts into slots before it calls a dispatcher, as since vllm-ascend 0.30. Such layers are
-    loaded in vLLM's own order, whatever their maps say."""
+    """Whether a layer maps experts to slots before it calls a dispatcher, as layers do since vllm-ascend 0.30. Such
+    layers are loaded in vLLM's own order, whatever their maps contain."""
     return hasattr(layer, "ascend_expert_map")
 
 
 def route_by(layer: Any, table: SlotTable) -> None:
-    """Puts a table in place of a layer's own."""
+    """Replaces a layer's own table."""
     del layer.log2phy  # a buffer since 0.30, which accepts tensors only
     layer.log2phy = table
     if maps_itself(layer):
@@ -98,6 +98,6 @@ def ranks_own_their_tokens() -> bool:
 
 
 def replicas_ahead(rank: int) -> int:
-    """How many replicas further on the tables of a rank begin. Where each rank routes its own tokens, this differs by
-    rank, so that ranks with few tokens use different copies of an expert; elsewhere tables must agree."""
+    """Replicas by which the tables of a rank are shifted. If each rank routes its own tokens, this differs by rank, so
+    that ranks with few tokens use different copies of an expert; otherwise tables must agree."""
     return rank if ranks_own_their_tokens() else 0

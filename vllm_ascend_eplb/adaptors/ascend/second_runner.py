@@ -58,7 +58,7 @@ PATCH_POINTS = tuple(
             "holds the routing table of a layer, which is ours",
         ),
         (EXPERTS, "_record_v2_eplb_load", "counts the tokens that slots received, in our counters"),
-        (EPLB_STATE, "EplbState.build_initial_global_physical_to_logical_map", "puts the loading order of vLLM back"),
+        (EPLB_STATE, "EplbState.build_initial_global_physical_to_logical_map", "restores the loading order of vLLM"),
         (RUNNER, "dispatch_cg_and_sync_dp", "notes the tokens of each data-parallel engine"),
     )
 )
@@ -143,8 +143,7 @@ class DispatchNoting:
     """The function ``dispatch_cg_and_sync_dp`` of the runner, which notes what the data-parallel engines agreed on.
 
     Attributes:
-        across: int [D], tokens of each data-parallel engine in the forward that has begun; None where there is one
-            engine.
+        across: int [D], tokens of each data-parallel engine in the forward that has begun; None with one engine.
     """
 
     def __init__(self, dispatch: Any) -> None:

@@ -34,10 +34,10 @@ def cooperative_kernels(vllm_config: Any) -> list[Option]:
         found.append(('"transport": "nccl" and --all2all-backend', all2all, allowed, way_out))
     for name, backend in moe_backends(vllm_config):
         if is_megakernel(backend):
-            found.append((f'"transport": "nccl" and {name}', backend, "any that is no megakernel", way_out))
+            found.append((f'"transport": "nccl" and {name}', backend, "any that is not a megakernel", way_out))
     return found
 
 
 def beside_nccl(vllm_config: Any, config: EplbConfig) -> list[Option]:
-    """Those options where weights travel by NCCL; none with another transport."""
+    """These options, if weights travel by NCCL; empty with another transport."""
     return cooperative_kernels(vllm_config) if config.transport == "nccl" else []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixes expert parallelism on vLLM's CPU backend.
 
-**Experts.** The CPU kernel of vLLM ignores the expert map: it takes every id for a local one. Here a rank computes the
-(token, expert) pairs of its own slots only, with one expert per row, and sums the results per token in float32. The
+**Experts.** The CPU kernel of vLLM ignores the expert map and treats every id as a local one. Here a rank computes only
+the (token, expert) pairs of its own slots, with one expert per row, and sums the results per token in float32. The
 all-reduce after the layer adds the pairs of the other ranks.
 
 **The switch.** vLLM refuses its EPLB switch on a CPU. The front end sets it after that check. The check runs once more
@@ -45,7 +45,7 @@ def cpu_local_experts(
         output: [N, H], overwritten.
         hidden_states: [N, H].
         w1, w2: weights of this rank, in the layout of vLLM's kernel.
-        w1_bias, w2_bias: or None.
+        w1_bias, w2_bias: biases of this rank, or None.
         topk_weights: [N, K].
         topk_ids: [N, K] physical experts; negative ones belong to no rank.
         expert_map: [P] local slot of each physical expert, -1 on another rank.
@@ -90,7 +90,7 @@ def replace_experts(experts: Any) -> None:
 
 
 def _local_experts_of(original: Any) -> Any:
-    """``CPUUnquantizedExperts.apply`` that computes the local experts where there is an expert map."""
+    """``CPUUnquantizedExperts.apply`` that computes only the local experts if there is an expert map."""
 
     @functools.wraps(original)
     def apply(
@@ -173,7 +173,7 @@ def let_configurations_be_copied(parallel: Any) -> None:
 
 
 def _cuda_alike(platform: Any) -> Any:
-    """The platform, which says of itself that it is like CUDA."""
+    """The same platform, but ``is_cuda_alike`` is true."""
 
     class Platform:
         def __getattr__(self, name: str) -> Any:

@@ -50,14 +50,13 @@ def compute_logical_maps(
     """The inverse of a placement.
 
     Args:
-        physical_to_logical_map: integers [L, P] or, for one layer, [P], on the CPU; -1 for a slot that holds none.
+        physical_to_logical_map: integers [L, P] or, for one layer, [P], on the CPU; -1 for an empty slot.
         num_logical_experts: E.
 
     Returns:
-        logical_to_physical_map: [L, E, X] (or [E, X]), the slots of each expert in rising order, -1 beyond its copies;
-            X is the largest count.
-        logical_replica_count: [L, E] (or [E]), copies of each expert; 0 for one that no slot holds. Both have the dtype
-            of the argument.
+        logical_to_physical_map: [L, E, X] (or [E, X]), the slots of each expert in rising order, padded with -1; X is
+            the largest count.
+        logical_replica_count: [L, E] (or [E]), copies of each expert; may be 0. Both have the dtype of the argument.
 
     Raises:
         EpConfigurationError: the map is not of that shape, or names an expert that does not exist.
@@ -91,11 +90,11 @@ def compute_logical_maps(
 
 @dataclass
 class EplbLayerState:
-    """What the router of one layer reads: views of the model's tensors, whose addresses never change.
+    """The tensors that the router of one layer reads: views of the model's tensors, whose addresses never change.
 
     Attributes:
         expert_load_view: int32 or int64 [P], tokens per slot, counted by the router.
-        logical_to_physical_map: int64 [E, W], the slots of each expert, -1 beyond its replicas.
+        logical_to_physical_map: int64 [E, W], the slots of each expert, padded with -1.
         logical_replica_count: int64 [E].
     """
 
@@ -122,9 +121,9 @@ class EplbModelState:
 
     Attributes:
         model, model_name: as given to ``add_model``.
-        maps: what the routers read.
-        expert_load_pass: int32 or int64 [L, P], tokens per slot since the counts were last taken away.
-        placement_in_force: gives the placement; called for each access, because a balancer changes it.
+        maps: the maps that the routers read.
+        expert_load_pass: int32 or int64 [L, P], tokens per slot since the counts were last zeroed.
+        placement_in_force: returns the placement; called at each access, because a balancer changes it.
     """
 
     model: Any
@@ -135,12 +134,12 @@ class EplbModelState:
 
     @property
     def physical_to_logical_map(self) -> torch.Tensor:
-        """int64 [L, P]: the logical expert of each slot, -1 where it holds none."""
+        """int64 [L, P]: the logical expert of each slot, -1 if empty."""
         return self.placement_in_force()
 
     @property
     def logical_to_physical_map(self) -> torch.Tensor:
-        """int64 [L, E, W]: the slots of each expert, -1 beyond its replicas."""
+        """int64 [L, E, W]: the slots of each expert, padded with -1."""
         return self.maps.logical_to_physical
 
     @property
@@ -174,10 +173,10 @@ class ModelStates:
         self.model_states: dict[str, EplbModelState] = {}
 
     def validate_ep_configuration(self, new_model: Any) -> None:
-        """Checks that a model may stand beside those that were added.
+        """Checks that a model may be added beside the models that were added before.
 
         Raises:
-            EpConfigurationError: it differs in a number of experts; names which.
+            EpConfigurationError: the model differs in a number of experts; the message names which.
         """
         for state in self.model_states.values():
             self.assert_confs_equal(state.model, new_model)
@@ -188,7 +187,7 @@ class ModelStates:
         """Compares two models.
 
         Raises:
-            EpConfigurationError: they differ in a number of experts; names which.
+            EpConfigurationError: the models differ in a number of experts; the message names which.
         """
         for name in _AGREE_ON:
             has, new = getattr(model, name), getattr(new_model, name)
@@ -211,7 +210,7 @@ class EplbState(ModelStates):
         """
         self.validate_ep_configuration(model)
         row = self.build_initial_global_physical_to_logical_map(model.num_routed_experts, model.num_redundant_experts)
-        # How the slots are shared by ranks changes none of the maps.
+        # The number of ranks does not change the maps.
         placement = Placement(np.tile(row, (model.num_moe_layers, 1)), model.num_logical_experts, 1)
         maps = DispatchMaps(placement, self.device, width=min(MAX_MAP_WIDTH, model.num_redundant_experts + 1))
         counts = torch.zeros((placement.num_layers, placement.num_slots), dtype=torch.int32, device=self.device)
@@ -221,14 +220,14 @@ class EplbState(ModelStates):
         model.set_eplb_state(counts, maps.logical_to_physical, maps.replica_count)
 
     def update_mapping(self, model_config: Any, expanded_physical_to_logical: torch.Tensor) -> None:
-        """Puts another placement in force, in place. The weights must already be, or be about to be, where it says.
+        """Puts another placement in force, in place. The caller moves the weights, before or after.
 
         Args:
-            expanded_physical_to_logical: integers [L, P]; -1 for a slot that holds none.
+            expanded_physical_to_logical: integers [L, P]; -1 for an empty slot.
 
         Raises:
-            EpConfigurationError: it has another shape, or an expert that no slot holds or more do than the maps are
-                wide. Nothing was changed.
+            EpConfigurationError: the mapping has another shape, or an expert with no copy or more copies than the maps
+                hold. Nothing was changed.
         """
         state = self.model_states[model_config.compute_hash()]
         in_force, maps = state.physical_to_logical_map, state.maps

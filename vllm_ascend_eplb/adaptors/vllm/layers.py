@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a vLLM model's MoE layers with expert ids from outside, to time them.
+"""Runs a vLLM model's MoE layers with given expert ids, to time them.
 
-The layer's router is made to answer with the given ids; all behind it is what serves: dispatch, the experts' kernel,
+The layer's router answers with the given ids. Everything behind it is as in serving: dispatch, the experts' kernel,
 combine, and the reduction over the ranks that share a batch.
 """
 
@@ -16,7 +16,7 @@ import torch
 from ...balancer.calibration import LayerRuns
 
 MOST_LAYERS = 4
-"""Layers that a run goes through: enough that no layer finds its weights in a cache."""
+"""Most layers of a run: enough that no layer finds its weights in a cache."""
 
 
 def layer_runs(
@@ -76,7 +76,7 @@ def layer_runs(
 
 @contextlib.contextmanager
 def _routed_by(layers: Sequence[Any], weights: torch.Tensor, ids: torch.Tensor) -> Iterator[None]:
-    """Within it the layers' routers answer with ``weights`` and ``ids``; nothing is mapped, and nothing counted."""
+    """Context in which the layers' routers answer with ``weights`` and ``ids``, without mapping or counting."""
     converted: dict[torch.dtype | None, torch.Tensor] = {}
 
     def select_experts(

@@ -26,10 +26,10 @@ print("ANSWER", hasattr(cls, "set_eplb_state") or supports_multimodal(cls))
 def refuse_model(vllm_config: Any) -> None:
     """Refuses a model whose class does not implement the MixtureOfExperts protocol of vLLM.
 
-    The class is that of vLLM's own registry. Its sources are read first, which takes milliseconds. Where they do not
-    show the protocol, a process of its own imports the class and has the last word: an import in the front end could
-    claim a GPU. A multimodal model may hold a language model that has the protocol, so it is left to the workers, as is
-    a class that cannot be found.
+    The class is that of vLLM's own registry. Its sources are read first, which takes milliseconds. If they do not show
+    the protocol, a separate process imports the class and decides, because an import in the front end could claim a
+    GPU. A multimodal model may hold a language model that has the protocol, so the workers decide; they also do for a
+    class that cannot be found.
 
     Raises:
         EplbConfigError: the class lacks the protocol.
@@ -45,7 +45,7 @@ def refuse_model(vllm_config: Any) -> None:
 
 
 def registered_class(model_config: Any) -> tuple[str, str] | None:
-    """Module and name of the class of a model in vLLM's registry; None where it is not registered by name."""
+    """Module and name of a model's class in vLLM's registry; None if it is not registered by name."""
     registry = model_config.registry
     architecture = registry._normalize_arch(model_config.architecture, model_config)
     entry = registry.models.get(architecture)
@@ -60,8 +60,8 @@ def implements(module: str, name: str, ask: Callable[[str, str], bool] | None = 
     """Whether a class implements the protocol, or may hold a model that does.
 
     Args:
-        module, name: of the class.
-        ask: answers where the sources do not show it.
+        module, name: module and name of the class.
+        ask: decides if the sources do not show the protocol.
     """
     root = installed_root()
     try:
@@ -73,7 +73,7 @@ def implements(module: str, name: str, ask: Callable[[str, str], bool] | None = 
 
 
 def ask_a_process(module: str, name: str) -> bool:
-    """True also where the process fails: then the workers decide."""
+    """Asks a separate process. Returns True also if the process fails: then the workers decide."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", ASK, module, name], capture_output=True, text=True, timeout=_SECONDS

@@ -18,11 +18,11 @@ class PatchPoint:
     """One patch point.
 
     Attributes:
-        module: its module.
-        name: dotted name in it.
-        use: what the adaptor does with it.
+        module: the module of the patch point.
+        name: dotted name in the module.
+        use: what the adaptor does with the patch point.
         platforms: device types that need it; empty for all.
-        runner: "V1" or "V2" where only that model runner of vLLM needs it. A CPU runs V1; a GPU may run either.
+        runner: "V1" or "V2" if only that model runner of vLLM needs it. A CPU runs V1; a GPU may run either.
     """
 
     module: str
@@ -35,7 +35,7 @@ class PatchPoint:
         """The object at this patch point.
 
         Raises:
-            ImportError, AttributeError: this vLLM has none.
+            ImportError, AttributeError: this vLLM lacks the patch point.
         """
         found: Any = importlib.import_module(self.module)
         for part in self.name.split("."):
@@ -163,7 +163,7 @@ def missing_patch_points(platform: str) -> list[str]:
 
 
 def not_found(points: Iterable[PatchPoint]) -> list[str]:
-    """Those of them that are missing, as such lines."""
+    """The missing ones of ``points``, as lines that name each and its use."""
     missing = []
     for point in points:
         try:

@@ -30,7 +30,7 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
             "over several hosts use --data-parallel-address",
         ),
         *beside_new_weights(vllm_config),
-        (  # one GPU reads the memory of another by a mapping, which memory that was given away is not in any more
+        (  # transport pull reads peers' memory through a mapping, which is not valid any more after sleep
             '--enable-sleep-mode and "transport"',
             config.transport if sleeps(vllm_config) else "gloo",
             "gloo",
@@ -83,7 +83,7 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
 
 
 def beside_new_weights(vllm_config: Any) -> list[Option]:
-    """What cannot be beside options by which new weights come while a server runs."""
+    """Options that are unsupported together with new weights for a running server."""
     parallel, draft = vllm_config.parallel_config, has_experts(vllm_config.speculative_config)
     found: list[Option] = []
     for name, given in (
@@ -98,16 +98,16 @@ def beside_new_weights(vllm_config: Any) -> list[Option]:
 
 
 def beside_map(vllm_config: Any, config: EplbConfig) -> list[Option]:
-    """Kernels whose experts cannot be loaded by a map: their loader takes ids of logical experts."""
+    """Kernels that are unsupported with a map, because their loader takes ids of logical experts."""
     backend = value_at(vllm_config, "kernel_config.moe_backend", "auto")
     if config.expert_map_path is None or not is_megakernel(backend):
         return []
-    return [("an expert_map_path and --moe-backend", backend, "any that is no megakernel", "use one of the two")]
+    return [("an expert_map_path and --moe-backend", backend, "any that is not a megakernel", "use one of the two")]
 
 
 def executor(vllm_config: Any) -> str:
-    """What runs the workers: vLLM's name for it, or the name of a class of another package. Workers on GPUs that Ray
-    started count as "mp" where vLLM's executor for Ray is a subclass of that one."""
+    """The executor of the workers: vLLM's name for it, or the name of a class of another package. Workers on GPUs that
+    Ray started count as "mp" if vLLM's executor for Ray is a subclass of that executor."""
     backend = vllm_config.parallel_config.distributed_executor_backend
     on_gpus = vllm_config.device_config.device_type == "cuda"
     if backend == "ray" and on_gpus and _ray_is_multiprocess(vllm_config):
@@ -116,7 +116,8 @@ def executor(vllm_config: Any) -> str:
 
 
 def _ray_is_multiprocess(vllm_config: Any) -> bool:
-    """vLLM 0.30 to 0.32 choose the executor for Ray by an environment variable, which 0.33 does not have."""
+    """Whether vLLM's executor for Ray is its second one. vLLM 0.30 to 0.32 choose it by an environment variable, which
+    0.33 does not have."""
     from vllm import envs
 
     chosen = getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", None)

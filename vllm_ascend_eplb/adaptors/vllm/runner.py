@@ -92,7 +92,7 @@ class _Forwards:
                 self._runner.eplb_state.count_nothing()
             self._in_dummy = True
             try:
-                if skip_eplb or is_profile:  # profiling, warm-up and capturing are no steps
+                if skip_eplb or is_profile:  # profiling, warm-up and capturing are not steps
                     return original(*args, skip_eplb=skip_eplb, is_profile=is_profile, **kwargs)
                 with self._forward(False, "decode"):
                     return original(*args, skip_eplb=skip_eplb, is_profile=is_profile, **kwargs)

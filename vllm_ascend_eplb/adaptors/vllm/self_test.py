@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks in the sources of a vLLM for all that the adaptor relies on.
+"""Checks in the sources of a vLLM everything that the adaptor relies on.
 
-Beyond the names of the patch points (``patch_points.py``): the order of calls around the point of ``forward_before``,
-parameters, and the attributes that runners use of the state. A vLLM that passes can be balanced although the
-end-to-end tests did not run on it (``versions.py``).
+It checks the names of the patch points (``patch_points.py``), the order of calls around the point of
+``forward_before``, parameters, and the attributes that runners use of the state. A vLLM that passes can be balanced
+although the end-to-end tests did not run on it (``versions.py``).
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ MAPPING_PARAMETERS = {
     "record_enabled",
     "num_unpadded_tokens",
 }
-"""Parameters of the mapping op, of which routers may pass any."""
+"""Parameters of the mapping op; routers may pass any of them."""
 
 
 _OF_LAYERS = {"expert_load_view", "logical_to_physical_map", "logical_replica_count"}
 
 
 def differences(root: Path, platform: str) -> list[str]:
-    """How the vLLM in a folder differs from the one that the adaptor knows; one line each, empty where it fits.
+    """Differences of the vLLM in a folder from the one that the adaptor knows, one line for each; empty if it fits.
 
     Args:
         root: the folder that holds the package ``vllm``.
@@ -125,7 +125,7 @@ def _second_runner(root: Path) -> Iterator[str]:
 
 
 def _interfaces(root: Path) -> Iterator[str]:
-    """Parameters that the adaptor passes, or is passed."""
+    """The parameters of the functions between vLLM and the adaptor are the known ones."""
     for module, name, needed in (
         (_LAYERS, "MixtureOfExperts.set_eplb_state", _OF_LAYERS),
         (_ROUTER, "eplb_map_to_physical_and_record", MAPPING_PARAMETERS),

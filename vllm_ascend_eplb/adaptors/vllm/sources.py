@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions to the source text of vLLM, answered without importing it: an import may take seconds, or claim a GPU."""
+"""Reads the source text of vLLM without importing it, because an import may take seconds, or claim a GPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tree(root: Path, module: str) -> ast.Module:
 
 
 def look_up(root: Path, module: str, name: str) -> ast.AST:
-    """The definition or import of a dotted name in a module; one in an ``if`` counts, too.
+    """The definition or import of a dotted name in a module, also inside of an ``if``.
 
     Raises:
         SourceError: there is none.
@@ -60,7 +60,7 @@ def look_up(root: Path, module: str, name: str) -> ast.AST:
 
 
 def calls(function: ast.AST) -> list[str]:
-    """What a function calls, in the order of its lines."""
+    """The names of the functions that a function calls, in the order of lines."""
     found = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
     return [ast.unparse(node.func) for node in sorted(found, key=lambda node: (node.lineno, node.col_offset))]
 
@@ -91,7 +91,7 @@ def inherits(root: Path, module: str, name: str, base: str) -> bool:
         alias = next(alias for alias in found.names if (alias.asname or alias.name) == name)
         return alias.name == base or inherits(root, _imported_from(root, module, found), alias.name, base)
     if not isinstance(found, ast.ClassDef):
-        raise SourceError(f"{module}.{name} is no class")
+        raise SourceError(f"{module}.{name} is not a class")
     return any(parent == base or _inherits_or_not(root, module, parent, base) for parent in _plain_names(found.bases))
 
 

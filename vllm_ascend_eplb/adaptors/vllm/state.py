@@ -52,10 +52,10 @@ class _Draft:
 
 
 class VllmEplbState(ModelStates):
-    """Stands for vLLM's ``EplbState`` in a runner: the same maps and views, and the balancer that changes them.
+    """Replaces vLLM's ``EplbState`` in a runner: the same maps and views, and the balancer that changes them.
 
-    A draft model with experts has maps, counters and a balancer of its own, which steps with that of the model, because
-    both run in the same forward of the engine.
+    A draft model with experts has maps, counters and a balancer of its own. It steps together with the model's
+    balancer, because both models run in the same forward of the engine.
 
     Attributes:
         should_record_tensor: bool [1], read by every router of the model.
@@ -63,7 +63,7 @@ class VllmEplbState(ModelStates):
         slice: the part of each batch that this rank routes.
         sharers: ranks that share each batch.
         updator: the balancer of the model; None before a model was added, and with a static placement.
-        draft: the draft model; None where there is none with experts.
+        draft: the draft model with experts, or None.
     """
 
     is_async = False
@@ -91,7 +91,7 @@ class VllmEplbState(ModelStates):
         """Adds a model once its weights are loaded; all ranks call it together.
 
         Raises:
-            StartError: the ranks were started differently; names rank and field.
+            StartError: the ranks were started differently; the message names rank and field.
             EpConfigurationError: the draft model has another number of experts than the model.
             UnsupportedError: there is such a model already, or redundant slots were left without weights.
         """
@@ -139,8 +139,8 @@ class VllmEplbState(ModelStates):
         )
 
     def calibrate(self) -> None:
-        """Times the MoE layers of the model, once it is ready to run and before the KV cache is sized; all ranks
-        together. Those of a draft model are not timed: its plans are weighed by PAR."""
+        """Times the MoE layers of the model, when it is ready to run and before the KV cache is sized; all ranks
+        together. Layers of a draft model are not timed: plans for them are weighed by PAR."""
         if self.updator is not None:
             self.updator.calibrate()
 
@@ -152,8 +152,8 @@ class VllmEplbState(ModelStates):
         """Does one step of the balancer, on every rank, before each real or dummy forward.
 
         Args:
-            rows: tokens of the batch, padding included; 0 where the runner does not tell.
-            tokens: those of requests among them.
+            rows: tokens of the batch, padding included; 0 if the runner does not tell.
+            tokens: tokens of requests among them.
         """
         self._rows = rows
         if not self._began or self._update is not None:
@@ -166,12 +166,12 @@ class VllmEplbState(ModelStates):
         with torch.inference_mode(False), torch.no_grad():
             if self._gone:
                 with self.new_weights("the first step after sleep", whole=False):
-                    pass  # they came since the engine woke up
+                    pass  # the weights have come since the engine woke up
             for updator in self._updators():
                 updator.forward_before(serving=serving, stage=stage, tokens_per_rank=tokens / self.sharers)
 
     def count_nothing(self) -> None:
-        """Counts no token of the forwards to come, which serve no request."""
+        """Stops counting for the next forwards, which serve no request."""
         self._no_tokens()
         for updator in self._updators():
             updator.pause_recording()
@@ -188,7 +188,7 @@ class VllmEplbState(ModelStates):
     def prepare_forward(
         self, model_config: Any, num_unpadded_tokens: int, ubatch_slices: list[Any] | None = None
     ) -> None:
-        """Notes how many tokens of the next batch are no padding.
+        """Notes the number of tokens of the next batch without padding.
 
         The runner calls it for real batches, and its draft model for each of its own forwards.
         """
@@ -200,8 +200,8 @@ class VllmEplbState(ModelStates):
     def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
         """Notes the end of a forward.
 
-        A profile run needs nothing: staging, checksums and maps were allocated, and every connection was used once,
-        when the model was added, so that vLLM counts this memory when it sizes its KV cache.
+        A profile run needs nothing here: when the model was added, staging, checksums and maps were allocated and every
+        connection was used once. So vLLM counts this memory when it sizes its KV cache.
         """
         if self._began and not is_profile and self._update is None and not self._gone:
             for updator in self._updators():
@@ -213,19 +213,19 @@ class VllmEplbState(ModelStates):
 
         Args:
             what: the call, for error messages.
-            whole: whether all weights of the model are loaded, so that slots that are left out are noticed.
+            whole: whether all weights of the model are loaded; slots without new weights are then an error.
 
         Raises:
-            RuntimeError: the server has several engines. Each gets the call at another step, so their ranks, which
-                share the experts, cannot go back to the initial placement together. Or there is a draft model with
-                experts, which vLLM does not reload.
+            RuntimeError: the server has several engines, which get the call at different steps, so that their ranks
+                cannot go back to the initial placement together; or there is a draft model with experts, which vLLM
+                does not reload.
         """
         self._require_one_model(what)
         loading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if whole and self.adaptor is not None:
             loading = reloading(self.model, self.adaptor.rank)
         if self.updator is not None and not whole:
-            self.updator.move_back()  # what is not loaded stays as it is
+            self.updator.move_back()  # weights that are not loaded must be in their initial slots
         with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), loading:
             self._loading = True
             try:
@@ -235,14 +235,15 @@ class VllmEplbState(ModelStates):
         self._gone = False
 
     def fall_asleep(self, level: int) -> None:
-        """Before vLLM gives the memory of the weights away. All workers of an engine together, between two forwards.
+        """Called before vLLM frees the memory of the weights, in all workers of an engine together, between two
+        forwards.
 
         Args:
-            level: 1 where the contents come back, at the same addresses; the placement then stays. 2 where they do not:
-                the initial placement is put in force, because weights will be loaded into it.
+            level: 1 if the contents come back, at the same addresses: the placement is kept. 2 if they do not: the
+                initial placement is put in force, because weights will be loaded by it.
 
         Raises:
-            RuntimeError: the server has several engines, or a draft model with experts, or level is neither.
+            RuntimeError: the server has several engines, or a draft model with experts, or level is not 1 or 2.
         """
         if level not in (1, 2):
             raise RuntimeError(f"sleep level {level} is not supported together with balancing (allowed: 1, 2)")
@@ -256,11 +257,11 @@ class VllmEplbState(ModelStates):
             self._gone = True
 
     def wake_up(self, tags: list[str] | None) -> None:
-        """After vLLM has memory again: puts back what the balancer had there. Weights come later; the first step that
-        serves learns their checksums, and no step before it balances.
+        """Called after vLLM has memory again: restores the balancer's tensors. Weights come later; the first step with
+        requests learns their checksums, and no step before it balances.
 
         Args:
-            tags: kinds of memory that are back; None for all.
+            tags: kinds of memory that vLLM has again; None for all.
         """
         if tags is None or "weights" in tags:
             for tensor, kept in self._kept:
@@ -280,11 +281,11 @@ class VllmEplbState(ModelStates):
             )
 
     def begin_update(self) -> bool:
-        """Before a weight transfer: moves experts back to their initial slots, where they stay until
-        :meth:`end_update`. Steps in between are not counted. All workers of an engine together.
+        """Called before a weight transfer, in all workers of an engine together: moves experts back to their initial
+        slots, where they stay until :meth:`end_update`. Steps in between are not counted.
 
         Returns:
-            False where an update is under way already.
+            False if an update is under way already.
 
         Raises:
             RuntimeError: as for :meth:`new_weights`.
@@ -298,18 +299,18 @@ class VllmEplbState(ModelStates):
         return True
 
     def end_update(self) -> None:
-        """After a weight transfer, also one that failed: learns the checksums again. All workers of an engine together.
+        """Called after a weight transfer, also a failed one, in all workers of an engine together: learns the checksums
+        again.
 
         Raises:
-            RuntimeError: copies of an expert differ from each other now.
+            RuntimeError: copies of an expert differ.
         """
         update, self._update = self._update, None
         if update is not None:
             update.close()
 
     def guard(self, model: Any) -> None:
-        """Lets weights that are loaded by name go into the slots of the initial placement, and refuses to have weights
-        read while experts have moved.
+        """Lets ``load_weights`` load into the initial slots, and refuses readers of weights while experts have moved.
 
         Trainers call ``load_weights`` of the model, or of a part of it, in every worker, once or for part after part of
         the weights.
@@ -318,7 +319,7 @@ class VllmEplbState(ModelStates):
         def into_initial_slots(load: Any) -> Any:
             @functools.wraps(load)
             def load_weights(*args: Any, **kwargs: Any) -> Any:
-                if self._loading or self._gone:  # after sleep parts may come one by one, and the rest is not there yet
+                if self._loading or self._gone:  # after sleep weights may come in parts, so copies differ meanwhile
                     return load(*args, **kwargs)
                 with self.new_weights("load_weights of the model", whole=False):
                     return load(*args, **kwargs)
@@ -331,7 +332,7 @@ class VllmEplbState(ModelStates):
         guard_model(model, self.loaded)
 
     def start_async_loop(self) -> None:
-        """Does nothing: vLLM's own state starts a thread here, ours has one."""
+        """Does nothing: vLLM's own state starts a thread here; the balancer has its threads already."""
 
     def close(self) -> None:
         for updator in self._updators():

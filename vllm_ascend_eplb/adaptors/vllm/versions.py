@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which versions of vLLM are balanced.
 
-Checked versions are balanced. So are newer ones, up to one release after the newest whose sources were read, if the
-self-test finds nothing that differs; the log then carries a warning. Other versions are balanced only with
-``allow_unchecked_vllm``. The reasons are in docs/patch_points.md.
+Checked versions are balanced. So are newer versions, up to one release after the newest whose sources were read, if the
+self-test finds no difference; the log then has a warning. Other versions are balanced only with
+``allow_unchecked_vllm``. docs/patch_points.md has the reasons.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ def is_checked(version: str) -> bool:
 
 
 def is_next(version: str) -> bool:
-    """Whether a version is newer than all that were checked, and at most one release newer than those that were
-    read."""
+    """Whether a version is newer than all checked versions, and at most one release newer than the newest read one."""
     release, checked = _release(version), _release(CHECKED_VERSIONS[-1])
     major, minor = _release(READ_VERSIONS[-1])
     return checked < release <= (major, minor + 1)
@@ -59,10 +58,10 @@ def verdict(version: str, platform: str, root: Path | None) -> Verdict:
 
 
 def unchecked_line(engine: str, checked: tuple[str, ...], version: str) -> str:
-    """A line for the log: balancing stays off with this version of an engine, and how to have it all the same."""
+    """A line for the log: balancing stays off with this version of an engine, and the setting that overrides this."""
     return (
-        f"EPLB stays off: it was checked against {engine} {', '.join(checked)}, and this is {version}; to balance all "
-        'the same, set "allow_unchecked_vllm": true in eplb_config'
+        f"EPLB stays off: it was checked against {engine} {', '.join(checked)}, and this is {version}; to balance "
+        'anyway, set "allow_unchecked_vllm": true in eplb_config'
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker that vLLM runs in place of its own while the balancer is on: the same class, with the balancer in it."""
+"""The worker that vLLM runs if the balancer is on: a subclass of its own worker class, with the balancer in it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def take_over() -> None:
     """Puts our state and, on a CPU, our kernels in place of vLLM's, in the process of this worker; idempotent.
 
     Raises:
-        PatchPointError: vLLM is missing a patch point; names all that are missing.
+        PatchPointError: vLLM is missing a patch point; the message names all that are missing.
     """
     import vllm
     from vllm.platforms import current_platform
@@ -136,15 +136,15 @@ def take_over() -> None:
 
 
 def load_order(vllm_config: Any, num_layers: int, num_experts: int, model_config: Any) -> LoadOrder | None:
-    """The order that the model of a worker is loaded in; None where vLLM's own loader is left alone.
+    """The order in which the model of a worker is loaded; None if vLLM's own loader is left alone.
 
-    A map has all layers of the model; a pipeline stage takes those that it has. All workers call it together.
+    A map has all layers of the model; a pipeline stage takes its layers of the map. All workers call this together.
 
-    With redundant experts vLLM's own order is given explicitly: vLLM leaves the slots of copies empty where a
-    checkpoint has all experts of a layer in one tensor, and so does vLLM 0.32 with some draft models (GLM's).
+    With redundant experts vLLM's own order is given explicitly, because vLLM leaves the slots of copies empty if a
+    checkpoint has all experts of a layer in one tensor; vLLM 0.32 also does with some draft models (GLM's).
 
     Raises:
-        EplbConfigError: the map file is not the one that the front end has checked.
+        EplbConfigError: the map file was changed since the front end checked it.
     """
     from vllm.distributed.parallel_state import get_ep_group, get_pp_group
 
@@ -163,10 +163,10 @@ def load_order(vllm_config: Any, num_layers: int, num_experts: int, model_config
 
 
 def _layers_of_stages(num_layers: int) -> list[int]:
-    """How many layers with experts each pipeline stage has, in order.
+    """The number of layers with experts of each pipeline stage, in order.
 
     Args:
-        num_layers: those of this stage.
+        num_layers: layers of this stage.
     """
     import torch
     from vllm.distributed.parallel_state import get_pp_group
