@@ -21,7 +21,7 @@ in flight while round k is being agreed on. If ``Round.after`` forbids this, ``r
 does everything that blocks: it waits for events and sockets, compares the sums, and sets flags that ``rounds_done``
 reads.
 
-All of this is one file, because the step thread and the mover thread share the flags of a flight, and the order of
+One file, because the step thread and the mover thread share the flags of a flight, and the order of
 their accesses must be visible in one place.
 
 Order on a device: a transfer waits, on its stream, for the event of the last commit that wrote its source slots or read

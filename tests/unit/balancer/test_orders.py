@@ -185,4 +185,4 @@ def test_the_command_finds_the_server(tmp_path: Path, monkeypatch: pytest.Monkey
     off = tmp_path / "off.json"
     assert "does not exist" in control("pause", "--stats-file", off, status=2)
     StatsFile(off).write(EplbStats(phase="off", off_reason="planted"))
-    assert "off for good in this server (planted)" in control("pause", "--stats-file", off, status=2)
+    assert "off in this server (planted)" in control("pause", "--stats-file", off, status=2)

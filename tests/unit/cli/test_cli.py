@@ -267,7 +267,7 @@ def test_watch_tells_why_it_cannot(server: tuple[str, dict[str, Any]]) -> None:
     answer["page"] = b"vllm:num_requests_running 3.0\n"
     assert "has no metrics vllm_eplb_" in run("watch", url, "--once", status=2)
     answer["page"] = b"vllm_eplb_steps{ 3\n"
-    assert "no metrics page" in run("watch", url, "--once", status=2)
+    assert "not a metrics page" in run("watch", url, "--once", status=2)
     answer["page"] = os.urandom(1000)
     assert "has no metrics" in run("watch", url, "--once", status=2)
     answer["status"] = 503
@@ -276,7 +276,7 @@ def test_watch_tells_why_it_cannot(server: tuple[str, dict[str, Any]]) -> None:
     assert "answers 302" in run("watch", url, "--once", status=2)
     assert "cannot be reached" in run("watch", "http://127.0.0.1:9", "--once", "--timeout", "2", status=2)
     for bad in ("ftp://host", "http://", "http://host:port", "http://[::1"):
-        assert "no address" in run("watch", bad, "--once", status=2)
+        assert "not an address" in run("watch", bad, "--once", status=2)
 
 
 def test_watch_addresses() -> None:
@@ -314,7 +314,7 @@ def test_watch_goes_on_through_a_restart(server: tuple[str, dict[str, Any]]) -> 
 def test_parse_and_sparkline() -> None:
     assert parse("") == {}
     assert parse("vllm_eplb_steps NaN\nvllm_eplb_cycles +Inf\n") == {}
-    with pytest.raises(CommandError, match="no metrics page"):
+    with pytest.raises(CommandError, match="not a metrics page"):
         parse('vllm_eplb_steps{a="b} 1')
     line = sparkline([1.0, 1.5, 2.0])
     assert len(line) == 3

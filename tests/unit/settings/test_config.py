@@ -300,7 +300,7 @@ def test_expert_map_path(tmp_path: Path) -> None:
     map_file.touch()
     assert "is empty" in map_refusal("expert_map_path", map_file)
     map_file.write_text("{}")
-    assert "no expert map" in map_refusal("expert_map_path", map_file)
+    assert "not an expert map" in map_refusal("expert_map_path", map_file)
     if os.geteuid() != 0:
         map_file.chmod(0)
         assert "may not be read" in map_refusal("expert_map_path", map_file)
@@ -473,7 +473,7 @@ def test_speeds_of_ranks() -> None:
     for value, wrong in (
         ([0.0], "not a list of such numbers"),
         ("1,2", "a string"),
-        ([True], "no list"),
+        ([True], "not a list"),
         (2, "an integer"),
     ):
         message = refusal({"eplb_config": {"rank_speed": value}})

@@ -230,13 +230,13 @@ def test_traces_that_are_none(tmp_path: Path) -> None:
         with pytest.raises(TraceError, match=message):
             read_trace(tmp_path / f"{name}.npy")
     for text, message in (
-        ('{"logical_count": [[1, 2], [3]]}', "no table of numbers"),
-        ('{"logical_count": [["a"]]}', "no table of numbers"),
+        ('{"logical_count": [[1, 2], [3]]}', "does not hold a table of numbers"),
+        ('{"logical_count": [["a"]]}', "does not hold a table of numbers"),
         ('{"physical_to_logical_map": [[0]]}', "JSON without load"),
-        ('{"logical_count": {"0": 1}}', "no table of numbers"),
+        ('{"logical_count": {"0": 1}}', "does not hold a table of numbers"),
         ("[[1e400]]", "tokens are finite"),
         ("7", "expected"),
-        ("[", "no JSON"),
+        ("[", "not JSON"),
     ):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(TraceError, match=message):
