@@ -18,8 +18,8 @@ with contextlib.suppress(ImportError):  # tests on real NPUs run without it
     hypothesis.settings.register_profile("busy machine", deadline=None)  # tests must pass on a slow machine
     hypothesis.settings.load_profile("busy machine")
 
-# A shell makes a background job ignore Ctrl-C, and its children inherit that. Tests interrupt programs, so Ctrl-C must work
-# however the tests were started.
+# A shell makes a background job ignore Ctrl-C, and its children inherit that. Tests interrupt programs, so Ctrl-C must
+# work however the tests were started.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

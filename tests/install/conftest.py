@@ -3,8 +3,8 @@
 environment that the user cannot write to. If this machine allows it, commands run as in the containers of
 examples/deploy.
 
-vLLM and torch come from the environment that runs the tests: their folder is on the new environment's path. This checkout
-is not on that path, although it is installed there in editable mode.
+vLLM and torch come from the environment that runs the tests: their folder is on the new environment's path. This
+checkout is not on that path, although it is installed there in editable mode.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def installation(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Insta
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / "env" / "lib" / version / "site-packages"
     (site / "engine.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    # Leftovers of earlier builds in a checkout, which must not be installed: a library of another Python, a deleted module.
+    # Leftovers of earlier builds, which must not be installed: a library of another Python, and a deleted module.
     earlier = sdist / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "vllm_ascend_eplb"
     earlier.mkdir(parents=True)
     (earlier / "module_that_is_gone.py").touch()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A container made with unshare and mounts, restricted like those in examples/deploy. It stands in for images, which need
-a registry. Needs root and util-linux.
+"""A container made with unshare and mounts, restricted like those in examples/deploy. It stands in for images, which
+need a registry. Needs root and util-linux.
 
 The root file system is read-only. It has this machine's /usr, /etc and /sys and the given folders, but no checkout. The
 user is 2000, without a name and without capabilities. Processes and IPC are separate, /dev/shm is as small as vLLM

@@ -117,7 +117,7 @@ print(json.dumps({
 
 
 def test_container_is_restricted_as_in_the_examples(installation: Installation) -> None:
-    """User, capabilities and file systems are as in examples/deploy/kubernetes.yaml; writable folders are the control."""
+    """User, capabilities, file systems are as in examples/deploy/kubernetes.yaml; writable folders are the control."""
     if installation.why_no_container:
         pytest.skip(f"commands ran without a container: {installation.why_no_container}")
     program = CONTAINER % (installation.site / PACKAGE, ROOT / PACKAGE)

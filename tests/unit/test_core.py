@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout: folders import in one direction, the core imports no engine, planning imports no torch, files are short."""
+"""The layout: folders import in one direction, the core imports no engine, planning no torch, and files are short."""
 
 import ast
 import subprocess

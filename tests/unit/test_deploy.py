@@ -254,8 +254,8 @@ LEADER_WORKER_SET = {
         },
     },
 }
-"""Written after the API's reference, because no package has this resource's schema. Kubernetes' own schemas check the pod
-templates."""
+"""Written after the API's reference, because no package has this resource's schema. Kubernetes' own schemas check the
+pod templates."""
 
 
 def follows_kubernetes(manifests: list[dict[str, Any]]) -> bool:
