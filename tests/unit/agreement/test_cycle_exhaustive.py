@@ -2,8 +2,8 @@
 """Breadth-first search over everything that can happen to 2 or 3 ranks in the cycle.
 
 A world is the state of every rank's transition function, the facts that a rank knows alone (its environment), and the
-posted facts that were not read yet. From a world, at a step, every rank may or may not have progressed, and a few faults
-may happen. The search visits every world that can be reached and checks at every step:
+posted facts that were not read yet. In a step every rank may or may not progress, and a few faults may happen. The
+search visits every world that can be reached and checks at every step:
 
 - all ranks are in the same state and do the same things;
 - a round is issued only if every rank has prepared it and has a free buffer;
@@ -220,8 +220,8 @@ def fresh(env: Env) -> Env:
 
 
 def with_orders(world: World) -> Iterator[World]:
-    """The worlds with and without a new order on EP rank 0; it replaces an order that was not obeyed yet. Orders are read
-    only outside a cycle, so none needs to arrive within one."""
+    """The worlds with and without a new order on EP rank 0; it replaces an order that was not obeyed yet. Orders are
+    read only outside a cycle, so none needs to arrive within one."""
     yield world
     if world.orders and world.states[0].phase in (Phase.COLLECT, Phase.LISTEN):
         for command in set(Command) - {Command.NONE, world.envs[0].order}:
@@ -426,6 +426,7 @@ def test_invariants_hold_in_every_reachable_world_long(case: Case) -> None:
 
 def test_search_finds_ranks_that_act_on_their_own_facts() -> None:
     """Negative control: ranks act on what they know alone, and their states differ."""
+
     def own(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank: int) -> Agreed | None:
         del agreed
         return Agreed(posted[-1][rank], posted[-1][rank]) if posted else None
@@ -445,6 +446,7 @@ def test_search_finds_ranks_that_act_on_their_own_facts() -> None:
 )
 def test_search_finds_ranks_that_follow_the_fastest(field: str, found: str) -> None:
     """Negative control: ranks go on when the fastest rank is ready, not when all ranks are."""
+
     def fastest(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank: int) -> Agreed | None:
         del posted, rank
         return agreed and Agreed(replace(agreed.min, **{field: getattr(agreed.max, field)}), agreed.max)
@@ -455,6 +457,7 @@ def test_search_finds_ranks_that_follow_the_fastest(field: str, found: str) -> N
 
 def test_search_finds_a_rank_that_obeys_before_all_know() -> None:
     """Negative control: rank 0 obeys an order before the other ranks have read it."""
+
     def hasty(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank: int) -> Agreed | None:
         if agreed is None:
             return None

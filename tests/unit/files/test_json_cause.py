@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hints about texts that are no JSON come from the cause, not from where the parser stopped.
+"""Hints about invalid JSON name the cause, not the position at which the parser stopped.
 
-Where this kind can occur: every JSON that a person writes or a tool cuts: maps, loads, ``doctor --config``, statistics
-and simulations. The same cause must get the same hint wherever it stands in the text, and no cause another one's.
+This matters for every JSON that a person writes or a tool truncates: maps, loads, ``doctor --config``, statistics and
+simulations. A cause must get its own hint and no other, at any position in the text.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def cause(text: str) -> str:
 
 
 @pytest.mark.parametrize(("text", "kind"), CASES, ids=[text[:40] for text, _ in CASES])
-def test_a_hint_names_the_cause_and_no_other(text: str, kind: str) -> None:
+def test_hint_names_the_cause_and_no_other(text: str, kind: str) -> None:
     found = cause(text)
     assert HINTS[kind] in found
     wrong_hints = {HINTS[hint] for hint in HINTS if hint != kind} - {HINTS[kind]}
@@ -90,8 +90,8 @@ def test_doctor_gives_the_same_hint(text: str, kind: str) -> None:
     assert said.count("\n") == 1
 
 
-def test_commas_and_cuts_anywhere_in_a_map(tmp_path: Path) -> None:
-    """A comma before any closing bracket, and the text cut at any place, of vllm-ascend's own example."""
+def test_commas_and_cuts_anywhere_in_a_map_are_named(tmp_path: Path) -> None:
+    """vllm-ascend's own example gets a comma before any closing bracket, or is truncated at any position."""
     text, rng = json.dumps(ASCEND, indent=1), random.Random(0)
     for at in [place for place, letter in enumerate(text) if letter in "]}"]:
         (tmp_path / "map.json").write_text(text[:at].rstrip() + "," + text[at:])

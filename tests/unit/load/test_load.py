@@ -44,7 +44,7 @@ class Model:
         self.replicas.copy_(torch.tensor(placement.replica_count))
 
     def forward(self, ids, num_unpadded):
-        """Route ``ids`` [L, N, K]; returns [L, E], how often the router chose each expert for tokens without padding."""
+        """Route ``ids`` [L, N, K]; returns [L, E], how often the router chose each expert, without padding."""
         self.num_unpadded.fill_(num_unpadded)
         for layer in range(LAYERS):
             routed = torch.tensor(ids[layer], device=self.recorder.device)

@@ -40,7 +40,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[LateEvent]:
 
 
 def test_rows_are_kept_until_their_copies_are_done(events: list[LateEvent]) -> None:
-    """The host may be any number of commits ahead. A fixed number of kept rows would release rows that are being read."""
+    """The host may be any number of commits ahead, so a fixed number of kept rows would release rows still in use."""
     pinned, device_rows = PinnedRows(torch.device("cuda")), torch.zeros(3)
     for number in range(5):
         pinned.keep(device_rows)
