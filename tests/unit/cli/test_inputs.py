@@ -127,6 +127,7 @@ def test_convert_knows_the_forms_by_their_ending(tmp_path: Path, ending: str) ->
 
 
 def test_sglang_maps_with_layers_between_are_converted(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     run("plan", TRACE, "--ranks", 4, "-o", tmp_path / "a.json", "--effort", "fast")
     run("convert", tmp_path / "a.json", tmp_path / "b.pt", "--dense-layers", "0,2-3, 7")
     assert "10 layers" in run(
