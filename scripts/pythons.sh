@@ -49,7 +49,7 @@ Python $version: skipped, it is not on this machine"
     # shellcheck disable=SC2086
     if (cd "$folder" && bin/python -m pytest -q -p no:cacheprovider $tests -m "not soak" \
         --deselect tests/unit/files/test_file_faults.py::test_full_disk_leaves_whole_files_and_a_line_for_each \
-        --deselect tests/unit/planning/test_process.py::test_the_child_imports_neither_torch_nor_vllm); then
+        --deselect tests/unit/planning/test_process.py::test_child_imports_neither_torch_nor_vllm); then
         result=passed
     else
         result=failed failed="$failed $version"
