@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One offline vLLM engine in a process of its own: ``python offline.py JOB.json RESULT.json``.
+"""Run one offline vLLM engine in its own process: ``python offline.py JOB.json RESULT.json``.
 
-The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config or null), ``compile``, ``arguments``
-(more of the engine's), ``variables`` (of its environment), ``max_tokens``, ``prompts`` (a list of batches), ``cycles``
-(the prompts are repeated until so many cycles are done), ``parts`` (which data-parallel part gets them, turn by turn),
-``pattern`` (a regular expression that the answers to the first batch must match in the end), ``reload`` (in the end
-weights are loaded anew), ``sleeps`` (levels: in the end the engine sleeps with
-each of them, see allocator.py), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of
-them, see transfer_engine.py), ``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is
-watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after
-all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went
-through the model if none came from a cache.
+The job is a dictionary:
+
+- ``ranks``: tensor-parallel size. ``eplb``: the eplb_config, or null. ``compile``: compile the model.
+- ``arguments``: more arguments of the engine. ``variables``: its environment.
+- ``prompts``: a list of batches. ``max_tokens``: length of an answer.
+- ``cycles``: the prompts are repeated, turn by turn, until so many cycles are done.
+- ``parts``: the data-parallel part that gets the prompts, turn by turn; null for any.
+- ``probe``: watch routers and kernels (probes.py). ``drafter``: watch and corrupt the draft model.
+
+After the turns, in this order:
+
+- ``pattern``: the first batch is asked for answers that match this regular expression.
+- ``reload``: the weights are reloaded.
+- ``sleeps``: levels; the engine sleeps once with each level (allocator.py).
+- ``updates``: factors; a trainer transfers the experts' weights times each factor (transfer_engine.py).
+- ``routing``: layers of refused kinds are checked (probes.py).
+- ``corrupt``: the maps are corrupted for one more turn (probes.py).
+
+The result has the token ids of every prompt, turn by turn, and the number of tokens that the model would compute
+without a cache.
 """
 
 from __future__ import annotations
@@ -28,7 +38,7 @@ MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe"
 
 
 def environment(ranks: int) -> dict[str, str]:
-    """What vLLM's CPU backend needs for ``ranks`` workers on a small machine."""
+    """Environment variables of vLLM's CPU backend for ``ranks`` workers on a small machine."""
     cores = sorted(os.sched_getaffinity(0))
     return {
         **os.environ,
@@ -42,7 +52,7 @@ def environment(ranks: int) -> dict[str, str]:
 
 
 class Engine:
-    """One vLLM engine of one or several data-parallel parts, called the same way."""
+    """A vLLM engine of one or several data-parallel parts, with one interface for both."""
 
     def __init__(self, **arguments: Any) -> None:
         from vllm import LLM, AsyncEngineArgs
@@ -58,13 +68,13 @@ class Engine:
             self._many = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     def rpc(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """``function(worker, *args)`` in every worker; what each returned, in rank order."""
+        """Call ``function(worker, *args)`` in every worker and return the results in rank order."""
         if self.parts == 1:
             return self.llm.collective_rpc(function, args=args)
         return [result for part in self._loop.run_until_complete(self._call(function, args)) for result in part]
 
     async def _call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[list[Any]]:
-        """Answers of all data-parallel parts; vLLM before 0.32 has no public function that asks all."""
+        """The results of all data-parallel parts; vLLM before 0.32 has no public function for this."""
         core = self._many.engine_core
         asked = (
             core._call_utility_async("collective_rpc", function, None, args, None, engine=engine)
@@ -73,7 +83,7 @@ class Engine:
         return await asyncio.gather(*asked)
 
     def generate(self, prompts: list[str], sampling: Any, part: int | None = None) -> list[Any]:
-        """Answers to all prompts, asked at the same time, of one data-parallel part or of whichever is free."""
+        """Answers to all prompts, asked at the same time, from one data-parallel part, or from any (None)."""
         if self.parts == 1:
             return self.llm.generate(prompts, sampling, use_tqdm=False)
         return self._loop.run_until_complete(self._gather(prompts, sampling, part))
@@ -90,14 +100,14 @@ class Engine:
         return await asyncio.gather(*(ask(prompt) for prompt in prompts))
 
     def update_weights(self, factor: float) -> None:
-        """Transfers weights as a trainer does, in two parts; the stand-in of transfer_engine.py takes them."""
+        """Transfer weights as a trainer does, in two parts, to the stand-in of transfer_engine.py."""
         self.llm.collective_rpc("start_weight_update")
         for part in (0, 1):
             self.llm.collective_rpc("update_weights", kwargs={"update_info": {"factor": factor, "part": part}})
         self.llm.collective_rpc("finish_weight_update")
 
     def sleep(self, level: int) -> None:
-        """Sleeps and wakes up, and with level 2 loads the weights again."""
+        """Sleep and wake up; after level 2, load the weights again."""
         import probes
 
         self.llm.collective_rpc("sleep", args=(level,))
