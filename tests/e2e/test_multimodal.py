@@ -135,7 +135,7 @@ def test_experts_in_one_tensor_have_copies(runs, model):
 
 
 def test_experts_in_one_tensor_are_loaded_by_a_map(runs, model, tmp_path):
-    """A server in mode observe starts with the map's placement; a second server starts from the map and moves experts."""
+    """A server in mode observe has the map's placement; a second server starts from the map and moves experts."""
     rng = np.random.default_rng(7)
     rows = [rng.permutation([*range(16), *rng.choice(16, 4, replace=False)]) for _ in range(2)]
     placement = Placement(np.array(rows), 16, 2)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On real NPUs, in the manner of vllm-ascend's own CI: the same text with balancing off and on; and, what that CI
-lacks, experts moved and the load was balanced better.
+"""Real NPUs: the same text with balancing off and on, as in vllm-ascend's own CI; and, beyond that CI, experts moved
+and PAR fell.
 
 NPU_TEST_MODEL names the model (default: examples/tiny_moe), NPU_TEST_RANKS the tensor-parallel size (default: 2).
 """
@@ -24,7 +24,7 @@ SETTINGS: dict[str, object] = {
 }
 
 
-def test_the_text_is_the_same_while_experts_move(tmp_path: Path) -> None:
+def test_text_is_the_same_while_experts_move(tmp_path: Path) -> None:
     model, ranks = os.environ.get("NPU_TEST_MODEL", str(MODEL)), int(os.environ.get("NPU_TEST_RANKS", "2"))
     batches = serving.prompts(4)
     answers = []
