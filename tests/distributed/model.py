@@ -28,7 +28,7 @@ from .faulty import FaultyTransport, interpose
 
 
 def random_placement(rng: np.random.Generator, layers: int, experts: int, ranks: int, slots: int) -> Placement:
-    """Every expert at least once, the other slots drawn at random, all slots shuffled."""
+    """A random placement: every expert has a slot, the spare slots hold random experts, all slots are shuffled."""
     spare = ranks * slots - experts
     rows = [rng.permutation(np.r_[np.arange(experts), rng.integers(0, experts, spare)]) for _ in range(layers)]
     return Placement(np.array(rows), experts, ranks)

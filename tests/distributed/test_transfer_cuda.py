@@ -89,7 +89,7 @@ def drive_graph(ranks: Ranks) -> tuple[int, str]:
     return driver.outcome.commits, f"off after step {driver.state.step}: {driver.state.failure.name}" if off else ""
 
 
-def test_a_captured_graph_sees_every_commit() -> None:
+def test_captured_graph_sees_every_commit() -> None:
     for commits, wrong in run_ranks(2, drive_graph):
         assert wrong == ""
         assert commits >= 5

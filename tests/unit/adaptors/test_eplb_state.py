@@ -185,7 +185,7 @@ def vllm_rearranges_after(interval, idle, monkeypatch):
         expert_load_window_size=5,
         expert_load_window_step=0,
         expert_rearrangement_step_interval=interval,
-        expert_rearrangement_step=max(0, interval - interval // 4),  # as its add_model sets it
+        expert_rearrangement_step=max(0, interval - interval // 4),  # as vLLM's add_model sets it
         rearrange=lambda **_: happened.append(True),
     )
     monkeypatch.setattr(theirs, "get_ep_group", lambda: SimpleNamespace(device_group=None))

@@ -130,9 +130,8 @@ def test_sglang_maps_with_layers_between_are_converted(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     run("plan", TRACE, "--ranks", 4, "-o", tmp_path / "a.json", "--effort", "fast")
     run("convert", tmp_path / "a.json", tmp_path / "b.pt", "--dense-layers", "0,2-3, 7")
-    assert "10 layers" in run(
-        "convert", tmp_path / "b.pt", tmp_path / "x.npy", "--ranks", 4
-    )  # control: of 6 with experts
+    # Control: the file holds 10 layers. Only 6 of them have experts.
+    assert "10 layers" in run("convert", tmp_path / "b.pt", tmp_path / "x.npy", "--ranks", 4)
     run("convert", tmp_path / "b.pt", tmp_path / "c.json", "--ranks", 4, "--dense-layers", "0,2-3,7")
     assert (tmp_path / "c.json").read_bytes() == (tmp_path / "a.json").read_bytes()
     run("convert", tmp_path / "a.json", tmp_path / "d.json", "--to", "sglang", "--dense-layers", "3,")
