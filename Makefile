@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Every target does its own set-up: .venv in this checkout, made by scripts/setup_env.sh and reused by all of them.
+# Every target sets up what it needs: scripts/setup_env.sh makes .venv in this checkout once, and all targets use it.
 RANKS ?= 4
 SOAK_MINUTES ?= 30
 PYTHON_FILES := vllm_ascend_eplb tests benchmarks examples setup.py
@@ -8,7 +8,7 @@ RUN := .venv/bin/python
 
 .PHONY: help setup demo test unit-test e2e-test matrix lint format bench soak long-test fuzz docs clean
 
-help:  ## what there is
+help:  ## lists the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup:  ## makes .venv and builds the C++ parts
@@ -21,23 +21,23 @@ demo: setup  ## serves a real model on RANKS ranks (default 4, 2 for small machi
 LANES := -n 2 --dist loadscope --no-loadscope-reorder
 TEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest
 
-test: setup  ## all tests but those on NPUs, the ones with real vLLM engines included
+test: setup  ## all tests except those on NPUs; includes those with real vLLM engines
 	@$(TEST) $(LANES) --tier test -m "not soak and not npu and not install"
 
-unit-test: setup  ## the quick ones
+unit-test: setup  ## the unit tests, quick
 	@$(TEST) $(LANES) --tier unit -m "not soak" tests/unit
 
-e2e-test: setup  ## the ones with real vLLM engines
+e2e-test: setup  ## the tests with real vLLM engines
 	@$(TEST) -m "not soak" tests/e2e
 
 .PHONY: install-test aarch64-test python-test
 install-test: setup  ## builds in isolation, installs as a user does, and serves from there
 	@$(RUN) -m pytest --tier install -m "not soak" tests/install
 
-aarch64-test: setup  ## the C++ built for aarch64 and run under emulation; skipped where Debian's packages are not to be had
+aarch64-test: setup  ## the C++ built for aarch64 and run under emulation; skipped without Debian's packages
 	@scripts/aarch64.sh
 
-python-test: setup  ## the unit tests without torch on Python 3.10 (with the oldest dependencies), 3.12 and 3.13, where they are
+python-test: setup  ## the unit tests without torch on Python 3.10 (with the oldest dependencies), 3.12 and 3.13; skips what is not installed
 	@scripts/pythons.sh
 
 matrix: setup  ## the ones with an offline engine on the other vLLM versions, each in an environment of its own
@@ -51,11 +51,11 @@ npu-setup:
 emulated-npu-test: npu-setup  ## the tests on NPUs: real torch_npu and vllm-ascend on emulated CANN, in .venv-npu
 	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest --tier npu tests/npu -m "not soak"
 
-long-emulated-npu-test: npu-setup  ## those that take long: more ranks, data-parallel (also on A3), pipeline stages, draft tokens, W8A8 experts (also on A3)
+long-emulated-npu-test: npu-setup  ## the long tests on NPUs: more ranks, data-parallel (also on A3), pipeline stages, draft tokens, W8A8 experts (also on A3)
 	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest tests/npu -m soak
 
 .PHONY: candidate-npu-test
-candidate-npu-test: npu-setup  ## those with vllm-ascend, and the release candidate 0.30.0rc2 (with vLLM 0.30.0) in its place, by both of its runners
+candidate-npu-test: npu-setup  ## the tests of the adaptor on vllm-ascend's release candidate 0.30.0rc2 (with vLLM 0.30.0), with both of its model runners
 	@scripts/setup_npu_stack.sh 0.30.0rc2
 	@scripts/candidate_npu_test.sh 0.30.0rc2
 
@@ -74,7 +74,7 @@ format: setup  ## formats everything
 	@.venv/bin/ruff format $(PYTHON_FILES)
 	@.venv/bin/clang-format -i $(CPP_FILES)
 
-bench: setup  ## the benchmarks, quick; their results as JSON in build/bench
+bench: setup  ## quick benchmarks; results in build/bench
 	@mkdir -p build/bench
 	@$(RUN) -m benchmarks.planner --quick --csv build/bench/planner.csv
 	@$(RUN) -m benchmarks.planner_checks --quick --json build/bench/planner_checks.json

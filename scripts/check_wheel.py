@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks an installed wheel where there is no torch: the planner plans, the library of the kernels loads."""
+"""Check an installed wheel without torch: the planner makes a plan, and the library of kernels loads."""
 
 import ctypes
 from pathlib import Path

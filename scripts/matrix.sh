@@ -5,8 +5,8 @@
 #
 #   scripts/matrix.sh VERSION...   for example 0.30.0 0.31.0
 #
-# Each version gets an environment of its own in build/vllm-VERSION; the package is the one in this checkout, with the
-# libraries that .venv built (all versions here go with the same torch).
+# Every version gets its own environment in build/vllm-VERSION. The package is that of this checkout, with the libraries
+# that .venv built, because all these versions use the same torch.
 #
 # vLLM 0.33.0 has no build for CPUs. Its environment holds the CPU build of 0.32.0, with the Python sources of 0.33.0 in
 # place of the build's own, over the compiled libraries of 0.32.0 and the torch that these go with. The kernels that
@@ -25,7 +25,7 @@ say() { printf '[matrix] %s\n' "$*"; }
 if [ -n "${PIP_FIND_LINKS:-}" ] && [ -z "${UV_FIND_LINKS:-}" ]; then export UV_FIND_LINKS="$PIP_FIND_LINKS"; fi
 if [ -n "${PIP_INDEX_URL:-}" ] && [ -z "${UV_DEFAULT_INDEX:-}" ]; then export UV_DEFAULT_INDEX="$PIP_INDEX_URL"; fi
 if [ -n "${PIP_CERT:-}" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_FILE="$PIP_CERT"; fi
-# Compiled once, here: where PYTHONDONTWRITEBYTECODE is set each of the many processes would do it anew.
+# Byte code is compiled once, here: with PYTHONDONTWRITEBYTECODE every process would compile it again.
 export UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 
 # The release whose compiled libraries a version without a CPU build runs over; its own number for all others.
@@ -68,7 +68,7 @@ install() { # VERSION FOLDER
     site=$("$2/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     [ "$(built "$1")" = "$1" ] || replace_sources "$1" "$2" "$site"
     pwd >"$site/vllm_ascend_eplb.pth"
-    # The entry point, as an installation would leave it.
+    # The entry points, as an installation writes them.
     "$2/bin/python" -c 'import sys; from setuptools import setup; sys.argv[1:] = ["-q", "egg_info", "-e", sys.argv[1]]; setup()' "$site"
 }
 

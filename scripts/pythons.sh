@@ -1,8 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# The unit tests that need neither torch nor vLLM on the other Pythons that the package is for (3.10, 3.12, 3.13), as far
-# as this machine has them (on PATH, of pyenv or of uv), and on the oldest dependencies that pyproject.toml allows. It ends
-# with a line per version: passed, failed or skipped. Environments are in build/pythons.
+# Runs the unit tests that need neither torch nor vLLM on the other supported Pythons (3.10, 3.12, 3.13), if this machine
+# has them (on PATH, in pyenv or in uv). Python 3.10 gets the oldest dependencies that pyproject.toml allows. The last lines
+# say for each version: passed, failed or skipped. Environments are in build/pythons.
 #
 #   scripts/pythons.sh [VERSION...]
 set -eu
@@ -15,7 +15,7 @@ uv=$PWD/$venv/bin/uv
 configure_uv
 unset UV_PYTHON
 
-# Those left out import torch or a server.
+# The ignored tests import torch or a server.
 tests="--ignore tests/unit/planning/test_plan_message.py --ignore tests/unit/observe/test_absent.py
     --ignore tests/unit/report/test_endpoint.py tests/unit/planning tests/unit/values tests/unit/settings tests/unit/files
     tests/unit/observe tests/unit/simulate tests/unit/report tests/unit/cli"
@@ -32,7 +32,7 @@ for version in ${*:-3.10 3.12 3.13}; do
 Python $version: skipped, it is not on this machine"
         continue
     fi
-    # Oldest and newest dependencies, where wheels of the oldest exist: those of numpy 1.26 are for 3.9 to 3.12.
+    # The oldest dependencies need wheels: numpy 1.26 has them for Python 3.9 to 3.12 only.
     resolution=highest
     [ "$version" = 3.10 ] && resolution=lowest-direct
     folder=build/pythons/$version
@@ -41,15 +41,15 @@ Python $version: skipped, it is not on this machine"
     "$uv" venv --quiet --python "$python" "$folder"
     "$uv" pip install --quiet --python "$folder/bin/python" --resolution "$resolution" --reinstall-package \
         vllm-ascend-eplb . 'setuptools>=77' 'pybind11>=2.13'
-    # Not pinned: the pinned ones are not for 3.10.
+    # Not pinned: the pinned versions do not support Python 3.10.
     "$uv" pip install --quiet --python "$folder/bin/python" pytest hypothesis scipy pyyaml httpx
-    # The tests beside the installed package, not beside this checkout's.
+    # The tests lie outside this checkout, so that they import the installed package.
     rm -rf "$folder/tests"
     cp -r tests benchmarks examples docs pyproject.toml "$folder/"
     # shellcheck disable=SC2086
     if (cd "$folder" && bin/python -m pytest -q -p no:cacheprovider $tests -m "not soak" \
         --deselect tests/unit/files/test_file_faults.py::test_full_disk_leaves_whole_files_and_a_line_for_each \
-        --deselect tests/unit/planning/test_process.py::test_the_child_imports_neither_torch_nor_vllm); then
+        --deselect tests/unit/planning/test_process.py::test_child_imports_neither_torch_nor_vllm); then
         result=passed
     else
         result=failed failed="$failed $version"

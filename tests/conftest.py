@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for all tests."""
+"""Hooks and fixtures for all tests: two lanes, durations of a tier, temporary files, log capture."""
 
 import contextlib
 import logging
@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 
-with contextlib.suppress(ImportError):  # those on real NPUs do without it
+with contextlib.suppress(ImportError):  # tests on real NPUs run without it
     import hypothesis
 
-    hypothesis.settings.register_profile("busy machine", deadline=None)  # no test depends on how long something takes
+    hypothesis.settings.register_profile("busy machine", deadline=None)  # tests must pass on a slow machine
     hypothesis.settings.load_profile("busy machine")
 
-# A shell that starts a job in the background makes it ignore Ctrl-C, and its children inherit that. Tests interrupt
-# programs, so they must not depend on how they were started themselves.
+# A shell makes a background job ignore Ctrl-C, and its children inherit that. Tests interrupt programs, so Ctrl-C must
+# work however the tests were started.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 BUDGETS = {"unit": 90, "test": 900, "npu": 600, "install": 180}
-"""Seconds that a tier may take on two cores that do nothing else. Nothing fails where it takes longer."""
+"""Seconds that a tier may take on two idle cores. No test fails if it takes longer."""
 
 ROOT = Path(__file__).parents[1]
 BEGAN = time.monotonic()
@@ -52,7 +52,7 @@ def lane(test: str) -> str:
     return "engines" if path.startswith("tests/e2e/") and path not in ENGINES else path
 
 
-@pytest.hookimpl(optionalhook=True)  # tests on NPUs do without xdist
+@pytest.hookimpl(optionalhook=True)  # tests on NPUs run without xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """Two workers (pytest -n 2): one has most engines, the other takes file by file. xdist's own groups (--dist
     loadgroup) are lost with pytest 9.2, without a word."""
@@ -82,13 +82,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What the tests start leaves its temporary files (vLLM's sockets, records of last steps) in pytest's folder, which
-    goes when all pass."""
-    multiprocessing.util.get_temp_dir()  # this process's own, which it removes at its very end
+    """Let programs under test put temporary files (vLLM's sockets, flight records) into pytest's folder, which pytest
+    removes when all tests pass."""
+    multiprocessing.util.get_temp_dir()  # make this process's own folder before: it is removed at exit
     tempfile.tempdir = os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
 
 
 @pytest.fixture(autouse=True)
 def logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once vLLM is imported, its loggers, ours below them, end at its own handler."""
+    """Let caplog see our loggers: after vLLM is imported, the logger "vllm" above them no longer propagates."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)

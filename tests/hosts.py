@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two hosts on one machine: network namespaces behind a switch of their own, each with its own host name, shared memory
-and IPC, so that nothing but the network joins them. Needs root and iproute2."""
+"""Two hosts on one machine: two network namespaces behind a switch. Each host has its own host name, shared memory and
+IPC, so that only the network joins them. Needs root and iproute2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 PREFIX = "eplb"
 ADDRESSES = ("192.0.2.1", "192.0.2.2")
-"""Of the hosts; a range that is for examples and never routed."""
+"""Addresses of the hosts, from a range for examples that is never routed."""
 
 
 def why_not() -> str:
@@ -65,13 +65,13 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
     def command(self, host: int, command: list[str]) -> list[str]:
-        """``command`` as it runs on a host."""
+        """Return the command line that runs ``command`` on a host."""
         start = f'hostname eplb-host-{host} && mount -t tmpfs tmpfs /dev/shm && exec "$@"'
         inside = ["unshare", "--uts", "--ipc", "--mount", "sh", "-c", start, "sh", *command]
         return ["ip", "netns", "exec", self._names[host], *inside]
 
     def link(self, host: int, up: bool) -> None:
-        """Plugs a host's cable in, or pulls it: at the switch, so that the host keeps its address."""
+        """Plug or pull a host's cable at the switch; the host keeps its address."""
         _ip(f"-n {self._switch} link set port{host} {'up' if up else 'down'}")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images as tests see them."""
+"""Decode images that the package makes, for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def pixels(uri: str) -> np.ndarray:
-    """An image that ``png`` made, decoded from the format's definition."""
+    """uint8 [rows, columns, 3]: the pixels of a PNG as a data URI, decoded by the format's definition."""
     data = base64.b64decode(uri.removeprefix("data:image/png;base64,"), validate=True)
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     place, found = 8, {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What /proc and /dev/shm say of processes that tests started, and of what they left."""
+"""Processes that tests started, and the semaphores that they left, from /proc and /dev/shm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def title(pid: int) -> str:
-    """Its command line; empty once it has ended."""
+    """The command line of a process; empty once it has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return ""
@@ -23,7 +23,7 @@ def parent(pid: int) -> int:
 
 
 def session_members(leader: int) -> list[int]:
-    """Processes of the session that ``leader`` began, itself left out. Zombies do not count."""
+    """Processes of the session that ``leader`` began, without ``leader`` and without zombies."""
     assert leader > 1, "not a session of ours"
     members = []
     for entry in Path("/proc").iterdir():
@@ -36,12 +36,13 @@ def session_members(leader: int) -> list[int]:
 
 
 def _fields(pid: int) -> list[str]:
-    """Behind the name: state, parent, group, session and more."""
+    """The fields of /proc/PID/stat after the name: state, parent, group, session and more."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def semaphores(pids: Iterable[int]) -> set[int]:
-    """Inodes of those that the processes have; they were made under other names."""
+    """Inodes of the semaphores that the processes have mapped. Their names do not help: they were made under temporary
+    names."""
     found = set()
     for pid in pids:
         with contextlib.suppress(OSError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windows of load for tests of what reads them."""
+"""Load windows for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_ascend_eplb.values.window import RankLoad, WindowLoad
 
 
 def rank_window(in_force: npt.ArrayLike, at_start: npt.ArrayLike, observed: npt.ArrayLike | None = None) -> WindowLoad:
-    """Of the tokens [L, R] that the ranks compute under each placement, as of a single expert."""
+    """A window from the tokens [L, R] that the ranks compute under each placement, as if of a single expert."""
     return WindowLoad(
         np.array([[round(float(np.sum(in_force)))]]),
         RankLoad.of(in_force),
@@ -21,5 +21,5 @@ def rank_window(in_force: npt.ArrayLike, at_start: npt.ArrayLike, observed: npt.
 
 
 def expert_window(load: npt.ArrayLike, placement: Placement, rank_speed: list[float] | None = None) -> WindowLoad:
-    """Of the tokens [L, E] of the experts, under a placement that was in force from the start."""
+    """A window from the tokens [L, E] of the experts, with ``placement`` in force from the start."""
     return WindowLoad.of(np.asarray(load), placement, placement, rank_speed=rank_speed)

@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 async def serve_domains(server: Server, traffic: Traffic, windows: int, view: View) -> list[DomainResult]:
-    """Sends the traffic of one domain after the other, until each has seen its windows."""
+    """Send the traffic of the domains in turn, each for ``windows`` windows."""
     results: list[DomainResult] = []
     traffic.switch(DOMAINS[0])
     running = asyncio.create_task(traffic.run())
@@ -77,7 +77,7 @@ async def serve_domains(server: Server, traffic: Traffic, windows: int, view: Vi
                 if stats.cycles_failed >= 3 and not stats.cycles_done:
                     raise ServerError(f"balancing does not work: {stats.cycles[-1].reason}")
                 view.update(domain, stats, traffic.text)
-            # the next domain begins at once, while the last answers of this one are still being written
+            # the next domain begins at once, while the last answers of this domain are still being generated
             records = [record for record in stats.cycles if record.cycle > first_cycle]
             result = DomainResult.of(
                 domain, records, traffic.tallies[domain], stats.step - first_step, time.monotonic() - begin
@@ -87,7 +87,7 @@ async def serve_domains(server: Server, traffic: Traffic, windows: int, view: Vi
         await running
     finally:
         running.cancel()
-    for result in results:  # with the answers that came in later
+    for result in results:  # count the answers that arrived after the switch
         tally = traffic.tallies[result.domain]
         result.requests, result.tokens_compared, result.tokens_equal = (
             tally.requests,
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
         "num_redundant_experts": 2 * arguments.ranks,
         "expert_heat_collection_interval": arguments.interval or (200 if arguments.ranks == 2 else 100),
         "algorithm_execution_interval": 5,
-        "calibrate": False,  # by time a few streams of a tiny model gain nothing, and the demo is to show moves
+        "calibrate": False,  # measured in time, a tiny model gains nothing from moves, but the demo must show moves
     }
     if arguments.policy:
         settings["policy"] = arguments.policy

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The answers to compare with: one process, no expert parallelism, no balancer.
+"""The reference answers: one process, no expert parallelism, no balancer.
 
 Usage: python -m examples.demo.reference MAX_NEW_TOKENS MAX_NUM_SEQS DOMAIN... > tokens.json
 """
@@ -52,7 +52,7 @@ def main() -> None:
     outputs = iter(llm.generate([text for texts in prompts.values() for text in texts], sampling, use_tqdm=False))
     answers = {domain: [list(next(outputs).outputs[0].token_ids) for _ in texts] for domain, texts in prompts.items()}
     print(json.dumps(answers), flush=True)
-    os._exit(0)  # nothing is left to do, and the engine's threads need not be waited for
+    os._exit(0)  # do not wait for the engine's threads
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ MAX_TOKENS_PER_REQUEST = 512
 
 
 class ServerError(RuntimeError):
-    """The server did not do what it should; the message says what, and ends with the last lines of its log."""
+    """The server failed; the message says how, and ends with the last lines of the server's log."""
 
 
 def cpu_environment(ranks: int) -> dict[str, str]:
-    """The environment in which vLLM serves on CPUs: one core for each rank, shared where there are fewer cores."""
+    """Environment variables for vLLM on CPUs: one core per rank; ranks share cores if there are too few."""
     cores = sorted(os.sched_getaffinity(0))
     environment = {key: value for key, value in os.environ.items() if key != "VLLM_PLUGINS"}
     return environment | {
@@ -69,10 +69,10 @@ class Server:
             *("--tensor-parallel-size", str(ranks), "--enable-expert-parallel", "--enforce-eager"),
             *("--max-model-len", str(MAX_TOKENS_PER_REQUEST), "--max-num-seqs", str(max_num_seqs)),
             *("--shutdown-timeout", "30"),  # without it vLLM kills its processes at once, and may hang in doing so
-            "--no-enable-prefix-caching",  # prompts repeat; each time they shall be computed
+            "--no-enable-prefix-caching",  # prompts repeat, and every repetition must be computed
             *("--additional-config", json.dumps({"eplb_config": eplb_config})),
         ]
-        # vLLM leaves the sockets behind on which its processes talk; here they lie in a folder that stop() removes.
+        # vLLM does not remove the sockets of its processes, so they lie in a folder that stop() removes.
         self._sockets = Path(tempfile.mkdtemp(prefix="vllm-"))
         self.environment = cpu_environment(ranks) | {
             STATS_VARIABLE: str(self.stats_path),
@@ -122,7 +122,7 @@ class Server:
             raise ServerError(f"the server {status}{self._last_lines()}")
 
     def stats(self) -> EplbStats | None:
-        """What the balancer last reported; None before its first report."""
+        """The balancer's last report; None before the first."""
         try:
             return read_stats(self.stats_path)
         except StatsError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came out: the figures of demo.json and the reasons for which the demo may fail."""
+"""The result of the demo: the figures of demo.json, and the reasons for a failure."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class DomainResult:
     """One domain. A window's PAR is measured with the placement that was in force during the window.
 
     Attributes:
-        par_before: in the first window of the domain, with the placement that the domain before it left.
+        par_before: in the first window of the domain, with the placement that the previous domain left.
         par_after: in its last window.
-        par_without: in the same last window, had nothing ever been moved.
+        par_without: in the same last window, with the start placement.
     """
 
     domain: str

@@ -56,25 +56,25 @@ class Traffic:
     _stopping: bool = field(default=False, init=False)
 
     def switch(self, domain: str) -> None:
-        """From now on new requests are of this domain."""
+        """Take new requests from this domain."""
         self.domain = domain
         self.tallies.setdefault(domain, Tally())
         self._order = itertools.count()
 
     def stop(self) -> None:
-        """Requests under way are finished, new ones are not begun."""
+        """Finish the requests under way and begin no new ones."""
         self._stopping = True
 
     async def run(self) -> None:
-        """Returns when stopped and all answers are there.
+        """Send requests; return when stopped and all answers have arrived.
 
         Raises:
-            httpx.HTTPError: the server does not answer, or with an error.
+            httpx.HTTPError: the server does not answer, or answers with an error.
         """
         timeout = httpx.Timeout(120.0)
-        # A connection kept open may be closed by the server in the very moment in which it is used again.
+        # No connection is kept open: the server could close it while the client uses it again.
         limits = httpx.Limits(max_connections=self.streams + 1, max_keepalive_connections=0)
-        # trust_env: the server is on this machine, so no proxy of the environment is between.
+        # trust_env: the server is on this machine, so a proxy of the environment must not be used.
         async with httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits, trust_env=False) as client:
             await asyncio.gather(*(self._stream(client, shown=number == 0) for number in range(self.streams)))
 
@@ -82,7 +82,7 @@ class Traffic:
         while not self._stopping:
             domain = self.domain
             turn, place = divmod(next(self._order), len(self.prompts[domain]))
-            prompt = (place + turn) % len(self.prompts[domain])  # all in turn, and not the same one in each stream
+            prompt = (place + turn) % len(self.prompts[domain])  # all in turn, a different one in each stream
             request = {
                 "model": "tiny-moe",
                 "prompt": self.prompts[domain][prompt],

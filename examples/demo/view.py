@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo shows while it runs: a live panel in a terminal, plain lines elsewhere."""
+"""The output of the demo while it runs: a live panel in a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class View:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line above the live panel."""
         self.console.print(f"[{time.monotonic() - self._began:5.0f} s] {text}", markup=False, highlight=False)
 
     def waiting(self, text: str) -> None:

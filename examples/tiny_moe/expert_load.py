@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts which experts the prompts of this folder use, in one process, with transformers.
+"""Count which experts the prompts of this folder use, in one process, with transformers.
 
 Usage: python examples/tiny_moe/expert_load.py [--new-tokens 48] [--ranks 2,4,8]
 """
@@ -41,7 +41,7 @@ def expert_load(prompts: list[str], new_tokens: int) -> npt.NDArray[np.int64]:
         for prompt in prompts:
             ids = tokenizer(prompt, return_tensors="pt").input_ids
             ids = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=2)
-            # the last token is an answer that nobody has routed yet
+            # the last token was generated but not routed
             logits = model(ids[:, :-1], output_router_logits=True, use_cache=False).router_logits
             for layer, scores in enumerate(logits):
                 chosen = scores.topk(config.num_experts_per_tok, dim=-1).indices

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans as hashes, so that those of two processors can be compared.
+"""Hash plans, so that the plans of two processors can be compared.
 
     python -m tests.aarch64.plans write FILE    # the benchmark's loads and placements
     python -m tests.aarch64.plans hash FILE     # a line per case and policy
 
-The inputs travel as a file: NumPy's random numbers and exponentials need not be equal on all processors.
+Both processors read the inputs from a file: NumPy's random numbers and exponentials may differ between processors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write(path: Path) -> None:
 
 
 def hashes(path: Path) -> list[str]:
-    """A line per case and policy: its name, and SHA-256 of the placement and the moves."""
+    """One line per case and policy: SHA-256 of the placement and the moves, and the names."""
     lines = []
     with np.load(path) as arrays:
         for number in range(sum(name.endswith(".name") for name in arrays.files)):
@@ -57,7 +57,7 @@ def hashes(path: Path) -> list[str]:
                     del options["target_par"]
                 wanted = load if options.pop("series", False) else load[0]
                 if not options.pop("ties", True):
-                    # NumPy's argsort, which "default" has from vLLM, orders equal loads as the processor's vectors do.
+                    # "default" uses NumPy's argsort, as vLLM does; its order of equal loads depends on the processor.
                     wanted = wanted * 1024 + np.arange(wanted.shape[-1])
                 made = plan(wanted, slots, int(ranks), **options)
                 digest = hashlib.sha256(np.ascontiguousarray(made.physical_to_logical, dtype=np.int32).tobytes())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of the recording op, on the torch that is there: which kernel ran, what it returned, what it counted."""
+"""Call the recording op once on the installed torch; print the kernel that ran, the slots and the counts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run under one fault: ranks step as an engine does, and a fault object does its work around the steps."""
+"""Run ranks under one fault: they step as an engine does, and a fault object acts around their steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BUSY = {
 
 
 class Seen(_Seen):
-    """``Seen`` with the log as (level, text) and the final metrics."""
+    """``Seen`` with the log as (level, text), the final metrics and the steps at which slots were wrong."""
 
     log: list[tuple[str, str]]
     metrics: dict[str, float]
@@ -51,8 +51,8 @@ class Seen(_Seen):
 
 
 class Fault:
-    """A planted fault. Made on every rank once the balancer is there; ``before`` and ``after`` run around each of its
-    steps, and ``over`` ends the run, at the same step on all ranks."""
+    """A planted fault. Every rank has one. ``before`` and ``after`` run around every step of the balancer, and ``over``
+    ends the run at the same step on all ranks."""
 
     settings: ClassVar[dict[str, Any]] = {}
     policy = staticmethod(plan_request)
@@ -61,9 +61,9 @@ class Fault:
     most_steps = 3000
     deadline = 300.0
     damages = False
-    """Whether it changes weights itself."""
+    """True if the fault changes weights itself."""
     settles = True
-    """Whether a step begins when the plan that was asked for is there and what was issued has arrived."""
+    """True if every step waits until the requested plan and the issued rounds have arrived."""
 
     def __init__(self, ranks: Ranks, updator: EplbUpdator, model: RoutingModel) -> None:
         self.ranks, self.updator, self.model = ranks, updator, model
@@ -89,14 +89,14 @@ class Fault:
     def after(self) -> None: ...
 
     def forward_begins(self) -> None:
-        """Where the ranks of an engine meet in a forward."""
+        """Called at the point of the forward where the ranks of an engine meet."""
 
     def over(self) -> bool:
         return self.cycle > self.cycles
 
 
 def serve(ranks: Ranks, kind: type[Fault]) -> Seen:
-    """Steps like an engine's, one forward each, until the fault says that it is over."""
+    """Step as an engine does, with one forward per step, until the fault is over."""
     log: list[tuple[str, str]] = []
 
     class Keep(logging.Handler):
@@ -155,7 +155,7 @@ def serve(ranks: Ranks, kind: type[Fault]) -> Seen:
 
 
 def run(fault: type[Fault], num_ranks: int = 2, timeout: float = 120) -> Seen:
-    """Observations of EP rank 0, after checking that all ranks agree and nothing was wrong on any."""
+    """Run the fault, check that all ranks agree and hold correct weights, and return the observations of EP rank 0."""
     return run_all(fault, num_ranks, timeout)[0]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transport with faults: tests put it in the place of a loader's own transport, which still carries the bytes."""
+"""A transport with faults. It replaces a loader's own transport, and still carries the bytes by it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_ascend_eplb.transfer.transport import Batch, Piece, Transport
 
 
 class FaultyTransport(Transport):
-    """Carries by ``real``; subclasses say what goes wrong."""
+    """Carries bytes by ``real``; subclasses add the faults."""
 
     def __init__(self, real: Transport) -> None:
         self.real, self.name, self.one_sided = real, real.name, real.one_sided
@@ -26,14 +26,14 @@ class FaultyTransport(Transport):
         return self.real.reaches(sender, receiver)
 
     def issuing(self, serial: int) -> int:
-        """In the step thread, before the real issue; returns the serial to issue with."""
+        """Called in the step thread before the real issue; returns the serial to issue with."""
         return serial
 
     def running(self) -> None:
-        """In the mover thread, before the real transfer; not for transports whose ``issue`` does it all."""
+        """Called in the mover thread before the real transfer, unless ``issue`` does the whole transfer."""
 
     def arrived(self, received: list[torch.Tensor]) -> None:
-        """After the bytes, before their checksums; on a device both are enqueued."""
+        """Called after the bytes have arrived and before they are summed; on a device both are only enqueued."""
 
 
 class _FaultyBatch(Batch):
@@ -52,5 +52,5 @@ class _FaultyBatch(Batch):
 
 
 def interpose(loader: D2DExpertWeightLoader, make: Callable[..., FaultyTransport], *args: Any) -> None:
-    """Puts ``make(real, *args)`` in the place of every transport of ``loader``, for rounds that are prepared later."""
+    """Replace every transport of ``loader`` with ``make(real, *args)``, for rounds that are prepared later."""
     loader.transports[:] = [make(real, *args) for real in loader.transports]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of a balancer whose ranks run on several hosts: ``python -m tests.distributed.host_rank RANK RANKS ADDRESS
-PORT FOLDER STEPS``. It steps like an engine and leaves what it saw in FOLDER, its step of the moment included."""
+PORT FOLDER STEPS``. It steps as an engine does, and writes its current step and its observations to FOLDER."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def main(rank: int, num_ranks: int, address: str, port: int, folder: Path, steps
         seen |= {"history": history, "cycles_done": stats.cycles_done, "cycles_failed": stats.cycles_failed}
         updator.close()
     (folder / f"seen{rank}.json").write_text(json.dumps(seen))
-    dist.barrier()  # no rank closes its sockets while another still works
+    dist.barrier()  # no rank closes its sockets while another rank still uses them
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Expert weights that tell which expert they are, and a small driver of whole cycles."""
+"""Expert weights that identify their expert, and a small driver of whole cycles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .faulty import FaultyTransport, interpose
 
 
 def random_placement(rng: np.random.Generator, layers: int, experts: int, ranks: int, slots: int) -> Placement:
-    """Every expert at least once, the other slots drawn at random, all slots shuffled."""
+    """A random placement: every expert has a slot, the spare slots hold random experts, all slots are shuffled."""
     spare = ranks * slots - experts
     rows = [rng.permutation(np.r_[np.arange(experts), rng.integers(0, experts, spare)]) for _ in range(layers)]
     return Placement(np.array(rows), experts, ranks)
@@ -36,7 +36,7 @@ def random_placement(rng: np.random.Generator, layers: int, experts: int, ranks:
 
 @functools.cache
 def expert_tensors(layer: int, expert: int) -> list[torch.Tensor]:
-    """The tensors of one expert: weights, int8 ones, their scales, and in odd layers a bias; shapes differ by layer."""
+    """The tensors of an expert: float weights, int8 weights, scales, in odd layers a bias. Shapes differ by layer."""
     rng = np.random.default_rng(1000 * layer + expert)
     tensors = [
         torch.from_numpy(rng.standard_normal((4 + layer % 3, 512)).astype(np.float32)),
@@ -49,8 +49,8 @@ def expert_tensors(layer: int, expert: int) -> list[torch.Tensor]:
 
 
 class Slots:
-    """This rank's slots: per layer and kind one tensor [S, ...], as vLLM lays weights out. ``first_layer`` tells the
-    weights of several models apart."""
+    """This rank's slots: per layer and kind one tensor [S, ...], as in vLLM. ``first_layer`` gives different models
+    different weights."""
 
     def __init__(self, placement: Placement, rank: int, device: str = "cpu", first_layer: int = 0) -> None:
         self.rank, self.size, self.first_layer = rank, placement.slots_per_rank, first_layer
@@ -61,7 +61,7 @@ class Slots:
             self.stacked.append([torch.stack(kind).to(device) for kind in zip(*experts, strict=True)])
 
     def load(self, placement: Placement, first_layer: int) -> None:
-        """Other weights, in place, as ``placement`` says."""
+        """Load other weights in place, in the slots of ``placement``."""
         self.first_layer = first_layer
         fresh = Slots(placement, self.rank, first_layer=first_layer)
         for mine, target in zip(self.stacked, fresh.stacked, strict=True):
@@ -93,8 +93,8 @@ class Trouble:
     """Planted faults with their probabilities per occasion."""
 
     step_delay: float = 0.0  # seconds a step may take longer on one rank than on another
-    message_delay: float = 0.0  # seconds a batch may be held back in the mover thread
-    planner_steps: int = 3  # steps until rank 0 has a plan, at most
+    message_delay: float = 0.0  # most seconds that a batch is delayed in the mover thread
+    planner_steps: int = 3  # most steps until rank 0 has a plan
     prepare_fails: float = 0.0
     damage: float = 0.0  # staging is damaged after arrival
     leave_slots: bool = False  # switch maps without moving weights: the negative control
@@ -122,7 +122,7 @@ class Outcome:
 
 
 class LateAndDamaged(FaultyTransport):
-    """Holds batches back, and damages what arrives, at random."""
+    """Delays batches and damages arriving tensors, at random."""
 
     def __init__(self, real: Transport, luck: random.Random, trouble: Trouble) -> None:
         super().__init__(real)
@@ -138,7 +138,7 @@ class LateAndDamaged(FaultyTransport):
 
 
 class Driver:
-    """Runs cycles as the real driver does: facts, agreement, transition, actions; plans are random placements."""
+    """Runs cycles as EplbUpdator does: facts, agreement, transition, actions. Plans are random placements."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class Driver:
     ) -> None:
         layers, experts, slots = shape
         self.ranks, self.trouble, self.lag = ranks, trouble, lag
-        self.random = random.Random(f"{seed}-{ranks.rank}")  # this rank's own luck
+        self.random = random.Random(f"{seed}-{ranks.rank}")  # different on every rank
         self.rng = np.random.default_rng(seed)  # the planner's
         self.shape = shape
         self.topology = Topology(tuple(rank // 2 for rank in range(ranks.num_ranks)))
@@ -188,7 +188,7 @@ class Driver:
         self.plan_due = 0
 
     def run(self, cycles: int, most_steps: int = 10_000_000) -> Outcome:
-        """Steps until so many cycles are complete: the same number on all ranks, however long they take."""
+        """Step until ``cycles`` cycles are complete; all ranks take the same number of steps."""
         while self.outcome.cycles < cycles and self.state.step < most_steps and self.state.phase is not Phase.OFF:
             if self.trouble.step_delay:
                 time.sleep(self.random.random() * self.trouble.step_delay)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps without clocks: a rank goes on to the next step as soon as its background work has done what it can, so that
-what a test sees depends on steps and on events, not on how fast the machine is."""
+"""Steps without clocks: a rank takes the next step when its background work is done. A test's result then depends on
+steps and events, not on the speed of the machine."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from vllm_ascend_eplb.planning.request import PlanRequest
 from .ranks import SIGNALS
 
 MOST_SECONDS = 240.0
-"""After which a test that waits for an event is broken."""
+"""Longest wait for an event; a test that waits longer fails."""
 
 
 def wait_for(condition: Any, what: str) -> None:
-    end = time.perf_counter() + MOST_SECONDS  # a test may turn the other clocks
+    end = time.perf_counter() + MOST_SECONDS  # a test may replace time.monotonic
     while not condition():
-        assert time.perf_counter() < end, f"waited in vain for {what}"
+        assert time.perf_counter() < end, f"{what} did not happen within {MOST_SECONDS:.0f} s"
         time.sleep(0.001)
 
 
@@ -41,10 +41,10 @@ def give_signal(name: str) -> None:
 
 
 class PatientPlanner(EplbProcess):
-    """A planner's process whose answers a step can wait for."""
+    """A planner process that tells which request it was given, so that a step can wait for the answer."""
 
     asked = 0
-    """Number of the request that it was given last."""
+    """Number of the last request."""
 
     def submit(self, request: PlanRequest) -> None:
         super().submit(request)
@@ -52,7 +52,7 @@ class PatientPlanner(EplbProcess):
 
 
 def settle(updator: EplbUpdator, planner: PatientPlanner | None) -> None:
-    """Waits until the plan that was asked for is there, and all rounds that were issued have arrived."""
+    """Wait until the requested plan and all issued rounds have arrived."""
     state, loader = updator.state, updator.parts.loader
     if planner is not None and state.phase is Phase.PLAN and planner.asked == state.cycle:
         wait_for(lambda: planner.answer(state.cycle) is not None, f"the plan of cycle {state.cycle}")
@@ -60,7 +60,7 @@ def settle(updator: EplbUpdator, planner: PatientPlanner | None) -> None:
 
 
 class Clock:
-    """Stands in for the module ``time`` where the planner's process is looked after; it can be put forward."""
+    """Replaces the module ``time`` in the planner's supervision; it can be put forward."""
 
     def __init__(self) -> None:
         self._ahead = 0.0
@@ -76,7 +76,7 @@ class Clock:
 
     @classmethod
     def of_the_planner(cls) -> Clock:
-        """Puts the clock in the place of the module ``time`` in this process."""
+        """Replace ``time`` in the module that supervises the planner, in this process."""
         clock = cls()
         process_module.time = clock  # type: ignore[assignment]
         return clock

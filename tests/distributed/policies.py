@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Planners that misbehave. A module of its own, because the planner's process imports it: neither torch nor pytest."""
+"""Planners that misbehave. The planner's process imports this module, so it imports neither torch nor pytest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def plan_slowly(request: PlanRequest) -> Plan:
 
 
 def plan_at_a_signal(request: PlanRequest) -> Plan:
-    """In the third cycle, gives the signal "asked" and waits for "go"."""
+    """In the third cycle, give the signal "asked" and wait for "go"."""
     if request.number == 3:
         _signal("asked").touch()
         _wait_for_signal("go")
@@ -35,7 +35,7 @@ def plan_at_a_signal(request: PlanRequest) -> Plan:
 
 def never_answer(request: PlanRequest) -> Plan:
     time.sleep(3600)
-    raise AssertionError("it is killed before")
+    raise AssertionError("the planner must be killed before it answers")
 
 
 def _signal(name: str) -> Path:
@@ -48,7 +48,7 @@ def _wait_for_signal(name: str) -> None:
 
 
 def talk_nonsense(request: PlanRequest) -> Plan:
-    """Writes into the very pipe that answers travel through, another nonsense in each odd cycle."""
+    """Write a different malformed answer into the pipe of answers in every odd cycle."""
     good = plan_request(request)
     answers = sys._getframe(1).f_locals["answers"]
     pipe = answers._writer.fileno()
@@ -72,7 +72,7 @@ def talk_nonsense(request: PlanRequest) -> Plan:
     elif number == 3:  # a message that claims 2**62 bytes
         os.write(pipe, struct.pack("!i", -1) + struct.pack("!Q", 1 << 62) + b"x" * 100)
         time.sleep(3600)
-    elif number == 5:  # other things than answers, and numbers of other cycles, then twice the right one
+    elif number == 5:  # objects that are no answers, then numbers of other cycles, then the right answer twice
         for thing in ("a string", None, [1, 2], {"number": number}, np.zeros(3)):
             answers.put(thing)
         for wrong_number in (number - 1, number + 1, "5", np.array([5, 5]), None):
@@ -95,17 +95,17 @@ def talk_nonsense(request: PlanRequest) -> Plan:
         answer(plan=replace(good, par_after=good.par_after * np.nan))
     elif number == 21:  # no plan at all
         answer(plan="better luck next time")
-    elif number == 23:  # rounds that do not lead where the plan says
+    elif number == 23:  # rounds that do not lead to the plan's placement
         answer(rounds=rounds[:1])
     elif number == 25:  # more rows than the plan could ever have
         answer(rounds=np.tile(rounds, (50, 1)))
-    elif number == 27:  # useless, but right: an expert twice on a rank
+    elif number == 27:  # useless but valid: two copies of an expert on a rank
         return plan_duplicate(request)
     return good
 
 
 def plan_duplicate(request: PlanRequest) -> Plan:
-    """One move: an expert that has another copy gives way to a second copy of its neighbour's."""
+    """One move: a second copy of a rank's expert replaces an expert on that rank that has another copy."""
     target = request.physical_to_logical.copy()
     row, size = target[0], request.placement.slots_per_rank
     neighbour = [first + (slot + 1) % size for first in range(0, len(row), size) for slot in range(size)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a function on several ranks, one process each, over Gloo.
+"""Run a function on several ranks over Gloo, in one process per rank.
 
-The processes are forked from a server that has torch imported already, so eight ranks start in about a second.
+The processes are forked from a server that has already imported torch, so eight ranks start in about a second.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SIGNALS = "EPLB_TEST_SIGNALS"
-"""Names a folder of the ranks' own, whose files are events between them and their planner's process."""
+"""Variable with a folder of these ranks; files in it are events between the ranks and their planner's process."""
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
@@ -49,11 +49,11 @@ def run_ranks(
     timeout: float = 120.0,
     survive: Callable[[], bool] = lambda: True,
 ) -> list[Any]:
-    """``function(Ranks, *args)`` on every rank; its results in rank order. When a rank fails, the others go on until
-    ``survive`` holds, for 20 seconds at most.
+    """Run ``function(Ranks, *args)`` on every rank and return the results in rank order. If a rank fails, the other
+    ranks continue until ``survive()`` is true, for at most 20 seconds.
 
     Raises:
-        RuntimeError: a rank raised, died or did not end in time; all are ended then.
+        RuntimeError: a rank raised, died or did not end in time. All ranks are killed then.
     """
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
@@ -105,7 +105,7 @@ def _main(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    tempfile.tempdir = os.environ[SIGNALS] = str(Path(store).parent)  # flight records go with the test
+    tempfile.tempdir = os.environ[SIGNALS] = str(Path(store).parent)  # flight records are removed with the folder
     try:
         dist.init_process_group("gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
         everyone = list(range(num_ranks))
@@ -113,7 +113,7 @@ def _main(
             rank, num_ranks, dist.new_group(everyone, backend="gloo"), dist.new_group(everyone, backend="gloo")
         )
         value = function(ranks, *args)
-        dist.barrier()  # no rank closes its sockets while another still works
+        dist.barrier()  # no rank closes its sockets while another rank still uses them
         pipe.send((True, value))
     except BaseException:
         pipe.send((False, traceback.format_exc()))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that only routes, for EplbUpdator with its real parts; and what one rank saw."""
+"""A model that only routes, for EplbUpdator with its real parts, and the observations of a rank."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LAYERS, EXPERTS, REDUNDANT = 3, 12, 6
 
 
 def redundant(num_ranks: int) -> int:
-    """The redundant experts that so many ranks can share."""
+    """The number of redundant experts, rounded up so that the ranks have equally many slots."""
     return REDUNDANT + -(EXPERTS + REDUNDANT) % num_ranks
 
 
 class RoutingModel(EngineAdaptor):
-    """A model of slots and routers without an engine: every rank routes the same tokens, rank 0 counts."""
+    """A model of slots and routers without an engine. Every rank routes the same tokens, and rank 0 counts them."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class RoutingModel(EngineAdaptor):
         self.routed = np.zeros((layers, experts), dtype=np.int64)
 
     def forward(self) -> None:
-        """Skewed tokens; the skew is another one in each layer."""
+        """Route skewed tokens; the skew differs by layer."""
         layers, experts = self.routed.shape
         for layer in range(layers):
             share = 1.0 / (1 + (np.arange(experts) + 5 * layer) % experts)
@@ -78,8 +78,12 @@ class RoutingModel(EngineAdaptor):
 
 @dataclass
 class Seen:
-    """What one rank saw; ``history``: digest of the placement at every step, ``tables``: of the dispatch tables;
-    ``after``: by cycle, the digests of the placement and of this rank's weights when it was over."""
+    """Observations of one rank.
+
+    Attributes:
+        history: digest of the placement after every step. tables: digest of the dispatch tables after every step.
+        after: by cycle, the digests of the placement and of this rank's weights after the cycle.
+    """
 
     history: list[int] = field(default_factory=list)
     tables: list[int] = field(default_factory=list)
@@ -95,6 +99,6 @@ class Seen:
     lines: list[tuple[Any, ...]] = field(default_factory=list)
     """(step, name, avg_tokens, max_tokens, balancedness, steps left) of each line about balancedness."""
     began: list[int] = field(default_factory=list)
-    """The step, from 1, at which each cycle began."""
+    """The step at which each cycle began; the first step is 1."""
     forwards: list[Any] = field(default_factory=list)
     """Tokens per slot [L, P] of each forward."""

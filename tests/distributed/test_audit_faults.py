@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights damaged for real in the slots of several processes: audits find them, and cycles repair them."""
+"""Weights damaged in the slots of several processes: audits find the damage, and cycles repair it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ pytestmark = pytest.mark.distributed
 
 
 class AuditBusy(Fault):
-    """Nothing is damaged; audits and cycles that move most experts take turns."""
+    """No damage; audits alternate with cycles that move most experts."""
 
     settings: ClassVar[dict[str, Any]] = {"audit_interval": 8, "audit_action": "repair"}
     cycles = 8
 
 
-def test_an_audit_finds_nothing_where_nothing_is_damaged() -> None:
+def test_audit_of_intact_weights_finds_nothing() -> None:
     seen = run(AuditBusy)
     assert seen.stats.cycles_done >= 8
     assert seen.metrics["vllm_eplb_audits"] >= 4
@@ -31,8 +31,8 @@ def test_an_audit_finds_nothing_where_nothing_is_damaged() -> None:
 
 
 class Damage(Fault):
-    """At ``at`` a bit flips in a slot of rank 1 whose expert has another copy on rank 0; later two slots of rank 0,
-    whose experts have no other copy, change places; at last a slot without another copy is damaged."""
+    """Three damages, at the steps in ``at``: a bit flips in a slot of rank 1 whose expert has a copy on rank 0; two
+    slots of rank 0 without copies are swapped; a slot of rank 1 without a copy is damaged."""
 
     settings: ClassVar[dict[str, Any]] = {
         "policy": None,
@@ -53,21 +53,21 @@ class Damage(Fault):
         if self.ranks.rank == 0 and self.step == self.at[1]:  # experts 7 and 8
             for kind in layers[1]:
                 kind[[7, 8]] = kind[[8, 7]]
-        if self.ranks.rank == 1 and self.step == self.at[2]:  # expert 10, whose only copy this is
+        if self.ranks.rank == 1 and self.step == self.at[2]:  # the only copy of expert 10
             layers[0][2][1] += 1
 
 
 class DamageInSync(Damage):
-    """The same where a cycle, and so an audit and a repair, take place within one step."""
+    """The same damages in mode sync, where a cycle takes one step, and so do an audit and a repair."""
 
     settings: ClassVar[dict[str, Any]] = {**Damage.settings, "mode": "sync"}
     most_steps = 230
 
 
-def test_a_repair_takes_one_step_where_cycles_do() -> None:
+def test_repair_takes_one_step_in_mode_sync() -> None:
     first, second = run_all(DamageInSync)
     assert second.wrong_at[0] == 60
-    assert second.wrong_at[-1] < 60 + 2 * 25 + 2  # its slot may have been summed just before
+    assert second.wrong_at[-1] < 60 + 2 * 25 + 2  # the audit under way may have summed the slot before
     assert first.wrong_at[0] == 160
     assert first.wrong_at[-1] < 160 + 2 * 25 + 2
     assert first.metrics["vllm_eplb_audit_mended_slots"] == 3
@@ -86,7 +86,7 @@ def test_flipped_bit_and_swapped_slots_are_repaired() -> None:
     assert flipped[-1] < 60 + 2 * 25 + 25
     assert swapped[0] == 160
     assert swapped[-1] < 160 + 2 * 25 + 25
-    assert second.wrong_at[-1] == 359  # nothing can repair this one, and that is said
+    assert second.wrong_at[-1] == 359  # this slot cannot be repaired, which the log says
     errors = first.said("ERROR", "EPLB audit at step")
     assert len(errors) == 3
     assert "1 of 54 slots do not hold the weights of their expert: layer 2, slot 13 (rank 1, expert 1)" in errors[0]
@@ -101,17 +101,17 @@ def test_flipped_bit_and_swapped_slots_are_repaired() -> None:
     assert first.metrics['vllm_eplb_cycles{result="failed"}'] == 0
 
 
-def test_an_audit_that_only_reports_changes_nothing() -> None:
+def test_audit_that_only_reports_changes_nothing() -> None:
     first, second = run_all(DamageOnly)
     assert second.wrong_at == list(range(60, 160))
     assert first.metrics["vllm_eplb_audit_damaged_slots"] == 1
     assert first.metrics["vllm_eplb_audit_mended_slots"] == 0
-    assert len(first.said("ERROR", "EPLB audit at step")) == 1  # not again at each audit
+    assert len(first.said("ERROR", "EPLB audit at step")) == 1  # later audits do not repeat the line
     assert "answers may be wrong" in first.said("ERROR")[0]
 
 
 class NewWeights(Fault):
-    """All experts get other weights while the server runs, in the middle of whatever goes on."""
+    """All experts get other weights at step 41, in whatever phase the cycle is."""
 
     settings: ClassVar[dict[str, Any]] = {"audit_interval": 8, "audit_action": "repair"}
     damages = True
@@ -131,14 +131,14 @@ class NewWeights(Fault):
 def test_audit_uses_the_checksums_of_reloaded_weights() -> None:
     first, second = run_all(NewWeights)
     assert first.wrong_at
-    assert second.wrong_at  # they are others than at the start
+    assert second.wrong_at  # the weights differ from those at the start
     assert first.metrics["vllm_eplb_audits"] >= 3
     assert first.metrics["vllm_eplb_audit_damaged_slots"] == 0
     assert first.said("ERROR") == []
 
 
 class SendDamaged(Fault):
-    """The only copy of an expert is damaged, and every plan sends it on."""
+    """The only copies of experts are damaged, and every plan sends them to other slots."""
 
     settings: ClassVar[dict[str, Any]] = {"audit_interval": 1000, "max_failures": 3}
     damages = True
@@ -146,7 +146,7 @@ class SendDamaged(Fault):
 
     def before(self) -> None:
         if self.ranks.rank == 1 and self.step == 0:
-            for slot in range(self.model.slots.size):  # all that rank 1 has of layer 0
+            for slot in range(self.model.slots.size):  # all slots of rank 1 in layer 0
                 self.model.slots.stacked[0][1][slot] ^= 1
 
 

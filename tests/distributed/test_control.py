@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agreement between processes: the same result at the same step, however far the ranks are apart in time."""
+"""Agreement between processes: all ranks read the same result at the same step, even if some ranks are late."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def bulk(ranks: Ranks) -> tuple[list[bool], int, bytes, str]:
             channel.broadcast(b"", 0)
         except ControlError as error:
             refused = str(error)
-    for step in range(50):  # agreement goes on beside it
+    for step in range(50):  # agreement continues during the reduction
         channel.post(Facts(step=step))
         channel.read()
         time.sleep(0.005)
@@ -96,7 +96,7 @@ def compare(ranks: Ranks, values: list[dict[str, object]]) -> str:
     return ""
 
 
-def test_ranks_that_were_started_differently_are_named() -> None:
+def test_ranks_with_different_values_are_named() -> None:
     same = {"version": "1", "placement": 5}
     assert run_ranks(2, compare, [same, same]) == ["", ""]
     for said in run_ranks(3, compare, [same, same, {**same, "placement": 6}]):
@@ -118,7 +118,7 @@ def lose_a_peer(ranks: Ranks, said: str) -> None:
         Path(said).write_text(str(error))
 
 
-def test_a_peer_that_is_gone_is_an_error_and_not_a_wait_for_ever(tmp_path: Path) -> None:
+def test_dead_peer_is_an_error_and_not_an_endless_wait(tmp_path: Path) -> None:
     said = tmp_path / "said"
     with pytest.raises(RuntimeError, match="rank 1 died"):
         run_ranks(2, lose_a_peer, str(said), survive=lambda: said.exists() and said.stat().st_size > 0)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults injected for real into the balancer of several processes: serving goes on, and the ranks stay together.
+"""Faults in a balancer of several processes: serving continues, and all ranks keep the same placement.
 
-Every run is the same: ranks step as an engine does, with the real EplbUpdator, planner process, control channel and
-transfers over Gloo; a fault object does its work around the steps. What must hold after every step, whatever happened:
-each slot holds bit for bit what the placement says, and all ranks hold the same placement.
+Every run has the real EplbUpdator, planner process, control channel and transfers over Gloo. Ranks step as an engine
+does, and a fault object acts around the steps. After every step, every slot must hold bit for bit the expert that the
+placement says, and all ranks must have the same placement.
 
 One file, because faults stand in the order in which a cycle meets them: the plan, the gate, the transfer, the clock.
 """
@@ -68,7 +68,7 @@ class KillThePlannerInEachPhase(Fault):
             give_signal("go")
 
 
-def test_a_planner_killed_in_any_phase_costs_no_cycle() -> None:
+def test_planner_killed_in_any_phase_costs_no_cycle() -> None:
     seen = run(KillThePlannerInEachPhase)
     assert seen.results[:6] == ["done"] * 6, [cycle.reason for cycle in seen.stats.cycles]
     assert seen.metrics['vllm_eplb_cycles{result="failed"}'] == 0
@@ -78,7 +78,7 @@ def test_a_planner_killed_in_any_phase_costs_no_cycle() -> None:
 
 
 class KillThePlannerAgainAndAgain(Fault):
-    """Three starts follow each other at once; the pause before the next one has no end."""
+    """The planner is killed after every start. It may start three times without a pause, then the pause is endless."""
 
     settings: ClassVar[dict[str, Any]] = {"max_failures": 3, "expert_heat_collection_interval": 2}
     policy = staticmethod(policies.never_answer)
@@ -106,8 +106,8 @@ class KillThePlannerAgainAndAgain(Fault):
             wait_for(lambda: self.planner.starts == 3, "the last start")
 
 
-def test_a_planner_killed_again_and_again_is_given_up() -> None:
-    """With one error, and with the pauses between its starts that were set."""
+def test_planner_killed_after_every_start_is_given_up() -> None:
+    """Balancing then goes off with one error. The pauses between starts are kept."""
     seen = run(KillThePlannerAgainAndAgain)
     assert seen.phase == "OFF"
     assert seen.steps_after_off >= 50
@@ -118,12 +118,12 @@ def test_a_planner_killed_again_and_again_is_given_up() -> None:
     assert "EPLB is off" in errors[0]
     assert sum(count for name, count in seen.metrics.items() if "failures" in name) == 3
     assert seen.metrics['vllm_eplb_phase{phase="off"}'] == 1
-    assert seen.stats.planner_starts == 3, "it was started without pauses"
+    assert seen.stats.planner_starts == 3, "the planner was started without pauses"
 
 
 class StopThePlanner(Fault):
-    """Stopped for good while it plans, and while it has nothing to do; stopped for a while. The clock that says how
-    long an answer takes is put forward, so that nobody waits for it."""
+    """SIGSTOP stops the planner for good while it plans (cycle 1) and while it is idle (cycle 2), and for a while in
+    cycle 4. The clock of the planner's deadline is put forward, so that the test does not wait for the deadline."""
 
     planner_timeout = 120.0
     cycles = 5
@@ -155,9 +155,9 @@ class StopThePlanner(Fault):
         return self.steps_paused == 0 or self.steps_paused >= 5
 
 
-def test_a_stopped_planner_is_replaced_a_paused_one_awaited() -> None:
+def test_stopped_planner_is_replaced_paused_one_awaited() -> None:
     seen = run(StopThePlanner)
-    # the one stopped in cycle 2, with nothing to do, is found out by the request of cycle 3
+    # the planner stopped while idle in cycle 2 is noticed when cycle 3 asks for a plan
     assert seen.results[:5] == ["failed", "done", "failed", "done", "done"]
     assert "within 120 s" in seen.stats.cycles[0].reason
     assert len(seen.said("WARNING", "did not answer within 120 s; it is replaced")) == 2
@@ -172,7 +172,7 @@ class TalkNonsense(Fault):
     most_steps = 6000
 
 
-def test_a_planner_that_talks_nonsense_costs_the_cycle_alone() -> None:
+def test_malformed_answer_of_a_planner_costs_one_cycle() -> None:
     seen = run(TalkNonsense, timeout=300)
     by_number = dict(enumerate(seen.stats.cycles, 1))
     bad = {number for number in range(1, 27, 2) if number != 5}
@@ -186,7 +186,7 @@ def test_a_planner_that_talks_nonsense_costs_the_cycle_alone() -> None:
 
 
 class LateOnce(Fault):
-    """The plan of cycle 1 comes when the ranks have given it up."""
+    """The plan of cycle 1 comes after the ranks have given it up."""
 
     policy = staticmethod(policies.late_once)
     cycles = 3
@@ -204,7 +204,7 @@ class LateOnce(Fault):
             give_signal("given up")
 
 
-def test_a_plan_that_comes_too_late_is_never_taken() -> None:
+def test_late_plan_is_never_taken() -> None:
     seen = run(LateOnce)
     assert seen.results[0] == "failed"
     assert "did not answer within the steps it had" in seen.stats.cycles[0].reason
@@ -212,7 +212,7 @@ def test_a_plan_that_comes_too_late_is_never_taken() -> None:
     assert seen.results[-1] == "done"
 
 
-# --- before the issue gate, and behind it -----------------------------------------------------------------------------
+# --- before and after the issue gate ----------------------------------------------------------------------------------
 
 
 def planted(*_: Any, **__: Any) -> Any:
@@ -220,7 +220,7 @@ def planted(*_: Any, **__: Any) -> Any:
 
 
 class NoMemory(Fault):
-    """In each odd cycle one rank runs out of memory at another point before the issue gate."""
+    """In every odd cycle one rank runs out of memory, each time at a different point before the issue gate."""
 
     settings: ClassVar[dict[str, Any]] = {"max_failures": 100, "transfer_buffer_experts": 2}
     points = ("snapshot", "take", "submit", "unpack", "check", "first round", "a later round", "maps")
@@ -258,20 +258,20 @@ class NoMemory(Fault):
         setattr(where, name, perhaps)
 
 
-def test_a_rank_without_memory_drops_the_cycle_on_all() -> None:
+def test_rank_without_memory_drops_the_cycle_on_all() -> None:
     seen = run(NoMemory)
     assert seen.results[:16] == ["failed", "done"] * 8, [cycle.reason for cycle in seen.stats.cycles]
     for number, kind in enumerate(("snapshot", "snapshot", "planner_failed", "plan_invalid", "plan_invalid")):
         assert seen.stats.failures[kind] >= 1, (number, kind)
     assert seen.stats.failures["prepare"] == 3
     later = seen.stats.cycles[12]
-    assert later.moved > 0, "the later round was to fail with others committed"
+    assert later.moved > 0, "the later round must fail after other rounds were committed"
     assert len(seen.said("WARNING", "dropped on all ranks")) == 8
     assert seen.said("ERROR") == []
 
 
 class FailToIssue(Fault):
-    """Rank 1 throws inside the issue of a round of cycle 2; rank 0 has issued it and waits for bytes."""
+    """Rank 1 throws while it issues a round of cycle 2; rank 0 has issued the round and waits for bytes."""
 
     cycles = 1000
 
@@ -285,7 +285,7 @@ class FailToIssue(Fault):
 
 
 class OfFault(FaultyTransport):
-    """Goes wrong on rank 1 in cycle 2 of ``fault``."""
+    """Fails on rank 1 in cycle 2 of ``fault``."""
 
     def __init__(self, real: Transport, fault: Fault) -> None:
         super().__init__(real)
@@ -320,7 +320,7 @@ class NeverArrive(Fault):
 
     @property
     def settles(self) -> bool:
-        return self.cycle < 2 or self.ranks.rank == 1  # which waits until its deadline is over
+        return self.cycle < 2 or self.ranks.rank == 1  # rank 1 waits until the deadline is over
 
     def before(self) -> None:
         if self.cycle == 2 and self.ranks.rank == 1:
@@ -328,7 +328,7 @@ class NeverArrive(Fault):
 
 
 @pytest.mark.parametrize("fault", [FailToIssue, NeverArrive])
-def test_a_transfer_that_fails_ends_balancing_and_nothing_else(fault: type[Fault]) -> None:
+def test_failed_transfer_ends_balancing_but_not_serving(fault: type[Fault]) -> None:
     seen = run(fault)
     assert seen.phase == "OFF"
     assert seen.steps_after_off >= 50
@@ -342,10 +342,10 @@ def test_a_transfer_that_fails_ends_balancing_and_nothing_else(fault: type[Fault
 
 
 class Skewed(Fault):
-    """Ranks are apart in time now and then, one is stopped as a whole, some forwards serve nobody, and each rank is in
-    a stage of its own.
+    """Ranks are late at random, rank 1 is stopped once, some forwards are dummy forwards, and ranks are in different
+    stages (prefill, decode).
 
-    The rank that is stopped goes on when all others have come to the forward of the step: their balancer did not wait.
+    The stopped rank continues when all other ranks have reached the forward of that step: their balancer did not wait.
     """
 
     settings: ClassVar[dict[str, Any]] = {"eplb_heat_collection_stage": "prefill", "max_failures": 100}
@@ -389,7 +389,7 @@ class SkewedLong(Skewed):
 
 @pytest.mark.parametrize("fault", [Skewed, pytest.param(SkewedLong, marks=pytest.mark.soak)])
 def test_ranks_apart_in_time_stay_together(fault: type[Skewed]) -> None:
-    """The fast proof of the long stop is the short one: it ends when nobody but the forward waits."""
+    """The short stop, which ends when only the forward waits, is the fast proof of the long one."""
     seen = run(fault, num_ranks=3)
     assert seen.stats.cycles_failed == 0
     assert seen.stats.cycles_done >= 10
@@ -397,7 +397,7 @@ def test_ranks_apart_in_time_stay_together(fault: type[Skewed]) -> None:
 
 
 class ClockJumps(Fault):
-    """Hours pass between two cycles; the wall clock goes back years in the middle of one."""
+    """The monotonic clock jumps hours ahead between two cycles; the wall clock goes back years within a cycle."""
 
     cycles = 6
 
@@ -411,7 +411,7 @@ class ClockJumps(Fault):
             time.time = lambda: wall() - 3 * 365 * 86400  # type: ignore[assignment]
 
 
-def test_clocks_that_jump_change_nothing() -> None:
+def test_jumps_of_clocks_change_nothing() -> None:
     seen = run(ClockJumps)
     assert seen.stats.cycles_failed == 0
     assert seen.stats.cycles_done >= 6

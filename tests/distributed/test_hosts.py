@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks on two hosts (network namespaces with names of their own): told apart, compared, and balanced on after a link
-between them was cut."""
+"""Ranks on two hosts (network namespaces with their own host names): the hosts are told apart, differences are named at
+start-up, and cycles continue after the link between the hosts was cut."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def run_on_two_hosts(
     meanwhile: Callable[[Hosts], None] = lambda hosts: None,
     other_package: Path = ROOT,
 ) -> list[dict[str, Any]]:
-    """Observations of every rank; the first two run on one host, the last on the other, which has ``other_package``."""
+    """Run three ranks and return their observations: two on the first host, the last on the second host, which has
+    ``other_package``."""
     with two_hosts() as hosts:
         processes = []
         for rank in range(RANKS):
@@ -65,7 +66,7 @@ def run_on_two_hosts(
     return [json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(RANKS)]
 
 
-def test_cycles_go_on_after_a_link_was_cut(tmp_path: Path) -> None:
+def test_cycles_continue_after_a_link_was_cut(tmp_path: Path) -> None:
     def step() -> int:
         path = tmp_path / "step0"
         return int(path.read_text() or 0) if path.exists() else -1
@@ -85,7 +86,7 @@ def test_cycles_go_on_after_a_link_was_cut(tmp_path: Path) -> None:
         hosts.link(1, up=True)
 
     all_seen = run_on_two_hosts(tmp_path, [SETTINGS] * RANKS, cut)
-    assert stood_still[0] <= 1  # the cable was really out
+    assert stood_still[0] <= 1  # the link was really cut
     for seen in all_seen:
         assert seen["nodes"] == [0, 0, 2]
         assert seen["wrong"] == ""
@@ -97,14 +98,14 @@ def test_cycles_go_on_after_a_link_was_cut(tmp_path: Path) -> None:
     assert all_seen[0]["cycles_done"] >= 5
 
 
-def test_a_host_with_other_settings_is_named(tmp_path: Path) -> None:
+def test_host_with_other_settings_is_named(tmp_path: Path) -> None:
     settings = [SETTINGS, SETTINGS, {**SETTINGS, "control_lag": 2}]
     for seen in run_on_two_hosts(tmp_path, settings):
         assert "expert-parallel rank 2 differs from rank 0 in eplb_config.control_lag: 2 against 1" in seen["error"]
 
 
-def test_a_host_with_another_version_is_named(tmp_path: Path) -> None:
-    """The other host really has another package: a copy with another version."""
+def test_host_with_another_version_is_named(tmp_path: Path) -> None:
+    """The second host runs a copy of the package that has another version."""
     copy = tmp_path / "copy"
     for name in ("vllm_ascend_eplb", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine loads other weights while experts move: back to the initial placement first, then on with the new ones."""
+"""An engine loads other weights while experts move: they go back to the initial placement, and balancing continues with
+the new weights."""
 
 from __future__ import annotations
 
@@ -40,13 +41,13 @@ CONFIG = EplbConfig.from_additional_config(
     }
 )
 NEW = 12
-"""First layer of the weights that are loaded; a multiple of six, so that shapes are the same."""
+"""``first_layer`` of the new weights; a multiple of six, so that shapes are equal."""
 
 
 @dataclass
 class Seen:
-    """Observations of one rank. ``loaded_in``: the phases in which weights were loaded; ``changed``: whether the
-    placement was another than the initial one then."""
+    """Observations of one rank. ``loaded_in``: the phases in which weights were loaded. ``changed``: at each load, True
+    if the placement was not the initial one."""
 
     history: list[int] = field(default_factory=list)
     loaded_in: list[int] = field(default_factory=list)
@@ -69,7 +70,7 @@ PHASES = (Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST, Phase.MOVE,
 
 
 def in_each_phase(ranks: Ranks, load: Callable[[RoutingModel, EplbUpdator, Seen], None]) -> Seen:
-    """Calls ``load`` once in each active phase, while experts are elsewhere than at the start, then goes on."""
+    """Call ``load`` once in each phase, when experts are not in their initial slots; then run three more cycles."""
     model, seen = RoutingModel(ranks), Seen()
     updator = start_balancer(model, CONFIG)
     wanted = list(PHASES)
@@ -90,12 +91,12 @@ def in_each_phase(ranks: Ranks, load: Callable[[RoutingModel, EplbUpdator, Seen]
 
 
 def load_others(model: RoutingModel) -> None:
-    """Weights that are not those of before, in the initial slots."""
+    """Load weights that differ from the present ones, in the initial slots."""
     model.slots.load(model.placement, NEW if model.slots.first_layer == 0 else 0)
 
 
 def give_memory_away(model: RoutingModel, level: int) -> None:
-    """What sleep does to memory: all of it is given away; level 2 loses the weights, with whatever is not kept."""
+    """Overwrite device memory as sleep mode does. Level 1 keeps the contents; level 2 loses the weights."""
     mine = [model.maps.logical_to_physical, model.maps.replica_count, *model.recorder.device_tensors()]
     weights = [kind for layer in model.slots.stacked for kind in layer]
     lasting = mine if level == 2 else [*mine, *weights]
@@ -107,7 +108,7 @@ def give_memory_away(model: RoutingModel, level: int) -> None:
 
 
 def serve_and_load(ranks: Ranks, back_to_start: bool) -> Seen:
-    """Loads other weights once in each active phase, then goes on."""
+    """Load other weights once in each phase."""
 
     def load(model: RoutingModel, updator: EplbUpdator, seen: Seen) -> None:
         with updator.new_weights() if back_to_start else contextlib.nullcontext():
@@ -126,17 +127,17 @@ def test_other_weights_may_be_loaded_in_any_phase(num_ranks: int) -> None:
         assert seen.loaded_in == first.loaded_in
     assert len(first.loaded_in) == 6
     assert first.stats.cycles_failed == 0
-    # after the last load the placement went on changing, with the checksums of the new weights
+    # cycles moved experts after the last load, so the checksums are those of the new weights
     assert len(set(first.history[-40:])) > 3
 
 
 def test_weights_loaded_past_the_balancer_are_in_wrong_slots() -> None:
-    """The control."""
+    """Negative control of the test above."""
     assert any(seen.wrong for seen in run_ranks(2, serve_and_load, False))
 
 
 def serve_and_sleep(ranks: Ranks, level: int, at_start: bool) -> Seen:
-    """Gives the memory of weights away once in each active phase. Level 2 loses it; other weights are loaded then."""
+    """Sleep once in each phase. Level 2 loses the weights, so other weights are loaded afterwards."""
 
     def sleep(model: RoutingModel, updator: EplbUpdator, seen: Seen) -> None:
         updator.rest(at_start=at_start)
@@ -154,7 +155,7 @@ def serve_and_sleep(ranks: Ranks, level: int, at_start: bool) -> Seen:
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_an_engine_may_sleep_in_any_phase(level: int) -> None:
-    """With the contents kept the placement stays; without them it is the initial one, for weights that come later."""
+    """If the contents are kept, the placement stays. If they are lost, it is the initial one, which a load expects."""
     first, second = run_ranks(2, serve_and_sleep, level, level == 2)
     for seen in (first, second):
         assert seen.wrong == ""
@@ -165,12 +166,13 @@ def test_an_engine_may_sleep_in_any_phase(level: int) -> None:
 
 
 def test_sleep_without_contents_needs_the_initial_maps() -> None:
-    """The control."""
+    """Negative control of the test above."""
     assert any(seen.wrong for seen in run_ranks(2, serve_and_sleep, 2, False))
 
 
 def serve_and_load_a_part(ranks: Ranks, move_back: bool) -> Seen:
-    """Loads some weights once in each active phase: none here, and all experts must be where they are loaded."""
+    """Load some of the weights once in each phase. Here none are loaded, so all experts must be in the slots they are
+    loaded into."""
 
     def load(model: RoutingModel, updator: EplbUpdator, seen: Seen) -> None:
         if move_back:
@@ -195,13 +197,14 @@ def test_a_part_of_the_weights_may_be_loaded_in_any_phase(num_ranks: int) -> Non
 
 
 def test_a_part_of_the_weights_needs_experts_moved_back() -> None:
-    """The control: maps switched back without the experts, as before a reload of all weights."""
+    """Negative control: only the maps go back, as before a reload of all weights, but the experts do not."""
     with pytest.raises(Exception, match=r"copies of \d+ experts differ from each other after weights were loaded"):
         run_ranks(2, serve_and_load_a_part, False)
 
 
 def serve_and_order(ranks: Ranks, folder: str, command: str) -> tuple[bool, list[int], str]:
-    """Moves back while an order waits; returns whether experts were back, orders obeyed then and later, wrong slots."""
+    """Move experts back while an order waits. Returns True if they were back, the number of the last obeyed order then
+    and later, and wrong slots."""
     start.LISTEN_STEPS = 4
     model, first = RoutingModel(ranks), ranks.rank == 0
     box = OrderBox(Path(folder, "order")) if first else None
@@ -230,7 +233,7 @@ def test_an_order_waits_until_experts_are_back(command: str, tmp_path: Path) -> 
 
 
 def sleep_and_update(ranks: Ranks, turns: int) -> Seen:
-    """Turn by turn: some steps until one of the phases, sleep without contents, other weights, steps again."""
+    """In every turn: step until the turn's phase, sleep without contents, load other weights."""
     model, seen = RoutingModel(ranks), Seen()
     updator = start_balancer(model, CONFIG)
     for turn in range(turns):
@@ -253,7 +256,7 @@ def sleep_and_update(ranks: Ranks, turns: int) -> Seen:
 
 
 @pytest.mark.parametrize("turns", [30, pytest.param(1000, marks=pytest.mark.soak)])
-def test_sleep_and_new_weights_turn_by_turn(turns: int) -> None:
+def test_sleep_and_new_weights_alternate(turns: int) -> None:
     first, second = run_ranks(2, sleep_and_update, turns)
     for seen in (first, second):
         assert seen.wrong == ""
@@ -298,6 +301,6 @@ def load_copies_that_differ(ranks: Ranks) -> str:
     return ""
 
 
-def test_copies_that_differ_after_loading_are_an_error_on_all() -> None:
+def test_different_copies_after_loading_are_an_error_on_all() -> None:
     for error in run_ranks(2, load_copies_that_differ):
         assert error.startswith("copies of 1 experts differ from each other after weights were loaded")

@@ -30,7 +30,7 @@ ORDERS: tuple[dict[str, Any], ...] = (
     {"command": "resume"},
 )
 STEPS_BETWEEN = 90
-"""Steps from an order that took effect to the next one: enough for a cycle and more."""
+"""Steps from the effect of an order to the next order: enough for more than one cycle."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ def test_all_ranks_obey_at_the_same_step(num_ranks: int, tmp_path: Path) -> None
         {order: [getattr(moment, name) for moment in group] for order, group in by_order.items()}
         for name in ("digest", "cycle")
     )
-    assert len(set(digests[0])) > 2  # cycles came and went
+    assert len(set(digests[0])) > 2  # cycles moved experts
     assert len(set(digests[1])) == len(set(cycles[1])) == 1  # paused: nothing moves
     assert all(moment.paused for order in (1, 2, 3, 4) for moment in by_order[order])
-    assert cycles[2][-1] == cycles[1][-1] + 1  # one cycle, and no more
+    assert cycles[2][-1] == cycles[1][-1] + 1  # exactly one cycle
     assert digests[2][-1] != digests[1][-1]
     assert start not in digests[2]
     assert cycles[3][-1] == cycles[2][-1] + 1

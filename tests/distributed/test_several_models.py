@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model and its draft model: two balancers with states of their own, one clock, and the same process groups."""
+"""A model and its draft model: two balancers with separate states share the steps and the process groups."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG = EplbConfig.from_additional_config(
             "algorithm_execution_interval": 1,
             "policy": "random",
             "min_gain": 0.0,
-            "transfer_buffer_experts": 2,  # many rounds, so that those of both models are under way at a time
+            "transfer_buffer_experts": 2,  # many rounds, so that both models have rounds under way at the same time
         }
     }
 )
@@ -42,7 +42,7 @@ CONFIG = EplbConfig.from_additional_config(
 
 @dataclass
 class Seen:
-    """Observations of one rank. ``history``: per step (step, phase, placement) of each model."""
+    """Observations of one rank. ``history``: (step, phase, placement) of each model, per step."""
 
     history: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
     wrong: str = ""
@@ -60,8 +60,8 @@ def models(ranks: Ranks) -> list[RoutingModel]:
 
 
 class HeldBack(FaultyTransport):
-    """Starts each transfer of this model on this rank up to 20 ms late. Without ``own_tags`` the messages of all
-    models and rounds have the same tags."""
+    """Starts every transfer up to 20 ms late. Without ``own_tags`` all messages have the same tag, whatever their model
+    and round."""
 
     def __init__(self, real: Transport, seed: int, own_tags: bool) -> None:
         super().__init__(real)
@@ -106,32 +106,32 @@ def serve_two(ranks: Ranks, cycles: int, own_tags: bool = True) -> Seen:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_two_models_balance_on_shared_groups_each_by_itself(num_ranks: int) -> None:
+def test_two_models_balance_separately_on_shared_groups(num_ranks: int) -> None:
     first, *rest = run_ranks(num_ranks, serve_two, 6)
     for seen in (first, *rest):
         assert seen.wrong == ""
         assert seen.history == first.history
     assert min(first.done) >= 5
     assert first.failed == (0, 0)
-    for (step, _, placement), (its_step, _, its_placement) in first.history:
-        assert step == its_step  # one clock
-        assert placement != its_placement  # two states
+    for (step, _, placement), (draft_step, _, draft_placement) in first.history:
+        assert step == draft_step  # one step counter
+        assert placement != draft_placement  # two states
     phases = {(a[1], b[1]) for a, b in first.history}
-    assert (Phase.MOVE, Phase.MOVE) in phases  # their rounds were under way at the same time
+    assert (Phase.MOVE, Phase.MOVE) in phases  # rounds of both were under way at the same time
     assert len({a for a, _ in phases} | {b for _, b in phases}) >= 5
     assert first.tokens[0] % (64 * SHAPES[0][0]) == 0
     assert first.tokens[1] % (64 * SHAPES[1][0]) == 0
 
 
-def test_without_tags_of_their_own_their_messages_get_mixed_up() -> None:
-    """The control."""
+def test_messages_of_two_models_with_the_same_tags_mix_up() -> None:
+    """Negative control of the test above: without tags of their own the models receive each other's experts."""
 
     def check() -> None:
         all_seen = run_ranks(2, serve_two, 6, False)
         if any(seen.damaged or sum(seen.failed) for seen in all_seen):
             raise RuntimeError("a round arrived damaged")
 
-    # Gloo ends a process that gets a longer message than it waits for; a shorter one has the wrong checksum
+    # Gloo aborts a process that gets a longer message than expected; a shorter message has the wrong checksum
     with pytest.raises(RuntimeError, match=r"died|damaged"):
         check()
 
@@ -146,7 +146,7 @@ def start_in_another_order(ranks: Ranks) -> str:
     return ""
 
 
-def test_ranks_that_start_models_in_another_order_do_not_start() -> None:
+def test_models_in_different_order_by_rank_do_not_start() -> None:
     for error in run_ranks(2, start_in_another_order):
         assert "expert-parallel rank 1 differs from rank 0 in part of the server: drafter against all" in error or (
             "expert-parallel rank 1 differs from rank 0 in initial placement" in error
@@ -161,5 +161,5 @@ def start_on_channel(ranks: Ranks, channel: int) -> str:
     return ""
 
 
-def test_a_channel_that_does_not_exist_is_refused() -> None:
+def test_channel_out_of_range_is_refused() -> None:
     assert run_ranks(2, start_on_channel, 4) == ["channel 4; allowed are 0..3"] * 2

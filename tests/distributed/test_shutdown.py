@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server that ends, in order or not, in any phase of a cycle leaves nothing of ours behind.
+"""A server that ends in any phase of a cycle, in order or not, leaves none of our processes, files and semaphores.
 
-A process takes the part of vLLM's front end: it makes the private folder and has the ranks as children, which treat
-signals and the death of their parent as vLLM's workers do. Each rank stays in the phase asked for until it is ended.
+A process acts as vLLM's front end: it makes the run's folder and starts the ranks as children. They treat signals and
+the death of their parent as vLLM's workers do. Every rank stays in the wanted phase until it is ended.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.distributed
 
 PHASES = (Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST, Phase.MOVE, Phase.COLLECT)
 CYCLE = 2
-"""In which they end; by then there are statistics, a recorded map and experts that have moved."""
+"""The cycle in which the ranks end. By then there are statistics, a recorded map and moved experts."""
 
 
 def exit_once(number: int, _: Any) -> None:
@@ -52,7 +52,7 @@ def exit_once(number: int, _: Any) -> None:
 
 
 def serve(ranks: Ranks, phase_name: str, folder: str, in_order: bool) -> None:
-    """Steps until the phase is reached in cycle 2, says so and stays there."""
+    """Step until the phase is reached in cycle 2, write a file that says so, and stay in the phase."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, exit_once)
 
@@ -74,7 +74,7 @@ def serve(ranks: Ranks, phase_name: str, folder: str, in_order: bool) -> None:
         expert_map_record_path=str(Path(folder, "map.json")),
     )
     model = RoutingModel(ranks)
-    start_module.EplbProcess = partial(EplbProcess, policies.plan_slowly)  # at work when it ends
+    start_module.EplbProcess = partial(EplbProcess, policies.plan_slowly)  # it is still planning when the server ends
     updator = start_balancer(model, config)
     try:
         while updator.state.cycle < CYCLE or updator.state.phase is not Phase[phase_name]:
@@ -83,7 +83,7 @@ def serve(ranks: Ranks, phase_name: str, folder: str, in_order: bool) -> None:
             updator.forward_end()
             dist.barrier()
             time.sleep(0.05 if updator.state.phase is Phase.PLAN else 0.004)
-        time.sleep(0.1)  # what is under way in threads and in the planner's process goes on
+        time.sleep(0.1)  # let the threads and the planner's process work
         Path(folder, f"rank{ranks.rank}").write_text(str(os.getpid()))
         if not in_order:
             time.sleep(600)
@@ -94,13 +94,13 @@ def serve(ranks: Ranks, phase_name: str, folder: str, in_order: bool) -> None:
 def wait_for(value: Any, seconds: float = 60.0) -> Any:
     end = time.monotonic() + seconds
     while not (found := value()):
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"not within {seconds:.0f} s"
         time.sleep(0.02)
     return found
 
 
 def front_ends(way: str, folder: str) -> None:
-    """One server for each phase, in a session and a folder of its own; writes with which status each ended."""
+    """Start one server per phase, each in its own session and folder, and write the exit status of each."""
     os.environ.pop(STATS_VARIABLE, None)
     ranks_module.context = multiprocessing.get_context("fork")
     phase_of = {}
@@ -115,7 +115,7 @@ def front_ends(way: str, folder: str) -> None:
             signal.signal(signal.SIGTERM, exit_once)  # as vLLM's server, which ends in order
             provide_stats_path()
             run_ranks(2, serve, phase.name, str(own), way == "in order")
-            return  # and ends as any program does
+            return  # so that the process ends as any program does
         (own / "session").write_text(str(pid))
         phase_of[pid] = phase.name
     statuses = {phase_of[pid]: os.waitstatus_to_exitcode(status) for pid, status in (os.wait() for _ in PHASES)}
@@ -139,7 +139,7 @@ def end(way: str, session: int, first_rank: int) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_server_that_ends_in_any_phase_leaves_nothing_of_ours(way: str, tmp_path: Path) -> None:
+def test_server_ended_in_any_phase_leaves_nothing_of_ours(way: str, tmp_path: Path) -> None:
     code = f"from {__name__} import front_ends; front_ends({way!r}, {str(tmp_path)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     sessions: dict[Phase, int] = {}
@@ -171,6 +171,6 @@ def test_a_server_that_ends_in_any_phase_leaves_nothing_of_ours(way: str, tmp_pa
     finally:
         process.kill()
         for session in sessions.values():
-            for pid in [session, *session_members(session)]:  # of those that were started here
+            for pid in [session, *session_members(session)]:  # started by this test
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole cycles over Gloo: after every commit every slot holds what its map says, on all ranks at the same step."""
+"""Whole cycles over Gloo: after every commit every slot holds the expert in its map, on all ranks at the same step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check(outcomes: list[Outcome]) -> None:
         (8, (3, 16, 3), {"lag": 3}),
     ],
 )
-def test_every_commit_brings_the_right_weights_at_the_same_step(
+def test_commits_bring_the_right_weights_at_the_same_step(
     num_ranks: int, shape: tuple[int, int, int], options: dict[str, Any]
 ) -> None:
     trouble = Trouble(step_delay=0.004, message_delay=0.01, planner_steps=4)
@@ -43,7 +43,7 @@ def test_every_commit_brings_the_right_weights_at_the_same_step(
     assert outcomes[0].commits >= 6
 
 
-def test_faults_before_issue_change_nothing_but_the_time() -> None:
+def test_faults_before_issue_only_delay_the_cycle() -> None:
     trouble = Trouble(message_delay=0.003, prepare_fails=0.02, damage=0.1)
     outcomes = run_ranks(3, drive, 6, (3, 9, 4), trouble, {"seed": 5})
     check(outcomes)
@@ -51,7 +51,8 @@ def test_faults_before_issue_change_nothing_but_the_time() -> None:
     assert outcomes[0].drops + outcomes[0].resends >= 1
 
 
-def test_the_comparison_notices_weights_that_did_not_move() -> None:
+def test_weights_that_did_not_move_are_found() -> None:
+    """Negative control of the tests above: the maps switch and the weights stay."""
     outcomes = run_ranks(2, drive, 1, (2, 5, 3), Trouble(leave_slots=True), {})
     assert outcomes[0].commits >= 1
     assert any(outcome.wrong for outcome in outcomes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same cycles with weights on GPUs, over every transport; two ranks share a GPU where there is one only."""
+"""The cycles of test_transfer.py with weights on GPUs, over every transport. Two ranks share a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def drive(ranks: Ranks, transport: str, options: dict[str, Any]) -> tuple[str, O
         ("nccl", {"budget_bytes": 8192, "lag": 2}),
     ],
 )
-def test_every_commit_brings_the_right_weights_on_gpus(transport: str, options: dict[str, Any]) -> None:
+def test_commits_bring_the_right_weights_on_gpus(transport: str, options: dict[str, Any]) -> None:
     if transport == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("NCCL needs a GPU per rank")
     results = run_ranks(2, drive, transport, options)
@@ -89,15 +89,15 @@ def drive_graph(ranks: Ranks) -> tuple[int, str]:
     return driver.outcome.commits, f"off after step {driver.state.step}: {driver.state.failure.name}" if off else ""
 
 
-def test_a_captured_graph_sees_every_commit() -> None:
+def test_captured_graph_sees_every_commit() -> None:
     for commits, wrong in run_ranks(2, drive_graph):
         assert wrong == ""
         assert commits >= 5
 
 
 class MoELayers:
-    """Layers whose experts are the first tensors of a driver's slots, captured as one graph: routed ids through the
-    mapping op, and this rank's part of every layer's answer."""
+    """Layers whose experts are the first tensors of a driver's slots. One captured graph maps routed ids by the op and
+    computes this rank's part of every layer's answer."""
 
     TOKENS, TOP_K, WIDTH = 64, 3, 512
 
@@ -116,7 +116,7 @@ class MoELayers:
             self.parts = self.forward()
 
     def forward(self) -> list[torch.Tensor]:
-        """Per layer [N, K, A]: what this rank's slots make of each token's choices, and zero for other ranks'."""
+        """Per layer [N, K, A]: the answers of this rank's slots, and zero for choices that other ranks compute."""
         parts = []
         for layer, (weights, *_) in enumerate(self.driver.slots.stacked):
             slots = map_and_record(
@@ -133,13 +133,13 @@ class MoELayers:
         return parts
 
     def commit(self) -> None:
-        """Switches the maps over with the weights that were just committed."""
+        """Switch the maps to the weights that were just committed."""
         self.maps.prepare(self.driver.placement, list(range(self.driver.placement.num_layers)))
         self.maps.commit()
 
     def wrong(self, step: int) -> str:
-        """Replays the graph for other tokens; which layer's answer, summed over the ranks, is not that of the experts
-        that were asked for, or was not counted once."""
+        """Replay the graph for other tokens. Returns the first layer whose answer, summed over the ranks, is not that
+        of the routed experts, or whose tokens were not counted once; empty if there is none."""
         generator = torch.Generator().manual_seed(step)
         self.x.copy_(torch.randn(self.x.shape, generator=generator))
         self.ids.copy_(torch.randint(self.driver.placement.num_experts, self.ids.shape, generator=generator))
@@ -170,13 +170,13 @@ def drive_layers(ranks: Ranks, maps_follow: bool) -> tuple[int, str]:
     return commits, wrong or ("off" if driver.state.phase is Phase.OFF else "")
 
 
-def test_a_captured_graph_of_layers_answers_alike_across_commits() -> None:
+def test_captured_graph_of_layers_is_right_across_commits() -> None:
     for commits, wrong in run_ranks(2, drive_layers, True):
         assert wrong == ""
         assert commits >= 5
 
 
-def test_a_captured_graph_whose_maps_stay_behind_is_noticed() -> None:
+def test_captured_graph_with_old_maps_is_found() -> None:
     """Negative control: the comparison above can fail."""
     assert all("another answer" in wrong for _, wrong in run_ranks(2, drive_layers, False))
 
@@ -211,7 +211,7 @@ def test_nccl_is_refused_where_it_could_deadlock() -> None:
 
 
 def memory_while_serving(ranks: Ranks, transport: str) -> tuple[list[int], list[int], int]:
-    """Bytes that torch holds on the device, and bytes free on it, after start-up and after each of some cycles."""
+    """Bytes that torch reserved on the device and free bytes, after start-up and after every cycle; and the commits."""
     driver = make_driver(ranks, transport, {})
     held, free = [], []
     for cycles in range(6):
@@ -225,8 +225,8 @@ def memory_while_serving(ranks: Ranks, transport: str) -> tuple[list[int], list[
 
 
 @pytest.mark.parametrize("transport", ["auto", "gloo", "nccl"])
-def test_serving_takes_no_device_memory_that_start_up_did_not(transport: str) -> None:
-    """An engine sizes its KV cache after start-up: what balancing needs later must be there by then."""
+def test_serving_takes_no_more_device_memory_than_start_up(transport: str) -> None:
+    """An engine sizes its KV cache after start-up, so balancing must allocate all its memory before."""
     if transport == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("NCCL needs a GPU per rank")
     for held, free, commits in run_ranks(2, memory_while_serving, transport):

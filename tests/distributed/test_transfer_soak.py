@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thousands of cycles over Gloo with everything that may go wrong before issue: no deadlock, never a wrong weight."""
+"""A thousand cycles over Gloo with all faults that may happen before issue: no deadlock and no wrong weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CYCLES = int(os.environ.get("EPLB_SOAK_CYCLES", "1000"))
     ("num_ranks", "options"),
     [(2, {"seed": 11}), (2, {"seed": 12, "buffers": 1, "lag": 2}), (4, {"seed": 13, "budget_bytes": 4096})],
 )
-def test_cycles_without_end(num_ranks: int, options: dict[str, object]) -> None:
+def test_long_runs_keep_the_right_weights(num_ranks: int, options: dict[str, object]) -> None:
     trouble = Trouble(message_delay=0.001, planner_steps=6, prepare_fails=0.005, damage=0.005)
     outcomes = run_ranks(num_ranks, drive, CYCLES, (3, 3 * num_ranks, 4), trouble, options, timeout=3600)
     check(outcomes)

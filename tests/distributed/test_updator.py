@@ -37,7 +37,7 @@ pytestmark = pytest.mark.distributed
 
 
 def misbehave(request: PlanRequest) -> Plan:
-    """A planner with a different fault in each of the first cycles."""
+    """Plan, with a different fault in each of the first five cycles."""
     good = plan_request(request)
     if request.number == 1:
         raise MemoryError("planted")
@@ -47,7 +47,7 @@ def misbehave(request: PlanRequest) -> Plan:
         return replace(good, moves=np.array([[0, slot, 1, slot] for slot in (0, 12)], dtype=np.int32))
     if request.number == 4:  # a plan for another shape
         return replace(good, physical_to_logical=good.physical_to_logical[:, :-1])
-    if request.number == 5:  # moves that do not lead where the plan says
+    if request.number == 5:  # moves that do not lead to the plan's placement
         return replace(good, physical_to_logical=request.physical_to_logical, moves=good.moves)
     return good
 
@@ -57,12 +57,12 @@ def always_fail(request: PlanRequest) -> Plan:
 
 
 def plan_windows(request: PlanRequest) -> Plan:
-    """Plans from a load of several windows, here all alike."""
+    """Plan from a load of four equal windows."""
     return plan_request(replace(request, load=np.concatenate([request.load] * 4)))
 
 
 def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str, Any]) -> Seen:
-    """Steps like an engine's, one forward each, until ``steps`` or the option ``cycles`` are over."""
+    """Step as an engine does, with one forward per step, for ``steps`` steps or the option ``cycles``."""
     model = RoutingModel(ranks, weighted=bool(settings.get("weighted_dispatch")))
     model.topology = Topology(options.get("nodes", (0,) * ranks.num_ranks))
     config = EplbConfig.from_additional_config(
@@ -149,18 +149,18 @@ def check_agreement(all_seen: list[Seen]) -> None:
 def test_cycles_balance_the_load_and_all_ranks_agree(nodes: tuple[int, ...]) -> None:
     all_seen = run_ranks(len(nodes), serve, 400, {}, {"nodes": nodes})
     check_agreement(all_seen)
-    uneven = (len(nodes), 2, nodes)  # two nodes that do not share three ranks: planned as one, with a warning
+    uneven = (len(nodes), 2, nodes)  # three ranks on two nodes are planned as one node, with a warning
     assert [uneven in seen.lines for seen in all_seen] == [len(nodes) == 3] + [False] * (len(nodes) - 1)
     stats = all_seen[0].stats
     assert stats.cycles_done >= 2
     assert stats.cycles_failed == 0
     assert all_seen[0].first_par > 1.08
     assert all_seen[0].final_par < 1 + (all_seen[0].first_par - 1) / 2
-    assert stats.window.tokens % (64 * LAYERS) == 0  # whole batches, each counted once
+    assert stats.window.tokens % (64 * LAYERS) == 0  # whole batches, counted once
 
 
 @pytest.mark.parametrize("mode", ["balance", "sync"])
-def test_a_planner_that_misbehaves_costs_a_cycle_alone(mode: str) -> None:
+def test_fault_of_the_planner_costs_one_cycle(mode: str) -> None:
     all_seen = run_ranks(
         2,
         serve,
@@ -191,7 +191,7 @@ def test_too_many_failures_switch_balancing_off_at_one_step() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_cannot_prepare_drops_the_cycle_on_all(rank: int) -> None:
+def test_rank_that_cannot_prepare_drops_the_cycle_on_all(rank: int) -> None:
     all_seen = run_ranks(2, serve, 500, {}, {"prepare_fails_on": rank})
     check_agreement(all_seen)
     stats = all_seen[0].stats
@@ -211,7 +211,7 @@ def test_a_faster_rank_gets_more_load() -> None:
     assert stats.window.par_start.mean > 1.2  # even ranks are uneven in time
 
 
-def test_observing_moves_nothing_and_says_what_it_would_bring() -> None:
+def test_mode_observe_moves_nothing_and_predicts_par() -> None:
     all_seen = run_ranks(2, serve, 120, {"mode": "observe", "log_balancedness_interval": 7}, {})
     check_agreement(all_seen)
     assert len(set(all_seen[0].history)) == 1
@@ -223,8 +223,8 @@ def test_observing_moves_nothing_and_says_what_it_would_bring() -> None:
 
 
 @pytest.mark.parametrize("policy", ["plan_windows", "plan_request"])
-def test_a_plan_of_windows_tells_its_95th_percentile(policy: str) -> None:
-    """In the log line and in the statistics; a plan of one window has none."""
+def test_plan_of_windows_reports_the_95th_percentile(policy: str) -> None:
+    """The log line and the statistics have the percentile of a load series; a plan of one window has none."""
     all_seen = run_ranks(2, serve, 120, {}, {"policy": policy, "cycles": 1})
     check_agreement(all_seen)
     cycle = all_seen[0].stats.cycles[0]
@@ -242,8 +242,8 @@ def test_a_plan_of_windows_tells_its_95th_percentile(policy: str) -> None:
     ("tokens", "receive", "moves"), [(4096, None, True), (8, None, False), (4096, 1.0, False), (8, 1.0, False)]
 )
 def test_measured_time_decides_what_moves(tokens: float, receive: float | None, moves: bool) -> None:
-    """The same load: it is balanced where steps have many tokens, and left alone where they have few, because steps are
-    no shorter then; or where a rank receives a byte in a second."""
+    """The same load is balanced if steps have many tokens. It is not balanced if steps have few tokens, because steps
+    would not be shorter, or if transfers are slow (a byte per second)."""
     options = {"tokens": tokens, "receive": receive, "cycles": 3}
     all_seen = run_ranks(2, serve, 400, {}, options)
     check_agreement(all_seen)
@@ -267,7 +267,7 @@ def test_measured_time_decides_what_moves(tokens: float, receive: float | None, 
 
 
 def measure(ranks: Ranks) -> tuple[float | None, float | None, str, bool]:
-    """The rates of an idle balancer, what is wrong with its slots afterwards, and whether its loader is poisoned."""
+    """The measured rates of an idle balancer, the first wrong slot afterwards, and True if its loader is poisoned."""
     model = RoutingModel(ranks)
     settings = {"dynamic_eplb": True, "num_redundant_experts": redundant(ranks.num_ranks)}
     updator = build_updator(model, EplbConfig.from_additional_config({"eplb_config": settings}))
@@ -278,7 +278,7 @@ def measure(ranks: Ranks) -> tuple[float | None, float | None, str, bool]:
     return receive, commit, wrong, poisoned
 
 
-def test_rates_are_measured_alike_on_all_ranks() -> None:
+def test_measured_rates_are_equal_on_all_ranks() -> None:
     all_seen = run_ranks(3, measure)
     assert all(seen == all_seen[0] for seen in all_seen)
     receive, commit, wrong, poisoned = all_seen[0]
@@ -288,9 +288,9 @@ def test_rates_are_measured_alike_on_all_ranks() -> None:
     assert not poisoned
 
 
-def test_the_first_cycle_comes_early_and_idle_steps_are_steps() -> None:
-    """After a quarter of the interval, as in vLLM (test_eplb_state.py compares); an idle step counts as a step there,
-    and what it computes counts nowhere."""
+def test_first_cycle_is_early_and_idle_steps_are_steps() -> None:
+    """The first cycle begins after a quarter of the interval, as in vLLM (test_eplb_state.py compares). An idle step
+    counts as a step, but its tokens are not counted."""
     settings = {"mode": "observe", "expert_heat_collection_interval": 40}
     all_seen = run_ranks(2, serve, 80, settings, {"idle": True})
     check_agreement(all_seen)
@@ -303,7 +303,7 @@ def test_the_first_cycle_comes_early_and_idle_steps_are_steps() -> None:
 
 
 def check_balancedness(all_seen: list[Seen], interval: int) -> None:
-    """Rank 0 wrote one line about every ``interval``-th forward, with what was counted in that forward."""
+    """Assert that rank 0 wrote one line about every ``interval``-th forward, with the tokens of that forward."""
     lines = [line for line in all_seen[0].lines if len(line) == 6]
     assert [line[0] for line in lines[:10]] == [interval * n for n in range(1, 11)]
     for step, name, average, most, ratio, left in lines:
@@ -327,7 +327,7 @@ def test_dispatch_shares_balance_without_moving_an_expert() -> None:
     assert len(set(all_seen[0].tables)) > 1
 
 
-def test_a_long_plan_gives_way_to_a_newer_one() -> None:
+def test_long_plan_gives_way_to_a_newer_one() -> None:
     settings = {"policy": "random", "transfer_buffer_experts": 1, "expert_heat_collection_interval": 4}
     all_seen = run_ranks(2, serve, 800, settings, {"cycles": 5, "cut_after": 4})
     check_agreement(all_seen)
@@ -362,7 +362,8 @@ def changes(seen: Seen) -> int:
 
 @pytest.mark.parametrize(("num_ranks", "policy", "cycles"), [(2, "random", 3), (4, "random", 2), (2, "incremental", 1)])
 def test_a_synchronous_cycle_takes_one_step(num_ranks: int, policy: str, cycles: int) -> None:
-    """The policy "random" makes the same plan in the same cycle, and the first window is the same under every mode."""
+    """A cycle in mode sync takes one step and ends with the placement and weights of an asynchronous cycle. Both modes
+    make the same plans: "random" depends on the cycle's number only, and the first window is the same."""
     settings = {"policy": policy, "planner_effort": "fast", "transfer_buffer_experts": 1}  # no plan depends on time
     at_once = run_ranks(num_ranks, serve, 400, {**settings, "mode": "sync"}, {"cycles": cycles})
     in_rounds = run_ranks(num_ranks, serve, 400, settings, {"cycles": cycles})
@@ -374,4 +375,4 @@ def test_a_synchronous_cycle_takes_one_step(num_ranks: int, policy: str, cycles:
         assert len({whole.after[n][1] for n in range(cycles + 1)}) == cycles + 1  # weights did move
         assert changes(stepwise) > cycles  # so the count above can fail
     assert at_once[0].stats.cycles_failed == in_rounds[0].stats.cycles_failed == 0
-    assert at_once[0].step == (cycles + 1) * 10 - 8  # waiting is no step: the first cycle at step 2, then every 10
+    assert at_once[0].step == (cycles + 1) * 10 - 8  # no extra steps: a cycle at step 2, then every 10

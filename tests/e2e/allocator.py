@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands for vLLM's sleep mode on a CPU, where it needs an allocator of GPUs and its worker ignores the call: what a
-sleeping engine has given away holds ones, until it is put back or loaded again. The calls of the worker are real ones.
+"""A stand-in for vLLM's sleep mode on a CPU: the real one needs a GPU allocator, and vLLM's CPU worker ignores the
+call. Memory of a sleeping engine is filled with ones until it is restored or loaded again. The worker's calls are real.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 
 def _given_away(worker: Any) -> list[Any]:
-    """Weights, and what the balancer keeps beside them."""
+    """The weights, and the balancer's tensors on the device."""
     state = getattr(worker.model_runner, "eplb_state", None)
     mine = [] if state is None else [*state.num_unpadded_tokens, *state.updator.parts.adaptor.device_tensors()]
     return [*(parameter.data for parameter in worker.model_runner.model.parameters()), *mine]
@@ -30,7 +30,7 @@ def wake_up(worker: Any, tags: list[str] | None = None) -> None:
 
 
 def remember(worker: Any) -> None:
-    """Once the model is loaded: parameters cannot be asked for later, while experts are elsewhere."""
+    """Keep the tensors when the model is loaded: later, while experts are moved, reading parameters is refused."""
     worker.model_runner.eplb_allocated = _given_away(worker)
 
 

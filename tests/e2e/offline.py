@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One offline vLLM engine in a process of its own: ``python offline.py JOB.json RESULT.json``.
+"""Run one offline vLLM engine in its own process: ``python offline.py JOB.json RESULT.json``.
 
 The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config or null), ``compile``, ``arguments``
 (more of the engine's), ``variables`` (of its environment), ``max_tokens``, ``prompts`` (a list of batches), ``cycles``
@@ -33,7 +33,7 @@ several ranks, and the first step of such an engine waits for the compiler."""
 
 
 def environment(ranks: int) -> dict[str, str]:
-    """What vLLM's CPU backend needs for ``ranks`` workers on a small machine."""
+    """Environment variables of vLLM's CPU backend for ``ranks`` workers on a small machine."""
     cores = sorted(os.sched_getaffinity(0))
     return {
         **os.environ,
@@ -47,7 +47,7 @@ def environment(ranks: int) -> dict[str, str]:
 
 
 class Engine:
-    """One vLLM engine of one or several data-parallel parts, called the same way."""
+    """A vLLM engine of one or several data-parallel parts, with one interface for both."""
 
     def __init__(self, **arguments: Any) -> None:
         from vllm import LLM, AsyncEngineArgs
@@ -63,13 +63,13 @@ class Engine:
             self._many = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     def rpc(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """``function(worker, *args)`` in every worker; what each returned, in rank order."""
+        """Call ``function(worker, *args)`` in every worker and return the results in rank order."""
         if self.parts == 1:
             return self.llm.collective_rpc(function, args=args)
         return [result for part in self._loop.run_until_complete(self._call(function, args)) for result in part]
 
     async def _call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[list[Any]]:
-        """Answers of all data-parallel parts; vLLM before 0.32 has no public function that asks all."""
+        """The results of all data-parallel parts; vLLM before 0.32 has no public function for this."""
         core = self._many.engine_core
         asked = (
             core._call_utility_async("collective_rpc", function, None, args, None, engine=engine)
@@ -78,7 +78,7 @@ class Engine:
         return await asyncio.gather(*asked)
 
     def generate(self, prompts: list[str], sampling: Any, part: int | None = None) -> list[Any]:
-        """Answers to all prompts, asked at the same time, of one data-parallel part or of whichever is free."""
+        """Answers to all prompts, asked at the same time, from one data-parallel part, or from any (None)."""
         if self.parts == 1:
             return self.llm.generate(prompts, sampling, use_tqdm=False)
         return self._loop.run_until_complete(self._gather(prompts, sampling, part))
@@ -95,14 +95,14 @@ class Engine:
         return await asyncio.gather(*(ask(prompt) for prompt in prompts))
 
     def update_weights(self, factor: float) -> None:
-        """Transfers weights as a trainer does, in two parts; the stand-in of transfer_engine.py takes them."""
+        """Transfer weights as a trainer does, in two parts, to the stand-in of transfer_engine.py."""
         self.llm.collective_rpc("start_weight_update")
         for part in (0, 1):
             self.llm.collective_rpc("update_weights", kwargs={"update_info": {"factor": factor, "part": part}})
         self.llm.collective_rpc("finish_weight_update")
 
     def sleep(self, level: int) -> None:
-        """Sleeps and wakes up, and with level 2 loads the weights again."""
+        """Sleep and wake up; after level 2, load the weights again."""
         import probes
 
         self.llm.collective_rpc("sleep", args=(level,))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server in folders of its own, so that leftovers show after every way of ending."""
+"""A server with its own folders, so that leftovers are found however the server ends."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ SETTINGS: dict[str, object] = {
     "audit_interval": 100,
     "audit_action": "repair",
 }
-"""A cycle follows a cycle, every one moves most experts, and audits come in between. Few steps of load, and two rounds
-rather than six, make it more than one a second on two busy cores."""
+"""One cycle after another, in which every cycle moves most experts, with audits in between. Short windows, and two
+rounds instead of six, give more than one cycle per second on two busy cores."""
 
 
 KV_BLOCKS = 64
-"""Of 128 tokens each: enough for all sequences, and so few that all are in memory before it is first measured."""
+"""Blocks of 128 tokens: enough for all sequences, and so few that all are in memory before the first measurement."""
 
 
 def planners(server: Server) -> list[int]:
-    """The planner is the spawned child of a worker, or of an engine that is its own worker."""
+    """Ids of the planner: the spawned child of a worker, or of an engine that is its own worker."""
     return [
         pid
         for pid in server.processes()
@@ -60,11 +60,11 @@ def workers(server: Server) -> list[int]:
 
 
 class PrivateServer(Server):
-    """A server that makes its own private folder for statistics, as it does for a user who sets nothing, and records
-    its map on a small disk, which nobody else sees, where this machine allows one.
+    """A server that makes its own private folder for statistics, as it does by default. It records its map on a small
+    private disk if this machine allows one.
 
     Attributes:
-        small_disk: whether there is one.
+        small_disk: True if there is a small disk.
     """
 
     def __init__(self, folder: Path, parallel: str = "tensor", settings: dict[str, object] = SETTINGS) -> None:
@@ -79,7 +79,7 @@ class PrivateServer(Server):
         self.environment |= EAGER  # its compiler's cache would be in that folder, and new for each server
         is_root = os.geteuid() == 0
         own_mounts = ["unshare", "--mount", *([] if is_root else ["--map-root-user"])]
-        self._its_mounts = ["nsenter", "--mount", *([] if is_root else ["--user", "--preserve-credentials"])]
+        self._enter_mounts = ["nsenter", "--mount", *([] if is_root else ["--user", "--preserve-credentials"])]
         mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(self.disk)]
         self.small_disk = (
             shutil.which("unshare") is not None
@@ -90,8 +90,8 @@ class PrivateServer(Server):
         self._handle = -1
 
     def run_first(self, code: str, **environment: str) -> None:
-        """Before it is started: every process of it begins with ``code``, which may import what stands beside this
-        file, and has these variables in its environment."""
+        """Let every process of the server begin with ``code``, with these variables in its environment. The code may
+        import modules of this folder. Call this before the server is started."""
         start = Path(tempfile.mkdtemp(dir=self.temporary.parent, prefix="start-"))
         (start / "sitecustomize.py").write_text(code)
         paths = [str(start), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
@@ -101,7 +101,7 @@ class PrivateServer(Server):
         self.start()
         for _ in self.wait_until_ready(600):
             pass
-        if self.small_disk:  # to be seen also when the server, and its mounts with it, are gone
+        if self.small_disk:  # keeps the disk visible after the server and its mounts are gone
             assert self._process is not None
             self._handle = os.open(f"/proc/{self._process.pid}/root{self._mount_point}", os.O_PATH | os.O_DIRECTORY)
             self.disk = Path(f"/proc/{os.getpid()}/fd/{self._handle}")
@@ -113,7 +113,7 @@ class PrivateServer(Server):
         self.stats_path = found[0] / "stats.json"
 
     def remove(self) -> None:
-        """Ends what is still there, and removes what a server leaves in its folder but the log."""
+        """End processes that are left, and remove all that the server left in its folder except the log."""
         self.stop(1.0)
         if self._handle >= 0:
             os.close(self._handle)
@@ -126,7 +126,7 @@ class PrivateServer(Server):
         ballast = self.disk / "ballast"
         try:
             with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
-                while True:  # to the last byte
+                while True:  # until the disk is full
                     file.write(b"x" * 4096)
             yield
         finally:
@@ -134,10 +134,10 @@ class PrivateServer(Server):
 
     @contextlib.contextmanager
     def full_statistics_disk(self) -> Iterator[None]:
-        """Lays a disk that is too small over the folder of the statistics. Only the server sees it: read from here, the
-        statistics stand still."""
+        """Mount a disk that is too small over the folder of the statistics. Only the server sees it, so the statistics
+        that the test reads stay unchanged."""
         assert self._process is not None
-        inside = [*self._its_mounts, "--target", str(self._process.pid)]
+        inside = [*self._enter_mounts, "--target", str(self._process.pid)]
         folder = str(self.stats_path.parent)
         subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", "size=4k,mode=700", "tmpfs", folder], check=True)
         try:
@@ -151,15 +151,15 @@ class PrivateServer(Server):
         return [str(path) for path in [folder, *folder.iterdir()] if path.stat().st_mode & 0o077]
 
     def end_by(self, number: int, pairs: Pairs) -> list[str]:
-        """Sends the front end a signal while it serves; what stays behind of us, or is not whole, in words.
+        """Send the front end a signal while it serves. Returns, in words, all that is left of us or is not whole.
 
-        vLLM's engine and workers outlive a front end that is killed, with or without us. Whoever supervises a service
-        terminates what is left of it then, and so does this.
+        vLLM's engine and workers outlive a killed front end, with or without us. A supervisor of services then
+        terminates them, and so does this function.
         """
         held = semaphores(self.processes())
         with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
             for text, _ in pairs[:STREAMS]:
-                pool.submit(_ask_in_vain, self.url, text)
+                pool.submit(_ask_without_answer, self.url, text)
             time.sleep(1.0)
             assert self._process is not None
             self._process.send_signal(number)
@@ -182,6 +182,6 @@ class PrivateServer(Server):
         return left
 
 
-def _ask_in_vain(url: str, text: str) -> None:
+def _ask_without_answer(url: str, text: str) -> None:
     with contextlib.suppress(httpx.HTTPError):
         httpx.post(f"{url}/v1/completions", json=Requests.completion(text) | {"max_tokens": 200}, timeout=60)

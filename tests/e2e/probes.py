@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that run inside vLLM's workers and look at what the routers and kernels really do.
+"""Functions that run inside vLLM's workers and observe the routers and kernels.
 
-They are sent there by name, so every worker has this folder on its path (conftest.py sees to it).
+They are sent by name, so every worker needs this folder on its path; conftest.py puts it there.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ class Probe:
     """Observations of one worker.
 
     Attributes:
-        tokens: of the forward under way that belong to requests, as the scheduler says.
-        windows: the routers' own choices, counted apart from the package, per window.
-        loads: what the planner was given for the same windows.
-        taken: what this rank's recorder had counted at each end of a window.
-        masks: which (token, k) pairs each call computed.
-        wrong_experts: pairs of this rank's tokens that were sent to a slot which holds another expert.
-        padded_rows: rows that this rank routed beyond its tokens, in steps with requests.
+        tokens: tokens of requests in the current forward, by the scheduler.
+        windows: the routers' own choices per window, counted without the package.
+        loads: the load that the planner got for the same windows.
+        taken: the counts of this rank's recorder at the end of every window.
+        masks: the (token, k) pairs that every call computed.
+        wrong_experts: pairs of this rank's tokens that were sent to a slot with another expert.
+        padded_rows: padding rows that this rank routed, in steps with requests.
         history: step, phase and placement of every step.
-        idle: longest row of steps without a request.
-        ahead: steps that were scheduled before the tokens of the step before were known.
+        idle: the longest run of steps without a request.
+        ahead: steps that were scheduled before the tokens of the previous step were known.
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
@@ -47,7 +47,7 @@ def _state(worker: Any) -> Any:
 
 
 def _counted(updator: Any) -> np.ndarray:
-    """[L] pairs that the recorder has counted since the last snapshot."""
+    """[L]: pairs that the recorder has counted since the last snapshot."""
     recorder = updator.parts.recorder
     recorder.flush(updator.placement)
     return recorder.window().sum(axis=(0, 2))
@@ -67,7 +67,7 @@ def install(worker: Any) -> None:
     runner, state = worker.model_runner, _state(worker)
     updator = state.updator
     if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
-        # vLLM makes these in its profile run, which its worker for CPUs leaves out of eager engines
+        # vLLM makes these in the profile run, which its CPU worker skips for eager engines
         runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
             batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
         )
@@ -97,7 +97,7 @@ def install(worker: Any) -> None:
     calls = [0]
 
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("dummy_run"):  # of the V2 runner, whose dummy run goes this way
+        if kwargs.get("dummy_run"):  # the V2 runner's dummy run calls this function
             return execute(scheduler_output, *args, **kwargs)
         probe.tokens = scheduler_output.total_num_scheduled_tokens
         idle[0] = 0
@@ -164,11 +164,11 @@ def _has_router(module: Any, kind: type) -> bool:
 
 
 def watch_drafter(worker: Any) -> None:
-    """Keeps what a draft model proposes, and what its routers choose for tokens that are no padding, per window."""
+    """Record the draft tokens, and per window the choices of the draft model's routers for tokens without padding."""
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
     runner, state = worker.model_runner, _state(worker)
-    drafter = runner.drafter if hasattr(runner, "drafter") else runner.speculator  # of the V1 and the V2 runner
+    drafter = runner.drafter if hasattr(runner, "drafter") else runner.speculator  # the V1 and the V2 runner
     draft_config = worker.vllm_config.speculative_config.draft_model_config
     worker.eplb_proposed, worker.eplb_windows, worker.eplb_loads = [], [], []
     propose = drafter.propose
@@ -223,7 +223,7 @@ def watch_drafter(worker: Any) -> None:
 
 
 def report_of_drafter(worker: Any) -> dict[str, Any]:
-    """Observations since the last report, and the state of the draft model's balancer."""
+    """The observations since the last report, and the state of the draft model's balancer."""
     result = {"drafts": worker.eplb_proposed, "windows": worker.eplb_windows, "loads": worker.eplb_loads}
     worker.eplb_proposed = []
     state = _state(worker)
@@ -239,7 +239,7 @@ def report_of_drafter(worker: Any) -> dict[str, Any]:
 
 
 def switch_maps_without_weights(worker: Any, of_drafter: bool = False) -> None:
-    """The negative control: the routing of a placement whose weights were never moved."""
+    """The negative control: switch the maps to a placement whose weights were never moved."""
     updator = _state(worker).draft.updator if of_drafter else _state(worker).updator
     start = updator.placement
     turned = type(start)(np.roll(start.physical_to_logical, 1, axis=1), start.num_experts, start.num_ranks)
@@ -248,7 +248,7 @@ def switch_maps_without_weights(worker: Any, of_drafter: bool = False) -> None:
 
 
 def remember_weights(worker: Any) -> None:
-    """Keeps a copy of all weights as they were loaded, and watches what is scheduled."""
+    """Keep a copy of all loaded weights, and count scheduled tokens."""
     worker.eplb_weights = {name: tensor.clone() for name, tensor in worker.model_runner.model.named_parameters()}
     worker.eplb_drafts, worker.eplb_most_tokens = 0, 0
     execute = worker.model_runner.execute_model
@@ -262,8 +262,7 @@ def remember_weights(worker: Any) -> None:
 
 
 def reload_weights(worker: Any) -> dict[str, Any]:
-    """Loads the weights of the start again, by name and as the worker does, which both go back to the placement of
-    then."""
+    """Load the weights of the start again, by name and by reload; both go back to the initial placement."""
     state, updator = _state(worker), _state(worker).updator
     result = {"placement": updator.placement.digest, "phase": updator.state.phase.name, "drafts": worker.eplb_drafts}
     norms = {name: tensor for name, tensor in worker.eplb_weights.items() if name.endswith("norm.weight")}
@@ -286,13 +285,13 @@ def reload_weights(worker: Any) -> dict[str, Any]:
 
 
 def load_again(worker: Any) -> None:
-    """Loads the weights of the start, which are gone."""
+    """Load the weights of the start again after they were lost."""
     with torch.no_grad():
         worker.reload_weights(weights_iterator=iter(worker.eplb_weights.items()), is_checkpoint_format=False)
 
 
 def updated(worker: Any) -> dict[str, Any]:
-    """The placement in force after new weights, the initial one, and what balancing has done so far."""
+    """The placement in force after new weights, the initial placement, and the number of cycles."""
     updator = _state(worker).updator
     return {
         "placement": updator.placement.digest,
@@ -302,8 +301,8 @@ def updated(worker: Any) -> dict[str, Any]:
 
 
 def routing_that_is_refused(worker: Any) -> list[str]:
-    """What is said of real layers of this data-parallel engine once their kernel is of an older kind, with tokens
-    gathered before they are routed, or one that routes by itself; and of the layers as they are."""
+    """The errors of a real layer of this data-parallel engine: unchanged, with an older kernel (tokens are gathered
+    before they are routed), with a kernel that routes by itself, and unchanged again."""
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     from vllm_ascend_eplb.adaptors.errors import UnsupportedError
@@ -336,13 +335,13 @@ def routing_that_is_refused(worker: Any) -> list[str]:
 
 
 def cycles_done(worker: Any) -> int:
-    """Cycles that moved experts so far; 0 on all ranks but the first, and without balancing."""
+    """Cycles that moved experts so far; 0 without balancing, and on all ranks except the first."""
     state = _state(worker)
     return state.updator.stats.stats().cycles_done if state is not None and state.updator is not None else 0
 
 
 def report(worker: Any) -> dict[str, Any]:
-    """A worker's state at the end, as plain values."""
+    """The state of a worker as plain values."""
     updator = _state(worker).updator
     if updator is None:  # static placement
         return {}
@@ -374,7 +373,7 @@ def report(worker: Any) -> dict[str, Any]:
 
 
 def views_agree(worker: Any) -> bool:
-    """True if the maps of vLLM's state API equal those that vLLM derives from the placement shown."""
+    """True if the maps in vLLM's state API equal those that vLLM derives from its physical-to-logical map."""
     from vllm.distributed.eplb.eplb_state import compute_logical_maps
 
     def agree(views: Any) -> bool:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A served model under steady requests and random faults, for a given time: ``python -m tests.e2e.soak``.
+"""Serve a model under steady requests and random faults for a given time: ``python -m tests.e2e.soak``.
 
-Every few seconds something goes wrong on purpose; all the while each answer is compared, token by token, with those of
-one process without expert parallelism, and the server's memory, threads, files and sockets are measured. What was done
-and what came of it goes to soak.json and soak.md in the report folder. The exit status is 0 if no request failed, no
-token was wrong and nothing grew.
+Every few seconds a fault is injected. Every answer is compared, token by token, with that of one process without expert
+parallelism. The server's memory, threads, files and sockets are measured. The faults and results are written to
+soak.json and soak.md in the report folder. The exit status is 0 if no request failed, no token was wrong and nothing
+grew.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ PROMPTS = 12
 SAMPLE_SECONDS = 5.0
 
 
-# --- what the server holds --------------------------------------------------------------------------------------------
+# --- the server's resources -------------------------------------------------------------------------------------------
 
 
 def measure(server: Server) -> dict[str, float]:
-    """Resources of all processes of the server but the planner, which is replaced every few seconds."""
+    """The resources of all processes of the server except the planner, which is replaced every few seconds."""
     total: Counter[str] = Counter()
     left_out = set(planners(server))
     for pid in set(server.processes()) - left_out:
@@ -64,7 +64,7 @@ def measure(server: Server) -> dict[str, float]:
 
 
 class Faults:
-    """One fault after the other, each undone before the next."""
+    """Injects one fault after another; every fault is undone before the next."""
 
     def __init__(self, server: PrivateServer, requests: Requests, luck: random.Random) -> None:
         self._server, self._requests, self._stats, self._luck = server, requests, server.stats_path, luck
@@ -87,7 +87,7 @@ class Faults:
     async def run(self, stopping: asyncio.Event) -> None:
         names: list[str] = []
         while not stopping.is_set():
-            if not names:  # all in turn, in another order each time
+            if not names:  # all faults in turn, in a new order every time
                 names = self._luck.sample(sorted(self.kinds), len(self.kinds))
             name = names.pop()
             if await self.kinds[name]() is not False:
@@ -149,7 +149,7 @@ class Faults:
 
 
 async def under_load(server: Server, seed: int, pairs: Pairs, go: Callable[[Requests], Awaitable[object]]) -> Answers:
-    """Sends requests until ``go(requests)`` is over; returns their results."""
+    """Send requests until ``go(requests)`` is over, and return their results."""
     luck, stopping, requests = random.Random(seed), asyncio.Event(), Requests(server.url, pairs)
     streams = [asyncio.create_task(requests.stream(random.Random(luck.random()), stopping)) for _ in range(STREAMS)]
     try:
@@ -163,7 +163,7 @@ async def under_load(server: Server, seed: int, pairs: Pairs, go: Callable[[Requ
 
 
 async def soak(server: PrivateServer, minutes: float, seed: int, pairs: Pairs) -> dict[str, Any]:
-    """Injects random faults for ``minutes``."""
+    """Inject random faults for ``minutes``."""
     samples: list[dict[str, float]] = []
     result: dict[str, Any] = {"samples": samples, "stats": None}
 
@@ -178,12 +178,12 @@ async def soak(server: PrivateServer, minutes: float, seed: int, pairs: Pairs) -
                 await asyncio.sleep(min(SAMPLE_SECONDS, 6 * minutes))
                 server.check_alive()
                 samples.append(await asyncio.to_thread(measure, server) | {"requests": requests.answers.requests})
-        except asyncio.CancelledError:  # Ctrl-C ends the run early, with a report of what there was
+        except asyncio.CancelledError:  # Ctrl-C ends the run early, with a report
             print(f"interrupted after {time.monotonic() - began:.0f} seconds", flush=True)
         stopping.set()
         await trouble
         result.update(faults=faults.done, seconds=round(time.monotonic() - began, 1))
-        for _ in range(100):  # the statistics come back by themselves after the last fault
+        for _ in range(100):  # the statistics come back after the last fault
             with contextlib.suppress(ServerError):
                 result["stats"] = server.stats()
             if result["stats"] is not None and result["stats"].cycles_done:
@@ -195,7 +195,7 @@ async def soak(server: PrivateServer, minutes: float, seed: int, pairs: Pairs) -
 
 
 def reference(folder: Path) -> Pairs:
-    """Prompts and their answers, which are kept in the folder for the next run."""
+    """Prompts and their answers; the answers are kept in the folder for the next run."""
     kept = folder / "reference.json"
     if not kept.exists():
         kept.write_text(json.dumps(reference_tokens(list(DOMAINS), TOKENS, 16)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Limits of a soak's growth, and its report."""
+"""The verdict on a soak run, with limits of growth, and its report."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import statistics
 from typing import Any
 
 MOST_GROWTH = {"memory_mib": 48.0, "threads": 3, "files": 6, "sockets": 4, "shared_memory": 6}
-"""What the last quarter of the samples may have more than the first, by the median. A planner that is just being
-replaced has no semaphores."""
+"""Allowed growth of the median, from the first to the last quarter of the samples. A planner that is being replaced has
+no semaphores, so shared_memory varies."""
 
 
 VLLM_GROWTH_MIB = ((500, 0.7), (1_000_000, 0.15))
-"""By at most so much vLLM 0.32's two workers on a CPU grow with each of the first 500 requests of this kind (0.54 to
-0.6 measured without this plugin), and with each one after them (0.13 measured). The memory that they may have more is
-this for the requests in between, and MOST_GROWTH."""
+"""(requests, MiB per request): allowed growth of vLLM 0.32's two workers on a CPU, in addition to MOST_GROWTH. Without
+this plugin 0.54 to 0.6 were measured for the first 500 requests of this kind, and 0.13 after them."""
 
 
 def growth(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -30,7 +29,7 @@ def growth(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def vllm_growth(requests: float) -> float:
-    """MiB by which vLLM's workers may have grown after ``requests`` requests."""
+    """MiB by which vLLM's workers may grow in ``requests`` requests."""
     total = 0.0
     for count, mib in VLLM_GROWTH_MIB:
         total += mib * min(requests, count)
@@ -39,7 +38,7 @@ def vllm_growth(requests: float) -> float:
 
 
 def judge(result: dict[str, Any], left: list[str], log: str) -> list[str]:
-    """List of everything that went wrong; empty after a good run."""
+    """The list of failures; empty after a good run."""
     answers, stats, said = result["answers"], result["stats"], []
     mended_before = result["before"].audit_mended if result["before"] is not None else 0
     if answers.failed:
@@ -60,14 +59,14 @@ def judge(result: dict[str, Any], left: list[str], log: str) -> list[str]:
     elif stats.phase == "off":
         said.append(f"balancing went off: {stats.off_reason}")
     elif stats.audit_damaged or stats.audit_mended > mended_before:
-        said.append(f"an audit found {stats.audit_damaged} damaged slots and mended {stats.audit_mended}")
+        said.append(f"an audit found {stats.audit_damaged} damaged slots and repaired {stats.audit_mended}")
     if re.search(r'File "[^"]*vllm_ascend_eplb/', log):
         said.append("there is a traceback with our code in the log")
     return said + left
 
 
 def report(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """The report in Markdown."""
     answers, stats = result["answers"], result["stats"] or {}
     lines = [
         "# Soak",

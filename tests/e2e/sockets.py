@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets vLLM's processes on a CPU wait at sockets. It may be loaded as each process starts, so it imports little.
+"""Let vLLM's processes on a CPU wait at sockets. Every process may load this module as it starts, so it imports little.
 
-They wait in loops otherwise: tensor-parallel ranks in shared memory, and workers and engine for up to a second until
-they listen at a socket. With more processes than cores a loop takes the core that another process needs, and a step
-takes a hundred times as long. Ranks at sockets are a way of vLLM's own, for ranks that share no memory.
+By default they wait in loops: tensor-parallel ranks in shared memory, and workers and engine for up to a second before
+they listen at a socket. With more processes than cores, a loop takes the core that another process needs, and a step
+takes a hundred times as long. vLLM itself uses sockets for ranks that share no memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def wait_at_sockets() -> None:
-    """In every process, before its engine starts."""
+    """Call this in every process before its engine starts."""
     from vllm_ascend_eplb.adaptors.post_import import after_import
 
     after_import("vllm.distributed.device_communicators.cpu_communicator", _share_no_memory)
@@ -27,8 +27,8 @@ def _share_no_memory(module: Any) -> None:
 
 def _listen_at_once(module: Any) -> None:
     spin = getattr(module, "SpinCondition", None)
-    # A reader that listens at once may miss a word, and looks for itself after five seconds in vLLM. Here it does so
-    # every millisecond.
+    # A reader that listens at once may miss a notification. vLLM's reader then looks again after five seconds; here it
+    # looks every millisecond.
     if spin is not None and hasattr(module, "SHM_READER_RECHECK_INTERVAL_MS"):
         spin.__init__.__defaults__ = (0.0,)  # busy_loop_s
         module.SHM_READER_RECHECK_INTERVAL_MS = 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steady requests to a server, and their results."""
+"""Send steady requests to a server and compare the answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STREAMS = 3
 
 
 Pairs = list[tuple[str, list[int]]]
-"""Prompts and the tokens that answer them."""
+"""Prompts and the expected tokens of their answers."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Answers:
 
 
 class Requests:
-    """Keeps some requests under way; each answer is compared."""
+    """Keeps requests under way and compares every answer."""
 
     def __init__(self, url: str, pairs: Pairs) -> None:
         self.answers = Answers()
@@ -42,7 +42,7 @@ class Requests:
         self.pause.set()
         self._luck = random.Random(0)
         self._pairs = pairs
-        # A connection for each request: the server closes idle ones, perhaps just when the next request is sent.
+        # One connection per request: the server closes idle connections, perhaps just when the next request is sent.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._client = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(240.0), limits=limits)
 
@@ -66,7 +66,7 @@ class Requests:
                 self.answers.first_wrong = f"{text[:60]!r}: expected {expected}, got {got}"
 
     async def abort(self) -> None:
-        """Begins a request and goes away in the middle of its answer."""
+        """Begin a request and close the connection in the middle of the answer."""
         luck = self._luck
         request = self.completion(luck.choice(self._pairs)[0]) | {"stream": True, "max_tokens": 200}
         with contextlib.suppress(httpx.HTTPError):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real vLLM engines on two GPUs, with either of its model runners: the same tokens whatever moves, eager and from
-captured graphs, and counts that are the routers' own. For machines that have them: ``pytest -m cuda``."""
+"""Real vLLM engines on two GPUs, with both model runners, eager and with captured graphs: tokens stay equal while
+experts move, and counts are the routers' own. Run with ``pytest -m cuda``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .test_draft_model import (  # noqa: F401  the tests, with the engines of th
     in_parallel,
     test_data_parallel_engines_draft_the_same,
     test_draft_model_load_is_its_routers_own_choice,
-    test_draft_tokens_notice_maps_without_weights,
-    test_the_experts_of_both_move,
+    test_experts_of_both_models_move,
+    test_maps_without_weights_change_draft_tokens,
     test_tokens_and_draft_tokens_are_equal,
 )
 from .test_offline import TOKENS, assert_equal_every_turn, equal_tokens
@@ -31,13 +31,13 @@ pytestmark = [
 ]
 ARGUMENTS = {
     "gpu_memory_utilization": 0.2,
-    "kv_cache_memory_bytes": 2**30,  # not measured, so that others may use these GPUs at the same time
-    "attention_backend": "TRITON_ATTN",  # the one that computes in float32
+    "kv_cache_memory_bytes": 2**30,  # fixed, so that several engines can share the GPUs
+    "attention_backend": "TRITON_ATTN",  # computes in float32
     "disable_custom_all_reduce": True,
 }
 WHOLE = {"TRITON_F32_DEFAULT": "ieee"}
-"""Triton would round to TF32 before it multiplies. Sums come in another order on two GPUs and once experts have moved;
-what that changes in the last bit would change a token where two are nearly as likely, also without balancing."""
+"""Without this Triton multiplies in TF32. Two GPUs, and moved experts, change the order of sums and so the last bits.
+In TF32 that would change a token if two tokens are nearly as likely, also without balancing."""
 
 PARALLEL = {
     "ranks": 1,
@@ -46,7 +46,7 @@ PARALLEL = {
 }
 
 V2 = {"V1": "0", "V2": "1"}
-"""VLLM_USE_V2_MODEL_RUNNER for each of the two."""
+"""VLLM_USE_V2_MODEL_RUNNER by runner."""
 
 CYCLES = 12
 
@@ -118,7 +118,7 @@ def _drafted(runs, job, runner: str, **more):
 
 @pytest.fixture(scope="module")
 def parallel(runner, runs):
-    """Two data-parallel engines. Turn by turn both, the first, the second and both of them get the prompts."""
+    """Two data-parallel engines. In turns, the prompts go to both, to the first, to the second, and to both again."""
     return _balanced(runs, runner, BUSY, probe=True, **PARALLEL)
 
 
@@ -147,7 +147,7 @@ def _balanced(runs, runner: str, config, ranks: int = 2, arguments=ARGUMENTS, **
 
 
 def assert_balanced(result, expected) -> None:
-    """Experts moved on both ranks alike, no token changed; and with a planted fault tokens do change."""
+    """Assert that experts moved equally on both ranks and no token changed; a planted fault must change tokens."""
     first, second = result["ranks"]
     stats = json.loads(first["stats"])
     assert stats["cycles_done"] >= 10
@@ -163,7 +163,7 @@ def assert_balanced(result, expected) -> None:
     assert same < total * 0.9  # the next cycle's commits repair the maps
 
 
-def test_tokens_are_those_of_one_gpu_whatever_moved(eager, expected):
+def test_tokens_equal_those_of_one_gpu_while_experts_move(eager, expected):
     assert_balanced(eager, expected)
 
 
@@ -172,15 +172,15 @@ def test_captured_graphs_are_replayed_while_experts_move(captured, expected):
     assert json.loads(captured["ranks"][0]["stats"])["dispatch_updates"] >= 10
 
 
-def test_captured_graphs_of_data_parallel_engines_are_replayed(parallel_captured, expected):
+def test_captured_graphs_of_data_parallel_are_replayed(parallel_captured, expected):
     assert_balanced(parallel_captured, expected)
 
 
-def test_workers_of_ray_answer_as_one_gpu_whatever_moved(workers_of_ray, expected):
+def test_workers_of_ray_answer_as_one_gpu(workers_of_ray, expected):
     assert_balanced(workers_of_ray, expected)
 
 
-def test_the_recorded_load_is_the_routers_own_choice(eager):
+def test_recorded_load_is_the_routers_own_choice(eager):
     first, second = eager["ranks"]
     loads, windows = np.array(first["loads"]), np.array(first["windows"])
     assert len(loads) >= 10
@@ -189,7 +189,7 @@ def test_the_recorded_load_is_the_routers_own_choice(eager):
     np.testing.assert_array_equal(np.array(second["windows"]), windows)
 
 
-def test_data_parallel_engines_answer_as_one_gpu_whatever_moved(parallel, expected):
+def test_data_parallel_engines_answer_as_one_gpu(parallel, expected):
     assert_balanced(parallel, expected)
 
 
@@ -204,7 +204,7 @@ def test_data_parallel_engines_count_every_pair_once(parallel):
     np.testing.assert_array_equal(loads, np.sum([rank["windows"] for rank in ranks], axis=0)[: len(loads)])
 
 
-def test_data_parallel_engines_stay_in_step_while_one_is_idle(parallel):
+def test_data_parallel_engines_stay_in_step_with_one_idle(parallel):
     first, second = parallel["ranks"]
     assert first["history"] == second["history"]
     assert len(first["history"]) > 350

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two data-parallel engines that share the experts: the same answers, also while one of them has nothing to do, and
-every token counted once."""
+"""Two data-parallel engines that share the experts give the answers of one process, also while one engine is idle, and
+every token is counted once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOP_K, NUM_LAYERS = 4, 6
 
 @pytest.fixture(scope="module")
 def audit(tmp_path_factory) -> Path:
-    """Folder with a file for each process that made steps; see audit.py."""
+    """The folder with a file per worker, with a line per step; see audit.py."""
     return tmp_path_factory.mktemp("audit")
 
 
@@ -48,13 +48,13 @@ def test_answers_are_those_of_one_process_while_experts_move(server, reference):
             break
     assert stats.cycles_done >= 10
     assert stats.cycles_failed == 0
-    assert [rank.rank for rank in stats.ranks] == [0, 1]  # of both engines
+    assert [rank.rank for rank in stats.ranks] == [0, 1]  # both engines
     assert all(rank.longest_step_seconds > 0 for rank in stats.ranks)
     shown = EplbStats.from_json(httpx.get(f"{server.url}/eplb/stats", timeout=30).text)
     assert [rank.rank for rank in shown.ranks] == [0, 1]
 
 
-def test_an_idle_engine_stays_in_step(server, reference):
+def test_idle_engine_stays_in_step(server, reference):
     texts = [text for batch in prompts(6) for text in batch]
     before = server.stats()
     for text, expected in zip(texts, reference, strict=True):
@@ -69,8 +69,8 @@ def test_an_idle_engine_stays_in_step(server, reference):
     assert after.window.tokens % (TOP_K * NUM_LAYERS) == 0
 
 
-def test_each_step_counts_its_own_tokens_once_in_every_layer(server, audit, reference):
-    """After the tests above, which made steps with and without requests on both engines."""
+def test_every_step_counts_its_tokens_once_in_every_layer(server, audit, reference):
+    """The tests above made steps with and without requests on both engines; all of them are checked."""
     texts = [text for batch in prompts(2) for text in batch]
     complete(server, texts)
     engines = [
@@ -81,12 +81,12 @@ def test_each_step_counts_its_own_tokens_once_in_every_layer(server, audit, refe
         wrong = [step for step in steps if step[2] != [step[0] * TOP_K] * NUM_LAYERS]
         assert wrong == []
         assert all(recorded == (tokens > 0) for tokens, recorded, _ in steps)
-        assert len({tokens for tokens, *_ in steps}) > 5  # prompts, decoding, dummy batches: no number fits them all
+        assert len({tokens for tokens, *_ in steps}) > 5  # prompts, decoding, dummy batches: a constant cannot pass
         assert sum(tokens for tokens, *_ in steps) > 1000
     assert any(tokens == 0 for steps in engines for tokens, *_ in steps)
 
 
-def test_a_server_terminated_under_requests_leaves_nothing(server, reference):
-    """Runs last on this server, because it ends it."""
+def test_server_terminated_under_requests_leaves_nothing(server, reference):
+    """The last test on this server, because it ends the server."""
     texts = [text for batch in prompts(6) for text in batch]
     assert server.end_by(signal.SIGTERM, list(zip(texts, reference, strict=True))) == []

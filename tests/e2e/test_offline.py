@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real vLLM engines, offline: the same tokens whatever moves, counts that are the router's own, and what must fail."""
+"""Real offline vLLM engines: tokens stay equal while experts move, and counts are the routers' own."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .conftest import BUSY, DRAFT_TOKENS, PATTERN, prompts, reference_run
 
 TOKENS = 48
 CHUNK = 64
-"""Most tokens of one forward, where prompts come in chunks."""
+"""Most tokens in a forward of the engine with chunked prefill."""
 
 CYCLES = 12
-"""Cycles that take place, where many are wanted; how many turns of the prompts that takes depends on the machine."""
+"""Cycles in runs that need many. The number of turns of the prompts that this takes depends on the machine."""
 
 
 def equal_tokens(ours: list[list[int]], theirs: list[list[int]]) -> tuple[int, int]:
@@ -42,7 +42,7 @@ SCHEDULED_AHEAD = """
 import torch
 from vllm_ascend_eplb.adaptors.post_import import after_import
 
-class Order:  # of streams and events; a CPU does one thing after the other
+class Order:  # a stand-in for streams and events; a CPU works in order
     def __init__(self, *args, **kwargs):
         pass
     def nothing(self, *args):
@@ -66,8 +66,8 @@ after_import("vllm.v1.worker.gpu_model_runner", stand_in)
 
 @pytest.fixture(scope="module")
 def probed(runs, tmp_path_factory):
-    """EP over two ranks, redundant experts, a random placement every few steps, steps that are scheduled before the
-    tokens of the step before are known; every router and kernel watched."""
+    """An engine with EP over two ranks, redundant experts, a random placement every few steps, and steps scheduled
+    before the tokens of the previous step are known. Every router and kernel is watched."""
     folder = tmp_path_factory.mktemp("ahead")
     (folder / "sitecustomize.py").write_text(SCHEDULED_AHEAD)
     run = runs(
@@ -84,7 +84,7 @@ def probed(runs, tmp_path_factory):
     return run
 
 
-def test_tokens_equal_those_of_one_process_whatever_moved(probed, reference):
+def test_tokens_equal_those_of_one_process(probed, reference):
     assert [rank["failures"] for rank in probed.result["ranks"]] == [0, 0]
     stats = json.loads(probed.result["ranks"][0]["stats"])
     assert stats["cycles_done"] >= 10
@@ -108,13 +108,13 @@ def test_all_ranks_hold_one_placement_at_one_step(probed):
         }
 
 
-def test_the_recorded_load_is_the_routers_own_choice(probed):
+def test_recorded_load_is_the_routers_own_choice(probed):
     first, second = probed.result["ranks"]
     loads, windows = np.array(first["loads"]), np.array(first["windows"])
     assert len(loads) >= 10
     np.testing.assert_array_equal(loads, windows[: len(loads)])
     assert loads.sum() > 0
-    assert len(set(loads.sum(axis=2).ravel().tolist())) > 1  # windows differ, so equality is no accident
+    assert len(set(loads.sum(axis=2).ravel().tolist())) > 1  # windows differ, so that a constant cannot pass
     np.testing.assert_array_equal(loads.sum(axis=2), loads.sum(axis=2)[:, :1].repeat(6, axis=1))  # tokens x top-4
     assert second["loads"] == []  # one planner
     np.testing.assert_array_equal(np.array(second["windows"]), windows)  # the ranks route the same tokens
@@ -130,13 +130,13 @@ def test_every_pair_is_computed_once_with_the_right_weights(probed):
 
 @pytest.fixture(scope="module")
 def featured(runs):
-    """A compiled model with what users turn on: chunks of prompts, a prefix cache, draft tokens that are verified,
-    answers of a given shape; in the end, weights are reloaded."""
+    """A compiled model with chunked prefill, prefix caching, draft tokens and structured answers; at the end, weights
+    are reloaded."""
     draft_tokens = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     run = runs(
         "featured",
         ranks=2,
-        eplb={**BUSY, "weighted_dispatch": True},  # so that tables change beside placements
+        eplb={**BUSY, "weighted_dispatch": True},  # tables change as well as placements
         compile=True,
         variables={"TORCHINDUCTOR_CACHE_DIR": str(kept.folder() / "inductor")},
         arguments={
@@ -157,20 +157,20 @@ def featured(runs):
 
 
 def test_compiled_model_gives_the_same_tokens(featured, reference):
-    """With chunks of prompts, a prefix cache and draft tokens."""
+    """Tokens are equal with chunked prefill, prefix caching and draft tokens."""
     stats = json.loads(featured["ranks"][0]["stats"])
     assert stats["cycles_done"] >= 10
     assert stats["dispatch_updates"] >= 10
     assert stats["cycles_failed"] == 0
     assert stats["window"]["tokens"] > 0
     assert_equal_every_turn(featured["tokens"], reference)
-    # what was turned on did take place
+    # the options were in use
     assert featured["cached"] > 0
     assert all((reload["drafts"] > 0) is DRAFT_TOKENS for reload in featured["reloads"])
     assert all(reload["most_tokens"] <= CHUNK for reload in featured["reloads"])
 
 
-def test_answers_of_a_given_shape_are_the_same(featured, runs):
+def test_structured_answers_are_the_same(featured, runs):
     expected = reference_run(runs).result["texts"]
     assert featured["texts"] == expected
     assert all(re.fullmatch(PATTERN, text) for text in expected)
@@ -185,13 +185,13 @@ def test_reload_fills_the_initial_placement(featured, reference):
         assert reload["moved"] == 0
         assert (reload["by_name"], reload["norms"]) == (reload["initial"], 25)
     assert_equal_every_turn(featured["tokens_after"], reference)
-    # and the experts go on moving, with the checksums of the new weights
+    # experts moved again, so the checksums are those of the new weights
     assert featured["ranks"][0]["cycle"] > first["cycle"]
     assert featured["ranks"][0]["digest"] != first["initial"]
 
 
 def check_balancedness(log: str) -> None:
-    """A line every 25 steps, whose three numbers go together."""
+    """Assert that there is a line every 25 steps whose three numbers agree."""
     lines = re.findall(
         r"EPLB step: (\d+) for model .*: avg_tokens=([\d.]+), max_tokens=(\d+), balancedness=([\d.]+)", log
     )
@@ -202,11 +202,11 @@ def check_balancedness(log: str) -> None:
 
 
 @pytest.mark.soak
-def test_a_synchronous_engine_gives_the_same_tokens(runs, reference):
-    """Mode sync by one setting; its processes are spawned, as a user's are.
+def test_synchronous_engine_gives_the_same_tokens(runs, reference):
+    """Mode sync, in an engine whose processes are spawned, as for a user.
 
-    The fast proof: distributed/test_updator.py compares a synchronous cycle with an asynchronous one. The observed run
-    shows the lines about balancedness and vLLM's view of the maps.
+    The fast proof is in distributed/test_updator.py, which compares a synchronous cycle with an asynchronous one. The
+    observed run tests the lines about balancedness and vLLM's view of the maps.
     """
     settings = {**BUSY, "mode": "sync", "expert_heat_collection_interval": 20, "log_balancedness_interval": 25}
     run = runs("sync", spawned=True, ranks=2, eplb=settings, prompts=prompts(6), cycles=3, max_tokens=TOKENS)
@@ -223,7 +223,7 @@ def test_a_synchronous_engine_gives_the_same_tokens(runs, reference):
 
 
 def run_in_stages(runs, name, eplb):
-    """Two pipeline stages of two ranks each."""
+    """Run an engine of two pipeline stages with two ranks per stage."""
     run = runs(
         name,
         ranks=2,
@@ -243,7 +243,7 @@ def staged(runs):
     return run_in_stages(runs, "staged", BUSY)
 
 
-def test_each_pipeline_stage_is_a_balancer_of_its_own(staged, reference):
+def test_every_pipeline_stage_has_its_own_balancer(staged, reference):
     assert_equal_every_turn(staged["tokens"], reference[:12])
     assert [rank["part"] for rank in staged["ranks"]] == ["stage0", "stage0", "stage1", "stage1"]
     for stage in (staged["ranks"][:2], staged["ranks"][2:]):
@@ -254,18 +254,18 @@ def test_each_pipeline_stage_is_a_balancer_of_its_own(staged, reference):
         assert [rank["wrong_experts"] for rank in stage] == [0, 0]
         for mine, theirs in zip(stage[0]["masks"], stage[1]["masks"], strict=True):
             np.testing.assert_array_equal(np.array(mine) + np.array(theirs), 1)
-        # three of the six layers, whose tokens the first rank counts
+        # the stage has three of the six layers, and its first rank counts their tokens
         assert stage[0]["counted"] == [staged["computed"] * 4] * 3
         assert stage[1]["counted"] == [0] * 3
-        # and whose load the planner of the stage is fed with
+        # the planner of the stage gets their load
         np.testing.assert_array_equal(stage[0]["loads"], stage[0]["windows"][: len(stage[0]["loads"])])
-    # Not of the placements: a random one is the same for all that have seen as many cycles.
+    # Placements cannot be compared: the random placement of a cycle is the same in both stages.
     assert staged["ranks"][0]["windows"] != staged["ranks"][2]["windows"]
 
 
 @pytest.mark.soak
 def test_pipeline_stages_start_from_their_part_of_a_map(runs, reference, tmp_path):
-    """Negative control: a part of the map that is not the stage's has another digest."""
+    """Negative control: the other stage's part of the map has another digest."""
     rng = np.random.default_rng(11)
     rows = [rng.permutation([*range(64), *rng.choice(64, 4, replace=False)]) for _ in range(6)]
     write_expert_map(tmp_path / "map.json", Placement(np.array(rows), 64, 2))
@@ -279,7 +279,7 @@ def test_pipeline_stages_start_from_their_part_of_a_map(runs, reference, tmp_pat
 
 
 def lopsided(load: np.ndarray) -> Placement:
-    """A placement of 64 experts on two ranks with 4 redundant ones: the first rank has the half with the most load."""
+    """A placement of 64 experts on two ranks with 4 redundant experts; the first rank has the hotter half."""
     order = np.argsort(-load, axis=1)
     hot, cold = order[:, :32], order[:, 32:]
     return Placement(np.concatenate([hot, cold[:, -2:], cold, hot[:, -2:]], axis=1), 64, 2)
@@ -287,8 +287,8 @@ def lopsided(load: np.ndarray) -> Placement:
 
 @pytest.fixture(scope="module")
 def observed(runs, probed, tmp_path_factory):
-    """Started from a bad map, made of the load of the same prompts in another run; observing, which moves nothing;
-    corrupted at the end."""
+    """An engine in mode observe that starts from a bad map, made from the load of the same prompts in another run. It
+    is corrupted at the end."""
     path = tmp_path_factory.mktemp("map") / "map.json"
     placement = lopsided(np.array(probed.result["ranks"][0]["loads"][:4]).sum(axis=0))
     write_expert_map(path, placement)
@@ -306,11 +306,11 @@ def observed(runs, probed, tmp_path_factory):
     return run, placement
 
 
-def test_a_server_starts_from_a_map(observed, reference):
+def test_engine_starts_from_a_map(observed, reference):
     run, placement = observed
     assert [rank["digest"] for rank in run.result["ranks"]] == [placement.digest, placement.digest]
     assert_equal_every_turn(run.result["tokens"], reference)
-    # in its first window the ranks' load is that of the map, by the routers' own choices
+    # in the first window, rank load is that of the map under the routers' own choices
     stats = EplbStats.from_json(run.result["ranks"][0]["stats"])
     window = np.array(run.result["ranks"][0]["windows"][0])
     assert stats.cycles[0].par.mean == pytest.approx(placement.par(window).mean())
@@ -318,7 +318,7 @@ def test_a_server_starts_from_a_map(observed, reference):
     assert stats.cycles[0].par.mean > Placement.initial(6, 64, 2, 4).par(window).mean() + 0.2
 
 
-def test_observing_says_what_balancing_would_bring(observed):
+def test_mode_observe_reports_the_gain_of_balancing(observed):
     run, placement = observed
     first = run.result["ranks"][0]
     stats = EplbStats.from_json(first["stats"])
@@ -337,7 +337,7 @@ def test_observing_says_what_balancing_would_bring(observed):
     check_balancedness(run.log)
 
 
-def test_maps_switched_without_weights_are_noticed(observed, reference):
+def test_maps_switched_without_weights_are_found(observed, reference):
     """Negative control: the comparisons above can fail."""
     run, _ = observed
     equal, total = equal_tokens(run.result["corrupt_tokens"], reference)
@@ -365,7 +365,7 @@ after_import("vllm_ascend_eplb.settings.config", change)
 
 @pytest.mark.soak
 def test_ranks_with_different_settings_do_not_start(runs, tmp_path):
-    """The fast proof: distributed/test_faults.py, test_ranks_started_differently_do_not_start."""
+    """The fast proof is test_ranks_started_differently_do_not_start in distributed/test_faults.py."""
     (tmp_path / "sitecustomize.py").write_text(DIFFERENT_SETTINGS)
     run = runs(
         "different",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode in engines of their own: one computes the prompts and leaves their KV cache in a folder, the other
-takes it from there. Both balance, by settings of their own, and the answers are those of one process.
+"""Prefill and decode in separate engines: the prefill engine writes the KV cache of the prompts into a folder, and the
+decode engine reads it. Both balance with their own settings, and answers equal those of one process.
 
-vLLM's ExampleConnector names files by prompt and layer, so that tensor-parallel ranks would overwrite each other's
-heads: the engines are data-parallel.
+The engines are data-parallel: vLLM's ExampleConnector names files by prompt and layer, so tensor-parallel ranks would
+overwrite each other's heads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .conftest import BUSY, prompts
 
 TOKENS = 48
 BLOCK = 32
-"""Tokens of a block; whole blocks of a prompt go from one engine to the other."""
+"""Tokens of a block. Only whole blocks of a prompt go from one engine to the other."""
 
 
 def serve(runs, name, folder, role, redundant, stage, max_tokens, **job):
@@ -35,7 +35,7 @@ def serve(runs, name, folder, role, redundant, stage, max_tokens, **job):
             "kv_transfer_config": transfer,
             "block_size": BLOCK,
             "enable_prefix_caching": False,
-            "enable_chunked_prefill": False,  # of a prompt in parts ExampleConnector keeps the first only
+            "enable_chunked_prefill": False,  # ExampleConnector would keep the first chunk of a prompt only
             "max_num_batched_tokens": 512,
         },
         probe=True,
@@ -49,7 +49,7 @@ def serve(runs, name, folder, role, redundant, stage, max_tokens, **job):
 
 @pytest.fixture(scope="module")
 def both(runs, tmp_path_factory):
-    """The prefill engine, and after it the decode engine, which is corrupted at the end."""
+    """The runs of the prefill engine and then of the decode engine, which is corrupted at the end."""
     folder = tmp_path_factory.mktemp("kv")
     prefill = serve(runs, "prefill", folder, "kv_producer", 4, "prefill", 1)
     assert prefill.code == 0, prefill.log[-6000:]
@@ -64,7 +64,7 @@ def turns(tokens, expected):
 
 
 def test_both_engines_answer_as_one_process_does(both, reference):
-    """Negative control: maps of the decode engine switched without weights."""
+    """Negative control: the decode engine's maps are switched without weights."""
     prefill, decode = both
     first = [answer[:1] for answer in reference]
     assert all(turn == first for turn in turns(prefill.result["tokens"], first))
@@ -72,7 +72,7 @@ def test_both_engines_answer_as_one_process_does(both, reference):
     assert decode.result["corrupt_tokens"] != reference
 
 
-def test_the_decode_engine_takes_prompts_from_the_other(both):
+def test_decode_engine_takes_prompts_from_the_other(both):
     _, decode = both
     assert "External Cache Hit!" in decode.log
     taken = decode.result["cached"]
@@ -80,8 +80,8 @@ def test_the_decode_engine_takes_prompts_from_the_other(both):
     assert taken % BLOCK == 0
 
 
-def test_each_engine_balances_by_settings_of_its_own(both):
-    """Redundancy, the stage whose tokens are counted, and experts that moved, with the right weights."""
+def test_both_engines_balance_by_their_own_settings(both):
+    """The engines have different redundancy and count different stages; both move experts with the right weights."""
     for run, redundant in zip(both, (4, 0), strict=True):
         ranks = run.result["ranks"]
         stats = json.loads(ranks[0]["stats"])

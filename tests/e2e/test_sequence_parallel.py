@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor and data parallel at once: every rank routes its own slice of its engine's tokens, and pads it."""
+"""Tensor and data parallel together: every rank routes its own padded slice of its engine's tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOP_K = 4
 
 @pytest.fixture(scope="module")
 def run(runs):
-    """Two engines of two ranks each. Turn by turn both, the first, the second and both of them get the prompts."""
+    """Two engines of two ranks. In turns, the prompts go to both, to the first, to the second, and to both again."""
     run = runs(
         "sequence parallel",
         ranks=2,
@@ -35,7 +35,7 @@ def run(runs):
     return run.result
 
 
-def test_tokens_equal_those_of_one_process_whatever_moved(run, reference):
+def test_tokens_equal_those_of_one_process(run, reference):
     stats = json.loads(run["ranks"][0]["stats"])
     assert stats["cycles_done"] >= 10
     assert stats["cycles_failed"] == 0
@@ -50,10 +50,10 @@ def test_every_pair_is_computed_once_with_the_right_weights(run):
     assert [rank["wrong_experts"] for rank in run["ranks"]] == [0] * 4
 
 
-def test_every_pair_is_counted_exactly_once_under_padding(run):
+def test_every_pair_is_counted_once_despite_padding(run):
     ranks = run["ranks"]
     for rank in ranks:
-        assert rank["counted"] == rank["routed"]  # each its own slice, as the scheduler and the router say
+        assert rank["counted"] == rank["routed"]  # every rank counts its own slice
         assert rank["counted"][0] > 0
     np.testing.assert_array_equal(np.sum([rank["counted"] for rank in ranks], axis=0), run["computed"] * TOP_K)
     assert sum(rank["padded_rows"] for rank in ranks) > 0
@@ -68,10 +68,10 @@ def test_ranks_stay_in_step_while_an_engine_is_idle(run):
         assert history == histories[0]
     assert [step for step, _, _ in histories[0]] == list(range(histories[0][0][0], histories[0][-1][0] + 1))
     assert len({placement for _, _, placement in histories[0]}) >= 10
-    assert all(rank["idle"] > 90 for rank in run["ranks"])  # each engine was idle for a whole turn
+    assert all(rank["idle"] > 90 for rank in run["ranks"])  # every engine was idle for a whole turn
 
 
-def test_layers_that_route_what_is_not_theirs_are_refused(run):
+def test_layers_that_route_tokens_of_all_ranks_are_refused(run):
     for before, gathered, monolithic, after in run["routing"]:
         assert before == after == ""
         assert "MoERunner gathers the tokens of all ranks before it routes them" in gathered

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real OpenAI server: the same answers while experts move, metrics and log, the planner killed, an orderly end."""
+"""The real OpenAI server: answers while experts move, metrics, live page, log, orders, a killed planner, shutdown."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def start(server: Server) -> Server:
 
 @pytest.fixture(scope="module")
 def map_file(tmp_path_factory) -> Path:
-    """Where the server records its placement."""
+    """The file to which the server records its placement."""
     return tmp_path_factory.mktemp("map") / "map.json"
 
 
@@ -79,7 +79,7 @@ def done_cycles(server: Server) -> int:
 
 
 def planned_cycles(server: Server) -> int:
-    """Cycles in which the planner answered."""
+    """The number of cycles in which the planner answered."""
     stats = server.stats()
     return stats.cycles_done + stats.cycles_skipped if stats else 0
 
@@ -95,7 +95,7 @@ def test_answers_are_those_of_one_process_while_experts_move(server, texts, refe
 
 
 def as_metrics(stats: EplbStats) -> dict[str, float]:
-    """Samples of /metrics that these statistics require."""
+    """The samples of /metrics that follow from the statistics."""
     expected: dict[str, float] = {
         f'vllm_eplb_cycles{{result="{result}"}}': getattr(stats, f"cycles_{result}")
         for result in ("done", "skipped", "failed")
@@ -144,12 +144,12 @@ def test_metrics_are_the_statistics(server, texts):
     assert stats.cycles_done > 0
     assert stats.experts_moved > 0
     assert stats.control_wait_seconds > 0
-    assert metrics["vllm_eplb_steps"] > earlier["vllm_eplb_steps"]  # so that old values would not do
+    assert metrics["vllm_eplb_steps"] > earlier["vllm_eplb_steps"]  # so that old values cannot pass
     assert sum(value for name, value in metrics.items() if name.startswith("vllm_eplb_phase")) == 1
     assert len(metrics) < 60  # low cardinality
 
 
-def test_the_live_page_shows_all_ranks(server, tmp_path):
+def test_live_page_shows_all_ranks(server, tmp_path):
     answer = httpx.get(f"{server.url}/eplb/stats", timeout=30)
     assert answer.status_code == 200
     shown, kept = EplbStats.from_json(answer.text), server.stats()
@@ -160,7 +160,7 @@ def test_the_live_page_shows_all_ranks(server, tmp_path):
     assert httpx.post(f"{server.url}/eplb/stats", timeout=30).status_code == 405
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip("no Chromium here (Debian package chromium); the answers are as they should be")
+        pytest.skip("no Chromium here (Debian package chromium); the routes were tested")
     command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--enable-logging=stderr", "--virtual-time-budget=5000", f"--screenshot={tmp_path / 'shot.png'}"]
     command += ["--window-size=1100,1800", "--dump-dom", f"{server.url}/eplb"]
@@ -181,7 +181,7 @@ def test_every_cycle_has_one_line_in_the_log(server):
 
 
 def order(server: Server, *arguments: str) -> dict[str, object]:
-    """Gives an order with the command line tool, while requests keep the server's steps going."""
+    """Give an order with the command line tool, while requests keep the server stepping."""
     command = [sys.executable, "-m", "vllm_ascend_eplb.cli", "control", *arguments, "--json", "--timeout", "120"]
     process = subprocess.Popen([*command, "--stats-file", str(server.stats_path)], stdout=subprocess.PIPE, text=True)
     texts = [text for batch in prompts(1) for text in batch]
@@ -192,11 +192,11 @@ def order(server: Server, *arguments: str) -> dict[str, object]:
     return said
 
 
-def test_an_operator_pauses_restores_and_resumes_while_it_serves(server, texts, reference):
+def test_operator_pauses_restores_and_resumes_under_load(server, texts, reference):
     assert order(server, "pause")["paused"] is True
     before = server.stats()
     assert complete(server, texts) == reference
-    assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200  # what probes ask: paused is healthy
+    assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200  # a paused server is healthy for probes
     paused = server.stats()
     assert paused.step > before.step
     assert planned_cycles(server) == paused.cycles_done + paused.cycles_skipped
@@ -216,7 +216,7 @@ def test_an_operator_pauses_restores_and_resumes_while_it_serves(server, texts, 
     assert server.stats().cycles_failed == 0
 
 
-def test_a_killed_planner_costs_no_request(server, texts, reference):
+def test_killed_planner_costs_no_request(server, texts, reference):
     for _ in range(2):
         planners = [pid for pid in server.processes() if "eplb-planner" in thread_names(pid)]
         assert len(planners) <= 1
@@ -237,14 +237,14 @@ def thread_names(pid: int) -> str:
 
 
 def parent_mark(pid: int) -> str:
-    """The planner is the spawned child of a worker."""
+    """Name the planner, which is the spawned child of a worker; empty for other processes."""
     parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     title = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
     return " eplb-planner" if "Worker" in title else ""
 
 
-def test_the_server_ends_in_order_and_its_map_is_a_start(server, runs, reference, map_file, tmp_path):
-    """The engine that starts from it is an offline one. Its placement is static, and nothing is counted."""
+def test_server_ends_in_order_and_its_map_can_be_loaded(server, runs, reference, map_file, tmp_path):
+    """An offline engine then starts from the map; its placement is static, and nothing is counted."""
     shared, counted = server.shared_memory(), semaphores(server.processes())
     assert server.stop() == []
     assert server.processes() == []
@@ -254,9 +254,9 @@ def test_the_server_ends_in_order_and_its_map_is_a_start(server, runs, reference
     with np.load(load_path(map_file)) as archive:
         assert archive["load"][-1].sum() == server.stats().window.tokens
         assert int(archive["digest"]) == recorded.digest
-    # vLLM's own shutdown may log that its engine is gone; nothing of ours may be in a traceback
+    # vLLM's own shutdown may log that its engine is gone; no traceback may contain our code
     assert not re.search(r'File "[^"]*vllm_ascend_eplb', server.log_path.read_text(errors="replace"))
-    # other programs' come and go; vLLM's own sockets and shared memory the demo's Server removes
+    # only files and semaphores of this server count; the demo's Server removes those that vLLM leaves
     assert [path for path in shared if path.exists()] + left_semaphores(counted) == []
     run = runs(
         "restarted",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refusals of settings that cannot work, in the front-end process, before any worker starts.
+"""The front-end process refuses settings that cannot work, before any worker starts.
 
-One file, because all cases are answered by one front-end process.
+One file, because one front-end process answers all cases.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .mtp_model import CONFIG
 from .offline import MODEL, environment
 
 DRAFTED = {"model": "FILES/mtp", "speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
-"""A model whose checkpoint holds a draft model (multi-token prediction), which has experts, too."""
+"""A model with a draft model in its checkpoint (multi-token prediction); both have experts."""
 
 CASES = {
     "unknown key": ({"dynamic_eplb": True, "num_redundnt_experts": 2}, {}, "num_redundnt_experts"),
     "nearest key": ({"dynamic_eplb": True, "num_redundnt_experts": 2}, {}, "did you mean num_redundant_experts?"),
     "text for a boolean": ({"dynamic_eplb": "ture"}, {}, "did you mean true?"),
-    "left over of vLLM's own": (
+    "leftover setting of vLLM's balancer": (
         {"dynamic_eplb": True},
         {"eplb_config": {"num_redundant_experts": 2}},
         '"dynamic_eplb": true, "num_redundant_experts": 2}}\'',
@@ -100,7 +100,7 @@ CASES = {
         {"set": {"model_config": {"enable_sleep_mode": True}}},
         '--enable-sleep-mode and "transport" auto is not supported',
     ),
-    "micro-batches of one's own size": (
+    "micro-batches of a given size": (
         {"dynamic_eplb": True},
         {"set": {"parallel_config": {"ubatch_size": 2}}},
         "--ubatch-size 2 is not supported",
@@ -125,22 +125,22 @@ CASES = {
         {"set": {"parallel_config": {"decode_context_parallel_size": 2}}},
         "--decode-context-parallel-size 2 is not supported",
     ),
-    "drafter with experts": (
+    "draft model with experts": (
         {"dynamic_eplb": True},
         {"speculative_config": {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}},
         "--speculative-config with a draft model with experts, of method draft_model is not supported",
     ),
-    "drafter and pipeline stages": (
+    "draft model and pipeline stages": (
         {"dynamic_eplb": True},
         {**DRAFTED, "set": {"parallel_config": {"pipeline_parallel_size": 2}}},
         "a draft model with experts and --pipeline-parallel-size 2 is not supported",
     ),
-    "drafter and several engines of several ranks": (
+    "draft model and several engines of several ranks": (
         {"dynamic_eplb": True},
         {**DRAFTED, "data_parallel_size": 2},
         "a draft model with experts and --data-parallel-size with --tensor-parallel-size 2 is not supported",
     ),
-    "drafter and a map": (
+    "draft model and a map": (
         {"dynamic_eplb": True, "expert_map_record_path": "FILES/new.json"},
         DRAFTED,
         "an expert_map_path or expert_map_record_path and a draft model with experts True is not supported",
@@ -200,7 +200,7 @@ from vllm_ascend_eplb.plugin import register
 plain = EngineArgs.create_engine_config
 
 def changed(self, *args, **kwargs):
-    # vLLM itself refuses some ways of running a model on a CPU; they are set behind its checks
+    # vLLM itself refuses some options on a CPU, so they are set after its checks
     config = plain(self, *args, **kwargs)
     for part, values in changes.items():
         for name, value in values.items():
@@ -264,7 +264,7 @@ def answers(tmp_path_factory, nursery):
     asked["engines in stages"] = ({"dynamic_eplb": True}, {"pipeline_parallel_size": 2, "data_parallel_size": 2})
     drafts = {"method": "ngram", "num_speculative_tokens": 2}
     asked["drafts"] = ({"dynamic_eplb": True}, {"speculative_config": drafts})
-    asked["drafter"] = ({"dynamic_eplb": True}, DRAFTED)
+    asked["draft model"] = ({"dynamic_eplb": True}, DRAFTED)
     (files / "asked.json").write_text(json.dumps(asked).replace("FILES/", f"{files}/"))
     done = run_script(nursery, files / "run", CODE, str(MODEL), str(files / "asked.json"))
     assert done.code == 0, done.log[-4000:]
@@ -273,7 +273,7 @@ def answers(tmp_path_factory, nursery):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_setting_that_cannot_work_is_refused_with_its_message(answers, name):
+def test_setting_that_cannot_work_is_refused_with_a_message(answers, name):
     answer = answers[name]
     assert answer.get("error") == "EplbConfigError", answer
     assert CASES[name][2] in answer["message"]
@@ -281,7 +281,7 @@ def test_a_setting_that_cannot_work_is_refused_with_its_message(answers, name):
 
 
 @pytest.mark.parametrize("name", ["off", "absent", "off in words"])
-def test_without_the_flag_vllm_is_configured_as_ever(answers, name):
+def test_vllm_is_configured_as_usual_without_the_flag(answers, name):
     assert answers[name] == {
         "enable_eplb": False,
         "worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker",
@@ -290,7 +290,7 @@ def test_without_the_flag_vllm_is_configured_as_ever(answers, name):
     }
 
 
-def test_the_flag_turns_it_on(answers):
+def test_flag_turns_balancing_on(answers):
     assert answers["on"]["enable_eplb"] is True
     assert answers["on"]["redundant"] == 4
     assert answers["on"]["worker_cls"].count("vllm_ascend_eplb.") == 1
@@ -317,7 +317,7 @@ for allow in (False, True):
                         additional_config={"eplb_config": settings}).create_engine_config()
     print("ENABLED", config.parallel_config.enable_eplb)
 
-# On a GPU vLLM's own checks of its switch apply, so they must see it; on an unchecked version nobody sees it.
+# On a GPU vLLM's own checks of its switch must see the switch set; on an unchecked version it is not set.
 from vllm.config.parallel import EPLBConfig
 from vllm_ascend_eplb.adaptors import front_end
 type(vllm.platforms.current_platform).is_cpu = lambda self: False
@@ -341,7 +341,7 @@ for allow in (False, True):
 """
 
 
-def test_an_unchecked_vllm_is_left_alone_and_gpus_see_the_switch(nursery, tmp_path):
+def test_unchecked_vllm_is_left_alone_and_gpus_see_switch(nursery, tmp_path):
     done = run_script(nursery, tmp_path, UNCHECKED, str(MODEL))
     assert done.code == 0, done.log[-4000:]
     assert "CHECKS SEE [False, False]" in done.log
@@ -365,7 +365,7 @@ print("ENABLED", config.parallel_config.enable_eplb)
 
 
 def test_newer_vllm_is_balanced_with_a_warning(nursery, tmp_path):
-    """One release after those that were read: the self-test reads the installed sources."""
+    """This is one release after the read ones, so the self-test reads the installed sources."""
     major, minor = READ_VERSIONS[-1].split(".")
     done = run_script(nursery, tmp_path, NEWER, str(MODEL), f"{major}.{int(minor) + 1}.0")
     assert done.code == 0, done.log[-4000:]
@@ -382,7 +382,7 @@ del eplb_state.EplbLayerState
 print("PLANTED", missing_patch_points("cpu"))
 eplb_state.EplbLayerState = kept
 
-# The hooks of the V2 runner around vLLM's own controller and decorator, in a runner that calls them as V2 does.
+# The V2 runner's hooks around vLLM's own controller and decorator, in a stand-in that calls them as the V2 runner does.
 from types import SimpleNamespace
 
 def asked(**tokens):
@@ -460,8 +460,8 @@ for worker in (False, True):
 """
 
 
-def test_a_bad_setting_ends_the_server_before_any_worker_starts(nursery, tmp_path):
-    """By the command line of the server, whose front end is forked; it starts no process at all."""
+def test_bad_setting_ends_the_server_before_workers_start(nursery, tmp_path):
+    """The server's command line, in a forked front end, ends without starting any process."""
     settings = {"eplb_config": {"dynamic_eplb": True, "num_redundant_experts": 3}}
     command = ["vllm.entrypoints.openai.api_server", "--model", str(MODEL), "--dtype", "float32", "--port", "0"]
     command += ["--tensor-parallel-size", "2", "--enable-expert-parallel", "--enforce-eager"]
@@ -473,8 +473,8 @@ def test_a_bad_setting_ends_the_server_before_any_worker_starts(nursery, tmp_pat
     assert done.left == []
 
 
-def test_a_worker_on_a_cpu_may_copy_its_configuration(nursery, tmp_path):
-    """As multimodal models do."""
+def test_worker_on_a_cpu_may_copy_its_configuration(nursery, tmp_path):
+    """Multimodal models copy the configuration in a worker."""
     done = run_script(nursery, tmp_path, COPIES, str(MODEL))
     assert done.code == 0, done.log[-4000:]
     assert [line for line in done.log.splitlines() if line.startswith(("COPY", "REFUSED"))] == [
@@ -484,7 +484,7 @@ def test_a_worker_on_a_cpu_may_copy_its_configuration(nursery, tmp_path):
 
 
 def test_missing_patch_point_is_named_and_v2_steps_right(nursery, tmp_path):
-    """Both at the right point of a step."""
+    """A missing patch point is named, and the V2 runner calls the balancer at the right points of a step."""
     done = run_script(nursery, tmp_path, PATCH_POINTS)
     assert done.code == 0, done.log[-4000:]
     assert "MISSING []" in done.log

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trainer gives a served model new weights, again and again; every token is that of the weights in force."""
+"""A trainer updates the weights of a served model several times; every token is that of the weights in force."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .conftest import BUSY, prompts
 
 TOKENS = 16
 FACTORS = [1.25, 1.0, 0.75, 1.25]
-"""Each expert's weights are those of the checkpoint times one of them, in this order."""
+"""The updates, in this order: every expert's weights become those of the checkpoint times the factor."""
 
 LEVELS = [1, 2, 1, 2]
-"""The engine sleeps with each of them, in this order, before it gets new weights."""
+"""The levels of sleep, in this order, before the updates."""
 
 
 @pytest.fixture(scope="module")
 def trained(runs, tmp_path_factory):
-    """The same updates of one process without expert parallelism, and of two ranks that balance all the while."""
+    """The same updates in two runs: two ranks that balance, and one process without expert parallelism."""
     folder = tmp_path_factory.mktemp("trainer")
     (folder / "sitecustomize.py").write_text("import allocator, transfer_engine\n")
     job = {
@@ -44,7 +44,7 @@ def repeated(answers, expected):
 
 
 def test_tokens_are_those_of_the_new_weights(trained):
-    """Negative control: the weights of one update answer otherwise than those of the next."""
+    """Negative control: different updates give different answers."""
     run, alone = trained
     expected = [update["tokens"] for update in alone.result["updates"]]
     for update, answers in zip(run.result["updates"], expected, strict=True):
@@ -57,7 +57,7 @@ def test_tokens_are_those_of_the_new_weights(trained):
 
 
 def test_tokens_after_sleep_are_the_same(trained):
-    """Memory that was given away held ones meanwhile: without the maps or the weights put back, tokens would differ."""
+    """During sleep memory is filled with ones, so tokens would differ if maps or weights were not restored."""
     run, alone = trained
     before = alone.result["tokens"]
     assert [sleep["tokens"] for sleep in alone.result["sleeps"]] == [before] * 4
@@ -69,7 +69,7 @@ def test_tokens_after_sleep_are_the_same(trained):
 
 
 def test_updates_find_experts_in_initial_slots(trained):
-    """They had moved before, and move again afterwards."""
+    """Experts moved before every update, and move again afterwards."""
     run, _ = trained
     cycles = [0]
     for update in run.result["updates"]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights leave a server in the order of the checkpoint, or not at all."""
+"""A server exports weights in the order of the checkpoint, or refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .offline import EAGER, environment
 
 
 def saved_by(mode: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Output of an engine, and its saved tensors by file and name."""
+    """Run weights_out.py; returns its result, and the saved tensors by file and name."""
     folder.mkdir()
     result = folder / "result.json"
     eplb = {**BUSY, "mode": mode}
@@ -45,14 +45,14 @@ def saved_by(mode: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def test_sharded_state_is_saved_in_checkpoint_order(tmp_path: Path) -> None:
-    """Against a server that moves nothing. Negative control: with experts of one layer exchanged files differ."""
+    """The files equal those of a server that moves no expert. Negative control: files with rotated experts differ."""
     expected, wanted = saved_by("observe", tmp_path / "observe")
     assert expected["saved"] == ""
     said, tensors = saved_by("balance", tmp_path / "balance")
     assert "save_sharded_state reads weights by slot" in said["refused"]
     assert "control restore" in said["refused"]
     assert "state_dict of the model reads weights by slot" in said["refused on one rank"]
-    assert said["ranks"] == [0, 1]  # the answers to this call, not those that were left of the one before
+    assert said["ranks"] == [0, 1]  # the answers to this call, not to the refused call before
     assert said["files"] == 0
     assert all("named_parameters of the model reads weights by slot" in answer for answer in said["read"])
     assert said["saved"] == ""

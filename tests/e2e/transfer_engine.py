@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A weight transfer engine of vLLM that stands for a trainer: there is no trainer on a CPU, and vLLM's own engines need
-NCCL or CUDA IPC. vLLM's worker, its calls and their order are the real ones.
+"""A weight transfer engine that is a stand-in for a trainer: vLLM's own engines need NCCL or CUDA IPC. vLLM's worker,
+its calls and their order are real.
 
-The weights that it gives a slot are those which the slot was loaded with, times a factor. They arrive in two parts. So
-they are right only if every expert is where it was loaded.
+The engine gives every slot the weights that the slot was loaded with, times a factor, in two parts. So weights are
+right only if every expert is in the slot it was loaded into.
 """
 
 from __future__ import annotations

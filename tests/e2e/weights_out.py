@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An offline engine that saves its weights as a sharded state; run by test_weights_out.py in a process of its own::
+"""An offline engine that saves its weights as a sharded state; test_weights_out.py runs it in its own process::
 
     python weights_out.py JOB
 
-With the mode balance experts move first; then saving is refused, an order moves them back, and saving works.
+In mode balance, experts move first, so that saving is refused. Then an order moves them back, and saving works.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MOST_SECONDS = 300.0
 
 
 def moved(worker: Any) -> int:
-    """Number of slots whose expert changed since loading, over all layers and ranks."""
+    """The number of slots, over all layers and ranks, whose expert is not the loaded one."""
     updator = worker.model_runner.eplb_state.updator
     now, loaded = updator.placement, updator.parts.adaptor.placement
     return int((now.physical_to_logical != loaded.physical_to_logical).sum())
 
 
 def read_by_name(worker: Any) -> str:
-    """Result of a user's function that reads weights by name in a worker."""
+    """The result of a user's function that reads weights by name in a worker."""
     try:
         return f"{len(list(worker.model_runner.model.named_parameters()))} parameters"
     except RuntimeError as error:
@@ -42,7 +42,7 @@ def rank_of(worker: Any) -> int:
 
 
 def refuse_on_first(worker: Any) -> int:
-    """A function of a user that reads weights on one rank alone."""
+    """A user's function that reads weights on one rank only."""
     if worker.rank == 0:
         worker.model_runner.model.state_dict()
     return -1

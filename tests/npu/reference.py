@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model answers greedily, computed with transformers in float32 on the CPU: nothing of vLLM, nothing of
-torch_npu. With a folder of quantised.py, what examples/tiny_moe answers with experts in W8A8.
+"""Compute the greedy answers of a model with transformers in float32 on the CPU, without vLLM and torch_npu. With a
+folder of quantised.py, the experts of examples/tiny_moe are in W8A8.
 
     python -m tests.npu.reference JOB.json ANSWER.json [FOLDER]
 """

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unmodified vllm-ascend, as its users start it: ``vllm serve`` with one flag for the balancer. On emulated NPUs it
-is the one unpacked in build/stack, or, with NPU_TEST_ASCEND=0.30.0rc2, that release candidate in build/stack-0.30.0rc2;
-on real ones the one installed. With NPU_TEST_RUNNER=V2 the candidate serves by its second model runner.
+"""The unmodified vllm-ascend, started as users do: ``vllm serve`` with one flag for the balancer.
+
+On emulated NPUs vllm-ascend is unpacked in build/stack, or, with NPU_TEST_ASCEND=0.30.0rc2, the release candidate in
+build/stack-0.30.0rc2. On real NPUs it is the installed one. With NPU_TEST_RUNNER=V2 the candidate uses its second model
+runner.
 """
 
 from __future__ import annotations
@@ -26,18 +28,18 @@ from . import npus
 
 RELEASE = "0.23.0.post1"
 ASCEND = os.environ.get("NPU_TEST_ASCEND", RELEASE)
-"""Which vllm-ascend is tested."""
+"""The version of vllm-ascend that is tested."""
 STACK = npus.ROOT / "build" / ("stack" if ASCEND == RELEASE else f"stack-{ASCEND}")
 SECOND_RUNNER = os.environ.get("NPU_TEST_RUNNER") == "V2"
-"""Whether it serves by its second model runner."""
+"""True if vllm-ascend uses its second model runner."""
 STANDINS = npus.ROOT / "tests" / "npu" / "standins"
 MISSING = "" if (STACK / ".stamp").exists() else f"no vllm-ascend: run scripts/setup_npu_stack.sh {ASCEND}"
 START_SECONDS = 400
 SOC = {"A2": "Ascend910B3", "A3": "Ascend910_9391"}
 MAX_SEQUENCES = 16
-"""Served at a time; decoding them all is the most that vllm-ascend sends by MC2."""
+"""Sequences served at a time. A decode batch of them all is the largest that vllm-ascend sends by MC2."""
 TOKENS = 32
-"""Tokens asked for with each prompt."""
+"""Tokens per answer."""
 SETTINGS: dict[str, object] = {
     "dynamic_eplb": True,
     "num_redundant_experts": 2,
@@ -54,8 +56,8 @@ COMPILING = {
     "VLLM_DISABLE_COMPILE_CACHE": "1",
     "TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING": "0",
 }
-"""vllm-ascend captures graphs of compiled models only. The caches fail: torch 2.13 cannot keep its operators. Some of
-its operators return what they were given, of which torch warns, and which it refuses where CI is set.
+"""vllm-ascend captures graphs of compiled models only. The caches are off, because torch 2.13 cannot cache
+vllm-ascend's operators. Some operators return their argument; torch warns of that, and refuses it if CI is set.
 """
 
 UPSTREAM = (
@@ -64,8 +66,8 @@ UPSTREAM = (
     "vllm/v1/worker/gpu/async_utils.py:254 in async_copy_to_np",
     "vllm_ascend/worker/v2/model_runner.py:1101 in _copy_num_computed_tokens_to_cpu",
 )
-"""Copies to the host in vllm-ascend 0.23.0.post1's runner, of sampled tokens and of how many draft tokens were
-accepted; and in 0.30.0rc2's second one, of what was sampled and of how many tokens are computed."""
+"""Copies to the host in vllm-ascend's own runners. In 0.23.0.post1: of sampled tokens and of the number of accepted
+draft tokens. In the second runner of 0.30.0rc2: of sampled tokens and of the number of computed tokens."""
 
 
 def python_path() -> str:
@@ -77,7 +79,7 @@ def environment(report: Path, device: str = "A2", **settings: str) -> dict[str, 
     """The environment in which the stack runs.
 
     Args:
-        report: file for what the race detector finds.
+        report: file for reports of the race detector.
         device: A2 or A3.
     """
     runner = {"VLLM_USE_V2_MODEL_RUNNER": "1"} if SECOND_RUNNER else {}
@@ -103,7 +105,7 @@ def environment(report: Path, device: str = "A2", **settings: str) -> dict[str, 
 
 
 def prompts(per_domain: int, characters: int = 160) -> list[list[str]]:
-    """Batches of prompts, one domain after the other."""
+    """Batches of prompts, one per domain."""
     batches = []
     for path in sorted((MODEL / "prompts").glob("*.jsonl")):
         lines = path.read_text(encoding="utf-8").splitlines()[:per_domain]
@@ -112,25 +114,25 @@ def prompts(per_domain: int, characters: int = 160) -> list[list[str]]:
 
 
 def quantised_model(folder: Path) -> None:
-    """Writes the model in W8A8 into a new folder (see quantised.py)."""
+    """Write the model in W8A8 into a new folder (quantised.py)."""
     folder.mkdir()
     _on_the_cpu("tests.npu.quantised", folder)
 
 
 def model_with_drafter(folder: Path) -> None:
-    """Writes a model whose checkpoint holds a draft model with experts into a new folder (see e2e/mtp_model.py)."""
+    """Write a model with a draft model in its checkpoint, both with experts, into a new folder (e2e/mtp_model.py)."""
     _on_the_cpu("tests.e2e.mtp_model", folder)
 
 
 def transformers_tokens(
     folder: Path, texts: list[str], tokens: int, quantised: Path | None = None, model: Path = MODEL
 ) -> list[list[int]]:
-    """Greedy tokens of a model in transformers (see reference.py).
+    """Greedy tokens of a model in transformers (reference.py).
 
     Args:
-        folder: for the question and the answer.
-        texts, tokens: prompts, and how many tokens to answer each with.
-        quantised: folder of the same model in W8A8, if that is to answer.
+        folder: for the files of the job and the answer.
+        texts, tokens: prompts, and the number of tokens per answer.
+        quantised: folder of the same model in W8A8, if the quantised model is to answer.
         model: folder of the model.
     """
     job, answer = folder / "transformers.json", folder / "transformers-answer.json"
@@ -160,12 +162,12 @@ class NpuServer(Server):
         eplb_config: the one flag; None for a server without it.
         folder: an empty folder for its log, statistics and reports.
         ranks: tensor-parallel and expert-parallel size.
-        device, dtype, model: what is emulated, and what it serves.
-        graphs: batch sizes for which graphs are captured of the compiled model; without any it is eager.
-        graph_mode: what is captured, in vLLM's words.
-        probe: serves the methods of tests.npu.probe.Probe, for :meth:`call`.
+        device, dtype, model: the emulated device, and the model with its dtype.
+        graphs: batch sizes for which graphs of the compiled model are captured; empty for an eager model.
+        graph_mode: vLLM's cudagraph_mode.
+        probe: the workers have the methods of tests.npu.probe.Probe, for :meth:`call`.
         arguments: further arguments for ``vllm serve``.
-        parts: what its balancers are called, where it has several.
+        parts: the names of the balancers, if there are several.
         settings: environment variables.
     """
 
@@ -227,20 +229,20 @@ class NpuServer(Server):
         return self._process is not None and self._process.poll() is None
 
     def all_stats(self) -> list[EplbStats | None]:
-        """Last report of each balancer."""
+        """The last report of every balancer."""
         path = self.stats_path
         return [read_stats(path.with_stem(f"{path.stem}-{part}".rstrip("-"))) for part in self.parts] or [self.stats()]
 
     def cycles_done(self) -> int:
-        """Completed cycles of the balancer with the fewest."""
+        """The number of completed cycles, of the balancer with the fewest."""
         return min(stats.cycles_done if stats else 0 for stats in self.all_stats())
 
     def cycles_tried(self) -> int:
-        """Completed and dropped cycles of the balancer with the fewest."""
+        """The number of completed and dropped cycles, of the balancer with the fewest."""
         return min(stats.cycles_done + stats.cycles_failed if stats else 0 for stats in self.all_stats())
 
     def planners(self) -> list[int]:
-        """The planner is the spawned child of a worker."""
+        """Ids of the planners, which are spawned children of workers."""
         return [
             process
             for process in self.processes()
@@ -248,20 +250,20 @@ class NpuServer(Server):
         ]
 
     def races(self) -> list[str]:
-        """What the race detector reported so far."""
+        """The reports of the race detector so far."""
         text = self.report.read_text() if self.report.exists() else ""
         return [part for part in text.split("\n[") if part.strip()]
 
     def unexpected_races(self) -> list[str]:
-        """Races but those of vLLM's runner: it copies the sampled tokens to the host on a stream of its own and gives
-        their memory back meanwhile, to whatever is computed next."""
+        """The reports except those of upstream's runner, which copies sampled tokens to the host on its own stream and
+        frees their memory before the copy is done."""
         return [race for race in self.races() if "data race" not in race or not any(part in race for part in UPSTREAM)]
 
     def complete(self, texts: list[str], tokens: int, engine: int | None = None) -> list[list[int]]:
         """Greedy answers to all texts, asked at the same time.
 
         Args:
-            engine: which of the data-parallel engines answers; None leaves it to vLLM.
+            engine: the data-parallel engine that answers; None leaves the choice to vLLM.
         """
         return [choice["token_ids"] for choice in self._choices(texts, tokens, engine, ignore_eos=True)]
 
@@ -283,13 +285,13 @@ class NpuServer(Server):
             return list(pool.map(ask, texts))
 
     def metric(self, name: str, *labels: str) -> float:
-        """The sum of a metric on ``/metrics``, or of what of it has all these labels (``name="value"``)."""
+        """The sum of a metric's samples on ``/metrics`` that have all these labels (``name="value"``)."""
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
         lines = [line for line in lines if line.startswith(f"{name}{{") and all(label in line for label in labels)]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     def call(self, method: str, *arguments: int | str) -> list[Any]:
-        """Calls a method of tests.npu.probe.Probe on all workers."""
+        """Call a method of tests.npu.probe.Probe on all workers."""
         request = {"method": method, "args": arguments}
         response = httpx.post(f"{self.url}/collective_rpc", json=request, timeout=60)
         response.raise_for_status()
@@ -297,19 +299,19 @@ class NpuServer(Server):
 
 
 def equal(got: list[list[int]], want: list[list[int]]) -> int:
-    """Number of equal tokens."""
+    """The number of equal tokens."""
     return sum(a == b for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True))
 
 
 Pairs = list[tuple[list[int], list[int]]]
-"""Sequences of tokens, as answered and as wanted."""
+"""Pairs of token sequences: the answer and the expected one."""
 
 
 def serve_until(
     server: NpuServer, batches: list[list[str]], want: list[list[list[int]]], cycles: int, exact: bool = True
 ) -> Pairs:
-    """One domain after the other, three times each, until so many more cycles have moved experts; every token is
-    compared, and must be equal where that is asked for."""
+    """Ask for the domains in turn, three times each, until ``cycles`` more cycles have moved experts. Returns all pairs
+    of answers. With ``exact`` every token must be equal."""
     until, pairs = server.cycles_done() + cycles, []
     for number in range(60):
         batch = number // 3 % len(batches)
@@ -322,15 +324,13 @@ def serve_until(
 
 
 def rows_computed(windows: list[list[list[list[int]]]], ranks: int = 1, gathered: bool = True) -> np.ndarray:
-    """int [T], what a MoE layer computed in each window.
+    """int [T]: the rows that a MoE layer computed in every window.
 
     Args:
-        windows: for each window, step by step, the tokens of each data-parallel engine, filled up and as they were
-            (probe.py).
-        ranks: of an engine.
-        gathered: whether engines gather their batches, filled up to the longest (A2). Otherwise (A3) each rank sends
-            its part, and masks what it was filled up with; where a batch is too large for MC2, All2All gives each rank
-            of an engine a row at least.
+        windows: by window and step, the tokens of every data-parallel engine with and without padding (probe.py).
+        ranks: ranks of an engine.
+        gathered: True if engines gather their batches, padded to the longest (A2). Otherwise (A3) every rank sends its
+            part and masks the padding; if a batch is too large for MC2, All2All gives every rank at least one row.
     """
 
     def rows(step: list[list[int]]) -> int:
@@ -351,14 +351,14 @@ def agreement(pairs: Pairs, tokens: int = TOKENS) -> float:
 
 
 def freeze_weights_until_noticed(server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]) -> None:
-    """The negative control: from here on the server switches maps and leaves the weights; the tokens must show it. Soon
-    afterwards checksums end the balancing, as slots do not hold what they should."""
+    """The negative control: from now on the server switches maps and leaves the weights, and tokens must differ. Soon
+    afterwards balancing goes off, because checksums find wrong weights in the slots."""
     assert set(server.call("probe_freeze_weights")) == {"1"}
     before, same = server.cycles_tried(), 0
     for number in range(40):
         batch = number % len(batches)
         same = equal(server.complete(batches[batch], TOKENS), want[batch])
-        # Checksums may drop the first cycle already, behind a round whose maps were switched.
+        # Checksums may drop the first cycle already, after a round that switched the maps.
         if server.cycles_tried() > before and same < 0.7 * TOKENS * len(batches[0]):
             return
     raise AssertionError(f"{same} of {TOKENS * len(batches[0])} tokens equal")

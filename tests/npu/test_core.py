@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The balancer's core on NPUs, with random delays and the race detector on."""
+"""The balancer's core on NPUs, with random delays and the race detector."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def test_recording_counts_as_on_a_cpu() -> None:
         (2, "gloo", {"buffers": 1}),
     ],
 )
-def test_every_commit_brings_the_right_weights(ranks: int, transport: str, options: dict[str, Any]) -> None:
+def test_commits_bring_the_right_weights(ranks: int, transport: str, options: dict[str, Any]) -> None:
     outcome = npus.run("core", "cycles", ranks=ranks, args=[transport, options, 3, TROUBLE], **DELAYS)
     for result in outcome.results:
         assert result["wrong"] == ""
@@ -33,7 +33,7 @@ def test_every_commit_brings_the_right_weights(ranks: int, transport: str, optio
 
 
 @pytest.mark.parametrize("transport", ["hccl", "gloo"])
-def test_a_round_that_concerns_other_ranks_only_ends_on_all(transport: str) -> None:
+def test_round_of_other_ranks_only_ends_on_all_ranks(transport: str) -> None:
     outcome = npus.run("core", "bystander", ranks=3, args=[transport], **DELAYS)
     received = [result["received"] for result in outcome.results]
     assert all(result["wrong"] == "" and not result["poisoned"] for result in outcome.results), outcome.results
@@ -41,8 +41,9 @@ def test_a_round_that_concerns_other_ranks_only_ends_on_all(transport: str) -> N
     assert received[2] == 0
 
 
-def test_the_comparison_notices_weights_that_did_not_move() -> None:
-    """What writes the old weights back is this test's, and waits for nobody who is still reading them."""
+def test_weights_that_did_not_move_are_found() -> None:
+    """Negative control. The test itself writes the old weights back without waiting for their readers, so reports about
+    that write are allowed."""
     outcome = npus.run(
         "core", "cycles", ranks=2, args=["hccl", {}, 1, {"leave_slots": True}],
         allow=("tests/distributed/model.py",), **DELAYS,
@@ -50,7 +51,7 @@ def test_the_comparison_notices_weights_that_did_not_move() -> None:
     assert any(result["wrong"] for result in outcome.results)
 
 
-def test_a_captured_graph_sees_every_commit() -> None:
+def test_captured_graph_sees_every_commit() -> None:
     for result in npus.run("core", "captured_graph", ranks=2, args=[3], **DELAYS).results:
         assert result["wrong"] == ""
         assert result["commits"] >= 5
@@ -66,14 +67,17 @@ def test_whole_cycles_change_no_output(ranks: int, capture: bool) -> None:
         assert result["phase"] != "OFF"
 
 
-def test_the_same_program_on_a_cpu() -> None:
-    """The reference run of the above: same model, same updator, weights in host memory, Gloo."""
+def test_whole_cycles_on_a_cpu_change_no_output() -> None:
+    """The reference for the test above: the same model and EplbUpdator, with weights in host memory and Gloo."""
     for result in npus.run("core", "updator", ranks=2, args=["cpu", False, 3, False]).results:
         assert result["wrong"] == 0
         assert result["placements"] >= 4
 
 
-def test_the_outputs_notice_maps_without_weights() -> None:
-    # The control's own write is a race, too.
+def test_maps_without_weights_change_outputs() -> None:
+    """Negative control of the tests above: new maps with old weights must give wrong outputs.
+
+    The write that restores the old weights is a race too, so the exit status is not checked.
+    """
     outcome = npus.run("core", "updator", ranks=2, args=["npu", False, 3, True], check=False, **DELAYS)
     assert all(result["wrong"] > 0 for result in outcome.results)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``doctor`` beside the real vllm-ascend: what it looks through there."""
+"""``doctor`` with the real vllm-ascend: its version, its runner and its environment are checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-def test_doctor_looks_through_vllm_ascend(tmp_path: Path) -> None:
+def test_doctor_checks_vllm_ascend(tmp_path: Path) -> None:
     done = subprocess.run(
         [str(npus.PYTHON), "-m", "vllm_ascend_eplb.cli", "doctor", "--json"],
         cwd=npus.ROOT,
@@ -32,5 +32,5 @@ def test_doctor_looks_through_vllm_ascend(tmp_path: Path) -> None:
     assert findings["vllm-ascend's runner"]["status"] == "ok"
     assert ("the second one" in findings["vllm-ascend's runner"]["text"]) == SECOND_RUNNER
     assert "8 NPU" in findings["devices"]["text"]
-    assert findings["DYNAMIC_EPLB"]["status"] == "wrong"  # and nothing else is
+    assert findings["DYNAMIC_EPLB"]["status"] == "wrong"
     assert [finding["what"] for finding in findings.values() if finding["status"] == "wrong"] == ["DYNAMIC_EPLB"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The emulated platform itself: the real torch_npu on emulated CANN does what an NPU does, and says no where it should.
+"""The emulated platform: the real torch_npu on emulated CANN behaves as an NPU does, and errors are errors.
 
-Faults break a device for good, so each has processes of its own.
+A fault breaks a device for good, so every fault runs in its own processes.
 """
 
 import pytest
@@ -19,17 +19,17 @@ def test_fused_operators_equal_plain_formulas() -> None:
     assert npus.run("operators", "fused").results == [{}]
 
 
-def test_an_operator_that_is_not_emulated_is_named() -> None:
+def test_operator_that_is_not_emulated_is_named() -> None:
     (text,) = npus.run("operators", "not_emulated").results
     assert "not emulated: " in text
     assert "Svd" in text
 
 
-def test_memory_streams_events_and_graphs() -> None:
+def test_memory_streams_events_and_graphs_work() -> None:
     assert npus.run("runtime", "check", EMULATED_NPU_DELAY_US="2000").results == [{}]
 
 
-def test_a_device_error_is_sticky() -> None:
+def test_device_error_is_sticky() -> None:
     (errors,) = npus.run("runtime", "device_error_is_sticky").results
     assert len(errors) == 2
     assert all("aclnnIndexSelect: index out of range" in error for error in errors)
@@ -40,7 +40,7 @@ def test_missing_waits_are_flagged_and_waits_are_not() -> None:
     assert outcome.results == [{}], outcome.text()
 
 
-def test_a_missing_wait_raises_at_its_line() -> None:
+def test_missing_wait_raises_at_its_line() -> None:
     outcome = npus.run("races", "error", check=False)
     text = outcome.results[0]
     assert "data race" in text
@@ -48,7 +48,7 @@ def test_a_missing_wait_raises_at_its_line() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "delay"), [(2, "0"), (4, "3000")])
-def test_collectives(ranks: int, delay: str) -> None:
+def test_collectives_give_the_right_results(ranks: int, delay: str) -> None:
     assert npus.run("collectives", "check", ranks=ranks, EMULATED_NPU_DELAY_US=delay).results == [{}] * ranks
 
 
@@ -71,7 +71,7 @@ def test_wrong_use_of_hccl_is_an_error(program: str, words: list[str]) -> None:
     assert "nothing was raised" not in text
 
 
-def test_reading_before_the_work_is_done_is_a_race() -> None:
+def test_read_before_the_work_is_done_is_a_race() -> None:
     outcome = npus.run("collectives", "missing_wait", ranks=2, check=False, EMULATED_NPU_RACE="report")
     for result in outcome.results:
         sound, flagged = result[: result.index("--")], result[result.index("--") + 1 :]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-ascend's second model runner without this package, and the stand-ins by which it runs here: NPU_TEST_RUNNER=V2.
-How it serves with our balancer is tested by test_serving.py and the files beside it, under the same variable."""
+"""vllm-ascend's second model runner (NPU_TEST_RUNNER=V2): weighted dispatch, its stand-ins, and its own EPLB without
+this package. test_serving.py and its neighbours test our balancer with this runner, under the same variable."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .serving import (
 pytestmark = [
     pytest.mark.skipif(npus.REAL, reason="tests the emulated stack"),
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
-    pytest.mark.skipif(not SECOND_RUNNER, reason="of the second model runner; set NPU_TEST_RUNNER=V2"),
+    pytest.mark.skipif(not SECOND_RUNNER, reason="only for the second model runner; set NPU_TEST_RUNNER=V2"),
 ]
 
 
@@ -39,8 +39,8 @@ def run(function: str) -> Any:
 def test_tokens_are_split_by_planned_shares(
     tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]], device: str
 ) -> None:
-    """Weighted dispatch, which the first runner has not: tables change with and between placements. Ranks that route
-    the same tokens have the same tables."""
+    """Weighted dispatch, which the first runner does not have: tables change with and between placements. Ranks that
+    route the same tokens have the same tables."""
     settings = {**SETTINGS, "weighted_dispatch": True, "num_redundant_experts": 8}
     server = NpuServer(settings, tmp_path, device=device, probe=True).started()
     try:
@@ -62,20 +62,20 @@ def test_tokens_are_split_by_planned_shares(
         server.stop()
 
 
-def test_stand_ins_do_what_the_kernels_do() -> None:
+def test_stand_ins_equal_the_kernels() -> None:
     assert run("kernels") == {"map": [True] * 6, "record": [True] * 4, "rope": [True] * 4}
 
 
-def test_its_own_tables_name_other_copies_on_each_rank() -> None:
-    """Not ours: where ranks route the same gathered tokens, each computes such a token, or none does."""
+def test_stock_tables_name_other_copies_on_each_rank() -> None:
+    """vllm-ascend's own EPLB: if ranks route the same gathered tokens, all ranks compute a token, or none does."""
     assert run("tables") == [0, 1024]
 
 
 @pytest.mark.parametrize("copies", [0, 2])
-def test_its_own_eplb_answers_rightly_without_copies_only(
+def test_stock_eplb_is_right_only_without_copies(
     tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]], copies: int
 ) -> None:
-    """Not ours, on A2. From the start, before anything has moved."""
+    """vllm-ascend's own EPLB on A2; with copies answers are wrong from the start, before any expert has moved."""
     settings = json.dumps({"num_redundant_experts": copies, "window_size": 12, "step_interval": 12, "use_async": True})
     server = NpuServer(None, tmp_path, arguments=("--enable-eplb", "--eplb-config", settings)).started()
     try:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unmodified vllm-ascend serves examples/tiny_moe with our balancer, from the one flag, on 2 ranks: the real
-torch_npu on emulated CANN. Most of it on one server, in the order of this file.
+"""The unmodified vllm-ascend serves examples/tiny_moe with our balancer, turned on by one flag, on 2 ranks: the real
+torch_npu on emulated CANN. Most tests share one server and run in the order of this file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
 
 
 def slots(server: NpuServer) -> list[dict[str, Any]]:
-    """Result of probe_checkpoint, by rank."""
+    """The result of probe_checkpoint, by rank."""
     return server.call("probe_checkpoint", str(serving.MODEL / "model.safetensors"))
 
 
@@ -47,13 +47,13 @@ if serving.ASCEND != serving.RELEASE:
     LAYER, LAYOUT = "AscendRoutedExperts", [*range(64), 0, 1]
 
 
-def test_slots_hold_what_the_layers_maps_say(server: NpuServer) -> None:
-    """The tensors that the adaptor finds in vllm-ascend's own layers, before anything has moved: the checkpoint's."""
+def test_slots_hold_the_experts_of_the_layers_maps(server: NpuServer) -> None:
+    """Before any move, the tensors that the adaptor finds in vllm-ascend's own layers are those of the checkpoint."""
     for rank in slots(server):
         assert rank == {"class": LAYER, "right": 6 * 33, "wrong": 0, "placement": LAYOUT}
 
 
-def test_tokens_are_those_of_transformers_while_experts_move(
+def test_tokens_equal_those_of_transformers_while_moving(
     server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
     assert server.log.count("EPLB is on: ") == 1
@@ -69,12 +69,12 @@ def test_tokens_are_those_of_transformers_while_experts_move(
         assert rank["placement"] != LAYOUT
 
 
-def test_par_falls(server: NpuServer) -> None:
-    """PAR of equal windows with the placement in force and with the start placement."""
+def test_balancing_lowers_par(server: NpuServer) -> None:
+    """PAR of the same windows is lower with the placement in force than with the start placement."""
     stats = server.stats()
     assert stats is not None
     windows = [cycle for cycle in stats.cycles if cycle.par is not None and cycle.par_start is not None]
-    later = windows[1:]  # in the first nothing has moved
+    later = windows[1:]  # no expert has moved in the first window
     assert windows[0].par.mean == pytest.approx(windows[0].par_start.mean)
     balanced = sum(cycle.par.mean for cycle in later) / len(later)
     unmoved = sum(cycle.par_start.mean for cycle in later) / len(later)
@@ -84,11 +84,11 @@ def test_par_falls(server: NpuServer) -> None:
             assert cycle.par_predicted.mean < cycle.par.mean
 
 
-def test_a_killed_planner_costs_no_request(
+def test_killed_planner_costs_no_request(
     server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
     planners = server.planners()
-    assert len(planners) == 1  # of expert-parallel rank 0
+    assert len(planners) == 1  # that of expert-parallel rank 0
     os.kill(planners[0], signal.SIGKILL)
     assert server.complete(batches[0], TOKENS) == want[0]
     serve_until(server, batches, want, 2)
@@ -99,20 +99,20 @@ def test_no_race_and_no_wrong_order(server: NpuServer) -> None:
     assert not server.unexpected_races()[:3]
 
 
-def test_the_comparison_notices_weights_that_did_not_move(
+def test_weights_that_did_not_move_change_tokens(
     server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """Runs last on this server, because it leaves wrong weights."""
+    """Negative control. It runs last on this server, because it leaves wrong weights."""
     freeze_weights_until_noticed(server, batches, want)
     assert all(rank["wrong"] > 0 for rank in slots(server))
 
 
-def test_the_server_ends_in_order(server: NpuServer) -> None:
+def test_server_ends_in_order(server: NpuServer) -> None:
     assert server.stop() == []
     assert server.processes() == []
 
 
-def test_without_the_flag_nothing_changes(
+def test_server_without_the_flag_is_unchanged(
     tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
     server = NpuServer(None, tmp_path).started()
@@ -124,7 +124,7 @@ def test_without_the_flag_nothing_changes(
         server.stop()
 
 
-def test_the_platform_ascend_eplb_ends_in_the_same_adaptor(
+def test_platform_ascend_eplb_uses_the_same_adaptor(
     tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
     """Its weights are loaded by a map, and what it ends with is in the map that it records."""
@@ -151,7 +151,7 @@ def test_the_platform_ascend_eplb_ends_in_the_same_adaptor(
 
 
 def another_placement() -> Placement:
-    """A placement with the experts of each layer in reverse order, and two experts twice."""
+    """A placement with the experts of every layer in reverse order, and two copies of two experts."""
     slots = []
     for layer in range(6):
         order = np.roll(np.arange(64)[::-1], layer)
@@ -159,10 +159,10 @@ def another_placement() -> Placement:
     return Placement(np.array(slots, dtype=np.int32), 64, 2)
 
 
-def test_on_a3_ranks_route_their_own_tokens(
+def test_tokens_on_a3_equal_those_of_transformers(
     tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """AllToAll for large batches, MC2 for small ones; tables differ between ranks."""
+    """On A3 ranks route their own tokens (All2All for large batches, MC2 for small ones), and tables differ by rank."""
     server = NpuServer(SETTINGS, tmp_path, device="A3").started()
     try:
         serve_until(server, batches, want, 4)
@@ -175,15 +175,15 @@ def test_on_a3_ranks_route_their_own_tokens(
 @pytest.mark.parametrize(
     "graph_mode", ["FULL_DECODE_ONLY", pytest.param("PIECEWISE", marks=pytest.mark.soak)], ids=str.lower
 )
-def test_captured_graphs_replay_with_the_experts_that_moved(
+def test_captured_graphs_replay_after_experts_moved(
     tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]], graph_mode: str
 ) -> None:
-    """ACL graphs of a compiled model: what decoding replays was captured before the first expert moved."""
+    """ACL graphs of a compiled model are captured before the first move and replayed after it."""
     server = NpuServer(SETTINGS, tmp_path, graphs=(1, 2, 4), graph_mode=graph_mode, probe=True).started()
     try:
         assert set(server.call("probe_replays")) == {"0"}
         answers = serve_until(server, batches, want, 4)
-        steps = (TOKENS - 1) * len(answers) // len(batches[0])  # of decoding, if all requests of a batch share them
+        steps = (TOKENS - 1) * len(answers) // len(batches[0])  # decoding steps, if all requests of a batch share them
         assert min(map(int, server.call("probe_replays"))) > steps / 2
         assert server.stats().cycles_failed == 0
         assert not server.unexpected_races()[:3]
@@ -195,7 +195,7 @@ def test_captured_graphs_replay_with_the_experts_that_moved(
 def test_unchecked_release_is_served_without_balancing(
     tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """The release differs from the checked one in its number only."""
+    """The release differs from the checked one only in its version number."""
     (known,) = serving.STACK.glob("site/vllm_ascend-*.dist-info")
     unknown = tmp_path / "site" / "vllm_ascend-0.99.0.dist-info"
     shutil.copytree(known, unknown)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unmodified vllm-ascend decodes with draft tokens (speculative decoding) and is balanced all the same, on 2 ranks:
-the real torch_npu on emulated CANN. In one server they come from n-grams of the text, in the others from a draft model
-in the model's checkpoint (MTP) that has experts, too. Each in the order of this file.
+"""The unmodified vllm-ascend decodes with draft tokens (speculative decoding) and is balanced, on 2 ranks: the real
+torch_npu on emulated CANN. In one server draft tokens come from n-grams of the text. In the others they come from a
+draft model in the checkpoint (MTP) that has experts, too. Tests run in the order of this file.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ pytestmark = [
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
 MTP = {"method": "mtp", "num_speculative_tokens": 2}
 MODEL_LAYERS = 2
-"""MoE layers of the model with a draft model; the draft model's layer comes behind them."""
+"""MoE layers of the model; the draft model's layer comes after them."""
 PARTS = ("", "drafter") if serving.SECOND_RUNNER else ()
-"""Under the second runner the draft model is a model of its own, with a balancer of its own."""
-only_first = pytest.mark.skipif(serving.SECOND_RUNNER, reason="not served by the second model runner")
+"""The balancers' names: under the second runner the draft model has its own balancer."""
+only_first = pytest.mark.skipif(serving.SECOND_RUNNER, reason="unsupported by the second model runner")
 
 
 def drafting(speculative: dict[str, object]) -> tuple[str, str]:
@@ -39,10 +39,10 @@ def drafting(speculative: dict[str, object]) -> tuple[str, str]:
 
 
 def check_load(server: NpuServer, layers: int, experts_per_token: int) -> None:
-    """The loads that were planned with are what the routers chose, and all scheduled tokens are in them.
+    """Assert that the planner's loads are the routers' own choices and include all scheduled tokens.
 
     Args:
-        layers: of the model, without the draft model's.
+        layers: MoE layers of the model, without the draft model's.
         experts_per_token: K.
     """
     first, second = server.call("probe_watched")
@@ -92,15 +92,15 @@ def test_ngram_load_counts_accepted_and_rejected_tokens(ngrams: NpuServer) -> No
 
 
 @only_first
-def test_with_ngrams_no_race_and_no_wrong_order(ngrams: NpuServer) -> None:
+def test_ngrams_cause_no_race_and_no_wrong_order(ngrams: NpuServer) -> None:
     assert not ngrams.unexpected_races()[:3]
 
 
 @only_first
-def test_ngrams_notice_weights_that_did_not_move(
+def test_weights_that_did_not_move_change_ngram_tokens(
     ngrams: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """Runs last on this server, because it leaves wrong weights."""
+    """Negative control. It runs last on this server, because it leaves wrong weights."""
     freeze_weights_until_noticed(ngrams, batches, want)
     assert ngrams.stop() == []
 
@@ -110,7 +110,7 @@ def test_ngrams_notice_weights_that_did_not_move(
 
 @pytest.fixture(scope="module")
 def prompts(batches: list[list[str]]) -> list[str]:
-    """Asked one after the other, so that steps are the same with and without balancing."""
+    """Prompts that are asked one at a time, so that steps are the same with and without balancing."""
     return [text for batch in batches for text in batch[:2]]
 
 
@@ -123,13 +123,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory, model: Path, prompts: list[str]) -> list[list[int]]:
-    """Answers of transformers, which ignores the draft model."""
+    """The answers of transformers, which ignores the draft model."""
     return serving.transformers_tokens(tmp_path_factory.mktemp("transformers"), prompts, TOKENS, model=model)
 
 
 def ask(server: NpuServer, prompt: str, engine: int | None = None) -> tuple[list[int], list[object]]:
-    """The answer, and what the draft model (of the first engine, if there are several) proposed on the way, step by
-    step."""
+    """Ask for a prompt; returns the answer, and the draft tokens step by step (of the first engine, if there are
+    several)."""
     (tokens,) = server.complete([prompt], TOKENS, engine)
     first, *rest = server.call("probe_drafts")
     assert all(rank == first for rank in rest)
@@ -137,8 +137,8 @@ def ask(server: NpuServer, prompt: str, engine: int | None = None) -> tuple[list
 
 
 def of_turn(drafts: list[list[object]], turn: int) -> list[object]:
-    """What is proposed when a server is asked all prompts in turn. Under the second model runner, with and without
-    balancing, draft tokens behind the first of a step depend on whether a server was asked before."""
+    """The expected draft tokens of a turn. Under the second model runner, with and without balancing, draft tokens
+    after the first of a step differ if the server was asked before."""
     prompts = len(drafts) // 2
     return drafts[turn % prompts + (prompts if turn >= prompts else 0)]
 
@@ -150,8 +150,8 @@ def freeze_draft_model_until_noticed(
     drafts: list[list[object]],
     engine: int | None = None,
 ) -> None:
-    """The negative control: from here on the draft model's maps are switched and its weights left; its draft tokens
-    must show it. The model verifies each of them, so the tokens stay right."""
+    """The negative control: from now on the draft model's maps are switched but its weights stay, and draft tokens must
+    differ. The model verifies every draft token, so tokens stay right."""
     assert set(server.call("probe_freeze_weights", MODEL_LAYERS)) == {"1"}
     for turn in range(40):
         number = turn % len(prompts)
@@ -166,7 +166,7 @@ def freeze_draft_model_until_noticed(
 def drafts(
     tmp_path_factory: pytest.TempPathFactory, model: Path, prompts: list[str], answers: list[list[int]]
 ) -> list[list[object]]:
-    """Draft tokens of a server without balancing, for each prompt, first and repeated."""
+    """The draft tokens of a server without balancing: for all prompts, and for all prompts again."""
     folder = tmp_path_factory.mktemp("plain")
     server = NpuServer(None, folder, model=str(model), probe=True, arguments=drafting(MTP)).started()
     try:
@@ -180,7 +180,7 @@ def drafts(
 
 @pytest.fixture(scope="module")
 def drafted(tmp_path_factory: pytest.TempPathFactory, model: Path, drafts: list[list[object]]) -> Iterator[NpuServer]:
-    """A balanced server with a draft model; starts after the server without balancing has ended."""
+    """A balanced server with a draft model. It starts after the server without balancing has ended."""
     folder = tmp_path_factory.mktemp("drafted")
     server = NpuServer(SETTINGS, folder, model=str(model), probe=True, arguments=drafting(MTP), parts=PARTS).started()
     server.call("probe_watch")
@@ -223,10 +223,10 @@ def test_draft_model_causes_no_race_and_no_wrong_order(drafted: NpuServer) -> No
     assert not drafted.unexpected_races()[:3]
 
 
-def test_draft_tokens_notice_draft_weights_that_did_not_move(
+def test_draft_weights_that_did_not_move_change_drafts(
     drafted: NpuServer, prompts: list[str], answers: list[list[int]], drafts: list[list[object]]
 ) -> None:
-    """Runs last on this server, because it leaves wrong weights."""
+    """Negative control. It runs last on this server, because it leaves wrong weights."""
     freeze_draft_model_until_noticed(drafted, prompts, answers, drafts)
     assert drafted.stop() == []
 
@@ -235,7 +235,7 @@ GRAPHS = pytest.param(
     {"graphs": (3, 6, 12)},
     id="captured graphs",
     marks=pytest.mark.skipif(
-        serving.SECOND_RUNNER, reason="it captures the drafter, too, whose kernels are interpreted here"
+        serving.SECOND_RUNNER, reason="it captures the draft model, too, whose kernels are interpreted here"
     ),
 )
 
@@ -249,8 +249,8 @@ def test_tokens_and_draft_tokens_are_equal_in_other_ways(
     drafts: list[list[object]],
     way: dict[str, Any],
 ) -> None:
-    """The graphs are of the model, for steps that verify draft tokens; GLM's draft models are not captured by
-    vllm-ascend."""
+    """A3, and captured graphs. The graphs are those of the model's steps that verify draft tokens; vllm-ascend does not
+    capture GLM's draft models."""
     server = NpuServer(
         SETTINGS, tmp_path, model=str(model), probe=True, arguments=drafting(MTP), parts=PARTS, **way
     ).started()
@@ -279,8 +279,8 @@ def test_tokens_and_draft_tokens_are_equal_in_other_ways(
 def test_two_engines_share_experts_of_model_and_draft_model(
     tmp_path: Path, model: Path, prompts: list[str], answers: list[list[int]], drafts: list[list[object]], ranks: int
 ) -> None:
-    """One engine answers while the other makes dummy batches, in turns, and then both at once. The draft tokens of the
-    first one are seen."""
+    """Two engines take turns: one answers while the other makes dummy batches. Then both answer at once. Only the first
+    engine's draft tokens are compared."""
     arguments = ("--data-parallel-size", "2", *drafting(MTP))
     settings = {**SETTINGS, "num_redundant_experts": 2 * ranks}
     server = NpuServer(
@@ -321,7 +321,7 @@ def test_two_engines_share_experts_of_model_and_draft_model(
 def test_maps_hold_model_layers_then_draft_layers(
     tmp_path: Path, model: Path, prompts: list[str], answers: list[list[int]], drafts: list[list[object]]
 ) -> None:
-    """A server starts from a map of the model alone; another one from the map that the first recorded."""
+    """A server starts from a map of the model alone. A second server starts from the map that the first recorded."""
     given, recorded = tmp_path / "given.json", tmp_path / "recorded.json"
     order = np.arange(16)[::-1]
     slots = np.concatenate([order[:8], order[8:9], order[8:], order[:1]]).astype(np.int32)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unmodified vllm-ascend serves a model whose experts are quantised (W8A8, ModelSlim's form) with our balancer: the
-real torch_npu on emulated CANN. One server for each generation of NPUs, in the order of this file.
+"""The unmodified vllm-ascend serves a model with quantised experts (W8A8, ModelSlim's form) with our balancer: the real
+torch_npu on emulated CANN. There is one server per generation of NPUs; tests run in the order of this file.
 
-vllm-ascend refuses float32 with quantised weights, and float16 rounds otherwise than the float32 of the reference (and
-otherwise for each placement, as ranks add in another order), so tokens are compared by share; what is in the slots is
-compared bit for bit.
+Slots are compared bit for bit. Tokens are compared by share: vllm-ascend refuses float32 with quantised weights, and
+float16 rounds differently from the reference's float32, and differently for every placement, because ranks add in
+another order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
 ]
 LEAST, MOST = 0.97, 0.95
-"""Share of equal tokens: of the right weights at least, of wrong ones at most."""
+"""The share of equal tokens: at least LEAST with the right weights, at most MOST with wrong ones."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def server(
 
 
 def experts(server: NpuServer) -> dict[str, set[str]]:
-    """What the slots of all ranks hold: the digests of each expert's copies."""
+    """The digests of the copies in the slots of all ranks, by expert."""
     found: dict[str, set[str]] = {}
     for rank in server.call("probe_experts"):
         for expert, digests in rank.items():
@@ -89,10 +89,10 @@ def test_no_race_and_no_wrong_order(server: NpuServer) -> None:
     assert not server.unexpected_races()[:3]
 
 
-def test_the_comparison_notices_weights_that_did_not_move(
+def test_weights_that_did_not_move_change_tokens(
     server: NpuServer, batches: list[list[str]], quantised: tuple[Path, list[list[list[int]]]]
 ) -> None:
-    """The last on this server: it switches maps and leaves the weights."""
+    """Negative control. It runs last on this server, because it switches maps and leaves the weights."""
     before = experts(server)
     assert set(server.call("probe_freeze_weights")) == {"1"}
     shares: list[float] = []

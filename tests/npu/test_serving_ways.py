@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unmodified vllm-ascend serves examples/tiny_moe with our balancer on more ranks, and on ranks that are engines of
-their own: the real torch_npu on emulated CANN. One server for each way, in the order of this file.
+"""The unmodified vllm-ascend serves examples/tiny_moe with our balancer on more ranks, with data parallelism and with
+pipeline stages: the real torch_npu on emulated CANN. There is one server per way; tests run in the order of this file.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def server(way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuSe
     server.stop()
 
 
-def test_tokens_are_those_of_transformers_while_experts_move(
+def test_tokens_equal_those_of_transformers_while_moving(
     server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
     assert "EPLB is on: " in server.log
@@ -64,18 +64,18 @@ def test_tokens_are_those_of_transformers_while_experts_move(
         assert all(cycle.moved > 0 for cycle in stats.cycles if cycle.result == "done")
 
 
-def test_one_request_alone_moves_experts_too(
+def test_single_request_moves_experts_too(
     server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """With data parallelism one of the engines runs dummy batches meanwhile."""
+    """With data parallelism, the other engine runs dummy batches meanwhile."""
     serve_until(server, [batch[:1] for batch in batches], [batch[:1] for batch in want], 2)
 
 
-def test_every_token_is_counted_once_whoever_is_idle(server: NpuServer, way: str) -> None:
-    """Load is what slots receive, also those of an engine without requests. Where ranks gather each other's tokens
-    before they are routed (A2), each sees all of the load, and batches are padded to the longest."""
-    workers = server.call("probe_watched")  # of the first engine
-    for first in workers[:: WAYS[way]["ranks"]]:  # of each stage
+def test_every_token_is_counted_once_with_idle_engines(server: NpuServer, way: str) -> None:
+    """Load is the tokens that slots receive, also the slots of an engine without requests. On A2 ranks gather the
+    tokens before routing, so every rank sees the whole load, and batches are padded to the longest."""
+    workers = server.call("probe_watched")  # those of the first engine
+    for first in workers[:: WAYS[way]["ranks"]]:  # the first rank of every stage
         loads, windows = np.array(first["loads"]), np.array(first["windows"])
         assert len(loads) >= 10
         computed = rows_computed(first["batches"][: len(loads)], WAYS[way]["ranks"], gathered="A3" not in way)
@@ -85,8 +85,8 @@ def test_every_token_is_counted_once_whoever_is_idle(server: NpuServer, way: str
             np.testing.assert_array_equal(loads, windows[: len(loads)])
 
 
-def test_each_balancer_has_a_planner_and_shows_what_it_did(server: NpuServer) -> None:
-    """There is one, or one for each pipeline stage."""
+def test_every_balancer_has_a_planner_and_metrics(server: NpuServer) -> None:
+    """There is one balancer, or one per pipeline stage."""
     parts = [f'part="{part}"' for part in server.parts] or ['result="done"']
     assert len(server.planners()) == len(parts)
     for part in parts:
@@ -109,13 +109,13 @@ def test_no_race_and_no_wrong_order(server: NpuServer) -> None:
     assert not server.unexpected_races()[:3]
 
 
-def test_the_comparison_notices_weights_that_did_not_move(
+def test_weights_that_did_not_move_change_tokens(
     server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    """Runs last on this server, because it leaves wrong weights."""
+    """Negative control. It runs last on this server, because it leaves wrong weights."""
     freeze_weights_until_noticed(server, batches, want)
 
 
-def test_the_server_ends_in_order(server: NpuServer) -> None:
+def test_server_ends_in_order(server: NpuServer) -> None:
     assert server.stop() == []
     assert server.processes() == []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The house: folders import in one direction, the core knows no engine, planning knows no torch, files stay short."""
+"""The layout: folders import in one direction, the core imports no engine, planning no torch, and files are short."""
 
 import ast
 import subprocess
@@ -18,10 +18,10 @@ NO_TORCH = ("values", "files", "settings", "observe", "planning", "simulate", "r
 NO_ENGINE = ("load", "agreement", "transfer", "routing", "balancer")
 ENGINES = ("adaptors", "cli")
 STATIONS = NO_TORCH + NO_ENGINE + ENGINES
-"""All folders; each imports only from those before it. ``plugin`` and ``__init__`` stand behind all of them."""
+"""All folders. A folder imports only from folders before it. ``plugin`` and ``__init__`` may import all of them."""
 
 SHARED = {"__version__", "_planner"}
-"""What every folder may take from the package itself: its version and the compiled planner."""
+"""Names that every folder may import from the package itself: the version and the compiled planner."""
 
 MOST_LINES = 400
 LONGER = {
@@ -36,7 +36,7 @@ LONGER = {
     "tests/unit/planning/test_planner.py",
     "tests/unit/settings/test_config.py",
 }
-"""Longer files, whose docstring says why they are one idea."""
+"""Longer files. Their docstring says why they are one idea."""
 
 CODE = """
 import importlib, sys
@@ -53,8 +53,8 @@ def modules(folders: Iterable[str] = STATIONS) -> dict[str, Path]:
 
 
 def imports(name: str, source: str, known: Iterable[str]) -> set[str]:
-    """The modules of the package that a module's source imports anywhere, also within functions; for a name that is
-    taken from the package itself, that name."""
+    """The modules of the package that a source imports, also within functions. A name imported from the package itself
+    counts as a module."""
     package = name if name in {module.rpartition(".")[0] for module in known} else name.rpartition(".")[0]
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -80,7 +80,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def circle(edges: dict[str, set[str]]) -> list[str]:
-    """One circle of modules that import one another; empty if there is none."""
+    """A circle of modules that import one another; empty if there is none."""
     done: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:
@@ -124,7 +124,7 @@ def test_the_tiers_name_every_folder():
 
 
 def upward(edges: dict[str, set[str]]) -> list[str]:
-    """Imports of a folder that stands behind the importing one, or of something else of the package."""
+    """Imports from a folder after the importing one, or from elsewhere in the package."""
     place = {folder: number for number, folder in enumerate(STATIONS)}
     return [
         f"{name} imports {target}"
@@ -181,7 +181,7 @@ def test_unknown_names_are_attribute_errors():
 
 
 def loggers(source):
-    """Names of the loggers that a source asks for; None for a computed name."""
+    """The names of the loggers that a source gets; None for a computed name."""
     for call in ast.walk(ast.parse(source)):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "getLogger":
             yield call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else None
@@ -196,7 +196,7 @@ def test_every_logger_is_one_that_a_server_shows():
 
 
 def bound_names(source: str) -> Iterable[tuple[int, str]]:
-    """Line and name of every variable, argument and import that a source gives a name to."""
+    """Line and name of every variable, argument and import that a source names."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.lineno, node.id

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's verdict: it passes on a good run, and fails for each single thing that may go wrong."""
+"""The demo's verdict: it passes on a good run, and fails for every fault."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_tally(answer: list[int], expected: list[int], equal: int, compared: int
     assert bool(tally.first_difference) == (answer != expected)
 
 
-def test_each_thing_that_goes_wrong_is_a_failure() -> None:
+def test_every_fault_is_a_failure() -> None:
     stats = good_stats()
     result = good_result(stats)
     bad = {

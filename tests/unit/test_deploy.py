@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "examples" / "deploy"
 WORKFLOWS = ROOT / ".github" / "workflows"
 KUBERNETES = "1.30"
-"""The oldest version whose schemas the manifests are checked by; the newest is checked, too."""
+"""The oldest version of Kubernetes whose schemas check the manifests; the newest checks them, too."""
 SOCKET_NAME = 107
-"""Most bytes of a Unix socket's path."""
+"""Bytes that a Unix socket's path may have."""
 
 
 def read(name: str) -> Any:
@@ -44,7 +44,7 @@ def environment(container: dict[str, Any]) -> dict[str, str]:
 
 
 def check_pod(spec: dict[str, Any]) -> None:
-    """What every pod must have, by the fields' names of Kubernetes."""
+    """Assert that a pod is restricted, and that its caches and sockets lie in volumes."""
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["runAsUser"] > 0
     (container,) = spec["containers"]
@@ -65,7 +65,7 @@ def check_pod(spec: dict[str, Any]) -> None:
 
 
 def check_probes(container: dict[str, Any]) -> None:
-    """They ask the engine's health, which is the same whether the balancer is paused or not."""
+    """Assert that the probes ask the engine's health, which does not depend on the balancer."""
     ports = {port["name"] for port in container["ports"]}
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[kind]["httpGet"]["path"] == "/health"
@@ -93,7 +93,7 @@ def with_long_folder(spec: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("spoil", [without_context, with_cache_elsewhere, with_long_folder])
-def test_the_check_of_pods_can_fail(spoil: Callable[[dict[str, Any]], None]) -> None:
+def test_check_of_pods_can_fail(spoil: Callable[[dict[str, Any]], None]) -> None:
     group, _ = read("kubernetes.yaml")
     spec = copy.deepcopy(pod_templates(group)["leader"])  # anchors share their values
     spoil(spec)
@@ -101,7 +101,7 @@ def test_the_check_of_pods_can_fail(spoil: Callable[[dict[str, Any]], None]) -> 
         check_pod(spec)
 
 
-def test_probes_know_that_a_paused_balancer_is_healthy() -> None:
+def test_probes_ask_for_the_health_of_the_engine() -> None:
     group, service = read("kubernetes.yaml")
     pods = pod_templates(group)
     check_probes(pods["leader"]["containers"][0])
@@ -197,7 +197,7 @@ def test_images_are_built_on_a_named_tag_and_run_as_a_user(name: str) -> None:
 
 
 def follows_schema(name: str, path: Path) -> bool:
-    """Whether a file follows a schema that check-jsonschema brings; it needs no network."""
+    """True if a file follows a schema that check-jsonschema contains; needs no network."""
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{name}", str(path)]
     return subprocess.run(command, capture_output=True).returncode == 0
 
@@ -254,8 +254,8 @@ LEADER_WORKER_SET = {
         },
     },
 }
-"""Written here after the API's reference: no package brings the schema of this resource. Its pod templates are checked
-by Kubernetes' own."""
+"""Written after the API's reference, because no package has this resource's schema. Kubernetes' own schemas check the
+pod templates."""
 
 
 def follows_kubernetes(manifests: list[dict[str, Any]]) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README and guide: every path that they name exists, every refused option has its case, and README stays short."""
+"""README and guide: all paths they name exist, every refused option has a test case, and README stays short."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 REFUSALS = [message for _, _, message in CASES.values()]
 BASES = (ROOT, ROOT / "vllm_ascend_eplb", ROOT / "tests", ROOT / "benchmarks" / "results")
-"""What a path of a page may be relative to."""
+"""The folders that a path in a page may be relative to."""
 
 SUFFIXES = ("py", "md", "json", "sh", "yml", "yaml", "toml", "svg", "png", "css", "npz", "cpp", "cu")
 OTHERS = {"demo.json", "map.json", "map.load.npz", "planned.json", "sglang.json", "stats.json", "result.json"}
-"""Files that a user makes, and no part of the repository."""
+"""Files that a user makes; they are not in the repository."""
 
 README_LINES, README_WORDS, CELL_WORDS = 150, 1500, 20
 
 
 def named_paths(text: str) -> set[str]:
-    """The repository paths that stand in backticks: a known suffix, or a folder of at least one level."""
+    """The repository paths in backticks: files with a known suffix, and folders."""
     found = set()
     for code in re.findall(r"`([^`\n]+)`", text):
         for word in code.split():
@@ -48,7 +48,7 @@ def long_cells(text: str, limit: int = CELL_WORDS) -> list[str]:
 
 
 def refused_options(text: str) -> set[str]:
-    """The options, as a command writes them, of all rows whose behaviour with vLLM is "unsupported"."""
+    """The command-line options of all rows whose behaviour with vLLM is "unsupported"."""
     upstream = text.split("\n## On Ascend")[0]
     rows = re.findall(r"^\| ([^|]*) \| unsupported \|", upstream, re.MULTILINE)
     return {option for row in rows for option in re.findall(r"`(--[\w-]+|[\w-]+\.[\w.-]+)[^`]*`", row)}
@@ -59,7 +59,7 @@ def test_paths_that_a_page_names_exist(page: Path) -> None:
     assert missing_paths(page.read_text(encoding="utf-8")) == []
 
 
-def test_a_path_that_is_gone_is_noticed() -> None:
+def test_missing_paths_are_found() -> None:
     text = "`tests/unit/test_gone.py`, `vllm_ascend_eplb/gone/`, `docs/`, `pytest -m cuda tests/e2e/test_gone.py`"
     assert missing_paths(text) == ["tests/e2e/test_gone.py", "tests/unit/test_gone.py", "vllm_ascend_eplb/gone/"]
 
@@ -71,7 +71,7 @@ def test_pages_name_the_tests_behind_their_claims() -> None:
 
 
 def modules_and_targets(text: str) -> tuple[set[str], set[str]]:
-    """What a page tells to run: modules of this repository by ``python -m``, and targets of ``make``."""
+    """The commands in a page: modules of this repository after ``python -m``, and targets of ``make``."""
     modules = set(re.findall(r"python3? -m ((?:benchmarks|examples|tests|vllm_ascend_eplb)[\w.]*)", text))
     targets = set(re.findall(r"(?:`|^ {4,})make ([a-z0-9-]+)", text, re.MULTILINE))
     return modules, targets
@@ -90,15 +90,15 @@ def test_commands_that_a_page_names_exist(page: Path) -> None:
     assert sorted(targets - known) == []
 
 
-def test_commands_that_are_gone_are_noticed() -> None:
+def test_missing_commands_are_found() -> None:
     modules, targets = modules_and_targets("`make no-such-test` and `python -m benchmarks.nothing`\n    make demo")
     assert (modules, targets) == ({"benchmarks.nothing"}, {"no-such-test", "demo"})
     assert not is_module("benchmarks.nothing")
 
 
 @pytest.mark.parametrize("page", PAGES[:3], ids=lambda page: page.name)
-def test_links_of_root_pages_lead_somewhere(page: Path) -> None:
-    """Links inside the guide are checked by ``make docs``; those of the pages beside README are checked here."""
+def test_links_of_root_pages_lead_to_files(page: Path) -> None:
+    """``make docs`` checks the links inside the guide, but not those of README, CONTRIBUTING and CHANGELOG."""
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), target
 
@@ -126,7 +126,7 @@ def test_table_cells_are_short(name: str) -> None:
     assert long_cells((ROOT / name).read_text(encoding="utf-8")) == []
 
 
-def test_a_long_cell_is_noticed() -> None:
+def test_long_cells_are_found() -> None:
     assert long_cells("| a | " + "word " * 21 + "|") == [" ".join(["word"] * 21)]
     assert long_cells("| " + "word " * 20 + "| b |") == []
 
@@ -142,7 +142,7 @@ def test_readme_support_matrix_links_its_proof() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_are_whole(page: Path) -> None:
-    """A blank line inside a table makes plain text of its second half: every run of rows begins with a head."""
+    """Every run of rows begins with a head: a blank line inside a table would turn the second half into plain text."""
     lines = page.read_text(encoding="utf-8").splitlines()
     starts = [at for at, line in enumerate(lines) if line.startswith("|") and (at == 0 or lines[at - 1][:1] != "|")]
     for at in starts:
@@ -150,7 +150,7 @@ def test_tables_are_whole(page: Path) -> None:
 
 
 def test_cells_of_wide_tables_know_their_column() -> None:
-    """On a phone the guide shows a row of such a table as a card, with the heads before the cells."""
+    """On a phone the guide shows a row of a wide table as a card, with the column's head before every cell."""
     spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "hooks" / "tables.py")
     assert spec is not None
     assert spec.loader is not None
@@ -170,7 +170,7 @@ def test_every_option_that_is_refused_has_its_case() -> None:
     assert [option for option in sorted(options) if not any(option in message for message in REFUSALS)] == []
 
 
-def test_an_option_without_a_case_is_noticed() -> None:
+def test_options_without_a_case_are_found() -> None:
     row = "| `--no-such-option`, `--enable-lora` | unsupported | no proof yet |"
     assert refused_options(row) == {"--no-such-option", "--enable-lora"}
     assert not any("--no-such-option" in message for message in REFUSALS)

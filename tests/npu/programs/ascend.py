@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-ascend's own modules, unmodified, with their EPLB classes or ours: the calls of its model runner over MoE layers
-that are small enough to be compared exactly.
+"""vllm-ascend's own unmodified modules with their EPLB classes or ours: the calls of its model runner over MoE layers
+that are small enough for an exact comparison.
 
-One file, because its programs run one set of small layers, whose exact results are computed here.
+One file, because all programs run the same small layers, whose exact results are computed here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FROZEN_SECONDS = 15.0
 
 
 def _groups() -> None:
-    """The process groups that vllm-ascend would make for SIZE expert-parallel ranks."""
+    """Make the process groups that vllm-ascend makes for SIZE expert-parallel ranks."""
     import vllm.distributed.parallel_state as vllm_state
     import vllm_ascend.distributed.parallel_state as ascend_state
 
@@ -87,14 +87,14 @@ def _runner_module(ours: bool) -> ModuleType:
 
 
 def stock_config(values: dict[str, Any]) -> Any:
-    """vllm-ascend's own settings; it calls for a dictionary, or, since 0.30, for names."""
+    """vllm-ascend's own settings, which take a dictionary, or keyword arguments since 0.30."""
     from vllm_ascend.ascend_config import EplbConfig
 
     return EplbConfig(**values) if dataclasses.is_dataclass(EplbConfig) else EplbConfig(values)
 
 
 def _quant_type(quantised: str, known: Any) -> str:
-    """vllm-ascend's name for it."""
+    """vllm-ascend's name of a quantisation."""
     if not quantised:
         return "NONE"
     since_0_30 = {"MXFP8": "W8A8MXFP", "MXFP4": "W4A4MXFP"}
@@ -102,7 +102,7 @@ def _quant_type(quantised: str, known: Any) -> str:
 
 
 class Layer:
-    """Stand-in for AscendFusedMoE as its EPLB sees it: maps, weights by name, received tokens."""
+    """A stand-in for AscendFusedMoE with the parts that EPLB uses: maps, weights by name, received tokens."""
 
     def __init__(self, number: int, config: Any, owned: bool, quantised: str) -> None:
         from vllm_ascend.eplb.core.eplb_utils import init_eplb_config
@@ -134,7 +134,7 @@ class Layer:
             self.w2_weight = torch.stack(w2).npu()
 
     def weight_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What ``forward`` needs of both weights: [slots, HIDDEN] each."""
+        """The sums of both weights that ``forward`` needs: two tensors [slots, HIDDEN]."""
         if self.quantised == "W8A8":
             w13 = zip(self.w13_weight_list, self.w13_weight_scale_fp32_list, strict=True)
             w2 = zip(self.w2_weight_list, self.w2_weight_scale_list, strict=True)
@@ -154,8 +154,8 @@ class Layer:
         self.moe_load.zero_()
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Sum of the token's experts. Where ranks own their tokens all ranks' tokens are gathered after the mapping;
-        else all ranks map the same tokens."""
+        """The sum of the token's experts. If ranks own their tokens, the tokens of all ranks are gathered after the
+        mapping; otherwise all ranks map the same tokens."""
         slots = self.log2phy[ids].to(torch.int64)
         if self.owned:
             all_x = torch.empty(SIZE * x.shape[0], HIDDEN, device="npu")
@@ -181,15 +181,15 @@ def expert_weights(layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def scales(expert: int, quantised: str) -> tuple[float, float]:
-    """Of an expert's two weights. All sums stay exact."""
+    """The scales of an expert's two weights, chosen so that all sums stay exact."""
     if not quantised:
         return 1.0, 1.0
     return 2.0 ** (expert % 3), 1.0 / 8 + expert if quantised == "W8A8" else 2.0 ** -(expert % 4)
 
 
 def mx_table(quantised: str) -> torch.Tensor:
-    """float32 [256, values per byte], what the bytes of OCP's microscaling formats stand for; in E2M1 the low half
-    comes first."""
+    """float32 [256, values per byte]: the values of all bytes in OCP's microscaling formats. In E2M1 the low half comes
+    first."""
     codes = torch.arange(256, dtype=torch.uint8)
     if quantised == "MXFP8":
         return codes.view(torch.float8_e4m3fn).float().unsqueeze(1)
@@ -208,13 +208,13 @@ def mx_codes(weights: torch.Tensor, quantised: str) -> torch.Tensor:
 
 
 def mx_exponents(scales: tuple[float, ...], rows: int) -> torch.Tensor:
-    """uint8 [experts, rows, 1], E8M0: one block to a row."""
+    """uint8 [experts, rows, 1]: scales as E8M0, one block per row."""
     exponents = torch.log2(torch.tensor(scales)).round() + 127
     return exponents.to(torch.uint8).view(-1, 1, 1).repeat(1, rows, 1)
 
 
 def mx_values(codes: torch.Tensor, exponents: torch.Tensor, quantised: str) -> torch.Tensor:
-    """The weights that ``mx_codes`` and ``mx_exponents`` made of, scaled."""
+    """The scaled weights that ``mx_codes`` and ``mx_exponents`` encode."""
     values = mx_table(quantised).npu()[codes.view(torch.uint8).long()].flatten(-2)
     powers = torch.pow(2.0, torch.arange(-127.0, 129.0)).npu()
     return values * powers[exponents.long()]
@@ -230,7 +230,7 @@ def reference(layer: int, x: torch.Tensor, ids: torch.Tensor, quantised: str) ->
 
 
 class _Watch:
-    """Ends the process where a step takes too long."""
+    """Ends the process if a step takes too long."""
 
     def __init__(self) -> None:
         self._step: int | None = None
@@ -239,7 +239,7 @@ class _Watch:
         threading.Thread(target=self._run, daemon=True).start()
 
     def begun(self, step: int | None) -> None:
-        """A step has begun; None: it was the last."""
+        """Note that a step has begun; None after the last step."""
         self._step, self._since = step, time.monotonic()
         self._over = step is None
 
@@ -252,7 +252,7 @@ class _Watch:
 
 
 def several(cases: list[list[Any]]) -> list[dict[str, Any]]:
-    """``balance`` for each of the cases, one after the other."""
+    """Run ``balance`` for every case in turn."""
     results = []
     for case in cases:
         results.append(balance(*case))
@@ -269,16 +269,15 @@ def balance(
     intervals: tuple[int, int] = (10, 3),
     quantised: str = "",
 ) -> dict[str, Any]:
-    """The runner's calls over ``steps`` forwards of skewed load.
+    """Make the runner's calls over ``steps`` forwards of skewed load.
 
     Args:
         ours: our classes, or vllm-ascend's.
-        owned: each rank routes tokens of its own (MC2, All2All), or all ranks route the same (AllGather).
-        fault: "kill": the planner of rank 0 is killed once. "slow": planners take SLOW seconds. "skew": ranks take the
-            same step for different stages, and one stage is counted. "map": weights are loaded by a map and stay.
-            Or nothing.
+        owned: every rank routes its own tokens (MC2, All2All), or all ranks route the same tokens (AllGather).
+        fault: "kill": the planner of rank 0 is killed once. "slow": planners take slow.SECONDS. "skew": ranks are in
+            different stages in the same step, and one stage is counted. "map": a static placement from a map. Or empty.
         intervals: expert_heat_collection_interval and algorithm_execution_interval.
-        quantised: weights are W8A8's (int8 with scales, in lists of tensors), MXFP4's or MXFP8's (all experts' in one).
+        quantised: W8A8 (int8 with scales, in lists of tensors), MXFP4 or MXFP8 (all experts in one tensor), or empty.
 
     A step that takes FROZEN_SECONDS ends the process; the answer is then {"frozen": the step}.
     """
@@ -298,7 +297,7 @@ def balance(
         from vllm_ascend_eplb.adaptors.ascend import hand_over
 
         if fault == "map":
-            path = Path(tempfile.gettempdir()) / f"eplb-map-{os.environ['MASTER_PORT']}.json"  # one for all ranks
+            path = Path(tempfile.gettempdir()) / f"eplb-map-{os.environ['MASTER_PORT']}.json"  # the same on all ranks
             write_expert_map(path, _some_placement(redundant))
             settings = {"expert_map_path": str(path)}
             dist.barrier()
@@ -353,7 +352,7 @@ def balance(
     watch = _Watch()
     for step in range(steps):
         watch.begun(step)
-        # Expert 0 is the hottest in layer 0, expert 1 in layer 1; every 40 steps the order turns round.
+        # Expert 0 is the hottest in layer 0, expert 1 in layer 1; every 40 steps the order is reversed.
         heat = 1.0 / np.arange(1, EXPERTS + 1) ** 1.2
         heat = heat[:: -1 if step // 40 % 2 else 1]
         all_ids = np.stack(
@@ -405,17 +404,17 @@ def balance(
 
 
 def _some_placement(redundant: int) -> Placement:
-    """Experts in another order in each layer, the redundant ones copies of the last."""
+    """A placement with a different order of experts in every layer; redundant slots copy the previous rank's."""
     slots = []
     for layer in range(LAYERS):
         order = np.roll(np.arange(EXPERTS), layer + 3).reshape(SIZE, -1)
-        copies = np.roll(order, 1, axis=0)[:, : redundant // SIZE]  # those of the rank before
+        copies = np.roll(order, 1, axis=0)[:, : redundant // SIZE]  # from the previous rank
         slots.append(np.concatenate([order, copies], axis=1).reshape(-1))
     return Placement(np.array(slots, dtype=np.int32), EXPERTS, SIZE)
 
 
 def surface() -> dict[str, Any]:
-    """Owner of the runner's classes, and our settings as vllm-ascend reads them."""
+    """The modules of the runner's classes, and faults of our settings as vllm-ascend reads them."""
     runner = _runner_module(True)
     from vllm_ascend_eplb.adaptors.ascend import hand_over
     from vllm_ascend_eplb.adaptors.ascend import runner as ascend
@@ -439,7 +438,7 @@ def surface() -> dict[str, Any]:
 
 
 def strange_runner() -> dict[str, Any]:
-    """A runner that calls something unknown is left alone."""
+    """Take over a runner that makes an unknown call; it must be left alone."""
     import inspect
 
     runner = _runner_module(False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HCCL between processes through torch.distributed: results, and what must be an error."""
+"""HCCL between processes through torch.distributed: results, and programs that must be errors."""
 
 import os
 import time
@@ -80,7 +80,7 @@ def send_and_receive() -> None:
 
 
 def batch_to_everybody() -> None:
-    """Every rank sends to every other, twice, on a side stream."""
+    """Every rank sends twice to every other rank, on a side stream."""
     side = torch.npu.Stream()
     out = [[torch.empty(1000, device="npu") for _ in range(2)] for _ in range(SIZE)]
     x = _tensor(1000)
@@ -101,7 +101,7 @@ def batch_to_everybody() -> None:
 
 
 def several_communicators() -> None:
-    """The step's collective and a transfer on a communicator of its own, entered at one point of the loop."""
+    """A step's collectives, and a transfer on a separate communicator, issued at one point of the loop."""
     transfers = dist.new_group(backend="hccl")
     side = torch.npu.Stream()
     for step in range(20):
@@ -158,7 +158,7 @@ def check() -> dict[str, str]:
             program()
         except BaseException as error:
             wrong[program.__name__] = f"{type(error).__name__}: {str(error)[:1500]}"
-            break  # ranks are out of step
+            break  # the ranks are no longer in step
         torch.npu.synchronize()
     return wrong
 
@@ -203,7 +203,7 @@ def dead_peer() -> str:
 
 
 def both_send() -> str:
-    """Sends meet their receive: two ranks that both send first wait for ever."""
+    """A send waits for its receive, so two ranks that both send first wait for ever."""
 
     def run() -> None:
         x = torch.zeros(4, device="npu")
@@ -216,7 +216,7 @@ def both_send() -> str:
 
 
 def other_order() -> str:
-    """Two communicators, entered in another order by each rank, on streams of their own."""
+    """Two communicators that the ranks enter in different order, on separate streams."""
 
     def run() -> None:
         groups = [dist.new_group(backend="hccl"), dist.new_group(backend="hccl")]

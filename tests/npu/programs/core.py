@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The balancer's core on NPUs: recording, transfers over hccl, commits, whole cycles."""
+"""Programs with the balancer's core on NPUs: recording, transfers over hccl, commits, whole cycles."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def cycles(transport: str, options: dict[str, Any], count: int, trouble: dict[st
 
 
 def captured_graph(count: int) -> dict[str, Any]:
-    """A graph captured once reads weights, whatever was committed."""
+    """A captured graph reads the right weights after every commit."""
     ranks = _start()
     trouble = Trouble(step_delay=0.002, message_delay=0.004, planner_steps=4)
     driver = Driver(
@@ -138,8 +138,8 @@ def captured_graph(count: int) -> dict[str, Any]:
 class ToyModel:
     """MoE layers whose experts scale their input: out[n] = sum of x[n] * weight[expert] over the token's 2 experts.
 
-    Two summands and zeros add up to the same bits in any order, so the result must equal the reference exactly. Tokens
-    are replicated on all ranks; each rank computes its own slots' pairs and the ranks' results are summed.
+    A sum of two summands and zeros has the same bits in any order, so the result must equal the reference exactly. All
+    ranks have the same tokens; every rank computes the pairs of its own slots, and the results are summed over ranks.
     """
 
     LAYERS, EXPERTS, HIDDEN, TOKENS = 3, 12, 64, 48
@@ -209,10 +209,10 @@ class ToyAdaptor(EngineAdaptor):
 
 
 def updator(device: str, capture: bool, count: int, freeze_weights: bool) -> dict[str, Any]:
-    """EplbUpdator with its planner process, under skewed load that changes; every output is compared.
+    """Run EplbUpdator with its planner process under a skewed, changing load, and compare every output.
 
     Args:
-        capture: the forward is a captured graph, with its collectives in it.
+        capture: the forward is a captured graph that includes the collectives.
         freeze_weights: the negative control: maps switch, weights stay.
     """
     ranks = _start(device)
@@ -241,7 +241,7 @@ def updator(device: str, capture: bool, count: int, freeze_weights: bool) -> dic
     wrong, seen = 0, {balancer.placement.digest}
     step = 0
     while len(seen) <= count and step < 3000:
-        # A few hot experts, others every 60 steps.
+        # A few experts are hot; every 60 steps different ones.
         heat = np.random.default_rng(step // 60).dirichlet(np.full(model.EXPERTS, 0.3))
         ids = np.stack(
             [
@@ -278,7 +278,7 @@ def _positive(heat: np.ndarray) -> np.ndarray:
 
 
 def negative_control_of_slots() -> str:
-    """Slots.wrong must notice a slot that holds another expert on an NPU, too."""
+    """Slots.wrong must find a wrong slot on an NPU, too."""
     placement = Placement.initial(2, 4, 1)
     slots = Slots(placement, 0, "npu")
     slots.stacked[1][1][2].add_(1)
@@ -286,8 +286,8 @@ def negative_control_of_slots() -> str:
 
 
 def bystander(transport: str) -> dict[str, Any]:
-    """Rounds that concern the first two ranks only: a swap of two experts, twice. The others neither send nor receive;
-    they prepare, issue and commit all the same."""
+    """Rounds that concern only the first two ranks: a swap of two experts, twice. The other ranks send and receive
+    nothing, but prepare, issue and commit."""
     ranks = _start()
     placement = Placement.initial(2, 6, SIZE)
     slots = Slots(placement, RANK, "npu")

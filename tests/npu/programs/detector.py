@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The emulator's race detector, as a program sees it."""
+"""A program's interface to the emulator's race detector."""
 
 import ctypes
 from collections.abc import Callable
@@ -17,13 +17,13 @@ def reports() -> list[str]:
 
 
 def host_access(tensor: torch.Tensor, write: bool) -> None:
-    """Tells the detector that the CPU reads or writes a pinned tensor now; it cannot see that by itself."""
+    """Tell the detector that the CPU now reads or writes a pinned tensor, which it cannot see by itself."""
     if _library.emulatedHostAccess(tensor.data_ptr(), tensor.numel() * tensor.element_size(), int(write)):
         raise RuntimeError(reports()[-1])
 
 
 def new_reports(program: Callable[[], object]) -> list[str]:
-    """Reports of one program that starts and ends on an idle device."""
+    """Run a program that starts and ends on an idle device, and return its reports."""
     torch.npu.synchronize()
     before = len(reports())
     program()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every emulated operator against the CPU's result."""
+"""Compare every emulated operator with the CPU's result."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch
 
 
 def _cases() -> dict[str, Callable[[Callable], torch.Tensor]]:
-    """Name to a function of ``t``, which moves a CPU tensor to the device under test."""
+    """The cases by name: functions of ``t``, which moves a CPU tensor to the device under test."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(6, 8, generator=g)
     y = torch.randn(6, 8, generator=g)
@@ -126,7 +126,7 @@ def _cases() -> dict[str, Callable[[Callable], torch.Tensor]]:
 
 
 def against_cpu() -> dict[str, str]:
-    """Name to error, for the cases that differ from the CPU."""
+    """The errors by name, for the cases that differ from the CPU."""
     wrong = {}
     for name, case in _cases().items():
         expected = case(lambda tensor: tensor.clone())
@@ -151,7 +151,7 @@ def not_emulated() -> str:
 
 
 def fused() -> dict[str, str]:
-    """The fused operators of a served MoE model against plain formulas. Name to error."""
+    """Compare the fused operators of a served MoE model with plain formulas; returns the errors by name."""
     import torch_npu
 
     g = torch.Generator().manual_seed(1)
@@ -187,7 +187,7 @@ def fused() -> dict[str, str]:
     check("gating, experts", ids.to(torch.int64), want_ids)
 
     def routed(first: int, last: int, quant_mode: int) -> list[torch.Tensor]:
-        """Rows by expert, their places, how many each expert has, their scales."""
+        """Rows sorted by expert, their positions, the number of rows per expert, and the scales."""
         return torch_npu.npu_moe_init_routing_v2(
             h.npu(),
             ids,
@@ -255,7 +255,7 @@ def fused() -> dict[str, str]:
     )
     check("int8 products", products, want)
 
-    # Two sequences of 3 and 1 new tokens behind 4 and 6 old ones, 4 query heads over 2 key heads, pages of 4 places.
+    # Two sequences with 3 and 1 new tokens after 4 and 6 old ones, 4 query heads over 2 key heads, blocks of 4 tokens.
     lengths, kv_lengths, size = [3, 1], [7, 7], 4
     q = torch.randn(4, 4, 8, generator=g)
     cache_k, cache_v = torch.randn(5, size, 16, generator=g), torch.randn(5, size, 16, generator=g)
@@ -276,7 +276,7 @@ def fused() -> dict[str, str]:
         "sparse_mode": 3,
     }
     got, _ = torch_npu.npu_fused_infer_attention_score(**arguments)
-    captured = [torch.empty_like(got), torch.empty(1).npu()]  # as where a graph is captured
+    captured = [torch.empty_like(got), torch.empty(1).npu()]  # as in a captured graph
     workspace = torch_npu._npu_fused_infer_attention_score_get_max_workspace(**arguments)
     torch_npu.npu_fused_infer_attention_score.out(**arguments, workspace=workspace, out=captured)
     begin, parts = 0, []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs with a missing wait, which must be flagged, and the same programs with it, which must not."""
+"""Programs with a missing wait, which must be flagged, and the same programs with the wait, which must not."""
 
 import re
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def write_over_unfinished_write(wait: bool) -> None:
 
 
 def write_over_unfinished_read(wait: bool) -> None:
-    """The staging buffer that is refilled while the commit still copies out of it."""
+    """The case of a staging buffer that is refilled while a commit still copies out of it."""
     first, second, x = _pair()
     target = torch.zeros(64, device="npu")
     torch.npu.synchronize()
@@ -155,7 +155,7 @@ def missing_join_inside_a_graph(wait: bool) -> None:
 
 
 def replay_over_unfinished_write(wait: bool) -> None:
-    """The commit that a captured step does not wait for."""
+    """The case of a commit that a captured step does not wait for."""
     first, second, x = _pair()
     y = torch.zeros(64, device="npu")
     graph = torch.npu.NPUGraph()
@@ -199,7 +199,7 @@ PROGRAMS: list[Callable[[bool], None]] = [
 
 
 def judge() -> dict[str, str]:
-    """Errors by name: not flagged without the wait, flagged with it, or a report without both call sites."""
+    """The errors by program: not flagged without the wait, flagged with it, or a report without both call sites."""
     wrong = {}
     for program in PROGRAMS:
         sound = new_reports(lambda run=program: run(True))
@@ -214,7 +214,7 @@ def judge() -> dict[str, str]:
 
 
 def error() -> str:
-    """Under race check `error` the line that forgot to wait raises."""
+    """With EMULATED_NPU_RACE=error the line without the wait raises."""
     try:
         read_of_unfinished_write(False)
     except RuntimeError as raised:

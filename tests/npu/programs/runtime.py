@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory, streams, events and graphs: sound programs."""
+"""Programs without races that test memory, streams, events and graphs."""
 
 import time
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def fresh_memory_is_not_zero() -> None:
 
 
 def streams_are_asynchronous() -> None:
-    """Needs EMULATED_NPU_DELAY_US, so that tasks take longer than their launch."""
+    """Needs EMULATED_NPU_DELAY_US, so that a task takes longer than its launch."""
     stream = torch.npu.Stream()
     x = torch.zeros(4, device="npu")
     torch.npu.synchronize()
@@ -116,8 +116,8 @@ def capture_executes_nothing() -> None:
 
 
 def task_groups_take_new_arguments() -> None:
-    """Arguments that change between replays: a graph waits for an external event, the update comes after the replay
-    was launched."""
+    """Arguments may change between replays: the graph waits for an external event, and the update comes after the
+    launch of the replay."""
     a, b, out = torch.full((4,), 1.0, device="npu"), torch.full((4,), 2.0, device="npu"), torch.zeros(4, device="npu")
     event = torch.npu.ExternalEvent()
     graph, update = torch.npu.NPUGraph(), torch.npu.Stream()
@@ -184,7 +184,7 @@ def check() -> dict[str, str]:
 
 
 def device_error_is_sticky() -> list[str]:
-    """An index out of range is found on the device, later; from then on everything fails."""
+    """The device finds an index out of range later; from then on every operation fails."""
     errors = []
     x = torch.zeros(4, 4, device="npu")
     x.index_select(0, torch.tensor([9], device="npu"))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of vllm-ascend's second model runner: its own Triton kernels, run by Triton's interpreter, beside the stand-ins
-that the served tests have in their place; and its own routing tables."""
+"""Parts of vllm-ascend's second model runner: its Triton kernels, in Triton's interpreter, compared with the stand-ins
+that replace them in tests of serving; and its own routing tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXPERTS, SLOTS, TOP = 12, 16, 3
 
 
 def _real(name: str) -> ModuleType:
-    """A second copy of a module, in which nothing was replaced."""
+    """Import a second copy of a module without our replacements."""
     found = importlib.util.find_spec(name)
     assert found is not None
     assert found.origin is not None
@@ -75,7 +75,7 @@ def _recorded_alike(real: Any, standin: Any, kind: int, on: bool) -> bool:
 
 
 def _turned_alike(neox: bool, by_position: bool) -> bool:
-    """In float32; the last bit of a sum of products may differ."""
+    """Compare in float32, where the last bit of a sum of products may differ."""
     rows, size, rotary = 5, 16, 8
     table, positions = torch.randn(32, rotary, device="npu"), torch.randint(0, 32, (rows,), device="npu")
     cos, sin = (part.contiguous() for part in table[positions].chunk(2, -1))
@@ -90,8 +90,8 @@ def _turned_alike(neox: bool, by_position: bool) -> bool:
 
 
 def tables() -> list[int]:
-    """For one and for two copies of some experts: the rows of a batch that vllm-ascend's own tables send to different
-    slots on two ranks."""
+    """With one copy and with two copies of some experts: the number of rows that vllm-ascend's own tables send to
+    different slots on two ranks."""
     from vllm_ascend.ops.fused_moe.eplb import build_expert_replica_routing_table
 
     differing = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A planner that takes its time; a module of its own, because the planner's process imports no torch."""
+"""A slow planner. It has its own module, because the planner's process imports no torch."""
 
 import time
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All workers' answers to a call are read, whichever of them is an error."""
+"""The answers of all workers to a call are read, even if one of them is an error."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vllm_ascend_eplb.adaptors.answers import AnswerQueues, hook_executor
 
 
 class Worker(queue.SimpleQueue[Any]):
-    """Stands for vLLM's queue of one worker's answers."""
+    """A stand-in for vLLM's queue of a worker's answers."""
 
     def dequeue(self, timeout: float | None = None) -> Any:
         return self.get(timeout=timeout)
 
 
 def read(queues: list[Worker]) -> list[Any]:
-    """As vLLM reads the answers to one call."""
+    """Read the answers to one call as vLLM does."""
     found = []
     for worker in queues:
         answer = worker.dequeue(1)
@@ -34,7 +34,7 @@ def read(queues: list[Worker]) -> list[Any]:
 
 
 def calls(queues: list[Worker], refused: list[list[bool]]) -> list[list[int] | str]:
-    """What calls 0, 1, ... give; the error where a worker refused."""
+    """The results of calls 0, 1, ...; the error's text if a worker refused."""
     found: list[list[int] | str] = []
     for number, refusals in enumerate(refused):
         for worker, refuses in zip(queues, refusals, strict=True):
@@ -58,21 +58,21 @@ def test_every_call_gets_its_own_answers(refused: list[list[bool]]) -> None:
     assert all(worker.empty() for worker in queues)
 
 
-def test_without_it_the_next_call_gets_an_old_answer() -> None:
-    """Negative control: what vLLM's own list of queues does."""
+def test_vllms_own_queues_give_an_old_answer() -> None:
+    """Negative control: with vLLM's own list of queues, the next call gets an answer to the refused call."""
     queues = [Worker(), Worker()]
     assert calls(queues, [[True, True], [False, False], [False, False]]) == ["0", "0", [2, 1]]
 
 
-def test_one_queue_is_read_alone() -> None:
-    """As vLLM does for steps, which one rank answers."""
+def test_single_queue_can_be_read_alone() -> None:
+    """vLLM does so for steps, which one rank answers."""
     queues = AnswerQueues([Worker(), Worker()])
     queues[1].put(7)
     assert read([queues[1]]) == [7]
     assert len(queues) == 2
 
 
-def test_a_worker_that_never_answers_hides_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_that_never_answers_hides_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "LATE_SECONDS", 0.01)
     queues = AnswerQueues([Worker(), Worker(), Worker()])
     queues[0].put(RuntimeError("refused"))
@@ -83,13 +83,13 @@ def test_a_worker_that_never_answers_hides_no_error(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("eplb", "hooked"), [({"dynamic_eplb": True}, True), ({}, False), (None, False)])
 def test_only_a_balanced_server_is_hooked(eplb: dict[str, Any] | None, hooked: bool) -> None:
     class MultiprocExecutor:
-        """Stands for vLLM's."""
+        """A stand-in for vLLM's."""
 
         def __init__(self, vllm_config: Any, monitor_workers: bool = True) -> None:
             self.response_mqs = [Worker(), Worker()]
 
     class Derived(MultiprocExecutor):
-        """Stands for vllm-ascend's, which is derived from it."""
+        """A stand-in for vllm-ascend's, which is derived from vLLM's."""
 
     module: Any = SimpleNamespace(MultiprocExecutor=MultiprocExecutor)
     hook_executor(module)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings on their way through vllm-ascend, without it."""
+"""The settings are handed over to vllm-ascend and come back in the workers; vllm-ascend is not needed."""
 
 import copy
 import json
@@ -30,12 +30,12 @@ def switch(monkeypatch):
         os.environ.pop(name, None)
 
 
-def test_vllm_ascend_gets_its_own_keys_and_the_workers_get_ours():
+def test_vllm_ascend_gets_its_keys_and_workers_get_ours():
     given = {"other": 1, "eplb_config": {"dynamic_eplb": True, "target_par": 1.1, "eplb_policy_type": 3}}
     before = json.dumps(given)
     changed = hand_over.hand_over(given)
     assert json.dumps(given) == before
-    assert set(changed) == {"other", "eplb_config"}  # no key that vllm-ascend does not know
+    assert set(changed) == {"other", "eplb_config"}  # only keys that vllm-ascend knows
     assert set(changed["eplb_config"]) == STOCK
     assert changed["eplb_config"]["dynamic_eplb"] is True
     assert changed["other"] == 1
@@ -49,7 +49,7 @@ def test_vllm_ascend_gets_its_own_keys_and_the_workers_get_ours():
         assert copied.additional_config == changed
 
 
-def test_layers_left_out_stay_left_out():
+def test_settings_left_out_stay_left_out():
     changed = hand_over.hand_over({"eplb_config": {"dynamic_eplb": True}})
     assert handed_over.settings_of(changed).model_fields_set == {"dynamic_eplb"}
 
@@ -60,7 +60,7 @@ OTHERS = {"load_collection_phase": "decode", "stair_config": {"some": 1}}
 @pytest.mark.parametrize(
     "given", [{}, {"eplb_config": {}}, {"eplb_config": {"dynamic_eplb": False}}, {"eplb_config": OTHERS}]
 )
-def test_without_the_flag_nothing_changes(given):
+def test_settings_that_are_off_are_left_unchanged(given):
     assert hand_over.hand_over(given) is given
     assert hand_over.SWITCH not in os.environ
     assert handed_over.settings_of(given) == EplbConfig()
@@ -76,7 +76,7 @@ def test_unchecked_release_is_balanced_only_if_asked_for(monkeypatch, caplog):
     given["eplb_config"]["allow_unchecked_vllm"] = True
     changed = hand_over.hand_over(given)
     assert handed_over.settings_of(changed).active
-    assert hand_over.hand_over(changed) is changed  # the platform does so once more
+    assert hand_over.hand_over(changed) is changed  # the platform hands over again
     assert not caplog.text
 
 
@@ -102,7 +102,7 @@ def second_runner(monkeypatch):
     monkeypatch.setenv(hand_over.SECOND_RUNNER, "1")
 
 
-def test_balanced_second_runner_gets_no_key_and_no_switch(second_runner):
+def test_second_runner_gets_no_key_and_no_switch(second_runner):
     given = {"eplb_config": {"dynamic_eplb": True, "target_par": 1.1, "expert_map_path": "any-form.npy"}}
     changed = hand_over.hand_over(given)
     assert changed["eplb_config"] == {}
@@ -112,7 +112,7 @@ def test_balanced_second_runner_gets_no_key_and_no_switch(second_runner):
     assert handed_over.settings_of(sent) == handed_over.settings_of(given)
 
 
-def test_weighted_dispatch_is_the_second_model_runners(second_runner, monkeypatch):
+def test_weighted_dispatch_needs_the_second_runner(second_runner, monkeypatch):
     given = {"eplb_config": {"dynamic_eplb": True, "weighted_dispatch": True, "num_redundant_experts": 2}}
     assert handed_over.settings_of(hand_over.hand_over(given)).weighted_dispatch
     monkeypatch.delenv(hand_over.SECOND_RUNNER)
@@ -132,7 +132,7 @@ def test_second_runner_refuses_switch_of_the_first(second_runner, monkeypatch):
     assert hand_over.contradictions() == []
 
 
-def test_a_map_is_handed_over_in_vllm_ascends_form_only(tmp_path):
+def test_map_is_handed_over_in_vllm_ascends_form_only(tmp_path):
     placement = Placement.initial(2, 4, 2, 2)
     for name, form, words in (
         ("map.json", "sglang", "not in the form that vllm-ascend loads"),
@@ -164,7 +164,7 @@ def test_a_map_is_kept_where_vllm_ascend_does_not_heed_it(tmp_path, monkeypatch)
         hand_over.hand_over({"eplb_config": {"expert_map_path": str(tmp_path / "missing.json")}})
 
 
-def test_an_expert_twice_on_a_device_is_refused(tmp_path):
+def test_expert_twice_on_a_device_is_refused(tmp_path):
     path = tmp_path / "map.json"
     write_expert_map(path, Placement(np.array([[0, 1, 1, 2, 3, 0]], dtype=np.int32), 4, 2))
     with pytest.raises(EplbConfigError, match="expert 1 twice"):
@@ -196,7 +196,7 @@ def served(**changes):
 
 
 def drafted(method, num_experts=8, layers=1):
-    """The speculative configuration of a draft model with weights of its own."""
+    """The speculative configuration of a draft model with its own weights."""
     model = SimpleNamespace(get_num_experts=lambda: num_experts, hf_config=SimpleNamespace(n_predict=layers))
     return SimpleNamespace(method=method, draft_model_config=model, target_model_config=SimpleNamespace())
 
@@ -259,17 +259,17 @@ def test_own_loader_refuses_maps_beside_draft_experts(monkeypatch, version, refu
     [(4, None, 4), (3, None, 4), (4, 1, 4), (5, 1, 5), (3, 1, 5), (4, 2, 6), (6, 2, 6), (4, "?", None)],
 )
 def test_map_has_the_layers_of_model_and_draft_model(tmp_path, in_map, of_drafter, wanted):
-    """vllm-ascend takes a map of the model alone, too, where the draft model has one layer."""
+    """If the draft model has one layer, vllm-ascend also accepts a map of the model's layers alone."""
     path = tmp_path / "map.json"
     write_expert_map(path, Placement.initial(in_map, 8, 2, 2))
     config = handed_over.settings_of({"eplb_config": {"expert_map_path": str(path)}})
     drafter = None if of_drafter is None else drafted("mtp", layers=of_drafter)
     assert refusals.layers_of_map(config, 4, drafter) == wanted
     assert refusals.layers_of_map(config, None, drafter) is None
-    assert refusals.layers_of_map(config, 4, {"method": "mtp"}) is None  # not read yet: it may have layers of its own
+    assert refusals.layers_of_map(config, 4, {"method": "mtp"}) is None  # not read yet: the draft model may have layers
 
 
-def test_the_platform_is_there_for_those_who_name_it(monkeypatch):
+def test_platform_is_registered_only_if_it_is_named(monkeypatch):
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     assert plugin.register_platform() is None
     monkeypatch.setenv("VLLM_PLUGINS", "ascend,eplb")

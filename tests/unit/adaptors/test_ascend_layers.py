@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adaptor's assumptions about vllm-ascend's MoE layers, in both of their forms; without vllm-ascend."""
+"""The adaptor's assumptions about both forms of vllm-ascend's MoE layers; vllm-ascend is not needed."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from vllm_ascend_eplb.routing.maps import DispatchMaps
 from vllm_ascend_eplb.values.placement import Placement
 
 
-class UntilThen(torch.nn.Module):
-    """As in 0.23: dispatchers are given the table."""
+class Until030(torch.nn.Module):
+    """The form of 0.23: the layer hands its table to dispatchers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class UntilThen(torch.nn.Module):
 
 
 class Since030(torch.nn.Module):
-    """The layer maps experts itself; its tensors are buffers."""
+    """The form since 0.30: the layer maps experts itself, and its tensors are buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,8 +39,8 @@ def table() -> routing.SlotTable:
     return routing.SlotTable(DispatchMaps(PLACEMENT, torch.device("cpu"), width=3), 0, LOCAL_SLOTS, 0)
 
 
-@pytest.mark.parametrize("form", [UntilThen, Since030])
-def test_a_layer_routes_by_the_table_in_place_of_its_own(form: type, table: routing.SlotTable) -> None:
+@pytest.mark.parametrize("form", [Until030, Since030])
+def test_layer_routes_by_our_table(form: type, table: routing.SlotTable) -> None:
     layer = form()
     routing.route_by(layer, table)
     slots = layer.log2phy[torch.tensor([[0, 2], [0, 2], [1, 3]])]
@@ -53,13 +53,13 @@ def test_a_layer_routes_by_the_table_in_place_of_its_own(form: type, table: rout
 def test_dispatchers_look_slots_up_by_slot(table: routing.SlotTable) -> None:
     layer = Since030()
     assert routing.maps_itself(layer)
-    assert not routing.maps_itself(UntilThen())
+    assert not routing.maps_itself(Until030())
     routing.route_by(layer, table)
     assert torch.equal(layer.ascend_expert_map, LOCAL_SLOTS)
     assert len(layer.ascend_expert_map) + layer.global_redundant_expert_num == PLACEMENT.num_slots
 
 
-def test_vllms_order_is_all_experts_and_then_copies() -> None:
+def test_vllms_order_is_all_experts_then_copies() -> None:
     assert Placement.initial(1, 4, 2, 2) == PLACEMENT
     assert Placement.initial(1, 4, 2).physical_to_logical.tolist() == [[0, 1, 2, 3]]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What data-parallel engines on Ascend count together."""
+"""The stage (prefill or decode) that data-parallel engines on Ascend count in together."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adaptor for the second model runner of vllm-ascend, without vllm-ascend: what it makes of a data-parallel
-forward, and what it refuses."""
+"""The adaptor for vllm-ascend's second model runner, without vllm-ascend: the stage of a data-parallel forward, and
+refusals."""
 
 import importlib
 from types import ModuleType, SimpleNamespace
@@ -15,8 +15,8 @@ from vllm_ascend_eplb.adaptors.vllm.state import VllmEplbState
 
 
 def test_idle_engine_counts_in_stage_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The slots of an idle engine receive tokens of the others. The runner's function is wrapped once, however often a
-    state is made."""
+    """An idle engine's slots receive tokens of the other engines. The runner's function is wrapped once, even if
+    several states are made."""
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(VllmEplbState, "__init__", lambda self, *unused: None)
     monkeypatch.setattr(VllmEplbState, "forward_before", lambda self, **kinds: said.append(kinds))
@@ -46,7 +46,7 @@ def test_reload_is_refused() -> None:
 
 
 def test_missing_patch_point_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether vllm-ascend is installed or not: its modules are stand-ins that lack one name."""
+    """The modules of vllm-ascend are stand-ins that lack one name, so vllm-ascend may be installed or not."""
     modules: dict[str, ModuleType] = {}
     for point in second_runner.PATCH_POINTS:
         owner: Any = modules.setdefault(point.module, ModuleType(point.module))

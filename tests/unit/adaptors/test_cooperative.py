@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NCCL transfers beside kernels that need all cores of a GPU: refused for every name that vLLM has for such kernels."""
+"""NCCL transfers are refused beside kernels that need all cores of a GPU, for every name that vLLM has for them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_nccl_beside_other_kernels_is_accepted(all2all: str, moe: str) -> None:
 
 
 def test_every_backend_of_vllm_is_classified() -> None:
-    """A backend that a new vLLM adds shows here, so that a person decides."""
+    """This test fails if a new vLLM adds a backend, so that a person classifies it."""
     kernel = pytest.importorskip("vllm.config.kernel")
     parallel = pytest.importorskip("vllm.config.parallel")
     names = set(get_args(parallel.All2AllBackend))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's state API: the same maps, shapes and dtypes as vLLM's own functions give."""
+"""vLLM's state API: our maps, shapes and dtypes equal those of vLLM's own functions."""
 
 from types import SimpleNamespace
 
@@ -33,7 +33,7 @@ LAYERS, EXPERTS, REDUNDANT = 3, 8, 4
 
 
 class Model:
-    """What vLLM's MixtureOfExperts protocol says of a model; keeps what it is given, layer by layer."""
+    """A model with vLLM's MixtureOfExperts protocol. It keeps the tensors that it is given, layer by layer."""
 
     def __init__(self, **changes):
         self.num_moe_layers = LAYERS
@@ -74,12 +74,12 @@ def test_logical_maps_are_equal_to_vllm(seed, layers, experts, slots, dtype):
             assert torch.equal(made.long(), their)
 
 
-def test_the_comparison_can_fail():
+def test_comparison_with_vllm_can_fail():
     held = torch.tensor([[0, 1, 1, -1]])
     assert not torch.equal(compute_logical_maps(held, 2)[0], theirs.compute_logical_maps(held.flip(1), 2)[0])
 
 
-def test_a_layer_without_experts():
+def test_maps_of_empty_slots_have_no_replicas():
     inverse, count = compute_logical_maps(torch.full((2, 3), -1), 4)
     assert inverse.shape == (2, 4, 0)
     assert count.sum() == 0
@@ -93,7 +93,7 @@ def test_maps_of_another_kind_are_refused(held):
 
 @settings(max_examples=300, deadline=None)
 @given(experts=st.integers(1, 300), redundant=st.integers(0, 700))
-def test_the_initial_map_is_vllms(experts, redundant):
+def test_initial_map_is_equal_to_vllms(experts, redundant):
     ours = build_initial_global_physical_to_logical_map(experts, redundant)
     assert ours == theirs.EplbState.build_initial_global_physical_to_logical_map(experts, redundant)
 
@@ -128,7 +128,7 @@ def test_views_have_vllms_shapes_and_dtypes_and_one_address():
     state.update_mapping(config(), mapping)
     assert torch.equal(views.physical_to_logical_map, mapping)
     inverse, count = theirs.compute_logical_maps(mapping, EXPERTS)
-    for index, layer in enumerate(model.layers):  # what the routers were given at the start
+    for index, layer in enumerate(model.layers):  # the tensors that the routers got at the start
         assert torch.equal(layer.logical_to_physical_map[:, : inverse.shape[-1]], inverse[index])
         assert (layer.logical_to_physical_map[:, inverse.shape[-1] :] == -1).all()
         assert torch.equal(layer.logical_replica_count, count[index])
@@ -147,7 +147,7 @@ def test_views_have_vllms_shapes_and_dtypes_and_one_address():
         (torch.zeros((LAYERS, EXPERTS + REDUNDANT), dtype=torch.int64), "copies; allowed are 1..5"),
     ],
 )
-def test_a_mapping_that_does_not_fit_changes_nothing(mapping, says):
+def test_mapping_that_does_not_fit_changes_nothing(mapping, says):
     state = EplbState(None, torch.device("cpu"))
     state.add_model(Model(), config())
     before = state.model_states["main"].logical_to_physical_map.clone()
@@ -156,27 +156,27 @@ def test_a_mapping_that_does_not_fit_changes_nothing(mapping, says):
     assert torch.equal(state.model_states["main"].logical_to_physical_map, before)
 
 
-def test_models_that_agree_stand_beside_each_other():
+def test_models_that_agree_can_both_be_added():
     state = EplbState(None, torch.device("cpu"))
     state.add_model(Model(), config())
-    state.add_model(Model(num_moe_layers=1), config("drafter"), model_name="its drafter")
-    assert [views.model_name for views in state.model_states.values()] == ["main", "its drafter"]
+    state.add_model(Model(num_moe_layers=1), config("draft"), model_name="draft model")
+    assert [views.model_name for views in state.model_states.values()] == ["main", "draft model"]
 
 
 @pytest.mark.parametrize("name", ["num_routed_experts", "num_redundant_experts", "num_expert_groups"])
-def test_differing_model_is_refused_by_name_of_difference(name):
+def test_model_that_differs_is_refused_with_the_difference(name):
     state = EplbState(None, torch.device("cpu"))
     state.add_model(Model(), config())
     differing = Model(**{name: 2})
     with pytest.raises(EpConfigurationError, match=f"mismatch.*{name} 2, Model has"):
-        state.add_model(differing, config("drafter"))
-    with pytest.raises(RuntimeError, match="mismatch"):  # and so does vLLM
+        state.add_model(differing, config("draft"))
+    with pytest.raises(RuntimeError, match="mismatch"):  # as in vLLM
         theirs.EplbState.assert_confs_equal(Model(), differing)
     assert list(state.model_states) == ["main"]
 
 
 def vllm_rearranges_after(interval, idle, monkeypatch):
-    """The number of calls of vLLM's own step() at which it first rearranges."""
+    """The number of the call of vLLM's own step() that first rearranges experts."""
     state = theirs.EplbState.__new__(theirs.EplbState)
     happened = []
     eplb = SimpleNamespace(log_balancedness_interval=1, step_interval=interval, window_size=5)
@@ -188,7 +188,7 @@ def vllm_rearranges_after(interval, idle, monkeypatch):
         expert_load_window_size=5,
         expert_load_window_step=0,
         expert_rearrangement_step_interval=interval,
-        expert_rearrangement_step=max(0, interval - interval // 4),  # as its add_model sets it
+        expert_rearrangement_step=max(0, interval - interval // 4),  # as vLLM's add_model sets it
         rearrange=lambda **_: happened.append(True),
     )
     monkeypatch.setattr(theirs, "get_ep_group", lambda: SimpleNamespace(device_group=None))
@@ -202,7 +202,7 @@ def vllm_rearranges_after(interval, idle, monkeypatch):
 @pytest.mark.parametrize(
     "idle", [lambda _: False, lambda _: True, lambda number: number % 3], ids=["busy", "idle", "mixed"]
 )
-def test_the_first_cycle_begins_at_vllms_step(idle, monkeypatch):
+def test_first_cycle_begins_at_vllms_step(idle, monkeypatch):
     for interval in (1, 2, 3, 4, 7, 40, 600):
         cycle = CycleSettings(interval, 1, early(interval))
         state, steps = CycleState.start(cycle), 0

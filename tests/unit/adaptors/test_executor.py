@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Executors that count as vLLM's own processes."""
+"""The executors whose workers count as vLLM's own processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SomebodysExecutor:
         ("ray", "cuda", "0", "ray"),
         ("ray", "cpu", "1", "ray"),
         ("external_launcher", "cuda", "1", "external_launcher"),
-        (SomebodysExecutor, "cuda", "1", "SomebodysExecutor"),
+        (UsersExecutor, "cuda", "1", "UsersExecutor"),
     ],
 )
 def test_rays_second_executor_on_gpus_counts_as_processes(monkeypatch, backend, device, second, counts_as):
@@ -50,7 +50,7 @@ class RayWorkers:
 
 @pytest.mark.parametrize("multiprocess", [True, False])
 def test_ray_executor_of_vllm_0_33_is_known_by_its_class(monkeypatch, multiprocess):
-    """0.33 has no variable that chooses between two executors for Ray."""
+    """vLLM 0.33 has no variable that chooses between two executors for Ray."""
     from vllm import envs
     from vllm.v1.executor.abstract import Executor
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that cannot be balanced are refused from their class, by vLLM's own registry, before any worker starts."""
+"""Models that cannot be balanced are refused before any worker starts, by their class in vLLM's own registry."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def served(architecture: str) -> Any:
 
 @pytest.mark.parametrize("architecture", BALANCED)
 def test_model_with_the_protocol_is_accepted_at_once(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the sources: no process is started for them."""
-    vllm_config = served(architecture)  # the first import of vLLM starts processes of its own
+    """The sources of the class are enough: no process is started."""
+    vllm_config = served(architecture)  # the first import of vLLM starts processes
     monkeypatch.setattr(models.subprocess, "run", lambda *args, **kwargs: pytest.fail("a process was started"))
     refuse_model(vllm_config)
 
@@ -84,7 +84,8 @@ for sys.argv[1:] in classes:
 
 @pytest.fixture(scope="module")
 def processes() -> dict[tuple[str, ...], subprocess.CompletedProcess[str]]:
-    """What the process that is asked about a class prints, for several; importing vLLM, of 10 seconds, is done once."""
+    """The output of the process that is asked about a class, by class. All are asked in one process, because importing
+    vLLM takes 10 seconds."""
     classes = [registered_class(served(name).model_config) for name in (*NOT_BALANCED, *BALANCED[:3])]
     program = json.dumps([models.ASK, [*classes, NOWHERE]])
     done = subprocess.run(
@@ -102,14 +103,15 @@ def asked(processes: dict[tuple[str, ...], subprocess.CompletedProcess[str]], mo
 
 @pytest.mark.usefixtures("asked")
 @pytest.mark.parametrize("architecture", [*NOT_BALANCED, *BALANCED[:3]])
-def test_a_process_answers_from_the_real_class(architecture: str) -> None:
+def test_process_answers_from_the_real_class(architecture: str) -> None:
     found = registered_class(served(architecture).model_config)
     assert found is not None
     assert models.ask_a_process(*found) is (architecture in BALANCED)
 
 
 @pytest.mark.usefixtures("asked")
-def test_class_that_cannot_be_asked_is_left_to_the_workers() -> None:
+def test_class_that_cannot_be_imported_is_accepted() -> None:
+    """The workers refuse it later if it cannot be balanced."""
     assert models.ask_a_process(*NOWHERE)
     assert implements("vllm.no_such_module", "Model", lambda module, name: True)
     refuse_model(served("NoSuchModelForCausalLM"))

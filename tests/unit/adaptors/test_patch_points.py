@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patch points, looked for in the sources of vLLM: of the installed release, of those that ``scripts/matrix.sh``
-installed, and of those unpacked in ``build/src``. Nothing of vLLM is imported."""
+"""The patch points exist in the sources of vLLM: in the installed release, in those that ``scripts/matrix.sh``
+installed and in those unpacked in ``build/src``. vLLM is not imported."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ BY_NAME = {
     "vllm.models.kimi_k3.nvidia.model",
     "vllm.model_executor.layers.fused_moe.deep_gemm_mega_moe",
 }
-"""Modules that import the mapping by name. On a CPU it is replaced in them too; on a GPU it stays vLLM's."""
+"""Modules that import the mapping by name. On a CPU the mapping is replaced in them, too; on a GPU it stays vLLM's."""
 
 
 def sources() -> dict[str, Path]:
-    """Folders that hold a ``vllm``, by a name for each."""
+    """Folders that have a ``vllm``, by name."""
     found = {}
     root = installed_root()
     if root is not None:
@@ -48,11 +48,11 @@ pytestmark = pytest.mark.skipif(not SOURCES, reason="no vLLM here")
 
 @each_source
 @pytest.mark.parametrize("point", PATCH_POINTS, ids=lambda point: f"{point.module.rpartition('.')[2]}.{point.name}")
-def test_every_patch_point_is_there(root: Path, point) -> None:  # type: ignore[no-untyped-def]
+def test_every_patch_point_exists(root: Path, point) -> None:  # type: ignore[no-untyped-def]
     look_up(root, point.module, point.name)
 
 
-def test_missing_patch_point_is_noticed() -> None:
+def test_missing_patch_point_is_found() -> None:
     root = next(iter(SOURCES.values()))
     with pytest.raises(SourceError):
         look_up(root, RUNNER, "GPUModelRunner.no_such_method")
@@ -63,19 +63,20 @@ def test_missing_patch_point_is_noticed() -> None:
 @each_source
 @pytest.mark.parametrize("platform", ["cuda", "cpu", "npu"])
 def test_self_test_finds_no_difference(root: Path, platform: str) -> None:
-    """Beyond names: the order of calls around forward_before, parameters, and what runners use of the state."""
+    """The self-test checks more than names: the order of calls around forward_before, parameters, and the parts of the
+    state that runners use."""
     assert differences(root, platform) == []
 
 
 @each_source
 def test_importers_of_the_mapping_are_known(root: Path) -> None:
-    """A model that takes it by name must pass what ours takes, too."""
+    """A model that imports the mapping by name must pass only arguments that our replacement accepts."""
     users = set()
     for path in (root / "vllm").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         if re.search(rf"^    {MAPPING},$|import .*\b{MAPPING}\b", text, re.MULTILINE):
             users.add(".".join(path.relative_to(root).with_suffix("").parts))
-    assert users <= BY_NAME, "another module takes the mapping by name; see that it is covered"
+    assert users <= BY_NAME, "another module imports the mapping by name; make sure that it is replaced there"
     assert users
     taken = parameters(look_up(root, "vllm.model_executor.layers.fused_moe.router.base_router", MAPPING))
     for module in users:
@@ -85,7 +86,7 @@ def test_importers_of_the_mapping_are_known(root: Path) -> None:
                 assert {keyword.arg for keyword in node.keywords} <= taken
 
 
-def test_the_page_shows_this_table() -> None:
+def test_patch_points_page_shows_this_table() -> None:
     page = (REPOSITORY / "docs" / "patch_points.md").read_text(encoding="utf-8")
     assert patch_points() in page
     assert patch_points(second_runner.PATCH_POINTS) in page

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An attribute is replaced once, and only where it was asked for."""
+"""patch_once replaces an attribute once, and only on the given object."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_class_in_a_module_is_replaced_once() -> None:
     module.Worker = Runner
     made = patch_once(module, "Worker", lambda base: type("Balanced", (base,), {}))
     assert issubclass(made, Runner)
-    module.Worker = type("Users", (made,), {})  # a subclass of ours balances, too
+    module.Worker = type("Users", (made,), {})  # a user's subclass of our class balances, too
     assert patch_once(module, "Worker", lambda base: None) is module.Worker
     assert not is_patch(Runner)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches run once, after a module was executed, however it is imported."""
+"""Patches run once, after a module was executed, however the module is imported."""
 
 import importlib
 import sys
@@ -20,7 +20,7 @@ def module(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_a_patch_waits_for_the_import(module):
+def test_patch_waits_for_the_import(module):
     seen = []
     after_import(module, lambda m: seen.append(m.value))
     after_import(module, lambda m: setattr(m, "value", 2))
@@ -33,7 +33,7 @@ def test_a_patch_waits_for_the_import(module):
     assert seen == [1]
 
 
-def test_a_module_that_is_there_is_patched_at_once(module):
+def test_imported_module_is_patched_at_once(module):
     importlib.import_module(module)
     seen = []
     after_import(module, lambda m: seen.append(m.value))
@@ -47,7 +47,7 @@ def test_other_imports_are_left_alone(module):
     assert importlib.import_module(module).value == 1
 
 
-def test_a_failing_import_fails_as_ever(module, tmp_path):
+def test_failing_import_still_fails(module, tmp_path):
     (tmp_path / "eplb_patched" / "broken.py").write_text("raise ZeroDivisionError\n")
     after_import("eplb_patched.broken", lambda m: None)
     with pytest.raises(ZeroDivisionError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of weights: refused while experts have moved, for every way that vLLM's workers offer."""
+"""Readers of weights are refused while experts are moved, for every method of vLLM's workers that reads weights."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ OTHER_METHODS = {
 
 
 class Where:
-    """Stands for a balancer: the placement in force."""
+    """A stand-in for a balancer: the placement in force."""
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
@@ -100,14 +100,14 @@ def test_error_names_slots_and_way_out() -> None:
 
 @pytest.mark.parametrize("reader", WORKER_READERS)
 def test_worker_readers_are_refused_while_experts_moved(reader: str) -> None:
-    """Readers of both adaptors' workers; each works again once the experts are back."""
+    """Readers of both adaptors' workers are refused, and work again when the experts are back."""
     state = VllmEplbState(SimpleNamespace(data_parallel_size=1), torch.device("cpu"))
     for holder in (state, RunnerUpdator(None, None, None, None)):
         where, check = Where(LOADED), holder.loaded.require
         holder.loaded.add(LOADED, where, by_map=False)  # type: ignore[arg-type]
         base = type("Worker", (), {reader: lambda self, value: value, "other": lambda self: "other"})
         guard_worker(base, lambda worker, what, check=check: check(what))
-        guard_worker(base, lambda worker, what: None)  # the second has no effect
+        guard_worker(base, lambda worker, what: None)  # the second guard has no effect
         worker: Any = base()
         assert getattr(worker, reader)(7) == 7
         where.placement = MOVED
@@ -118,8 +118,8 @@ def test_worker_readers_are_refused_while_experts_moved(reader: str) -> None:
         assert getattr(worker, reader)(7) == 7
 
 
-def test_map_order_is_exported_by_no_worker() -> None:
-    """A checkpoint has no such order; within the server the model may be read."""
+def test_weights_loaded_by_a_map_are_never_exported() -> None:
+    """No checkpoint has the order of a map. Within the server the model may be read."""
     order = LoadedOrder()
     order.require("apply_model")  # before a model is loaded
     order.add(LOADED, None, by_map=True)
@@ -201,7 +201,7 @@ def test_vllm_writes_no_file_of_moved_experts() -> None:
 
 
 def test_every_worker_method_that_reads_weights_is_known() -> None:
-    """A reader that a new vLLM adds shows here, so that a person decides."""
+    """This test fails if a new vLLM adds a reader, so that a person decides about it."""
     root = installed_root()
     if root is None:
         pytest.skip("no vLLM here")
@@ -216,11 +216,11 @@ def test_every_worker_method_that_reads_weights_is_known() -> None:
         if isinstance(method, ast.FunctionDef) and reads.search(ast.unparse(method))
     }
     assert {"save_sharded_state", "apply_model"} <= found
-    assert found <= {*WORKER_READERS, *OTHER_METHODS}, "decide what becomes of the new readers"
+    assert found <= {*WORKER_READERS, *OTHER_METHODS}, "guard the new readers, or list them with a reason"
 
 
 def test_returned_expert_ids_are_logical() -> None:
-    """Routers note ids before they map them to slots."""
+    """Routers record ids before they map them to slots."""
     root = installed_root()
     if root is None:
         pytest.skip("no vLLM here")

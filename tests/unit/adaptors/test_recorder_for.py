@@ -27,7 +27,7 @@ def recorder(kind: type, **settings: Any) -> LoadRecorder:
 @pytest.mark.parametrize("kind", [LoadRecorder, ReceivedTokens])
 @pytest.mark.parametrize(("policy", "entries"), [(2, 1), (3, SERIES_ENTRIES)])
 def test_policy_type_3_records_a_series(kind: type, policy: int, entries: int) -> None:
-    """The series has as many entries as the policy asks for, and later entries hold later steps."""
+    """The series has the number of entries of the policy, and later entries have later steps."""
     made = recorder(kind, eplb_policy_type=policy, expert_heat_collection_interval=16)
     assert (made.num_entries, made.steps_per_entry) == (entries, 16 // entries)
     made.begin_step(PLACEMENT, record=True)
@@ -46,7 +46,7 @@ def test_policy_type_3_records_a_series(kind: type, policy: int, entries: int) -
 
 @pytest.mark.parametrize("kind", [LoadRecorder, ReceivedTokens])
 @pytest.mark.parametrize(("stage", "phases"), [("all", ("all",)), ("prefill", ("prefill",)), ("decode", ("decode",))])
-def test_stage_is_kept_apart(kind: type, stage: str, phases: tuple[str, ...]) -> None:
+def test_recorder_counts_only_the_wanted_stage(kind: type, stage: str, phases: tuple[str, ...]) -> None:
     assert recorder(kind, eplb_heat_collection_stage=stage).phases == phases
 
 

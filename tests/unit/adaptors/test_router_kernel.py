@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel with which vLLM's routers map experts and count on a GPU, on our tables.
+"""vLLM's kernel that maps experts to slots and counts tokens on a GPU, with our tables.
 
-The kernel is taken out of vLLM's source, so that it runs where vLLM is not installed: from ``EPLB_VLLM_ROUTER`` (the
-path of a copy of vllm/model_executor/layers/fused_moe/router/base_router.py), else from the installed vLLM. On a
-machine without a GPU Triton's interpreter runs it (``TRITON_INTERPRET=1``), which shows what it computes and nothing
-about speed.
+The kernel is cut out of vLLM's source, so that it runs without an installed vLLM: from ``EPLB_VLLM_ROUTER`` (the path
+of a copy of vllm/model_executor/layers/fused_moe/router/base_router.py), otherwise from the installed vLLM. Without a
+GPU, Triton's interpreter runs it (``TRITON_INTERPRET=1``), which checks the results but not the speed.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ Mapping = Callable[..., torch.Tensor]
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Mapping:
-    """vLLM's own function that launches the kernel, out of its source."""
+    """vLLM's own function that launches the kernel, cut out of vLLM's source."""
     pytest.importorskip("triton")
     assert SOURCE is not None
     text = SOURCE.read_text(encoding="utf-8")
@@ -74,13 +73,13 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Mapping:
     module = importlib.util.module_from_spec(spec)
     if INTERPRETED:
         _take_all_masks()
-    sys.modules["router_kernel"] = module  # where Triton looks the source up
+    sys.modules["router_kernel"] = module  # Triton looks for the source there
     spec.loader.exec_module(module)
     return getattr(module, NAMES[1])  # type: ignore[no-any-return]
 
 
 def _take_all_masks() -> None:
-    """The interpreter's atomic operations refuse masks that came out of an ``and`` of bytes."""
+    """Make the interpreter's atomic operations accept masks that come from an ``and`` of bytes."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     original = InterpreterBuilder.create_atomic_rmw
@@ -93,7 +92,7 @@ def _take_all_masks() -> None:
 
 
 def placement_of(seed: int) -> Placement:
-    """Every expert at least once, the redundant slots on a few hot ones, at most one copy on a rank."""
+    """A placement whose redundant slots have copies of a few hot experts, at most one copy per rank."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(LAYERS):
@@ -107,7 +106,7 @@ def placement_of(seed: int) -> Placement:
 
 
 class Model:
-    """Tables and counters of a model as the adaptor makes them on a GPU."""
+    """The tables and counters that the adaptor makes for a model on a GPU."""
 
     def __init__(self, kernel: Mapping, placement: Placement) -> None:
         self.kernel, self.placement = kernel, placement
@@ -130,7 +129,7 @@ class Model:
         self.recorder.begin_step(self.placement, record=record)
 
     def move(self, placement: Placement) -> None:
-        """Commits another placement, as the updator does."""
+        """Commit another placement, as EplbUpdator does."""
         self.recorder.flush(self.placement)
         self.maps.prepare(placement, list(range(LAYERS)))
         self.maps.commit()
@@ -143,7 +142,7 @@ def batch(tokens: int, seed: int) -> torch.Tensor:
 
 
 def check(model: Model, layer: int, ids: torch.Tensor, mapped: torch.Tensor) -> None:
-    """Every id went to a slot that holds its expert."""
+    """Assert that every id was mapped to a slot that holds the expert."""
     held = model.placement.physical_to_logical[layer][mapped.cpu().numpy()]
     np.testing.assert_array_equal(held, ids.cpu().numpy())
 
@@ -163,7 +162,7 @@ def test_every_token_goes_to_one_replica_and_counts_once(kernel: Mapping, tokens
             check(model, layer, ids, mapped)
             np.add.at(expected[layer], ids[:real].cpu().numpy().ravel(), 1)
         model.move(placement_of(2 + step))
-    model.begin(tokens, record=False)  # serves nobody
+    model.begin(tokens, record=False)  # a dummy step
     model.map(0, batch(tokens, 99))
     model.recorder.snapshot(model.placement)
     np.testing.assert_array_equal(model.recorder.take()[0], expected)
@@ -185,8 +184,8 @@ def test_replicas_share_the_tokens_of_an_expert(kernel: Mapping) -> None:
 
 @pytest.mark.cuda
 @needs_gpu
-def test_old_tables_are_noticed(kernel: Mapping) -> None:
-    """Negative control: the comparison above fails where the tables are those of another placement."""
+def test_tables_of_another_placement_are_found(kernel: Mapping) -> None:
+    """Negative control: the comparison above fails if the tables are those of another placement."""
     model = Model(kernel, placement_of(1))
     model.begin(600)
     ids = batch(600, 3)
@@ -198,7 +197,7 @@ def test_old_tables_are_noticed(kernel: Mapping) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_captured_graph_follows_commits(kernel: Mapping) -> None:
+def test_captured_graph_follows_commits(kernel: Mapping) -> None:
     model = Model(kernel, placement_of(1))
     ids = batch(512, 0)
     model.begin(512)
@@ -224,8 +223,8 @@ def test_a_captured_graph_follows_commits(kernel: Mapping) -> None:
         model.move(placement_of(2 + step))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the run that it starts")
-def test_the_same_in_tritons_interpreter() -> None:
+@pytest.mark.skipif(INTERPRETED, reason="this test starts the run in the interpreter")
+def test_kernel_passes_in_tritons_interpreter() -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not captured"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which versions of vLLM are balanced, and what the self-test finds in sources that were changed."""
+"""The versions of vLLM that are balanced, and the differences that the self-test finds in changed sources."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ ROUTER = "vllm/model_executor/layers/fused_moe/router/base_router.py"
 CONTROLLER = "vllm/v1/worker/gpu/eplb_utils.py"
 
 
-def test_checked_versions() -> None:
+def test_checked_versions_include_patch_releases() -> None:
     assert set(CHECKED_VERSIONS) <= set(READ_VERSIONS)
     assert is_checked(f"{CHECKED_VERSIONS[-1]}.7+cpu")
     for version in ("0.99.1", "0.3.2", "0.320.0", "unknown", ""):
         assert not is_checked(version)
 
 
-def test_next_versions_follow_those_that_were_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_versions_follow_the_read_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "CHECKED_VERSIONS", ("0.30", "0.32"))
     monkeypatch.setattr(versions, "READ_VERSIONS", ("0.30", "0.32", "0.33"))
     accepted = ["0.33.0", "0.33.1rc1", "0.34.0", "0.34.0.dev12+gabc"]
@@ -91,7 +91,7 @@ def copied(folder: Path) -> Path:
         (ROUTER, "record_enabled:", "record_when:", "record_when"),
     ],
 )
-def test_self_test_finds_what_changed(tmp_path: Path, path: str, old: str, new: str, says: str) -> None:
+def test_self_test_finds_a_change(tmp_path: Path, path: str, old: str, new: str, says: str) -> None:
     root = copied(tmp_path)
     assert differences(root, "cuda") == []
     text = (root / path).read_text(encoding="utf-8")

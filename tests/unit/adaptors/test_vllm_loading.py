@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading by a placement: every slot gets its expert, whatever the order of the checkpoint, and what is left out shows.
+"""Loading by a placement: every slot gets the expert of the placement, in any order of the checkpoint, and an expert
+that was not loaded is named.
 
-The loader that is wrapped here stands for vLLM's: it takes a slot's id, and knows which slots are on this rank.
+The wrapped loader is a stand-in for vLLM's: it takes a slot's id and knows which slots are on this rank.
 One file, because all ways of loading are tested with the same layers.
 """
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class Layer(torch.nn.Module):
-    """Experts of one layer on one rank; the weight of expert e is the number e."""
+    """The experts of a layer on one rank; all weights of expert e are the number e."""
 
     def __init__(self, rank: int, num_slots: int) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class Layer(torch.nn.Module):
             weight = torch.nn.Parameter(torch.full((self.per_rank, 2, 2), -1.0), requires_grad=False)
             weight.weight_loader = self.weight_loader
             self.register_parameter(part, weight)
-        self.register_parameter("constant", torch.nn.Parameter(torch.zeros(1)))  # nobody loads it
+        self.register_parameter("constant", torch.nn.Parameter(torch.zeros(1)))  # never loaded
 
     def weight_loader(self, param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
         self.calls += 1
@@ -65,7 +66,7 @@ def model(rank: int, layers: int = 3) -> SimpleNamespace:
 
 
 def checkpoint(moe: SimpleNamespace, parts: tuple[str, ...] = PARTS) -> None:
-    """Loads as vLLM's models do: for each weight, slots that hold the expert in vLLM's own order until one takes it."""
+    """Load as vLLM's models do: for every weight, try the expert's slots in vLLM's own order until one accepts it."""
     usual = [*range(EXPERTS), *range(REDUNDANT)]
     for layer in moe.moe_layers:
         for expert in reversed(range(EXPERTS)):
@@ -85,7 +86,7 @@ def random_placement(seed: int, layers: int = 3) -> Placement:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_slot_holds_the_expert_of_the_placement(seed: int) -> None:
-    placement = random_placement(seed)  # some hold an expert twice on a rank
+    placement = random_placement(seed)  # some have two copies of an expert on a rank
     for rank in range(RANKS):
         moe = model(rank)
         load_by(moe, LoadOrder(placement, by_map=True))
@@ -112,7 +113,7 @@ def test_expert_that_was_not_loaded_is_named() -> None:
         placement_loaded(moe, 2)
 
 
-def test_a_part_that_is_missing_is_noticed() -> None:
+def test_missing_part_of_an_expert_is_found() -> None:
     slots = LayerSlots([[0], [1]])
     layer = Layer(0, 8)
     load = slots.loader(layer.weight_loader)
@@ -122,7 +123,7 @@ def test_a_part_that_is_missing_is_noticed() -> None:
     assert slots.missing(range(2)) == [1]
 
 
-def test_a_tensor_of_all_experts_is_refused() -> None:
+def test_tensor_of_all_experts_is_refused() -> None:
     moe = model(0)
     load_by(moe, LoadOrder(random_placement(0), by_map=True))
     layer = moe.moe_layers[0].routed_experts
@@ -131,7 +132,7 @@ def test_a_tensor_of_all_experts_is_refused() -> None:
 
 
 def fused_checkpoint(moe: SimpleNamespace) -> None:
-    """Loads as vLLM does from tensors of all experts of a layer: logical experts one by one, and no copies."""
+    """Load as vLLM does from one tensor of all experts of a layer: every logical expert once, and no copies."""
     for layer in moe.moe_layers:
         for part in PARTS:
             param = getattr(layer.routed_experts, part)
@@ -141,7 +142,7 @@ def fused_checkpoint(moe: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("rank", range(RANKS))
 def test_copies_are_filled_from_tensors_of_all_experts(rank: int) -> None:
-    """Negative control: without an order the slots of copies stay as they were."""
+    """Negative control: without a LoadOrder the slots of copies are not filled."""
     placement = Placement.initial(3, EXPERTS, RANKS, REDUNDANT)
     own = placement.physical_to_logical.reshape(3, RANKS, -1)[:, rank].tolist()
     moe, left_alone = model(rank), model(rank)
@@ -154,7 +155,7 @@ def test_copies_are_filled_from_tensors_of_all_experts(rank: int) -> None:
 
 
 def test_models_that_cannot_follow_are_left_alone() -> None:
-    """Without a map: vLLM loads them, and the copies are compared afterwards."""
+    """Without a map vLLM loads these models, and the copies are compared afterwards."""
 
     class SomeMegaMoEExperts(Layer):
         pass
@@ -171,8 +172,8 @@ def test_models_that_cannot_follow_are_left_alone() -> None:
         load_by(mega, LoadOrder(order.placement, by_map=True))
 
 
-def test_weights_that_come_another_way_are_no_error() -> None:
-    """Without a map: files of slots, random weights, and whole tensors go in as vLLM's own loader takes them."""
+def test_weights_in_other_forms_are_no_error() -> None:
+    """Without a map, vLLM's own loader handles files of slots, random weights and whole tensors."""
     moe = model(1)
     order = LoadOrder(Placement.initial(3, EXPERTS, RANKS, REDUNDANT), by_map=False)
     layer, taken = moe.moe_layers[0].routed_experts, []
@@ -184,8 +185,8 @@ def test_weights_that_come_another_way_are_no_error() -> None:
     assert taken == [(*whole, False)]
 
 
-def test_tensors_of_llama_4_are_taken_apart() -> None:
-    """As its loader is called: names without the number of an expert, and weights the other way round."""
+def test_tensors_of_llama_4_are_split_by_expert() -> None:
+    """Llama-4's loader gets names without an expert's number, and transposed weights."""
     calls: list[str] = []
 
     class Llama(torch.nn.Module):
@@ -254,7 +255,7 @@ def test_a_placement_for_another_model_is_refused() -> None:
 
 
 def order_of(monkeypatch, settings: dict, redundant: int, stage: int, counts: list[int]) -> LoadOrder | None:
-    """What a worker of a pipeline stage loads by, with vLLM's groups of such a server."""
+    """The LoadOrder of a worker in a pipeline stage, with stand-ins for vLLM's groups."""
     stages = SimpleNamespace(world_size=len(counts), rank_in_group=stage, cpu_group=None)
     groups = SimpleNamespace(get_ep_group=lambda: SimpleNamespace(world_size=RANKS), get_pp_group=lambda: stages)
     monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", groups)
@@ -274,7 +275,7 @@ def order_of(monkeypatch, settings: dict, redundant: int, stage: int, counts: li
     return load_order(vllm_config, counts[stage], EXPERTS, model)
 
 
-def test_the_order_without_a_map_is_that_of_vllm(monkeypatch) -> None:
+def test_order_without_a_map_is_that_of_vllm(monkeypatch) -> None:
     assert order_of(monkeypatch, {}, 0, 0, [3]) is None
     order = order_of(monkeypatch, {}, REDUNDANT, 0, [3])
     assert order is not None
@@ -282,7 +283,7 @@ def test_the_order_without_a_map_is_that_of_vllm(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("counts", [[5], [2, 3], [1, 1, 3]])
-def test_each_stage_takes_its_layers_of_a_map(monkeypatch, tmp_path, counts) -> None:
+def test_every_stage_takes_its_own_layers_of_a_map(monkeypatch, tmp_path, counts) -> None:
     placement = random_placement(9, layers=5)
     write_expert_map(tmp_path / "map.json", placement)
     rows = []
@@ -350,7 +351,7 @@ print("RESULT", base_loader.initialize_model is build, first, again, noticed)
 
 
 def test_new_weights_go_to_the_same_slots() -> None:
-    """With vLLM's own reloading, which keeps the loaders that parameters had when the model was built."""
+    """vLLM's own reload keeps the loaders that the parameters had when the model was built."""
     pytest.importorskip("vllm")
     done = subprocess.run([sys.executable, "-c", RELOAD], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert "RESULT True True True True" in done.stdout, done.stderr[-3000:]
@@ -415,13 +416,13 @@ for rank in range(RANKS):
         assert placement_loaded(moe, rank) is row
         own = torch.from_numpy(row.physical_to_logical.reshape(RANKS, -1)[rank].copy()).float()
         held = [layer.w13_weight[:, 0, 0], layer.w13_weight[:, 1, 0], layer.w2_weight[:, 0, 0]]
-        right.append(all(bool((its == own + plus).all()) for its, plus in zip(held, (0, 0.25, 0.5))))
+        right.append(all(bool((part == own + plus).all()) for part, plus in zip(held, (0, 0.25, 0.5))))
 print("RESULT", right)
 """
 
 
 def test_loaders_of_vllm_fill_copies_from_one_tensor() -> None:
-    """The loaders of vLLM itself, for most models and for Llama-4, with the slots of a rank instead of its layers."""
+    """vLLM's real loaders, for most models and for Llama-4, load into stand-ins for a rank's slots."""
     pytest.importorskip("vllm")
     code = [sys.executable, "-c", ONE_TENSOR]
     done = subprocess.run(code, capture_output=True, text=True, timeout=300, cwd=ROOT)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is refused on vLLM beside options by which weights come, and what is not."""
+"""Options of vLLM that load weights: which combinations are refused, and which are accepted."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_new_weights_are_refused_beside_several_models(config: Any, says: str | 
 @pytest.mark.parametrize("backend", ["auto", "triton", "deep_gemm_mega_moe", "flashinfer_moe_ep_cutedsl"])
 @pytest.mark.parametrize("path", [None, "map.json"])
 def test_maps_are_refused_beside_megakernels(backend: str, path: str | None) -> None:
-    """Their loader takes ids of logical experts, so that no weight can be sent to a slot."""
+    """The loader of a megakernel takes ids of logical experts, so weights cannot be sent to slots."""
     config = EplbConfig(dynamic_eplb=True, expert_map_path=path)
     refused = path is not None and ("mega" in backend or "moe_ep" in backend)
     says = f"an expert_map_path and --moe-backend {backend} is not supported"

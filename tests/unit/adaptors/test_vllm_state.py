@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rank counts which rows, and refused loading while a server balances; without vLLM."""
+"""The state in a vLLM worker: the rows that a rank counts, loading, weight transfers and sleep; without vLLM."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vllm_ascend_eplb.values.placement import Placement
 
 
 @given(st.integers(1, 9), st.integers(1, 300), st.data())
-def test_slices_of_a_batch_hold_every_token_once(parts: int, rows: int, data: st.DataObject) -> None:
+def test_slices_of_a_batch_have_every_token_once(parts: int, rows: int, data: st.DataObject) -> None:
     tokens = data.draw(st.integers(0, rows))
     length = -(-rows // parts)
     padded = torch.arange(parts * length)
@@ -50,7 +50,7 @@ def test_a_whole_batch_needs_no_number_of_rows() -> None:
     assert int(mine.num_unpadded_tokens[0]) == 17
 
 
-def test_a_rank_counts_its_slice_of_a_batch() -> None:
+def test_rank_counts_its_slice_of_a_batch() -> None:
     mine = state(2)
     mine.slice = Slice(1, 2)
     mine.forward_before(serving=True, stage="decode", rows=8)
@@ -76,13 +76,13 @@ def test_redundant_slots_without_weights_end_the_start() -> None:
         require_loaded_copies(8, "auto")
 
 
-def test_reload_is_refused_where_engines_share_experts() -> None:
+def test_reload_is_refused_if_engines_share_experts() -> None:
     with pytest.raises(RuntimeError, match=r"--data-parallel-size 2 is not supported"), state(2).new_weights():
         raise AssertionError("weights were loaded")
 
 
 class Balancer:
-    """Stands for the balancer: notes when weights may be loaded, and what it is asked for."""
+    """A stand-in for the balancer: records its calls, and if weights may be loaded."""
 
     def __init__(self) -> None:
         self.open, self.calls = False, []
@@ -163,8 +163,8 @@ def test_weights_by_name_are_refused_beside_engines() -> None:
     assert loaded == []
 
 
-def test_a_weight_transfer_holds_the_balancer() -> None:
-    """Between start and finish no step is done: a cycle would move experts whose weights are half new."""
+def test_weight_transfer_stops_the_balancer() -> None:
+    """Between start and finish the balancer takes no step: a cycle would move experts whose weights are half new."""
     balancer, mine = Balancer(), state()
     mine.updator = balancer
     mine.begin()
@@ -182,7 +182,7 @@ def test_a_weight_transfer_holds_the_balancer() -> None:
 
 
 class VllmWorker:
-    """Stands for vLLM's worker: its calls around a weight transfer, each of which can fail."""
+    """A stand-in for vLLM's worker, whose calls around a weight transfer can fail."""
 
     def __init__(self, mine: VllmEplbState, failing: str = "") -> None:
         self.model_runner, self.failing = SimpleNamespace(eplb_state=mine), failing
@@ -197,7 +197,7 @@ class VllmWorker:
 
 
 @pytest.mark.parametrize("failing", ["", "start", "finish"])
-def test_a_weight_transfer_ends_also_where_vllm_fails(failing: str) -> None:
+def test_weight_transfer_ends_even_if_vllm_fails(failing: str) -> None:
     balancer, mine = Balancer(), state()
     mine.updator = balancer
     worker = balanced(VllmWorker, lambda: None)(mine, failing)
@@ -211,12 +211,12 @@ def test_a_weight_transfer_ends_also_where_vllm_fails(failing: str) -> None:
     assert balancer.calls == ["moves back", "back to the start", "counts nothing", "checksums"]
 
 
-def test_a_second_start_leaves_a_weight_transfer_open() -> None:
+def test_second_start_leaves_a_weight_transfer_open() -> None:
     balancer, mine = Balancer(), state()
     mine.updator = balancer
     worker = balanced(VllmWorker, lambda: None)(mine)
     worker.start_weight_update()
-    worker.failing = "start"  # as vLLM refuses it
+    worker.failing = "start"  # vLLM refuses a second start
     with pytest.raises(RuntimeError, match="start failed"):
         worker.start_weight_update()
     assert balancer.open
@@ -225,7 +225,7 @@ def test_a_second_start_leaves_a_weight_transfer_open() -> None:
 
 
 class Allocator:
-    """Stands for vLLM's worker with its allocator, which needs a GPU: level 2 loses what is on the device."""
+    """A stand-in for vLLM's worker and its allocator, which needs a GPU. Level 2 loses the device memory."""
 
     def __init__(self, mine: VllmEplbState, device: list[torch.Tensor]) -> None:
         self.model_runner, self.device = SimpleNamespace(eplb_state=mine), device
@@ -240,7 +240,7 @@ class Allocator:
 
 
 def sleeper(engines: int = 1) -> tuple[Any, VllmEplbState, Balancer, list[torch.Tensor]]:
-    """A worker, the state in it, its balancer, and the tensors that it has on the device."""
+    """A worker with its state, its balancer and its tensors on the device."""
     balancer, mine = Balancer(), state(engines)
     maps, counts = torch.arange(6), torch.ones(4)
     mine.updator = balancer
@@ -250,7 +250,7 @@ def sleeper(engines: int = 1) -> tuple[Any, VllmEplbState, Balancer, list[torch.
     return balanced(Allocator, lambda: None)(mine, device), mine, balancer, device
 
 
-def test_after_sleep_with_contents_balancing_goes_on() -> None:
+def test_balancing_continues_after_sleep_with_contents() -> None:
     worker, mine, balancer, _ = sleeper()
     worker.sleep()
     assert balancer.calls == ["rests", "counts nothing"]
@@ -259,8 +259,8 @@ def test_after_sleep_with_contents_balancing_goes_on() -> None:
     assert balancer.calls[2:] == ["step"]
 
 
-def test_after_sleep_without_contents_maps_are_put_back() -> None:
-    """Negative control: while asleep, and before memory for weights is back, they are not there."""
+def test_maps_are_restored_after_sleep_without_contents() -> None:
+    """Negative control: before the memory for weights is back, the maps are lost."""
     worker, mine, balancer, device = sleeper()
     worker.sleep(2)
     assert balancer.calls == ["rests at the start", "counts nothing"]
@@ -272,8 +272,8 @@ def test_after_sleep_without_contents_maps_are_put_back() -> None:
     assert int(mine.num_unpadded_tokens[0]) == 0
 
 
-def test_weights_come_in_parts_before_the_first_step() -> None:
-    """Their checksums are learned once, when all have come, and until then nothing is balanced."""
+def test_weights_may_be_loaded_in_parts_after_sleep() -> None:
+    """Their checksums are learned once, at the first real step. Nothing is balanced before."""
     worker, mine, balancer, _ = sleeper()
     loaded: list[str] = []
     model = loads_by(loaded.append)
@@ -294,7 +294,7 @@ def test_weights_come_in_parts_before_the_first_step() -> None:
     assert balancer.calls[-1] == "step"
 
 
-def test_a_transfer_after_sleep_ends_the_waiting() -> None:
+def test_weight_transfer_after_sleep_resumes_balancing() -> None:
     worker, mine, balancer, _ = sleeper()
     worker.sleep(2)
     worker.wake_up()
@@ -305,7 +305,7 @@ def test_a_transfer_after_sleep_ends_the_waiting() -> None:
 
 
 @pytest.mark.parametrize(("engines", "level", "says"), [(2, 1, "sleep with --data-parallel-size 2"), (1, 3, "level 3")])
-def test_sleep_that_cannot_be_followed_is_refused(engines: int, level: int, says: str) -> None:
+def test_unsupported_sleep_is_refused(engines: int, level: int, says: str) -> None:
     worker, _, balancer, device = sleeper(engines)
     with pytest.raises(RuntimeError, match=f"{says} is not supported"):
         worker.sleep(level)

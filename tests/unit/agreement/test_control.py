@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ControlChannel and flight recorder on one rank, and what can be said without a group."""
+"""ControlChannel and flight recorder on one rank, without a process group."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_agreed_facts_are_minimum_and_maximum() -> None:
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2, 5])
-def test_facts_are_read_as_many_posts_later_as_the_lag(lag: int) -> None:
+def test_facts_are_read_as_many_posts_later_as_the_lag_is(lag: int) -> None:
     channel = ControlChannel(None, 0, 1, lag)
     for step in range(20):
         channel.post(Facts(step=step, placement=LARGE))
@@ -44,7 +44,7 @@ def test_facts_are_read_as_many_posts_later_as_the_lag(lag: int) -> None:
             assert agreed == Agreed(Facts(step=step - lag, placement=LARGE), Facts(step=step - lag, placement=LARGE))
 
 
-def test_facts_of_before_a_pause_are_not_read_after_it() -> None:
+def test_facts_from_before_a_pause_are_not_read_after_it() -> None:
     channel = ControlChannel(None, 0, 1, 2)
     for step in range(5):
         channel.post(Facts(step=step))
@@ -56,7 +56,7 @@ def test_facts_of_before_a_pause_are_not_read_after_it() -> None:
     assert [agreed and agreed.max.step for agreed in read] == [None, None, 100, 101, 102]
 
 
-def test_a_channel_that_is_not_read_says_so() -> None:
+def test_channel_that_is_not_read_is_an_error() -> None:
     channel = ControlChannel(None, 0, 1, 1)
     channel.post(Facts())
     channel.post(Facts())
@@ -65,7 +65,7 @@ def test_a_channel_that_is_not_read_says_so() -> None:
 
 
 @pytest.mark.parametrize("lag", [-1, 9])
-def test_the_lag_has_bounds(lag: int) -> None:
+def test_lag_out_of_range_is_refused(lag: int) -> None:
     with pytest.raises(ValueError, match=r"0\.\.8"):
         ControlChannel(None, 0, 1, lag)
 
@@ -87,7 +87,7 @@ def test_bulk_operations_of_a_single_rank_are_done_at_once() -> None:
         channel.broadcast(b"plan", 5)
 
 
-def test_posted_facts_take_no_memory() -> None:
+def test_bulk_operations_take_no_memory() -> None:
     channel = ControlChannel(None, 0, 1)
     channel.reserve(1 << 20)
     load, plan = np.ones((1024, 1024), dtype=np.int64), bytes(1 << 20)
@@ -105,7 +105,7 @@ def test_a_single_rank_agrees_with_itself_at_start() -> None:
     require_equal(None, 1, {"version": "1"})
 
 
-def test_a_flight_can_be_written_read_and_replayed(tmp_path: Path) -> None:
+def test_flight_record_can_be_written_read_and_replayed(tmp_path: Path) -> None:
     settings = CycleSettings(collect_steps=5, execution_steps=1, first_collect_steps=3)
     state, recorder, channel = CycleState.start(settings), FlightRecorder(16), ControlChannel(None, 0, 1)
     states = []
@@ -130,7 +130,7 @@ def test_a_flight_can_be_written_read_and_replayed(tmp_path: Path) -> None:
     assert replayed == states[-1]
 
 
-def test_a_flight_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_flight_record_of_another_version_is_refused(tmp_path: Path) -> None:
     recorder = FlightRecorder()
     recorder.record(1, Facts(), None)
     path = tmp_path / "flight.json"

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Breadth-first search over everything that can happen to 2 or 3 ranks in the cycle.
 
-A world is the state of every rank's transition function, what every rank knows alone (its environment), and the facts
-still on their way. From each world, at each step, every rank may or may not have got further with what it is doing,
-and a few faults may happen. The search visits every world that can be reached and checks, at every step:
+A world is the state of every rank's transition function, the facts that a rank knows alone (its environment), and the
+posted facts that were not read yet. In a step every rank may or may not progress, and a few faults may happen. The
+search visits every world that can be reached and checks at every step:
 
 - all ranks are in the same state and do the same things;
-- a round is issued only when every rank has prepared it and has a free buffer, and committed only when it arrived
-  undamaged on every rank;
+- a round is issued only if every rank has prepared it and has a free buffer;
+- a round is committed only if it arrived undamaged on every rank;
 - nothing is dropped, prepared again or finished while a round is in flight on any rank;
-- one bulk operation at a time;
-- no cycle begins while paused, but one that was ordered;
-- from every world the cycle can come to its end.
+- there is one bulk operation at a time;
+- while paused, a cycle begins only if it was ordered;
+- every world has a way to the end of the cycle.
 
-Orders of every kind come in on EP rank 0. Steps, epochs, cycle and order numbers only grow, so worlds are compared
-after moving them back to fixed numbers.
+Orders of every kind arrive on EP rank 0. The numbers of steps, epochs, cycles and orders only grow, so they are set to
+fixed numbers before worlds are compared.
 
-One file, because a world, the steps out of it and what must hold there are one model.
+One file, because a world, the steps out of it and the invariants are one model.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ STEP, EPOCH, CYCLE, ORDER = 1000, 100, 10, 10
 OTHER_EXECUTION_STEPS = 3
 
 See = Callable[[Agreed | None, tuple[tuple[Facts, ...], ...], int], Agreed | None]
-"""From the agreed facts, those still on their way and the rank to what the rank acts on."""
+"""Maps the agreed facts, the posted facts that were not read yet and a rank to the facts that the rank acts on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Env:
-    """What one rank knows alone."""
+    """The facts that one rank knows alone."""
 
     ready: int = 0
     bulk: int = 0  # a bulk operation is under way
-    plan: int = 0  # EP rank 0: rounds of its plan; -1 for a plan that moves nothing, 0 for none yet
+    plan: int = 0  # EP rank 0: rounds of the plan; -1 for a plan without moves, 0 for no plan yet
     rounds: int = 0
     failure: int = 0
     poisoned: int = 0
@@ -56,7 +56,7 @@ class Env:
     damaged: int = -1  # the oldest round that arrived damaged
     committed: int = 0
     placement: int = 0
-    order: Command = Command.NONE  # EP rank 0: came in and was not taken yet
+    order: Command = Command.NONE  # EP rank 0: arrived and was not obeyed yet
     damage: int = 0  # slots that the audit found damaged
 
     def facts(self, state: CycleState) -> Facts:
@@ -101,11 +101,11 @@ class Case:
 
 
 class ViolationError(AssertionError):
-    """Something that must never happen was reached."""
+    """The search reached a state that must never occur."""
 
 
 def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> Iterator[tuple[Env, int]]:
-    """Events that may have happened on a rank before it posts: (environment, faults used)."""
+    """The events that may happen on a rank before it posts, as (environment, faults used)."""
     yield env, 0
     if env.bulk:
         yield replace(env, bulk=0), 0
@@ -114,7 +114,7 @@ def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> I
     fault = faults > 0 and not env.failure
     if state.phase in (Phase.SNAPSHOT, Phase.REDUCE, Phase.BROADCAST) and not env.ready and not env.failure:
         if state.phase is Phase.BROADCAST:
-            # A round for each buffer is prepared, too; the second may have to wait for the first one's commit.
+            # A round per buffer is prepared as well; the second round may have to wait for the first one's commit.
             first = min(case.settings.buffers, state.plan_length)
             for prepared in range(min(1, first), first + 1):
                 yield replace(env, ready=1, bulk=0, rounds=state.plan_length, asked=first, prepared=prepared), 0
@@ -152,7 +152,7 @@ def events(env: Env, state: CycleState, rank: int, case: Case, faults: int) -> I
 
 
 def perform(actions: Actions, envs: list[Env], state: CycleState, case: Case) -> None:
-    """Performs the actions of a state on every rank, and checks the invariants over all ranks."""
+    """Perform the actions of a state on every rank, and check the invariants over all ranks."""
 
     def require(condition: bool, what: str) -> None:
         if not condition:
@@ -165,7 +165,7 @@ def perform(actions: Actions, envs: list[Env], state: CycleState, case: Case) ->
             require(not state.paused or state.wanted is not Command.NONE, "begun while paused")
             envs[:] = [fresh(env) for env in envs]
         elif action.do is Do.OBEY:
-            require(envs[0].order is not Command.NONE, "obeyed what nobody ordered")
+            require(envs[0].order is not Command.NONE, "obeyed without an order")
             envs[0] = replace(envs[0], order=Command.NONE)
         elif action.do is Do.END_AUDIT:
             require(all(env.ready and not env.damage for env in envs), "damage was overlooked")
@@ -175,7 +175,7 @@ def perform(actions: Actions, envs: list[Env], state: CycleState, case: Case) ->
             if action.do is not Do.BROADCAST:
                 require(all(env.ready for env in envs), "reduced before all had a snapshot")
             if action.do is Do.REDUCE_SUMS:
-                require(any(env.damage for env in envs), "a repair of nothing")
+                require(any(env.damage for env in envs), "a repair without damage")
                 envs[:] = [fresh(env) for env in envs]
             envs[:] = [replace(env, ready=0, bulk=1) for env in envs]
         elif action.do in (Do.REQUEST_PLAN, Do.PLAN_REPAIR):
@@ -215,13 +215,13 @@ def perform(actions: Actions, envs: list[Env], state: CycleState, case: Case) ->
 
 
 def fresh(env: Env) -> Env:
-    """Environment of a rank that is in no cycle."""
+    """The environment of a rank outside a cycle."""
     return Env(bulk=env.bulk, poisoned=env.poisoned, placement=env.placement, order=env.order)
 
 
 def with_orders(world: World) -> Iterator[World]:
-    """An order may have come in on EP rank 0, in place of one that was not taken yet. In a cycle nobody looks for one,
-    so that it may as well come after it."""
+    """The worlds with and without a new order on EP rank 0; it replaces an order that was not obeyed yet. Orders are
+    read only outside a cycle, so none needs to arrive within one."""
     yield world
     if world.orders and world.states[0].phase in (Phase.COLLECT, Phase.LISTEN):
         for command in set(Command) - {Command.NONE, world.envs[0].order}:
@@ -230,13 +230,13 @@ def with_orders(world: World) -> Iterator[World]:
 
 
 def step(world: World, case: Case, see: See) -> Iterator[World]:
-    """All worlds that may come next."""
+    """All worlds that may follow."""
     for begun in with_orders(world):
         yield from follow(begun, case, see)
 
 
 def follow(world: World, case: Case, see: See) -> Iterator[World]:
-    """All worlds that may come next without a further order."""
+    """All worlds that may follow without a further order."""
     active = world.states[0].active
     options = [
         list(events(env, state, rank, case, world.faults))
@@ -277,7 +277,7 @@ def bounds(facts: tuple[Facts, ...]) -> Agreed:
 
 
 def normal(world: World, case: Case) -> World:
-    """The same world at fixed step, epoch, cycle and placement numbers."""
+    """The same world with fixed numbers of step, epoch, cycle, order and placement."""
     state = world.states[0]
     age = min(state.step - state.snapshot_at, state.plan_age_limit(case.settings) + 1)
     moving = min(state.step - state.entered, case.settings.cut_after) if state.phase is Phase.MOVE else 0
@@ -314,14 +314,14 @@ def normal(world: World, case: Case) -> World:
 
 
 def _audit_due(state: CycleState) -> int:
-    """Normalises the audit's due step: between cycles it matters only whether the audit comes first."""
+    """The audit's due step, normalised: between cycles it only matters if the audit is due before the next cycle."""
     if state.audit_due < 0:
         return -1
     return STEP if state.active or state.audit_due < state.due else STEP + 2
 
 
 def explore(case: Case, see: See = as_agreed, limit: int = 2_000_000) -> dict[World, list[World]]:
-    """All worlds that can be reached, and those that may follow each."""
+    """All worlds that can be reached, with the worlds that may follow."""
     start = replace(
         CycleState.start(case.settings),
         step=STEP,
@@ -345,12 +345,12 @@ def explore(case: Case, see: See = as_agreed, limit: int = 2_000_000) -> dict[Wo
             after[world] = list(set(step(world, case, see)))
             front_next += [following for following in after[world] if following not in after]
         front = front_next
-        assert len(after) < limit, "the search does not end; its worlds are not compared as they should be"
+        assert len(after) < limit, "the search does not end; normal() misses a number that grows"
     return after
 
 
 def assert_all_end(worlds: dict[World, list[World]]) -> None:
-    """From every world there is a way to the end of the cycle."""
+    """Assert that every world has a way to the end of the cycle."""
     before: dict[World, list[World]] = {world: [] for world in worlds}
     for world, following in worlds.items():
         for after in following:
@@ -405,7 +405,7 @@ def search(case: Case) -> None:
     assert_all_end(worlds)
     if case.settings.cut_after:
         ends = {world.states[0].committed for world in worlds if world.states[0].phase is Phase.COLLECT}
-        assert ends == {0, 1, 2, 3}, "a plan was never cut off, or never whole"
+        assert ends == {0, 1, 2, 3}, "no plan was cut off, or none was carried out in full"
     if case.orders:
         taken = {(world.states[0].paused, world.states[0].wanted) for world in worlds}
         assert {(True, Command.NONE), (True, Command.RESTORE), (False, Command.CYCLE)} <= taken
@@ -414,17 +414,19 @@ def search(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_that_can_happen_parts_the_ranks(case: Case) -> None:
+def test_invariants_hold_in_every_reachable_world(case: Case) -> None:
     search(case)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("case", LONG)
-def test_nothing_that_can_happen_parts_the_ranks_long(case: Case) -> None:
+def test_invariants_hold_in_every_reachable_world_long(case: Case) -> None:
     search(case)
 
 
-def test_the_search_finds_ranks_that_trust_their_own_facts() -> None:
+def test_search_finds_ranks_that_act_on_their_own_facts() -> None:
+    """Negative control: ranks act on what they know alone, and their states differ."""
+
     def own(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank: int) -> Agreed | None:
         del agreed
         return Agreed(posted[-1][rank], posted[-1][rank]) if posted else None
@@ -442,7 +444,9 @@ def test_the_search_finds_ranks_that_trust_their_own_facts() -> None:
         ("rounds_done", "while in flight"),
     ],
 )
-def test_search_finds_ranks_content_with_the_fastest(field: str, found: str) -> None:
+def test_search_finds_ranks_that_follow_the_fastest(field: str, found: str) -> None:
+    """Negative control: ranks go on when the fastest rank is ready, not when all ranks are."""
+
     def fastest(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank: int) -> Agreed | None:
         del posted, rank
         return agreed and Agreed(replace(agreed.min, **{field: getattr(agreed.max, field)}), agreed.max)
@@ -451,7 +455,9 @@ def test_search_finds_ranks_content_with_the_fastest(field: str, found: str) -> 
         explore(Case(2, 1, settings(1), (2,), 1), fastest)
 
 
-def test_the_search_finds_a_rank_that_obeys_before_all_know() -> None:
+def test_search_finds_a_rank_that_obeys_before_all_know() -> None:
+    """Negative control: rank 0 obeys an order before the other ranks have read it."""
+
     def hasty(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank: int) -> Agreed | None:
         if agreed is None:
             return None
@@ -463,7 +469,8 @@ def test_the_search_finds_a_rank_that_obeys_before_all_know() -> None:
         explore(Case(2, 1, settings(1, 1, listen_steps=2), (1,), 0, 1), hasty)
 
 
-def test_the_search_finds_cycles_that_begin_while_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_finds_cycles_that_begin_while_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the transition ignores the pause."""
     original = advance
 
     def heedless(state: CycleState, agreed: Agreed | None, limits: CycleSettings) -> tuple[CycleState, Actions]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The audit of live weights: what it finds, where it looks for good copies, in which order they travel."""
+"""The audit of live weights: damage that it finds, the choice of good copies, and the order of repairs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def loader(slots):
 
 
 def complete(audit: SlotAudit, most: int = 100) -> int:
-    """Runs a pass to its end; returns the steps it took."""
+    """Run a pass to the end and return the number of steps."""
     for steps in range(most):
         if audit.complete:
             return steps
@@ -60,12 +60,12 @@ def complete(audit: SlotAudit, most: int = 100) -> int:
 
 
 def test_pass_takes_its_interval_and_finds_new_damage(slots, loader, monkeypatch):
-    monkeypatch.setattr(audit_module, "STEP_SECONDS", 60.0)  # a busy machine takes its time
+    monkeypatch.setattr(audit_module, "STEP_SECONDS", 60.0)  # a busy machine is slow
     audit = SlotAudit(loader.slots, loader.streams, 9)
     assert complete(audit) == 9
     assert audit.damaged(PLACEMENT, loader.checksums, 0) == 0
     slots[1][2][0][3, 3] = -slots[1][2][0][3, 3]  # one bit
-    assert audit.damaged(PLACEMENT, loader.checksums, 0) == 0  # of the pass that is over
+    assert audit.damaged(PLACEMENT, loader.checksums, 0) == 0  # the pass is over
     audit.restart()
     assert not audit.complete
     complete(audit)
@@ -79,7 +79,7 @@ def test_swapped_slots_repair_each_other(slots, loader):
     for first, second in zip(slots[2][2], slots[2][3], strict=True):
         first[:], second[:] = second.clone(), first.clone()
     audit = SlotAudit(loader.slots, loader.streams, 1000)
-    assert complete(audit) == 18  # one at a step at least
+    assert complete(audit) == 18  # at least one slot per step
     damage, count = find_damage(audit.sums, PLACEMENT, loader.checksums, Topology.even(1))
     assert count == len(damage)
     assert damage == [Damage(2, 2, 2, 3), Damage(2, 3, 3, 2)]
@@ -88,10 +88,10 @@ def test_swapped_slots_repair_each_other(slots, loader):
     check_rounds(PLACEMENT, rounds, 2, PLACEMENT, repair=True)
     with pytest.raises(RoundError, match="holds expert 3, not 2"):
         check_rounds(PLACEMENT, rounds, 2, PLACEMENT)
-    assert repair_rounds(damage, 6, 1) == []  # one staging place is too few for a swap on one rank
+    assert repair_rounds(damage, 6, 1) == []  # a swap on one rank needs two staging buffers
 
 
-def test_a_replica_is_preferred_to_anything_else(slots, loader):
+def test_replica_is_preferred_as_the_source(slots, loader):
     slots[0][5][0][0, 0] += 1
     audit = SlotAudit(loader.slots, loader.streams, 3)
     complete(audit)
@@ -110,18 +110,18 @@ def test_slots_written_meanwhile_are_summed_again(slots, loader):
     assert audit.damaged(PLACEMENT, loader.checksums, 0) == 1
 
 
-def test_sums_under_way_of_a_slot_that_is_written_count_no_more(slots, loader):
+def test_sums_of_a_slot_written_meanwhile_are_discarded(slots, loader):
     audit = SlotAudit(loader.slots, loader.streams, 1)
     audit.step()
     slots[0][0][0].zero_()
-    audit.written(np.array([0]), np.array([0]))  # before the sums were taken in
+    audit.written(np.array([0]), np.array([0]))  # before the sums were read
     complete(audit)
     assert audit.damaged(PLACEMENT, loader.checksums, 0) == 1
 
 
-def test_a_step_takes_no_more_than_its_budget(slots, loader, monkeypatch):
+def test_step_of_an_audit_keeps_its_budget(slots, loader, monkeypatch):
     monkeypatch.setattr(audit_module, "STEP_SECONDS", 60.0)
-    audit = SlotAudit(loader.slots, loader.streams, 1)  # all at one step
+    audit = SlotAudit(loader.slots, loader.streams, 1)  # all slots in one step
     assert complete(audit) == 1
     monkeypatch.setattr(audit_module, "STEP_BYTES", 1)
     audit.restart()
@@ -141,7 +141,7 @@ def test_experts_without_a_known_sum_are_not_judged(slots, loader):
 
 
 def contents(placement: Placement) -> tuple[np.ndarray, ChecksumTable]:
-    """Sums as if expert e of layer l had the sum 1000 l + e + 1."""
+    """The sums of all slots, and the table, if expert e of layer l has the sum 1000 l + e + 1."""
     table = ChecksumTable(placement.num_layers, placement.num_experts)
     table.sums = 1000 * np.arange(placement.num_layers)[:, None] + np.arange(placement.num_experts) + 1
     return np.take_along_axis(table.sums, placement.physical_to_logical.astype(np.int64), axis=1), table
@@ -174,7 +174,7 @@ def test_repairs_fit_the_buffer_and_leave_nothing_possible(data: st.DataObject) 
         live[layers, slots] = live[layers, sources]
     left = {(wrong.layer, wrong.slot): wrong for wrong in damage}
     left = {place: wrong for place, wrong in left.items() if live[place] != good[place]}
-    for wrong in left.values():  # no copy anywhere, or a ring that is too long for the buffer
+    for wrong in left.values():  # no good copy, or a ring that is too long for the buffer
         if wrong.source >= 0:
             ring, at = [], wrong
             while at not in ring:
@@ -185,21 +185,21 @@ def test_repairs_fit_the_buffer_and_leave_nothing_possible(data: st.DataObject) 
             assert max(Counter(wrong.slot // size for wrong in ring).values()) > buffer
 
 
-def test_repair_is_bounded_and_keeps_what_later_ones_need() -> None:
+def test_repair_is_bounded_and_keeps_sources_of_later_ones() -> None:
     experts = MOST_REPAIRS // 2 + 40
     placement = Placement(np.tile(np.arange(experts), (4, 2)), experts, 2)  # each expert on both ranks
     good, table = contents(placement)
     live = good.copy()
-    live[:, :experts] = np.roll(live[:, :experts], 1, axis=1)  # on rank 0 every slot holds its neighbour's
-    live[3] = np.roll(live[3], 1)  # in the last layer nobody is sound: a ring
+    live[:, :experts] = np.roll(live[:, :experts], 1, axis=1)  # on rank 0 every slot holds the neighbour's expert
+    live[3] = np.roll(live[3], 1)  # in the last layer all slots are damaged: a ring
     damage, count = find_damage(live, placement, table, Topology.even(2))
     assert count == 5 * experts
     assert len(damage) == MOST_REPAIRS
-    assert all(wrong.source == wrong.slot + experts for wrong in damage)  # the sound replica, no stray
+    assert all(wrong.source == wrong.slot + experts for wrong in damage)  # the good replica
     rounds = repair_rounds(damage, experts, 50)
     assert sum(len(round_.moves) for round_ in rounds) == MOST_REPAIRS
     assert len(rounds) == -(-MOST_REPAIRS // 50)
-    for _ in range(10):  # one audit after the other
+    for _ in range(10):  # ten audits
         for round_ in repair_rounds(damage, experts, experts):
             layers, slots, _, _, sources = round_.moves.T
             live[layers, slots] = live[layers, sources]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration: ids that make the PAR they promise, and a grid that is read off a clock."""
+"""Calibration: synthetic ids have the wanted PAR, and the grid follows measured times."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_ids_are_distinct_and_make_the_par(
     ids = synthetic_ids(rows, top_k, ranks, slots, used, par, 7, of_rows)
     assert ids.shape == (rows, top_k)
     assert all(len(set(row)) == top_k for row in ids.tolist())
-    assert not (ids % slots == used).any()  # a slot beyond those in use gets nothing
+    assert not (ids % slots == used).any()  # unused slots get no tokens
     by_rank = np.bincount(ids.ravel() // slots, minlength=ranks)
     rest = (ranks - par) / (ranks - 1)
     expected = rows * top_k / ranks * np.array([par, *[rest] * (ranks - 1)])
@@ -67,7 +67,8 @@ def test_rows_follow_a_recorded_skew() -> None:
 
 
 class _Machine:
-    """A clock that runs as a machine would: the larger of reading the slots in use and computing the busiest rank."""
+    """A clock and a model of a machine: a layer takes the time to read the used slots or to compute the busiest rank's
+    tokens, whichever is longer."""
 
     def __init__(self, reading: float, computing: float, fixed: float = 0.0) -> None:
         self.now = 0.0
@@ -114,7 +115,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> _Machine:
 
 
 def test_grid_finds_where_tokens_begin_to_cost(machine: _Machine) -> None:
-    """8 slots take 0.32 ms to read, which is as long as 320 pairs, or 80 tokens per rank."""
+    """Reading 8 slots takes 0.32 ms, as long as computing 320 pairs of token and expert, or 80 tokens per rank."""
     cost = machine.calibrate()
     assert cost.origin == "measured"
     assert cost.tokens.tolist() == [1, 8, 32, 64, 128, 256, 512, 1024]
@@ -153,7 +154,7 @@ def test_calibration_keeps_its_time(machine: _Machine, monkeypatch: pytest.Monke
     assert 3 <= len(cost.tokens) < 8
 
 
-def test_noise_is_what_two_measurements_differ_by(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_is_the_difference_of_two_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = _Machine(0.04, 0.001)
     monkeypatch.setattr(calibration, "time", quiet)
     assert quiet.calibrate().noise <= 0.001
@@ -221,7 +222,7 @@ def test_small_batches_make_small_grids(machine: _Machine) -> None:
         machine.calibrate(most_rows=3)
 
 
-def test_line_for_the_log_says_what_imbalance_costs(machine: _Machine) -> None:
+def test_log_line_says_what_imbalance_costs(machine: _Machine) -> None:
     said = describe(machine.calibrate(), "EPLB: cost of an MoE layer")
     assert said.startswith("EPLB: cost of an MoE layer measured: at 64 tokens per rank PAR 2.5 costs ")
     assert ", at 1,024 1" in said

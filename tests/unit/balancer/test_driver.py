@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EplbUpdator as one rank alone has it: what every action means, and what its parts hold between cycles."""
+"""EplbUpdator on a single rank: every action has a method, and its parts hold nothing between cycles."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class OneRank(EngineAdaptor):
 
 
 class PlannerHere:
-    """Answers in this process, so that a test knows what was asked."""
+    """A planner that answers in this process and keeps the requests."""
 
     starts = 1
 
@@ -81,7 +81,7 @@ def updator(planner: Any) -> Iterator[EplbUpdator]:
 
 
 def step_to(updator: EplbUpdator, cycle: int) -> None:
-    """Steps until ``cycle`` cycles are over."""
+    """Step until ``cycle`` cycles are over."""
     for _ in range(200):
         updator.forward_before()
         updator.parts.recorder.counts += 1
@@ -93,14 +93,14 @@ def step_to(updator: EplbUpdator, cycle: int) -> None:
 
 
 @pytest.mark.parametrize("audit_interval", [0, 50])
-def test_every_action_means_something(planner: Any, audit_interval: int) -> None:
+def test_every_action_has_a_method(planner: Any, audit_interval: int) -> None:
     updator = built(planner, audit_interval=audit_interval)
     assert set(updator.methods) == set(Do) - (set() if audit_interval else AUDIT_ONLY)
     assert (updator.auditor is not None) == bool(audit_interval)
     updator.close()
 
 
-def test_a_cycle_asks_for_a_better_placement(updator: EplbUpdator, planner: PlannerHere) -> None:
+def test_cycle_asks_for_a_better_placement(updator: EplbUpdator, planner: PlannerHere) -> None:
     step_to(updator, 2)
     assert [request.number for request in planner.asked] == [1, 2]
     task = planner.asked[0].task
@@ -113,7 +113,7 @@ def test_a_cycle_asks_for_a_better_placement(updator: EplbUpdator, planner: Plan
     assert stats.window.tokens == planner.asked[1].load.sum() > 0
 
 
-def test_an_order_to_restore_asks_for_the_start(updator: EplbUpdator, planner: PlannerHere) -> None:
+def test_order_to_restore_asks_for_the_start_placement(updator: EplbUpdator, planner: PlannerHere) -> None:
     class Box:
         newest = NumberedOrder(1, Order(command="restore"))
 
@@ -139,7 +139,7 @@ def test_no_part_of_a_cycle_outlives_it(updator: EplbUpdator, planner: PlannerHe
     assert len(planner.asked) == 1
 
 
-def test_orders_travel_until_they_take_effect() -> None:
+def test_orders_are_posted_until_they_take_effect() -> None:
     posted = PostedOrders()
     assert posted.facts(None, 0) == OrderFacts()
     first, second = (NumberedOrder(number, Order(command="pause")) for number in (1, 2))

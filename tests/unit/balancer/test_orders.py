@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orders to a running balancer: the file, who may write it, and the command that does."""
+"""Orders to a running balancer: the file, its permissions, and the command that writes it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_order_file_of_other_users_is_refused(tmp_path: Path) -> None:
         read_order(path)
 
 
-def test_the_box_numbers_orders_and_obeys_none_from_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_box_numbers_orders_and_ignores_earlier_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "order"
     write_order(path, Order(command="pause"))
     box = OrderBox(path)
@@ -121,7 +121,7 @@ class Obedient(threading.Thread):
                 StatsFile(self.path).write(stats)
 
 
-def test_the_command_waits_for_the_effect(tmp_path: Path) -> None:
+def test_control_waits_for_the_effect(tmp_path: Path) -> None:
     path = tmp_path / "stats.json"
     StatsFile(path).write(EplbStats())
     server = Obedient(path)
@@ -165,13 +165,13 @@ def test_every_balancer_of_a_server_gets_the_order(tmp_path: Path) -> None:
         (["stop"], "stop"),
     ],
 )
-def test_the_command_refuses(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_control_refuses_bad_arguments(arguments: list[str], message: str, tmp_path: Path) -> None:
     StatsFile(tmp_path / "stats.json").write(EplbStats())
     assert message in control(*arguments, "--stats-file", tmp_path / "stats.json", status=2)
     assert not orders_path(tmp_path / "stats.json").exists()
 
 
-def test_the_command_finds_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_finds_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EPLB_STATS_FILE", raising=False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert "no server of this user found" in control("pause", status=2)

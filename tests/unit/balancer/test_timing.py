@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step times: measured, read from a file, or unknown; and the log line about each."""
+"""Step times are measured, read from a file, or unknown; a log line says which."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ RUNS = LayerRuns("this server", 2, 1, 64, 1, prepare)
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The subjects that were measured."""
+    """The subjects of all measurements."""
     subjects: list[str] = []
 
     def calibrate(runs: LayerRuns, **_: Any) -> StepCost:
@@ -57,7 +57,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return subjects
 
 
-def test_times_are_measured_and_told(measured: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_times_are_measured_and_logged(measured: list[str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "vllm.eplb"):
         times = learn_times(adaptor(RUNS), EplbConfig(dynamic_eplb=True), LOADER)
     assert (times.cost, times.rates.receive, times.rates.commit) == (FOUND, 2e9, 8e9)
@@ -66,7 +66,7 @@ def test_times_are_measured_and_told(measured: list[str], caplog: pytest.LogCapt
 
 
 @pytest.mark.parametrize("calibrate", [False, True])
-def test_without_times_the_par_decides(calibrate: bool, measured: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_par_decides_without_times(calibrate: bool, measured: list[str], caplog: pytest.LogCaptureFixture) -> None:
     """No log line if calibration is off; one line if layers cannot be run by themselves."""
     with caplog.at_level(logging.INFO, "vllm.eplb"):
         config = EplbConfig(dynamic_eplb=True, calibrate=calibrate)
@@ -121,7 +121,7 @@ def test_file_of_something_else_is_replaced(
     assert StepCost.from_json(path.read_text()) == FOUND
 
 
-def test_folder_that_cannot_be_written_stops_nothing(
+def test_unwritable_folder_does_not_stop_the_start(
     tmp_path: Path, measured: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = EplbConfig(dynamic_eplb=True, calibration_path=str(tmp_path / "none" / "cost.json"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands, on real recorded data and on bad input: status, output, one line for an error."""
+"""The commands on recorded data and on bad input: exit status, output, and one line per error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TRACE = str(Path(__file__).resolve().parents[3] / "examples" / "tiny_moe" / "loa
 
 
 def run(*arguments: object, status: int = 0) -> str:
-    """Standard output of a command that ends with ``status``; an error is one line on standard error, nothing else."""
+    """Run a command that must end with ``status`` and return standard output; for an error, its one line on stderr."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == status, (result.output, result.exception)
     if status == 2 and "--json" not in arguments:
@@ -103,12 +103,12 @@ def test_plan_with_deepseeks_algorithm(tmp_path: Path) -> None:
         ([TRACE, "--ranks", 8, "-o", "no/such/folder/map.json"], "does not exist; create it"),
     ],
 )
-def test_plan_refuses(arguments: list[object], message: str) -> None:
+def test_plan_refuses_bad_arguments(arguments: list[object], message: str) -> None:
     assert message in run("plan", *arguments, status=2)
     assert message in run_json("plan", *arguments, status=2)["error"]
 
 
-def test_check_and_convert(tmp_path: Path) -> None:
+def test_check_and_convert_keep_the_placement(tmp_path: Path) -> None:
     maps = {name: tmp_path / name for name in ("a.json", "b.json", "c.npy", "d.npz", "e.json")}
     run("plan", TRACE, "--ranks", 4, "--redundant", 4, "-o", maps["a.json"], "--effort", "fast")
     facts = run_json("check", maps["a.json"], "--load", TRACE, "--layers", 6, "--experts", 64, "--ranks", 4)
@@ -125,7 +125,7 @@ def test_check_and_convert(tmp_path: Path) -> None:
     assert maps["e.json"].read_bytes() == maps["a.json"].read_bytes()
 
 
-def test_check_tells_what_is_wrong(tmp_path: Path) -> None:
+def test_check_names_the_fault(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     path.write_text(json.dumps([[0, 1, 1, 2], [0, 0, 1, 2]]))
     assert "layer 1, device 0 holds expert 0 twice" in run("check", path, "--ranks", 2, status=2)
@@ -146,7 +146,7 @@ def short_trace(tmp_path: Path) -> Path:
     return tmp_path / "trace.npz"
 
 
-def test_simulate(short_trace: Path, tmp_path: Path) -> None:
+def test_simulate_compares_settings(short_trace: Path, tmp_path: Path) -> None:
     kept = tmp_path / "sim.json"
     arguments = ("simulate", short_trace, "--ranks", 8, "--intervals", "1,4", "--redundant", "0,8", "-o", kept)
     said = run_json(*arguments)
@@ -160,7 +160,7 @@ def test_simulate(short_trace: Path, tmp_path: Path) -> None:
     assert "not measurement" in " ".join(text.split())
 
 
-def test_simulate_a_model_that_is_not_known(tmp_path: Path) -> None:
+def test_simulate_asks_for_the_shape_of_an_unknown_model(tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", np.random.default_rng(0).poisson(100, (4, 3, 8)))
     assert "give --hidden, --width" in run("simulate", tmp_path / "t.npy", "--ranks", 4, status=2)
     shape = ("--hidden", 64, "--width", 32, "--top-k", 2)
@@ -183,12 +183,12 @@ def test_simulate_a_model_that_is_not_known(tmp_path: Path) -> None:
         (["--max-moves", "few"], "whole numbers"),
     ],
 )
-def test_simulate_refuses(short_trace: Path, arguments: list[str], message: str) -> None:
+def test_simulate_refuses_bad_arguments(short_trace: Path, arguments: list[str], message: str) -> None:
     assert message in run("simulate", short_trace, "--ranks", 8, *arguments, status=2)
 
 
 def test_simulate_can_be_interrupted(short_trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C keeps what is done: settings that were replayed to their end, in the file and in the output."""
+    """After Ctrl-C, the file and the output have the settings that were replayed to the end."""
     import vllm_ascend_eplb.cli.simulate as module
 
     @contextlib.contextmanager
@@ -204,7 +204,7 @@ def test_simulate_can_be_interrupted(short_trace: Path, tmp_path: Path, monkeypa
     arguments = ("simulate", short_trace, "--ranks", 8, "--policies", "none,default", "--intervals", 1, "-o", kept)
     text = run(*arguments, status=130)
     assert "interrupted" in text
-    assert "does not pay" not in text  # nobody knows yet
+    assert "does not pay" not in text  # not all settings were tried
     simulation = Simulation.from_json(kept.read_bytes())
     assert simulation.interrupted
     assert [outcome.policy for outcome in simulation.outcomes] == ["none"]
@@ -250,7 +250,7 @@ def server() -> Iterator[tuple[str, dict[str, Any]]]:
     made.server_close()
 
 
-def test_watch_once(server: tuple[str, dict[str, Any]]) -> None:
+def test_watch_once_shows_the_metrics(server: tuple[str, dict[str, Any]]) -> None:
     url, _ = server
     said = run_json("watch", url, "--once")
     assert said["phase"] == "collect"
@@ -262,7 +262,7 @@ def test_watch_once(server: tuple[str, dict[str, Any]]) -> None:
         assert expected in text
 
 
-def test_watch_tells_why_it_cannot(server: tuple[str, dict[str, Any]]) -> None:
+def test_watch_names_the_reason_of_a_failure(server: tuple[str, dict[str, Any]]) -> None:
     url, answer = server
     answer["page"] = b"vllm:num_requests_running 3.0\n"
     assert "has no metrics vllm_eplb_" in run("watch", url, "--once", status=2)
@@ -279,14 +279,14 @@ def test_watch_tells_why_it_cannot(server: tuple[str, dict[str, Any]]) -> None:
         assert "not an address" in run("watch", bad, "--once", status=2)
 
 
-def test_watch_addresses() -> None:
+def test_watch_completes_addresses() -> None:
     assert metrics_url("localhost:8000") == "http://localhost:8000/metrics"
     assert metrics_url("https://h/base/") == "https://h/base/metrics"
     assert metrics_url("http://h:1/metrics") == "http://h:1/metrics"
 
 
-def test_watch_goes_on_through_a_restart(server: tuple[str, dict[str, Any]]) -> None:
-    """Live, as a process: the server fails for a while and comes back; Ctrl-C ends it with 130."""
+def test_watch_continues_through_a_restart(server: tuple[str, dict[str, Any]]) -> None:
+    """The server fails for a while and comes back; ``watch`` continues, and Ctrl-C ends it with status 130."""
     url, answer = server
     command = [sys.executable, "-m", "vllm_ascend_eplb.cli", "watch", url, "--json", "--interval", "0.1"]
     process = subprocess.Popen(
@@ -311,7 +311,7 @@ def test_watch_goes_on_through_a_restart(server: tuple[str, dict[str, Any]]) -> 
         process.communicate()
 
 
-def test_parse_and_sparkline() -> None:
+def test_watch_parses_metrics_and_draws_a_line() -> None:
     assert parse("") == {}
     assert parse("vllm_eplb_steps NaN\nvllm_eplb_cycles +Inf\n") == {}
     with pytest.raises(CommandError, match="not a metrics page"):

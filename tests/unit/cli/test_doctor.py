@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command "doctor": what it finds, and with which status."""
+"""The command "doctor": the findings and their status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_ascend_eplb.cli.doctor import export_line
 from vllm_ascend_eplb.files.expert_map import write_expert_map
 
 
-def test_doctor_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_quick_does_not_ask_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     result = CliRunner().invoke(app, ["doctor", "--quick", "--json"])
     said = json.loads(result.stdout)
@@ -42,7 +42,7 @@ def test_doctor_names_the_kernels_in_use() -> None:
     assert module.kernel_findings({"kernels_error": "ImportError: no"})[0].status == "wrong"
 
 
-def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_why_balancing_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm_ascend_eplb.cli.doctor as module
 
     answer: dict[str, Any] = {
@@ -64,7 +64,7 @@ def test_doctor_says_what_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_notes_a_newer_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is balanced by default, because the self-test found no difference."""
+    """This newer vLLM is balanced by default, because the self-test found every patch point unchanged."""
     import vllm_ascend_eplb.cli.doctor as module
 
     answer: dict[str, Any] = {
@@ -82,7 +82,7 @@ def run_json_of_any_status(command: str) -> dict[str, Any]:
     return json.loads(CliRunner().invoke(app, [command, "--json"]).stdout)
 
 
-def test_doctor_on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_checks_vllm_ascend_and_its_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm_ascend_eplb.cli.doctor as module
 
     monkeypatch.setattr(module, "plugin_findings", list)
@@ -137,7 +137,7 @@ def test_doctor_checks_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert "neither JSON nor" in run("doctor", "--config", str(tmp_path / "none"), status=2)
 
 
-def test_the_line_to_export() -> None:
+def test_export_line_keeps_the_loaded_plugins() -> None:
     plugins = {
         "vllm.platform_plugins": ["ascend"],
         "vllm.general_plugins": ["ascend_kv", "eplb"],
@@ -148,5 +148,5 @@ def test_the_line_to_export() -> None:
     assert export_line(plugins, "ascend,eplb,eplb_metrics") is None
     assert export_line(plugins, "ascend") == "export VLLM_PLUGINS=ascend,eplb,eplb_metrics"
     plugins["vllm.endpoint_plugins"] = ["eplb_page", "other_page"]
-    # nothing that is loaded today may be lost by naming ours
+    # without VLLM_PLUGINS all plugins are loaded, so the line must name them all
     assert export_line(plugins, None) == "export VLLM_PLUGINS=ascend,ascend_kv,eplb,eplb_metrics,eplb_page"

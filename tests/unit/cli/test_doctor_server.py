@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``doctor -- MODEL ARGUMENTS``: its word is that of vLLM's own start-up, whatever form the settings come in.
+"""``doctor -- MODEL ARGUMENTS`` gives the answer of vLLM's own start-up, for settings in every form.
 
-Where this kind can occur: plugins that are not loaded, arguments that vLLM's parser reads in its own way (dashes, dots,
-files), models that vLLM or this package refuses. Nothing here models vLLM: a process asks it.
+Cases: plugins that are not loaded, arguments that only vLLM's parser can read (dashes, dots, files), and models that
+vLLM or this package refuses. The tests do not model vLLM: a process asks it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ASK = """
 import json, os, sys
 from vllm_ascend_eplb.cli.probe_server import ask_server
 for name, words in json.load(open(sys.argv[1])).items():
-    if os.fork() == 0:  # each as in a process of its own, without its seconds of imports
+    if os.fork() == 0:  # a separate process, without seconds of imports
         code = 1
         try:
             answer = ask_server(words)
@@ -42,7 +42,7 @@ for name, words in json.load(open(sys.argv[1])).items():
 
 
 def config_of(folder: Path, **changes: object) -> str:
-    """The folder of a model whose configuration is the example's with changes."""
+    """Make the folder of a model: the example's configuration with changes."""
     folder.mkdir()
     config = json.loads((MODEL / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
@@ -58,8 +58,8 @@ def settings(**eplb_config: object) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What vLLM makes of several command lines, by name: of those that a test of this run asks for, because each takes
-    it seconds."""
+    """vLLM's answers to command lines, by name. Only those that a selected test needs are asked, because each answer
+    takes seconds."""
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("asked")
     (folder / "serve.yaml").write_text(
@@ -110,13 +110,13 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def rarely(name: str, *more: str) -> Any:
-    """A case of the nightly tests."""
+    """A case of the nightly tier."""
     return pytest.param(name, *more, marks=pytest.mark.soak)
 
 
 @pytest.mark.parametrize("name", ["plain", rarely("underscores"), rarely("dots"), rarely("file")])
 def test_vllm_switches_balancing_on(answers: dict[str, dict[str, Any]], name: str) -> None:
-    """Also the control of the refusals below: the same model and arguments pass."""
+    """The control of the refusals below, too: the same model and arguments are accepted."""
     answer = answers[name]
     assert answer["balances"] is True
     assert answer["model"] == "Qwen3MoeForCausalLM"
@@ -161,7 +161,7 @@ def test_vllm_leaves_balancing_off(answers: dict[str, dict[str, Any]], name: str
     ],
 )
 def test_start_up_would_end_with_one_line(answers: dict[str, dict[str, Any]], name: str, line: str) -> None:
-    """Of vLLM's parser, of vLLM's configuration, or of this package; no worker has started."""
+    """The line comes from vLLM's parser, from vLLM's configuration or from this package, before any worker starts."""
     assert line in answers[name]["refused"]
     assert answers[name]["refused"].isprintable()
     (finding,) = doctor.server_findings({"server": answers[name]})
@@ -170,7 +170,7 @@ def test_start_up_would_end_with_one_line(answers: dict[str, dict[str, Any]], na
 
 
 def test_doctor_takes_the_command_line_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the command in front of it or without; what vLLM answers is the verdict."""
+    """The arguments may begin with ``vllm serve``. vLLM's answer is the verdict."""
     asked: list[list[str]] = []
     server: dict[str, Any] = {"said": [["info", "EPLB is on: x"], ["warning", "y"]], "balances": True, "model": "M"}
 
@@ -200,7 +200,7 @@ def test_doctor_takes_the_command_line_as_it_is(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("option", [["--quick"], ["--config", "{}"], ["--model", "m"]])
-def test_a_command_line_goes_with_no_other_check(option: list[str]) -> None:
+def test_command_line_excludes_other_checks(option: list[str]) -> None:
     done = CliRunner().invoke(app, ["doctor", *option, "--", "MODEL"])
     assert done.exit_code == 2
     assert "leave out --config, --model and --quick" in done.stderr

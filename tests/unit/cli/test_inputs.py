@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Input that people give to the commands: odd environments, files of other tools, settings with small mistakes.
+"""Input from users: unusual environments, files of other tools, settings with small mistakes.
 
-Where these kinds can occur: every command that opens an address (``watch``) or a file (all others), and ``doctor``,
-whose word about plugins must be vLLM's own.
+Cases: the command that opens an address (``watch``), the commands that open files (all others), and ``doctor``, whose
+finding about plugins must be vLLM's own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def output_of(*arguments: object) -> str:
 
 @pytest.fixture
 def gappy(tmp_path: Path) -> Path:
-    """The trace of the example with its layers at numbers 1, 2, 4, 5, 6 and 8 of 10."""
+    """The example's trace with its six layers at 1, 2, 4, 5, 6 and 8 of 10 layers."""
     load = np.load(TRACE)["loads"][:8].astype(float)
     whole = np.zeros((len(load), 10, load.shape[2]))
     whole[:, [1, 2, 4, 5, 6, 8]] = load
@@ -74,7 +74,7 @@ def test_layers_without_load_are_named_and_keep_numbers(gappy: Path, tmp_path: P
     assert [rows[number] for number in (1, 2, 4, 5, 6, 8)] == left.physical_to_logical.tolist()
 
 
-def test_all_layers_stay_in_the_map_where_asked(gappy: Path, tmp_path: Path) -> None:
+def test_map_keeps_all_layers_if_asked(gappy: Path, tmp_path: Path) -> None:
     arguments = ("--ranks", 8, "--redundant", 8, "--effort", "fast")
     run("plan", gappy, *arguments, "-o", tmp_path / "part.json")
     said = output_of("plan", gappy, *arguments, "--all-layers", "-o", tmp_path / "all.json")
@@ -130,9 +130,8 @@ def test_sglang_maps_with_layers_between_are_converted(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     run("plan", TRACE, "--ranks", 4, "-o", tmp_path / "a.json", "--effort", "fast")
     run("convert", tmp_path / "a.json", tmp_path / "b.pt", "--dense-layers", "0,2-3, 7")
-    assert "10 layers" in run(
-        "convert", tmp_path / "b.pt", tmp_path / "x.npy", "--ranks", 4
-    )  # control: of 6 with experts
+    # Control: the file holds 10 layers. Only 6 of them have experts.
+    assert "10 layers" in run("convert", tmp_path / "b.pt", tmp_path / "x.npy", "--ranks", 4)
     run("convert", tmp_path / "b.pt", tmp_path / "c.json", "--ranks", 4, "--dense-layers", "0,2-3,7")
     assert (tmp_path / "c.json").read_bytes() == (tmp_path / "a.json").read_bytes()
     run("convert", tmp_path / "a.json", tmp_path / "d.json", "--to", "sglang", "--dense-layers", "3,")
@@ -143,8 +142,8 @@ def test_sglang_maps_with_layers_between_are_converted(tmp_path: Path) -> None:
         )
 
 
-def test_paths_with_a_tilde_or_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``--option=~/x`` reaches a program as it is."""
+def test_paths_expand_a_tilde_and_name_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell does not expand the tilde in ``--option=~/x``, so the command must."""
     monkeypatch.setenv("HOME", str(tmp_path))
     run("plan", TRACE, "--ranks", 4, "--effort", "fast", "--output=~/a.json")
     assert (tmp_path / "a.json").is_file()
@@ -162,8 +161,9 @@ def test_paths_with_a_tilde_or_a_variable(tmp_path: Path, monkeypatch: pytest.Mo
         assert said in run("control", "pause", f"--stats-file={path}", status=2)
 
 
-def test_defaults_are_the_servers() -> None:
-    """The tools plan as the server does unless they are told otherwise; a library's equal calls give equal plans."""
+def test_commands_have_the_defaults_of_the_server() -> None:
+    """The commands plan as the server does by default. Library calls default to the quick effort, whose plans do not
+    depend on time."""
     config = EplbConfig()
     assert plan.__defaults__ is not None
     assert config.target_par in plan.__defaults__
@@ -182,7 +182,7 @@ PROXIES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
 
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
-    """A proxy that answers everything with 403, and what it was asked for; the environment names it."""
+    """The address of a proxy that answers 403, and the requested addresses. The environment names the proxy."""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -230,9 +230,9 @@ def test_this_machine_is_asked_without_a_proxy(
     assert proxy[1] == []
 
 
-def test_an_error_names_the_proxy(proxy: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_the_proxy(proxy: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     url, asked = proxy
-    said = run("watch", "http://192.0.2.7:8000", "--once", status=2)  # an address for documentation, of nobody
+    said = run("watch", "http://192.0.2.7:8000", "--once", status=2)  # an address reserved for documentation
     assert f"answers 403 Forbidden through the proxy {url}" in said
     assert asked == ["http://192.0.2.7:8000/metrics"]
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
@@ -274,13 +274,13 @@ def test_other_machines_are_not_this_one() -> None:
         ('{"step_interval": 100}', "write expert_heat_collection_interval instead"),
     ],
 )
-def test_doctor_says_where_a_setting_goes(text: str, hint: str) -> None:
+def test_doctor_says_where_a_setting_belongs(text: str, hint: str) -> None:
     said = run("doctor", "--quick", "--config", text, status=2)
     assert hint in said
     assert "did you mean" not in said
 
 
-def test_doctor_takes_words_for_booleans(tmp_path: Path) -> None:
+def test_doctor_accepts_words_for_booleans(tmp_path: Path) -> None:
     for text in ('{"dynamic_eplb": "true", "min_gain": "1e-2"}', '{"eplb_config": {"dynamic_eplb": "True"}}'):
         said = json.loads(CliRunner().invoke(app, ["doctor", "--quick", "--json", "--config", text]).stdout)
         assert {f["what"]: f["status"] for f in said["findings"]}["settings"] == "ok"
@@ -290,7 +290,7 @@ def loaded(**answer: object) -> dict[str, tuple[str, str]]:
     return {finding.what: (finding.status, finding.text) for finding in doctor.loaded_findings(answer)}
 
 
-def test_doctor_believes_vllm_about_plugins() -> None:
+def test_doctor_reports_vllms_answer_about_plugins() -> None:
     assert loaded() == {}
     assert loaded(plugin_in_place=True)["plugin in vLLM"][0] == "ok"
     status, text = loaded(plugin_in_place=False, plugins_named=["ascend", " eplb"])["plugin in vLLM"]
@@ -300,10 +300,10 @@ def test_doctor_believes_vllm_about_plugins() -> None:
     assert "KeyError: no" in loaded(plugin_in_place=False, plugin_error="KeyError: no")["plugin in vLLM"][1]
 
 
-def test_a_process_that_hangs_says_where(
+def test_probe_that_hangs_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A stand-in for a torch whose import never ends. Its place is in the finding, all stacks are on standard error."""
+    """The stand-in for torch never finishes its import. The finding names the line, and stderr has all stacks."""
     (tmp_path / "torch.py").write_text("import time\ndef wait_for_a_lock():\n    time.sleep(600)\nwait_for_a_lock()\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(doctor.__file__).parents[2])]))
     said = doctor.probe(False, timeout=20)["probe_error"]
@@ -316,8 +316,8 @@ def test_a_process_that_hangs_says_where(
 
 
 @pytest.mark.parametrize(("named", "in_place"), [("eplb", True), ("ascend, eplb", False)])
-def test_vllm_is_asked_whether_it_loads_the_plugin(named: str, in_place: bool) -> None:
-    """In a process of its own, by vLLM's own loading. It does not strip names, which no model of it would know."""
+def test_vllm_is_asked_if_it_loads_the_plugin(named: str, in_place: bool) -> None:
+    """A separate process asks vLLM's own plugin loading, which does not strip spaces from the names."""
     pytest.importorskip("vllm")
     environment = os.environ | {"VLLM_PLUGINS": named}
     done = subprocess.run(

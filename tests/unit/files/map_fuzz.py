@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Malformed map files of every form, and what reading them costs.
+"""Malformed map files of every form, and the CPU time and memory of reading them.
 
-A program of its own, so that memory counts for these files alone: ``python -m tests.unit.files.map_fuzz COUNT SEED``
-makes COUNT files, damages each in one of the ways below, reads it as a map and as loads, prints one JSON object. Bad
-are: another error than the reader's, a message of several lines, CPU time or memory beyond the bounds.
+``python -m tests.unit.files.map_fuzz COUNT SEED`` makes COUNT files, damages each in one of the ways below, reads it as
+a map and as loads, and prints one JSON object. A result is bad if the error is not the reader's own, if the message has
+several lines, or if CPU time or memory exceed the bounds. It is a separate program, so that memory counts for the files
+alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ MAX_BYTES = 100 << 20
 
 
 def originals(folder: Path) -> dict[str, bytes]:
-    """A good file of each form, of a model with 4 layers of 32 experts on 4 ranks, and a dump of SGLang's recorder."""
+    """A good file of every form, for 4 layers of 32 experts on 4 ranks, and two dumps of SGLang's recorder."""
     import torch
 
     made = Placement.initial(4, 32, 4, 4)
@@ -64,7 +65,7 @@ def flipped(data: bytes, rng: random.Random) -> bytes:
 
 
 def spliced(data: bytes, rng: random.Random) -> bytes:
-    """A piece left out, doubled, or put elsewhere."""
+    """``data`` with a piece left out, repeated, or inserted elsewhere."""
     a, b = sorted(rng.randrange(len(data)) for _ in range(2))
     b = min(b, a + 400)
     at = rng.randrange(len(data))
@@ -86,7 +87,7 @@ def with_tokens(data: bytes, rng: random.Random) -> bytes:
 
 
 def with_numbers(data: bytes, rng: random.Random) -> bytes:
-    """Numbers of the file replaced by such as no map has, in text and in binary."""
+    """``data`` with a number replaced by a value that no map has, in text or in binary."""
     if data[:2] == b"PK" or data[:1] == b"\x93":
         at = rng.randrange(max(1, len(data) - 8))
         value = rng.choice([b"\xff" * 8, b"\0" * 8, (2**62).to_bytes(8, "little"), (10**9).to_bytes(8, "little")])
@@ -110,7 +111,7 @@ def fuzz(count: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         good = originals(folder)
-        for file, data in sorted(good.items()):  # torch and PyYAML are imported by now
+        for file, data in sorted(good.items()):  # also imports torch and PyYAML before memory is measured
             (read_trace if file in ("dump.pt", "records.pt") else read_expert_map)(
                 *[folder / file], **({} if file in ("dump.pt", "records.pt") else {"num_ranks": 4})
             )
@@ -147,7 +148,7 @@ def _read(path: Path, case: str, outcome: dict[str, Any], trace_memory: bool) ->
         except BaseException as unexpected:
             outcome["bad"].append(f"{case}: {type(unexpected).__name__}: {unexpected}")
         seconds = time.process_time() - begin
-        if not trace_memory and seconds > MAX_SECONDS:  # a busy machine, or a file that is slow every time
+        if not trace_memory and seconds > MAX_SECONDS:  # a busy machine, or a file that is always slow
             seconds = min(seconds, *(_seconds(read, path, options) for _ in range(3)))
         if trace_memory:
             outcome["largest"] = max(outcome["largest"], tracemalloc.get_traced_memory()[1])

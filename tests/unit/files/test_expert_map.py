@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Expert maps: each form there and back, and one clear line for each way in which a file can be bad.
+"""Expert maps: every form is written and read back, and every bad file gives one clear line.
 
-One file, because the ways in which a file can be bad are those in which the forms can be good.
+One file, because the bad files are variants of the good forms.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ ASCEND = {
 
 
 def placement(layers: int = 3, experts: int = 8, ranks: int = 4, redundant: int = 4, seed: int = 0) -> Placement:
-    """Every rank holds each of its experts once."""
+    """A random placement in which no rank has two copies of an expert."""
     random = np.random.default_rng(seed)
     rows = []
     for _ in range(layers):
         order = random.permutation(experts)
         rows.append(np.concatenate([order, order[(np.arange(redundant) + 1) % experts]]))
     slots = np.array(rows, dtype=np.int32)
-    # deal them out like cards, so that two copies of an expert are on different ranks
+    # deal the slots out in turn, so that two copies of an expert are on different ranks
     per_rank = slots.shape[1] // ranks
     dealt = slots.reshape(layers, per_rank, ranks).transpose(0, 2, 1).reshape(layers, -1)
     made = Placement(dealt, experts, ranks)
@@ -66,17 +66,17 @@ def placement(layers: int = 3, experts: int = 8, ranks: int = 4, redundant: int 
     ("name", "form"),
     [("a.json", "ascend"), ("a.json", "sglang"), ("a.npy", None), ("a.npz", None), ("a.json", "array")],
 )
-def test_round_trip(tmp_path: Path, name: str, form: str | None) -> None:
+def test_written_map_is_read_back(tmp_path: Path, name: str, form: str | None) -> None:
     before = placement()
     write_expert_map(tmp_path / name, before, form)  # type: ignore[arg-type]
     assert read_expert_map(tmp_path / name, num_layers=3, num_experts=8, num_ranks=4) == before
-    assert os.listdir(tmp_path) == [name]  # nothing temporary is left
+    assert os.listdir(tmp_path) == [name]  # no temporary file is left
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**16))
-def test_round_trip_of_any_placement(layers: int, per_rank: int, spare: int, seed: int) -> None:
-    """The disk is not waited for here: tests of writing do that."""
+def test_any_written_placement_is_read_back(layers: int, per_rank: int, spare: int, seed: int) -> None:
+    """Without fsync, which only the tests of writing need."""
     ranks = 4
     before = placement(layers, per_rank * ranks, ranks, min(spare, per_rank) * ranks and ranks, seed)
     with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
@@ -86,7 +86,7 @@ def test_round_trip_of_any_placement(layers: int, per_rank: int, spare: int, see
             assert read_expert_map(path, num_ranks=ranks, dense_layers=3 if form == "sglang" else 0) == before
 
 
-def test_vllm_ascends_own_example(tmp_path: Path) -> None:
+def test_example_of_vllm_ascend_is_read(tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text(json.dumps(ASCEND))
     found = read_expert_map(tmp_path / "map.json")
     assert found.physical_to_logical.tolist() == [[7, 2, 0, 3, 5, 6, 1, 4, 7, 2]]
@@ -97,8 +97,8 @@ def test_vllm_ascends_own_example(tmp_path: Path) -> None:
 
 
 def test_ids_may_be_missing_or_begin_anywhere(tmp_path: Path) -> None:
-    """vllm-ascend's loader goes by the order of the lists and reads no ids; so must we. Where ids contradict the order
-    two readers would disagree, and the map is refused."""
+    """vllm-ascend's loader uses the order of the lists and reads no ids, so we do the same. A map whose ids contradict
+    the order is refused, because two readers would disagree."""
     before = placement()
     for change in (
         lambda entry, key: entry.pop(key),
@@ -146,7 +146,7 @@ def test_sglang_counts_layers_without_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["map.json", "map.pt"])
 @pytest.mark.parametrize("dense", [[1], [0, 2, 4], [0, 1, 2], (3,), {5, 1}])
 def test_sglang_layers_without_experts_between_others(tmp_path: Path, name: str, dense: Collection[int]) -> None:
-    """Control: read without their numbers, the same file is refused."""
+    """Control: without the numbers of these layers the same file is refused."""
     if name.endswith(".pt"):
         pytest.importorskip("torch")
     before = placement(layers=4)
@@ -159,7 +159,9 @@ def test_sglang_layers_without_experts_between_others(tmp_path: Path, name: str,
 @pytest.mark.parametrize(
     ("dense", "said"), [([9], "layer 9"), (-1, "-1"), ([-2], "-2"), (7, "7 of them"), (range(7), "7 of")]
 )
-def test_layers_that_cannot_be_without_experts(tmp_path: Path, dense: int | Collection[int], said: str) -> None:
+def test_bad_numbers_of_layers_without_experts_are_refused(
+    tmp_path: Path, dense: int | Collection[int], said: str
+) -> None:
     write_expert_map(tmp_path / "map.json", placement(), "sglang", dense_layers=3)
     with pytest.raises(ExpertMapError, match=said):
         read_expert_map(tmp_path / "map.json", num_ranks=4, dense_layers=dense)
@@ -181,12 +183,13 @@ OTHER_KINDS = {
     "floats.dat": (b"-1.5, 2e3\n", "a table of text"),
     "quoted.csv": (b'"layer","expert"\n"0","1"\n', "a table of text"),
 }
-"""Files of other kinds: how each begins or is named, and what is said."""
+"""Files of other kinds: their first bytes, and the error."""
 
 
 @pytest.mark.parametrize("name", OTHER_KINDS)
 def test_files_of_another_kind_are_named(tmp_path: Path, name: str) -> None:
-    """As a map and as loads. Control: JSON with commas is none of them (test_round_trip, test_bad_values)."""
+    """The kind is named in the errors of a map and of loads. Control: JSON with commas is none of these kinds
+    (test_written_map_is_read_back, test_bad_values_are_named)."""
     data, said = OTHER_KINDS[name]
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ExpertMapError, match=said):
@@ -240,7 +243,7 @@ BAD_VALUES = {
 
 
 @pytest.mark.parametrize("case", BAD_VALUES)
-def test_bad_values(tmp_path: Path, case: str) -> None:
+def test_bad_values_are_named(tmp_path: Path, case: str) -> None:
     value, message = BAD_VALUES[case]
     (tmp_path / "map.json").write_text(json.dumps(value))
     with pytest.raises(ExpertMapError, match=message) as caught:
@@ -301,7 +304,7 @@ BAD_BYTES = {
 
 
 @pytest.mark.parametrize("case", BAD_BYTES)
-def test_bad_bytes(tmp_path: Path, case: str) -> None:
+def test_bad_bytes_are_refused_with_the_cause(tmp_path: Path, case: str) -> None:
     data, message = BAD_BYTES[case]
     (tmp_path / "map").write_bytes(data)
     with pytest.raises(ExpertMapError, match=message) as caught:
@@ -310,28 +313,28 @@ def test_bad_bytes(tmp_path: Path, case: str) -> None:
     assert len(str(caught.value)) < 800
 
 
-def test_a_text_of_many_lists_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_of_too_many_lists_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_ascend_eplb.files.disk.MAX_JSON_CONTAINERS", 1000)
     (tmp_path / "map.json").write_bytes(b"[" + b"[]," * 1000 + b"[]]")
     with pytest.raises(ExpertMapError, match="1000 values; allowed"):
         read_expert_map(tmp_path / "map.json")
 
 
-def test_a_gigabyte_of_zeros_is_not_read(tmp_path: Path) -> None:
+def test_gigabyte_of_zeros_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "map.json", "wb") as file:
         file.truncate(1 << 30)
     with pytest.raises(ExpertMapError, match="has 1073741824 bytes"):
         read_expert_map(tmp_path / "map.json")
 
 
-def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+def test_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
     data = bytearray(_npz(physical_to_logical=_npy_header("(40000, 40000)") + b"\0" * (8 << 20)))
     (tmp_path / "map.npz").write_bytes(data)
     with pytest.raises(ExpertMapError, match="claims shape"):
         read_expert_map(tmp_path / "map.npz", num_ranks=2)
 
 
-def test_paths_that_are_no_files(tmp_path: Path) -> None:
+def test_paths_that_are_no_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ExpertMapError, match="does not exist"):
         read_expert_map(tmp_path / "nothing.json")
     with pytest.raises(ExpertMapError, match="is a directory"):
@@ -352,7 +355,7 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_unreadable(tmp_path: Path) -> None:
+def test_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "map.json").write_bytes(GOOD)
     (tmp_path / "map.json").chmod(0)
     with pytest.raises(ExpertMapError, match="may not be read"):
@@ -365,7 +368,7 @@ def test_links_to_files_are_followed(tmp_path: Path) -> None:
     assert read_expert_map(tmp_path / "map.json").num_ranks == 2
 
 
-def test_another_model(tmp_path: Path) -> None:
+def test_map_of_another_model_is_refused(tmp_path: Path) -> None:
     write_expert_map(tmp_path / "map.json", placement())
     with pytest.raises(ExpertMapError, match="3 MoE layers, the model has 4"):
         read_expert_map(tmp_path / "map.json", num_layers=4)
@@ -402,7 +405,7 @@ def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+def test_paths_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     with pytest.raises(ExpertMapError, match=r"folder of .* does not exist"):
         write_expert_map(tmp_path / "no" / "map.json", placement())
     with pytest.raises(ExpertMapError, match="is a directory"):
@@ -417,7 +420,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.binary(max_size=300))
-def test_any_bytes_give_an_error_of_ours(data: bytes) -> None:
+def test_any_bytes_give_an_expert_map_error(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for start in (b"", b"\x93NUMPY\x01\x00", b"PK\x03\x04", b'{"layer_list": ', b'{"physical_to_logical_map": '):
             path = Path(folder) / "map"
@@ -428,7 +431,7 @@ def test_any_bytes_give_an_error_of_ours(data: bytes) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.integers(0, 255))
-def test_a_changed_byte_gives_a_map_or_an_error(position: int, value: int) -> None:
+def test_changed_byte_gives_a_map_or_an_error(position: int, value: int) -> None:
     data = bytearray(GOOD)
     data[position % len(data)] = value
     with tempfile.TemporaryDirectory() as folder:

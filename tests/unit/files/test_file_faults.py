@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files under faults that are injected for real: a full disk, two writers, numbers that claim more than there is."""
+"""Files under real faults: a full disk, two writers, and headers that claim more data than the file has."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_full_disk_leaves_whole_files_and_a_line_for_each(tmp_path: Path) -> Non
     program = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     command = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), *program]
     if shutil.which("unshare") is None or subprocess.run([*command[: -len(program)], "true"]).returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
+        pytest.skip("a small disk cannot be mounted on this machine")
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
@@ -116,7 +116,7 @@ print("DONE")
 """
 
 
-def test_two_servers_never_leave_half_of_a_shared_file(tmp_path: Path) -> None:
+def test_two_servers_never_leave_a_part_of_a_shared_file(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     writers = [
         subprocess.Popen([sys.executable, "-c", RECORD, str(path), str(seed)], stdout=subprocess.PIPE, text=True)
@@ -147,7 +147,7 @@ def npz(**arrays: bytes) -> bytes:
 
 
 def claims_size(archive: bytes) -> bytes:
-    """The same archive, whose directory says that its member has 3 GB when unpacked."""
+    """The archive with a directory that says that the member has 3 GB when unpacked."""
     at = archive.rindex(b"PK\x01\x02") + 24
     return archive[:at] + (3 << 30).to_bytes(4, "little") + archive[at + 4 :]
 
@@ -210,11 +210,11 @@ def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
 
 
 FROM_OUR_OWN_RANKS = {"pull.py: pickle.loads"}
-"""Handles of device memory, which ranks of one server on one host exchange at start-up over the engine's own group."""
+"""Handles of device memory. Ranks of a server on a host exchange them at start-up over the engine's own group."""
 
 
-def test_nothing_that_is_read_is_ever_executed_or_unpickled() -> None:
-    """The planner's queues use pickle, too: pipes between parent and child, which test_process.py looks at."""
+def test_package_never_executes_or_unpickles_a_file() -> None:
+    """The planner's queues also use pickle, over pipes between parent and child; test_process.py tests those."""
     forbidden = {"eval", "exec", "compile", "pickle.loads", "pickle.load", "torch.load", "marshal.loads", "yaml.load"}
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -222,7 +222,7 @@ def test_nothing_that_is_read_is_ever_executed_or_unpickled() -> None:
             if f"{path.name}: {name}" in FROM_OUR_OWN_RANKS:
                 continue
             if name == "torch.load" and "weights_only=True" in ast.unparse(call):
-                continue  # tensors, numbers, text and containers
+                continue  # reads tensors, numbers, text and containers only
             if name in forbidden or name.endswith(("all_gather_object", "broadcast_object_list", "recv_object_list")):
                 found.append(f"{path.name}:{call.lineno}: {name}")
             if name.endswith(("np.load", "read_array")):
@@ -232,6 +232,6 @@ def test_nothing_that_is_read_is_ever_executed_or_unpickled() -> None:
     assert found == []
 
 
-def test_the_search_for_calls_finds_them() -> None:
+def test_search_for_calls_finds_planted_ones() -> None:
     planted = "import torch.distributed as dist\ndist.all_gather_object([], 1)\nnp.load(x)\neval('1')\n"
     assert [name for name, _ in calls(ast.parse(planted))] == ["dist.all_gather_object", "np.load", "eval"]

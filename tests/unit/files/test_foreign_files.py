@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of other tools as they really are: TensorRT-LLM, OmniPlacement, DeepSeek's EPLB, SGLang's .pt.
+"""Files in the forms that other tools write: TensorRT-LLM, OmniPlacement, DeepSeek's EPLB, SGLang's .pt.
 
-Where this kind can occur: every file that a command or a setting takes. Maps: the form itself, its dialects (names of
-arrays, layer numbers, block or flow lists, JSON for YAML), what one form cannot hold. Loads: dumps of SGLang's recorder
-in both of its modes, layers without counts at any place, counts of one rank alone.
+Cases for maps: the form, its dialects (names of arrays, layer numbers, block or flow lists, JSON for YAML), and values
+that a form cannot hold. Cases for loads: dumps of SGLang's recorder in both modes, layers without counts, and counts of
+a single rank.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ ENDINGS = [
 
 
 def by_rank(made: Placement) -> list[list[list[int]]]:
-    """The experts of each rank, sorted: all that OmniPlacement's form holds."""
+    """The sorted experts of each rank. OmniPlacement's form holds no more than these."""
     return np.sort(made.physical_to_logical.reshape(made.num_layers, made.num_ranks, -1), axis=2).tolist()
 
 
 @pytest.mark.parametrize(("form", "ending"), ENDINGS)
 def test_every_form_is_written_and_read(tmp_path: Path, form: str, ending: str) -> None:
-    """Each to each: written, read, written in every other form, read again."""
+    """A map is written and read in a form, then written and read again in every other form."""
     if ending == ".pt":
         pytest.importorskip("torch")
     assert {name for name, _ in ENDINGS} == set(FORMS)
@@ -70,7 +70,7 @@ def test_every_form_is_written_and_read(tmp_path: Path, form: str, ending: str) 
     ],
 )
 @pytest.mark.parametrize("name", ["moe_load_balancer.yaml", "map"])
-def test_tensorrt_llm_dialects(tmp_path: Path, text: str, name: str) -> None:
+def test_tensorrt_llm_dialects_are_read(tmp_path: Path, text: str, name: str) -> None:
     (tmp_path / name).write_text(text)
     found = read_expert_map(tmp_path / name, num_ranks=2)
     assert found.physical_to_logical.tolist() == [[0, 1, 2, 0], [2, 1, 0, 1]]
@@ -115,7 +115,7 @@ BAD_TRTLLM = {
 
 
 @pytest.mark.parametrize("case", BAD_TRTLLM)
-def test_bad_tensorrt_llm_files(tmp_path: Path, case: str) -> None:
+def test_bad_tensorrt_llm_files_are_refused(tmp_path: Path, case: str) -> None:
     text, message = BAD_TRTLLM[case]
     (tmp_path / "map.yaml").write_text(text)
     with pytest.raises(ExpertMapError, match=message) as caught:
@@ -123,8 +123,8 @@ def test_bad_tensorrt_llm_files(tmp_path: Path, case: str) -> None:
     assert str(caught.value).isprintable()
 
 
-def test_omni_patterns(tmp_path: Path) -> None:
-    """[ranks, layers, experts] of any type of number, also in an archive."""
+def test_omni_patterns_are_read(tmp_path: Path) -> None:
+    """A pattern is [ranks, layers, experts] of any number type, as an array or in an archive."""
     pattern = np.zeros((2, 1, 4))
     pattern[0, 0, [0, 1, 3]] = 1
     pattern[1, 0, [1, 2, 3]] = 1
@@ -150,12 +150,12 @@ def test_omni_patterns(tmp_path: Path) -> None:
 
 
 def deepseek() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What ``rebalance_experts`` returns for 3 experts in 4 slots."""
+    """The result of ``rebalance_experts`` for 3 experts in 4 slots."""
     return np.array([[2, 0, 1, 2]]), np.array([[[1, -1], [2, -1], [0, 3]]]), np.array([[1, 1, 2]])
 
 
 @pytest.mark.parametrize("names", [("phy2log", "log2phy", "logcnt"), ("arr_0", "arr_1", "arr_2")])
-def test_deepseeks_three_arrays(tmp_path: Path, names: tuple[str, str, str]) -> None:
+def test_deepseeks_three_arrays_are_read(tmp_path: Path, names: tuple[str, str, str]) -> None:
     np.savez(tmp_path / "a.npz", **dict(zip(names, deepseek(), strict=True)))
     assert read_expert_map(tmp_path / "a.npz", num_ranks=2).physical_to_logical.tolist() == [[2, 0, 1, 2]]
     torch = pytest.importorskip("torch")
@@ -178,7 +178,7 @@ def test_deepseeks_three_arrays(tmp_path: Path, names: tuple[str, str, str]) -> 
         ("phy2log", (0, 0), 5, "phy2log has expert 5, logcnt is for 3 experts"),
     ],
 )
-def test_deepseeks_arrays_of_different_plans(
+def test_deepseeks_arrays_of_different_plans_are_refused(
     tmp_path: Path, which: str, at: tuple[int, ...], value: int, message: str
 ) -> None:
     arrays = dict(zip(("phy2log", "log2phy", "logcnt"), (array.copy() for array in deepseek()), strict=True))
@@ -191,14 +191,14 @@ def test_deepseeks_arrays_of_different_plans(
 # --- loads -----------------------------------------------------------------------------------------------------------
 
 
-def test_sglangs_recorder(tmp_path: Path) -> None:
+def test_dumps_of_sglangs_recorder_are_read(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     torch.save({"rank": 0, "logical_count": torch.ones(4, 8, 16)}, tmp_path / "d.pt")
     found = read_trace(tmp_path / "d.pt")
     assert found.load.shape == (4, 8, 16)
     assert (found.load == 1).all()
     assert found.remarks == ()
-    counts = torch.zeros(1000, 5, 16, dtype=torch.int32)  # its buffer, three steps long, of a model with dense layers
+    counts = torch.zeros(1000, 5, 16, dtype=torch.int32)  # a buffer with three steps, for a model with dense layers
     counts[:3, [1, 2, 4]] = torch.arange(16, dtype=torch.int32) + 1
     torch.save({"rank": 0, "logical_count": counts, "average_utilization_rate_over_window": None}, tmp_path / "e.pt")
     found = read_trace(tmp_path / "e.pt")
@@ -211,8 +211,8 @@ def test_sglangs_recorder(tmp_path: Path) -> None:
         assert read_trace(tmp_path / "f").load.shape == (1, 8, 16)
 
 
-def test_sglangs_records_of_passes(tmp_path: Path) -> None:
-    """Its modes per_pass and per_token: counts by slot, which the map beside them translates."""
+def test_sglangs_records_of_passes_are_read(tmp_path: Path) -> None:
+    """The modes per_pass and per_token record counts by slot; the map in the file gives the experts."""
     torch = pytest.importorskip("torch")
     slots = torch.tensor([[0, 1, 2, 0], [2, 1, 0, 2]])
     records = [
@@ -247,7 +247,7 @@ def test_objects_in_a_torch_file_are_not_made(tmp_path: Path, capfd: pytest.Capt
     assert "executed" not in capfd.readouterr().out
 
 
-def test_a_view_that_claims_much_takes_no_memory(tmp_path: Path) -> None:
+def test_view_that_claims_much_takes_no_memory(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     torch.save({"logical_count": torch.ones(1).expand(100_000, 1000, 1000)}, tmp_path / "a.pt")
     with pytest.raises(TraceError, match="tensors of 100000000000 numbers"):
@@ -255,7 +255,7 @@ def test_a_view_that_claims_much_takes_no_memory(tmp_path: Path) -> None:
     assert (tmp_path / "a.pt").stat().st_size < 4096
 
 
-def test_torch_files_alone_need_torch(tmp_path: Path) -> None:
+def test_only_torch_files_need_torch(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     torch.save({"logical_count": torch.ones(2, 4)}, tmp_path / "a.pt")
     write_expert_map(tmp_path / "b.yaml", placement())
@@ -288,7 +288,7 @@ def test_layers_without_counts_are_named_and_left_out(tmp_path: Path, empty: tup
 
 
 def one_rank(kind: str) -> np.ndarray:
-    """Counts of 64 experts as one of four ranks sees them."""
+    """Counts of 64 experts as seen by one of four ranks."""
     rng = np.random.default_rng(1)
     load = np.zeros((3, 6, 64))
     for layer in range(6):
@@ -306,7 +306,7 @@ def test_counts_of_one_rank_are_remarked_on(tmp_path: Path, kind: str) -> None:
 
 
 def test_counts_of_all_ranks_are_not_remarked_on(tmp_path: Path) -> None:
-    """Negative control: skewed loads, few tokens, few experts."""
+    """Negative control: skewed loads, few tokens and few experts give no remark."""
     rng = np.random.default_rng(2)
     for load in (
         sum(np.roll(one_rank("first"), shift, axis=2) for shift in (0, 16, 40)),
@@ -326,7 +326,7 @@ def test_npy_bytes_are_as_numpy_writes_them(tmp_path: Path) -> None:
 
 
 def test_trtllm_settings_of_the_server_are_read(tmp_path: Path) -> None:
-    """The balancer's settings may stand in those of the server, which may also name their file."""
+    """The server's settings may contain the balancer's settings, or name the file of the map."""
     pytest.importorskip("yaml")
     inner = "num_slots: 4\n    initial_global_assignments:\n      3: [0, 1, 2, 3]\n"
     for around in ("moe_config:\n  load_balancer:\n    ", "moe_config:\n  moe_load_balancer:\n    "):
@@ -342,7 +342,7 @@ def test_trtllm_settings_of_the_server_are_read(tmp_path: Path) -> None:
     ("count", "said"),
     [("'4'", "write the number 4 without quotes"), ("4.0", "without a decimal"), ("5", "is 5, but layers")],
 )
-def test_trtllm_number_of_slots_is_judged_by_cause(tmp_path: Path, count: str, said: str) -> None:
+def test_trtllm_bad_number_of_slots_names_the_cause(tmp_path: Path, count: str, said: str) -> None:
     pytest.importorskip("yaml")
     text = f"num_slots: {count}\ninitial_global_assignments:\n  3: [0, 1, 2, 3]\n"
     (tmp_path / "map.yaml").write_text(text)

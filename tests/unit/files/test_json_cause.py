@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hints about texts that are not JSON come from the cause, not from where the parser stopped.
 
-Where this kind can occur: every JSON that a person writes or a tool cuts: maps, loads, ``doctor --config``, statistics
-and simulations. The same cause must get the same hint wherever it stands in the text, and no cause another one's.
+This matters for every JSON that a person writes or a tool truncates: maps, loads, ``doctor --config``, statistics and
+simulations. A cause must get its own hint and no other, at any position in the text.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def cause(text: str) -> str:
 
 
 @pytest.mark.parametrize(("text", "kind"), CASES, ids=[text[:40] for text, _ in CASES])
-def test_a_hint_names_the_cause_and_no_other(text: str, kind: str) -> None:
+def test_hint_names_the_cause_and_no_other(text: str, kind: str) -> None:
     found = cause(text)
     assert HINTS[kind] in found
     wrong_hints = {HINTS[hint] for hint in HINTS if hint != kind} - {HINTS[kind]}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MapRecorder: the file holds what was last in force, whole, and a bad disk disturbs nobody."""
+"""MapRecorder: the file always has a whole placement, at the end that in force, and a bad disk stops nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_recorded_map_is_the_last_one_in_force(tmp_path: Path) -> None:
     placements = [placement(seed=seed) for seed in range(20)]
     for number, in_force in enumerate(placements):
         recorder.record(in_force, np.full((3, 8), number))
-    recorder.record(placements[-1])  # a cycle without a window of its own
+    recorder.record(placements[-1])  # a cycle without a window
     recorder.close()
     assert read_expert_map(path) == placements[-1]
     with np.load(load_path(path)) as archive:
@@ -31,7 +31,7 @@ def test_recorded_map_is_the_last_one_in_force(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["map.json", "map.load.npz"]
 
 
-def test_the_load_of_so_many_windows_is_kept(tmp_path: Path) -> None:
+def test_load_of_the_last_windows_is_kept(tmp_path: Path) -> None:
     recorder = MapRecorder(tmp_path / "map.json")
     for number in range(KEPT_WINDOWS + 5):
         recorder.record(placement(), np.full((3, 8), number))
@@ -53,7 +53,7 @@ def test_readers_never_see_a_part(tmp_path: Path) -> None:
     recorder.close()
 
 
-def test_a_disk_that_refuses_is_said_once_and_disturbs_nobody(
+def test_disk_error_is_logged_once_and_stops_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = MapRecorder(tmp_path / "gone" / "map.json")
@@ -65,7 +65,7 @@ def test_a_disk_that_refuses_is_said_once_and_disturbs_nobody(
         recorder.record(placement(seed=seed), np.zeros((3, 8), dtype=np.int64))
         assert written.wait(20)
     assert [record.message for record in caplog.records if "not recorded" in record.message] == [caplog.messages[0]]
-    (tmp_path / "gone").mkdir()  # and when it is there again, recording goes on
+    (tmp_path / "gone").mkdir()  # recording continues when the folder exists again
     recorder.record(placement(seed=9))
     recorder.close()
     assert read_expert_map(tmp_path / "gone" / "map.json") == placement(seed=9)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The private folder goes with its server, however that ends; nobody else's does."""
+"""A server's private folder is removed however the server ends; no other folder is removed."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ time.sleep(600)
 
 @contextlib.contextmanager
 def server(folder: Path, *, forks: bool = False) -> Iterator[tuple[int, Path]]:
-    """A process that has a private folder, until the end: its session, and that folder. If it forks, the process that
-    made the folder is killed, and a child of it goes on."""
+    """A process with a private folder; gives its session and the folder, and is killed at the end. If it forks, the
+    process that made the folder is killed, and its child continues."""
     environment = {key: value for key, value in os.environ.items() if key != "EPLB_STATS_FILE"}
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER.replace("FORKS", str(forks))],
@@ -57,7 +57,7 @@ def server(folder: Path, *, forks: bool = False) -> Iterator[tuple[int, Path]]:
 
 
 def end(session: int, number: int) -> None:
-    """Ends all processes of a server at once."""
+    """Send a signal to all processes of a server at once."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(session, number)
 
@@ -99,7 +99,7 @@ def test_folder_of_an_unreaped_front_end_is_removed(tmp_path):
 def test_leftovers_of_a_killed_server_are_removed_at_next_start(tmp_path):
     with server(tmp_path) as (_, served), server(tmp_path, forks=True) as (_, forked):
         with server(tmp_path) as (session, left):
-            end(session, signal.SIGTERM)  # which it does not treat
+            end(session, signal.SIGTERM)  # without a handler
         assert left.is_dir()
         assert left.stat().st_mode & 0o077 == 0
         assert {served, forked, left} == set(tmp_path.iterdir())

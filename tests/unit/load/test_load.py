@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoadRecorder: what was routed comes out, per logical expert, whatever moved in between."""
+"""LoadRecorder: the recorded load per logical expert equals the routed tokens, even if experts moved in the window."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ PLACEMENTS = [some_placement(seed) for seed in range(4)]
 
 
 class Model:
-    """The MoE layers of a model, as far as counting goes: tables in place, one row of counts per layer."""
+    """The parts of a model's MoE layers that counting needs: tables in place, and one row of counts per layer."""
 
     def __init__(self, recorder):
         device = recorder.device
@@ -44,7 +44,7 @@ class Model:
         self.replicas.copy_(torch.tensor(placement.replica_count))
 
     def forward(self, ids, num_unpadded):
-        """``ids`` [L, N, K]; returns how often the router chose each expert for a real token, [L, E]."""
+        """Route ``ids`` [L, N, K]; returns [L, E], how often the router chose each expert, without padding."""
         self.num_unpadded.fill_(num_unpadded)
         for layer in range(LAYERS):
             routed = torch.tensor(ids[layer], device=self.recorder.device)
@@ -78,8 +78,8 @@ steps = st.lists(
     contributes=st.booleans(),
     explicit=st.booleans(),
 )
-def test_takes_what_the_router_chose(device, story, phases, num_entries, steps_per_entry, contributes, explicit):
-    """Any order of steps, commits and snapshots, against the router's own choices; padding is always there."""
+def test_load_is_what_the_router_chose(device, story, phases, num_entries, steps_per_entry, contributes, explicit):
+    """Steps, commits and snapshots in any order give the router's own counts. Batches always have padding."""
     recorder = LoadRecorder(
         *(LAYERS, EXPERTS, SLOTS, device),
         contributes=contributes,
@@ -136,8 +136,9 @@ def record_some(recorder, placement, num_tokens=5, seed=0, **step):
     return model.forward(draw_ids(np.random.default_rng(seed), num_tokens), num_tokens)
 
 
-def test_window_lasts_over_a_commit():
-    """The negative control of the property: flushing under the placement after the commit gives other loads."""
+def test_window_spans_a_commit():
+    """With a flush before the commit the load is right. The control flushes under the placement after the commit, and
+    gets another load."""
     before, after = some_placement(1, empty=False), some_placement(2, empty=False)
     loads = {}
     for flushed_under in (before, after):
@@ -153,7 +154,7 @@ def test_window_lasts_over_a_commit():
 
 
 def test_only_what_changes_is_enqueued():
-    """The switch is a tensor of the device: writing it costs a kernel, so it is written when it changes."""
+    """The switch is a tensor on the device. Writing it costs a kernel, so it is written only when it changes."""
     recorder = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cpu")
     version = recorder.recording._version
     for record in (False, False, True, True, True, False):
@@ -166,7 +167,7 @@ def test_only_what_changes_is_enqueued():
     assert recorder.counts._version - counts_version == 1
 
 
-def test_a_rank_that_does_not_contribute_never_records():
+def test_rank_that_does_not_contribute_never_records():
     recorder = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cpu", contributes=False)
     record_some(recorder, PLACEMENTS[0])
     assert not bool(recorder.recording)
@@ -196,7 +197,7 @@ def test_int32_counts_are_summed_in_int64():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_neither_waits_for_the_device_nor_allocates_there():
+def test_recorder_neither_waits_nor_allocates_on_a_device():
     recorder = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cuda", phases=("prefill", "decode"), num_entries=2)
     model = Model(recorder)
 
@@ -208,7 +209,7 @@ def test_neither_waits_for_the_device_nor_allocates_there():
         recorder.snapshot(following)
         return recorder.snapshot_ready()
 
-    for i in range(3):  # the third cycle of two placements uploads nothing new, so upload others below
+    for i in range(3):  # the third cycle uploads no new placement, so two new placements follow below
         cycle(PLACEMENTS[i % 2], PLACEMENTS[1 - i % 2])
         recorder.take()
     torch.cuda.synchronize()
@@ -224,14 +225,14 @@ def test_neither_waits_for_the_device_nor_allocates_there():
         ready = cycle(PLACEMENTS[2], PLACEMENTS[3])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert not ready, "the snapshot was ready before the device could have done the work queued before it"
+    assert not ready, "the snapshot was ready before the work queued ahead of it could be done"
     assert torch.cuda.memory_stats()["allocation.all.allocated"] - held == work
     recorder.take()
     assert recorder.snapshot_ready()
     del model
 
 
-def test_errors_of_the_recorder():
+def test_recorder_errors_name_the_value():
     with pytest.raises(LoadError, match="num_slots is 0; it must be at least 1"):
         LoadRecorder(1, 1, 0, "cpu")
     with pytest.raises(LoadError, match=r"phases is \('all', 'decode'\); allowed are"):
@@ -251,7 +252,7 @@ def test_errors_of_the_recorder():
         recorder.snapshot(PLACEMENTS[0])
 
 
-def test_a_snapshot_that_is_given_up_makes_room_for_the_next() -> None:
+def test_discarded_snapshot_makes_room_for_the_next() -> None:
     placement = Placement.initial(1, 2, 1)
     recorder = LoadRecorder(1, 2, 2, "cpu")
     recorder.begin_step(placement, record=True)
@@ -267,7 +268,7 @@ def test_a_snapshot_that_is_given_up_makes_room_for_the_next() -> None:
 
 
 def test_steps_are_counted_by_tokens_per_rank() -> None:
-    """Only recorded ones, of the window at hand; ranks add theirs up."""
+    """Only recorded steps of the present window count. The histograms of ranks are added."""
     recorder = LoadRecorder(LAYERS, EXPERTS, SLOTS, "cpu", phases=("decode",))
     placement = PLACEMENTS[0]
     for tokens, record, phase in (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The load recording ops against a NumPy oracle, on every device and every path (kernel, ATen) that is there.
+"""The load recording op against a NumPy oracle, on every available device and path (kernel, ATen).
 
-One file, because every test compares one op with one oracle.
+One file, because every test compares the same op with the same oracle.
 """
 
 import shutil
@@ -28,7 +28,7 @@ needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="_ops.so is not 
 
 
 def map_and_record_oracle(ids, table, replicas, counts, record, bounds):
-    """What map_and_record must return and make of ``counts``, entry by entry, in plain integers."""
+    """The result and the ``counts`` that map_and_record must produce, computed entry by entry in plain integers."""
     out, counts = ids.copy(), counts.copy()
     num_experts, width = table.shape
     first = int(bounds[0]) if bounds is not None and len(bounds) == 2 else 0
@@ -95,7 +95,7 @@ def test_map_and_record_equals_the_oracle(path, device, batch):
 
 
 def model_batch(num_tokens, device, dtype=torch.int64, num_experts=256, top_k=8, num_slots=288, width=16, seed=0):
-    """A batch of a model's size: distinct experts per token, 1 to ``width`` replicas each, some in the table twice."""
+    """A batch of a model's size: distinct experts per token, 1 to ``width`` replicas per expert, some slots twice."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k).indices.to(dtype)
     table = torch.randint(0, num_slots, (num_experts, width), generator=generator)
@@ -110,7 +110,7 @@ def model_batch(num_tokens, device, dtype=torch.int64, num_experts=256, top_k=8,
 
 
 def reference(ids, table, replicas, counts, record, bounds=None):
-    """The ATen path on the CPU, which the small batches above tie to the oracle."""
+    """The ATen path on the CPU. The small batches above prove that it equals the oracle."""
     arguments = [t.cpu().clone() for t in (ids, table, replicas, counts, record)]
     out = ops.map_and_record_aten(*arguments, None if bounds is None else bounds.cpu())
     return out, arguments[3]
@@ -120,7 +120,7 @@ def reference(ids, table, replicas, counts, record, bounds=None):
 @pytest.mark.parametrize("num_tokens", [1, 255, 512, 8191, 40000])
 @pytest.mark.parametrize("device", DEVICES)
 def test_batches_of_every_size(device, num_tokens, dtype):
-    """Each kernel has paths by size: one thread or more, blocks that count alone or together."""
+    """Kernels have different paths by size: one or more threads, and blocks that count alone or together."""
     batch = model_batch(num_tokens, device, dtype)
     bounds = torch.tensor([num_tokens // 3, num_tokens - num_tokens // 4], device=device)
     out, counts = reference(*batch, bounds)
@@ -149,7 +149,7 @@ def test_any_number_of_experts_per_token(device, top_k, uniform):
 @pytest.mark.parametrize("replica_counts", [[1], [16], [0, 1, 2, 3], [2, 3, 4, 5, 6], [5, 7, 8, 9, 11]], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_form_of_table(device, replica_counts, odd, dtype):
-    """Large batches have a path of their own for tables whose replica counts have a small common multiple."""
+    """Large batches have a separate path for tables whose replica counts have a small common multiple."""
     num_slots = 70_000 if odd == "wide slots" else 288
     ids, table, _, counts, record = model_batch(3000, device, dtype, num_slots=num_slots)
     replicas = torch.tensor(replica_counts, device=device).repeat(256)[:256]
@@ -170,7 +170,7 @@ def test_every_form_of_table(device, replica_counts, odd, dtype):
 @pytest.mark.parametrize("width", [7, 255, 256])
 @pytest.mark.parametrize("device", DEVICES)
 def test_replica_counts_of_all_sizes(device, width, num_experts, num_tokens):
-    """A CPU may look them up as bytes, where neither experts nor replicas are too many for that."""
+    """The CPU kernel looks replica counts up as bytes if the numbers of experts and replicas are small enough."""
     batch = model_batch(num_tokens, device, num_experts=num_experts, width=width)
     out, counts = reference(*batch)
     assert torch.equal(ops.map_and_record(*batch).cpu(), out)
@@ -180,7 +180,7 @@ def test_replica_counts_of_all_sizes(device, width, num_experts, num_tokens):
 @pytest.mark.parametrize("path", ["op", "aten"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_views_of_larger_tensors(path, device):
-    """Ids that are a column slice, one layer of a wider table, one row of all layers' counts."""
+    """The op accepts views: ids as a column slice, one layer of a wider table, one row of all layers' counts."""
     ids, table, replicas, counts, record = model_batch(64, device)
     wide_ids = torch.full((64, 11), -5, device=device)
     wide_ids[:, 2:10] = ids
@@ -195,7 +195,7 @@ def test_views_of_larger_tensors(path, device):
 
 
 def test_threads_record_into_their_own_counts():
-    """Two calls at a time on one CPU, as two micro-batches make them, share no memory."""
+    """Two concurrent calls on a CPU, as two micro-batches make them, share no memory."""
     batches_of = [model_batch(3000, "cpu", seed=seed) for seed in range(2)]
     expected = [reference(*batch) for batch in batches_of]
     results = [[], []]
@@ -215,7 +215,7 @@ def test_threads_record_into_their_own_counts():
 
 
 def misses(choose, shares, stride, entries=64, tokens=32, expert=7):
-    """For many runs of tokens: tokens that the replica furthest from its share gets too many or too few."""
+    """For many runs of tokens: the largest difference, in tokens, between a replica's share and what it gets."""
     row = np.repeat(np.arange(len(shares)), np.round(np.array(shares) * entries).astype(int))
     off = []
     for start in range(0, 1000, 7):
@@ -240,13 +240,14 @@ def at_random(positions, expert, valid):
 @pytest.mark.parametrize("shares", [[0.5, 0.5], [0.75, 0.25], [0.45, 0.35, 0.2], [0.25] * 4])
 @pytest.mark.parametrize("stride", [1, 2, 3, 4, 8, 32])
 def test_shares_hold_for_runs_of_few_tokens(shares, stride):
-    """Whatever the distance of the tokens that want an expert, 32 of them are split better than at random."""
+    """32 tokens of an expert are split better than at random, at any distance between these tokens."""
     off = misses(by_golden_ratio, shares, stride)
     assert off.max() <= 4.5
     assert off.mean() <= 0.8 * misses(at_random, shares, stride).mean()
 
 
-def test_a_rule_by_remainders_would_not_hold_shares():
+def test_rule_by_remainders_does_not_hold_shares():
+    """Negative control of the test above."""
     assert misses(by_remainder, [0.5, 0.5], stride=2, entries=2).min() == 16
 
 
@@ -256,7 +257,7 @@ def test_one_token_spreads_experts_over_replicas():
 
 
 def test_the_choice_depends_on_position_and_expert_alone():
-    """Ranks that route the same tokens must agree, so other tokens of the batch must not matter."""
+    """Ranks that route the same token must agree, so the other tokens of the batch must not matter."""
     ids, table, replicas, counts, record = model_batch(64, "cpu")
     whole = ops.map_and_record(ids, table, replicas, counts, record)
     changed_ids = ids.clone()
@@ -302,7 +303,7 @@ def test_opcheck(device):
 
 
 def layer(ids, table, replicas, counts, record, bounds):
-    """Record twice around other work, as two layers would, so that an order or a mutation can get lost."""
+    """Record twice around other work, as two layers do; a compiler that loses the order or a mutation is noticed."""
     first = ops.map_and_record(ids + 0, table, replicas, counts[0], record, bounds)
     second = ops.map_and_record((ids + 1) % table.shape[0], table, replicas, counts[1], record, bounds)
     return first * 2, second
@@ -397,7 +398,7 @@ RECORD = (
 
 
 @pytest.mark.parametrize("library", ["none", "garbage", "of something else"])
-def test_without_a_library_aten_serves_with_one_line(tmp_path, library):
+def test_aten_replaces_a_missing_library_with_one_line(tmp_path, library):
     package = tmp_path / "vllm_ascend_eplb"
     (package / "load").mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -414,7 +415,7 @@ def test_without_a_library_aten_serves_with_one_line(tmp_path, library):
 
 
 def compile_library(path, program):
-    """A shared library whose name, as the loader knows it, is its file's."""
+    """Compile a shared library whose soname is its file's name."""
     source = path.with_suffix(".c")
     source.write_text(program)
     name = f"-Wl,-soname,{path.name}"
@@ -432,7 +433,7 @@ def compile_library(path, program):
 )
 @needs_library
 def test_another_torch_is_refused_with_a_reason(tmp_path, major, minor, expected):
-    """A stand-in for torch's library that tells a version, but has none of the functions."""
+    """The stand-in for torch's library tells a version but has none of the functions."""
     load = ""
     if major is not None:
         program = f"unsigned long aoti_torch_abi_version(void) {{ return {major}ul << 56 | {minor}ul << 48; }}"
@@ -447,7 +448,7 @@ def test_another_torch_is_refused_with_a_reason(tmp_path, major, minor, expected
 
 @needs_library
 def test_the_library_needs_nothing_of_torch():
-    """So that it loads beside every torch: the loader finds all that it names without one."""
+    """The library loads beside every torch, because the loader resolves all its symbols without torch."""
     run_python("/", f"import ctypes; ctypes.CDLL({str(LIBRARY)!r}).eplb_register_cpu")
     assert b"libtorch_cpu.so" in LIBRARY.read_bytes()  # looked up by name instead
 
@@ -461,7 +462,7 @@ def test_the_built_kernel_is_in_use():
 
 @needs_library
 def test_kernels_leave_no_tensor_behind():
-    """Handles and optionals that a kernel takes off torch's stack are its own to free, on errors as well."""
+    """A kernel must free the handles and optionals that it takes from torch's stack, also on errors."""
     batch = model_batch(37, "cpu")
     bounds = torch.tensor([3])
     uses = [tensor._use_count() for tensor in (*batch, bounds)]
@@ -472,6 +473,6 @@ def test_kernels_leave_no_tensor_behind():
     assert [tensor._use_count() for tensor in (*batch, bounds)] == uses
     assert out._use_count() == 1
     kept, factor = torch.ones(2), torch.ones(2, requires_grad=True)
-    product = kept * factor  # the figure would have shown a handle kept: here is one
+    product = kept * factor  # the control: a kept handle raises the count
     assert kept._use_count() > 1
     del product

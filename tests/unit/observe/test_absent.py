@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Absent is not zero: no sample without a value, and a server without figures says where they are.
+"""Absent is not zero: there is no sample without a value, and a server without figures says which server has them.
 
-Where this kind can occur: ``/metrics`` before the first report, before the first plan, cycle or audit, and where a
-value goes away again; with several API servers, which share files from which nothing can be taken; API servers of a
-data-parallel group that do not host rank 0, in ``/metrics``, ``watch`` and ``/eplb``; the end of a program.
+Cases: ``/metrics`` before the first report, plan, cycle or audit, and after a value has gone; several API servers,
+which share files that samples cannot be removed from; API servers of a data-parallel group without rank 0, in
+``/metrics``, ``watch`` and ``/eplb``; the end of a program.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def test_no_sample_before_the_first_report(parts: tuple[str, ...]) -> None:
         assert not [name for name in samples(registry) if parts[1] in name]
 
 
-def test_each_sample_comes_with_its_value() -> None:
+def test_samples_appear_with_their_values() -> None:
     registry = CollectorRegistry()
     gauges, keeper = EplbGauges(registry), StatsKeeper("1", "incremental", "balance")
 
@@ -115,11 +115,11 @@ def without_realised(registry: CollectorRegistry) -> list[float]:
     return [value for name, value in samples(registry).items() if name.startswith("vllm_eplb_par_realised")]
 
 
-def test_a_value_that_goes_away_takes_its_sample_along(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_goes_away_with_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = CollectorRegistry()
     gauges = EplbGauges(registry)
     with_all = EplbStats(par_realised={"mean": 1.1, "worst": 1.3}, audits=1, audit_damaged=2, policy="a")  # type: ignore[arg-type]
-    for _ in range(2):  # it may come and go
+    for _ in range(2):  # the value may come back
         gauges.show(with_all)
         assert without_realised(registry) == [1.1, 1.3]
         assert samples(registry)["vllm_eplb_audit_damaged_slots"] == 2
@@ -151,7 +151,7 @@ print(generate_latest(registry).decode())
 
 @pytest.mark.parametrize("steps", ["", "a", "ab", "e"])
 def test_several_api_servers_show_no_zero(tmp_path: Path, steps: str) -> None:
-    """In files that several processes share a sample cannot be taken out; it is NaN, with which no alert fires."""
+    """A sample cannot be removed from files that several processes share. It becomes NaN, which fires no alert."""
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", SHARED, steps], env=environment, check=True)
     page = subprocess.run([sys.executable, "-c", READ], env=environment, check=True, capture_output=True, text=True)
@@ -186,7 +186,7 @@ def test_metrics_of_a_server_without_rank_0_say_so(second_host: Path, monkeypatc
     prometheus.watch()
     try:
         assert samples(registry) == {'vllm_eplb_reported_elsewhere{dp_rank="8"}': 1.0}
-        StatsFile(second_host).write(EplbStats(step=5))  # a folder that both hosts share: the same figures
+        StatsFile(second_host).write(EplbStats(step=5))  # both hosts share the folder, and so the figures
         end = time.monotonic() + 20
         while "vllm_eplb_steps" not in samples(registry) and time.monotonic() < end:
             time.sleep(0.05)
@@ -211,7 +211,7 @@ def test_watch_of_a_server_without_rank_0_says_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("urllib.request.OpenerDirector.open", opened)
     with pytest.raises(CommandError, match="ranks from 8 on; rank 0 reports for the balancer: ask the API server"):
         watch_command.look("http://localhost:8000/metrics", 1.0)
-    gauges.show(EplbStats(step=4))  # figures win
+    gauges.show(EplbStats(step=4))  # figures are shown instead
     assert watch_command.look("http://localhost:8000/metrics", 1.0)["steps"] == 4
 
 
@@ -253,7 +253,7 @@ def test_no_false_warning_at_the_end_of_a_program(tmp_path: Path, caplog: pytest
 
 
 @pytest.mark.parametrize("case", ["owner lives", "owner is gone", "folder of a user"])
-def test_a_folder_that_is_gone_is_warned_of(
+def test_missing_folder_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     """Negative control of the test above: while the server runs, a missing folder is a fault."""

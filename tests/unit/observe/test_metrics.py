@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gauges: what they show, and that nothing which happens to the statistics file harms the server."""
+"""Gauges show the statistics, and no fault of the statistics file harms the server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def shown(registry: CollectorRegistry) -> dict[str, float]:
     return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
 
 
-def test_gauges() -> None:
+def test_gauges_show_the_statistics() -> None:
     registry = CollectorRegistry()
     EplbGauges(registry).show(sample_stats())
     values = shown(registry)
@@ -71,7 +71,7 @@ def test_gauges() -> None:
 
 
 def test_gauges_of_the_95th_percentile_over_windows() -> None:
-    """They have a value after a plan made from several windows, and none after one made from one."""
+    """The gauges have a value after a plan from several windows, and none after a plan from one window."""
     keeper = StatsKeeper("1.0", "incremental", "balance")
     registry = CollectorRegistry()
     gauges = EplbGauges(registry)
@@ -114,7 +114,7 @@ def test_watcher_survives_broken_gauges(tmp_path: Path) -> None:
     assert not StatsWatcher(tmp_path / "stats.json", SimpleNamespace(show=fail)).look()  # type: ignore[arg-type]
 
 
-def test_off_means_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_balancing_off_makes_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(STATS_VARIABLE, raising=False)
     made: list[object] = []
     monkeypatch.setattr(metrics, "EplbGauges", lambda **_: made.append(1))
@@ -147,7 +147,7 @@ def test_two_engines_share_one_watcher(tmp_path: Path, monkeypatch: pytest.Monke
     watcher.close()
 
 
-def test_each_pipeline_stage_has_a_file_and_a_label_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_pipeline_stage_has_its_own_file_and_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = CollectorRegistry()
     monkeypatch.setattr(metrics, "EplbGauges", lambda **arguments: EplbGauges(registry, **arguments))
     monkeypatch.setattr(metrics, "watchers", [])
@@ -165,14 +165,14 @@ def test_each_pipeline_stage_has_a_file_and_a_label_of_its_own(tmp_path: Path, m
         assert registry.get_sample_value("vllm_eplb_cycles", {**own, "result": "done"}) == step + 3
 
 
-def test_gauges_come_back_that_vllm_has_taken_out(tmp_path: Path) -> None:
+def test_gauges_removed_by_vllm_come_back(tmp_path: Path) -> None:
     registry = CollectorRegistry()
     gauges = EplbGauges(registry)
     path = tmp_path / "stats.json"
     gauges.show(EplbStats(step=3))
     assert shown(registry)["vllm_eplb_steps"] == 3
     StatsFile(path).write(EplbStats(step=7))
-    for gauge in list(registry._collector_to_names):  # as vLLM 0.23 does, in which an engine starts after that
+    for gauge in list(registry._collector_to_names):  # as vLLM 0.23 does before an engine starts
         registry.unregister(gauge)
     assert not shown(registry)
     watcher = StatsWatcher(path, gauges, interval=0.01)
@@ -185,7 +185,7 @@ def test_gauges_come_back_that_vllm_has_taken_out(tmp_path: Path) -> None:
 
 
 def test_several_api_servers_show_the_newest(tmp_path: Path) -> None:
-    """Two processes with PROMETHEUS_MULTIPROC_DIR: one value per gauge, the last one set, and not a sum."""
+    """Two processes with PROMETHEUS_MULTIPROC_DIR give one value per gauge: the last one set, not a sum."""
     code = (
         "import sys\n"
         "from vllm_ascend_eplb.observe.prometheus import EplbGauges\n"
@@ -205,7 +205,7 @@ def test_several_api_servers_show_the_newest(tmp_path: Path) -> None:
     assert "\nvllm_eplb_steps 30.0\n" in result.stdout
 
 
-def test_importing_imports_no_vllm() -> None:
+def test_metrics_import_neither_vllm_nor_torch() -> None:
     code = (
         "import sys, vllm_ascend_eplb.observe.prometheus\n"
         "assert not {'vllm', 'torch'} & set(sys.modules), 'imports too much'"

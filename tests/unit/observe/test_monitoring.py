@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dashboard, alert rules and the guide name metrics that there are, and promtool takes the rules."""
+"""Dashboard, alert rules and guide name existing metrics, and promtool accepts the rules."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PROMTOOL = shutil.which("promtool")
 
 @pytest.fixture(scope="module")
 def labels() -> dict[str, set[str]]:
-    """The labels of each of our metrics."""
+    """The labels of our metrics, by name."""
     return {gauge.name: set(gauge.labels) for gauge in EplbGauges(CollectorRegistry()).gauges()}
 
 
 def uses(text: str) -> list[tuple[str, set[str]]]:
-    """Our metrics in an expression, with the labels that it selects by."""
+    """Our metrics in an expression, with the labels in their selectors."""
     found = re.findall(r"(vllm_eplb_\w+)(?:\{([^}]*)\})?", text)
     return [(name, set(re.findall(r"(\w+)\s*[=!]~?", selector))) for name, selector in found]
 
@@ -41,20 +41,20 @@ def check(text: str, labels: dict[str, set[str]]) -> int:
     return len(found)
 
 
-def test_the_check_can_fail(labels: dict[str, set[str]]) -> None:
+def test_check_of_metrics_can_fail(labels: dict[str, set[str]]) -> None:
     for wrong in ("rate(vllm_eplb_nothing[5m])", 'vllm_eplb_steps{result="done"}'):
         with pytest.raises(AssertionError):
             check(wrong, labels)
 
 
-def test_the_dashboard_shows_metrics_that_there_are(labels: dict[str, set[str]]) -> None:
+def test_dashboard_shows_existing_metrics(labels: dict[str, set[str]]) -> None:
     dashboard = json.loads((FOLDER / "dashboard.json").read_text())
     assert dashboard["schemaVersion"] >= 36
     places: list[tuple[int, int, int, int]] = []
     shown: set[str] = set()
     for panel in dashboard["panels"]:
         assert {"id", "type", "title", "description", "gridPos", "targets", "datasource", "fieldConfig"} <= set(panel)
-        assert panel["datasource"]["uid"] == "${datasource}"  # that of whoever imports it
+        assert panel["datasource"]["uid"] == "${datasource}"  # chosen by the user who imports the dashboard
         place = tuple(panel["gridPos"][key] for key in "xywh")
         assert place[0] + place[2] <= 24
         assert not any(_overlap(place, earlier) for earlier in places), panel["title"]
@@ -81,7 +81,7 @@ def rules() -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
-def test_alerts_ask_for_metrics_that_there_are(labels: dict[str, set[str]]) -> None:
+def test_alerts_use_existing_metrics(labels: dict[str, set[str]]) -> None:
     for rule in rules():
         assert check(rule["expr"], labels), rule["alert"]
         for name in re.findall(r"docs/[\w-]+\.md", rule["annotations"]["description"]):
@@ -90,14 +90,14 @@ def test_alerts_ask_for_metrics_that_there_are(labels: dict[str, set[str]]) -> N
     assert all(rule["alert"] in guide for rule in rules())
 
 
-def test_the_guide_lists_every_metric(labels: dict[str, set[str]]) -> None:
+def test_guide_lists_every_metric(labels: dict[str, set[str]]) -> None:
     guide = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert metrics_table() in guide
     assert {name for name, _ in uses(metrics_table())} == set(labels)
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="no promtool here (Debian package prometheus)")
-def test_promtool_takes_the_rules_and_they_fire_when_they_should() -> None:
+def test_promtool_accepts_the_rules_and_their_tests() -> None:
     assert PROMTOOL is not None
     for command in (["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]):
         done = subprocess.run([PROMTOOL, *command], cwd=FOLDER, capture_output=True, text=True, check=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics: what the keeper adds up, strict reading, and a file that readers always see whole."""
+"""Statistics: the keeper adds up, reading is strict, and readers always see a whole file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def busy_keeper(cycles: int = 1) -> StatsKeeper:
     return keeper
 
 
-def test_keeper_tells_the_story_of_a_cycle() -> None:
+def test_keeper_records_every_stage_of_a_cycle() -> None:
     keeper = busy_keeper()
     done = keeper.stats()
     assert (done.cycles_done, done.experts_moved, done.experts_moved_last) == (1, 3, 3)
@@ -58,15 +58,15 @@ def test_keeper_tells_the_story_of_a_cycle() -> None:
     assert after.cycles[0].par_realised == after.par_realised
     assert (after.cycles_done, after.cycles_skipped, after.cycles_failed) == (1, 1, 0)
     assert after.cycles[1].par_predicted is None  # the plan of cycle 1 is not the plan of cycle 2
-    assert after.par_before == Par(mean=1.25, worst=1.5)  # still of the cycle that moved
+    assert after.par_before == Par(mean=1.25, worst=1.5)  # still that of the cycle that moved experts
     assert after.window is not None
     assert after.window.par_start == Par(mean=1.25, worst=1.5)
     assert after.window.rank_load == ((1.1, 0.9), (1.0, 1.0))
     assert after.window.tokens == 80
 
 
-def test_keeper_tells_the_95th_percentile_over_windows() -> None:
-    """Of plans made from several windows only, and of the plan of that cycle only."""
+def test_keeper_records_the_95th_percentile_of_windows() -> None:
+    """Only plans from several windows have a percentile, and a cycle's record has only that of the cycle's own plan."""
     keeper = StatsKeeper()
     keeper.window_ended(rank_window(START, START))
     keeper.planned([1.1, 1.0], 0.25, 3, [1.5, 1.7], [1.2, 1.0])
@@ -77,7 +77,7 @@ def test_keeper_tells_the_95th_percentile_over_windows() -> None:
 
     keeper.window_ended(rank_window(BALANCED, START))
     keeper.cycle_ended("failed", reason="no plan")
-    assert keeper.stats().p95_planned == told.p95_planned  # still of the last plan
+    assert keeper.stats().p95_planned == told.p95_planned  # still that of the last plan
     assert keeper.stats().cycles[1].p95_predicted is None
 
     keeper.planned([1.1, 1.0], 0.25, 3)
@@ -114,7 +114,7 @@ def test_keeper_forgets_old_cycles_and_switches_off() -> None:
     assert EplbStats.from_json(result.to_json()) == result
 
 
-def test_no_load_and_many_ranks() -> None:
+def test_keeper_takes_no_load_and_many_ranks() -> None:
     keeper = StatsKeeper()
     keeper.window_ended(rank_window(np.zeros((2, 4)), np.zeros((2, 4))))
     window = keeper.stats().window
@@ -172,7 +172,7 @@ SOUND = busy_keeper(2).stats().model_copy(update={"updated_at": 1.5e9}).to_json(
 
 @settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(0, len(SOUND) - 1), st.integers(0, 255)), min_size=1, max_size=4))
-def test_damaged_text_never_raises_anything_else(damage: list[tuple[int, int]]) -> None:
+def test_damaged_text_is_read_or_a_stats_error(damage: list[tuple[int, int]]) -> None:
     text = bytearray(SOUND)
     for position, value in damage:
         text[position] = value
@@ -207,14 +207,15 @@ def test_file_is_private_and_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["stats.json"]
 
 
-def test_negative_control_of_torn_reads(tmp_path: Path) -> None:
+def test_torn_file_is_a_stats_error(tmp_path: Path) -> None:
+    """Negative control of the test above."""
     path = tmp_path / "stats.json"
     path.write_text(busy_keeper(3).stats().to_json()[:-40])
     with pytest.raises(StatsError):
         read_stats(path)
 
 
-def test_odd_files(tmp_path: Path) -> None:
+def test_files_that_are_not_regular_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(StatsError, match="not a regular file"):
         read_stats(tmp_path / "fifo")

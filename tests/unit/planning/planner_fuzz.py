@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Throws valid and broken arrays at the C++ planner: ``python -m tests.unit.planning.planner_fuzz --seconds 60``.
+"""Call the C++ planner with valid and broken arrays: ``python -m tests.unit.planning.planner_fuzz --seconds 60``.
 
-Meant for a build with AddressSanitizer (``make fuzz``): whatever comes in, the answer is a result or a ValueError or
-TypeError, never a crash. Exits with status 1 if a plan is not valid.
+Use a build with AddressSanitizer (``make fuzz``). Every call must return a result or raise ValueError, TypeError or
+OverflowError, and never crash. The exit status is 1 if a plan makes a layer worse; an invalid plan raises.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 
 def load_module(path: Path) -> Any:
-    """The C++ module at ``path``, in place of the package's own."""
+    """Load the C++ module at ``path`` instead of the package's own."""
     name = "vllm_ascend_eplb._planner"
     spec = importlib.util.spec_from_file_location(
         name, path, loader=importlib.machinery.ExtensionFileLoader(name, str(path))

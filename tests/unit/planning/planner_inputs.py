@@ -37,7 +37,7 @@ def draw_load(kind: str, rng: np.random.Generator, num_layers: int, num_experts:
 def draw_slots(
     rng: np.random.Generator, num_layers: int, num_experts: int, num_slots: int, empty: bool = False
 ) -> npt.NDArray[np.int32]:
-    """int32 [L, P], a valid placement; experts may be twice on a rank, and slots empty where ``empty``."""
+    """int32 [L, P], a valid placement. An expert may have two copies on a rank; slots may be empty if ``empty``."""
     rows = [np.r_[np.arange(num_experts), rng.integers(-1 if empty else 0, num_experts, num_slots - num_experts)]
             for _ in range(num_layers)]  # fmt: skip
     return np.stack([rng.permutation(row) for row in rows]).astype(np.int32)

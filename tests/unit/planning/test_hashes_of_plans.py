@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the aarch64 tier compares: its inputs can be made, and a plan's hash tells plans apart."""
+"""The hashes that the aarch64 tier compares: the inputs can be made, and different plans have different hashes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 from tests.aarch64 import plans
 
-pytest.importorskip("torch")  # the benchmarks that the inputs come from import it
+pytest.importorskip("torch")  # the benchmarks that make the inputs import it
 
 
-def test_the_hashes_tell_plans_apart(tmp_path: Path) -> None:
+def test_different_plans_have_different_hashes(tmp_path: Path) -> None:
     plans.write(tmp_path / "all.npz")
     with np.load(tmp_path / "all.npz") as arrays:
         count = sum(name.endswith(".name") for name in arrays.files)
@@ -27,4 +27,4 @@ def test_the_hashes_tell_plans_apart(tmp_path: Path) -> None:
     few["0.load"] = few["0.load"][:, ::-1].copy()
     np.savez(tmp_path / "few.npz", **few)
     changed = plans.hashes(tmp_path / "few.npz")
-    assert {a.split(": ")[1] for a, b in zip(first, changed, strict=True) if a == b} == {"random"}  # heeds no load
+    assert {a.split(": ")[1] for a, b in zip(first, changed, strict=True) if a == b} == {"random"}  # ignores the load

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PlanJudge: plans that do not pay make the next one harder, plans that do make it easier."""
+"""PlanJudge: the threshold for the next plan rises after a plan that did not pay, and falls after one that paid."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ AFTER = Placement([[0, 3, 2, 1]], num_experts=4, num_ranks=2)
 SKEWED = np.array([[9, 9, 1, 1]])  # 1.8 under BEFORE, 1.0 under AFTER
 
 
-def test_a_plan_must_gain_the_threshold() -> None:
+def test_plan_must_gain_the_threshold() -> None:
     judge = PlanJudge(0.1)
     assert judge.refuses(1.5, 1.34) == ""
     assert judge.threshold == 0.1
     assert judge.refuses(1.5, 1.4) == "PAR 1.500 to 1.400 gains less than 10.0%"
 
 
-def test_threshold_halves_or_doubles_with_what_plans_paid() -> None:
+def test_threshold_doubles_or_halves_with_the_last_gain() -> None:
     judge = PlanJudge(0.0)
     judge.carried_out(BEFORE, 0.8)
     said = judge.window_ended(
         expert_window([[1, 1, 1, 1]], AFTER), AFTER
-    )  # by now the load is even, and the plan brought nothing
+    )  # the load is even now, so the plan brought nothing
     assert said == "; the last plan brought PAR 1.000 instead of 1.000, too little, so that a plan must now gain 0.5%"
     assert judge.threshold == LEAST_RAISED
     judge.carried_out(BEFORE, 0.8)
@@ -45,7 +45,7 @@ def test_threshold_halves_or_doubles_with_what_plans_paid() -> None:
     assert judge.window_ended(expert_window(SKEWED, AFTER), AFTER) == ""  # judged once
 
 
-def test_speeds_of_ranks_are_heeded() -> None:
+def test_last_plan_is_judged_by_rank_speeds() -> None:
     judge = PlanJudge(0.0)
     judge.carried_out(AFTER, 0.5)
     assert "brought PAR 1.000 instead of" in judge.window_ended(expert_window(SKEWED, BEFORE, [1.8, 0.2]), BEFORE)
@@ -81,15 +81,15 @@ DECODE, PREFILL = Traffic(np.ones(1), np.full(1, 8.0)), Traffic(np.ones(1), np.f
 
 
 def measured(min_gain: float, traffic: Traffic) -> PlanJudge:
-    """A judge that knows times: flat up to 64 tokens per rank; 1 kB/s between ranks."""
+    """A judge with measured times (flat up to 64 tokens per rank) and a rate of 1 kB/s between ranks."""
     judge = PlanJudge(min_gain)
     judge.learn(FLAT_THEN_STEEP, MoveRates(receive=1e3), 8)
     judge.traffic, judge.steps = traffic, 600
     return judge
 
 
-def test_time_decides_where_it_was_measured() -> None:
-    """The same plan, in tokens worth half of the time, is refused where steps decode few tokens."""
+def test_measured_time_decides_on_a_plan() -> None:
+    """A plan that nearly halves PAR is refused if steps decode few tokens, and accepted if they prefill many."""
     decode = measured(0.01, DECODE)
     said = decode.refuses([2.0, 1.5], [1.0, 1.0])
     assert said == (
@@ -105,7 +105,7 @@ def test_moves_that_cost_more_than_they_save_are_refused() -> None:
     saved = 600 * judge.weigh([2.0], [1.0]).saved_ms
     assert judge.refuses([2.0], [1.0], [0, 0.9 * saved]) == ""  # 1 kB/s is a byte in a millisecond
     assert "costs" in judge.refuses([2.0], [1.0], [0, 1.1 * saved])
-    assert PlanJudge(0.0).refuses([2.0], [1.0], [0, 1e30]) == ""  # without a measurement nobody can tell
+    assert PlanJudge(0.0).refuses([2.0], [1.0], [0, 1e30]) == ""  # without a measurement, moves cost nothing
 
 
 def test_gain_within_the_noise_of_measurements_is_refused() -> None:
@@ -123,7 +123,7 @@ def test_layers_are_left_alone_where_it_saves_no_time() -> None:
 
 
 def test_last_plan_is_judged_by_time() -> None:
-    """Traffic turned to decoding: the PAR is better by 0.8, but nothing was saved, so the threshold rises."""
+    """PAR fell by 0.8, but the traffic is decoding now and no time was saved, so the threshold rises."""
     judge = measured(0.0, PREFILL)
     judge.carried_out(BEFORE, 0.4)
     said = judge.window_ended(expert_window(SKEWED, AFTER), AFTER, DECODE)

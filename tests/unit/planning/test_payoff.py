@@ -46,7 +46,8 @@ def test_min_gain_is_a_fraction_of_moe_time() -> None:
     assert not payoff.pays(0.0101)
 
 
-def test_without_a_measurement_par_decides_and_moves_are_free() -> None:
+def test_par_decides_without_a_measurement() -> None:
+    """Moves are then free, because their cost is unknown."""
     payoff = weigh(StepCost.proportional(), PREFILL, [1.5, 1.5], [1.4, 1.5], 8, move_ms=1e9, steps=1)
     assert payoff.cost_ms == 0.0
     assert np.isclose(payoff.net_fraction, 0.1 / 3.0)
@@ -67,12 +68,11 @@ def test_rates_take_the_busiest_rank_or_say_unknown() -> None:
 
 @settings(deadline=None)
 @given(step_costs(), st.data())
-def test_balancing_costs_at_most_one_plan_over_standing_still(cost: StepCost, data: st.DataObject) -> None:
-    """Random costs and traffic, windows with real plans; serving ends in the middle of any of them.
+def test_balancing_costs_at_most_one_plan_over_no_moves(cost: StepCost, data: st.DataObject) -> None:
+    """The modelled time is at most the time without any move, plus the cost of one plan.
 
-    In every window the planner answers, the decision is made, and the window's traffic goes on for the steps that were
-    expected; the last window is cut off at a step of its own. The modelled time is at most that of never moving
-    anything, plus the cost of one plan.
+    Costs and traffic are random, plans are real. In every window the planner answers, the decision is made, and the
+    traffic continues for the expected number of steps. Serving ends within the last window, at a random step.
     """
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     layers, experts, ranks = 2, 8, 4
@@ -106,7 +106,7 @@ def test_balancing_costs_at_most_one_plan_over_standing_still(cost: StepCost, da
 
 
 def test_decision_without_the_cost_of_moves_would_be_worse() -> None:
-    """The control of the property above: who heeds PAR alone pays for plans that never come back."""
+    """Negative control of the property above: this plan lowers PAR, but its moves cost more than it saves."""
     cost, rates = FLAT_THEN_STEEP, MoveRates(1e4)
     payoff = weigh(cost, DECODE, [2.0], [1.0], 8, move_ms=rates.milliseconds([1e6]), steps=100)
     assert payoff.net_ms < 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans as they travel: what is packed comes out again, and nothing else is taken for a plan."""
+"""Plan messages: a packed plan is unpacked unchanged, and other bytes are refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_packed_message_is_unpacked_unchanged(seed: int, shares: bool) -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans(), st.data())
-def test_a_damaged_plan_is_refused_or_has_another_digest(seed: int, shares: bool, data: st.DataObject) -> None:
+def test_damaged_plan_is_refused_or_has_another_digest(seed: int, shares: bool, data: st.DataObject) -> None:
     start, *_, message = some_plan(seed, shares)
     at = data.draw(st.integers(0, len(message) - 1))
     damaged = bytearray(message)
@@ -66,7 +66,7 @@ def test_a_damaged_plan_is_refused_or_has_another_digest(seed: int, shares: bool
         unpack_plan(bytes(damaged), NUMBER, start)
     except ValueError:
         return
-    assert at >= HEAD_BYTES  # the head says what is in it
+    assert at >= HEAD_BYTES  # a damaged head is always refused
 
 
 @given(st.binary(max_size=400))
@@ -79,7 +79,7 @@ def test_bytes_that_are_no_plan_are_refused(garbage: bytes) -> None:
         unpack_plan(garbage, NUMBER, start)
 
 
-def test_a_plan_of_another_cycle_is_refused() -> None:
+def test_plan_of_another_cycle_is_refused() -> None:
     start, *_, message = some_plan(3, shares=False)
     with pytest.raises(ValueError, match="the plan of cycle 7 arrived in cycle 8"):
         unpack_plan(message, NUMBER + 1, start)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""plan(): what holds for every plan, and what the policy "incremental" reaches.
+"""plan(): the properties of every plan, the quality of the policy "incremental", and refused arguments.
 
-One file, because all tests ask one function about the same instances.
+One file, because all tests call one function with the same instances.
 """
 
 import itertools
@@ -22,7 +22,7 @@ LAYERS, EXPERTS = 6, 256
 
 
 def duplicates(slots, num_ranks):
-    """Slots whose rank holds the expert in a lower slot, too."""
+    """Number of slots whose rank holds the same expert in a lower slot, too."""
     by_rank = np.sort(slots.reshape(len(slots), num_ranks, -1), axis=2)
     return int(((by_rank[..., 1:] == by_rank[..., :-1]) & (by_rank[..., 1:] >= 0)).sum())
 
@@ -66,7 +66,7 @@ def test_every_prefix_of_groups_makes_no_layer_worse(instance):
         assert (placement.par(load) <= before * (1 + 1e-5)).all()
 
 
-def test_a_plan_is_checked_not_believed(drifted):
+def test_check_refuses_a_plan_for_another_placement(drifted):
     slots, load = drifted
     made = plan(load, slots, 32)
     with pytest.raises(PlanError):
@@ -105,8 +105,8 @@ def test_plans_do_not_depend_on_the_number_of_threads(drifted, options):
     [(64, 8, 72, 2408819663789598449), (256, 32, 288, 4302197665791838779)],
 )
 def test_known_plans_are_the_same_on_every_machine(experts, ranks, slots, digest):
-    """If this fails on a machine only, its floating point is not IEEE 754, or its compiler changed the arithmetic. If
-    it fails after a change of the planner, check that plans have become no worse and note the new digests."""
+    """If this fails on one machine only, its floating point is not IEEE 754, or its compiler changed the arithmetic. If
+    it fails after a change of the planner, check that plans have become no worse and write the new digests here."""
     factor, modulus = 2654435761, 1009 if experts == 64 else 100009
     load = (np.arange(3 * experts, dtype=np.int64).reshape(3, experts) * factor % modulus) ** 2
     made = plan(
@@ -141,7 +141,7 @@ def test_thorough_needs_fewer_moves_than_fast(drifted):
     assert thorough.num_moves < 0.95 * fast.num_moves
 
 
-def test_cold_start_reaches_full_quality():
+def test_plan_from_an_initial_placement_reaches_the_target():
     load = LoadGenerator(LAYERS, EXPERTS, seed=7).window()
     for slots in (contiguous_placement(LAYERS, EXPERTS, 32, 288), Placement.initial(LAYERS, EXPERTS, 32, 32)):
         made = plan(load, slots, 32, target_par=1.01)
@@ -153,7 +153,7 @@ def test_zero_or_flat_load_moves_nothing(load):
     assert plan(load, contiguous_placement(2, 16, 4, 16), 4).num_moves == 0
 
 
-def test_moves_that_pay_most_come_first(drifted):
+def test_moves_with_the_largest_gain_come_first(drifted):
     slots, load = drifted
     made = plan(load, slots, 32)
     start = Placement(slots, EXPERTS, 32)
@@ -167,7 +167,7 @@ def test_moves_that_pay_most_come_first(drifted):
 
 
 def _after_last_groups(start, made, count):
-    """The placement after only the last moves, where that leaves every expert a copy (layers that lose one stay)."""
+    """The placement after the last ``count`` moves only. Layers in which an expert would lose its last copy stay."""
     placement = start
     for layer in range(start.num_layers):
         rows = made.moves[-count:][made.moves[-count:, LAYER] == layer]
@@ -186,7 +186,7 @@ def test_groups_are_small(drifted):
 
 
 @pytest.mark.parametrize("limit", [0, 1, 20, 80])
-def test_max_moves_is_kept_and_spent_where_it_brings_most(drifted, limit):
+def test_max_moves_is_kept_and_spent_on_the_best_moves(drifted, limit):
     slots, load = drifted
     made = plan(load, slots, 32, max_moves=limit)
     made.check(Placement(slots, EXPERTS, 32))
@@ -204,13 +204,13 @@ def test_max_moves_per_rank_is_kept(drifted):
     assert 0 < np.bincount(made.moves[:, 1] // 9, minlength=32).max() <= 2
 
 
-def test_min_gain_keeps_plans_that_do_not_pay_away(drifted):
+def test_min_gain_refuses_plans_that_do_not_pay(drifted):
     slots, load = drifted
     assert plan(load, slots, 32).num_moves > 0
     assert plan(load, slots, 32, min_gain=0.9).num_moves == 0
 
 
-def test_differences_that_counting_explains_are_left_alone():
+def test_differences_within_count_noise_are_left_alone():
     slots = contiguous_placement(20, 256, 32, 256)
     even = np.random.default_rng(0).poisson(np.full((20, 256), 60.0))
     assert plan(even, slots, 32).num_moves > 100
@@ -220,21 +220,21 @@ def test_differences_that_counting_explains_are_left_alone():
     assert plan(uneven, slots, 32, count_noise=True).par_after.mean() < 1.2
 
 
-def test_noise_par_agrees_with_drawing_counts():
+def test_noise_par_agrees_with_drawn_counts():
     placement = Placement(contiguous_placement(200, 64, 16, 64), 64, 16)
     counts = np.random.default_rng(1).poisson(np.full((200, 64), 500.0))
     assert noise_par(counts, placement).mean() == pytest.approx(placement.par(counts).mean(), abs=0.015)
 
 
 def _from_other_nodes(made, slots, num_nodes):
-    """Moves that bring an expert of which the receiving node held no copy."""
+    """Number of moves whose expert has no copy on the receiving node."""
     per_node = slots.shape[1] // num_nodes
     node = made.moves[:, 1] // per_node
     rows = [slots[layer, n * per_node : (n + 1) * per_node] for layer, n in zip(made.moves[:, 0], node, strict=True)]
     return sum(expert not in row for expert, row in zip(made.moves[:, 2], rows, strict=True))
 
 
-def test_receipts_from_other_nodes_avoided_at_a_price(drifted):
+def test_price_between_nodes_avoids_receipts_from_others(drifted):
     slots, load = drifted
     near = plan(load, slots, 32, num_nodes=4, price_between_nodes=8)
     assert near.par_after.max() <= 1.0201
@@ -261,7 +261,7 @@ def test_groups_of_experts_stay_on_their_nodes(drifted):
         assert ((group == g).any(axis=2).sum(axis=1) == 1).all()
 
 
-def test_duplicates_found_are_removed_where_touched():
+def test_duplicates_are_removed_in_layers_that_change():
     slots = np.array([[0, 0, 1, 2, 3, 4, 5, 6, 7]], dtype=np.int32)
     load = np.array([[1, 9, 1, 1, 9, 1, 1, 1]])
     made = plan(load, slots, 3, target_par=1.0)
@@ -284,8 +284,8 @@ def _placements(num_experts, num_slots, num_ranks):
             yield ranks
 
 
-def test_tiny_cases_against_every_placement():
-    """5 experts, 3 ranks of 2 or 3 slots: the fewest receipts for a target that can be reached, by trying all."""
+def test_tiny_cases_need_nearly_the_fewest_moves():
+    """5 experts on 3 ranks of 2 or 3 slots: the optimum is found by trying every placement that reaches the target."""
     ours = best = missed = 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
@@ -309,7 +309,8 @@ def test_tiny_cases_against_every_placement():
 
 
 def test_one_slot_per_rank_is_split_optimally():
-    """Then the busiest rank holds the heaviest replica, and giving each copy to the heaviest is optimal."""
+    """With one slot per rank the busiest rank holds the heaviest replica, so giving every copy to the heaviest replica
+    is optimal."""
     generator = LoadGenerator(4, 64, seed=2)
     first = generator.window()
     generator.drift("medium")
@@ -332,8 +333,8 @@ def _pars(slots, load):
 # -- series -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_series_makes_plans_that_age_better():
-    """Under drift the heaviest replicas decide how well a plan ages: from a series the planner splits them."""
+def test_plans_from_a_series_age_better():
+    """Under drift, the heaviest replicas decide how well a plan ages. From a series, the planner splits them."""
     from_one, from_series = [], []
     for seed in range(4):
         generator = LoadGenerator(16, EXPERTS, seed)
@@ -368,7 +369,7 @@ def test_forecast_averages_noise_and_follows_drift():
         return np.abs(load / load.sum(axis=1, keepdims=True) - share).sum()
 
     assert error(expected) < 0.4 * error(noise[-1])
-    assert not variance.any(), "a load that stays as it is has nothing to prepare for"
+    assert not variance.any(), "a steady load must have no variance"
     drifting = np.array(
         [np.exp(rng.normal(0, 0.6, (4, 64)) * 0.05 + 0.3 * t * np.sin(np.arange(64))) for t in range(12)]
     )
@@ -379,7 +380,7 @@ def test_forecast_averages_noise_and_follows_drift():
     np.testing.assert_array_equal(forecast(drifting[:1])[0], drifting[0])
 
 
-# -- what a caller can get wrong --------------------------------------------------------------------------------------
+# -- errors that a caller can cause -----------------------------------------------------------------------------------
 
 GOOD_LOAD, GOOD_SLOTS = np.ones((2, 4)), np.tile(np.arange(6) % 4, (2, 1))
 
@@ -435,7 +436,7 @@ def test_bad_input_is_refused_with_one_clear_error(change, words):
         plan(load, slots, num_ranks, **arguments)
 
 
-def test_the_good_input_of_the_test_above_is_good():
+def test_good_input_of_the_test_above_is_accepted():
     plan(GOOD_LOAD, GOOD_SLOTS, 2)
 
 
@@ -446,8 +447,8 @@ INTEGERS_OR_NONE = ("rounds", "max_moves", "max_moves_per_rank", "max_moves_betw
 @pytest.mark.parametrize("policy", ["incremental", "default", "random"])
 @pytest.mark.parametrize("name", INTEGERS + INTEGERS_OR_NONE)
 @pytest.mark.parametrize("value", [1.5, "2", None, True, [1], np.float64(1.0), float("nan"), 1j])
-def test_integers_are_integers(policy, name, value):
-    """Under every policy a value that is not an integer is refused by name."""
+def test_values_that_are_no_integers_are_refused(policy, name, value):
+    """Every policy refuses a value that is not an integer, and names the argument."""
     given = {"num_ranks": 2, "policy": policy} | {name: value}
     if value is None and name in INTEGERS_OR_NONE:
         plan(GOOD_LOAD, GOOD_SLOTS, **given)
@@ -458,19 +459,19 @@ def test_integers_are_integers(policy, name, value):
 
 @pytest.mark.parametrize("name", INTEGERS + INTEGERS_OR_NONE)
 @pytest.mark.parametrize("kind", [int, np.int64, np.int32, np.uint8])
-def test_integers_of_any_kind_are_taken(name, kind):
+def test_integers_of_any_kind_are_accepted(name, kind):
     plain, made = (plan(GOOD_LOAD, GOOD_SLOTS, **({"num_ranks": 2} | {name: k(2)})) for k in (int, kind))
     np.testing.assert_array_equal(plain.physical_to_logical, made.physical_to_logical)
 
 
-def test_an_option_that_does_not_exist_is_named():
+def test_unknown_option_is_named():
     with pytest.raises(TypeError, match="max_move"):
         plan(GOOD_LOAD, GOOD_SLOTS, 2, max_move=3)
 
 
 @pytest.mark.parametrize("policy", ["default", "random", "incremental"])
-def test_a_flat_series_near_the_end_of_int64_is_flat(policy):
-    """The sum of the windows passes 2^63."""
+def test_flat_series_with_a_sum_beyond_int64_is_flat(policy):
+    """The sum of the windows exceeds 2^63."""
     slots = contiguous_placement(1, 8, 4, 8)
     for windows in (1, 2, 8):
         huge = np.full((windows, 1, 8), 2**61 + 1)
@@ -484,7 +485,7 @@ def test_a_flat_series_near_the_end_of_int64_is_flat(policy):
 @settings(max_examples=60, deadline=None)
 @given(instances(empty=False), st.integers(2, 8))
 def test_series_too_large_for_int64_are_planned_by_ratio(policy, instance, windows):
-    """A series of int64 counts and the same in float64, scaled to pass 2^63 in the sum, give equal plans."""
+    """A series of int64 counts whose sum exceeds 2^63 gives the same plan as the series in float64."""
     load, slots, num_ranks = instance
     series = np.stack([(load * 256).astype(np.int64) >> 8 << 8] * windows)
     top = max(int(series.max()), 1)
@@ -523,7 +524,7 @@ def test_numpy_loads_of_any_dtype_are_read(dtype, recwarn):
 @pytest.mark.parametrize(
     ("experts", "ranks", "per_rank", "layers"), [(256, 320, 1, 3), (256, 320, 2, 3), (384, 64, 7, 3), (512, 128, 5, 94)]
 )
-def test_large_models(experts, ranks, per_rank, layers):
+def test_large_models_are_balanced(experts, ranks, per_rank, layers):
     generator = LoadGenerator(layers, experts, seed=1)
     start = Placement.initial(layers, experts, ranks, ranks * per_rank - experts)
     made = plan(generator.window(), start, ranks, target_par=1.05)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy "default" is vLLM's DefaultEplbPolicy, bit for bit, ties included."""
+"""The policy "default" equals vLLM's DefaultEplbPolicy bit for bit, also for equal loads."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def from_vllm(load, slots, num_ranks, num_nodes, num_groups):
     spare=st.integers(0, 3),
     num_layers=st.integers(1, 4),
 )
-def test_equal_to_vllm(seed, kind, ranks, num_groups, group_size, spare, num_layers):
+def test_plan_is_equal_to_vllm(seed, kind, ranks, num_groups, group_size, spare, num_layers):
     num_ranks, num_nodes = ranks
     num_experts = num_groups * group_size
     num_slots = (-(-num_experts // num_ranks) + spare) * num_ranks
@@ -44,7 +44,7 @@ def test_equal_to_vllm(seed, kind, ranks, num_groups, group_size, spare, num_lay
 
 
 @pytest.mark.parametrize(("num_ranks", "num_slots"), [(32, 288), (64, 320), (32, 256)])
-def test_equal_to_vllm_at_full_size(num_ranks, num_slots):
+def test_plan_is_equal_to_vllm_at_full_size(num_ranks, num_slots):
     rng = np.random.default_rng(num_slots)
     for kind in ("counts", "ties", "log-normal"):
         load = draw_load(kind, rng, 58, 256)
@@ -53,7 +53,7 @@ def test_equal_to_vllm_at_full_size(num_ranks, num_slots):
         np.testing.assert_array_equal(made, from_vllm(load, slots, num_ranks, 1, 1))
 
 
-def test_a_series_is_added_up():
+def test_series_is_added_up():
     rng = np.random.default_rng(0)
     series = rng.integers(0, 1000, (5, 3, 32))
     slots = draw_slots(rng, 3, 32, 40)
@@ -61,7 +61,7 @@ def test_a_series_is_added_up():
     np.testing.assert_array_equal(made, from_vllm(series.sum(axis=0), slots, 8, 1, 1))
 
 
-def test_the_comparison_can_fail():
+def test_comparison_with_vllm_can_fail():
     rng = np.random.default_rng(0)
     load = rng.integers(0, 1000, (3, 32))
     slots = draw_slots(rng, 3, 32, 40)

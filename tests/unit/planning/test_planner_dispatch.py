@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dispatch shares are optimal for a placement, and tables realise them."""
+"""Dispatch shares are optimal for a placement, and tables keep them."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def sums_by_expert(shares, slots, num_experts):
 
 @settings(max_examples=300, deadline=None)
 @given(instances())
-def test_shares_are_shares_and_no_worse_than_an_even_split(instance):
+def test_shares_add_up_and_are_no_worse_than_an_even_split(instance):
     load, slots, num_ranks = instance
     shares = dispatch_shares(load, slots, num_ranks)
     assert (shares >= 0).all()
@@ -47,7 +47,7 @@ def test_shares_reach_the_optimum_of_the_linear_program(instance):
             assert peaks[layer] >= best * (1 - 1e-6)
 
 
-def test_optimum_at_full_size():
+def test_shares_reach_the_optimum_at_full_size():
     pytest.importorskip("scipy")
     for num_ranks, num_slots in ((32, 288), (64, 320)):
         generator = LoadGenerator(4, 256, seed=2)
@@ -61,20 +61,21 @@ def test_optimum_at_full_size():
             assert loads[layer].max() <= least_peak(load[layer].astype(float), slots[layer], num_ranks) * 1.0011
 
 
-def test_a_worked_example():
-    """Expert 0 is on both ranks; rank 1 has expert 2's 30 tokens as well: 0's 50 tokens level 40 and 40."""
+def test_shares_of_a_worked_example():
+    """Expert 0 (50 tokens) is on both ranks. Rank 1 also has expert 2 (30 tokens), so expert 0 is split into 40 and 10,
+    and both ranks have 40 tokens."""
     shares = dispatch_shares([[50, 0, 30]], [[0, 1, 0, 2]], 2)
     np.testing.assert_allclose(shares, [[0.8, 1.0, 0.2, 1.0]])
 
 
-def test_copies_on_one_rank_share_alike():
+def test_copies_on_one_rank_get_equal_shares():
     shares = dispatch_shares([[60, 20, 0, 0]], [[0, 0, 1, 0, 2, 3]], 2)
     np.testing.assert_allclose(shares, [[1 / 6, 1 / 6, 1.0, 2 / 3, 1.0, 1.0]], atol=1e-3)
 
 
 @settings(max_examples=150, deadline=None)
 @given(instances(), st.sampled_from([1, 2, 7, 16, 64]))
-def test_table_entries_realise_shares_within_one_entry(instance, entries):
+def test_table_entries_keep_shares_to_within_one_entry(instance, entries):
     load, slots, num_ranks = instance
     placement = Placement(slots, load.shape[1], num_ranks)
     shares = dispatch_shares(load, slots, num_ranks)

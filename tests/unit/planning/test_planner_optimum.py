@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good plans are: against every placement on small shapes, and against planning from scratch on all shapes."""
+"""The quality of plans, against every placement on small shapes and against plans from scratch on all shapes."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ SMALL_SHAPES = [
     for experts in range(max(2, per_rank), min(ranks * per_rank, 9) + 1)
     if math.comb(math.comb(experts, per_rank) + ranks - 1, ranks) <= 20_000
 ]
-"""Ranks, slots per rank, experts; no more placements than can be tried in a moment."""
+"""(ranks, slots per rank, experts), with at most 20,000 placements, so that all can be tried quickly."""
 
 
 def small_instance(seed):
@@ -40,7 +40,7 @@ def small_instance(seed):
 
 
 def least_par(load, per_rank, ranks):
-    """The lowest PAR of any placement of one layer's ``load`` [E] without duplicates; ranks are alike."""
+    """The lowest PAR of any placement of a layer's ``load`` [E] without duplicates. Ranks are interchangeable."""
     sets = np.array(list(itertools.combinations(range(len(load)), per_rank)))
     slots = sets[np.array(list(itertools.combinations_with_replacement(range(len(sets)), ranks)))]
     count = (slots.reshape(len(slots), -1, 1) == np.arange(len(load))).sum(axis=1)
@@ -50,20 +50,20 @@ def least_par(load, per_rank, ranks):
 
 
 def test_thorough_finds_the_optimum_of_small_shapes():
-    """It finds the optimum on 99 % of the shapes, and comes within 0.02 of it on the rest."""
+    """The effort "thorough" finds the optimum on 99 % of the instances, and a PAR within 0.02 of it on the rest."""
     gaps = []
     for seed in range(300):
         load, slots, ranks = small_instance(seed)
         made = plan(load, slots, ranks, target_par=1.0, effort="thorough", rounds=300)
         gaps.append(made.par_after[0] - least_par(load[0], slots.shape[1] // ranks, ranks))
-    assert min(gaps) > -1e-9, "better than every placement: the enumeration lacks some"
+    assert min(gaps) > -1e-9, "better than every placement: the enumeration misses placements"
     assert max(gaps) <= 0.02
     assert np.mean(np.array(gaps) < 1e-5) >= 0.99
 
 
-def test_a_search_that_finds_no_first_move_goes_on():
-    """No single move that the descent knows helps rank 0; slot 4 taking expert 2 needs rank 1's load to pass through
-    a worse one."""
+def test_search_without_a_good_first_move_continues():
+    """No single move of the descent lowers rank 0's load. The best plan (expert 2 into slot 4) is found only if rank
+    1's load may rise in between."""
     slots = np.array([[0, 1, 2, 3, 0, 1]])
     for effort in ("fast", "thorough"):
         made = plan([[1.0, 3, 2, 1]], slots, 2, target_par=1.0, effort=effort, time_budget=0.05)
@@ -73,7 +73,7 @@ def test_a_search_that_finds_no_first_move_goes_on():
 
 
 def best_par_by_moves(load, slots, ranks):
-    """[k]: the lowest PAR of any placement of one layer without duplicates that ``slots`` [P] become by k receipts."""
+    """[k]: the lowest PAR of any placement of a layer without duplicates that ``slots`` [P] can reach by k receipts."""
     per_rank = len(slots) // ranks
     sets = np.array(list(itertools.combinations(range(len(load)), per_rank)))
     held = (sets[:, :, None] == np.arange(len(load))).any(axis=1)
@@ -101,7 +101,7 @@ def test_a_limit_on_moves_gives_the_best_par_for_it(effort, share):
             assert made.num_moves <= most
             gaps.append(made.par_after[0] - best[most])
             stays.append(made.par_before[0] - best[most])
-    assert min(gaps) > -1e-5, "better than every placement: the enumeration lacks some"
+    assert min(gaps) > -1e-5, "better than every placement: the enumeration misses placements"
     assert np.mean(np.array(gaps) < 1e-5) >= share
     assert max(gaps) <= 0.02
     assert np.mean(np.array(stays) < 1e-5) < 0.1, "leaving all as it is would pass"
@@ -114,9 +114,9 @@ EXPERTS = (8, 16, 32, 60, 64, 96, 128, 160, 256, 384, 512)
 
 
 def any_instance(seed):
-    """(load [L, E], slots [L, P], num_ranks) of a shape drawn from all that are served, with the initial placement or
-    one that suited the load before it drifted. A rank holds at most half of the experts: beyond that nearly all experts
-    are everywhere, PARs differ in the fourth digit, and what moves least is to leave duplicates."""
+    """(load [L, E], slots [L, P], num_ranks) of a random shape, with the initial placement or one made for the load
+    before it drifted. A rank holds at most half of the experts. Otherwise nearly all experts are on all ranks, PARs
+    differ in the fourth digit, and the fewest moves leave duplicates."""
     rng = np.random.default_rng(seed)
     while True:
         ranks, per_rank, experts = int(rng.choice(RANKS)), int(rng.integers(1, 17)), int(rng.choice(EXPERTS))
@@ -159,8 +159,8 @@ def test_no_shape_is_balanced_worse_than_from_scratch(effort, seeds):
 
 @pytest.mark.parametrize(("ranks", "per_rank"), [(144, 2), (160, 2), (128, 2), (288, 1), (96, 3)])
 def test_few_slots_per_rank_are_balanced_as_from_scratch(ranks, per_rank):
-    """DeepSeek's published decoding shapes, cycle by cycle under the same load: each is as good as from scratch, and
-    once a plan is in force nothing is left to move."""
+    """DeepSeek's published decoding shapes, for three cycles under the same load: every plan is as good as one from
+    scratch."""
     generator = LoadGenerator(4, 256, seed=ranks)
     load = generator.window()
     slots = Placement.initial(4, 256, ranks, ranks * per_rank - 256).physical_to_logical
@@ -193,13 +193,13 @@ def test_a_target_of_one_does_not_move_most_slots(ranks, per_rank):
 
 
 @pytest.mark.parametrize("load", [np.zeros((4, 64)), np.ones((4, 64))])
-def test_thorough_ends_at_once_where_nothing_is_to_be_done(load):
-    """No load, or all layers at their target: the budget of a day is left unspent."""
+def test_thorough_ends_at_once_if_nothing_can_be_better(load):
+    """With no load, or with all layers at their target, the search does not use its budget of a day."""
     slots = Placement.initial(4, 64, 8, 64).physical_to_logical
     made = []
     options = {"effort": "thorough", "time_budget": 86400.0}
     planner = threading.Thread(target=lambda: made.append(plan(load, slots, 8, **options)), daemon=True)
     planner.start()
     planner.join(60)
-    assert made, "it goes on although nothing can be better"
+    assert made, "the search continues although nothing can be better"
     assert made[0].num_moves == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans from a series of windows: as good as from one on a load that stays, better where experts alternate."""
+"""Plans from a series of windows: as good as from the sum if the load is steady, better if hot experts alternate."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def window_pars(series, slots, num_ranks):
 
 
 def steady_load(seed):
-    """(popularity [L, E] that stays, slots [L, P] made for another one)."""
+    """(steady popularity [L, E], slots [L, P] made for another popularity)."""
     generator = LoadGenerator(LAYERS, EXPERTS, seed)
     slots = greedy_placement(generator.window().astype(np.float64), SLOTS, RANKS)
     generator.drift("hard")
@@ -31,8 +31,8 @@ def steady_load(seed):
 
 @pytest.mark.parametrize("steps", [[29] * 7 + [2], [30] * 8, [29, 2, 29, 29, 7, 27, 29, 29], [29, 29, 29, 7], [30, 1]])
 @pytest.mark.parametrize("tokens_per_step", [20, 2000])
-def test_a_series_of_a_steady_load_is_no_worse_than_its_sum(steps, tokens_per_step):
-    """Windows of any lengths, fragments among them, last of all or anywhere: PAR + 0.003, moves * 1.1."""
+def test_series_of_a_steady_load_is_no_worse_than_its_sum(steps, tokens_per_step):
+    """For windows of any length, with short windows at any position: PAR at most 0.003 higher, moves at most * 1.1."""
     for seed in range(4):
         popularity, slots = steady_load(seed)
         rng = np.random.default_rng(seed)
@@ -43,8 +43,8 @@ def test_a_series_of_a_steady_load_is_no_worse_than_its_sum(steps, tokens_per_st
         assert made.num_moves <= 1.1 * whole.num_moves + 1
 
 
-def test_the_last_window_alone_is_worse_on_a_steady_load():
-    """Negative control of the test above: this is what a forecast by the fragment would give."""
+def test_last_window_alone_is_worse_on_a_steady_load():
+    """Negative control of the test above: a plan from the short last window alone is worse."""
     popularity, slots = steady_load(0)
     rng = np.random.default_rng(0)
     series = np.array([rng.poisson(popularity * n * 100) for n in [29] * 7 + [2]])
@@ -56,13 +56,13 @@ def test_the_last_window_alone_is_worse_on_a_steady_load():
 @pytest.mark.parametrize("windows", [4, 8, 16])
 @pytest.mark.parametrize(("ranks", "slots"), [(8, 64), (8, 72), (16, 64)])
 def test_experts_that_alternate_are_spread_over_ranks(windows, ranks, slots):
-    """Half of the experts are hot in even windows, the others in odd ones: the sum is flat and tells nothing."""
+    """Half of the experts are hot in even windows, the other half in odd windows, so the sum of the windows is flat."""
     series = np.zeros((windows, 3, 64))
     series[::2, :, ::2] = series[1::2, :, 1::2] = 100.0
     start = np.tile((np.arange(slots) * 2 % 64 + np.arange(slots) * 2 // 64 % 2).astype(np.int32), (3, 1))
     assert window_pars(series, start, ranks).mean() > 1.7
     by_sum = plan(series.sum(axis=0), start, ranks).physical_to_logical
-    assert window_pars(series, by_sum, ranks).mean() > 1.4, "the negative control: the sum shows little"
+    assert window_pars(series, by_sum, ranks).mean() > 1.4, "the negative control: the sum is too flat to plan by"
     made = plan(series, start, ranks)
     made.check(Placement(start, 64, ranks))
     after = window_pars(series, made.physical_to_logical, ranks)
@@ -72,7 +72,7 @@ def test_experts_that_alternate_are_spread_over_ranks(windows, ranks, slots):
     assert (made.p95_after <= made.p95_before).all()
 
 
-def test_two_kinds_of_traffic_that_alternate_are_both_balanced():
+def test_alternating_kinds_of_traffic_are_both_balanced():
     generator = LoadGenerator(4, EXPERTS, 3)
     kinds = [generator.window()]
     generator.drift("hard")
@@ -88,8 +88,9 @@ def test_two_kinds_of_traffic_that_alternate_are_both_balanced():
 
 
 @pytest.mark.parametrize("spread", [0.1, 0.5, 1.5])
-def test_windows_that_differ_by_chance_are_planned_as_their_sum(spread):
-    """Large differences, none of which comes again: what looks like a pattern in one half is not in the other."""
+def test_windows_that_differ_by_chance_are_planned_by_sum(spread):
+    """Large differences between windows that do not repeat are no pattern: half of the windows does not predict the
+    other half."""
     popularity, slots = steady_load(1)
     noise = np.exp(np.random.default_rng(2).normal(0, spread, (16, LAYERS, EXPERTS)))
     series = popularity * noise * 1e6
@@ -98,8 +99,8 @@ def test_windows_that_differ_by_chance_are_planned_as_their_sum(spread):
     assert np.mean(same) >= 0.75
 
 
-def test_hundred_windows_of_independent_bursts():
-    """100 windows of uniform numbers to the tenth power per slot, PAR of their sum."""
+def test_hundred_windows_of_bursts_are_balanced_by_sum():
+    """100 windows with independent bursts per slot: the plan balances their sum."""
     rng = np.random.default_rng(42)
     slots = np.stack([rng.permutation(np.r_[np.arange(256), rng.integers(0, 256, 32)]) for _ in range(6)])
     by_slot = (rng.random((100, 6, 288)) ** 10 * 999 + 1).astype(np.int64)
@@ -129,7 +130,7 @@ def test_every_series_makes_a_valid_plan(instance, windows, seed):
     np.testing.assert_array_equal(again.moves, made.moves)
 
 
-def test_zero_windows_say_nothing():
+def test_windows_without_load_change_nothing():
     popularity, slots = steady_load(0)
     series = np.stack([popularity, np.zeros_like(popularity), popularity, np.zeros_like(popularity)])
     made, whole = plan(series, slots, RANKS), plan(popularity, slots, RANKS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks of unequal speed get load by their speed; ranks of equal speed get exactly what they got before."""
+"""Ranks of unequal speed get load in proportion to their speed; equal speeds give the same plans as no speeds."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def big():
 
 
 @pytest.mark.parametrize("speed", [[1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5], [3, 2, 2, 2, 2, 2, 2, 1]])
-def test_a_rank_gets_load_by_its_speed(speed):
+def test_rank_gets_load_by_its_speed(speed):
     load, start = big()
     made = plan(load, start, 8, rank_speed=speed)
     made.check(start)
@@ -29,7 +29,7 @@ def test_a_rank_gets_load_by_its_speed(speed):
     assert made.par_after.mean() < 1.03
     share = after.rank_load(load).sum(axis=0) / load.sum()
     np.testing.assert_allclose(share, np.array(speed) / np.sum(speed), rtol=0.05)
-    # Negative control: a plan that knows no speeds leaves the slow ranks far behind.
+    # Negative control: a plan without speeds gives the slow ranks too much load.
     blind = Placement(plan(load, start, 8).physical_to_logical, 64, 8)
     assert blind.par(load, speed).mean() > 1.3
 
@@ -66,7 +66,7 @@ def test_no_layer_gets_slower(instance, seed, spread):
     effort=st.sampled_from(["fast", "thorough"]),
 )
 def test_no_prefix_of_groups_makes_a_layer_slower(instance, seed, spread, target, effort):
-    """The promise after every group, under PARs of load over speed; most targets cannot be reached."""
+    """After every group, no layer has a higher PAR of load over speed. Most targets cannot be reached here."""
     load, slots, num_ranks = instance
     speed = np.exp(np.random.default_rng(seed).uniform(-spread, spread, num_ranks))
     placement = Placement(slots, load.shape[1], num_ranks)
@@ -78,8 +78,8 @@ def test_no_prefix_of_groups_makes_a_layer_slower(instance, seed, spread, target
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_unequal_ranks_reach_the_best_there_is(seed):
-    """One expert more than ranks, so that speeds matter more than loads; every placement is tried."""
+def test_unequal_ranks_reach_the_optimum(seed):
+    """4 experts on 3 ranks, so that speeds matter more than loads. The optimum is found by trying every placement."""
     rng = np.random.default_rng(seed)
     load, speed = rng.integers(1, 50, (1, 4)), rng.uniform(0.3, 1.0, 3)
     slots = np.array([[0, 1, 2, 3, 0, 1]], dtype=np.int32)

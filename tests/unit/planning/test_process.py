@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner's process: answers, dies, hangs and talks nonsense; the caller never waits."""
+"""The planner's process answers, raises, dies, hangs or is stopped, and the caller never waits for it."""
 
 import gc
 import os
@@ -24,11 +24,11 @@ PLACEMENT = Placement.initial(num_layers=2, num_experts=8, num_ranks=2, num_redu
 
 
 SIGNAL = "EPLB_TEST_SIGNAL"
-"""Names the file that a policy waits for."""
+"""Variable with the path of the file that a policy waits for."""
 
 
 def reverse(request: PlanRequest) -> Plan:
-    """A policy for tests; what the load says decides how it misbehaves."""
+    """A policy for tests; the first number of the load selects a fault."""
     order = int(request.load[0, 0, 0])
     if order == 1:
         raise ArithmeticError("cannot plan this")
@@ -80,14 +80,14 @@ def test_answers_carry_the_plan_and_the_number(process):
     assert process.answer(6) is None
 
 
-def test_the_child_imports_neither_torch_nor_vllm(process):
-    import torch  # noqa: F401  (the parent has it; a forked child, or one that imports the parent's main, would too)
+def test_child_imports_neither_torch_nor_vllm(process):
+    import torch  # noqa: F401  (a forked child, or one that imports the parent's main, would have it, too)
 
     process.submit(request(1, order=4))
     assert wait_for_answer(process, 1).error == ""
 
 
-def test_an_exception_of_the_policy_is_an_answer(process):
+def test_exception_of_the_policy_is_an_answer(process):
     process.submit(request(1, order=1))
     answer = wait_for_answer(process, 1)
     assert answer.plan is None
@@ -97,7 +97,7 @@ def test_an_exception_of_the_policy_is_an_answer(process):
     assert process.starts == 1
 
 
-def test_a_killed_child_is_replaced(process):
+def test_killed_child_is_replaced(process):
     for number in (1, 3):
         process.submit(request(number, order=2))
         answer = wait_for_answer(process, number)
@@ -107,7 +107,7 @@ def test_a_killed_child_is_replaced(process):
         assert wait_for_answer(process, number + 1).plan is not None
 
 
-def test_a_child_killed_while_idle_is_replaced(process):
+def test_child_killed_while_idle_is_replaced(process):
     process.submit(request(1))
     wait_for_answer(process, 1)
     killed = process.pid
@@ -118,7 +118,7 @@ def test_a_child_killed_while_idle_is_replaced(process):
 
 
 class Clock:
-    """Stands in for the module ``time`` where the child is looked after; it can be put forward."""
+    """Replaces the module ``time`` in the child's supervision; it can be put forward."""
 
     ahead = 0.0
 
@@ -137,7 +137,7 @@ def clock(monkeypatch):
 
 
 def put_forward_until_ended(clock: Clock, pid: int) -> None:
-    """Hours pass for the parent, so every request to the child times out."""
+    """Put the parent's clock forward by hours until the child has ended, so that every request times out."""
 
     def ended() -> bool:
         clock.ahead += 3600.0
@@ -146,7 +146,7 @@ def put_forward_until_ended(clock: Clock, pid: int) -> None:
     wait_until(ended)
 
 
-def test_a_newer_request_overtakes_one_that_hangs(process, clock):
+def test_newer_request_overtakes_one_that_hangs(process, clock):
     process.submit(request(1, order=3))
     wait_until(lambda: process.request is None and process.pid is not None)  # the child has it
     hanging = process.pid
@@ -172,7 +172,7 @@ def test_newer_request_overtakes_a_slow_one_in_one_child(monkeypatch, tmp_path):
         process.close()
 
 
-def test_a_request_given_as_the_last_answer_arrives_is_answered(process, monkeypatch):
+def test_request_made_as_an_answer_arrives_is_answered(process, monkeypatch):
     wait_until(lambda: process.child is not None)
     child, ask = process.child, process.child.ask
 
@@ -180,7 +180,7 @@ def test_a_request_given_as_the_last_answer_arrives_is_answered(process, monkeyp
         monkeypatch.setattr(child, "ask", ask)
         ask(first)
         wait_until(lambda: child.answers)
-        process.submit(request(2))  # as a step thread may, before this thread has looked at the answer
+        process.submit(request(2))  # before this thread has read the answer
 
     monkeypatch.setattr(child, "ask", ask_and_overtake)
     process.submit(request(1))
@@ -188,7 +188,7 @@ def test_a_request_given_as_the_last_answer_arrives_is_answered(process, monkeyp
     assert process.starts == 1
 
 
-def test_a_hanging_child_is_replaced_after_the_timeout(process, clock):
+def test_hanging_child_is_replaced_after_the_timeout(process, clock):
     process.submit(request(1))
     wait_for_answer(process, 1)
     hanging = process.pid
@@ -198,7 +198,7 @@ def test_a_hanging_child_is_replaced_after_the_timeout(process, clock):
     assert "within 120 s" in wait_for_answer(process, 2).error
 
 
-def test_a_stopped_child_neither_blocks_nor_survives(process, clock):
+def test_stopped_child_neither_blocks_nor_survives(process, clock):
     process.submit(request(1))
     wait_for_answer(process, 1)
     stopped = process.pid
@@ -206,9 +206,9 @@ def test_a_stopped_child_neither_blocks_nor_survives(process, clock):
     big = PlanRequest(2, np.ones((64, 2, 8000), dtype=np.int64), PLACEMENT.physical_to_logical, 8, (0, 0))
     caller = threading.Thread(target=process.submit, args=(big,), daemon=True)
     caller.start()
-    caller.join(120)  # larger than a pipe, and nobody reads it: whoever wrote it would never come back
+    caller.join(120)  # the request is larger than a pipe that is not read, so a direct write would block for ever
     assert not caller.is_alive()
-    wait_until(lambda: process.request is None)  # on its way; or else the next one would take its place
+    wait_until(lambda: process.request is None)  # it is being sent; otherwise the next request would replace it
     process.submit(request(3))
     put_forward_until_ended(clock, stopped)
     assert wait_for_answer(process, 3).plan is not None
@@ -217,7 +217,7 @@ def test_a_stopped_child_neither_blocks_nor_survives(process, clock):
 def wait_until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.002)
 
 
@@ -229,7 +229,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("stop_the_child", [False, True])
-def test_the_child_ends_with_a_killed_parent(stop_the_child):
+def test_child_ends_with_a_killed_parent(stop_the_child):
     code = f"""
 import multiprocessing, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -262,7 +262,7 @@ def descriptors() -> dict[str, str]:
     return found
 
 
-def test_planners_that_come_and_go_leave_nothing_behind(process, monkeypatch):
+def test_replaced_children_leave_nothing_behind(process, monkeypatch):
     monkeypatch.setattr("vllm_ascend_eplb.planning.process.RESTART_SECONDS", (0.0,))
     held: list[tuple[int, int, int]] = []
     for number in range(1, 9):
@@ -272,7 +272,7 @@ def test_planners_that_come_and_go_leave_nothing_behind(process, monkeypatch):
             wait_until(lambda: len([t for t in threading.enumerate() if t.name == "eplb-planner-answers"]) == 1)
             gc.collect()
             maps = Path("/proc/self/maps").read_text().splitlines()
-            semaphores = sum("/dev/shm/sem." in line for line in maps)  # under the name they were made with
+            semaphores = sum("/dev/shm/sem." in line for line in maps)  # mapped under the names they were made with
             assert semaphores > 0
             held.append((len(descriptors()), threading.active_count(), semaphores))
         killed = process.pid
@@ -281,7 +281,7 @@ def test_planners_that_come_and_go_leave_nothing_behind(process, monkeypatch):
     assert held[1] == held[0]
 
 
-def test_nobody_else_can_reach_what_parent_and_child_say(process):
+def test_other_users_cannot_read_the_planners_queues(process):
     process.submit(request(1))
     wait_for_answer(process, 1)
     pid = process.pid
@@ -295,7 +295,8 @@ def test_nobody_else_can_reach_what_parent_and_child_say(process):
         assert path.stat().st_mode & 0o077 == 0
 
 
-def test_folder_goes_with_last_process_of_killed_server():
+def test_folder_is_removed_with_the_last_process():
+    """The front end is killed; its child, the planner, removes the run's folder."""
     code = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})

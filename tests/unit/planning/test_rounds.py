@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounds: validity after each, buffer, coverage, no overwrite of a live source, levelled senders, few rounds."""
+"""Rounds: every round leaves a valid placement, keeps the buffer and overwrites no source; senders share the work."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def random_placement(rng: np.random.Generator, layers: int, experts: int, ranks:
 
 
 def moves_in_groups(rng: np.random.Generator, start: Placement, count: int) -> np.ndarray:
-    """Rows (layer, slot, expert, group): copies over redundant slots and swaps, as an incremental policy makes them."""
+    """Rows (layer, slot, expert, group): copies into redundant slots and swaps, as the policy "incremental" makes."""
     slots, copies = start.physical_to_logical.copy(), start.replica_count.copy()
     rows: list[tuple[int, int, int, int]] = []
     for group in range(count):
@@ -54,10 +54,10 @@ def moves_in_groups(rng: np.random.Generator, start: Placement, count: int) -> n
 
 
 def replay(start: Placement, rounds: list[Round], buffer_experts: int) -> np.ndarray:
-    """Carries rounds out with the bytes in view; an oracle that shares nothing with check_rounds.
+    """Carry out the rounds, slot by slot: an oracle that shares no code with check_rounds.
 
-    Transfers of round k may run from the commit of ``after`` on, so every source must hold the expert, and must not be
-    written, at every moment from then to the commit of k; the same goes for destinations being written twice.
+    Transfers of round k may run from the commit of ``after`` to the commit of k. During that time every source must
+    hold the expert and must not be written, and no destination may be written by another round.
     """
     history = [start.physical_to_logical.copy()]  # history[k]: before round k is committed
     size = start.slots_per_rank
@@ -99,7 +99,7 @@ def build(shape: tuple[int, int, int, int, float, int, bool]) -> tuple[np.random
 
 
 @given(shapes)
-def test_any_change_of_placement_becomes_valid_rounds(shape: tuple[int, int, int, int, float, int, bool]) -> None:
+def test_any_change_of_a_placement_becomes_valid_rounds(shape: tuple[int, int, int, int, float, int, bool]) -> None:
     rng, start, topology = build(shape)
     target = random_placement(rng, start.num_layers, start.num_experts, start.num_ranks, start.slots_per_rank)
     plan = Plan.between(start, target.physical_to_logical, np.ones((start.num_layers, start.num_experts)))
@@ -127,7 +127,7 @@ def test_groups_that_fit_stay_whole(shape: tuple[int, int, int, int, float, int,
 
 
 @given(shapes)
-def test_the_packed_form_loses_nothing(shape: tuple[int, int, int, int, float, int, bool]) -> None:
+def test_packed_rounds_are_unpacked_unchanged(shape: tuple[int, int, int, int, float, int, bool]) -> None:
     rng, start, topology = build(shape)
     rounds = schedule_rounds(start, moves_in_groups(rng, start, 20), topology, 2)
     back = rounds_from_array(rounds_to_array(rounds), start.slots_per_rank)
@@ -142,7 +142,7 @@ def test_empty_slots_are_filled() -> None:
     assert rounds[0].moves.tolist() == [[0, 3, 0, 0, 0]]
 
 
-def test_slots_of_one_rank_swap_with_one_staging_place() -> None:
+def test_slots_of_one_rank_swap_with_a_buffer_of_one() -> None:
     start = Placement([[0, 1, 2, 3]], 4, 2)
     moves = np.array([[0, 0, 1, 0], [0, 1, 0, 0]])
     rounds = schedule_rounds(start, moves, Topology.even(2), 1)
@@ -151,7 +151,7 @@ def test_slots_of_one_rank_swap_with_one_staging_place() -> None:
         schedule_rounds(Placement([[0, 1]], 2, 1), moves, Topology.even(1), 1)
 
 
-def test_the_nearest_and_least_busy_rank_sends() -> None:
+def test_nearest_and_least_busy_rank_sends() -> None:
     # expert 0 lives on ranks 0 (node 0) and 2 (node 1); ranks 1 and 3 want it
     start = Placement([[0, 1, 2, 1, 0, 3, 3, 2]], 4, 4)
     moves = np.array([[0, 3, 0, 0], [0, 6, 0, 1]])
@@ -159,7 +159,7 @@ def test_the_nearest_and_least_busy_rank_sends() -> None:
     assert {int(row[SLOT]): int(row[SOURCE]) for row in only_round.moves} == {3: 0, 6: 4}
 
 
-def test_an_expert_crosses_to_a_node_once_without_delay() -> None:
+def test_expert_crosses_to_a_node_once_without_delay() -> None:
     # ranks 2 and 3 of node 1 want expert 0 of node 0; rank 0 keeps four rounds busy in any case
     start = Placement([[0, 1, 0, 1, 2, 3, 2, 3]] * 4, 4, 4)
     moves = np.array([[0, 4, 0, 0], [0, 7, 0, 1], *([layer, 0, 2, 2 + layer] for layer in range(4))])
@@ -175,7 +175,7 @@ def test_an_expert_crosses_to_a_node_once_without_delay() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6), st.integers(1, 12))
-def test_senders_are_levelled_as_far_as_can_be(seed: int, ranks: int, count: int) -> None:
+def test_senders_share_the_work_optimally(seed: int, ranks: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     candidates = [sorted({int(slot) for slot in rng.integers(0, ranks, rng.integers(1, 4))}) for _ in range(count)]
     chosen = level_senders(candidates, 1, ranks, [ranks] * count)
@@ -206,7 +206,7 @@ def test_rounds_of_a_plan_are_near_the_bound(kind: str, ranks: int, slots: int) 
 
 @pytest.mark.parametrize(("ranks", "slots", "groups"), [(32, 9, 900), (64, 5, 2000)])
 @pytest.mark.parametrize("buffer", [1, 2, 4])
-def test_the_number_of_rounds_is_near_the_bound(buffer: int, ranks: int, slots: int, groups: int) -> None:
+def test_number_of_rounds_is_near_the_bound(buffer: int, ranks: int, slots: int, groups: int) -> None:
     rng = np.random.default_rng(3)
     start = random_placement(rng, 58, 256, ranks, slots)
     rounds = schedule_rounds(start, moves_in_groups(rng, start, groups), Topology.even(ranks, ranks // 8), buffer)
@@ -252,13 +252,13 @@ NONE_AFTER = -1
 
 
 @pytest.mark.parametrize(("moves", "after", "message"), bad_rounds())
-def test_the_check_finds_bad_rounds(moves: list[list[int]], after: int, message: str) -> None:
+def test_check_finds_bad_rounds(moves: list[list[int]], after: int, message: str) -> None:
     start = Placement([[0, 1, 2, 3]], 4, 2)
     with pytest.raises(RoundError, match=message):
         check_rounds(start, [Round(0, np.array(moves, dtype=np.int32), 2, after)], 1)
 
 
-def test_the_check_finds_rounds_that_overlap_too_early() -> None:
+def test_check_finds_rounds_that_overlap_too_early() -> None:
     start = Placement([[0, 1, 0, 2]], 3, 2)
     first = Round(0, np.array([[0, 2, 1, 0, 1]], dtype=np.int32), 2)
     second = Round(1, np.array([[0, 1, 2, 1, 3]], dtype=np.int32), 2)
@@ -280,7 +280,7 @@ def test_topology_is_checked() -> None:
 
 
 def sends_by_receipt(start: Placement, rounds: list[Round]) -> Counter:
-    """How often each (layer, expert, rank) that holds the expert after the rounds was sent it by another rank."""
+    """For every (layer, expert, rank): how often another rank sent the expert to that rank."""
     sent: Counter = Counter()
     for round_ in rounds:
         for layer, slot, expert, _, source in round_.moves.tolist():
@@ -290,8 +290,8 @@ def sends_by_receipt(start: Placement, rounds: list[Round]) -> Counter:
 
 
 @given(shapes, st.booleans())
-def test_an_expert_twice_on_a_rank_is_sent_once(shape, nodes):
-    """A whole layer in one group, as the policy "default" changes it, with many duplicates."""
+def test_expert_twice_on_a_rank_is_sent_once(shape, nodes):
+    """A layer changes as one group with many duplicates, as under the policy "default"."""
     rng = np.random.default_rng(shape[0])
     ranks, size = int(rng.integers(2, 7)), int(rng.integers(2, 6))
     experts = int(rng.integers(2, ranks * size // 2 + 2))
@@ -302,12 +302,12 @@ def test_an_expert_twice_on_a_rank_is_sent_once(shape, nodes):
         rounds = schedule_rounds(start, made.moves, topology, buffer)
         check_rounds(start, rounds, buffer, target)
         assert np.array_equal(replay(start, rounds, buffer), target.physical_to_logical)
-        whole = buffer == size  # a smaller buffer may cut cycles, which sends an expert through other ranks
+        whole = buffer == size  # with a smaller buffer, a cut cycle may send an expert through other ranks
         if whole:
             assert max(sends_by_receipt(start, rounds).values(), default=0) <= 1
 
 
-def test_the_second_copy_comes_from_the_rank_itself():
+def test_second_copy_comes_from_the_rank_itself():
     start = Placement(np.array([[0, 1, 2, 3, 2, 1]]), 4, 3)
     target = Placement(np.array([[2, 2, 0, 3, 3, 1]]), 4, 3)
     made = Plan.between(start, target.physical_to_logical, np.ones((1, 4)))

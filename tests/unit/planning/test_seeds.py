@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSeek's functions by name: vLLM's values, DeepSeek's results."""
+"""The functions of DeepSeek's EPLB: values equal to vLLM's, and results in DeepSeek's form."""
 
 import numpy as np
 import pytest
@@ -42,8 +42,8 @@ def test_replication_is_equal_to_vllm(seed, kind, experts, redundant, dtype):
     np.testing.assert_array_equal(phy2log, their_phy2log)
     np.testing.assert_array_equal(count, their_count)
     assert phy2log.dtype == rank.dtype == count.dtype == np.int64
-    for row, its_rank in zip(phy2log.tolist(), rank.tolist(), strict=True):
-        assert its_rank == [row[:i].count(expert) for i, expert in enumerate(row)]
+    for row, ranks_of_copies in zip(phy2log.tolist(), rank.tolist(), strict=True):
+        assert ranks_of_copies == [row[:i].count(expert) for i, expert in enumerate(row)]
 
 
 @settings(max_examples=1000, deadline=None)
@@ -75,13 +75,13 @@ def test_rebalancing_is_equal_to_vllm(seed, kind, ranks, num_groups, group_size,
         expected = theirs.rebalance_experts_hierarchical(given, num_slots, num_groups, num_nodes, num_ranks)
         np.testing.assert_array_equal(plain, expected)
         np.testing.assert_array_equal(plain_count, count)
-        key = plain * num_slots + rank  # copies 0..n-1 of every expert, each once
+        key = plain * num_slots + rank  # every expert has the copies 0..n-1 once
         assert all(len(np.unique(row)) == num_slots for row in key)
         assert (rank < np.take_along_axis(plain_count, plain, axis=1)).all()
 
 
 def check_maps(slots, by_expert, count, num_experts):
-    """logical_to_physical_map and expert_count say the same as physical_to_logical_map."""
+    """Assert that logical_to_physical_map and expert_count agree with physical_to_logical_map."""
     ours = Placement(slots, num_experts, 1)
     np.testing.assert_array_equal(count, ours.replica_count)
     assert by_expert.shape == (*count.shape, count.max())
@@ -91,7 +91,7 @@ def check_maps(slots, by_expert, count, num_experts):
     np.testing.assert_array_equal(np.where(used, in_order, -1), ours.logical_to_physical())
 
 
-def test_the_example_of_deepseeks_readme():
+def test_example_of_deepseeks_readme_gives_its_result():
     weight = [
         [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
         [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
@@ -104,8 +104,8 @@ def test_the_example_of_deepseeks_readme():
     assert count.sum(axis=1).tolist() == [16, 16]
 
 
-def test_the_order_of_copies_survives_slots_that_are_kept():
-    """Copies keep their number when they keep their slot: on every GPU the same copies as without an old placement."""
+def test_numbers_of_copies_survive_slots_that_are_kept():
+    """With an old placement slots are kept, but every GPU has the same copies, by number, as without it."""
     rng = np.random.default_rng(3)
     load = rng.integers(1, 1000, (4, 24))
     _, plain, _ = rebalance_experts(load, 32, 4, 2, 4)
@@ -134,7 +134,7 @@ def test_bad_input_is_named(call, says):
         call()
 
 
-def test_the_comparison_can_fail():
+def test_comparison_with_vllm_can_fail():
     rng = np.random.default_rng(0)
     load = torch.from_numpy(rng.integers(0, 1000, (3, 32)))
     assert not torch.equal(rebalance_experts(load, 40, 1, 1, 8)[0], theirs.rebalance_experts(load.flip(1), 40, 1, 1, 8))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The charts of the report: what they draw is where the values are."""
+"""The charts of the report draw the values at the right positions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_colours_run_from_end_to_end() -> None:
     assert tuple(ends[2]) == DIVERGING[2][1]
     assert tuple(ends[3]) == tuple(ends[4]) == DIVERGING[-1][1]
     grey = colours(np.linspace(0, 1, 50), SEQUENTIAL).astype(float) @ [0.299, 0.587, 0.114]
-    assert (np.diff(grey) < 0).all()  # also read when printed in grey
+    assert (np.diff(grey) < 0).all()  # readable in grey print, too
 
 
 def test_heat_map_says_its_range() -> None:
@@ -47,7 +47,7 @@ def test_heat_map_says_its_range() -> None:
     heat_map([[1.0]], "layers", "ranks", "load")
 
 
-def test_line_chart_puts_values_where_they_belong() -> None:
+def test_line_chart_draws_values_at_their_heights() -> None:
     text = line_chart([Line("a", "s0", [1.0, None, 2.0]), Line("b", "s1", [1.5, 1.5, 1.5])], "cycle", "PAR", [7, 8, 9])
     paths = re.findall(r' d="([^"]*)"', text)
     assert paths[0].count("M") == 2  # a gap where there is no value

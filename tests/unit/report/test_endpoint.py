@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The live page: what the routes answer, and the page in a real browser while the statistics change."""
+"""The live page: the answers of the routes, and the page in a real browser while the statistics change."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Page:
         @app.middleware("http")
         async def note(request, call_next):
             self.asked.append(request.url.path)
-            if self.asked.count("/eplb/part") == 3:  # in time for a look that comes after others
+            if self.asked.count("/eplb/part") == 3:  # new statistics between two requests of the page
                 self.write(statistics(7))
             return await call_next(request)
 
@@ -79,7 +79,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
     made.thread.join(20)
 
 
-def test_the_statistics_as_json(page: Page) -> None:
+def test_statistics_are_served_as_json(page: Page) -> None:
     assert page.get("/eplb/stats").status_code == 503
     assert "has not reported yet" in page.get("/eplb/stats").text
     page.write(statistics(2))
@@ -93,14 +93,14 @@ def test_the_statistics_as_json(page: Page) -> None:
     assert EplbStats.from_json(changed.text).cycles_done == 3
 
 
-def test_broken_statistics_are_said_to_be_so(page: Page) -> None:
+def test_broken_statistics_are_a_clear_error(page: Page) -> None:
     page.stats.write_text('{"hello": 1}')
     answer = page.get("/eplb/part")
     assert (answer.status_code, answer.headers["content-type"]) == (503, "text/plain; charset=utf-8")
     assert "not statistics" in answer.text
 
 
-def test_the_page_only_reads(page: Page) -> None:
+def test_page_only_reads(page: Page) -> None:
     page.write(statistics(1))
     for path in ("/eplb", "/eplb/part", "/eplb/stats"):
         for method in ("POST", "PUT", "PATCH", "DELETE"):
@@ -108,7 +108,7 @@ def test_the_page_only_reads(page: Page) -> None:
     assert "nothing_of_the_engine" not in page.get("/eplb/part").text
 
 
-def test_where_balancing_is_off(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_says_that_balancing_is_off(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(STATS_VARIABLE)
     assert "balancing is off in this server" in page.get("/eplb/part").text
 
@@ -122,7 +122,7 @@ def test_vllm_finds_the_plugin() -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian package chromium)")
-def test_in_chromium_it_follows_the_statistics(page: Page, tmp_path: Path) -> None:
+def test_page_in_chromium_follows_the_statistics(page: Page, tmp_path: Path) -> None:
     assert CHROMIUM is not None
     page.write(statistics(1, reason="</main><script>alert(1)</script>"))
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]

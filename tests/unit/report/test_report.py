@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report: one page that loads nothing, from real data, partial runs and hostile text."""
+"""The report: a page that loads nothing, made from real data, partial runs and hostile text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ VOID = {"meta", "link", "img"}
 
 
 class Reader(html.parser.HTMLParser):
-    """Checks that tags close, and keeps what the page would load and show."""
+    """Checks that tags close, and keeps the addresses that the page loads and the text that it shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def read(page: str) -> Reader:
 
 
 def run_statistics(cycles: int = 6) -> EplbStats:
-    """What a server would have kept over the first windows of the recorded trace."""
+    """The statistics of a server over the first windows of the recorded trace."""
     trace = read_trace(TRACE).load
     keeper = StatsKeeper("0.1.0", "incremental", "balance")
     placement = start = Placement.initial(6, 64, 8, 8)
@@ -167,7 +167,7 @@ def test_page_of_an_observed_run() -> None:
 
 
 def test_page_of_a_run_tells_the_95th_percentile() -> None:
-    """A page of plans made from several windows has a column for it, others do not."""
+    """Only a page with plans from several windows has the column."""
     for percentiles in ((), ([1.5, 1.7], [1.2, 1.0])):
         keeper = StatsKeeper("0.1.0", "incremental", "balance")
         keeper.window_ended(rank_window([[30.0, 10.0], [20.0, 20.0]], [[30.0, 10.0], [20.0, 20.0]]))
@@ -226,7 +226,7 @@ def test_tables_of_ragged_rows_are_left_out(simulation: Simulation) -> None:
 
 
 def test_page_of_a_recorded_map(tmp_path: Path) -> None:
-    """As MapRecorder leaves it: the map, and beside it the load of the last windows."""
+    """The page shows the map and the load of the last windows, as MapRecorder wrote them."""
     trace = read_trace(TRACE).load[:5].astype(np.int64)
     placement = Placement(plan(trace[-1], Placement.initial(6, 64, 8, 8), 8).physical_to_logical, 64, 8)
     recorder = MapRecorder(tmp_path / "map.json")
@@ -254,7 +254,7 @@ def test_page_of_a_recorded_map(tmp_path: Path) -> None:
     assert "is a second map; give one of each kind" in twice.stderr
 
 
-def test_the_command(tmp_path: Path, simulation: Simulation) -> None:
+def test_report_command_writes_a_page_or_one_error_line(tmp_path: Path, simulation: Simulation) -> None:
     run, sim, page = tmp_path / "run.json", tmp_path / "sim.json", tmp_path / "page.html"
     StatsFile(run).write(run_statistics())
     sim.write_text(simulation.to_json())
@@ -298,13 +298,13 @@ def console_of(page: Path, tmp_path: Path) -> tuple[list[str], str]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian package chromium)")
-def test_in_chromium(tmp_path: Path, simulation: Simulation) -> None:
+def test_report_in_chromium_writes_nothing_to_the_console(tmp_path: Path, simulation: Simulation) -> None:
     page = tmp_path / "page.html"
     page.write_text(make_page(run_statistics(), simulation, HOSTILE), encoding="utf-8")
     console, document = console_of(page, tmp_path)
     assert console == []
     assert "Load per layer and expert" in document
-    # a control: what the page's policy forbids does show on the console
+    # the control: the console shows a request that the page's policy forbids
     bad = page.read_text().replace("</body>", '<img src="http://127.0.0.1:9/x"></body>')
     page.write_text(bad)
     console, _ = console_of(page, tmp_path)

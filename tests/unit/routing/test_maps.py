@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DispatchMaps: what the routers read follows the placements, in place."""
+"""DispatchMaps and RoutingTables: the tensors that routers read follow the placements, in place."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_too_many_replicas_are_refused():
 
 
 @pytest.mark.parametrize("offset", [0, 1, 319])
-def test_routing_tables_take_what_the_op_takes(offset: int):
+def test_routing_tables_choose_the_slots_of_the_op(offset: int):
     for seed in range(5):
         placement = random_placement(seed)
         tables, maps = RoutingTables(placement, "cpu", offset), DispatchMaps(placement, "cpu", width=8)
@@ -77,7 +77,7 @@ def test_routing_tables_take_what_the_op_takes(offset: int):
 
 
 def test_routing_tables_spread_an_expert_over_its_replicas():
-    """Also the tokens of a small batch."""
+    """Replicas get equal shares, also in a small batch."""
     placement = Placement(np.array([[0, 1, 2, 0, 1, 0]], dtype=np.int32), 3, 2)
     table = RoutingTables(placement, "cpu").table[0]
     for rows, most in ((ROUTING_ROWS, 0.01), (32, 0.08)):
@@ -109,7 +109,7 @@ def test_routing_tables_follow_commits_in_place():
 @pytest.mark.parametrize("replicas", range(1, 17))
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 def test_ranks_with_few_tokens_take_all_replicas(replicas: int, tokens: int):
-    """As many ranks as an expert has replicas, the same few tokens each: every replica takes as many."""
+    """With as many ranks as replicas and few tokens per rank, all replicas get equally many tokens."""
     placement = Placement(np.r_[np.zeros(replicas, dtype=np.int32), np.arange(1, 17)][None], 17, 1)
     taken = [RoutingTables(placement, "cpu", rank).table[0, :tokens, 0].numpy() for rank in range(replicas)]
     assert (np.bincount(np.concatenate(taken), minlength=replicas)[:replicas] == tokens).all()

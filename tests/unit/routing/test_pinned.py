@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pinned rows outlive their copies, by the copies' own events."""
+"""Pinned rows are kept until the events of their copies are done."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_ascend_eplb.values.placement import Placement
 
 
 class LateEvent:
-    """A stand-in for a device's event; ``done`` says when the device got there."""
+    """A stand-in for a device's event; ``done`` is true when the device has reached it."""
 
     made: list[LateEvent]
 
@@ -40,7 +40,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[LateEvent]:
 
 
 def test_rows_are_kept_until_their_copies_are_done(events: list[LateEvent]) -> None:
-    """However many commits the host is ahead; a fixed number of them would let go of rows that are being read."""
+    """The host may be any number of commits ahead, so a fixed number of kept rows would release rows still in use."""
     pinned, device_rows = PinnedRows(torch.device("cuda")), torch.zeros(3)
     for number in range(5):
         pinned.keep(device_rows)
@@ -51,7 +51,7 @@ def test_rows_are_kept_until_their_copies_are_done(events: list[LateEvent]) -> N
     assert pinned.num_kept == 3
 
 
-def test_a_host_has_nothing_to_keep() -> None:
+def test_host_keeps_no_rows() -> None:
     pinned = PinnedRows(torch.device("cpu"))
     rows: Any = pinned.rows(np.arange(6).reshape(2, 3)[:, ::-1])
     assert rows.tolist() == [[2, 1, 0], [5, 4, 3]]
@@ -61,7 +61,7 @@ def test_a_host_has_nothing_to_keep() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_maps_let_go_of_rows_once_copied() -> None:
+def test_maps_release_rows_once_copied() -> None:
     placement = Placement.initial(2, 4, 2, 2)
     maps = DispatchMaps(placement, "cuda", 2)
     for _ in range(5):

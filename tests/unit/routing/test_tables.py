@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dispatch tables: shares within one entry, realised by the op for few tokens, changed in place."""
+"""Dispatch tables: rows hold shares to within one entry, the op keeps shares for few tokens, commits are in place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_ascend_eplb.values.placement import EMPTY, Placement
 
 
 def skewed(rng: np.random.Generator, layers: int, experts: int, ranks: int, slots: int) -> tuple[Placement, np.ndarray]:
-    """A placement whose hot experts have several replicas, and uneven shares for it."""
+    """A placement whose hot experts have several replicas, and uneven shares."""
     spare = ranks * slots - experts
     rows = [
         rng.permutation(np.r_[np.arange(experts), rng.integers(0, max(1, experts // 8), spare)]) for _ in range(layers)
@@ -51,8 +51,8 @@ def test_rows_realise_shares_to_within_one_entry(seed: int, entries: int) -> Non
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_by_token_they_take_the_same_entries_as_the_op(rank: int) -> None:
-    """Also after a commit, and after new shares."""
+def test_routing_tables_take_the_same_entries_as_the_op(rank: int) -> None:
+    """The entries by token are equal at the start, after a commit and after new shares."""
     placement, shares = skewed(np.random.default_rng(2), 3, 20, 4, 7)
     new_placement, other_shares = skewed(np.random.default_rng(3), 3, 20, 4, 7)
     both = [kind(placement, "cpu", 32, rank=rank, num_ranks=4) for kind in (DispatchTables, RoutingDispatchTables)]
@@ -90,12 +90,12 @@ def test_shares_hold_however_few_tokens_a_rank_has(tokens: int, most: float) -> 
             ids = torch.arange(64).repeat(tokens, 1)
             ops.map_and_record(ids, tables.table[0], tables.count[0], counts, torch.ones(1, dtype=torch.bool))
         realised = normalised(placement, counts.numpy()[None] + 1e-9)
-        replicated = shares < 1  # of the others every table is right
+        replicated = shares < 1  # an expert with one replica cannot be wrong
         return float(np.abs(realised - shares)[replicated].mean())
 
     assert mean_error(turned=True) < most
     if tokens == 1:
-        assert mean_error(turned=False) > 0.2  # all ranks take the same replica: what the turn is for
+        assert mean_error(turned=False) > 0.2  # the control: without the turn all ranks take the same replica
 
 
 def test_without_a_turn_the_tables_of_all_ranks_are_equal() -> None:
@@ -107,7 +107,7 @@ def test_without_a_turn_the_tables_of_all_ranks_are_equal() -> None:
     assert torch.equal(tables[0].table, tables[1].table)
 
 
-def test_a_commit_changes_its_layers_in_place() -> None:
+def test_commit_changes_its_layers_in_place() -> None:
     rng = np.random.default_rng(3)
     placement, shares = skewed(rng, 3, 12, 4, 4)
     after, _ = skewed(rng, 3, 12, 4, 4)
@@ -161,7 +161,7 @@ def test_captured_step_routes_by_shares_put_between_replays() -> None:
     even = even_shares(placement)
     for number, wanted in enumerate([even, shares, even, shares]):
         if number:
-            tables.put(tables.rows_of(placement, wanted))  # replays follow without a wait of the host
+            tables.put(tables.rows_of(placement, wanted))  # the host does not wait before the replays
         counts.zero_()
         for _ in range(3):
             graph.replay()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings beside ``eplb_config``: no key of ours is ignored at a wrong place, no key of a neighbour is refused.
+"""Settings outside ``eplb_config``: a misplaced key of ours is never ignored, a key of another program never refused.
 
-Where this kind can occur: the top level of ``additional_config`` (a setting, an old name, a misspelling, another case,
-a dot in place of a brace), inside another key (``additional_config`` written twice, another plugin's table),
-``eplb_config`` itself under another name, ``eplb_config`` without its switch, and vLLM's own ``--enable-eplb`` and
-``--eplb-config``. Not here: environment variables of vllm-ascend, which tests/unit/adaptors/test_ascend_config.py has.
+Cases: the top level of ``additional_config`` (a setting, an old name, a misspelling, another case, a dot instead of a
+brace); inside another key (``additional_config`` written twice, another plugin's table); ``eplb_config`` under another
+name or without its switch; vLLM's own ``--enable-eplb`` and ``--eplb-config``. The environment variables of vllm-ascend
+are in tests/unit/adaptors/test_ascend_config.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def target(name: str) -> str:
 
 @pytest.mark.parametrize("name", sorted({*EplbConfig.model_fields, *MOVED_INTO_EPLB_CONFIG}))
 def test_own_key_at_top_level_is_refused(name: str) -> None:
-    """Every setting and every old name, beside an eplb_config that turns the balancer on."""
+    """Every setting and every old name is refused beside an eplb_config that turns the balancer on."""
     message = refusal({name: 50, **ON})
     assert f"additional_config.{name} " in message
     assert f'{{"eplb_config": {{"{target(name)}": 50}}}}' in message
@@ -72,7 +72,7 @@ def test_own_key_in_other_spelling_is_refused(name: str, spelling: int) -> None:
 
 
 def misspelt(name: str, rng: random.Random) -> str:
-    """One letter left out, doubled, replaced, or exchanged with the next."""
+    """``name`` with one letter left out, doubled, replaced, or exchanged with the previous one."""
     at = rng.randrange(1, len(name) - 1)
     letter = rng.choice(string.ascii_lowercase)
     return rng.choice(
@@ -120,7 +120,7 @@ def test_eplb_config_of_nothing_is_off(nothing: object) -> None:
 
 
 def test_misspelt_common_word_is_only_remarked_on() -> None:
-    """Another program may have a key like ``model``; so balancing starts, with one line in the log."""
+    """Another program may have a key like ``model``, so balancing starts, with one log line."""
     for key, meant in (("modes", "mode"), ("polcy", "policy"), ("trasport", "transport")):
         given_settings = {key: "x", **ON}
         assert EplbConfig.from_additional_config(given_settings).active
@@ -173,7 +173,7 @@ def test_eplb_config_inside_itself_is_refused() -> None:
 
 
 def test_settings_without_the_switch_are_remarked_on() -> None:
-    """vllm-ascend starts with redundant experts that nothing moves; so do we, and say it."""
+    """vllm-ascend then starts with redundant experts that never move. We do the same and log it."""
     for inner in ({"num_redundant_experts": 2}, {"mode": "observe"}, {"eplb_policy_type": 1, "min_gain": 0}):
         (line,) = remarks({"eplb_config": inner})
         assert "EPLB is off" in line
@@ -187,8 +187,8 @@ OFF = [False, "false", "False", 0, 0.0, "0", "off", "no"]
 
 
 @pytest.mark.parametrize("off", OFF)
-def test_off_stays_out_of_the_way(off: object) -> None:
-    """With the balancer off, nothing that stands there ends the start, and nothing is logged."""
+def test_balancer_that_is_off_checks_no_settings(off: object) -> None:
+    """With the balancer off, no setting ends start-up and nothing is logged."""
     for given_settings in (
         {"eplb_config": {"dynamic_eplb": off}},
         {"eplb_config": {"dynamic_eplb": off, "unknown": 1, "num_redundant_experts": "x"}},
@@ -205,7 +205,7 @@ def test_off_stays_out_of_the_way(off: object) -> None:
 
 @pytest.mark.parametrize("value", [1, True, "x", None, [], {"enabled": True, "mode": "dynamic", "policy": {"a": 1}}])
 def test_keys_of_neighbours_pass(value: object) -> None:
-    """The top-level keys of both vllm-ascend releases and of vLLM, alone and beside settings of ours."""
+    """Top-level keys of both vllm-ascend releases and of vLLM are accepted, alone and beside our settings."""
     assert {"enable_force_eplb", "refresh", "weight_nz_mode", "gdn_prefill_backend"} <= OF_NEIGHBOURS
     neighbours = dict.fromkeys(OF_NEIGHBOURS, value)
     assert EplbConfig.from_additional_config(neighbours) == EplbConfig()
@@ -246,14 +246,14 @@ def test_vllms_own_settings_beside_ours_are_refused(left: dict[str, object], lin
             refuse_vllms_own(config, False, made)
         assert line in str(caught.value)
         assert "leave out --eplb-config" in str(caught.value)
-        refuse_vllms_own(EplbConfig(), True, made)  # off: none of ours
+        refuse_vllms_own(EplbConfig(), True, made)  # accepted while our balancer is off
     for nothing in (EPLBConfig(), None, {}):
         refuse_vllms_own(config, False, nothing)
     with pytest.raises(EplbConfigError, match="leave out --enable-eplb"):
         refuse_vllms_own(config, True, EPLBConfig())
 
 
-def test_vllms_real_defaults_are_no_left_over() -> None:
+def test_vllms_real_defaults_are_accepted() -> None:
     parallel = pytest.importorskip("vllm.config.parallel")
     config = EplbConfig.from_additional_config(ON)
     refuse_vllms_own(config, False, parallel.EPLBConfig())
@@ -275,8 +275,8 @@ TABLES = st.recursive(
 @settings(max_examples=600, deadline=None)
 @given(st.dictionaries(KEYS | st.integers(), TABLES, max_size=4), st.booleans())
 def test_any_neighbours_give_settings_or_one_line(around: dict[object, object], on: bool) -> None:
-    """Random tables beside eplb_config: settings, or one printable line of bounded length. What is refused names a key
-    that stands there, and taking that key out helps in the end."""
+    """Random tables beside eplb_config give settings, or one printable line of bounded length. After the misplaced keys
+    are removed, the table is accepted."""
     table = {**around, **(ON if on else {})}
     for _ in range(len(table) + 1):
         try:
@@ -298,4 +298,4 @@ def test_any_neighbours_give_settings_or_one_line(around: dict[object, object], 
         assert config.active or not on or around.get("eplb_config") is not None
         assert all(line.isprintable() for line in remarks(table))
         return
-    raise AssertionError("keys were taken out and it is still refused")
+    raise AssertionError("the table is refused although all misplaced keys were removed")

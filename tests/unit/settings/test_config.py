@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings: defaults, each refusal with its message, and random dictionaries.
+"""The settings: defaults, refusals with their messages, and random dictionaries.
 
-One file, because it is one table of values, with the message of each.
+One file, because it is one table of values and messages.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def refusal(additional_config: object) -> str:
 
 
 @pytest.mark.parametrize("nothing", [None, {}, {"eplb_config": {}}, {"of_another_plugin": 1}, object()])
-def test_nothing_given_is_off(nothing: object) -> None:
+def test_no_settings_mean_off(nothing: object) -> None:
     config = EplbConfig.from_additional_config(nothing)
     assert config == EplbConfig()
     assert not config.active
@@ -60,7 +60,7 @@ def test_defaults_of_vllm_ascend() -> None:
 
 
 @pytest.mark.parametrize("key", ["dynamic_eplb", "expert_map_path", "expert_map_record_path"])
-def test_active(key: str) -> None:
+def test_switch_and_maps_make_the_balancer_active(key: str) -> None:
     assert parse(**{key: True if key == "dynamic_eplb" else "map.json"}).active
     assert not parse(mode="observe", num_redundant_experts=4).active
 
@@ -75,11 +75,11 @@ def test_active(key: str) -> None:
         ({"eplb_policy_type": 1, "policy": "random"}, "random"),
     ],
 )
-def test_policy_name(settings: dict[str, object], name: str) -> None:
+def test_policy_follows_its_name_or_its_number(settings: dict[str, object], name: str) -> None:
     assert parse(**settings).policy_name == name
 
 
-def test_frozen() -> None:
+def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         parse().dynamic_eplb = True  # type: ignore[misc]
 
@@ -117,7 +117,7 @@ def test_frozen() -> None:
         ("expert_map_path", 3, "is an integer; allowed: a path | null"),
     ],
 )
-def test_bad_value(key: str, value: object, expected: str) -> None:
+def test_bad_value_is_refused_with_the_allowed_ones(key: str, value: object, expected: str) -> None:
     message = refusal({"eplb_config": {key: value}})
     assert message.startswith(f"eplb_config.{key} = ")
     assert expected in message
@@ -146,7 +146,7 @@ def test_bad_value(key: str, value: object, expected: str) -> None:
         ({"eplb_config": [True]}, "is a list; it must be a dictionary"),
     ],
 )
-def test_bad_key_or_shape(additional_config: object, expected: str) -> None:
+def test_bad_key_or_shape_is_refused_with_the_right_one(additional_config: object, expected: str) -> None:
     assert expected in refusal(additional_config)
 
 
@@ -163,7 +163,7 @@ OLD_NAMES = {
 
 
 @pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
-def test_an_old_name_is_refused_with_the_new_one(old: str, new: str) -> None:
+def test_old_name_is_refused_with_the_new_one(old: str, new: str) -> None:
     assert set(OLD_NAMES) == set(MOVED_INTO_EPLB_CONFIG)
     message = refusal({old: 1, "eplb_config": {"dynamic_eplb": True}})
     assert f"additional_config.{old} is an old name" in message
@@ -187,7 +187,7 @@ def serve(
 
 
 @pytest.mark.parametrize("redundant", [0, 4, 192])
-def test_serving_accepts(redundant: int) -> None:
+def test_serving_accepts_a_good_redundancy(redundant: int) -> None:
     serve(parse(dynamic_eplb=True, num_redundant_experts=redundant))
 
 
@@ -206,7 +206,7 @@ def test_serving_accepts(redundant: int) -> None:
         (400, {"num_experts": 63}, "allowed are 1..189 in steps of 4"),
     ],
 )
-def test_serving_refuses(redundant: int, changes: dict[str, object], expected: str) -> None:
+def test_serving_refuses_settings_that_do_not_fit(redundant: int, changes: dict[str, object], expected: str) -> None:
     with pytest.raises(EplbConfigError) as caught:
         serve(parse(dynamic_eplb=True, num_redundant_experts=redundant), **changes)
     assert expected in str(caught.value)
@@ -229,7 +229,7 @@ def test_suggested_redundancy_works(experts: int, ranks: int, redundant: int) ->
 
 
 def write_map(path: Path, **changes: object) -> str:
-    """A map for 2 layers of 64 experts on 4 ranks, with 4 redundant experts."""
+    """Write a map for 2 layers of 64 experts on 4 ranks with 4 redundant experts."""
     placement = Placement.initial(**{"num_layers": 2, "num_experts": 64, "num_ranks": 4, "num_redundant": 4} | changes)
     write_expert_map(path, placement)
     return str(path)
@@ -243,7 +243,7 @@ def map_refusal(key: str, path: object, **changes: object) -> str:
     return str(caught.value)
 
 
-def test_a_map_to_start_from_says_how_many_experts_are_redundant(tmp_path: Path) -> None:
+def test_start_map_gives_the_number_of_redundant_experts(tmp_path: Path) -> None:
     path = write_map(tmp_path / "map.json")
     assert serve(parse(expert_map_path=path), num_layers=2) == 4
     assert serve(parse(expert_map_path=path, num_redundant_experts=4, dynamic_eplb=True)) == 4
@@ -261,7 +261,7 @@ def test_map_alone_is_a_static_placement(tmp_path: Path) -> None:
     assert parse(expert_map_record_path=path).dynamic  # as in vllm-ascend
 
 
-def test_an_expert_twice_on_a_device_is_no_reason_not_to_start(tmp_path: Path) -> None:
+def test_expert_twice_on_a_device_does_not_stop_the_start(tmp_path: Path) -> None:
     slots = Placement.initial(2, 64, 4, 4).physical_to_logical.copy()
     slots[1, 1] = 0
     slots[1, 67] = 1
@@ -279,20 +279,20 @@ def test_an_expert_twice_on_a_device_is_no_reason_not_to_start(tmp_path: Path) -
         ({"num_experts": 60, "num_redundant": 8}, {}, "layer 0 has no copy of expert 60 on any device"),
     ],
 )
-def test_a_map_for_another_model_is_refused(
+def test_map_for_another_model_is_refused(
     tmp_path: Path, made: dict[str, int], serving: dict[str, int], expected: str
 ) -> None:
     path = write_map(tmp_path / "map.json", **made)
     assert expected in map_refusal("expert_map_path", path, **serving)
 
 
-def test_a_map_with_more_slots_than_can_serve_is_refused(tmp_path: Path) -> None:
+def test_map_with_too_many_slots_is_refused(tmp_path: Path) -> None:
     slots = np.tile(np.arange(260, dtype=np.int32) % 64, (2, 1))
     write_expert_map(tmp_path / "map.json", Placement(slots, 64, 4))
     assert "260 slots per layer, more than 256" in map_refusal("expert_map_path", tmp_path / "map.json")
 
 
-def test_expert_map_path(tmp_path: Path) -> None:
+def test_expert_map_path_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     map_file = tmp_path / "map.json"
     assert "does not exist" in map_refusal("expert_map_path", map_file)
     assert "is a directory" in map_refusal("expert_map_path", tmp_path)
@@ -306,7 +306,7 @@ def test_expert_map_path(tmp_path: Path) -> None:
         assert "may not be read" in map_refusal("expert_map_path", map_file)
 
 
-def test_expert_map_record_path(tmp_path: Path) -> None:
+def test_record_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     key = "expert_map_record_path"
     assert serve(parse(**{key: str(tmp_path / "map.json")})) == 0
     assert "is a directory" in map_refusal(key, tmp_path)
@@ -349,7 +349,7 @@ VALUES = st.recursive(
 )
 
 
-def test_unprintable_values() -> None:
+def test_unprintable_values_are_shown_by_type() -> None:
     assert "num_redundant_experts = <int> is out of range" in refusal(
         {"eplb_config": {"num_redundant_experts": 10**5000}}
     )
@@ -357,7 +357,7 @@ def test_unprintable_values() -> None:
 
 
 def means(read: object, value: object) -> bool:
-    """True if a setting was read as given: the value itself, or the number or boolean that its text spells."""
+    """True if a setting was read as given: as the value, or as the number or boolean that a text spells."""
     if isinstance(read, bool):
         return str(value).strip().lower() in (("true", "t", "yes", "y", "on", "1") if read else FALSE)
     if isinstance(value, str) and isinstance(read, (int, float)):
@@ -372,9 +372,11 @@ FALSE = ("false", "f", "no", "n", "off", "0")
 
 @settings(max_examples=1500, deadline=None)
 @given(st.dictionaries(KEYS, VALUES, max_size=4), st.dictionaries(KEYS, VALUES, max_size=2))
-def test_random_dictionaries(eplb_config: dict[object, object], around: dict[object, object]) -> None:
-    """A dictionary gives settings that say what it said, or one line that explains; nothing else. Settings of another
-    EPLB alone give none."""
+def test_any_dictionary_gives_settings_or_one_line(
+    eplb_config: dict[object, object], around: dict[object, object]
+) -> None:
+    """A dictionary gives settings with the given values, or one error line. Settings of another EPLB alone give the
+    defaults."""
     message = None
     try:
         config = EplbConfig.from_additional_config({**around, "eplb_config": eplb_config})
@@ -389,13 +391,13 @@ def test_random_dictionaries(eplb_config: dict[object, object], around: dict[obj
         assert config == EplbConfig()
         return
     if says_off(eplb_config) and config == EplbConfig():
-        return  # off, whatever else it says
+        return  # off: other settings are not read
     for key, value in eplb_config.items():
         assert means(getattr(config, str(key)), value)
 
 
 def valid(name: str) -> st.SearchStrategy[object]:
-    """Values that the field accepts, made from the very constraints that it states."""
+    """Values that a field accepts, made from the constraints of the field."""
     field = EplbConfig.model_fields[name]
     low = next((m.ge for m in field.metadata if hasattr(m, "ge")), None)
     high = next((m.le for m in field.metadata if hasattr(m, "le")), None)
@@ -421,17 +423,17 @@ VALID = st.fixed_dictionaries({}, optional={name: valid(name) for name in EplbCo
 @settings(max_examples=1000, deadline=None)
 @given(VALID, st.data())
 def test_one_bad_value_among_good_ones_is_named(good: dict[str, object], data: st.DataObject) -> None:
-    """Good values alone are taken as they are; with one bad one or one unknown key the message names that one."""
+    """Good values are kept as given. If a bad value or an unknown key is added, the message names it."""
     config = parse(**good)
     for key, value in good.items():
         assert getattr(config, key) == value
-    good["dynamic_eplb"] = True  # off, nothing is refused
+    good["dynamic_eplb"] = True  # while off, nothing is refused
     key = data.draw(st.sampled_from(sorted(set(EplbConfig.model_fields) - {"dynamic_eplb"})))
     bad = data.draw(
         st.sampled_from([[], {}, {"a": 1}, b"x", object(), -1.5e308, float("nan"), 10**30, "", "\n\n", Unprintable()])
     )
     if key in ("expert_map_path", "expert_map_record_path", "calibration_path") and bad == "\n\n":
-        return  # a name that a file may have
+        return  # a valid file name
     message = refusal({"eplb_config": {**good, key: bad}})
     assert message.startswith(f"eplb_config.{key} = ")
     assert message.isprintable()
@@ -441,7 +443,7 @@ def test_one_bad_value_among_good_ones_is_named(good: dict[str, object], data: s
 
 @settings(max_examples=500, deadline=None)
 @given(VALID, st.none() | st.integers(-3, 10**6), st.integers(-3, 10**5), st.booleans(), st.booleans())
-def test_any_model_and_server_get_settings_or_one_line(
+def test_any_model_and_server_give_settings_or_one_line(
     good: dict[str, object], experts: int | None, ranks: int, expert_parallel: bool, vllm_eplb: bool
 ) -> None:
     message = "-"
@@ -454,7 +456,7 @@ def test_any_model_and_server_get_settings_or_one_line(
 
 
 @pytest.mark.parametrize("depth", [100, 100_000])
-def test_sizes_without_reason_end_in_one_line_and_at_once(depth: int) -> None:
+def test_enormous_values_end_in_one_short_line(depth: int) -> None:
     nested: object = 1
     for _ in range(depth):
         nested = [nested]
@@ -468,7 +470,7 @@ def test_settings_page_shows_this_table() -> None:
     assert settings_table() in page
 
 
-def test_speeds_of_ranks() -> None:
+def test_rank_speeds_are_checked() -> None:
     assert parse(rank_speed=[1, 0.5]).rank_speed == [1.0, 0.5]
     for value, wrong in (
         ([0.0], "not a list of such numbers"),
@@ -491,7 +493,7 @@ def test_speeds_of_ranks() -> None:
 
 
 def test_limits_reach_the_planner() -> None:
-    """Each is a keyword of plan(), which keeps it."""
+    """Every limit in the settings becomes the option of plan() that keeps it."""
     pytest.importorskip("torch")
     from vllm_ascend_eplb.balancer.lead import plan_options
 

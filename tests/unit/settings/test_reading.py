@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values as other programs hand them over: what vLLM and vllm-ascend take is taken, or the line says what to write.
+"""Settings accept the forms of values that vLLM and vllm-ascend accept; for other forms the error says what to write.
 
-Where this kind can occur: every setting, by its type. Booleans come as words and as 0 and 1 (vllm-ascend's own tests
-write ``"true"``), numbers as text (YAML reads ``1e-2`` as a string) and as integral floats, all of them as NumPy's and
-torch's scalars, paths as ``Path`` and with ``~`` or ``$HOME``.
+Cases, by type of setting: booleans as words and as 0 and 1 (vllm-ascend's own tests write ``"true"``); numbers as text
+(YAML reads ``1e-2`` as a string) and as integral floats; scalars of NumPy and torch; paths as ``Path`` and with ``~``
+or ``$HOME``.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ INTEGERS = [
 @pytest.mark.parametrize(
     "name", ["expert_heat_collection_interval", "num_redundant_experts", "max_moves_per_cycle", "audit_interval"]
 )
-def test_forms_of_integers(name: str, value: object) -> None:
+def test_every_form_of_an_integer_is_read(name: str, value: object) -> None:
     read = getattr(parse(**{name: value}), name)
     assert read == 600
     assert type(read) is int
@@ -94,12 +94,12 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("value", NUMBERS, ids=repr)
-def test_forms_of_numbers(value: object) -> None:
+def test_every_form_of_a_number_is_read(value: object) -> None:
     assert parse(min_gain=value).min_gain == pytest.approx(0.01)
     assert parse(rank_speed=[1, value if float(value) > 0.1 else "1.0"]).rank_speed == [1.0, 1.0]  # type: ignore[arg-type]
 
 
-def test_torch_scalars_and_arrays() -> None:
+def test_torch_scalars_and_arrays_are_read() -> None:
     torch = pytest.importorskip("torch")
     assert parse(num_redundant_experts=torch.tensor(4)).num_redundant_experts == 4
     assert parse(min_gain=torch.tensor(0.5)).min_gain == 0.5
@@ -112,7 +112,7 @@ class Stage(str, enum.Enum):
     PREFILL = "prefill"
 
 
-def test_choices_of_other_types() -> None:
+def test_choices_may_be_enums_and_numpy_text() -> None:
     assert parse(eplb_heat_collection_stage=Stage.PREFILL).eplb_heat_collection_stage == "prefill"
     assert parse(mode=np.str_("observe")).mode == "observe"
 
@@ -144,14 +144,14 @@ def test_choices_of_other_types() -> None:
     ],
 )
 def test_ambiguous_value_is_refused(name: str, value: object) -> None:
-    """Negative control: the forms taken are no free-for-all."""
+    """Negative control: not every form is accepted."""
     with pytest.raises(EplbConfigError) as caught:
         parse(**{name: value})
     assert str(caught.value).startswith(f"eplb_config.{name} = ")
     assert "; allowed: " in str(caught.value)
 
 
-def test_no_valid_text_is_read_otherwise_than_by_pydantic() -> None:
+def test_text_is_read_as_pydantic_reads_it() -> None:
     for text in ("1", "0", "12", "1e1", "0.5", "10.0", "-1", "1e-2", "", "a", "00", "1.", "+2"):
         for name, kind in (("audit_interval", int), ("min_gain", float)):
             try:
@@ -165,7 +165,7 @@ def test_no_valid_text_is_read_otherwise_than_by_pydantic() -> None:
             assert expected is None or read == expected
 
 
-def test_paths_as_objects_and_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_may_be_objects_and_have_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_expert_map(tmp_path / "map.json", Placement.initial(2, 8, 2, 2))
     for value in (tmp_path / "map.json", Path("~/map.json"), "~/map.json"):
@@ -177,7 +177,7 @@ def test_paths_as_objects_and_with_a_tilde(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("variable", ["$HOME", "${HOME}", "$NOT_SET_ANYWHERE"])
 @pytest.mark.parametrize("name", ["expert_map_path", "expert_map_record_path"])
-def test_a_variable_in_a_path_is_named(name: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variable_in_a_path_is_named(name: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     with pytest.raises(EplbConfigError) as caught:
         fit(parse(**{name: f"{variable}/maps/map.json"}), ModelShape(8), ServerShape(2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advice before serving: decode and prefill differ, memory is said, and wrong input is named."""
+"""Advice before serving: it differs for decode and prefill, it includes memory, and wrong input is named."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def test_redundant_slots_take_memory_from_the_cache() -> None:
     assert single.kv_tokens == int(single.memory / sizes.kv_bytes)
 
 
-def test_ranks_that_cannot_share_begin_with_the_fewest() -> None:
+def test_choices_begin_with_the_fewest_possible_slots() -> None:
+    """256 experts cannot be shared evenly by 144 ranks, so the first choice has 32 redundant experts, not 0."""
     assert choices(read_sizes(DEEPSEEK, "x"), cost(64, 144))[0].redundant == 32
     with pytest.raises(AdviceError, match="needs 2"):
         choices(read_sizes(DEEPSEEK, "x"), cost(64, 1))
@@ -89,7 +90,7 @@ def test_doctor_shows_the_advice_for_both_stages(tmp_path: Path) -> None:
         (["--ranks", "32", "--machine", "abacus"], "allowed are a2"),
     ],
 )
-def test_wrong_question_is_named(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_wrong_arguments_are_named(arguments: list[str], said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK))
     done = CliRunner().invoke(app, ["doctor", "--model", str(tmp_path), *arguments])
     assert done.exit_code == 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulator: what it counts is what a server would do, and the cost model's parts add up."""
+"""The simulator counts what a server would do, and the parts of the cost model add up."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def trace() -> np.ndarray:
 
 
 def test_par_is_that_of_the_next_window(trace: np.ndarray) -> None:
-    """No window is balanced with its own load: the replay equals a server's steps, done by hand."""
+    """No window is balanced with its own load. The replay equals a server's steps, computed here by hand."""
     (outcome,) = simulate(trace, [Setting("incremental", 3, 8)], conditions()).outcomes
     placement, expected, moves = Placement.initial(6, 64, 8, 8), [], []
     for t, window in enumerate(trace):
@@ -68,7 +68,7 @@ def test_balancing_helps_and_moves_less_than_from_scratch(trace: np.ndarray) -> 
     assert [o.net_seconds for o in result.outcomes] == sorted((o.net_seconds for o in result.outcomes), reverse=True)
 
 
-def test_a_plan_takes_effect_after_its_delay(trace: np.ndarray) -> None:
+def test_plan_takes_effect_after_its_delay(trace: np.ndarray) -> None:
     def first_par(delay: int) -> float:
         (outcome,) = simulate(trace[:2], [Setting("incremental", 1, 8)], conditions(delay_steps=delay)).outcomes
         return outcome.par_mean[1]
@@ -80,14 +80,14 @@ def test_a_plan_takes_effect_after_its_delay(trace: np.ndarray) -> None:
     assert first_par(10**6) == never
 
 
-def test_a_plan_that_gains_too_little_is_skipped(trace: np.ndarray) -> None:
+def test_plan_that_gains_too_little_is_skipped(trace: np.ndarray) -> None:
     (outcome,) = simulate(trace, [Setting("incremental", 1, 8)], conditions(min_gain=0.9)).outcomes
     assert outcome.cycles == 0
     assert outcome.skipped == len(trace) - 1
     assert outcome.bytes_moved == outcome.receive_seconds == 0
 
 
-def test_shares_in_one_replay(trace: np.ndarray) -> None:
+def test_settings_with_and_without_shares_use_one_replay(trace: np.ndarray) -> None:
     settings = grid(("incremental",), (2,), (8,), (None,), (False, True))
     assert len(replays(settings)) == 1
     result = simulate(trace, settings, conditions())
@@ -99,22 +99,22 @@ def test_shares_in_one_replay(trace: np.ndarray) -> None:
 
 
 def test_shares_relieve_a_rank_without_moves() -> None:
-    """Expert 8 is hot; of what shares rank 0 with it, experts 0..7 have a second copy on rank 7."""
+    """Rank 0 has the hot expert 8 and the experts 0..7, which have a second copy on rank 7."""
     load = np.full((4, 6, 64), 100.0)
     load[:, :, 8] = 1000.0
     settings = [Setting("none", 1, 8, None, shares) for shares in (False, True)]
     par = {outcome.shares: outcome.par_mean for outcome in simulate(load, settings, conditions()).outcomes}
     mean = (63 * 100 + 1000) / 8
     np.testing.assert_allclose(par[False], 1400 / mean, atol=1e-4)
-    np.testing.assert_allclose(par[True], [1400 / mean] + [1000 / mean] * 3, rtol=2e-3)  # known from window 1 on
+    np.testing.assert_allclose(par[True], [1400 / mean] + [1000 / mean] * 3, rtol=2e-3)  # known from window 1
 
 
-def test_a_budget_is_kept(trace: np.ndarray) -> None:
+def test_limit_of_moves_is_kept(trace: np.ndarray) -> None:
     (outcome,) = simulate(trace, [Setting("incremental", 1, 8, 5)], conditions()).outcomes
     assert 0 < max(outcome.moves) <= 5
 
 
-def test_grid_leaves_out_what_makes_no_difference() -> None:
+def test_grid_leaves_out_equivalent_settings() -> None:
     settings = grid(("none", "incremental", "default"), (1, 2), (0, 8), (None, 10), (False, True))
     assert sum(s.policy == "none" and not s.shares for s in settings) == 2
     assert not any(s.shares and not s.redundant for s in settings)
@@ -123,7 +123,7 @@ def test_grid_leaves_out_what_makes_no_difference() -> None:
 
 
 def test_receipts_by_hand() -> None:
-    """4 ranks on 2 nodes, three slots each."""
+    """4 ranks with three slots each on 2 nodes."""
     start = Placement([[0, 1, 2, 3, 4, 5, 6, 7, 6, 7, 5, 3]], 8, 4)
     after = np.array([[0, 1, 7, 3, 4, 2, 6, 7, 6, 7, 5, 3]], dtype=np.int32)
     made = Plan.between(start, after, np.ones((1, 8)))
@@ -174,7 +174,7 @@ def test_cost_model_reads_slots_not_their_sum() -> None:
     assert fast < 0.8 * slow
 
 
-def test_interrupted(trace: np.ndarray) -> None:
+def test_interrupted_simulation_keeps_whole_outcomes(trace: np.ndarray) -> None:
     def stop_in_second(done: int, total: int) -> None:
         if done == len(trace) + 5:
             raise KeyboardInterrupt
@@ -191,7 +191,7 @@ def test_interrupted(trace: np.ndarray) -> None:
     assert Simulation.from_json(at_once.to_json()) == at_once
 
 
-def test_settings_that_cannot_be(trace: np.ndarray) -> None:
+def test_impossible_settings_are_refused(trace: np.ndarray) -> None:
     with pytest.raises(SimulationError, match="7 redundant experts on 8 ranks"):
         simulate(trace, [Setting("incremental", 1, 7)], conditions())
     with pytest.raises(SimulationError, match=r"allows 1\.\.23"):
@@ -203,7 +203,7 @@ def test_settings_that_cannot_be(trace: np.ndarray) -> None:
             Simulation.from_json(text)
 
 
-def test_traces_in_every_form(tmp_path: Path) -> None:
+def test_traces_of_every_form_are_read(tmp_path: Path) -> None:
     load = np.arange(24).reshape(2, 3, 4)
     np.save(tmp_path / "a.npy", load)
     np.savez(tmp_path / "b.npz", loads=load, other=np.zeros(2))
@@ -217,7 +217,7 @@ def test_traces_in_every_form(tmp_path: Path) -> None:
     assert (found.num_windows, found.num_layers, found.num_experts, found.skipped_layers) == (1, 3, 4, 2)
 
 
-def test_traces_that_are_none(tmp_path: Path) -> None:
+def test_files_without_load_are_refused(tmp_path: Path) -> None:
     cases = {
         "zero": (np.zeros((2, 3, 4)), "no load in any layer"),
         "nan": (np.full((2, 3, 4), np.nan), "window 0, layer 0, expert 0 is nan"),

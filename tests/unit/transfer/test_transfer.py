@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loader on one rank: what it refuses, how it cuts transfers, its order of calls."""
+"""The loader on one rank: refused arguments, parts of a transfer, and the order of calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def slots(count: int = 4, layers: int = 1) -> list[list[list[torch.Tensor]]]:
 
 
 def swap(a: int, b: int, number: int = 0, after: int = -1) -> Round:
-    """Slots a and b of layer 0 take each other's expert."""
+    """A round that swaps the experts of slots a and b of layer 0."""
     return Round(number, np.array([[0, a, b, 0, b], [0, b, a, 0, a]], dtype=np.int32), 4, after)
 
 
@@ -53,7 +53,7 @@ def test_slots_change_in_place_and_only_at_the_commit() -> None:
     loader.close()
 
 
-def test_a_wrong_expert_is_not_intact() -> None:
+def test_wrong_expert_is_not_intact() -> None:
     loader = D2DExpertWeightLoader(slots(), None, 0, 2)
     loader.learn_checksums(Placement([[0, 1, 2, 3]], 4, 1))
     loader.prepare(Round(0, np.array([[0, 0, 3, 0, 2]], dtype=np.int32), 4))  # says expert 3, reads slot 2
@@ -72,7 +72,7 @@ def test_copies_that_differ_from_the_start_are_not_verified() -> None:
     assert loader.learn_checksums(Placement([[0, 1, 2, 0]], 3, 1)) == 1
 
 
-def test_a_round_waits_for_those_it_builds_on() -> None:
+def test_round_waits_for_the_rounds_it_builds_on() -> None:
     loader = D2DExpertWeightLoader(slots(), None, 0, 2)
     loader.prepare(swap(0, 1))
     loader.prepare(swap(1, 2, number=1, after=0))
@@ -84,7 +84,7 @@ def test_a_round_waits_for_those_it_builds_on() -> None:
     assert loader.ready(1)
 
 
-def test_a_buffer_in_use_is_not_filled_again() -> None:
+def test_buffer_in_use_is_not_filled_again() -> None:
     loader = D2DExpertWeightLoader(slots(), None, 0, 2, buffers=1)
     loader.prepare(swap(0, 1))
     loader.prepare(swap(2, 3, number=1))
@@ -97,9 +97,9 @@ def test_a_buffer_in_use_is_not_filled_again() -> None:
         loader.prepare(swap(0, 1))
 
 
-def test_a_transfer_that_does_not_end_poisons_the_loader() -> None:
+def test_endless_transfer_poisons_the_loader() -> None:
     loader = D2DExpertWeightLoader(slots(), None, 0, 2, deadline=0.05)
-    loader.close()  # nobody is left to see it arrive
+    loader.close()  # no thread is left to see the arrival
     loader.prepare(swap(0, 1))
     loader.issue(0)
     assert not loader.poisoned

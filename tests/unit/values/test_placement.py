@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Placement and Plan: checked constructors, and everything derived agrees with a plain re-computation."""
+"""Placement and Plan: constructors check their arguments, and derived values equal a plain re-computation."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def placements(draw, empty=False):
 
 
 @given(placements(empty=True))
-def test_everything_derived_agrees_with_the_slots(p):
+def test_derived_values_agree_with_the_slots(p):
     table, maps = p.logical_to_physical(), [p.expert_map(rank) for rank in range(p.num_ranks)]
     duplicates = 0
     for layer in range(p.num_layers):
@@ -57,7 +57,7 @@ def test_equality_and_digest_go_together(a, b):
 
 @given(placements(), st.integers(0, 2**32))
 @settings(max_examples=200)
-def test_a_plan_between_two_placements_leads_there(start, seed):
+def test_plan_between_two_placements_leads_to_the_second(start, seed):
     random = np.random.default_rng(seed)
     target = random.permuted(start.physical_to_logical, axis=1)
     plan = Plan.between(start, target, np.ones((start.num_layers, start.num_experts)))
@@ -65,7 +65,7 @@ def test_a_plan_between_two_placements_leads_there(start, seed):
     assert start.with_moves(plan.moves) == Placement(target, start.num_experts, start.num_ranks)
 
 
-def test_nothing_changes_a_placement():
+def test_placement_is_read_only():
     p = Placement.initial(2, 4, 2, 2)
     with pytest.raises(ValueError, match="read-only"):
         p.physical_to_logical[0, 0] = 3
@@ -88,7 +88,7 @@ def test_the_digest_is_the_same_everywhere():
         ([[0, 1]], 0, 2, "at least 1 expert"),
     ],
 )
-def test_a_bad_placement_is_refused_in_words(slots, experts, ranks, message):
+def test_bad_placement_is_refused_with_a_reason(slots, experts, ranks, message):
     with pytest.raises(PlacementError, match=message):
         Placement(slots, experts, ranks)
 
@@ -104,7 +104,7 @@ def test_a_bad_placement_is_refused_in_words(slots, experts, ranks, message):
         ([[0, 4, 2, 0]], "do not lead to the plan's placement"),
     ],
 )
-def test_a_bad_plan_is_refused_in_words(moves, message):
+def test_bad_plan_is_refused_with_a_reason(moves, message):
     start = Placement([[0, 1, 2, 3, 0, 1]], 4, 2)
     plan = Plan(start.physical_to_logical, np.array(moves, dtype=np.int32), np.ones(1), np.ones(1))
     with pytest.raises(PlanError, match=message):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""StepCost: checked, immutable, monotone between its points and beyond them, and the same after a file."""
+"""StepCost: checked, immutable, monotone between and beyond the points of the grid, and equal after a file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FLAT_THEN_STEEP = StepCost(
     slots=[8, 9],
     milliseconds=[[[0.30, 0.33], [0.30, 0.33]], [[0.30, 0.33], [0.36, 0.39]], [[0.80, 0.82], [1.60, 1.62]]],
 )
-"""Bound by weights up to 8 tokens per rank, by tokens from 512 on."""
+"""Steps are bound by reading weights up to 8 tokens per rank, and by tokens from 512 on."""
 
 
 @st.composite
 def step_costs(draw: st.DrawFn) -> StepCost:
-    """Any grid, noise of measurement included: its points need not be monotone."""
+    """Any grid with noise of measurement: the points need not be monotone."""
 
     def axis(least: float, most: float, first: float | None = None) -> list[float]:
         values = draw(st.lists(st.floats(least, most), min_size=1, max_size=4, unique=True))
@@ -39,7 +39,7 @@ def step_costs(draw: st.DrawFn) -> StepCost:
     )
 
 
-def test_points_are_met_and_between_them_is_linear() -> None:
+def test_grid_is_exact_at_points_and_linear_between() -> None:
     at = FLAT_THEN_STEEP.layer_ms([8, 64, 512, 36, 288], [1, 2, 2, 1.5, 1.0], 8)
     assert np.allclose(at, [0.30, 0.36, 1.60, 0.315, 0.55])
     assert np.allclose(FLAT_THEN_STEEP.layer_ms(64, 1.0, 8.5), 0.315)
@@ -149,7 +149,7 @@ def test_file_that_is_none_is_refused(text: str) -> None:
 
 
 @given(st.text(max_size=40))
-def test_any_text_is_read_or_refused_in_words(text: str) -> None:
+def test_any_text_is_refused_with_a_reason(text: str) -> None:
     with pytest.raises(StepCostError):
         StepCost.from_json(text)
 
@@ -175,7 +175,7 @@ def test_traffic_of_bad_numbers_is_refused(steps: Any, tokens: Any) -> None:
 
 
 def test_par_that_costs_nothing_depends_on_the_traffic() -> None:
-    """8 tokens per rank: only beyond PAR 2, where the busiest rank has more than 16, is a step longer."""
+    """With 8 tokens per rank, a step is longer only beyond PAR 2, where the busiest rank has more than 16 tokens."""
     assert Traffic([1], [8]).par_within(FLAT_THEN_STEEP, 8) > 2.0
     assert Traffic([1], [512]).par_within(FLAT_THEN_STEEP, 8) < 1.02
     flat = StepCost([1], [1.0], [8], [[[0.3]]], noise=1.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Topology: which ranks form nodes, and plans that respect them."""
+"""Topology: which ranks form nodes, and plans that respect nodes."""
 
 import numpy as np
 import pytest
@@ -20,12 +20,12 @@ from vllm_ascend_eplb.values.topology import Topology
         ((0, 1, 2), 3),
         ((0, 0, 1), 1),  # does not divide
         ((0, 0, 0, 1), 1),  # unequal
-        ((0, 1, 0, 1), 1),  # not in a row
+        ((0, 1, 0, 1), 1),  # not consecutive
         ((0, 1, 1, 0), 1),
         ((0, 0, 1, 1, 0, 0), 1),
     ],
 )
-def test_nodes_count_where_they_share_the_ranks_evenly_in_a_row(nodes, blocks):
+def test_nodes_count_if_they_are_equal_blocks_of_ranks(nodes, blocks):
     assert Topology(nodes).num_blocks == blocks
 
 
@@ -44,7 +44,7 @@ def request(nodes, num_groups):
 
 
 def nodes_of_group(slots, num_nodes, num_groups):
-    """Per layer and group the nodes that hold copies of its experts."""
+    """Per layer and group: the nodes that hold copies of the group's experts."""
     group = slots.reshape(len(slots), num_nodes, -1) // (12 // num_groups)
     return [[{n for n in range(num_nodes) if (row[n] == g).any()} for g in range(num_groups)] for row in group]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""WindowLoad: every route to a PAR gives the same one."""
+"""WindowLoad: all ways to compute a PAR give the same value."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ OTHER = Placement(np.array([RNG.permutation(row) for row in START.physical_to_lo
 
 
 @pytest.mark.parametrize("speed", [None, [1.0, 1.0, 1.0, 1.0], [2.0, 1.0, 0.5, 1.5]])
-def test_par_is_that_of_the_placement(speed: list[float] | None) -> None:
-    """As plans promise it: the longest time of a rank over that of a perfect split."""
+def test_par_equals_that_of_the_placement(speed: list[float] | None) -> None:
+    """Plans predict PAR in the same way: the longest time of a rank over the time of a perfect split."""
     window = WindowLoad.of(LOAD, OTHER, START, START, rank_speed=speed)
     np.testing.assert_allclose(window.in_force.par, OTHER.par(LOAD, speed))
     for part in (window.at_start, window.observed, window.under(START)):
@@ -25,8 +25,8 @@ def test_par_is_that_of_the_placement(speed: list[float] | None) -> None:
         np.testing.assert_allclose(part.par, START.par(LOAD, speed))
 
 
-def test_speeds_change_what_is_uneven() -> None:
-    """The negative control: with unequal speeds even tokens are not even in time."""
+def test_speeds_make_even_tokens_uneven_in_time() -> None:
+    """Negative control of the test above."""
     even = np.full((1, 4), 10.0)
     assert RankLoad.of(even).par.tolist() == [1.0]
     uneven = RankLoad.of(even, [2.0, 1.0, 0.5, 0.5])
@@ -34,7 +34,8 @@ def test_speeds_change_what_is_uneven() -> None:
     assert RankLoad.of(np.array([[20.0, 10.0, 5.0, 5.0]]), [2.0, 1.0, 0.5, 0.5]).par.tolist() == [1.0]
 
 
-def test_tokens_that_replicas_share_unevenly() -> None:
+def test_counted_tokens_decide_the_par_in_force() -> None:
+    """Replicas may share an expert's tokens unevenly; PAR in force then follows the counted tokens."""
     tokens = np.array([[40.0, 0.0, 0.0, 0.0]] * 4)
     window = WindowLoad.of(LOAD, START, START, tokens=tokens)
     assert window.in_force.par.tolist() == [4.0] * 4
@@ -42,6 +43,6 @@ def test_tokens_that_replicas_share_unevenly() -> None:
     np.testing.assert_allclose(window.under(START).par, window.at_start.par)
 
 
-def test_a_layer_without_load_is_even() -> None:
+def test_layer_without_load_has_par_one() -> None:
     nothing = WindowLoad.of(np.zeros((4, 8), dtype=np.int64), START, START, rank_speed=[2.0, 1.0, 0.5, 1.5])
     assert nothing.in_force.par.tolist() == [1.0] * 4

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-in for pyACL, which is not on the package registry: the names that vllm-ascend imports."""
+"""Stand-in for pyACL, which the package registry does not have: the names that vllm-ascend imports."""
 
 from . import rt  # noqa: F401
