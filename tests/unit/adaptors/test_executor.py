@@ -16,7 +16,7 @@ VARIABLE = "VLLM_USE_RAY_V2_EXECUTOR_BACKEND"
 """By which vLLM 0.30 to 0.32 choose the executor for Ray; 0.33 does not have it."""
 
 
-class SomebodysExecutor:
+class UsersExecutor:
     pass
 
 

@@ -57,6 +57,12 @@ NEEDS = {
     "vllm_eplb_par_p95_planned": "a plan of windows",
     "vllm_eplb_dispatch_par_after": "shares",
     "vllm_eplb_moe_time_saved_seconds": "times",
+    "vllm_eplb_moe_seconds": "times",
+    "vllm_eplb_moe_seconds_start_placement": "times",
+    "vllm_eplb_moe_seconds_observed": "times of an observed plan",
+    "vllm_eplb_step_seconds": "timed steps",
+    "vllm_eplb_step_seconds_start_placement": "timed steps",
+    "vllm_eplb_step_time_saved_seconds": "timed steps",
     "vllm_eplb_plan_saved_fraction": "a plan that was weighed",
     "vllm_eplb_plan_cost_seconds": "a plan that was weighed",
     "vllm_eplb_failures": "a failure",
@@ -107,8 +113,10 @@ def test_samples_appear_with_their_values() -> None:
     assert names() == {"a window", "a plan", "times"}
     keeper.weighed(0.0, 2.0)
     assert names() == {"a window", "a plan", "times", "a plan that was weighed"}
+    keeper.steps_timed(2.0, 2.0, 0.0)
+    assert names() == {"a window", "a plan", "times", "a plan that was weighed", "timed steps"}
     keeper.cycle_ended("done", moved=7)
-    assert names() == {"a window", "a plan", "times", "a plan that was weighed", "a cycle"}
+    assert names() == {"a window", "a plan", "times", "a plan that was weighed", "timed steps", "a cycle"}
 
 
 def without_realised(registry: CollectorRegistry) -> list[float]:
