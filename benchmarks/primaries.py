@@ -3,12 +3,13 @@
 
 Every rank has the same number of them, and they are balanced by themselves; the redundant slots are filled on top.
 Choosing primaries in a placement that was made without them was tried and is no way: nearly all copies are needed to
-give every rank E/R primaries, which leaves no choice (PAR of the primaries alone 1.5 at EP32, 2.0 at EP64), and 40 % of
-the plan's moves come on top.
+give every rank E/R primaries, which leaves no choice. PAR of the primaries alone was 1.5 at EP32 and 2.0 at EP64, and
+copies that had to be added came to 38 % and 32 % of the plan's moves.
 
 ``python -m benchmarks.primaries FOLDER`` says what they bring a decode step, from the CSVs of ``virtual_ep`` (cases
 made with ``--primaries``) and ``decode_step``. A step is all of a model's layers, each with its slowest rank's expert
-products, and what is beside them; collectives are not in it, so the gain is an upper bound.
+products, and what is beside them; collectives are not in it. Gains are those over this package's placement with all
+slots, as it is without primaries; the error is that of the mean over layers.
 
 Words as in the package: L layers, E logical experts, R ranks, S slots per rank, P = R * S.
 """
@@ -88,16 +89,19 @@ def report(folder: Path) -> None:
         beside = {(row["model"], int(row["tokens"]), int(row["context"])): row for row in csv.DictReader(file)}
     contexts = sorted({context for _, _, context in beside})
     head = ["scenario", "tokens", "no redundant", "ours, all slots", "with primaries, all slots", "alone", "slots read"]
-    print("| " + " | ".join([*head, "off MoE time"] + [f"of a step, context {c:,}" for c in contexts]) + " |")
-    print("| --- |" + " ---: |" * (len(head) + len(contexts)))
+    head += ["off MoE time of ours", *(f"off a step of ours, context {context:,}" for context in contexts)]
+    print("| " + " | ".join(head) + " |")
+    print("| --- |" + " ---: |" * (len(head) - 1))
     for (scenario, tokens), ways in sorted(by_way.items()):
         if not {"no redundant", "ours", "all slots", "primaries alone"} <= ways.keys():
             continue
-        both = ways["all slots"].keys() & ways["primaries alone"].keys()
-        off = [ways["all slots"][k] - ways["primaries alone"][k] for k in both]
+        layers: dict[int, list[float]] = defaultdict(list)  # draws of a layer have its load in common
+        for key in ways["ours"].keys() & ways["primaries alone"].keys():
+            layers[key[0]].append(ways["ours"][key] - ways["primaries alone"][key])
+        off = [statistics.fmean(draws) for draws in layers.values()]
         mean = {way: statistics.fmean(ms.values()) for way, ms in ways.items()}
-        spread = statistics.stdev(off) / len(off) ** 0.5 / mean["all slots"] if len(off) > 1 else float("nan")
-        saved = statistics.fmean(off) / mean["all slots"]
+        spread = statistics.stdev(off) / len(off) ** 0.5 / mean["ours"] if len(off) > 1 else float("nan")
+        saved = statistics.fmean(off) / mean["ours"]
         model = scenario.rsplit(" ", 1)[0]
         cells = []
         for context in contexts:
@@ -105,14 +109,12 @@ def report(folder: Path) -> None:
             if found is None:
                 cells.append("")
                 continue
-            shares = [layers_of[model] * mean["all slots"]] * 2
-            for i, name in enumerate(("attention_ms", "attention_least_ms")):
-                rest = float(found["once_ms"]) + layers_of[model] * (float(found["layer_ms"]) + float(found[name]))
-                shares[i] /= shares[i] + rest
-            gain, part = (f"{low:+.1%} to {high:+.1%}" for low, high in ([saved * s for s in shares], shares))
-            cells.append(f"{gain} (MoE {part})")
+            rest = layers_of[model] * (float(found["layer_ms"]) + float(found["attention_ms"]))
+            experts = layers_of[model] * mean["ours"]
+            share = experts / (experts + rest + float(found["once_ms"]))
+            cells.append(f"{saved * share:+.1%} (MoE {share:.0%})")
         read = " / ".join(
-            f"{statistics.fmean(active[scenario, tokens, way]):.1f}" for way in ("all slots", "primaries alone")
+            f"{statistics.fmean(active[scenario, tokens, way]):.1f}" for way in ("ours", "primaries alone")
         )
         ms = " | ".join(f"{mean[way]:.3f}" for way in ("no redundant", "ours", "all slots", "primaries alone"))
         print(f"| {scenario} | {tokens} | {ms} | {read} | {saved:+.1%} ± {spread:.1%} | " + " | ".join(cells) + " |")
