@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The planner against its peers, balance against moves: ``python -m benchmarks.planner --csv PATH --plot PATH``.
 
-Every shape, load and policy is one row of the CSV; rows that are there already are not measured again, so a run can be
-stopped, by ``--seconds`` too, and gone on with. A peer is ahead where it has a lower PAR, by more than 0.002, than all
-plans of this package that move no more; then the exit status is 1.
+Every shape, load and policy is one row of the CSV. Rows that are there are not measured again. A peer is ahead where its
+PAR is lower by more than 0.002 than all plans of this package that move no more; then the exit status is 1.
 
 Loads: real ones from ``--loads`` DIR (JSON files with ``logical_count``) for the shapes with 256 experts, and generated
-ones with the statistics of a large model in service (``benchmarks.loads``). The placement in force was made from
-scratch for the load before. Peers: vLLM's policy (that of the environment, else this package's bit-equal one); from
-``--vllm-ascend`` PATH (an unpacked source distribution; may be given several times) default, swift, flashlb and, from
-0.30.0rc2 on, STAIR; from ``--sglang`` PATH (an unpacked wheel) SGLang's two; from ``--tensorrt-llm`` PATH
-(moeLoadBalancer.cpp) TensorRT-LLM's, compiled with g++. ``--download DIR`` fetches vllm-ascend with pip. Slow peers
-plan every k-th layer only; they are compared on the same layers.
+ones (``benchmarks.loads``). The placement in force was made from scratch for the load before. Peers: vLLM's policy (the
+installed one, else this package's bit-equal one); from ``--vllm-ascend`` PATH (an unpacked source distribution; may be
+repeated) swift, flashlb and STAIR; from ``--sglang`` PATH (an unpacked wheel) SGLang's two; from ``--tensorrt-llm``
+PATH (moeLoadBalancer.cpp) TensorRT-LLM's, compiled with g++. Slow peers plan every k-th layer only.
 """
 
 from __future__ import annotations
@@ -143,7 +140,7 @@ def _real_pairs(settings: Settings) -> dict[str, tuple[FloatArray, FloatArray]]:
 def make_case(shape: Shape, load_name: str, settings: Settings) -> Case:
     layers = QUICK_LAYERS if settings.quick else shape.layers
     if load_name.startswith("real"):
-        first, load = (one[:layers] for one in _real_pairs(settings)[load_name])
+        first, load = (found[:layers] for found in _real_pairs(settings)[load_name])
     else:
         generator = loads.LoadGenerator(layers, shape.experts, int(load_name.rpartition(" ")[2]))
         first = generator.window().astype(np.float64)

@@ -302,7 +302,7 @@ def test_redundant_experts_come_from_the_map(answers):
     assert answers["map"]["redundant"] == 2
 
 
-@pytest.mark.parametrize("name", ["stages", "slices", "engines in stages", "drafts", "drafter"])
+@pytest.mark.parametrize("name", ["stages", "slices", "engines in stages", "drafts", "draft model"])
 def test_supported_options_are_accepted(answers, name):
     assert answers[name].get("enable_eplb") is True, answers[name]
 

@@ -15,7 +15,7 @@ def patch_once(owner: Any, name: str, replace: Callable[[Any], Any]) -> Any:
     Args:
         owner: a module, a class or an instance; an instance is patched alone, not its class.
         name: the attribute.
-        replace: makes the replacement, a function, class or object that can hold attributes.
+        replace: makes the replacement, a function, method, class or object that can hold attributes.
 
     Returns:
         The patched attribute.
@@ -27,7 +27,7 @@ def patch_once(owner: Any, name: str, replace: Callable[[Any], Any]) -> Any:
     if is_patch(original):
         return original
     made = replace(original)
-    setattr(made, _MARK, True)
+    setattr(getattr(made, "__func__", made), _MARK, True)  # a method holds no attributes of its own
     setattr(owner, name, made)
     return made
 

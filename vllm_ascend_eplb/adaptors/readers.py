@@ -15,6 +15,7 @@ map them to slots.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -133,9 +134,9 @@ def guard_model(model: torch.nn.Module, loaded: LoadedOrder) -> None:
         loaded: knows which weights move, and whether they have.
     """
     for module in modules_with_experts(model, loaded):
-        patch_once(module, "named_parameters", functools.partial(_checked_parameters, loaded))
-        patch_once(module, "state_dict", functools.partial(_checked_state, loaded))
-        patch_once(module, "get_parameter", functools.partial(_checked_parameter, loaded))
+        patch_once(module, "named_parameters", functools.partial(_checked_parameters, loaded, module))
+        patch_once(module, "state_dict", functools.partial(_checked_state, loaded, module))
+        patch_once(module, "get_parameter", functools.partial(_checked_parameter, loaded, module))
 
 
 def modules_with_experts(model: torch.nn.Module, loaded: LoadedOrder) -> list[torch.nn.Module]:
@@ -153,34 +154,34 @@ def _checked_method(name: str, check: Callable[[Any, str], None], original: Any)
     return checked
 
 
-def _checked_parameters(loaded: LoadedOrder, original: Any) -> Any:
+def _checked_parameters(loaded: LoadedOrder, module: torch.nn.Module, original: Any) -> Any:
     @functools.wraps(original)
-    def named_parameters(*args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    def named_parameters(_: torch.nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for name, parameter in original(*args, **kwargs):
             if loaded.moves(parameter):
                 loaded.require_unmoved("named_parameters of the model")
             yield name, parameter
 
-    return named_parameters
+    return types.MethodType(named_parameters, module)  # torch.compile takes methods only
 
 
-def _checked_state(loaded: LoadedOrder, original: Any) -> Any:
+def _checked_state(loaded: LoadedOrder, module: torch.nn.Module, original: Any) -> Any:
     @functools.wraps(original)
-    def state_dict(*args: Any, **kwargs: Any) -> Any:
+    def state_dict(_: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = original(*args, **kwargs)
         if any(loaded.moves(value) for value in state.values() if isinstance(value, torch.Tensor)):
             loaded.require_unmoved("state_dict of the model")
         return state
 
-    return state_dict
+    return types.MethodType(state_dict, module)  # torch.compile takes methods only
 
 
-def _checked_parameter(loaded: LoadedOrder, original: Any) -> Any:
+def _checked_parameter(loaded: LoadedOrder, module: torch.nn.Module, original: Any) -> Any:
     @functools.wraps(original)
-    def get_parameter(*args: Any, **kwargs: Any) -> torch.nn.Parameter:
+    def get_parameter(_: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Parameter:
         parameter: torch.nn.Parameter = original(*args, **kwargs)
         if loaded.moves(parameter):
             loaded.require_unmoved("get_parameter of the model")
         return parameter
 
-    return get_parameter
+    return types.MethodType(get_parameter, module)  # torch.compile takes methods only

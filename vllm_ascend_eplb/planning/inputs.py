@@ -58,7 +58,7 @@ def checked_load(load: npt.ArrayLike) -> npt.NDArray[Any]:
     try:
         array = as_array(load)
     except (ValueError, TypeError, RuntimeError) as error:  # whatever an object's own conversion raises
-        raise PlanInputError(f"load is no array: {error}") from None
+        raise PlanInputError(f"load is not an array: {error}") from None
     if array.dtype.kind not in "iuf":
         raise PlanInputError(f"load has dtype {array.dtype}; give integers or floats")
     if array.ndim not in (2, 3) or array.size == 0:
@@ -104,7 +104,7 @@ def checked_placement(
         try:
             array = as_array(physical_to_logical)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise PlanInputError(f"physical_to_logical is no array: {error}") from None
+            raise PlanInputError(f"physical_to_logical is not an array: {error}") from None
         if array.dtype == np.int32 and array.ndim == 2 and len(array) == num_layers and 0 < num_ranks < 2**31:
             slots = np.ascontiguousarray(array)
             if _planner.is_valid(slots, num_experts, int(num_ranks)):
@@ -141,7 +141,7 @@ def checked_speed(rank_speed: npt.ArrayLike | None, num_ranks: int, policy: str)
         given = as_array(rank_speed)
         speed = given.astype(np.float64) if given.dtype.kind in "iuf" else np.zeros(0)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise PlanInputError(f"rank_speed is no array: {error}") from None
+        raise PlanInputError(f"rank_speed is not an array: {error}") from None
     if speed.shape != (num_ranks,) or not (np.isfinite(speed).all() and speed.min() > 0):
         raise PlanInputError(f"rank_speed is {rank_speed!r}; give one number > 0 for each of {num_ranks} ranks")
     if speed.max() > 1000 * speed.min():

@@ -15,6 +15,8 @@
 ``Round.after`` limits how far rounds may overlap: a round reads and writes no slot that a round later than ``after``
 writes. The scheduler keeps the plan's order per receiving rank. The ranks with most left to receive go first, so that
 the number of rounds stays near the bound ceil(receives of the busiest rank / buffer).
+
+One file, because choosing a round's moves, relaying and looking for a better order work on the same lists.
 """
 
 from __future__ import annotations

@@ -294,7 +294,7 @@ BAD_BYTES = {
     "npy truncated": (_npy(np.zeros((2, 4)))[:-8], "claims shape"),
     "npy of NaN": (_npy(np.array([[0.0, np.nan]])), "layer 0, slot 1 is nan"),
     "npy of one dimension": (_npy(np.arange(4)), "expected"),
-    "npz damaged": (_npz(physical_to_logical=_npy(np.zeros((1, 4), dtype=int)))[:60], "no .npz archive|damaged"),
+    "npz damaged": (_npz(physical_to_logical=_npy(np.zeros((1, 4), dtype=int)))[:60], "not an .npz archive|damaged"),
     "npz of other things": (_npz(a=_npy(np.zeros(3)), b=_npy(np.zeros(3))), "has no array physical_to_logical"),
     "npz with ranks of text": (
         _npz(physical_to_logical=_npy(np.array([[0, 1]])), num_ranks=_npy(np.array([2.5]))),

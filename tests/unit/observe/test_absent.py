@@ -111,7 +111,7 @@ def test_samples_appear_with_their_values() -> None:
     assert names() == {"a window", "a plan"}
     keeper.time_spent(1.5, 1.5, 10)  # nothing saved is a value
     assert names() == {"a window", "a plan", "times"}
-    keeper.weighed(0.0, 2.0)
+    keeper.weighed(0.0, 0.0, 2.0)
     assert names() == {"a window", "a plan", "times", "a plan that was weighed"}
     keeper.steps_timed(2.0, 2.0, 0.0)
     assert names() == {"a window", "a plan", "times", "a plan that was weighed", "timed steps"}

@@ -507,7 +507,7 @@ def test_torch_loads_of_any_dtype_are_read(dtype, recwarn):
     np.testing.assert_array_equal(made.physical_to_logical, expected.physical_to_logical)
     by_layer = plan(list(load), slots, 2)
     np.testing.assert_array_equal(by_layer.physical_to_logical, expected.physical_to_logical)
-    with pytest.raises(PlanInputError, match="load is no array"):
+    with pytest.raises(PlanInputError, match="load is not an array"):
         plan(load.to("meta"), slots, 2)
     assert not recwarn.list
 
