@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The planner against its peers, balance against moves: ``python -m benchmarks.planner --csv PATH --plot PATH``.
 
-Every shape, load and policy is one row of the CSV. Rows that are there are not measured again. A peer is ahead where its
-PAR is lower by more than 0.002 than all plans of this package that move no more; then the exit status is 1.
+Every shape, load and policy is one row of the CSV. Rows that are there are not measured again. A peer is ahead where
+its PAR is lower by more than 0.002 than all plans of this package that move no more; then the exit status is 1.
 
 Loads: real ones from ``--loads`` DIR (JSON files with ``logical_count``) for the shapes with 256 experts, and generated
 ones (``benchmarks.loads``). The placement in force was made from scratch for the load before. Peers: vLLM's policy (the
