@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill and decode in separate engines: the prefill engine writes the KV cache of the prompts into a folder, and the
-decode engine reads it. Both balance with their own settings, and answers equal those of one process.
+decode engine reads it. Both balance with their own settings, and answers equal those of one process. So do those of
+an engine of both roles, whose data-parallel parts hand prompts to each other.
 
 The engines are data-parallel: vLLM's ExampleConnector names files by prompt and layer, so tensor-parallel ranks would
 overwrite each other's heads.
@@ -16,11 +17,12 @@ import pytest
 from .conftest import BUSY, prompts
 
 TOKENS = 48
+SHORT = 24
 BLOCK = 32
 """Tokens of a block. Only whole blocks of a prompt go from one engine to the other."""
 
 
-def serve(runs, name, folder, role, redundant, stage, max_tokens, **job):
+def serve(runs, name, folder, role, redundant, stage, max_tokens, cycles=10, **job):
     transfer = {
         "kv_connector": "ExampleConnector",
         "kv_role": role,
@@ -39,7 +41,7 @@ def serve(runs, name, folder, role, redundant, stage, max_tokens, **job):
             "max_num_batched_tokens": 512,
         },
         probe=True,
-        cycles=10,
+        cycles=cycles,
         parts=[0, 1],
         prompts=prompts(6),
         max_tokens=max_tokens,
@@ -92,3 +94,22 @@ def test_both_engines_balance_by_their_own_settings(both):
         assert ranks[0]["digest"] == ranks[1]["digest"]
     decode = both[1].result["ranks"]
     assert sum(map(sum, (rank["counted"] for rank in decode))) < sum(map(sum, (rank["routed"] for rank in decode)))
+
+
+def test_an_engine_of_both_roles_answers_as_one_process_does(runs, reference, tmp_path):
+    """``kv_both``: the first data-parallel part leaves the KV cache of every prompt, the second one takes it, turn by
+    turn, while experts move. Negative control: maps switched without weights."""
+    run = serve(runs, "kv both", tmp_path, "kv_both", 4, "all", SHORT, cycles=4, corrupt=True)
+    assert run.code == 0, run.log[-6000:]
+    first = [answer[:SHORT] for answer in reference]
+    assert all(turn == first for turn in turns(run.result["tokens"], first))
+    assert len(run.result["tokens"]) >= 2 * len(first)  # a turn of each part
+    assert run.result["corrupt_tokens"] != first
+    assert any(tmp_path.glob("*/*.safetensors"))
+    assert run.log.count("External Cache Hit!") >= len(first)
+    ranks = run.result["ranks"]
+    stats = json.loads(ranks[0]["stats"])
+    assert stats["cycles_done"] >= 4
+    assert stats["experts_moved"] > 0
+    assert [rank["wrong_experts"] for rank in ranks] == [0, 0]
+    assert ranks[0]["digest"] == ranks[1]["digest"]
