@@ -178,6 +178,19 @@ def test_serving_reads_what_does_not_move() -> None:
         list(model.experts.named_parameters(recurse=False))
 
 
+def test_guarded_modules_compile() -> None:
+    """torch.compile asks the readers of a module for ``__func__``, as methods have it."""
+    model = Model()
+    guard_model(model, order_of(model, Where(MOVED)))
+    layer = model.language
+    layer.forward = lambda rows: rows * layer.experts.w13_weight.sum()  # type: ignore[method-assign]
+    rows = torch.ones(3)
+    assert torch.equal(torch.compile(layer, backend="eager")(rows), layer.forward(rows))
+    for name in ("named_parameters", "state_dict", "get_parameter"):
+        assert getattr(layer, name).__func__ is not getattr(torch.nn.Module, name)
+        assert getattr(layer, name).__self__ is layer
+
+
 def test_vllm_writes_no_file_of_moved_experts() -> None:
     """vLLM's own writer and its checksums, on a model that is guarded."""
     pytest.importorskip("vllm")
