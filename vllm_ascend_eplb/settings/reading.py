@@ -31,7 +31,10 @@ _BOOLEANS = {
 """Words for booleans that pydantic accepts."""
 
 
-PATHS = ("expert_map_path", "expert_map_record_path")
+MAP_PATHS = ("expert_map_path", "expert_map_record_path")
+"""Settings that are paths of maps."""
+
+PATHS = (*MAP_PATHS, "calibration_path")
 """Settings that are paths."""
 
 
@@ -60,7 +63,7 @@ def says_off(settings: object) -> bool:
     if not isinstance(settings, Mapping) or "dynamic_eplb" not in settings:
         return False
     return _boolean(_plain(settings["dynamic_eplb"])) is False and not any(
-        is_something(settings.get(name)) for name in PATHS
+        is_something(settings.get(name)) for name in MAP_PATHS
     )
 
 

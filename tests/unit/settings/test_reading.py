@@ -173,6 +173,7 @@ def test_paths_may_be_objects_and_have_a_tilde(tmp_path: Path, monkeypatch: pyte
         assert config.expert_map_path == os.fspath(tmp_path / "map.json")
         assert fit(config, ModelShape(8), ServerShape(2)) == 2
     assert parse(expert_map_record_path="~/out.json").expert_map_record_path == str(tmp_path / "out.json")
+    assert parse(calibration_path="~/cost.json").calibration_path == str(tmp_path / "cost.json")
 
 
 @pytest.mark.parametrize("variable", ["$HOME", "${HOME}", "$NOT_SET_ANYWHERE"])
