@@ -134,15 +134,22 @@ def guard_model(model: torch.nn.Module, loaded: LoadedOrder) -> None:
         loaded: knows which weights move, and whether they have.
     """
     for module in modules_with_experts(model, loaded):
-        patch_once(module, "named_parameters", functools.partial(_checked_parameters, loaded, module))
-        patch_once(module, "state_dict", functools.partial(_checked_state, loaded, module))
-        patch_once(module, "get_parameter", functools.partial(_checked_parameter, loaded, module))
+        patch_once(module, "named_parameters", functools.partial(_method, module, _checked_parameters, loaded))
+        patch_once(module, "state_dict", functools.partial(_method, module, _checked_state, loaded))
+        patch_once(module, "get_parameter", functools.partial(_method, module, _checked_parameter, loaded))
 
 
 def modules_with_experts(model: torch.nn.Module, loaded: LoadedOrder) -> list[torch.nn.Module]:
     """The modules of a model, itself included, that have a weight that moves in them."""
     holders = {id(module) for module in model.modules() if any(map(loaded.moves, module.parameters(recurse=False)))}
     return [module for module in model.modules() if any(id(inner) in holders for inner in module.modules())]
+
+
+def _method(
+    module: torch.nn.Module, checked: Callable[[LoadedOrder, Any], Any], loaded: LoadedOrder, original: Any
+) -> types.MethodType:
+    """A reader of one module as a method of it, because torch.compile takes no plain function in its place."""
+    return types.MethodType(checked(loaded, original), module)
 
 
 def _checked_method(name: str, check: Callable[[Any, str], None], original: Any) -> Any:
@@ -154,7 +161,7 @@ def _checked_method(name: str, check: Callable[[Any, str], None], original: Any)
     return checked
 
 
-def _checked_parameters(loaded: LoadedOrder, module: torch.nn.Module, original: Any) -> Any:
+def _checked_parameters(loaded: LoadedOrder, original: Any) -> Any:
     @functools.wraps(original)
     def named_parameters(_: torch.nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for name, parameter in original(*args, **kwargs):
@@ -162,10 +169,10 @@ def _checked_parameters(loaded: LoadedOrder, module: torch.nn.Module, original: 
                 loaded.require_unmoved("named_parameters of the model")
             yield name, parameter
 
-    return types.MethodType(named_parameters, module)  # torch.compile takes methods only
+    return named_parameters
 
 
-def _checked_state(loaded: LoadedOrder, module: torch.nn.Module, original: Any) -> Any:
+def _checked_state(loaded: LoadedOrder, original: Any) -> Any:
     @functools.wraps(original)
     def state_dict(_: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = original(*args, **kwargs)
@@ -173,10 +180,10 @@ def _checked_state(loaded: LoadedOrder, module: torch.nn.Module, original: Any) 
             loaded.require_unmoved("state_dict of the model")
         return state
 
-    return types.MethodType(state_dict, module)  # torch.compile takes methods only
+    return state_dict
 
 
-def _checked_parameter(loaded: LoadedOrder, module: torch.nn.Module, original: Any) -> Any:
+def _checked_parameter(loaded: LoadedOrder, original: Any) -> Any:
     @functools.wraps(original)
     def get_parameter(_: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Parameter:
         parameter: torch.nn.Parameter = original(*args, **kwargs)
@@ -184,4 +191,4 @@ def _checked_parameter(loaded: LoadedOrder, module: torch.nn.Module, original: A
             loaded.require_unmoved("get_parameter of the model")
         return parameter
 
-    return types.MethodType(get_parameter, module)  # torch.compile takes methods only
+    return get_parameter
