@@ -55,14 +55,9 @@ EP_BACKENDS: Mapping[str, EpBackend] = MappingProxyType(
     }
 )
 
-MEGAKERNELS_REFUSED: Mapping[str, str] = MappingProxyType(
-    {
-        "flashinfer_moe_ep_mega_deep_gemm": "vLLM loads no model for it with EPLB on",
-        "aiter_mega_moe": "vLLM loads no model for it with EPLB on",
-    }
-)
+MEGAKERNELS_REFUSED = ("flashinfer_moe_ep_mega_deep_gemm", "aiter_mega_moe")
 """Backends for experts that dispatch and combine by themselves and that vLLM refuses together with EPLB, only once the
-workers load the model; with the reason."""
+workers load the model."""
 
 
 def beside_ep_backend(vllm_config: Any) -> list[Option]:
@@ -76,7 +71,7 @@ def beside_ep_backend(vllm_config: Any) -> list[Option]:
         found.append(("--all2all-backend", all2all, allowed, f"{backend.refused}: choose another"))
     for name, moe in moe_backends(vllm_config):
         if moe in MEGAKERNELS_REFUSED:
-            found.append((name, moe, "any other", f"{MEGAKERNELS_REFUSED[moe]}: choose another"))
+            found.append((name, moe, "any other", "vLLM loads no model for it with EPLB on: choose another"))
     return found
 
 
