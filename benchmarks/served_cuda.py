@@ -8,9 +8,9 @@ many requests at a time, and prefilling in full chunks. Every second round goes 
 purpose, and alike in all engines: rank 0 holds the experts that are asked for most, and one expert of a layer is asked
 for up to twice as often as another. Steps are timed where they arrive, in the front end.
 
-The report has each engine's tokens a second over those of no balancing in the same round, with the standard error of
-their mean. The exit status is 1 if a balancer moved nothing. On a machine without GPUs ``--tiny`` runs it on the CPU in
-small, to see that it runs; vLLM's own balancer is left out.
+The report has each engine's tokens a second over those of no balancing in the same round, and the confidence interval
+of their mean. The exit status is 1 if a balancer moved nothing. On a machine without GPUs ``--tiny`` runs it on the CPU
+in small, to see that it runs; vLLM's own balancer is left out.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from benchmarks.served import describe_ratio, ratios
 
 OFF = "off"
 STARTS = (("ours, 2 redundant",), ("ours",), ("vllm, 2 redundant", OFF))
@@ -277,17 +278,18 @@ class Served:
         self._process.kill()
 
 
-def ratios(rounds: list[dict[str, dict[str, dict[str, float]]]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By kind of step and engine: tokens a second over those of no balancing, in each round, their mean and its
-    standard error."""
-    table: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for kind in rounds[0]:
-        for mode in rounds[0][kind]:
-            if mode != OFF:
-                found = [turn[kind][mode]["tokens_per_s"] / turn[kind][OFF]["tokens_per_s"] for turn in rounds]
-                error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
-                table[kind][mode] = {"mean": statistics.mean(found), "standard_error": error, "rounds": found}
-    return dict(table)
+def over_off(rounds: list[dict[str, dict[str, dict[str, float]]]]) -> dict[str, dict[str, Any]]:
+    """By kind of step and engine: tokens a second over those of no balancing, round by round."""
+
+    def rates(kind: str, mode: str) -> list[float]:
+        return [turn[kind][mode]["tokens_per_s"] for turn in rounds]
+
+    return {
+        f"{kind}, {mode}": ratios(rates(kind, OFF), rates(kind, mode))
+        for kind, modes in rounds[0].items()
+        for mode in modes
+        if mode != OFF
+    }
 
 
 def main() -> int:
@@ -333,13 +335,14 @@ def main() -> int:
                 **asdict(size),
                 "skew": SKEW,
                 "balanced": {mode: engine.ask("balanced") for mode, engine in engines.items()},
-                "over_off": ratios(rounds),
+                "over_off": over_off(rounds),
                 "rounds": rounds,
             }
             say(f"round {len(rounds)}")
             if arguments.json:
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps({name: report[name] for name in ("balanced", "over_off")}, indent=1))
+        for name, ratio in report["over_off"].items():
+            print(describe_ratio(name, ratio))
         for engine in engines.values():
             engine.ask("close")
     finally:

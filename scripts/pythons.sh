@@ -16,8 +16,9 @@ configure_uv
 unset UV_PYTHON
 
 # The ignored tests import torch or a server.
-tests="--ignore tests/unit/planning/test_plan_message.py --ignore tests/unit/observe/test_absent.py --ignore tests/unit/observe/test_times.py
-    --ignore tests/unit/report/test_endpoint.py tests/unit/planning tests/unit/values tests/unit/settings tests/unit/files
+tests="--ignore tests/unit/planning/test_plan_message.py --ignore tests/unit/observe/test_absent.py
+    --ignore tests/unit/observe/test_times.py --ignore tests/unit/report/test_endpoint.py
+    tests/unit/planning tests/unit/values tests/unit/settings tests/unit/files
     tests/unit/observe tests/unit/simulate tests/unit/report tests/unit/cli"
 failed=
 summary=
