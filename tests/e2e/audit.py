@@ -12,6 +12,19 @@ AUDIT = "EPLB_TEST_AUDIT"
 """Variable with the folder of the records. They are files, because a test cannot call a worker in a server."""
 
 
+FIRST = "import audit\naudit.audit_steps()\n"
+"""What the processes of an audited server begin with."""
+
+Step = tuple[int, bool, list[int]]
+"""Of a step of a worker: scheduled tokens, whether they are to be recorded, and the recorder's counts per layer."""
+
+
+def audited_steps(folder: Path) -> list[list[Step]]:
+    """The steps of every worker; a line that is being written is left out."""
+    lines = [[line for line in path.read_text().splitlines() if line.endswith("]")] for path in folder.iterdir()]
+    return [[tuple(json.loads(line)) for line in of_worker] for of_worker in lines]
+
+
 def audit_steps() -> None:
     """Call this as a process starts. Every worker then writes a line of JSON per step: the scheduled tokens, true if
     they are to be recorded, and the recorder's counts per layer."""

@@ -22,8 +22,9 @@ import httpx
 
 from examples.demo.server import Server
 
-from .audit import AUDIT
-from .conftest import START_SECONDS, path_with, wait_until
+from .audit import AUDIT, FIRST, Step, audited_steps
+from .conftest import START_SECONDS, wait_until
+from .private_server import run_first
 
 BLOCK = 32
 """Tokens of a block; whole blocks of a prompt go from one server to the other."""
@@ -53,8 +54,7 @@ class RoleServer(Server):
         ]
         self.audit = folder / "audit"
         self.audit.mkdir()
-        (folder / "sitecustomize.py").write_text("import audit\naudit.audit_steps()\n")
-        self.environment |= {"PYTHONPATH": path_with([str(folder)]), AUDIT: str(self.audit)}
+        run_first(self, folder, FIRST, **{AUDIT: str(self.audit)})
 
     def wait(self) -> None:
         for _ in self.wait_until_ready(START_SECONDS):
@@ -64,10 +64,9 @@ class RoleServer(Server):
         stats = self.stats()
         return stats.cycles_done if stats else 0
 
-    def steps(self) -> list[tuple[int, bool, list[int]]]:
-        """Of all workers: tokens that the scheduler gave a step, whether to count them, what was counted per layer."""
-        lines = [line for path in self.audit.iterdir() for line in path.read_text().splitlines() if line.endswith("]")]
-        return [tuple(json.loads(line)) for line in lines]
+    def steps(self) -> list[Step]:
+        """Steps of all workers."""
+        return [step for steps in audited_steps(self.audit) for step in steps]
 
     def kill(self) -> None:
         """Ends all processes at once, and removes what vLLM leaves in memory then."""

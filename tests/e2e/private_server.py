@@ -59,6 +59,15 @@ def workers(server: Server) -> list[int]:
     return [pid for pid in server.processes() if "Worker" in title(pid) or "EngineCore_DP" in title(pid)]
 
 
+def run_first(server: Server, folder: Path, code: str, **environment: str) -> None:
+    """Let every process of a server begin with ``code``, with these variables in its environment. The code may import
+    modules of this folder; it is written into a new folder in ``folder``. Call this before the server is started."""
+    start = Path(tempfile.mkdtemp(dir=folder, prefix="start-"))
+    (start / "sitecustomize.py").write_text(code)
+    paths = [str(start), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    server.environment |= {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 class PrivateServer(Server):
     """A server that makes its own private folder for statistics, as it does by default. It records its map on a small
     private disk if this machine allows one.
@@ -90,12 +99,8 @@ class PrivateServer(Server):
         self._handle = -1
 
     def run_first(self, code: str, **environment: str) -> None:
-        """Let every process of the server begin with ``code``, with these variables in its environment. The code may
-        import modules of this folder. Call this before the server is started."""
-        start = Path(tempfile.mkdtemp(dir=self.temporary.parent, prefix="start-"))
-        (start / "sitecustomize.py").write_text(code)
-        paths = [str(start), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        self.environment |= {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+        """As the function of this name."""
+        run_first(self, self.temporary.parent, code, **environment)
 
     def start_and_wait(self) -> None:
         self.start()

@@ -4,7 +4,6 @@ every token is counted once."""
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 
 from vllm_ascend_eplb.observe.stats import EplbStats
 
-from .audit import AUDIT
+from .audit import AUDIT, FIRST, audited_steps
 from .conftest import BUSY, prompts
 from .private_server import PrivateServer
 from .test_server import complete
@@ -31,7 +30,7 @@ def audit(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, audit):
     server = PrivateServer(tmp_path_factory.mktemp("server"), "data", BUSY)
-    server.run_first("import audit\naudit.audit_steps()\n", **{AUDIT: str(audit), "VLLM_PLUGINS": "eplb,eplb_page"})
+    server.run_first(FIRST, **{AUDIT: str(audit), "VLLM_PLUGINS": "eplb,eplb_page"})
     try:
         server.start_and_wait()
         yield server
@@ -73,9 +72,7 @@ def test_every_step_counts_its_tokens_once_in_every_layer(server, audit, referen
     """The tests above made steps with and without requests on both engines; all of them are checked."""
     texts = [text for batch in prompts(2) for text in batch]
     complete(server, texts)
-    engines = [
-        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("]")] for path in audit.iterdir()
-    ]
+    engines = audited_steps(audit)
     assert len(engines) == 2
     for steps in engines:
         wrong = [step for step in steps if step[2] != [step[0] * TOP_K] * NUM_LAYERS]
