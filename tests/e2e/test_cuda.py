@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from .conftest import BUSY, prompts
+from .in_step import assert_counted_once
 from .test_draft_model import (  # noqa: F401  the tests, with the engines of this module
     drafting,
     in_parallel,
@@ -194,14 +195,7 @@ def test_data_parallel_engines_answer_as_one_gpu(parallel, expected):
 
 
 def test_data_parallel_engines_count_every_pair_once(parallel):
-    ranks = parallel["ranks"]
-    for rank in ranks:
-        assert rank["counted"] == rank["routed"]
-        assert rank["counted"][0] > 0
-    np.testing.assert_array_equal(np.sum([rank["counted"] for rank in ranks], axis=0), parallel["computed"] * TOP_K)
-    loads = np.array(ranks[0]["loads"])
-    assert len(loads) >= 10
-    np.testing.assert_array_equal(loads, np.sum([rank["windows"] for rank in ranks], axis=0)[: len(loads)])
+    assert_counted_once(parallel["ranks"], parallel["computed"], TOP_K)
 
 
 def test_data_parallel_engines_stay_in_step_with_one_idle(parallel):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from .conftest import BUSY, prompts
+from .in_step import assert_counted_once, assert_in_step
 from .test_offline import assert_equal_every_turn, equal_tokens
 
 pytestmark = pytest.mark.soak
@@ -68,21 +69,10 @@ def test_every_pair_is_computed_once_with_the_right_weights(stages):
 
 
 def test_each_stage_counts_the_tokens_of_all_engines_once(run, stages):
-    for ranks in stages:
-        for rank in ranks:  # each engine its own, as the scheduler and the routers say
-            assert rank["counted"] == rank["routed"]
-            assert rank["counted"][0] > 0
-        np.testing.assert_array_equal(np.sum([rank["counted"] for rank in ranks], axis=0), run["computed"] * TOP_K)
-        loads = np.array(ranks[0]["loads"])
-        assert len(loads) >= 10
-        np.testing.assert_array_equal(loads, np.sum([rank["windows"] for rank in ranks], axis=0)[: len(loads)])
-    assert stages[0][0]["loads"] != stages[1][0]["loads"]  # of other layers
+    loads = [assert_counted_once(ranks, run["computed"], TOP_K) for ranks in stages]
+    assert loads[0].tolist() != loads[1].tolist()  # of other layers
 
 
 def test_ranks_of_a_stage_stay_in_step_while_an_engine_is_idle(stages):
-    for first, second in stages:
-        history = first["history"]
-        assert second["history"] == history
-        assert [step for step, _, _ in history] == list(range(history[0][0], history[-1][0] + 1))
-        assert len({placement for _, _, placement in history}) >= 10
-        assert min(first["idle"], second["idle"]) > 90  # each engine was idle for a whole turn
+    for ranks in stages:
+        assert_in_step(ranks)

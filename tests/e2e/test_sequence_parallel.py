@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from .conftest import BUSY, prompts
+from .in_step import assert_counted_once, assert_in_step
 from .test_offline import assert_equal_every_turn
 
 TOKENS = 48
@@ -51,24 +52,13 @@ def test_every_pair_is_computed_once_with_the_right_weights(run):
 
 
 def test_every_pair_is_counted_once_despite_padding(run):
-    ranks = run["ranks"]
-    for rank in ranks:
-        assert rank["counted"] == rank["routed"]  # every rank counts its own slice
-        assert rank["counted"][0] > 0
-    np.testing.assert_array_equal(np.sum([rank["counted"] for rank in ranks], axis=0), run["computed"] * TOP_K)
-    assert sum(rank["padded_rows"] for rank in ranks) > 0
-    loads = np.array(ranks[0]["loads"])
-    np.testing.assert_array_equal(loads, np.sum([rank["windows"] for rank in ranks], axis=0)[: len(loads)])
+    """Every rank counts its own slice."""
+    assert_counted_once(run["ranks"], run["computed"], TOP_K)
+    assert sum(rank["padded_rows"] for rank in run["ranks"]) > 0
 
 
 def test_ranks_stay_in_step_while_an_engine_is_idle(run):
-    histories = [rank["history"] for rank in run["ranks"]]
-    assert len(histories[0]) > 350
-    for history in histories[1:]:
-        assert history == histories[0]
-    assert [step for step, _, _ in histories[0]] == list(range(histories[0][0][0], histories[0][-1][0] + 1))
-    assert len({placement for _, _, placement in histories[0]}) >= 10
-    assert all(rank["idle"] > 90 for rank in run["ranks"])  # every engine was idle for a whole turn
+    assert len(assert_in_step(run["ranks"])) > 350
 
 
 def test_layers_that_route_tokens_of_all_ranks_are_refused(run):
