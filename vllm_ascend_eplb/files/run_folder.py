@@ -90,6 +90,8 @@ def has_ended(process: int) -> bool:
         return False
     try:
         status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except ProcessLookupError:  # it ended as it was looked at
+        return True
     except OSError:
         return False
     return status.rpartition(")")[2].split()[:1] in (["Z"], ["X"])

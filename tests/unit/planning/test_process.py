@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vllm_ascend_eplb.files.run_folder import has_ended
 from vllm_ascend_eplb.planning.process import EplbProcess
 from vllm_ascend_eplb.planning.request import PlanAnswer, PlanRequest
 from vllm_ascend_eplb.values.placement import Placement
@@ -141,7 +142,7 @@ def put_forward_until_ended(clock: Clock, pid: int) -> None:
 
     def ended() -> bool:
         clock.ahead += 3600.0
-        return not alive(pid)
+        return has_ended(pid)
 
     wait_until(ended)
 
@@ -221,13 +222,6 @@ def wait_until(condition, seconds: float = 120) -> None:
         time.sleep(0.002)
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize("stop_the_child", [False, True])
 def test_child_ends_with_a_killed_parent(stop_the_child):
     code = f"""
@@ -243,12 +237,12 @@ time.sleep(600)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
-    assert alive(child)
+    assert not has_ended(child)
     if stop_the_child:
         os.kill(child, signal.SIGSTOP)
     parent.kill()
     parent.wait()
-    wait_until(lambda: not alive(child))
+    wait_until(lambda: has_ended(child))
 
 
 def descriptors() -> dict[str, str]:
