@@ -17,7 +17,7 @@ setup:  ## makes .venv and builds the C++ parts
 demo: setup  ## serves a real model on RANKS ranks (default 4, 2 for small machines) and shows it balancing itself
 	@$(RUN) -m examples.demo --ranks $(RANKS)
 
-# Two lanes: most engines in one of them, file by file the rest (tests/conftest.py).
+# Two lanes: all engines in one of them, file by file the rest (tests/conftest.py).
 LANES := -n 2 --dist loadscope --no-loadscope-reorder
 TEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest
 

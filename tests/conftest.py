@@ -35,26 +35,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Engines that share a lane come first, those with a lane of their own last: the worker that is free takes them."""
-    items.sort(key=lambda item: ENGINES.get(lane(item.nodeid), 1))
-
-
-ENGINES = {"engines": 0} | {
-    f"tests/e2e/test_{name}.py": 2 for name in ("draft_model", "prefill_decode", "updates", "weights_out")
-}
-"""Order of the lanes with engines; 1 is that of all other files. The named files start offline engines that no other
-file uses, so that they may run beside an engine of the first lane."""
+    """Engines come first: theirs is the longer of the two lanes."""
+    items.sort(key=lambda item: lane(item.nodeid) != "engines")
 
 
 def lane(test: str) -> str:
-    """What is run by one worker, in order: a file, and as one of them most files with engines."""
+    """What is run by one worker, in order: all engines, else a file. Two engines at once starve each other's planner on
+    two cores."""
     path = test.split("::")[0]
-    return "engines" if path.startswith("tests/e2e/") and path not in ENGINES else path
+    return "engines" if path.startswith("tests/e2e/") else path
 
 
 @pytest.hookimpl(optionalhook=True)  # tests on NPUs run without xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Two workers (pytest -n 2): one has most engines, the other takes file by file. xdist's own groups (--dist
+    """Two workers (pytest -n 2): one has all engines, the other takes file by file. xdist's own groups (--dist
     loadgroup) are lost with pytest 9.2, without a word."""
     from xdist.scheduler import LoadScopeScheduling
 
