@@ -92,10 +92,21 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
                 good, value = pipe.recv()
             except EOFError:
                 raise RuntimeError(f"rank {rank} died") from None
-            if not good:
-                raise RuntimeError(f"rank {rank} failed:\n{value}")
+            if not good:  # maybe because another rank died: its sockets close before its pipe does
+                died = [f"rank {other} died" for other in range(len(pipes)) if other != rank and _died(pipes[other])]
+                raise RuntimeError("; ".join([*died, f"rank {rank} failed:\n{value}"]))
             results[rank] = value
     return [results[rank] for rank in range(len(pipes))]
+
+
+def _died(pipe: Any) -> bool:
+    """Whether the process at the other end of a pipe ends within a second without a result."""
+    try:
+        if pipe.poll(1.0):
+            pipe.recv()
+    except EOFError:
+        return True
+    return False
 
 
 def _main(
