@@ -93,7 +93,8 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
             except EOFError:
                 raise RuntimeError(f"rank {rank} died") from None
             if not good:  # maybe because another rank died: its sockets close before its pipe does
-                died = [f"rank {other} died" for other in range(len(pipes)) if other != rank and _died(pipes[other])]
+                silent = [number for number in range(len(pipes)) if number != rank and _died(pipes[number])]
+                died = [f"rank {number} died" for number in silent]
                 raise RuntimeError("; ".join([*died, f"rank {rank} failed:\n{value}"]))
             results[rank] = value
     return [results[rank] for rank in range(len(pipes))]
