@@ -6,6 +6,7 @@
 
 #include "annealing.h"
 #include "incremental.h"
+#include "pairs.h"
 #include "scratch.h"
 #include "steady.h"
 
@@ -30,6 +31,9 @@ constexpr int kSlotsOfFast = 512;
 // On larger shapes "fast" has time for rounds after a short descent: rounds times receipts, and most rounds.
 constexpr int kReceiptsOfFast = 24;
 constexpr int kMostRoundsOfFast = 8;
+
+// Pairings that "fast" looks at on ranks of two slots.
+constexpr int kTrialsOfFast = 2000;
 
 // Steps by which "fast" lowers the busiest rank of such a placement.
 constexpr int kStepsOfFast = 8;
@@ -127,12 +131,17 @@ void LayerPlanner::descend() {
         keep_if_better();
         if (best_.reached) return;
         if (reached) break;
+        if (pairs()) break;
     }
-    sink(kStepsOfFast);
+    if (!pairs()) sink(kStepsOfFast);
     if (!best_.reached && best_.peak > floor_ + slack_) {
         const Found kept = best_;
-        try_from_scratch(nullptr);
-        sink(kStepsOfFast);
+        if (pairs()) {
+            pair_up(kTrialsOfFast, nullptr);
+        } else {
+            try_from_scratch(nullptr);
+            sink(kStepsOfFast);
+        }
         const double price = kReceiptsForPar * (best_.cost - kept.cost) / shape.slots;
         if (kept.peak <= scratch_peak_ + kNearScratch && kept.peak - best_.peak < price) {
             best_ = kept;
@@ -185,6 +194,21 @@ void LayerPlanner::try_from_scratch(Random* noise) {
     if (part.empty()) return;
     search_.adopt(part);
     keep_if_better();
+}
+
+void LayerPlanner::pair_up(int trials, Random* noise) {
+    const double limit = std::max(target_, floor_);
+    const auto place = [&] {
+        const std::vector<int32_t> slots = place_in_pairs(search_, limit, trials, noise);
+        if (slots.empty()) return;
+        search_.adopt(slots);
+        scratch_peak_ = std::min(scratch_peak_, search_.peak());
+        keep_if_better();
+    };
+    place();
+    if (noise != nullptr) return;
+    search_.begin(load_, slots_, variance_);
+    place();
 }
 
 void LayerPlanner::anneal(int steps) {

@@ -1,0 +1,442 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "pairs.h"
+
+#include <algorithm>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <queue>
+#include <iterator>
+#include <set>
+#include <utility>
+
+namespace eplb {
+
+namespace {
+
+// Experts that are tried first in a step: those of the busiest pair and the next heavier ones, which may get a copy, and
+// those whose replicas stay lightest, which may lose one.
+constexpr size_t kGaining = 3;
+constexpr size_t kLosing = 16;
+
+// Random transfers before a search that starts anew.
+constexpr int kMostKicks = 4;
+
+using Load = int64_t;
+
+// How many copies each expert gets. With two slots per rank the best pairing of given replicas is known: the heaviest
+// with the lightest, and so on. So the search is over numbers of copies alone.
+class Copies {
+  public:
+    // count [E]: copies to start from, 1 to ranks each; their sum is twice the ranks.
+    Copies(const std::vector<Load>& weight, std::vector<int32_t> count, int ranks)
+        : weight_(weight), count_(std::move(count)), ranks_(ranks) {
+        sort();
+    }
+
+    // One copy after another moves to where it lowers the load of pairs above `limit` most, and where no step does, to
+    // where it lowers the busiest pair most. At most `trials` pairings are looked at.
+    void descend(Load limit, int trials) {
+        trials_ = trials;
+        split_heavy(limit);
+        while (step(limit)) {
+        }
+        while (heaviest() > limit && step(0, true)) {
+        }
+    }
+
+    void kick(Random& random) {
+        for (int kicks = 1 + static_cast<int>(random.below(kMostKicks)); kicks > 0; --kicks) {
+            const int from = draw(random), to = draw(random);
+            if (from != to && count_[from] > 1 && count_[to] > 0 && count_[to] < ranks_) transfer(from, to);
+        }
+    }
+
+    Load heaviest() const { return excess(-1, -1, 0, std::numeric_limits<Load>::max(), true); }
+    const std::vector<int32_t>& count() const { return count_; }
+    Load share(int expert) const { return weight_[expert] / count_[expert]; }
+
+  private:
+    struct Run {  // replicas of one expert
+        Load share;
+        int32_t count, expert;
+    };
+
+    // Runs from the lightest or from the heaviest, without two experts but with two runs in their place.
+    class Walk {
+      public:
+        Walk(const std::vector<Run>& runs, bool up, int from, int to, const Run& first, const Run& second)
+            : at_(up ? runs.data() : runs.data() + runs.size() - 1),
+              left_(runs.size()),
+              up_(up),
+              from_(from),
+              to_(to),
+              placed_{up ? first : second, up ? second : first} {
+            next();
+        }
+        void next() {
+            while (left_ > 0 && (at_->expert == from_ || at_->expert == to_)) step();
+            if (number_ < 2 && placed_[number_].expert >= 0 &&
+                (left_ == 0 || (up_ ? placed_[number_].share <= at_->share : placed_[number_].share >= at_->share))) {
+                run = placed_[number_++];
+                return;
+            }
+            run = *at_;
+            step();
+        }
+        Run run;
+
+      private:
+        void step() {
+            at_ += up_ ? 1 : -1;
+            --left_;
+        }
+        const Run* at_;
+        size_t left_;
+        const bool up_;
+        const int from_, to_;
+        const Run placed_[2];
+        int number_ = 0;
+    };
+
+    int draw(Random& random) const { return static_cast<int>(random.below(static_cast<uint32_t>(weight_.size()))); }
+
+    void sort() {
+        runs_.clear();
+        for (size_t e = 0; e < weight_.size(); ++e)
+            if (count_[e] > 0) runs_.push_back({weight_[e] / count_[e], count_[e], static_cast<int32_t>(e)});
+        std::sort(runs_.begin(), runs_.end(), [](const Run& a, const Run& b) {
+            return a.share < b.share || (a.share == b.share && a.expert < b.expert);
+        });
+    }
+
+    void transfer(int from, int to) {
+        --count_[from];
+        ++count_[to];
+        sort();
+    }
+
+    Load after_loss(int expert) const { return weight_[expert] / (count_[expert] - 1); }
+
+    // Experts whose replicas fit beside no other get a copy of the expert whose replicas stay lightest.
+    void split_heavy(Load limit) {
+        for (;;) {
+            const Run& top = runs_.back();
+            if (top.share + runs_.front().share <= limit || top.count == ranks_) return;
+            int from = -1;
+            for (const Run& run : runs_)
+                if (run.count > 1 && run.expert != top.expert &&
+                    (from < 0 || after_loss(run.expert) < after_loss(from)))
+                    from = run.expert;
+            if (from < 0 || after_loss(from) >= top.share) return;
+            transfer(from, top.expert);
+        }
+    }
+
+    // The load of pairs above `limit`, summed, if one copy of `from` were one of `to` (-1: as it is); or the busiest
+    // pair's. Gives up at `bound`, and returns it.
+    Load excess(int from, int to, Load limit, Load bound, bool busiest) const {
+        Run first{0, 0, -1}, second{0, 0, -1};
+        if (from >= 0) {
+            first = {after_loss(from), count_[from] - 1, from};
+            second = {weight_[to] / (count_[to] + 1), count_[to] + 1, to};
+            if (second.share < first.share) std::swap(first, second);
+        }
+        Walk light(runs_, true, from, to, first, second), heavy(runs_, false, from, to, first, second);
+        Load sum = 0;
+        for (int left = ranks_; left > 0;) {
+            const int pairs = std::min({light.run.count, heavy.run.count, left});
+            const Load above = light.run.share + heavy.run.share - limit;
+            if (above > 0) sum = busiest ? std::max(sum, above) : sum + above * pairs;
+            if (sum >= bound) return bound;
+            left -= pairs;
+            if (left == 0) break;
+            light.run.count -= pairs;
+            heavy.run.count -= pairs;
+            if (light.run.count == 0) light.next();
+            if (heavy.run.count == 0) heavy.next();
+        }
+        return sum;
+    }
+
+    // The runs of the busiest pair.
+    std::pair<int, int> busiest() const {
+        int light = 0, heavy = static_cast<int>(runs_.size()) - 1;
+        int lights = runs_[light].count, heavies = runs_[heavy].count;
+        std::pair<int, int> found{light, heavy};
+        for (int left = ranks_; left > 0;) {
+            if (runs_[light].share + runs_[heavy].share > runs_[found.first].share + runs_[found.second].share)
+                found = {light, heavy};
+            const int pairs = std::min({lights, heavies, left});
+            left -= pairs;
+            lights -= pairs;
+            heavies -= pairs;
+            if (left == 0) break;
+            if (lights == 0) lights = runs_[++light].count;
+            if (heavies == 0) heavies = runs_[--heavy].count;
+        }
+        return found;
+    }
+
+    // Moves the copy that lowers the excess most, of few experts or, where none of those does, of more. Returns false if
+    // there is no excess or no copy lowers it.
+    bool step(Load limit, bool lower_busiest = false) {
+        const Load now = excess(-1, -1, limit, std::numeric_limits<Load>::max(), lower_busiest);
+        if (now == 0) return false;
+        std::vector<int32_t> losing, gaining;
+        for (const Run& run : runs_)
+            if (run.count > 1) losing.push_back(run.expert);
+        std::stable_sort(losing.begin(), losing.end(), [&](int a, int b) { return after_loss(a) < after_loss(b); });
+        const auto [light, heavy] = busiest();
+        gaining.push_back(runs_[heavy].expert);
+        if (light != heavy) gaining.push_back(runs_[light].expert);
+        for (int i = heavy + 1; i < static_cast<int>(runs_.size()); ++i) gaining.push_back(runs_[i].expert);
+        size_t gains = 0, loses = 0;  // tried so far
+        while (gains < gaining.size() || loses < losing.size()) {
+            const size_t more_gains = std::min(gaining.size(), gains == 0 ? kGaining : 2 * gains);
+            const size_t more_loses = std::min(losing.size(), loses == 0 ? kLosing : 4 * loses);
+            Load best = now;
+            int from = -1, to = -1;
+            for (size_t g = 0; g < more_gains; ++g) {
+                if (count_[gaining[g]] == ranks_) continue;
+                for (size_t l = g < gains ? loses : 0; l < more_loses; ++l) {
+                    if (losing[l] == gaining[g] || --trials_ < 0) continue;
+                    const Load then = excess(losing[l], gaining[g], limit, best, lower_busiest);
+                    if (then < best) best = then, from = losing[l], to = gaining[g];
+                }
+            }
+            if (from >= 0) {
+                transfer(from, to);
+                return true;
+            }
+            if (trials_ < 0) return false;
+            gains = more_gains;
+            loses = more_loses;
+        }
+        return false;
+    }
+
+    const std::vector<Load>& weight_;
+    std::vector<int32_t> count_;
+    const int ranks_;
+    std::vector<Run> runs_;  // lightest replica first
+    int trials_ = 0;
+};
+
+// Which replicas share a rank, with few receipts: ranks keep what they hold, as far as copies and limit allow. Then the
+// heaviest replica without a slot takes a slot beside which there is room. If there is none, it takes the slot of the
+// lightest replica whose partner leaves room, and that one is without a slot: of all that could give way the lightest
+// fits wherever another does. If there is none either, too few ranks have a light replica, and it gets a rank together
+// with the lightest replica without a slot.
+class Rooms {
+  public:
+    Rooms(const Search& search, const std::vector<int32_t>& ranks, const Copies& copies, Load limit)
+        : now_(search.slots()),
+          start_(search.start()),
+          empty_(search.shape().experts),
+          ranks_(ranks),
+          copies_(copies),
+          limit_(limit),
+          missing_(copies.count()),
+          held_(2 * ranks.size(), empty_) {}
+
+    // Writes the ranks' slots into `slots` [P]; returns false if it finds no way.
+    bool fill(std::vector<int32_t>& slots) {
+        keep();
+        list();
+        while (!without_.empty()) {
+            const auto heaviest = std::prev(without_.end());
+            const int expert = -heaviest->second;
+            const Load load = heaviest->first;
+            without_.erase(heaviest);
+            if (!take_room(expert, load) && !replace(expert, load) && !clear(expert, load)) return false;
+        }
+        for (size_t r = 0; r < ranks_.size(); ++r) std::copy_n(&held_[2 * r], 2, &slots[2 * ranks_[r]]);
+        return true;
+    }
+
+  private:
+    using Entry = std::pair<Load, int32_t>;
+    using LightestFirst = std::priority_queue<Entry, std::vector<Entry>, std::greater<Entry>>;
+
+    Load share(int slot) const { return held_[slot] == empty_ ? 0 : copies_.share(held_[slot]); }
+    Load both(int rank) const { return share(2 * rank) + share(2 * rank + 1); }
+    bool has_room(int rank) const { return held_[2 * rank] == empty_ || held_[2 * rank + 1] == empty_; }
+    bool held_at_start(int slot, int expert) const {
+        const int rank = ranks_[slot / 2];
+        return start_[2 * rank] == expert || start_[2 * rank + 1] == expert;
+    }
+
+    void drop(int slot) {
+        ++missing_[held_[slot]];
+        held_[slot] = empty_;
+    }
+
+    void keep() {
+        const int ranks = static_cast<int>(ranks_.size());
+        for (int r = 0; r < ranks; ++r) {
+            const int first = now_[2 * ranks_[r]], second = now_[2 * ranks_[r] + 1];
+            held_[2 * r] = first;
+            if (second != first) held_[2 * r + 1] = second;
+        }
+        std::vector<Entry> slots;
+        for (int slot = 0; slot < 2 * ranks; ++slot)
+            if (held_[slot] != empty_) slots.push_back({both(slot / 2), slot});
+        std::sort(slots.begin(), slots.end());
+        for (const auto& [load, slot] : slots)  // copies above the number wanted are dropped from the busiest ranks
+            if (missing_[held_[slot]]-- <= 0) drop(slot);
+        for (int r = 0; r < ranks; ++r)
+            if (both(r) > limit_) drop(share(2 * r) > share(2 * r + 1) ? 2 * r : 2 * r + 1);
+    }
+
+    // Lists the replicas without a slot and the ranks with room. A rank without any gets the lightest replica, which
+    // leaves most room.
+    void list() {
+        for (int e = 0; e < empty_; ++e)
+            for (int i = 0; i < missing_[e]; ++i) without_.insert({copies_.share(e), -e});
+        for (int r = 0; r < static_cast<int>(ranks_.size()); ++r) {
+            if (both(r) == 0 && held_[2 * r] == empty_ && held_[2 * r + 1] == empty_) {
+                held_[2 * r] = -without_.begin()->second;
+                without_.erase(without_.begin());
+            }
+            offer(r);
+        }
+    }
+
+    // Makes a rank known as one with room, or as one whose replicas may give way.
+    void offer(int r) {
+        for (const int slot : {2 * r, 2 * r + 1})
+            if (held_[slot] != empty_) (has_room(r) ? rooms_ : staying_).push({share(slot), slot});
+    }
+
+    // Puts the expert beside a replica that leaves room, on a rank that held it at the start if there is one.
+    bool take_room(int expert, Load load) {
+        for (; !rooms_.empty() && rooms_.top().first + load <= limit_; rooms_.pop())
+            open_.push_back(rooms_.top().second);
+        open_.erase(std::remove_if(open_.begin(), open_.end(),
+                                   [&](int slot) { return !has_room(slot / 2) || share(slot) + load > limit_; }),
+                    open_.end());
+        int found = -1;
+        for (const int slot : open_) {
+            if (held_[slot] == expert || held_[slot] == empty_) continue;
+            if (found < 0) found = slot;
+            if (!held_at_start(slot, expert)) continue;
+            found = slot;
+            break;
+        }
+        if (found < 0) return false;
+        held_[found ^ 1] = expert;
+        offer(found / 2);
+        return true;
+    }
+
+    bool replace(int expert, Load load) {
+        for (; !staying_.empty() && staying_.top().first + load <= limit_; staying_.pop()) {
+            const int slot = staying_.top().second ^ 1;
+            ways_.push({share(slot), slot});
+        }
+        std::vector<Entry> refused;
+        bool placed = false;
+        while (!placed && !ways_.empty() && ways_.top().first < load) {
+            const Entry way = ways_.top();
+            const int slot = way.second;
+            ways_.pop();
+            if (has_room(slot / 2) || share(slot) != way.first || share(slot ^ 1) + load > limit_) continue;
+            if (held_[slot ^ 1] == expert) {
+                refused.push_back(way);
+                continue;
+            }
+            without_.insert({way.first, -held_[slot]});
+            held_[slot] = expert;
+            offer(slot / 2);
+            placed = true;
+        }
+        for (const Entry& way : refused) ways_.push(way);
+        return placed;
+    }
+
+    // Of the ranks with lighter replicas only: one with room, because that takes fewer receipts; of those the lightest.
+    bool clear(int expert, Load load) {
+        auto lightest = without_.begin();
+        while (lightest != without_.end() && -lightest->second == expert) ++lightest;
+        if (lightest == without_.end() || lightest->first + load > limit_) return false;
+        const int second = -lightest->second;
+        int rank = -1;
+        std::pair<bool, Load> best{true, load};
+        for (int r = 0; r < static_cast<int>(ranks_.size()); ++r) {
+            const std::pair<bool, Load> cost{!has_room(r), std::max(share(2 * r), share(2 * r + 1))};
+            if (cost.second < load && (rank < 0 || cost < best)) rank = r, best = cost;
+        }
+        if (rank < 0) return false;
+        without_.erase(lightest);
+        for (const int slot : {2 * rank, 2 * rank + 1})
+            if (held_[slot] != empty_) without_.insert({share(slot), -held_[slot]});
+        held_[2 * rank] = expert;
+        held_[2 * rank + 1] = second;
+        offer(rank);
+        return true;
+    }
+
+    const std::vector<int32_t>&now_, &start_;
+    const int32_t empty_;
+    const std::vector<int32_t>& ranks_;
+    const Copies& copies_;
+    const Load limit_;
+    std::vector<int32_t> missing_;   // [E] copies without a slot
+    std::vector<int32_t> held_;      // two for each of the ranks
+    std::multiset<Entry> without_;   // replicas without a slot
+    LightestFirst rooms_, staying_;  // by load: slots beside which there is room; those whose neighbour may give way
+    std::vector<int32_t> open_;      // slots beside which there is room for all that is without one
+    LightestFirst ways_;             // slots whose replica may give way, by load
+};
+
+// Copies on the ranks of each expert, and one more for the heaviest replica until all slots are used. None if that is
+// impossible.
+std::vector<int32_t> copies_now(const Search& search, const std::vector<Load>& weight, const std::vector<int32_t>& ranks) {
+    const int empty = search.shape().experts;
+    const std::vector<int32_t>& slots = search.slots();
+    std::vector<int32_t> count(empty, 0);
+    int used = 0;
+    for (const int r : ranks) {
+        for (const int e : {slots[2 * r], slots[2 * r + 1] == slots[2 * r] ? empty : slots[2 * r + 1]}) {
+            if (e == empty) continue;
+            ++count[e];
+            ++used;
+        }
+    }
+    for (; used < 2 * static_cast<int>(ranks.size()); ++used) {
+        int best = -1;
+        for (int e = 0; e < empty; ++e) {
+            if (count[e] == 0 || count[e] == static_cast<int>(ranks.size())) continue;
+            if (best < 0 || weight[e] / count[e] > weight[best] / count[best]) best = e;
+        }
+        if (best < 0) return {};
+        ++count[best];
+    }
+    return count;
+}
+
+}  // namespace
+
+std::vector<int32_t> place_in_pairs(const Search& search, double limit, int trials, Random* random) {
+    const Shape& shape = search.shape();
+    if (shape.per_rank() != 2 || !search.alike()) return {};
+    std::vector<Load> weight;
+    for (int e = 0; e < shape.experts; ++e) weight.push_back(search.weight(e));
+    std::vector<int32_t> slots(shape.slots, shape.experts);
+    const int nodes = search.confined_nodes(), per_node = shape.ranks / nodes;
+    for (int node = 0; node < nodes; ++node) {
+        std::vector<int32_t> ranks(per_node);
+        std::iota(ranks.begin(), ranks.end(), node * per_node);
+        std::vector<int32_t> count = copies_now(search, weight, ranks);
+        if (count.empty()) return {};
+        Copies copies(weight, std::move(count), per_node);
+        if (random != nullptr) copies.kick(*random);
+        const auto most = static_cast<Load>(limit * Search::unit());
+        copies.descend(most, trials);
+        if (!Rooms(search, ranks, copies, std::max(most, copies.heaviest())).fill(slots)) return {};
+    }
+    return slots;
+}
+
+}  // namespace eplb
