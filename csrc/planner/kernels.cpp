@@ -74,4 +74,16 @@ int best_above(int n, const float* score, float* least) {
     return i;
 }
 
+EPLB_KERNEL
+PairLoads pair_loads(int n, const int32_t* loads, int32_t limit) {
+    int32_t heaviest = 0, above = 0;
+    const int32_t* heavy = loads + n;
+    for (int i = 0; i < n; ++i) {
+        const int32_t load = heavy[i] + loads[n - 1 - i];
+        heaviest = std::max(heaviest, load);
+        above += std::max(load - limit, 0);
+    }
+    return {heaviest, above};
+}
+
 }  // namespace eplb

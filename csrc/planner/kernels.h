@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 namespace eplb {
 
@@ -40,5 +41,13 @@ void score_placements(int n, Potential potential, const float* base, const float
 
 // The index of the first largest score above `least`, or -1; *least becomes that score.
 int best_above(int n, const float* score, float* least);
+
+// What the busiest pair has, and how much pairs have above a limit together.
+struct PairLoads {
+    int32_t heaviest, above;
+};
+
+// Pairs of loads [2 * n], lightest first: the heaviest with the lightest, and so on. The sum of all loads is below 2^31.
+PairLoads pair_loads(int n, const int32_t* loads, int32_t limit);
 
 }  // namespace eplb

@@ -33,7 +33,7 @@ constexpr int kReceiptsOfFast = 24;
 constexpr int kMostRoundsOfFast = 8;
 
 // Pairings that "fast" looks at on ranks of two slots.
-constexpr int kTrialsOfFast = 2000;
+constexpr int kTrialsOfFast = 4000;
 
 // Steps by which "fast" lowers the busiest rank of such a placement.
 constexpr int kStepsOfFast = 8;
@@ -197,18 +197,12 @@ void LayerPlanner::try_from_scratch(Random* noise) {
 }
 
 void LayerPlanner::pair_up(int trials, Random* noise) {
-    const double limit = std::max(target_, floor_);
-    const auto place = [&] {
-        const std::vector<int32_t> slots = place_in_pairs(search_, limit, trials, noise);
-        if (slots.empty()) return;
-        search_.adopt(slots);
-        scratch_peak_ = std::min(scratch_peak_, search_.peak());
-        keep_if_better();
-    };
-    place();
-    if (noise != nullptr) return;
-    search_.begin(load_, slots_, variance_);
-    place();
+    if (noise == nullptr) search_.begin(load_, slots_, variance_);
+    const std::vector<int32_t> slots = place_in_pairs(search_, std::max(target_, floor_), trials, noise);
+    if (slots.empty()) return;
+    search_.adopt(slots);
+    scratch_peak_ = std::min(scratch_peak_, search_.peak());
+    keep_if_better();
 }
 
 void LayerPlanner::anneal(int steps) {

@@ -3,12 +3,13 @@
 
 #include <algorithm>
 #include <functional>
-#include <limits>
+#include <iterator>
 #include <numeric>
 #include <queue>
-#include <iterator>
 #include <set>
 #include <utility>
+
+#include "kernels.h"
 
 namespace eplb {
 
@@ -22,16 +23,20 @@ constexpr size_t kLosing = 16;
 // Random transfers before a search that starts anew.
 constexpr int kMostKicks = 4;
 
-using Load = int64_t;
+using Load = int32_t;
 
 // How many copies each expert gets. With two slots per rank the best pairing of given replicas is known: the heaviest
 // with the lightest, and so on. So the search is over numbers of copies alone.
 class Copies {
   public:
-    // count [E]: copies to start from, 1 to ranks each; their sum is twice the ranks.
+    // weight, count [E]: copies to start from, up to one for each rank (none: the expert is not among these). Their sum
+    // is twice the ranks.
     Copies(const std::vector<Load>& weight, std::vector<int32_t> count, int ranks)
-        : weight_(weight), count_(std::move(count)), ranks_(ranks) {
-        sort();
+        : weight_(weight), count_(std::move(count)), ranks_(ranks), first_(weight.size()), changed_(2 * ranks) {
+        for (int e = 0; e < static_cast<int>(weight_.size()); ++e)
+            if (count_[e] > 0) order_.push_back(e);
+        std::sort(order_.begin(), order_.end(), [&](int a, int b) { return is_lighter(a, b); });
+        list();
     }
 
     // One copy after another moves to where it lowers the load of pairs above `limit` most, and where no step does, to
@@ -39,81 +44,45 @@ class Copies {
     void descend(Load limit, int trials) {
         trials_ = trials;
         split_heavy(limit);
-        while (step(limit)) {
+        while (heaviest() > limit && step(limit, false)) {
         }
-        while (heaviest() > limit && step(0, true)) {
+        while (heaviest() > limit && step(limit, true)) {
         }
     }
 
     void kick(Random& random) {
         for (int kicks = 1 + static_cast<int>(random.below(kMostKicks)); kicks > 0; --kicks) {
             const int from = draw(random), to = draw(random);
-            if (from != to && count_[from] > 1 && count_[to] > 0 && count_[to] < ranks_) transfer(from, to);
+            if (from != to && count_[from] > 1 && count_[to] < ranks_) transfer(from, to);
         }
     }
 
-    Load heaviest() const { return excess(-1, -1, 0, std::numeric_limits<Load>::max(), true); }
+    Load heaviest() const { return pair_loads(ranks_, loads_.data(), 0).heaviest; }
     const std::vector<int32_t>& count() const { return count_; }
     Load share(int expert) const { return weight_[expert] / count_[expert]; }
 
   private:
-    struct Run {  // replicas of one expert
-        Load share;
-        int32_t count, expert;
-    };
+    bool is_lighter(int a, int b) const { return share(a) < share(b) || (share(a) == share(b) && a < b); }
 
-    // Runs from the lightest or from the heaviest, without two experts but with two runs in their place.
-    class Walk {
-      public:
-        Walk(const std::vector<Run>& runs, bool up, int from, int to, const Run& first, const Run& second)
-            : at_(up ? runs.data() : runs.data() + runs.size() - 1),
-              left_(runs.size()),
-              up_(up),
-              from_(from),
-              to_(to),
-              placed_{up ? first : second, up ? second : first} {
-            next();
+    int draw(Random& random) const { return order_[random.below(static_cast<uint32_t>(order_.size()))]; }
+
+    void list() {
+        loads_.clear();
+        for (const int e : order_) {
+            first_[e] = static_cast<int>(loads_.size());
+            loads_.insert(loads_.end(), count_[e], share(e));
         }
-        void next() {
-            while (left_ > 0 && (at_->expert == from_ || at_->expert == to_)) step();
-            if (number_ < 2 && placed_[number_].expert >= 0 &&
-                (left_ == 0 || (up_ ? placed_[number_].share <= at_->share : placed_[number_].share >= at_->share))) {
-                run = placed_[number_++];
-                return;
-            }
-            run = *at_;
-            step();
-        }
-        Run run;
-
-      private:
-        void step() {
-            at_ += up_ ? 1 : -1;
-            --left_;
-        }
-        const Run* at_;
-        size_t left_;
-        const bool up_;
-        const int from_, to_;
-        const Run placed_[2];
-        int number_ = 0;
-    };
-
-    int draw(Random& random) const { return static_cast<int>(random.below(static_cast<uint32_t>(weight_.size()))); }
-
-    void sort() {
-        runs_.clear();
-        for (size_t e = 0; e < weight_.size(); ++e)
-            if (count_[e] > 0) runs_.push_back({weight_[e] / count_[e], count_[e], static_cast<int32_t>(e)});
-        std::sort(runs_.begin(), runs_.end(), [](const Run& a, const Run& b) {
-            return a.share < b.share || (a.share == b.share && a.expert < b.expert);
-        });
     }
 
     void transfer(int from, int to) {
         --count_[from];
         ++count_[to];
-        sort();
+        for (const int e : {from, to}) order_.erase(std::find(order_.begin(), order_.end(), e));
+        for (const int e : {from, to})
+            order_.insert(std::lower_bound(order_.begin(), order_.end(), e,
+                                           [&](int a, int b) { return is_lighter(a, b); }),
+                          e);
+        list();
     }
 
     Load after_loss(int expert) const { return weight_[expert] / (count_[expert] - 1); }
@@ -121,76 +90,73 @@ class Copies {
     // Experts whose replicas fit beside no other get a copy of the expert whose replicas stay lightest.
     void split_heavy(Load limit) {
         for (;;) {
-            const Run& top = runs_.back();
-            if (top.share + runs_.front().share <= limit || top.count == ranks_) return;
+            const int top = order_.back();
+            if (share(top) + loads_.front() <= limit || count_[top] == ranks_) return;
             int from = -1;
-            for (const Run& run : runs_)
-                if (run.count > 1 && run.expert != top.expert &&
-                    (from < 0 || after_loss(run.expert) < after_loss(from)))
-                    from = run.expert;
-            if (from < 0 || after_loss(from) >= top.share) return;
-            transfer(from, top.expert);
+            for (const int e : order_)
+                if (count_[e] > 1 && e != top && (from < 0 || after_loss(e) < after_loss(from))) from = e;
+            if (from < 0 || after_loss(from) >= share(top)) return;
+            transfer(from, top);
         }
     }
 
-    // The load of pairs above `limit`, summed, if one copy of `from` were one of `to` (-1: as it is); or the busiest
-    // pair's. Gives up at `bound`, and returns it.
-    Load excess(int from, int to, Load limit, Load bound, bool busiest) const {
-        Run first{0, 0, -1}, second{0, 0, -1};
-        if (from >= 0) {
-            first = {after_loss(from), count_[from] - 1, from};
-            second = {weight_[to] / (count_[to] + 1), count_[to] + 1, to};
-            if (second.share < first.share) std::swap(first, second);
+    // The pairs if one copy of `from` were one of `to`.
+    PairLoads look(int from, int to, Load limit) {
+        struct Change {
+            int at, taken, given;  // position, replicas taken away there, replicas put there
+            Load load;
+        };
+        const Load more = after_loss(from), less = weight_[to] / (count_[to] + 1);
+        const auto position = [&](Load load) {
+            return static_cast<int>(std::lower_bound(loads_.begin(), loads_.end(), load) - loads_.begin());
+        };
+        Change changes[] = {{first_[from], count_[from], 0, 0},
+                            {position(more), 0, count_[from] - 1, more},
+                            {first_[to], count_[to], 0, 0},
+                            {position(less), 0, count_[to] + 1, less}};
+        std::sort(std::begin(changes), std::end(changes), [](const Change& a, const Change& b) { return a.at < b.at; });
+        const Load* next = loads_.data();
+        Load* out = changed_.data();
+        for (const Change& change : changes) {
+            const Load* end = std::max(next, static_cast<const Load*>(loads_.data()) + change.at);
+            out = std::copy(next, end, out);
+            out = std::fill_n(out, change.given, change.load);
+            next = end + change.taken;
         }
-        Walk light(runs_, true, from, to, first, second), heavy(runs_, false, from, to, first, second);
-        Load sum = 0;
-        for (int left = ranks_; left > 0;) {
-            const int pairs = std::min({light.run.count, heavy.run.count, left});
-            const Load above = light.run.share + heavy.run.share - limit;
-            if (above > 0) sum = busiest ? std::max(sum, above) : sum + above * pairs;
-            if (sum >= bound) return bound;
-            left -= pairs;
-            if (left == 0) break;
-            light.run.count -= pairs;
-            heavy.run.count -= pairs;
-            if (light.run.count == 0) light.next();
-            if (heavy.run.count == 0) heavy.next();
-        }
-        return sum;
+        std::copy(next, static_cast<const Load*>(loads_.data()) + loads_.size(), out);
+        return pair_loads(ranks_, changed_.data(), limit);
     }
 
-    // The runs of the busiest pair.
-    std::pair<int, int> busiest() const {
-        int light = 0, heavy = static_cast<int>(runs_.size()) - 1;
-        int lights = runs_[light].count, heavies = runs_[heavy].count;
-        std::pair<int, int> found{light, heavy};
-        for (int left = ranks_; left > 0;) {
-            if (runs_[light].share + runs_[heavy].share > runs_[found.first].share + runs_[found.second].share)
-                found = {light, heavy};
-            const int pairs = std::min({lights, heavies, left});
-            left -= pairs;
-            lights -= pairs;
-            heavies -= pairs;
-            if (left == 0) break;
-            if (lights == 0) lights = runs_[++light].count;
-            if (heavies == 0) heavies = runs_[--heavy].count;
-        }
-        return found;
+    // The experts of the busiest pair: the lighter, and the heavier one's place in order_.
+    std::pair<int, int> busiest_pair() const {
+        int light = 0, heavy = 2 * ranks_ - 1, best = 0;
+        for (int i = 0; i < ranks_; ++i)
+            if (loads_[i] + loads_[heavy - i] > loads_[best] + loads_[heavy - best]) best = i;
+        light = best;
+        heavy -= best;
+        const auto place_of = [&](int position) {
+            const auto after = std::upper_bound(order_.begin(), order_.end(), position,
+                                                [&](int at, int e) { return at < first_[e]; });
+            return static_cast<int>(after - order_.begin()) - 1;
+        };
+        return {order_[place_of(light)], place_of(heavy)};
     }
 
-    // Moves the copy that lowers the excess most, of few experts or, where none of those does, of more. Returns false if
-    // there is no excess or no copy lowers it.
-    bool step(Load limit, bool lower_busiest = false) {
-        const Load now = excess(-1, -1, limit, std::numeric_limits<Load>::max(), lower_busiest);
-        if (now == 0) return false;
+    // Moves the copy that lowers the load above `limit` most, or the busiest pair's; of few experts or, where none of
+    // those does, of more. Returns false if no copy does.
+    bool step(Load limit, bool lower_busiest) {
+        const auto measure = [&](const PairLoads& loads) { return lower_busiest ? loads.heaviest : loads.above; };
+        const Load now = measure(pair_loads(ranks_, loads_.data(), limit));
         std::vector<int32_t> losing, gaining;
-        for (const Run& run : runs_)
-            if (run.count > 1) losing.push_back(run.expert);
-        std::stable_sort(losing.begin(), losing.end(), [&](int a, int b) { return after_loss(a) < after_loss(b); });
-        const auto [light, heavy] = busiest();
-        gaining.push_back(runs_[heavy].expert);
-        if (light != heavy) gaining.push_back(runs_[light].expert);
-        for (int i = heavy + 1; i < static_cast<int>(runs_.size()); ++i) gaining.push_back(runs_[i].expert);
+        for (const int e : order_)
+            if (count_[e] > 1) losing.push_back(e);
+        std::sort(losing.begin(), losing.end(), [&](int a, int b) {
+            return after_loss(a) < after_loss(b) || (after_loss(a) == after_loss(b) && a < b);
+        });
+        const auto [light, heavy] = busiest_pair();
+        gaining.push_back(order_[heavy]);
+        if (light != order_[heavy]) gaining.push_back(light);
+        gaining.insert(gaining.end(), order_.begin() + heavy + 1, order_.end());
         size_t gains = 0, loses = 0;  // tried so far
         while (gains < gaining.size() || loses < losing.size()) {
             const size_t more_gains = std::min(gaining.size(), gains == 0 ? kGaining : 2 * gains);
@@ -201,7 +167,7 @@ class Copies {
                 if (count_[gaining[g]] == ranks_) continue;
                 for (size_t l = g < gains ? loses : 0; l < more_loses; ++l) {
                     if (losing[l] == gaining[g] || --trials_ < 0) continue;
-                    const Load then = excess(losing[l], gaining[g], limit, best, lower_busiest);
+                    const Load then = measure(look(losing[l], gaining[g], limit));
                     if (then < best) best = then, from = losing[l], to = gaining[g];
                 }
             }
@@ -219,7 +185,8 @@ class Copies {
     const std::vector<Load>& weight_;
     std::vector<int32_t> count_;
     const int ranks_;
-    std::vector<Run> runs_;  // lightest replica first
+    std::vector<int32_t> order_, first_;  // experts, lightest replica first; [E] place of the first of them in loads_
+    std::vector<Load> loads_, changed_;   // of all replicas, lightest first; the same after a change
     int trials_ = 0;
 };
 
