@@ -32,8 +32,8 @@ constexpr int kSlotsOfFast = 512;
 constexpr int kReceiptsOfFast = 24;
 constexpr int kMostRoundsOfFast = 8;
 
-// Pairings that "fast" looks at on ranks of two slots.
-constexpr int kTrialsOfFast = 4000;
+// Pairings of replicas looked at on ranks of two slots, for each slot.
+constexpr int kTrialsPerSlot = 6;
 
 // Steps by which "fast" lowers the busiest rank of such a placement.
 constexpr int kStepsOfFast = 8;
@@ -137,7 +137,8 @@ void LayerPlanner::descend() {
     if (!best_.reached && best_.peak > floor_ + slack_) {
         const Found kept = best_;
         if (pairs()) {
-            pair_up(kTrialsOfFast, nullptr);
+            begin(target_, kSquares[0]);
+            pair_up();
         } else {
             try_from_scratch(nullptr);
             sink(kStepsOfFast);
@@ -196,9 +197,9 @@ void LayerPlanner::try_from_scratch(Random* noise) {
     keep_if_better();
 }
 
-void LayerPlanner::pair_up(int trials, Random* noise) {
-    if (noise == nullptr) search_.begin(load_, slots_, variance_);
-    const std::vector<int32_t> slots = place_in_pairs(search_, std::max(target_, floor_), trials, noise);
+void LayerPlanner::pair_up() {
+    const int trials = kTrialsPerSlot * search_.shape().slots;
+    const std::vector<int32_t> slots = place_in_pairs(search_, std::max(target_, floor_), trials, random_);
     if (slots.empty()) return;
     search_.adopt(slots);
     scratch_peak_ = std::min(scratch_peak_, search_.peak());

@@ -60,7 +60,7 @@ class LayerPlanner {
     void begin(double limit, double square);
     bool keep_if_better();
     bool pairs() const { return search_.shape().per_rank() == 2 && search_.alike(); }
-    void pair_up(int trials, Random* noise);
+    void pair_up();
     void try_from_scratch(Random* noise);
     void sink(int steps);
     void save_receipts();

@@ -15,13 +15,16 @@ namespace eplb {
 
 namespace {
 
-// Experts that are tried first in a step: those of the busiest pair and the next heavier ones, which may get a copy, and
-// those whose replicas stay lightest, which may lose one.
+// Experts that may get a copy in a step, and those that may lose one.
 constexpr size_t kGaining = 3;
-constexpr size_t kLosing = 16;
+constexpr ptrdiff_t kLosing = 24;
 
-// Random transfers before a search that starts anew.
+// The last steps lower pairs within this part of the way from the busiest to the limit.
+constexpr int kNearest = 16;
+
+// Most random steps at once, and how often in a row they may lead to nothing better.
 constexpr int kMostKicks = 4;
+constexpr int kMostInVain = 16;
 
 using Load = int32_t;
 
@@ -39,21 +42,34 @@ class Copies {
         list();
     }
 
-    // One copy after another moves to where it lowers the load of pairs above `limit` most, and where no step does, to
-    // where it lowers the busiest pair most. At most `trials` pairings are looked at.
-    void descend(Load limit, int trials) {
+    // Moves one copy after another to where it lowers the load of pairs above a limit most. The limit is `limit` first
+    // and nears the busiest pair where no step helps. From there it goes on after random steps (iterated local search),
+    // and keeps the best. At most `trials` pairings are looked at.
+    void search(Load limit, int trials, Random& random) {
         trials_ = trials;
         split_heavy(limit);
         while (heaviest() > limit && step(limit, false)) {
         }
-        while (heaviest() > limit && step(limit, true)) {
-        }
-    }
-
-    void kick(Random& random) {
-        for (int kicks = 1 + static_cast<int>(random.below(kMostKicks)); kicks > 0; --kicks) {
-            const int from = draw(random), to = draw(random);
-            if (from != to && count_[from] > 1 && count_[to] < ranks_) transfer(from, to);
+        sink(limit);
+        Load lowest = heaviest();
+        std::vector<int32_t> best_count = count_, best_order = order_;
+        for (int in_vain = 0; lowest > limit && trials_ > 0 && in_vain < kMostInVain; ++in_vain) {
+            kick(random);
+            while (heaviest() > lowest && step(lowest - 1, false)) {
+            }
+            if (heaviest() < lowest) {
+                sink(limit);
+                in_vain = 0;
+            }
+            if (heaviest() <= lowest) {
+                lowest = heaviest();
+                best_count = count_;
+                best_order = order_;
+            } else {
+                count_ = best_count;
+                order_ = best_order;
+                list();
+            }
         }
     }
 
@@ -65,6 +81,25 @@ class Copies {
     bool is_lighter(int a, int b) const { return share(a) < share(b) || (share(a) == share(b) && a < b); }
 
     int draw(Random& random) const { return order_[random.below(static_cast<uint32_t>(order_.size()))]; }
+
+    // Lowers the busiest pair: first the load of all pairs near it, then of that alone.
+    void sink(Load limit) {
+        for (int part = 2; part <= kNearest && heaviest() > limit;) {
+            const Load most = heaviest(), near = most - std::max(1, (most - limit) / part);
+            while (heaviest() > near && step(near, false)) {
+            }
+            if (heaviest() >= most) part *= 2;
+        }
+        while (heaviest() > limit && step(limit, true)) {
+        }
+    }
+
+    void kick(Random& random) {
+        for (int kicks = 1 + static_cast<int>(random.below(kMostKicks)); kicks > 0; --kicks) {
+            const int from = draw(random), to = draw(random);
+            if (from != to && count_[from] > 1 && count_[to] < ranks_) transfer(from, to);
+        }
+    }
 
     void list() {
         loads_.clear();
@@ -127,7 +162,7 @@ class Copies {
         return pair_loads(ranks_, changed_.data(), limit);
     }
 
-    // The experts of the busiest pair: the lighter, and the heavier one's place in order_.
+    // The places in order_ of the experts of the busiest pair, the lighter first.
     std::pair<int, int> busiest_pair() const {
         int light = 0, heavy = 2 * ranks_ - 1, best = 0;
         for (int i = 0; i < ranks_; ++i)
@@ -139,47 +174,39 @@ class Copies {
                                                 [&](int at, int e) { return at < first_[e]; });
             return static_cast<int>(after - order_.begin()) - 1;
         };
-        return {order_[place_of(light)], place_of(heavy)};
+        return {place_of(light), place_of(heavy)};
     }
 
-    // Moves the copy that lowers the load above `limit` most, or the busiest pair's; of few experts or, where none of
-    // those does, of more. Returns false if no copy does.
+    // Moves the copy that lowers the load above `limit` most, or the busiest pair's. Returns false if none does. The
+    // experts of the busiest pair and the next heavier one may get a copy, those whose replicas stay lightest may lose
+    // one.
     bool step(Load limit, bool lower_busiest) {
         const auto measure = [&](const PairLoads& loads) { return lower_busiest ? loads.heaviest : loads.above; };
-        const Load now = measure(pair_loads(ranks_, loads_.data(), limit));
-        std::vector<int32_t> losing, gaining;
+        std::vector<int32_t> losing;
         for (const int e : order_)
             if (count_[e] > 1) losing.push_back(e);
-        std::sort(losing.begin(), losing.end(), [&](int a, int b) {
+        const auto last = losing.begin() + std::min<ptrdiff_t>(kLosing, losing.size());
+        std::partial_sort(losing.begin(), last, losing.end(), [&](int a, int b) {
             return after_loss(a) < after_loss(b) || (after_loss(a) == after_loss(b) && a < b);
         });
+        losing.erase(last, losing.end());
         const auto [light, heavy] = busiest_pair();
-        gaining.push_back(order_[heavy]);
-        if (light != order_[heavy]) gaining.push_back(light);
-        gaining.insert(gaining.end(), order_.begin() + heavy + 1, order_.end());
-        size_t gains = 0, loses = 0;  // tried so far
-        while (gains < gaining.size() || loses < losing.size()) {
-            const size_t more_gains = std::min(gaining.size(), gains == 0 ? kGaining : 2 * gains);
-            const size_t more_loses = std::min(losing.size(), loses == 0 ? kLosing : 4 * loses);
-            Load best = now;
-            int from = -1, to = -1;
-            for (size_t g = 0; g < more_gains; ++g) {
-                if (count_[gaining[g]] == ranks_) continue;
-                for (size_t l = g < gains ? loses : 0; l < more_loses; ++l) {
-                    if (losing[l] == gaining[g] || --trials_ < 0) continue;
-                    const Load then = measure(look(losing[l], gaining[g], limit));
-                    if (then < best) best = then, from = losing[l], to = gaining[g];
-                }
+        std::vector<int32_t> gaining{order_[heavy]};
+        if (light != heavy) gaining.push_back(order_[light]);
+        for (size_t i = heavy + 1; i < order_.size() && gaining.size() < kGaining; ++i) gaining.push_back(order_[i]);
+        Load best = measure(pair_loads(ranks_, loads_.data(), limit));
+        int from = -1, to = -1;
+        for (const int gains : gaining) {
+            if (count_[gains] == ranks_) continue;
+            for (const int loses : losing) {
+                if (loses == gains || --trials_ < 0) continue;
+                const Load then = measure(look(loses, gains, limit));
+                if (then < best) best = then, from = loses, to = gains;
             }
-            if (from >= 0) {
-                transfer(from, to);
-                return true;
-            }
-            if (trials_ < 0) return false;
-            gains = more_gains;
-            loses = more_loses;
         }
-        return false;
+        if (from < 0) return false;
+        transfer(from, to);
+        return true;
     }
 
     const std::vector<Load>& weight_;
@@ -198,8 +225,7 @@ class Copies {
 class Rooms {
   public:
     Rooms(const Search& search, const std::vector<int32_t>& ranks, const Copies& copies, Load limit)
-        : now_(search.slots()),
-          start_(search.start()),
+        : start_(search.start()),
           empty_(search.shape().experts),
           ranks_(ranks),
           copies_(copies),
@@ -242,7 +268,7 @@ class Rooms {
     void keep() {
         const int ranks = static_cast<int>(ranks_.size());
         for (int r = 0; r < ranks; ++r) {
-            const int first = now_[2 * ranks_[r]], second = now_[2 * ranks_[r] + 1];
+            const int first = start_[2 * ranks_[r]], second = start_[2 * ranks_[r] + 1];
             held_[2 * r] = first;
             if (second != first) held_[2 * r + 1] = second;
         }
@@ -344,7 +370,7 @@ class Rooms {
         return true;
     }
 
-    const std::vector<int32_t>&now_, &start_;
+    const std::vector<int32_t>& start_;
     const int32_t empty_;
     const std::vector<int32_t>& ranks_;
     const Copies& copies_;
@@ -385,9 +411,8 @@ std::vector<int32_t> copies_now(const Search& search, const std::vector<Load>& w
 
 }  // namespace
 
-std::vector<int32_t> place_in_pairs(const Search& search, double limit, int trials, Random* random) {
+std::vector<int32_t> place_in_pairs(const Search& search, double limit, int trials, Random& random) {
     const Shape& shape = search.shape();
-    if (shape.per_rank() != 2 || !search.alike()) return {};
     std::vector<Load> weight;
     for (int e = 0; e < shape.experts; ++e) weight.push_back(search.weight(e));
     std::vector<int32_t> slots(shape.slots, shape.experts);
@@ -398,9 +423,8 @@ std::vector<int32_t> place_in_pairs(const Search& search, double limit, int tria
         std::vector<int32_t> count = copies_now(search, weight, ranks);
         if (count.empty()) return {};
         Copies copies(weight, std::move(count), per_node);
-        if (random != nullptr) copies.kick(*random);
         const auto most = static_cast<Load>(limit * Search::unit());
-        copies.descend(most, trials);
+        copies.search(most, trials, random);
         if (!Rooms(search, ranks, copies, std::max(most, copies.heaviest())).fill(slots)) return {};
     }
     return slots;

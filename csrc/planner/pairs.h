@@ -11,10 +11,9 @@
 
 namespace eplb {
 
-// A placement [P] with two slots per rank whose busiest rank has at most `limit`, in units of the mean load, or as little
-// as the search for it finds within `trials` trials; and few receipts. `search` has begun; its ranks are alike. Copies
-// are counted from the current placement, after some random changes if `random` is not null. Empty if there is no
-// placement without duplicates.
-std::vector<int32_t> place_in_pairs(const Search& search, double limit, int trials, Random* random);
+// A placement [P] whose busiest rank has at most `limit`, in units of the mean load, or as little as a search of `trials`
+// trials finds, and that takes few receipts; no expert is twice on a rank. `search` has begun; its ranks are alike and
+// have two slots. The copies that experts have now are where the search starts. Empty if it finds none.
+std::vector<int32_t> place_in_pairs(const Search& search, double limit, int trials, Random& random);
 
 }  // namespace eplb
