@@ -23,7 +23,7 @@ constexpr ptrdiff_t kLosing = 24;
 constexpr int kNearest = 16;
 
 // Most random steps at once, and how often in a row they may lead to nothing better.
-constexpr int kMostKicks = 4;
+constexpr int kMostKicks = 2;
 constexpr int kMostInVain = 16;
 
 using Load = int32_t;
@@ -73,14 +73,14 @@ class Copies {
         }
     }
 
-    Load heaviest() const { return pair_loads(ranks_, loads_.data(), 0).heaviest; }
+    Load heaviest() const { return now(0).heaviest; }
     const std::vector<int32_t>& count() const { return count_; }
     Load share(int expert) const { return weight_[expert] / count_[expert]; }
 
   private:
     bool is_lighter(int a, int b) const { return share(a) < share(b) || (share(a) == share(b) && a < b); }
 
-    int draw(Random& random) const { return order_[random.below(static_cast<uint32_t>(order_.size()))]; }
+    static int draw(size_t n, Random& random) { return static_cast<int>(random.below(static_cast<uint32_t>(n))); }
 
     // Lowers the busiest pair: first the load of all pairs near it, then of that alone.
     void sink(Load limit) {
@@ -95,8 +95,11 @@ class Copies {
     }
 
     void kick(Random& random) {
-        for (int kicks = 1 + static_cast<int>(random.below(kMostKicks)); kicks > 0; --kicks) {
-            const int from = draw(random), to = draw(random);
+        std::vector<int32_t> losing;
+        for (const int e : order_)
+            if (count_[e] > 1) losing.push_back(e);
+        for (int kicks = 1 + draw(kMostKicks, random); kicks > 0 && !losing.empty(); --kicks) {
+            const int from = losing[draw(losing.size(), random)], to = order_[draw(order_.size(), random)];
             if (from != to && count_[from] > 1 && count_[to] < ranks_) transfer(from, to);
         }
     }
@@ -135,31 +138,76 @@ class Copies {
         }
     }
 
+    PairLoads now(Load limit) const {
+        return with_twins(pair_loads(ranks_, loads_.data(), limit), loads_, owner(ranks_ - 1) == owner(ranks_), limit,
+                          count_[owner(ranks_)]);
+    }
+
     // The pairs if one copy of `from` were one of `to`.
     PairLoads look(int from, int to, Load limit) {
         struct Change {
             int at, taken, given;  // position, replicas taken away there, replicas put there
+            int expert;
             Load load;
         };
         const Load more = after_loss(from), less = weight_[to] / (count_[to] + 1);
         const auto position = [&](Load load) {
             return static_cast<int>(std::lower_bound(loads_.begin(), loads_.end(), load) - loads_.begin());
         };
-        Change changes[] = {{first_[from], count_[from], 0, 0},
-                            {position(more), 0, count_[from] - 1, more},
-                            {first_[to], count_[to], 0, 0},
-                            {position(less), 0, count_[to] + 1, less}};
+        Change changes[] = {{first_[from], count_[from], 0, from, 0},
+                            {position(more), 0, count_[from] - 1, from, more},
+                            {first_[to], count_[to], 0, to, 0},
+                            {position(less), 0, count_[to] + 1, to, less}};
         std::sort(std::begin(changes), std::end(changes), [](const Change& a, const Change& b) { return a.at < b.at; });
-        const Load* next = loads_.data();
-        Load* out = changed_.data();
+        int next = 0, out = 0;
+        int middle[] = {-1, -1}, copies = 0;  // experts of the two replicas in the middle, copies of the second
+        const auto note = [&](int first, int last, int expert, int source, int number) {
+            for (const int i : {0, 1}) {
+                const int at = ranks_ - 1 + i;
+                if (at < first || at >= last) continue;
+                middle[i] = expert >= 0 ? expert : owner(source + at - first);
+                copies = expert >= 0 ? number : count_[middle[i]];
+            }
+        };
+        const auto copy_to = [&](int end) {
+            std::copy(loads_.begin() + next, loads_.begin() + end, changed_.begin() + out);
+            note(out, out + end - next, -1, next, 0);
+            out += end - next;
+        };
         for (const Change& change : changes) {
-            const Load* end = std::max(next, static_cast<const Load*>(loads_.data()) + change.at);
-            out = std::copy(next, end, out);
-            out = std::fill_n(out, change.given, change.load);
+            const int end = std::max(next, change.at);
+            copy_to(end);
+            std::fill_n(changed_.begin() + out, change.given, change.load);
+            note(out, out + change.given, change.expert, 0, change.given);
+            out += change.given;
             next = end + change.taken;
         }
-        std::copy(next, static_cast<const Load*>(loads_.data()) + loads_.size(), out);
-        return pair_loads(ranks_, changed_.data(), limit);
+        copy_to(2 * ranks_);
+        return with_twins(pair_loads(ranks_, changed_.data(), limit), changed_, middle[0] == middle[1], limit, copies);
+    }
+
+    // Two replicas of one expert, which a rank may not have, are lightest and heaviest only in the middle. Then one of
+    // them pairs with the next heavier replica.
+    PairLoads with_twins(PairLoads pairs, const std::vector<Load>& loads, bool twins, Load limit, int copies) const {
+        if (!twins) return pairs;
+        const Load load = loads[ranks_];
+        int first = ranks_ - 1, last = ranks_ + 1;
+        while (first > 0 && last - first < copies && loads[first - 1] == load) --first;
+        while (last < 2 * ranks_ && last - first < copies && loads[last] == load) ++last;
+        const int number = std::min(ranks_ - first, last - ranks_);
+        for (int i = last; i < std::min(last + number, 2 * ranks_); ++i) {
+            pairs.heaviest = std::max(pairs.heaviest, load + loads[i]);
+            pairs.above += std::max(load + loads[i] - limit, 0);
+        }
+        return pairs;
+    }
+
+    // The expert of the replica at a position in loads_.
+    int owner(int position) const { return order_[place_of(position)]; }
+    int place_of(int position) const {
+        const auto after = std::upper_bound(order_.begin(), order_.end(), position,
+                                            [&](int at, int e) { return at < first_[e]; });
+        return static_cast<int>(after - order_.begin()) - 1;
     }
 
     // The places in order_ of the experts of the busiest pair, the lighter first.
@@ -169,11 +217,6 @@ class Copies {
             if (loads_[i] + loads_[heavy - i] > loads_[best] + loads_[heavy - best]) best = i;
         light = best;
         heavy -= best;
-        const auto place_of = [&](int position) {
-            const auto after = std::upper_bound(order_.begin(), order_.end(), position,
-                                                [&](int at, int e) { return at < first_[e]; });
-            return static_cast<int>(after - order_.begin()) - 1;
-        };
         return {place_of(light), place_of(heavy)};
     }
 
@@ -194,7 +237,7 @@ class Copies {
         std::vector<int32_t> gaining{order_[heavy]};
         if (light != heavy) gaining.push_back(order_[light]);
         for (size_t i = heavy + 1; i < order_.size() && gaining.size() < kGaining; ++i) gaining.push_back(order_[i]);
-        Load best = measure(pair_loads(ranks_, loads_.data(), limit));
+        Load best = measure(now(limit));
         int from = -1, to = -1;
         for (const int gains : gaining) {
             if (count_[gains] == ranks_) continue;
@@ -425,7 +468,14 @@ std::vector<int32_t> place_in_pairs(const Search& search, double limit, int tria
         Copies copies(weight, std::move(count), per_node);
         const auto most = static_cast<Load>(limit * Search::unit());
         copies.search(most, trials, random);
-        if (!Rooms(search, ranks, copies, std::max(most, copies.heaviest())).fill(slots)) return {};
+        // Where it fails because no expert may be twice on a rank, ranks get a little more load.
+        bool filled = false;
+        Load allowed = std::max(most, copies.heaviest());
+        for (Load more = allowed >> 11; !filled && more <= allowed >> 5; more *= 4) {
+            filled = Rooms(search, ranks, copies, allowed).fill(slots);
+            allowed += more;
+        }
+        if (!filled) return {};
     }
     return slots;
 }
