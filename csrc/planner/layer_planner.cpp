@@ -32,8 +32,11 @@ constexpr int kSlotsOfFast = 512;
 constexpr int kReceiptsOfFast = 24;
 constexpr int kMostRoundsOfFast = 8;
 
-// Pairings of replicas looked at on ranks of two slots, for each slot.
+// On ranks of two slots: pairings of replicas looked at for each slot, and least of them; if the target is missed, rounds
+// between two such searches.
 constexpr int kTrialsPerSlot = 6;
+constexpr int kLeastTrials = 1024;
+constexpr int kPairsEvery = 3;
 
 // Steps by which "fast" lowers the busiest rank of such a placement.
 constexpr int kStepsOfFast = 8;
@@ -198,7 +201,7 @@ void LayerPlanner::try_from_scratch(Random* noise) {
 }
 
 void LayerPlanner::pair_up() {
-    const int trials = kTrialsPerSlot * search_.shape().slots;
+    const int trials = std::max(kLeastTrials, kTrialsPerSlot * search_.shape().slots);
     const std::vector<int32_t> slots = place_in_pairs(search_, std::max(target_, floor_), trials, random_);
     if (slots.empty()) return;
     search_.adopt(slots);
@@ -221,6 +224,11 @@ void LayerPlanner::improve_once(int round) {
     const bool exact = small && random_.below(kExactEvery) == 0;
     if (small && search_.confined_nodes() == 1 && !best_.reached && best_.peak > floor_ + kSame && round % 4 == 3) {
         anneal(1000);
+        return;
+    }
+    if (pairs() && !best_.reached && best_.peak > floor_ + kSame && round % kPairsEvery == kPairsEvery - 1) {
+        pair_up();
+        search_.adopt(best_.slots);
         return;
     }
     if (!best_.reached && round % kScratchEvery == kScratchEvery - 1) {
