@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "scratch.h"
 
 namespace eplb {
 
@@ -38,8 +39,7 @@ class Copies {
         : weight_(weight), count_(std::move(count)), ranks_(ranks), first_(weight.size()), changed_(2 * ranks) {
         for (int e = 0; e < static_cast<int>(weight_.size()); ++e)
             if (count_[e] > 0) order_.push_back(e);
-        std::sort(order_.begin(), order_.end(), [&](int a, int b) { return is_lighter(a, b); });
-        list();
+        sort();
     }
 
     // Moves one copy after another to where it lowers the load of pairs above a limit most. The limit is `limit` first
@@ -48,11 +48,19 @@ class Copies {
     void search(Load limit, int trials, Random& random) {
         trials_ = trials;
         split_heavy(limit);
-        while (heaviest() > limit && step(limit, false)) {
-        }
-        sink(limit);
+        descend(limit);
         Load lowest = heaviest();
-        std::vector<int32_t> best_count = count_, best_order = order_;
+        if (lowest > limit) {
+            const Found found = now_found();
+            spread_out();
+            if (heaviest() < lowest) {
+                descend(limit);
+                lowest = heaviest();
+            } else {
+                restore(found);
+            }
+        }
+        Found best = now_found();
         for (int in_vain = 0; lowest > limit && trials_ > 0 && in_vain < kMostInVain; ++in_vain) {
             kick(random);
             while (heaviest() > lowest && step(lowest - 1, false)) {
@@ -61,15 +69,12 @@ class Copies {
                 sink(limit);
                 in_vain = 0;
             }
-            if (heaviest() <= lowest) {
-                lowest = heaviest();
-                best_count = count_;
-                best_order = order_;
-            } else {
-                count_ = best_count;
-                order_ = best_order;
-                list();
+            if (heaviest() > lowest) {
+                restore(best);
+                continue;
             }
+            lowest = heaviest();
+            best = now_found();
         }
     }
 
@@ -78,6 +83,33 @@ class Copies {
     Load share(int expert) const { return weight_[expert] / count_[expert]; }
 
   private:
+    struct Found {
+        std::vector<int32_t> count, order;
+    };
+    Found now_found() const { return {count_, order_}; }
+    void restore(const Found& found) {
+        count_ = found.count;
+        order_ = found.order;
+        list();
+    }
+
+    void sort() {
+        std::sort(order_.begin(), order_.end(), [&](int a, int b) { return is_lighter(a, b); });
+        list();
+    }
+
+    // Every further copy goes to the heaviest replica.
+    void spread_out() {
+        count_ = give_copies({weight_.begin(), weight_.end()}, order_, ranks_, 2 * ranks_);
+        sort();
+    }
+
+    void descend(Load limit) {
+        while (heaviest() > limit && step(limit, false)) {
+        }
+        sink(limit);
+    }
+
     bool is_lighter(int a, int b) const { return share(a) < share(b) || (share(a) == share(b) && a < b); }
 
     static int draw(size_t n, Random& random) { return static_cast<int>(random.below(static_cast<uint32_t>(n))); }
@@ -459,7 +491,9 @@ std::vector<int32_t> place_in_pairs(const Search& search, double limit, int tria
     std::vector<Load> weight;
     for (int e = 0; e < shape.experts; ++e) weight.push_back(search.weight(e));
     std::vector<int32_t> slots(shape.slots, shape.experts);
+    std::vector<std::vector<int32_t>> counts;
     const int nodes = search.confined_nodes(), per_node = shape.ranks / nodes;
+    bool filled = true;
     for (int node = 0; node < nodes; ++node) {
         std::vector<int32_t> ranks(per_node);
         std::iota(ranks.begin(), ranks.end(), node * per_node);
@@ -468,16 +502,10 @@ std::vector<int32_t> place_in_pairs(const Search& search, double limit, int tria
         Copies copies(weight, std::move(count), per_node);
         const auto most = static_cast<Load>(limit * Search::unit());
         copies.search(most, trials, random);
-        // Where it fails because no expert may be twice on a rank, ranks get a little more load.
-        bool filled = false;
-        Load allowed = std::max(most, copies.heaviest());
-        for (Load more = allowed >> 11; !filled && more <= allowed >> 5; more *= 4) {
-            filled = Rooms(search, ranks, copies, allowed).fill(slots);
-            allowed += more;
-        }
-        if (!filled) return {};
+        counts.push_back(copies.count());
+        filled = filled && Rooms(search, ranks, copies, std::max(most, copies.heaviest())).fill(slots);
     }
-    return slots;
+    return filled ? slots : place_from_scratch(search, nullptr, counts);
 }
 
 }  // namespace eplb

@@ -14,8 +14,10 @@ namespace eplb {
 // Slots [P] of a new placement for the load of `search`, which has begun, without an expert twice on a rank; empty if
 // that is not possible. Copies go to the heaviest replica, replicas by falling load to the lightest rank (Graham's LPT
 // rule, 1969; with two slots per rank the pairs are optimal for these copies). The bins are then matched with the ranks
-// that hold most of their experts. With `noise` loads are varied by up to a tenth, so that calls differ.
-std::vector<int32_t> place_from_scratch(const Search& search, Random* noise);
+// that hold most of their experts. With `noise` loads are varied by up to a tenth, so that calls differ. `chosen`: the
+// copies of each expert, for each node that experts never leave.
+std::vector<int32_t> place_from_scratch(const Search& search, Random* noise,
+                                        const std::vector<std::vector<int32_t>>& chosen = {});
 
 // Like place_from_scratch(), but packs only some ranks again: ranks above `limit` with the copies of a placement from
 // scratch, ranks that lose or get a copy, and as few of the lightest ranks as needed to bring all below the limit.
@@ -24,5 +26,10 @@ std::vector<int32_t> repack(const Search& search, double limit);
 
 // Slots [P] with the contents of ranks exchanged: each goes to the rank that held most of its experts at the start.
 void lay_over_start(const Search& search, std::vector<int32_t>& slots);
+
+// The copies of each of `experts` if every further copy goes to the heaviest replica, on `ranks` ranks with `slots`
+// slots together and no expert twice on a rank; empty if slots are left over. By expert; all others have 0.
+std::vector<int32_t> give_copies(const std::vector<int64_t>& weight, const std::vector<int32_t>& experts, int ranks,
+                                 int slots);
 
 }  // namespace eplb
