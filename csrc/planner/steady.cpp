@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 namespace eplb {
@@ -16,6 +17,10 @@ constexpr double kWorthwhile = 0.05;
 
 // Part of the possible gain that the held-out windows must show.
 constexpr double kConfirmed = 0.25;
+
+// Most squared distance of the second half's windows from the first half's, over that from each other. A drift by equal
+// steps in random directions gives 2.5 for eight windows.
+constexpr double kRecurs = 1.5;
 
 constexpr float kSquare = 0.1F;  // weight of the square beside the load above the limit
 constexpr int kRanksTried = 3;
@@ -82,6 +87,24 @@ double Steadying::mean_of(const std::vector<int32_t>& slots, int first, int last
     return std::accumulate(all.begin() + first, all.begin() + last, 0.0) / (last - first);
 }
 
+// Whether the windows of the second half are nearly as like some of the first half as like each other. Under a drift they
+// are not, and what balances the first half is of no use for the second.
+bool Steadying::recurs() const {
+    const int half = windows_ / 2;
+    double to_first = 0.0, to_second = 0.0;
+    for (int k = half; k < windows_; ++k) {
+        std::vector<float> apart(windows_, 0.0F);
+        for (int e = 0; e < shape_.experts; ++e) {
+            const float* loads = part(e);
+            for (int j = 0; j < windows_; ++j) apart[j] += (loads[j] - loads[k]) * (loads[j] - loads[k]);
+        }
+        apart[k] = std::numeric_limits<float>::max();
+        to_first += *std::min_element(apart.begin(), apart.begin() + half);
+        to_second += *std::min_element(apart.begin() + half, apart.end());
+    }
+    return to_first <= kRecurs * to_second;
+}
+
 bool Steadying::improve(std::vector<int32_t>& slots, double target) {
     if (windows_ < kFewestWindows) return false;
     const double before = mean_of(slots, 0, windows_);
@@ -94,7 +117,7 @@ bool Steadying::improve(std::vector<int32_t>& slots, double target) {
         if (count[e] > 0) share[e] = std::accumulate(part(e), part(e) + windows_, 0.0) / count[e] / windows_;
     for (int p = 0; p < shape_.slots; ++p) rank[p / shape_.per_rank()] += share[slots[p]];
     const double of_mean = *std::max_element(rank.begin(), rank.end());
-    if (before - std::max(of_mean, target) < kWorthwhile) return false;
+    if (before - std::max(of_mean, target) < kWorthwhile || !recurs()) return false;
     const int half = windows_ / 2;
     // What the first half suggests is given up as soon as the other half is worse off.
     const double unseen = mean_of(slots, half, windows_);

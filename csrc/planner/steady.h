@@ -36,6 +36,7 @@ class Steadying {
         int slot = -1, other = -1, expert = -1;
     };
 
+    bool recurs() const;
     double mean_of(const std::vector<int32_t>& slots, int first, int last) const;
     // Ends early where `ends`, asked every few steps, says so of the placement.
     std::vector<int32_t> descend(std::vector<int32_t> slots, int first, int last, double target,
