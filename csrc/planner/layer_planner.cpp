@@ -163,6 +163,7 @@ void LayerPlanner::save_receipts() {
     if (best_.reached) return;
     const double limit = best_.peak + kSame / 2;
     for (const double square : {kSquares[0], kSquares[2]}) {
+        if (pairs() && square != kSquares[0]) break;
         begin(limit, square);
         if (search_.descend()) keep_if_better();
     }

@@ -25,7 +25,7 @@ constexpr int kNearest = 16;
 
 // Most random steps at once, and how often in a row they may lead to nothing better.
 constexpr int kMostKicks = 2;
-constexpr int kMostInVain = 16;
+constexpr int kMostInVain = 8;
 
 using Load = int32_t;
 
