@@ -18,7 +18,7 @@ namespace {
 
 // Experts that may get a copy in a step, and those that may lose one.
 constexpr size_t kGaining = 3;
-constexpr ptrdiff_t kLosing = 24;
+constexpr ptrdiff_t kLosing = 16;
 
 // The last steps lower pairs within this part of the way from the busiest to the limit.
 constexpr int kNearest = 16;
