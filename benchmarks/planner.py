@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The planner against its peers, balance against moves: ``python -m benchmarks.planner --csv PATH --plot PATH``.
 
-Every shape, load and policy is one row of the CSV. Rows that are there are not measured again. A peer is ahead where
-its PAR is lower by more than 0.002 than all plans of this package that move no more; then the exit status is 1.
+Every shape, load and policy is one row of the CSV. Rows that are there are not measured again, except those of policies
+that begin with ``--again`` NAME. After a change of this package's planner, ``--again incremental`` measures the table's
+own rows again, and needs no peer. A peer is ahead where its PAR is lower by more than 0.002 than all plans of this
+package that move no more; then the exit status is 1.
 
 Loads: real ones from ``--loads`` DIR (JSON files with ``logical_count``) for the shapes with 256 experts, and generated
 ones (``benchmarks.loads``). The placement in force was made from scratch for the load before. Peers: vLLM's policy (the
@@ -228,8 +230,24 @@ class Task:
         return str(self.shape), self.load_name, self.step
 
 
-def tasks(settings: Settings) -> Iterator[Task]:
-    """All of them: first those of quick peers, and of each peer first one load of every shape."""
+def tasks(settings: Settings, table: Table) -> Iterator[Task]:
+    """All of them: first those of quick peers, and of each peer first one load of every shape; then those of the
+    table's rows, which need no peer."""
+    yielded = set()
+    for task in _tasks_of_sources(settings):
+        yielded.add(task)
+        yield task
+    shapes = {str(shape): shape for shape in SHAPES if settings.only in str(shape)}
+    for (shape, load_name, step), rows in table.cases.items():
+        if shape not in shapes:
+            continue
+        for source in ("incremental", *(row.policy for row in rows.values() if not row.is_ours)):
+            task = Task(shapes[shape], load_name, step, source)
+            if task not in yielded:
+                yield task
+
+
+def _tasks_of_sources(settings: Settings) -> Iterator[Task]:
     shapes = [s for s in (QUICK if settings.quick else SHAPES) if settings.only in str(s)]
     names = {shape: load_names(shape, settings) for shape in shapes}
     peers = sources(settings)
@@ -338,7 +356,7 @@ def start_worker() -> None:
 def run(table: Table, settings: Settings) -> Counter[str]:
     """Adds the rows that are missing. Returns the number of tasks left out, by source."""
     began = time.monotonic()
-    left = [task for task in tasks(settings) if not is_done(task, table.cases.get(task.case, {}))]
+    left = [task for task in tasks(settings, table) if not is_done(task, table.cases.get(task.case, {}))]
     items = [(task, table.cases.get(task.case, {})) for task in left]
     done: set[Task] = set()
     start_worker()  # what workers inherit
@@ -360,6 +378,7 @@ def run(table: Table, settings: Settings) -> Counter[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--csv", type=Path, required=True, help="rows measured; those in it are not measured again")
+    parser.add_argument("--again", default="", metavar="NAME", help="measure rows of policies that begin so again")
     parser.add_argument("--plot", type=Path, help="picture of balance against moves (PNG or SVG)")
     parser.add_argument("--loads", type=Path, help="folder of JSON files with logical_count [layers][experts]")
     parser.add_argument(
@@ -379,10 +398,12 @@ def main() -> int:
     parser.add_argument("--flashlb-every", type=int, default=20, help="flashlb plans every so many-th layer")
     arguments = parser.parse_args()
     values = vars(arguments)
-    folder = values.pop("download")
+    folder, again = values.pop("download"), values.pop("again")
     paths = [*values.pop("vllm_ascend"), *([download(folder)] if folder else [])]
     settings = Settings(vllm_ascend=tuple(paths), **values)
     table = Table(settings.csv)
+    if again:
+        table.drop(lambda row: row.policy.startswith(again) and settings.only in row.shape)
     left_out = run(table, settings)
     summary(table)
     if settings.plot:

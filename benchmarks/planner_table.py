@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -53,16 +54,31 @@ class Table:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cases: defaultdict[tuple[str, str, int], dict[str, Row]] = defaultdict(dict)
-        types = {f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Row)}
         if path.exists():
-            with path.open(newline="") as file:
-                for line in csv.DictReader(file):
-                    row = Row(**{name: types[name](line[name]) for name in types})
-                    self.cases[row.case][row.policy] = row
+            for row in self._read():
+                self.cases[row.case][row.policy] = row
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerow(types)
+        self._write([])
+
+    def _read(self) -> Iterator[Row]:
+        types = {f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Row)}
+        with self.path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                yield Row(**{name: types[name](line[name]) for name in types})
+
+    def _write(self, rows: list[Row]) -> None:
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+
+    def drop(self, unwanted: Callable[[Row], bool]) -> None:
+        """Removes rows, from the file as well. Their cases stay."""
+        for case in self.cases.values():
+            for policy in [policy for policy, row in case.items() if unwanted(row)]:
+                del case[policy]
+        self._write([row for row in self._read() if not unwanted(row)])
 
     def add(self, row: Row) -> None:
         self.cases[row.case][row.policy] = row
