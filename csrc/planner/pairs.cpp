@@ -80,7 +80,10 @@ class Copies {
 
     Load heaviest() const { return now(0).heaviest; }
     const std::vector<int32_t>& count() const { return count_; }
-    Load share(int expert) const { return weight_[expert] / count_[expert]; }
+    // The load of a replica of the expert; 0 if it is not among these, or none at all.
+    Load share(int expert) const {
+        return expert == static_cast<int>(count_.size()) || count_[expert] == 0 ? 0 : weight_[expert] / count_[expert];
+    }
 
   private:
     struct Found {
@@ -327,7 +330,7 @@ class Rooms {
     using Entry = std::pair<Load, int32_t>;
     using LightestFirst = std::priority_queue<Entry, std::vector<Entry>, std::greater<Entry>>;
 
-    Load share(int slot) const { return held_[slot] == empty_ ? 0 : copies_.share(held_[slot]); }
+    Load share(int slot) const { return copies_.share(held_[slot]); }
     Load both(int rank) const { return share(2 * rank) + share(2 * rank + 1); }
     bool has_room(int rank) const { return held_[2 * rank] == empty_ || held_[2 * rank + 1] == empty_; }
     bool held_at_start(int slot, int expert) const {
