@@ -171,6 +171,56 @@ def test_few_slots_per_rank_are_balanced_as_from_scratch(ranks, per_rank):
         slots = made.physical_to_logical
 
 
+def two_slots(ranks, experts, layers, drift="hard"):
+    """(load [L, E], slots [L, P]): two slots per rank, placed for the load before it drifted."""
+    generator = LoadGenerator(layers, experts, seed=ranks)
+    first = generator.window()
+    generator.drift(drift)
+    load = generator.window().astype(np.float64)
+    slots = Placement.initial(layers, experts, ranks, 2 * ranks - experts).physical_to_logical
+    return load, plan(first, slots, ranks, policy="default").physical_to_logical
+
+
+@pytest.mark.parametrize(("ranks", "experts"), [(144, 256), (160, 256), (320, 512), (72, 128), (128, 32), (40, 64)])
+def test_two_slots_are_balanced_better_than_from_scratch(ranks, experts):
+    """Which experts get copies decides how well replicas pair: copies for the heaviest replica, as a plan from scratch
+    gives them, are not the best. Half of the slots stay."""
+    load, slots = two_slots(ranks, experts, 4)
+    scratch = plan(load, slots, ranks, policy="default")
+    made = plan(load, slots, ranks, target_par=1.0)
+    made.check(Placement(slots, experts, ranks))
+    by_rank = np.sort(made.physical_to_logical.reshape(4, ranks, 2), axis=2)
+    assert (by_rank[..., 0] < by_rank[..., 1]).all(), "an expert is twice on a rank"
+    assert made.par_after.mean() <= 1 + 0.9 * (scratch.par_after.mean() - 1)
+    assert made.num_moves <= 0.6 * slots.size < receipts(slots, scratch.physical_to_logical, ranks).sum()
+
+
+@pytest.mark.parametrize(("ranks", "experts"), [(160, 256), (320, 512)])
+def test_two_slots_reach_a_target_that_scratch_misses(ranks, experts):
+    """Ranks keep one of their experts where they can, so the target costs less than a receipt for each rank."""
+    load, slots = two_slots(ranks, experts, 4, "mild")
+    scratch = plan(load, slots, ranks, policy="default")
+    made = plan(load, slots, ranks, target_par=1.03)
+    missed = scratch.par_after > 1.03
+    assert missed.any()
+    assert made.par_after[missed].max() <= 1.03 + 1e-5
+    assert made.num_moves < 4 * ranks
+
+
+@pytest.mark.parametrize("effort", ["fast", "thorough"])
+def test_two_slots_keep_experts_on_their_nodes(effort):
+    """With groups bound to nodes, copies and pairs are chosen for each node by itself."""
+    load, _ = two_slots(32, 32, 4)
+    start = plan(np.ones((4, 32)), np.tile(np.arange(64) % 32, (4, 1)), 32, 4, 4, policy="default")
+    options = {"num_nodes": 4, "num_groups": 4, "effort": effort, "target_par": 1.0, "rounds": 12}
+    made = plan(load, start.physical_to_logical, 32, **options)
+    scratch = plan(load, start.physical_to_logical, 32, 4, 4, policy="default")
+    group = made.physical_to_logical.reshape(4, 4, 16) // 8
+    assert (group == group[..., :1]).all()
+    assert made.num_moves > 0
+    assert made.par_after.mean() <= scratch.par_after.mean() + 1e-9
+
+
 @pytest.mark.parametrize(("ranks", "per_rank"), [(8, 33), (32, 9)])
 def test_a_target_of_one_does_not_move_most_slots(ranks, per_rank):
     """The last thousandth of a PAR is worth no receipts: 1.001 is reached, thorough needs no more moves than fast, and
