@@ -47,7 +47,8 @@ struct PairLoads {
     int32_t heaviest, above;
 };
 
-// Pairs of loads [2 * n], lightest first: the heaviest with the lightest, and so on. The sum of all loads is below 2^31.
+// Pairs of loads [2 * n], lightest first: the heaviest with the lightest, and so on. The sum of all loads is below
+// 2^31.
 PairLoads pair_loads(int n, const int32_t* loads, int32_t limit);
 
 }  // namespace eplb

@@ -32,8 +32,8 @@ constexpr int kSlotsOfFast = 512;
 constexpr int kReceiptsOfFast = 24;
 constexpr int kMostRoundsOfFast = 8;
 
-// On ranks of two slots: pairings of replicas looked at for each slot, and least of them; if the target is missed, rounds
-// between two such searches.
+// On ranks of two slots: pairings of replicas looked at for each slot, and least of them; if the target is missed,
+// rounds between two such searches.
 constexpr int kTrialsPerSlot = 4;
 constexpr int kLeastTrials = 1024;
 constexpr int kPairsEvery = 3;

@@ -11,9 +11,9 @@
 
 namespace eplb {
 
-// A placement [P] whose busiest rank has at most `limit`, in units of the mean load, or as little as a search of `trials`
-// trials finds, and that takes few receipts; no expert is twice on a rank. `search` has begun; its ranks are alike and
-// have two slots. The copies that experts have now are where the search starts. Empty if it finds none.
+// A placement [P] whose busiest rank has at most `limit`, in units of the mean load, or as little as a search of
+// `trials` trials finds, and that takes few receipts; no expert is twice on a rank. `search` has begun; its ranks are
+// alike and have two slots. The copies that experts have now are where the search starts. Empty if it finds none.
 std::vector<int32_t> place_in_pairs(const Search& search, double limit, int trials, Random& random);
 
 }  // namespace eplb

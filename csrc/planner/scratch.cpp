@@ -6,6 +6,8 @@
 #include <queue>
 #include <utility>
 
+#include "copies.h"
+
 namespace eplb {
 
 namespace {
@@ -344,32 +346,6 @@ class Repacking {
 
 }  // namespace
 
-std::vector<int32_t> give_copies(const std::vector<int64_t>& weight, const std::vector<int32_t>& experts, int ranks,
-                                 int slots) {
-    std::vector<int32_t> copies(weight.size(), 0);
-    int left = slots - static_cast<int>(experts.size());
-    if (left < 0) return {};
-    using Entry = std::pair<int64_t, int32_t>;  // load of a replica; of equal ones the lowest expert first
-    std::vector<Entry> heap;
-    for (const int e : experts) {
-        copies[e] = 1;
-        heap.push_back({weight[e], -e});
-    }
-    std::make_heap(heap.begin(), heap.end());
-    for (; left > 0; --left) {
-        while (!heap.empty() && copies[-heap.front().second] == ranks) {
-            std::pop_heap(heap.begin(), heap.end());
-            heap.pop_back();
-        }
-        if (heap.empty()) return {};
-        std::pop_heap(heap.begin(), heap.end());
-        const int e = -heap.back().second;
-        heap.back().first = weight[e] / ++copies[e];
-        std::push_heap(heap.begin(), heap.end());
-    }
-    return copies;
-}
-
 std::vector<int32_t> place_from_scratch(const Search& search, Random* noise,
                                         const std::vector<std::vector<int32_t>>& chosen) {
     const Shape& shape = search.shape();
@@ -382,8 +358,8 @@ std::vector<int32_t> place_from_scratch(const Search& search, Random* noise,
     size_t number = 0;
     for (const Block& block : blocks_of(search)) {
         const int ranks = static_cast<int>(block.ranks.size());
-        const auto copies = chosen.empty() ? give_copies(weight, block.experts, ranks, ranks * shape.per_rank())
-                                           : chosen[number++];
+        const auto copies =
+            chosen.empty() ? give_copies(weight, block.experts, ranks, ranks * shape.per_rank()) : chosen[number++];
         if (copies.empty()) return {};
         const auto share = shares_of(weight, copies);
         Packer packer(ranks, shape.per_rank(), share);

@@ -27,9 +27,4 @@ std::vector<int32_t> repack(const Search& search, double limit);
 // Slots [P] with the contents of ranks exchanged: each goes to the rank that held most of its experts at the start.
 void lay_over_start(const Search& search, std::vector<int32_t>& slots);
 
-// The copies of each of `experts` if every further copy goes to the heaviest replica, on `ranks` ranks with `slots`
-// slots together and no expert twice on a rank; empty if slots are left over. By expert; all others have 0.
-std::vector<int32_t> give_copies(const std::vector<int64_t>& weight, const std::vector<int32_t>& experts, int ranks,
-                                 int slots);
-
 }  // namespace eplb

@@ -87,8 +87,8 @@ double Steadying::mean_of(const std::vector<int32_t>& slots, int first, int last
     return std::accumulate(all.begin() + first, all.begin() + last, 0.0) / (last - first);
 }
 
-// Whether the windows of the second half are nearly as like some of the first half as like each other. Under a drift they
-// are not, and what balances the first half is of no use for the second.
+// Whether the windows of the second half are nearly as like some of the first half as like each other. Under a drift
+// they are not, and what balances the first half is of no use for the second.
 bool Steadying::recurs() const {
     const int half = windows_ / 2;
     double to_first = 0.0, to_second = 0.0;
