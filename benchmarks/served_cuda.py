@@ -20,27 +20,23 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import multiprocessing
 import os
-import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from benchmarks.served import describe_ratio, ratios
+from benchmarks.served_turns import Engines
 
 OFF = "off"
 STARTS = ((OFF, "vllm, 2 redundant"), ("ours, 2 redundant",), ("ours",))
 """Engines that start together. Ours start alone, because they time the MoE layers as they start."""
-
-START_SECONDS, TURN_SECONDS = 150.0, 60.0
-"""Longest start of an engine, and longest turn."""
 
 SKEW = 0.35
 
@@ -260,93 +256,8 @@ def serve(connection: Connection, mode: str, size: Size, tiny: bool, uncompiled:
                 return
 
 
-class Served:
-    """An engine in a process of its own."""
-
-    def __init__(self, mode: str, size: Size, tiny: bool, uncompiled: bool) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, there = context.Pipe()
-        self._process = context.Process(target=serve, args=(there, mode, size, tiny, uncompiled))
-        self._process.start()
-        there.close()
-
-    def start(self) -> None:
-        self._connection.send("start")
-
-    def wait(self) -> None:
-        """Until it can be asked.
-
-        Raises:
-            OSError, EOFError: the engine ended, or does not start; its log says why.
-        """
-        assert self._answer(START_SECONDS) == "ready"
-
-    def ask(self, *what: Any) -> Any:
-        """What a method of :class:`Engine` returns.
-
-        Raises:
-            OSError, EOFError: the engine ended, or does not answer; its log says why.
-        """
-        self._connection.send(what)
-        return self._answer(TURN_SECONDS)
-
-    def _answer(self, seconds: float) -> Any:
-        if not self._connection.poll(seconds):
-            raise TimeoutError(f"no answer within {seconds:.0f} s")
-        return self._connection.recv()
-
-    def end(self) -> None:
-        """Ends the process with those that it started, also one that was not asked to close."""
-        self._connection.close()
-        self._process.join(5)
-        if self._process.is_alive() and self._process.pid is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-
 Turn = dict[str, dict[str, dict[str, float]]]
 """Figures by kind of step and engine."""
-
-
-class Engines:
-    """All engines; one that fails is left out."""
-
-    def __init__(self, size: Size, tiny: bool, uncompiled: bool) -> None:
-        self.left_out: dict[str, str] = {}
-        modes = [mode for together in STARTS for mode in together if not (tiny and mode.startswith("vllm"))]
-        self._served = {mode: Served(mode, size, tiny, uncompiled) for mode in modes}
-
-    @property
-    def modes(self) -> list[str]:
-        return [mode for mode in self._served if mode not in self.left_out]
-
-    def start(self, say: Callable[[str], None]) -> None:
-        for together in STARTS:
-            starting = [mode for mode in together if mode in self._served]
-            for mode in starting:
-                self._or_leave_out(mode, self._served[mode].start)
-            for mode in starting:
-                self._or_leave_out(mode, self._served[mode].wait)
-                say(f"{mode}: {self.left_out.get(mode, 'serves')}")
-            if OFF in self.left_out:
-                raise SystemExit(f"there is nothing to compare with: {self.left_out}")
-
-    def ask(self, mode: str, *what: Any) -> Any:
-        """The answer; None from an engine that is left out."""
-        return self._or_leave_out(mode, lambda: self._served[mode].ask(*what))
-
-    def end(self) -> None:
-        for served in self._served.values():
-            served.end()
-
-    def _or_leave_out(self, mode: str, act: Callable[[], Any]) -> Any:
-        if mode in self.left_out:
-            return None
-        try:
-            return act()
-        except (OSError, EOFError) as error:
-            self.left_out[mode] = repr(error)
-            self._served[mode].end()
-            return None
 
 
 def over_off(rounds: list[Turn], figure: str) -> dict[str, dict[str, Any]]:
@@ -381,7 +292,8 @@ def main() -> int:
     def say(what: str) -> None:
         print(f"{time.monotonic() - began:.0f} s: {what}", flush=True)
 
-    engines = Engines(size, arguments.tiny, arguments.uncompiled)
+    starts = [[mode for mode in together if not (arguments.tiny and mode.startswith("vllm"))] for together in STARTS]
+    engines = Engines(starts, serve, size, arguments.tiny, arguments.uncompiled)
     try:
         engines.start(say)
         for mode in engines.modes:
