@@ -31,10 +31,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.served import describe_ratio, ratios
-from benchmarks.served_turns import Engines
+from benchmarks.served import describe_ratio
+from benchmarks.served_turns import OFF, Engines, Turn, answer, over_off
 
-OFF = "off"
 STARTS = ((OFF, "vllm, 2 redundant"), ("ours, 2 redundant",), ("ours",))
 """Engines that start together. Ours start alone, because they time the MoE layers as they start."""
 
@@ -236,7 +235,7 @@ class Engine:
 
 
 def serve(connection: Connection, mode: str, size: Size, tiny: bool, uncompiled: bool) -> None:
-    """A process with an engine that starts when ``connection`` asks, and does what it asks, until it asks to close."""
+    """A process with an engine."""
     os.setpgrp()
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "EPLB_STATS_FILE": f"{folder}/stats.json"}
@@ -246,28 +245,7 @@ def serve(connection: Connection, mode: str, size: Size, tiny: bool, uncompiled:
             os.environ |= cpu_environment(2)
         for module in ("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.gpu_model_runner"):
             importlib.import_module(module)  # all engines at the same time; their workers are forked
-        connection.recv()
-        engine = Engine(mode, size, tiny, uncompiled, folder)
-        connection.send("ready")
-        while True:
-            name, *arguments = connection.recv()  # EOFError where the other end is gone
-            connection.send(getattr(engine, name)(*arguments))
-            if name == "close":
-                return
-
-
-Turn = dict[str, dict[str, dict[str, float]]]
-"""Figures by kind of step and engine."""
-
-
-def over_off(rounds: list[Turn], figure: str) -> dict[str, dict[str, Any]]:
-    """By kind of step and engine: a figure over that of no balancing, round by round."""
-    found = {}
-    pairs = ((kind, mode) for turn in rounds for kind, modes in turn.items() for mode in modes if mode != OFF)
-    for kind, mode in dict.fromkeys(pairs):
-        both = [turn[kind] for turn in rounds if mode in turn[kind]]
-        found[f"{kind}, {mode}"] = ratios(*([modes[name][figure] for modes in both] for name in (OFF, mode)))
-    return found
+        answer(connection, lambda: Engine(mode, size, tiny, uncompiled, folder))
 
 
 def main() -> int:
