@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -62,7 +63,9 @@ class Served:
         self._connection.close()
         self._process.join(5)
         if self._process.is_alive() and self._process.pid is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it does not lead a group yet
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
 
 
 class Engines:
