@@ -86,6 +86,7 @@ class Settings:
     """The command line."""
 
     csv: Path
+    again: str
     plot: Path | None
     loads: Path | None
     vllm_ascend: tuple[Path, ...]
@@ -231,23 +232,15 @@ class Task:
 
 
 def tasks(settings: Settings, table: Table) -> Iterator[Task]:
-    """All of them: first those of quick peers, and of each peer first one load of every shape; then those of the
-    table's rows, which need no peer."""
-    yielded = set()
-    for task in _tasks_of_sources(settings):
-        yielded.add(task)
-        yield task
-    shapes = {str(shape): shape for shape in SHAPES if settings.only in str(shape)}
-    for (shape, load_name, step), rows in table.cases.items():
-        if shape not in shapes:
-            continue
-        for source in ("incremental", *(row.policy for row in rows.values() if not row.is_ours)):
-            task = Task(shapes[shape], load_name, step, source)
-            if task not in yielded:
-                yield task
-
-
-def _tasks_of_sources(settings: Settings) -> Iterator[Task]:
+    """All of them: first those of quick peers, and of each peer first one load of every shape; with ``again`` those of
+    the table's rows."""
+    if settings.again:
+        shapes = {str(shape): shape for shape in SHAPES if settings.only in str(shape)}
+        for (shape, load_name, step), rows in table.cases.items():
+            for source in ("incremental", *(row.policy for row in rows.values() if not row.is_ours)):
+                if shape in shapes:
+                    yield Task(shapes[shape], load_name, step, source)
+        return
     shapes = [s for s in (QUICK if settings.quick else SHAPES) if settings.only in str(s)]
     names = {shape: load_names(shape, settings) for shape in shapes}
     peers = sources(settings)
@@ -398,12 +391,12 @@ def main() -> int:
     parser.add_argument("--flashlb-every", type=int, default=20, help="flashlb plans every so many-th layer")
     arguments = parser.parse_args()
     values = vars(arguments)
-    folder, again = values.pop("download"), values.pop("again")
+    folder = values.pop("download")
     paths = [*values.pop("vllm_ascend"), *([download(folder)] if folder else [])]
     settings = Settings(vllm_ascend=tuple(paths), **values)
     table = Table(settings.csv)
-    if again:
-        table.drop(lambda row: row.policy.startswith(again) and settings.only in row.shape)
+    if settings.again:
+        table.drop(lambda row: row.policy.startswith(settings.again) and settings.only in row.shape)
     left_out = run(table, settings)
     summary(table)
     if settings.plot:
