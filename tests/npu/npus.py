@@ -4,6 +4,9 @@
 The children run with the Python of .venv-npu on the emulated CANN libraries of build/emulated_cann (both made by
 scripts/setup_npu_env.sh), or, with NPU_TEST_REAL=1, with this Python on real NPUs. pytest itself needs neither.
 NPU_TEST_TORCH_NPU names another torch_npu that scripts/setup_npu_env.sh has installed.
+
+On emulated NPUs the children are forked from a process that has imported torch_npu, which takes seconds. That process
+uses no device, and the emulated CANN reads its settings at the first call. On real NPUs every child is a new process.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..e2e.nursery import Nursery
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH_NPU = os.environ.get("NPU_TEST_TORCH_NPU", "")
@@ -89,6 +94,42 @@ class Outcome:
         )
 
 
+PRELOADED = (
+    "torch_npu",
+    "torch.distributed",
+    "tests.distributed.model",
+    "tests.distributed.ranks",
+    "vllm_ascend_eplb.adaptors.engine_adaptor",
+    "vllm_ascend_eplb.balancer.start",
+)
+_NURSERIES: dict[tuple[str, tuple[str, ...]], Nursery] = {}
+
+
+def nursery(path: str, preloaded: tuple[str, ...]) -> Nursery:
+    """The process that has imported these modules with this PYTHONPATH."""
+    if (path, preloaded) not in _NURSERIES:
+        log = Path(tempfile.gettempdir()) / f"nursery-{len(_NURSERIES)}.log"
+        _NURSERIES[path, preloaded] = Nursery(environment(PYTHONPATH=path), log, str(PYTHON), preloaded)
+    return _NURSERIES[path, preloaded]
+
+
+def close_nurseries() -> None:
+    while _NURSERIES:
+        _NURSERIES.popitem()[1].close()
+
+
+def _start(arguments: list[str], values: dict[str, str], output: Path, preloaded: tuple[str, ...]) -> Any:
+    """Start child.py with these arguments; returns a subprocess.Popen or what looks like it."""
+    if not REAL:
+        path = values["PYTHONPATH"]
+        return nursery(path, preloaded).fork("nursery:run_module", ["tests.npu.child", *arguments], values, output)
+    with open(output, "w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.npu.child", *arguments],
+            cwd=ROOT, env=values, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -103,6 +144,7 @@ def run(
     check: bool = True,
     args: Any = None,
     allow: tuple[str, ...] = (),
+    preloaded: tuple[str, ...] = PRELOADED,
     **settings: str,
 ) -> Outcome:
     """Call ``function(*args)`` of ``tests.npu.programs.PROGRAM`` on every rank.
@@ -114,6 +156,7 @@ def run(
         check: raise AssertionError with all output unless every child exits with 0 and there are no reports.
         args: list of JSON arguments, the same on all ranks.
         allow: reports that contain one of these words do not count; needs EMULATED_NPU_RACE="report".
+        preloaded: modules that the process imports from which the children are forked.
         settings: environment variables.
     """
     port = str(free_port())
@@ -133,13 +176,9 @@ def run(
                     **settings,
                 }
             )
-            output = open(Path(folder) / f"output-{rank}.txt", "w+")  # noqa: SIM115 (closed below)
-            command = [sys.executable if REAL else str(PYTHON), "-m", "tests.npu.child", program, function]
-            command += [str(answer), json.dumps(args or [])]
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=values, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            children.append((process, output, answer))
+            output = Path(folder) / f"output-{rank}.txt"
+            arguments = [program, function, str(answer), json.dumps(args or [])]
+            children.append((_start(arguments, values, output, preloaded), output, answer))
         outcome = Outcome([], [], [])
         try:
             for process, _, _ in children:
@@ -153,9 +192,7 @@ def run(
                     os.killpg(process.pid, signal.SIGKILL)
         for rank, (process, output, answer) in enumerate(children):
             outcome.codes.append(process.wait())
-            output.seek(0)
-            outcome.outputs.append(output.read())
-            output.close()
+            outcome.outputs.append(output.read_text(errors="replace"))
             outcome.results.append(json.loads(answer.read_text()) if answer.exists() else None)
             report = Path(folder) / f"report-{rank}.txt"
             text = report.read_text() if report.exists() else ""

@@ -11,7 +11,7 @@ import pytest
 
 from . import npus
 from .programs import slow
-from .serving import ASCEND, MISSING, RELEASE, python_path
+from .serving import ASCEND, MISSING, PRELOADED, RELEASE, python_path
 
 pytestmark = [
     pytest.mark.skipif(npus.REAL, reason="vllm-ascend's modules are unpacked for the emulated stack"),
@@ -29,6 +29,7 @@ def run(
         args=args,
         timeout=timeout,
         check=check,
+        preloaded=PRELOADED,
         EMULATED_NPU_RACE="report",
         PYTHONPATH=python_path(),
         **settings,
@@ -40,6 +41,11 @@ def test_four_classes_of_the_runner_are_replaced() -> None:
     assert result["modules"] == ["vllm_ascend_eplb.adaptors.ascend.runner"] * 4
     assert result["settings"] == ""
     assert result["counts"] is True  # in every forward
+
+
+def test_forked_programs_read_their_own_settings() -> None:
+    """Of the emulator. The modules that they are forked with ask for the kind of device, and so read settings before."""
+    assert run("memory", 1, [], EMULATED_NPU_MEMORY_MB="512").results == [512 << 20]
 
 
 def test_runner_with_an_unknown_call_keeps_its_classes() -> None:
