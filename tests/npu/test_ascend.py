@@ -44,7 +44,7 @@ def test_four_classes_of_the_runner_are_replaced() -> None:
 
 
 def test_forked_programs_read_their_own_settings() -> None:
-    """Of the emulator. The modules that they are forked with ask for the kind of device, and so read settings before."""
+    """Of the emulator. The modules that they are forked with ask for the kind of device, which reads settings, too."""
     assert run("memory", 1, [], EMULATED_NPU_MEMORY_MB="512").results == [512 << 20]
 
 
