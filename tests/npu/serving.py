@@ -178,8 +178,7 @@ class NpuServer(Server):
         probe: the workers have the methods of tests.npu.probe.Probe, for :meth:`call`.
         arguments: further arguments for ``vllm serve``.
         parts: the names of the balancers, if there are several.
-        spawned: every process imports vLLM by itself, as ``vllm serve`` does by default. Otherwise engine and workers
-            are forked from the front end, which saves an import of 15 seconds in each. On real NPUs all are spawned.
+        spawned: ``vllm serve`` as users start it, as always on real NPUs; otherwise front_end.py.
         nursery: the front end is forked, too, from this process.
         settings: environment variables.
     """
@@ -207,7 +206,8 @@ class NpuServer(Server):
         port = self.url.rpartition(":")[2]
         captured = {"cudagraph_mode": graph_mode, "cudagraph_capture_sizes": graphs}
         self.command = [
-            *(sys.executable if npus.REAL else str(npus.PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", model),
+            *(sys.executable if npus.REAL else str(npus.PYTHON), "-m"),
+            *("vllm.entrypoints.cli.main" if spawned else "tests.npu.front_end", "serve", model),
             *("--served-model-name", "tiny-moe", "--dtype", dtype),
             *(("--compilation-config", json.dumps(captured)) if graphs else ("--enforce-eager",)),
             *("--host", "127.0.0.1", "--port", port, "--uvicorn-log-level", "warning"),
@@ -221,8 +221,6 @@ class NpuServer(Server):
         ]
         if graphs:
             settings |= COMPILING
-        if not spawned:
-            settings["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         if probe:
             settings["VLLM_SERVER_DEV_MODE"] = "1"  # serves /collective_rpc
         own = {key: self.environment[key] for key in ("EPLB_STATS_FILE", "VLLM_RPC_BASE_PATH")}
