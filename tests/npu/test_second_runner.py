@@ -79,8 +79,8 @@ def test_stock_tables_name_other_copies_on_each_rank() -> None:
 
 
 def test_stock_policy_misses_the_best_swap() -> None:
-    """STAIR, if each rank may receive one expert per layer (``rank_transfer_limit`` 1, which vllm-ascend also sets where
-    HIXL is missing). Our plan is as good as the best swap of all."""
+    """STAIR, if each rank may receive one expert per layer (``rank_transfer_limit`` 1, which vllm-ascend also sets
+    where HIXL is missing). Our plan is as good as the best swap of all."""
     found = run("one_move_per_rank")
     assert found["ours"] == pytest.approx(found["best"])
     assert max(found["stair"]) > 1.25

@@ -112,8 +112,8 @@ def tables() -> list[int]:
 
 
 def one_move_per_rank() -> dict[str, list[float]]:
-    """PAR of six layers with 64 experts on two ranks, each of which may receive one expert: at the start, after the best
-    of all swaps of two experts, and with the plans of vllm-ascend's policy (STAIR) and of ours."""
+    """PAR of six layers with 64 experts on two ranks, each of which may receive one expert: at the start, after the
+    best of all swaps of two experts, and with the plans of vllm-ascend's policy (STAIR) and of ours."""
     from vllm_ascend.ascend_config import StairConfig
     from vllm_ascend.distributed.eplb.policy.stair import StairEplbPolicy
 
