@@ -27,9 +27,9 @@ from ..e2e.nursery import Nursery
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH_NPU = os.environ.get("NPU_TEST_TORCH_NPU", "")
-PYTHON = ROOT / f".venv-npu-{TORCH_NPU}".rstrip("-") / "bin" / "python"
-LIBRARIES = ROOT / "build" / f"emulated_cann-{TORCH_NPU}".rstrip("-") / "lib"
 REAL = os.environ.get("NPU_TEST_REAL") == "1"
+PYTHON = Path(sys.executable) if REAL else ROOT / f".venv-npu-{TORCH_NPU}".rstrip("-") / "bin" / "python"
+LIBRARIES = ROOT / "build" / f"emulated_cann-{TORCH_NPU}".rstrip("-") / "lib"
 
 
 def missing() -> str:
@@ -125,7 +125,7 @@ def _start(arguments: list[str], values: dict[str, str], output: Path, preloaded
         return nursery(path, preloaded).fork("nursery:run_module", ["tests.npu.child", *arguments], values, output)
     with open(output, "w") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.npu.child", *arguments],
+            [str(PYTHON), "-m", "tests.npu.child", *arguments],
             cwd=ROOT, env=values, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 

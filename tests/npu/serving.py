@@ -12,7 +12,6 @@ import concurrent.futures
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,9 @@ def _on_the_cpu(module: str, *arguments: Path) -> None:
         [str(npus.PYTHON), "-m", module, *map(str, arguments)],
         cwd=npus.ROOT,
         env=npus.environment(
-            TORCH_DEVICE_BACKEND_AUTOLOAD="0", HF_HUB_OFFLINE="1", PYTHONPATH=f"{npus.ROOT}:{STANDINS}"
+            TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+            HF_HUB_OFFLINE="1",
+            **({} if npus.REAL else {"PYTHONPATH": f"{npus.ROOT}:{STANDINS}"}),
         ),
         capture_output=True,
         text=True,
@@ -206,7 +207,7 @@ class NpuServer(Server):
         port = self.url.rpartition(":")[2]
         captured = {"cudagraph_mode": graph_mode, "cudagraph_capture_sizes": graphs}
         self.command = [
-            *(sys.executable if npus.REAL else str(npus.PYTHON), "-m"),
+            *(str(npus.PYTHON), "-m"),
             *("vllm.entrypoints.cli.main" if spawned else "tests.npu.front_end", "serve", model),
             *("--served-model-name", "tiny-moe", "--dtype", dtype),
             *(("--compilation-config", json.dumps(captured)) if graphs else ("--enforce-eager",)),
