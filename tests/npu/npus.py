@@ -159,11 +159,29 @@ def run(
         preloaded: modules that the process imports from which the children are forked.
         settings: environment variables.
     """
-    port = str(free_port())
-    with tempfile.TemporaryDirectory(prefix="npus-") as folder:
-        children = []
+    outcome = Ranks(program, function, ranks, args, preloaded, **settings).finish(timeout, allow)
+    if check:
+        assert all(code == 0 for code in outcome.codes), outcome.text()
+        assert not any(outcome.reports), outcome.reports
+    return outcome
+
+
+class Ranks:
+    """The children of a :func:`run` that has begun."""
+
+    def __init__(
+        self,
+        program: str,
+        function: str,
+        ranks: int,
+        args: Any = None,
+        preloaded: tuple[str, ...] = PRELOADED,
+        **settings: str,
+    ) -> None:
+        port = str(free_port())
+        self._folder = tempfile.TemporaryDirectory(prefix="npus-")
+        self._children = []
         for rank in range(ranks):
-            answer = Path(folder) / f"answer-{rank}.json"
             values = environment(
                 **{
                     "RANK": str(rank),
@@ -172,33 +190,36 @@ def run(
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": port,
                     "EMULATED_NPU_SEED": settings.get("EMULATED_NPU_SEED", str(rank + 1)),
-                    "EMULATED_NPU_REPORT": f"{folder}/report-{rank}.txt",
+                    "EMULATED_NPU_REPORT": str(self._file("report", rank)),
                     **settings,
                 }
             )
-            output = Path(folder) / f"output-{rank}.txt"
-            arguments = [program, function, str(answer), json.dumps(args or [])]
-            children.append((_start(arguments, values, output, preloaded), output, answer))
+            arguments = [program, function, str(self._file("answer", rank)), json.dumps(args or [])]
+            self._children.append(_start(arguments, values, self._file("output", rank), preloaded))
+
+    def _file(self, kind: str, rank: int) -> Path:
+        return Path(self._folder.name) / f"{kind}-{rank}"
+
+    def finish(self, timeout: float, allow: tuple[str, ...] = ()) -> Outcome:
+        """Wait for all children; after ``timeout`` seconds they are killed."""
         outcome = Outcome([], [], [])
-        try:
-            for process, _, _ in children:
-                try:
-                    process.wait(timeout)
-                except subprocess.TimeoutExpired:
-                    timeout = 1
-        finally:
-            for process, _, _ in children:  # every child leads a session, which includes its own children
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-        for rank, (process, output, answer) in enumerate(children):
-            outcome.codes.append(process.wait())
-            outcome.outputs.append(output.read_text(errors="replace"))
-            outcome.results.append(json.loads(answer.read_text()) if answer.exists() else None)
-            report = Path(folder) / f"report-{rank}.txt"
-            text = report.read_text() if report.exists() else ""
-            found = [part for part in text.split("\n[") if part]
-            outcome.reports.append([part for part in found if not any(word in part for word in allow)])
-    if check:
-        assert all(code == 0 for code in outcome.codes), outcome.text()
-        assert not any(outcome.reports), outcome.reports
-    return outcome
+        with self._folder:
+            try:
+                for process in self._children:
+                    try:
+                        process.wait(timeout)
+                    except subprocess.TimeoutExpired:
+                        timeout = 1
+            finally:
+                for process in self._children:  # every child leads a session, which includes its own children
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+            for rank, process in enumerate(self._children):
+                outcome.codes.append(process.wait())
+                outcome.outputs.append(self._file("output", rank).read_text(errors="replace"))
+                answer, report = self._file("answer", rank), self._file("report", rank)
+                outcome.results.append(json.loads(answer.read_text()) if answer.exists() else None)
+                text = report.read_text() if report.exists() else ""
+                found = [part for part in text.split("\n[") if part]
+                outcome.reports.append([part for part in found if not any(word in part for word in allow)])
+        return outcome
