@@ -104,6 +104,7 @@ def environment(report: Path, device: str = "A2", **settings: str) -> dict[str, 
         EMULATED_NPU_DEVICE_TYPE=device,
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
+        VLLM_CACHE_ROOT=str(STACK / "cache"),  # another vLLM would look at a model again, in a process of its own
         TORCHDYNAMO_DISABLE="1",
     )
     values.pop("VLLM_PLUGINS", None)
