@@ -167,6 +167,11 @@ def _on_the_cpu(module: str, *arguments: Path) -> None:
     assert result.returncode == 0, result.stderr[-4000:]
 
 
+CLIENT = httpx.Client(timeout=300, trust_env=False, limits=httpx.Limits(keepalive_expiry=1))
+"""Used by all threads and for all servers: to make a client takes longer than a step. It closes connections before the
+servers do, after five seconds."""
+
+
 class NpuServer(Server):
     """``vllm serve`` of the stack.
 
@@ -304,7 +309,7 @@ class NpuServer(Server):
 
         def ask(text: str) -> dict[str, Any]:
             request = {**fixed, "prompt": text, "ignore_eos": ignore_eos}
-            response = httpx.post(f"{self.url}/v1/completions", json=request, headers=headers, timeout=300)
+            response = CLIENT.post(f"{self.url}/v1/completions", json=request, headers=headers)
             response.raise_for_status()
             return response.json()["choices"][0]
 
@@ -313,14 +318,14 @@ class NpuServer(Server):
 
     def metric(self, name: str, *labels: str) -> float:
         """The sum of a metric's samples on ``/metrics`` that have all these labels (``name="value"``)."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        lines = CLIENT.get(f"{self.url}/metrics").text.splitlines()
         lines = [line for line in lines if line.startswith(f"{name}{{") and all(label in line for label in labels)]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     def call(self, method: str, *arguments: int | str) -> list[Any]:
         """Call a method of tests.npu.probe.Probe on all workers."""
         request = {"method": method, "args": arguments}
-        response = httpx.post(f"{self.url}/collective_rpc", json=request, timeout=60)
+        response = CLIENT.post(f"{self.url}/collective_rpc", json=request)
         response.raise_for_status()
         return response.json()["results"]
 
