@@ -10,6 +10,7 @@ Environment variables:
 
     NPU_TEST_MODEL      a path or a name, or one of tiny-moe (the default) and tiny-moe-w8a8: examples/tiny_moe, the
                         second with experts in W8A8
+    NPU_TEST_DTYPE      float32, bfloat16 or float16; float32 for tiny-moe on emulated NPUs, otherwise the model's own
     NPU_TEST_RANKS      tensor-parallel size; 2
     NPU_TEST_ENGINES    data-parallel size; 1
     NPU_TEST_RUNNER     V1 or V2: the model runner; V1
@@ -53,7 +54,8 @@ RANKS, ENGINES = (int(os.environ.get(f"NPU_TEST_{name}", default)) for name, def
 QUESTIONS = os.environ.get("NPU_TEST_QUESTIONS", "")
 TINY = NAME.startswith("tiny-moe")
 ROUNDS, TEXT_TOKENS, ANSWER_TOKENS = 4, 48, 256
-DTYPE = "float32" if NAME == "tiny-moe" and not npus.REAL else "float16" if NAME == "tiny-moe-w8a8" else "auto"
+OWN = {"tiny-moe": "auto" if npus.REAL else "float32", "tiny-moe-w8a8": "float16"}
+DTYPE = os.environ.get("NPU_TEST_DTYPE") or OWN.get(NAME, "auto")
 LEAST, MOST = 0.97, 0.95
 """The share of equal tokens where sums are rounded: at least LEAST with the right weights, at most MOST with wrong
 ones."""
