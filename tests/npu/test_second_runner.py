@@ -4,6 +4,7 @@ this package. test_serving.py and its neighbours test our balancer with this run
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -32,9 +34,6 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
     pytest.mark.skipif(not SECOND_RUNNER, reason="only for the second model runner; set NPU_TEST_RUNNER=V2"),
 ]
-
-
-COMMITTED = "Ascend async EPLB cycle committed"
 
 
 def run(function: str) -> Any:
@@ -93,32 +92,36 @@ def test_stock_eplb_is_right_only_without_copies(
     tmp_path: Path, batches: list[list[str]], want: list[list[list[int]]], copies: int
 ) -> None:
     """vllm-ascend's own EPLB on A2; with copies answers are wrong from the start, before any expert has moved. If its
-    planner dies while it plans, balancing is over."""
+    planner dies while it plans, the server ends."""
     settings = json.dumps({"num_redundant_experts": copies, "window_size": 12, "step_interval": 12, "use_async": True})
     server = NpuServer(None, tmp_path, arguments=("--enable-eplb", "--eplb-config", settings)).started()
     try:
         assert (server.complete(batches[0], TOKENS) == want[0]) == (copies == 0)
         assert ([server.complete(batch, TOKENS) for batch in batches] == want) == (copies == 0)
-        assert COMMITTED in server.log
+        assert "Ascend async EPLB cycle committed" in server.log
         assert "EPLB is on" not in server.log
         if copies == 0:
             end_planner_while_it_plans(server, batches)
-            committed = server.log.count(COMMITTED)
-            assert [server.complete(batch, TOKENS) for batch in batches] == want
-            assert server.log.count(COMMITTED) == committed
     finally:
         server.stop()
 
 
 def end_planner_while_it_plans(server: NpuServer, batches: list[list[str]]) -> None:
-    """Stop a rank's process of STAIR, let it be asked, and kill it. The threads of both ranks end."""
+    """Stop a rank's process of STAIR, let it be asked, and kill it. The next step ends the server."""
     planner, _ = [process for process in server.processes() if "_stair_process" in title(process)]
     os.kill(planner, signal.SIGSTOP)
     for batch in batches:  # several windows
         server.complete(batch, TOKENS)
     os.kill(planner, signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while server.log.count("async loop error") < 2:
+    deadline = time.monotonic() + 120
+    while server.running():
         assert time.monotonic() < deadline, server.log[-3000:]
-        time.sleep(0.2)
-    assert "STAIR planner subprocess terminated unexpectedly" in server.log
+        with contextlib.suppress(httpx.HTTPError):
+            server.complete(batches[0], TOKENS)
+    for line in (
+        "async loop error (Rank 0): STAIR",
+        "async loop error (Rank 1): STAIR",
+        "STAIR planner subprocess terminated unexpectedly",
+        "EPLB background worker terminated unexpectedly",
+    ):
+        assert line in server.log

@@ -30,13 +30,6 @@ WAYS: dict[str, dict[str, Any]] = {
         "arguments": ("--pipeline-parallel-size", "2"),
         "parts": ("stage0", "stage1"),
     },
-    "TP2, sequence parallel": {"eplb_config": SETTINGS, "ranks": 2, "beside": {"enable_flashcomm1": True}},
-    "TP2, sequence parallel on A3": {
-        "eplb_config": SETTINGS,
-        "ranks": 2,
-        "beside": {"enable_flashcomm1": True},
-        "device": "A3",
-    },
     "DP2 on A3": {"eplb_config": SETTINGS, "ranks": 1, "arguments": DATA_PARALLEL, "device": "A3"},
     "DP2 TP2 on A3": {
         "eplb_config": {**SETTINGS, "num_redundant_experts": 4},
