@@ -213,8 +213,8 @@ class EplbGauges:
             ),
             "step_time_saved_seconds": gauge(
                 "step_time_saved_seconds",
-                "Seconds saved so far against the start placement, measured: step time with the start placement minus step "
-                "time since, summed over all compared steps. Effects of other changes are included.",
+                "Seconds saved so far against the start placement, measured: step time with the start placement minus "
+                "step time since, summed over all compared steps. Effects of other changes are included.",
             ),
             "plan_saved_fraction": gauge(
                 "plan_saved_fraction", "Fraction of MoE time that the last plan saves, carried out or not."
