@@ -79,7 +79,7 @@ PATCH_POINTS = (
     PatchPoint(
         "vllm.v1.worker.gpu_worker",
         "Worker.reload_weights",
-        "puts the initial placement in force before weights are loaded",
+        "puts the start placement in force before weights are loaded",
     ),
     PatchPoint("vllm.v1.worker.gpu_worker", "Worker.shutdown", "ends the planner"),
     PatchPoint(_RUNNER, "EplbState", "replaces it by the state of the balancer", runner="V1"),
@@ -131,7 +131,7 @@ PATCH_POINTS = (
     PatchPoint(
         _ROUTER,
         "eplb_map_to_physical_and_record",
-        "replaces the identity that it is on a CPU by map_and_record",
+        "is replaced by map_and_record; on a CPU it maps nothing",
         ("cpu",),
     ),
     PatchPoint(
