@@ -162,6 +162,8 @@ def test_cells_of_wide_tables_know_their_column() -> None:
     assert 'data-wide="figures"' in made
     narrow = "<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table>"
     assert tables.on_page_content(narrow) == narrow
+    picture = '<img alt="x" src="images/a.svg" />'
+    assert tables.on_page_content(f"<p>{picture}</p>") == f'<p><a href="images/a.svg">{picture}</a></p>'
 
 
 def test_every_option_that_is_refused_has_its_case() -> None:
