@@ -151,7 +151,7 @@ def test_tables_are_whole(page: Path) -> None:
 
 def test_cells_of_wide_tables_know_their_column() -> None:
     """On a phone the guide shows a row of a wide table as a card, with the column's head before every cell."""
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "hooks" / "tables.py")
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "theme" / "tables.py")
     assert spec is not None
     assert spec.loader is not None
     tables = importlib.util.module_from_spec(spec)
