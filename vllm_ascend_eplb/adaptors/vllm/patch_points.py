@@ -175,7 +175,7 @@ def not_found(points: Iterable[PatchPoint]) -> list[str]:
 
 def patch_points(points: Iterable[PatchPoint] = PATCH_POINTS) -> str:
     """Patch points as a Markdown table: name, use, where each is needed."""
-    rows = ["| patch point | what the balancer does with it | needed on | runner |", "| --- | --- | --- | --- |"]
+    rows = ["| patch point | purpose | needed on | runner |", "| --- | --- | --- | --- |"]
     for point in points:
         where = ", ".join(point.platforms) or "all"
         rows.append(f"| `{point.module}` `{point.name}` | {point.use} | {where} | {point.runner or 'both'} |")
