@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from vllm_ascend_eplb.transfer import loader as loader_module
 from vllm_ascend_eplb.transfer.flight import CHUNK
 from vllm_ascend_eplb.transfer.loader import D2DExpertWeightLoader, TransferError
 from vllm_ascend_eplb.values.placement import Placement
@@ -94,13 +96,16 @@ def test_buffer_in_use_is_not_filled_again() -> None:
         loader.prepare(swap(0, 1))
 
 
-def test_endless_transfer_poisons_the_loader() -> None:
-    loader = D2DExpertWeightLoader(slots(), None, 0, 2, deadline=0.05)
+def test_endless_transfer_poisons_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(loader_module, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter))
+    loader = D2DExpertWeightLoader(slots(), None, 0, 2, deadline=60.0)
     loader.close()  # no thread is left to see the arrival
     loader.prepare(swap(0, 1))
     loader.issue(0)
+    now += 60.0
     assert not loader.poisoned
-    time.sleep(0.1)
+    now += 0.1
     assert loader.poisoned
     loader.forget()
     assert loader.error is not None
