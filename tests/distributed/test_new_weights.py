@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine loads other weights while experts move: they go back to the initial placement, and balancing continues with
+"""An engine loads other weights while experts move: they go back to the start placement, and balancing continues with
 the new weights."""
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ PHASES = (Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST, Phase.MOVE,
 
 
 def in_each_phase(ranks: Ranks, load: Callable[[RoutingModel, EplbUpdator, Seen], None]) -> Seen:
-    """Call ``load`` once in each phase, when experts are not in their initial slots; then run three more cycles."""
+    """Call ``load`` once in each phase, when experts are not in their start slots; then run three more cycles."""
     make_planners_patient()
     model, seen = RoutingModel(ranks), Seen()
     updator = start_balancer(model, CONFIG)
@@ -91,7 +91,7 @@ def in_each_phase(ranks: Ranks, load: Callable[[RoutingModel, EplbUpdator, Seen]
 
 
 def load_others(model: RoutingModel) -> None:
-    """Load weights that differ from the present ones, in the initial slots."""
+    """Load weights that differ from the present ones, in the start slots."""
     model.slots.load(model.placement, NEW if model.slots.first_layer == 0 else 0)
 
 

@@ -92,6 +92,8 @@ class Proxy:
     def __init__(self, prefill: str, decode: str) -> None:
         self.sent_again = {prefill: 0, decode: 0}
         self._between: Callable[[], None] = lambda: None
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._client = httpx.Client(timeout=300, limits=limits, trust_env=False)
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -116,7 +118,7 @@ class Proxy:
         end = time.monotonic() + START_SECONDS
         while True:
             try:
-                response = httpx.post(f"{url}/v1/completions", json=request, timeout=300)
+                response = self._client.post(f"{url}/v1/completions", json=request)
                 response.raise_for_status()
                 return response.json()
             except httpx.HTTPError:
@@ -137,6 +139,7 @@ class Proxy:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        self._client.close()
 
 
 class Store:

@@ -162,9 +162,9 @@ class PrivateServer(Server):
         terminates them, and so does this function.
         """
         held = semaphores(self.processes())
-        with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
+        with httpx.Client(timeout=60) as client, concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
             for text, _ in pairs[:STREAMS]:
-                pool.submit(_ask_without_answer, self.url, text)
+                pool.submit(_ask_without_answer, client, self.url, text)
             time.sleep(1.0)
             assert self._process is not None
             self._process.send_signal(number)
@@ -187,6 +187,6 @@ class PrivateServer(Server):
         return left
 
 
-def _ask_without_answer(url: str, text: str) -> None:
+def _ask_without_answer(client: httpx.Client, url: str, text: str) -> None:
     with contextlib.suppress(httpx.HTTPError):
-        httpx.post(f"{url}/v1/completions", json=Requests.completion(text) | {"max_tokens": 200}, timeout=60)
+        client.post(f"{url}/v1/completions", json=Requests.completion(text) | {"max_tokens": 200})

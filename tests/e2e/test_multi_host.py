@@ -32,10 +32,11 @@ SECONDS_WITHOUT_LINK = 5
 ASK = """
 import concurrent.futures, json, sys, httpx
 job = json.load(sys.stdin)
+client = httpx.Client(timeout=300, limits=httpx.Limits(max_keepalive_connections=0), trust_env=False)
 def ask(text):
     request = {"model": "tiny-moe", "prompt": text, "max_tokens": job["tokens"], "temperature": 0, "ignore_eos": True,
                "return_token_ids": True}
-    answer = httpx.post(job["url"], json=request, timeout=300)
+    answer = client.post(job["url"], json=request)
     answer.raise_for_status()
     return answer.json()["choices"][0]["token_ids"]
 with concurrent.futures.ThreadPoolExecutor(len(job["texts"])) as pool:

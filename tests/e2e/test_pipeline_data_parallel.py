@@ -75,4 +75,4 @@ def test_each_stage_counts_the_tokens_of_all_engines_once(run, stages):
 
 def test_ranks_of_a_stage_stay_in_step_while_an_engine_is_idle(stages):
     for ranks in stages:
-        assert_in_step(ranks)
+        assert_in_step(ranks, 2 * (TOKENS - 1))

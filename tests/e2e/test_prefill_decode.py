@@ -16,13 +16,20 @@ import pytest
 
 from .conftest import BUSY, prompts
 
-TOKENS = 48
-SHORT = 24
+TOKENS = 24
 BLOCK = 32
 """Tokens of a block. Only whole blocks of a prompt go from one engine to the other."""
 
+ALL = prompts(6)
 
-def serve(runs, name, folder, role, redundant, stage, max_tokens, cycles=10, **job):
+
+@pytest.fixture(scope="module")
+def expected(reference):
+    """The first tokens of the answers of one process."""
+    return [answer[:TOKENS] for answer in reference]
+
+
+def serve(runs, name, folder, role, redundant, stage, max_tokens, cycles=10, prompts=ALL, **job):
     transfer = {
         "kv_connector": "ExampleConnector",
         "kv_role": role,
@@ -43,7 +50,7 @@ def serve(runs, name, folder, role, redundant, stage, max_tokens, cycles=10, **j
         probe=True,
         cycles=cycles,
         parts=[0, 1],
-        prompts=prompts(6),
+        prompts=prompts,
         max_tokens=max_tokens,
         **job,
     )
@@ -65,13 +72,13 @@ def turns(tokens, expected):
     return [tokens[begin : begin + len(expected)] for begin in range(0, len(tokens), len(expected))]
 
 
-def test_both_engines_answer_as_one_process_does(both, reference):
+def test_both_engines_answer_as_one_process_does(both, expected):
     """Negative control: the decode engine's maps are switched without weights."""
     prefill, decode = both
-    first = [answer[:1] for answer in reference]
+    first = [answer[:1] for answer in expected]
     assert all(turn == first for turn in turns(prefill.result["tokens"], first))
-    assert all(turn == reference for turn in turns(decode.result["tokens"], reference))
-    assert decode.result["corrupt_tokens"] != reference
+    assert all(turn == expected for turn in turns(decode.result["tokens"], expected))
+    assert decode.result["corrupt_tokens"] != expected
 
 
 def test_decode_engine_takes_prompts_from_the_other(both):
@@ -96,12 +103,12 @@ def test_both_engines_balance_by_their_own_settings(both):
     assert sum(map(sum, (rank["counted"] for rank in decode))) < sum(map(sum, (rank["routed"] for rank in decode)))
 
 
-def test_an_engine_of_both_roles_answers_as_one_process_does(runs, reference, tmp_path):
+def test_an_engine_of_both_roles_answers_as_one_process_does(runs, expected, tmp_path):
     """``kv_both``: the first data-parallel part leaves the KV cache of every prompt, the second one takes it, turn by
     turn, while experts move. Negative control: maps switched without weights."""
-    run = serve(runs, "kv both", tmp_path, "kv_both", 4, "all", SHORT, cycles=4, corrupt=True)
+    run = serve(runs, "kv both", tmp_path, "kv_both", 4, "all", TOKENS, cycles=4, prompts=ALL[:2], corrupt=True)
     assert run.code == 0, run.log[-6000:]
-    first = [answer[:SHORT] for answer in reference]
+    first = expected[:12]
     assert all(turn == first for turn in turns(run.result["tokens"], first))
     assert len(run.result["tokens"]) >= 2 * len(first)  # a turn of each part
     assert run.result["corrupt_tokens"] != first

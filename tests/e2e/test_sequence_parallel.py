@@ -12,7 +12,7 @@ from .conftest import BUSY, prompts
 from .in_step import assert_counted_once, assert_in_step
 from .test_offline import assert_equal_every_turn
 
-TOKENS = 48
+TOKENS = 24
 TOP_K = 4
 
 
@@ -40,7 +40,7 @@ def test_tokens_equal_those_of_one_process(run, reference):
     stats = json.loads(run["ranks"][0]["stats"])
     assert stats["cycles_done"] >= 10
     assert stats["cycles_failed"] == 0
-    assert_equal_every_turn(run["tokens"], reference[:12])
+    assert_equal_every_turn(run["tokens"], [answer[:TOKENS] for answer in reference[:12]])
 
 
 def test_every_pair_is_computed_once_with_the_right_weights(run):
@@ -58,7 +58,7 @@ def test_every_pair_is_counted_once_despite_padding(run):
 
 
 def test_ranks_stay_in_step_while_an_engine_is_idle(run):
-    assert len(assert_in_step(run["ranks"])) > 350
+    assert len(assert_in_step(run["ranks"], 2 * (TOKENS - 1))) > 150
 
 
 def test_layers_that_route_tokens_of_all_ranks_are_refused(run):

@@ -23,7 +23,7 @@ def trained(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainer")
     (folder / "sitecustomize.py").write_text("import allocator, transfer_engine\n")
     job = {
-        "prompts": prompts(2),
+        "prompts": [[text for batch in prompts(2) for text in batch]],
         "max_tokens": TOKENS,
         "arguments": {"weight_transfer_config": {"backend": "trainer"}},
         "sleeps": LEVELS,

@@ -4,38 +4,25 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
-from .conftest import BUSY, FOLDER, START_SECONDS, kill_session, prompts
-from .offline import EAGER, environment
+from .conftest import BUSY, prompts, run_forked
+from .nursery import Nursery
+from .offline import environment
 
 
-def saved_by(mode: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def saved_by(nursery: Nursery, mode: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run weights_out.py; returns its result, and the saved tensors by file and name."""
     folder.mkdir()
     result = folder / "result.json"
     eplb = {**BUSY, "mode": mode}
     job = {"eplb": eplb, "folder": str(folder), "result": str(result), "prompts": prompts(4)}
     (folder / "job.json").write_text(json.dumps(job))
-    with open(folder / "log", "w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(FOLDER / "weights_out.py"), str(folder / "job.json")],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment(2) | EAGER,
-            start_new_session=True,
-        )
-        try:
-            process.wait(START_SECONDS + 300)
-        finally:
-            kill_session(process.pid)
-        log.seek(0)
-        assert result.exists(), log.read()[-4000:]
+    run = run_forked(nursery, "weights_out:main", [str(folder / "job.json")], folder / "log", environment(2))
+    assert run.code == 0, run.log[-4000:]
     tensors = {
         f"{path.name} {name}": tensor
         for path in sorted(folder.glob("*.safetensors"))
@@ -44,11 +31,11 @@ def saved_by(mode: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return json.loads(result.read_text()), tensors
 
 
-def test_sharded_state_is_saved_in_checkpoint_order(tmp_path: Path) -> None:
+def test_sharded_state_is_saved_in_checkpoint_order(nursery: Nursery, tmp_path: Path) -> None:
     """The files equal those of a server that moves no expert. Negative control: files with rotated experts differ."""
-    expected, wanted = saved_by("observe", tmp_path / "observe")
+    expected, wanted = saved_by(nursery, "observe", tmp_path / "observe")
     assert expected["saved"] == ""
-    said, tensors = saved_by("balance", tmp_path / "balance")
+    said, tensors = saved_by(nursery, "balance", tmp_path / "balance")
     assert "save_sharded_state reads weights by slot" in said["refused"]
     assert "control restore" in said["refused"]
     assert "state_dict of the model reads weights by slot" in said["refused on one rank"]

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An offline engine that saves its weights as a sharded state; test_weights_out.py runs it in its own process::
-
-    python weights_out.py JOB
+"""An offline engine that saves its weights as a sharded state; test_weights_out.py forks it.
 
 In mode balance, experts move first, so that saving is refused. Then an order moves them back, and saving works.
 """
@@ -9,7 +7,6 @@ In mode balance, experts move first, so that saving is refused. Then an order mo
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -101,8 +98,3 @@ def main(job_path: str) -> None:
     result["read_at_last"] = engine.rpc(read_by_name)
     Path(job["result"]).write_text(json.dumps(result))
     engine.close()
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    main(*sys.argv[1:])
