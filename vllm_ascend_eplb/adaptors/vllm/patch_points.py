@@ -66,7 +66,7 @@ PATCH_POINTS = (
     PatchPoint(
         "vllm.v1.worker.worker_base",
         "WorkerWrapperBase.init_worker",
-        "resolves worker_cls, which names our worker class",
+        "resolves worker_cls, which names the worker class of this package",
     ),
     PatchPoint(
         "vllm.v1.executor.multiproc_executor",
