@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gain of balancing through the real server, on a CPU: ``python -m benchmarks.served_cpu --json PATH``.
+"""Gain of balancing in a served model on a CPU: ``python -m benchmarks.served_cpu --json PATH``.
 
 Two engines of vLLM serve the tiny model on two expert-parallel CPU ranks: one with a static placement, and one with the
-balancer started from the same placement, with the times of layers measured at start-up. Both stay in memory and take
-turns, so that drift of the machine hits both alike. Once the placement is the one that vLLM loads (load is nearly
-even), and once one whose first rank has the experts that are asked for most. What counts is the mean of the pairs'
-ratios with its confidence interval: that is what the machine can show. The exit status is 1 if the balancer moved
-nothing where load is skewed.
+balancer, started from the same placement, with the times of layers measured at start-up. Both stay in memory and take
+turns, so that drift of the machine affects both alike. Two placements are tried: the one that vLLM loads (its load is
+nearly even), and one whose first rank has the experts with the most tokens. The result is the mean of the pairs' ratios
+with its confidence interval. The exit status is 1 if the balancer moved nothing under skewed load.
 """
 
 from __future__ import annotations

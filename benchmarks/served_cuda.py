@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What balancing costs and gives a served model on GPUs: ``python -m benchmarks.served_cuda --json PATH``.
+"""Cost and gain of balancing in a served model on GPUs: ``python -m benchmarks.served_cuda --json PATH``.
 
 Several engines of vLLM serve a model of Qwen3-30B-A3B's shape (fewer layers, dummy weights) on two expert-parallel
 GPUs: without balancing, with vLLM's own balancer, and with this one without and with a redundant expert on each rank.
 All engines stay in memory and take turns, so that each round compares them within a minute: decoding with few, some and
-many requests at a time, and prefilling in full chunks. Every second round goes backwards. Routers are skewed on
-purpose, and alike in all engines: rank 0 holds the experts that are asked for most, and one expert of a layer is asked
-for up to twice as often as another. Steps are timed where they arrive, in the front end.
+many requests at a time, and prefilling in full chunks. Every second round has the reverse order. All engines have the
+same routers, which are skewed on purpose: rank 0 holds the experts with the most tokens, and an expert gets up to twice
+the tokens of another in the same layer. Steps are timed in the front end, when their results arrive.
 
-The report has each engine's tokens a second over those of no balancing in the same round, and the confidence interval
-of their mean; and the same for the median step, which no single long step touches. An engine that does not start, or
+The report has the throughput of each engine relative to no balancing in the same round, and the confidence interval of
+the mean; and the same for the median step, which a single long step does not change. An engine that does not start, or
 ends, is left out, and the report says so. The exit status is 1 if a balancer moved nothing or was left out.
 
-On a machine without GPUs ``--tiny`` runs it on the CPU in small, to see that it runs; vLLM's own balancer is left out.
+On a machine without GPUs, ``--tiny`` runs a small version on the CPU to check the script, without vLLM's own balancer.
 """
 
 from __future__ import annotations

@@ -293,7 +293,7 @@ class Lead:
             self._parts.planner.close(wait=0)
 
     def went_back(self) -> None:
-        """Notes that the initial placement is in force again, because weights are about to be loaded."""
+        """Notes that the start placement is in force again, because weights are about to be loaded."""
         self._judge.forget()
         self.record_map()
 

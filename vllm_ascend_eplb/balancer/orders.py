@@ -49,7 +49,7 @@ class Order(BaseModel):
     Attributes:
         id: identifies the order; the statistics have the id of the last order that was taken.
         command: pause (begin no more cycles; one under way is completed), resume, cycle (one now, paused or not),
-            restore (move every expert back to its initial slots, and pause there), intervals.
+            restore (move every expert back to its start slots, and pause there), intervals.
         collect_steps, execution_steps: for ``intervals``: new values of ``expert_heat_collection_interval`` and
             ``algorithm_execution_interval``; None keeps a value.
     """

@@ -90,7 +90,7 @@ def beside_new_weights(vllm_config: Any) -> list[Option]:
         ("--weight-transfer-config", transfers_weights(vllm_config)),
         ("--enable-sleep-mode", sleeps(vllm_config)),
     ):
-        # engines are at different steps, so that their ranks cannot go back to the initial placement together
+        # engines are at different steps, so that their ranks cannot go back to the start placement together
         engines = parallel.data_parallel_size if given else 1
         found.append((f"{name} and --data-parallel-size", engines, 1, "use one of the two"))
         found.append((f"{name} and a draft model with experts", given and draft, False, "use one of the two"))

@@ -217,7 +217,7 @@ class VllmEplbState(ModelStates):
 
         Raises:
             RuntimeError: the server has several engines, which get the call at different steps, so that their ranks
-                cannot go back to the initial placement together; or there is a draft model with experts, which vLLM
+                cannot go back to the start placement together; or there is a draft model with experts, which vLLM
                 does not reload.
         """
         self._require_one_model(what)
@@ -225,7 +225,7 @@ class VllmEplbState(ModelStates):
         if whole and self.adaptor is not None:
             loading = reloading(self.model, self.adaptor.rank)
         if self.updator is not None and not whole:
-            self.updator.move_back()  # weights that are not loaded must be in their initial slots
+            self.updator.move_back()  # weights that are not loaded must be in their start slots
         with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), loading:
             self._loading = True
             try:
@@ -240,7 +240,7 @@ class VllmEplbState(ModelStates):
 
         Args:
             level: 1 if the contents come back, at the same addresses: the placement is kept. 2 if they do not: the
-                initial placement is put in force, because weights will be loaded by it.
+                start placement is put in force, because weights will be loaded by it.
 
         Raises:
             RuntimeError: the server has several engines, or a draft model with experts, or level is not 1 or 2.
@@ -310,7 +310,7 @@ class VllmEplbState(ModelStates):
             update.close()
 
     def guard(self, model: Any) -> None:
-        """Lets ``load_weights`` load into the initial slots, and refuses readers of weights while experts have moved.
+        """Lets ``load_weights`` load into the start slots, and refuses readers of weights while experts have moved.
 
         Trainers call ``load_weights`` of the model, or of a part of it, in every worker, once or for part after part of
         the weights.
