@@ -2,9 +2,9 @@
 """Compares the planner with its peers, PAR against moves: ``python -m benchmarks.planner --csv PATH --plot PATH``.
 
 Every shape, load and policy is one row of the CSV. Rows that are in the file are not measured again, except those of
-policies that begin with ``--again`` NAME: after a change of this package's planner, ``--again incremental`` measures the
-table's own rows again, and needs no peer. A peer is ahead on a load if its PAR is more than 0.002 below all plans of
-this package with at most as many moves; exit status 1 if so.
+policies that begin with ``--again`` NAME: after a change of this package's planner, ``--again incremental`` measures
+the table's own rows again, and needs no peer. A peer is ahead on a load if its PAR is more than 0.002 below all plans
+of this package with at most as many moves; exit status 1 if so.
 
 Loads are real ones from ``--loads`` DIR (JSON files with ``logical_count``) for shapes with 256 experts, and
 generated ones (``benchmarks.loads``). The placement in force was made from scratch for the previous load. Peers: vLLM's
