@@ -284,6 +284,15 @@ def reload_weights(worker: Any) -> dict[str, Any]:
     return result
 
 
+def shorten_meetings(worker: Any, seconds: float) -> None:
+    """How long the ranks of one engine wait for those of the others."""
+    from vllm_ascend_eplb.adaptors.vllm import state
+
+    state.MEETING_SECONDS = seconds
+    if _state(worker)._meeting is not None:
+        _state(worker)._meeting.seconds = seconds
+
+
 def load_again(worker: Any) -> None:
     """Load the weights of the start again after they were lost."""
     with torch.no_grad():

@@ -40,7 +40,7 @@ class MeetingPoint:
         seconds: longest wait.
     """
 
-    def __init__(self, store: Any, rank: int, num_ranks: int, seconds: float = MEETING_SECONDS) -> None:
+    def __init__(self, store: Any, rank: int, num_ranks: int, seconds: float) -> None:
         self._store, self._rank, self._num_ranks = store, rank, num_ranks
         self.seconds = seconds
         self._next = self._oldest = 0

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ...agreement.exchange import exchange_bytes
-from ...agreement.meeting import MeetingPoint
+from ...agreement.meeting import MEETING_SECONDS, MeetingPoint
 from ...balancer.start import require_equal_start, start_balancer
 from ...balancer.updator import EplbUpdator, Stage
 from ..engine_adaptor import require_loaded_copies
@@ -263,7 +263,8 @@ class VllmEplbState(ModelStates):
             return
         if self._meeting is None:
             store = torch.distributed.distributed_c10d._get_default_store()
-            self._meeting = MeetingPoint(store, torch.distributed.get_rank(), torch.distributed.get_world_size())
+            rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+            self._meeting = MeetingPoint(store, rank, num_ranks, MEETING_SECONDS)
         if not self._meeting.meet():
             raise RuntimeError(
                 f"{what} changed nothing, because not all engines were called between two steps within "
