@@ -308,8 +308,7 @@ def called_alone(ranks: Ranks, called: list[int]) -> Seen:
     """While all ranks step, some are called to load weights, as engines are under requests; the others wait for them in
     a forward. Later, all are called."""
     model, seen = RoutingModel(ranks), Seen()
-    store = dist.distributed_c10d._get_default_store()
-    meeting = MeetingPoint(store, ranks.rank, ranks.num_ranks, seconds=0.3)
+    meeting = MeetingPoint(dist.group.WORLD.get_group_store(), ranks.rank, ranks.num_ranks, seconds=0.3)
     updator = start_balancer(model, CONFIG)
     for number in range(400):
         step(model, updator)

@@ -113,8 +113,9 @@ class Engine:
     def generating(self, prompts: list[str], sampling: Any) -> Iterator[list[Any]]:
         """The block runs when every prompt has a token of its answer; the list has the answers afterwards."""
         outputs: list[Any] = []
-        before, asked = len(self._begun), asyncio.run_coroutine_threadsafe(
-            self._gather(prompts, sampling, None), self._loop
+        before, asked = (
+            len(self._begun),
+            asyncio.run_coroutine_threadsafe(self._gather(prompts, sampling, None), self._loop),
         )
         while len(self._begun) < before + len(prompts) and not asked.done():
             time.sleep(0.001)

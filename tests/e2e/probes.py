@@ -289,8 +289,8 @@ def shorten_meetings(worker: Any, seconds: float) -> None:
     from vllm_ascend_eplb.adaptors.vllm import state
 
     state.MEETING_SECONDS = seconds
-    if _state(worker)._meeting is not None:
-        _state(worker)._meeting.seconds = seconds
+    if _state(worker).meeting is not None:
+        _state(worker).meeting.seconds = seconds
 
 
 def load_again(worker: Any) -> None:

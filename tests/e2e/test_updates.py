@@ -26,7 +26,7 @@ def job(tmp_path_factory):
     return {
         "prompts": [[text for batch in prompts(2) for text in batch]],
         "max_tokens": TOKENS,
-        "arguments": {"weight_transfer_config": {"backend": "trainer"}},
+        "arguments": {"weight_transfer_config": {"backend": "trainer"}, "enable_prefix_caching": False},
         "sleeps": LEVELS,
         "updates": FACTORS,
         "paths": [str(folder)],

@@ -105,7 +105,8 @@ class Lead:
             )
         )
 
-    def _task(self) -> Rebalance | Restore:
+    def task(self) -> Rebalance | Restore:
+        """The task that the next plan is asked for."""
         config = self._parts.config
         wanted, start = self._work.state.wanted, self._parts.start
         if wanted is Command.RESTORE:
@@ -150,7 +151,7 @@ class Lead:
         timed = self.clock.window_ended(at_start=placement == parts.start)
         if timed is not None:
             parts.stats.steps_timed(timed.ms, timed.ms_start, timed.saved_seconds)
-        return _Case(placement, self._task(), par, note)  # the task depends on the traffic of this window
+        return _Case(placement, self.task(), par, note)  # the task depends on the traffic of this window
 
     # --- the decision -------------------------------------------------------------------------------------------------
 

@@ -144,7 +144,7 @@ def test_order_to_reapply_asks_for_the_placement_of_before(updator: EplbUpdator,
     ):
         updator.work.placement = in_force
         updator.work.state = replace(updator.state, wanted=wanted)
-        asked.append(updator.lead._task().target.tolist())
+        asked.append(updator.lead.task().target.tolist())
     targets = [before, start, start, before, before]
     assert asked == [placement.physical_to_logical.tolist() for placement in targets]
     updator.work.placement = start

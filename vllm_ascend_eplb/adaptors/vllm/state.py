@@ -66,6 +66,7 @@ class VllmEplbState(ModelStates):
         sharers: ranks that share each batch.
         updator: the balancer of the model; None before a model was added, and with a static placement.
         draft: the draft model with experts, or None.
+        meeting: where the ranks of all engines come together; None before they did.
     """
 
     is_async = False
@@ -85,9 +86,9 @@ class VllmEplbState(ModelStates):
         self._began = False
         self._loading = False
         self.loaded = LoadedOrder()
+        self.meeting: MeetingPoint | None = None
         self._update: contextlib.ExitStack | None = None
         self._gone = False
-        self._meeting: MeetingPoint | None = None
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
@@ -259,16 +260,15 @@ class VllmEplbState(ModelStates):
         Raises:
             RuntimeError: not all ranks were called in time. Nothing was changed.
         """
-        if self.updator is None or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        world = torch.distributed.group.WORLD
+        if self.updator is None or world is None or world.size() == 1:
             return
-        if self._meeting is None:
-            store = torch.distributed.distributed_c10d._get_default_store()
-            rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            self._meeting = MeetingPoint(store, rank, num_ranks, MEETING_SECONDS)
-        if not self._meeting.meet():
+        if self.meeting is None:
+            self.meeting = MeetingPoint(world.get_group_store(), world.rank(), world.size(), MEETING_SECONDS)
+        if not self.meeting.meet():
             raise RuntimeError(
                 f"{what} changed nothing, because not all engines were called between two steps within "
-                f"{self._meeting.seconds:g} s; pause all engines (pause_generation), call {what} in all of them at the "
+                f"{self.meeting.seconds:g} s; pause all engines (pause_generation), call {what} in all of them at the "
                 "same time, then resume_generation"
             )
 
