@@ -6,13 +6,13 @@ The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config 
 (the prompts are repeated until so many cycles are done), ``parts`` (which data-parallel part gets them, turn by turn),
 ``pattern`` (a regular expression that the answers to the first batch must match in the end), ``reload`` (in the end
 weights are loaded anew), ``under_way`` (data-parallel parts that are asked to reload while requests are under way, turn
-by turn; null for all, while they are paused), ``sleeps`` (levels: in the end the engine sleeps with
-each of them, see allocator.py), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of
-them, see transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again),
-``routing`` (in the end layers are asked for what is refused), ``drafter`` (it is
-watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after
-all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went
-through the model if none came from a cache.
+by turn; null for all, while they are paused), ``sleeps`` (levels: in the end the engine sleeps with each of them, see
+allocator.py), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of them, see
+transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again), ``turns``
+(in so many turns the engine sleeps, takes the next of the updates, and answers the prompts once), ``routing`` (in the
+end layers are asked for what is refused), ``drafter`` (it is watched, and it is what gets corrupted) and ``probe`` /
+``corrupt`` (see probes.py; what is corrupted is corrupted after all that, for one more turn). The result holds the
+token ids of every prompt, turn by turn, and how many tokens went through the model if none came from a cache.
 """
 
 from __future__ import annotations
@@ -190,9 +190,9 @@ def main(job_path: str, result_path: str) -> None:
     result: dict[str, object] = {}
     if job.get("probe"):
         engine.rpc(probes.install)
-    if job.get("reload") or job.get("sleeps") or job.get("under_way"):
+    if any(job.get(name) for name in ("reload", "under_way", "sleeps", "turns")):
         engine.rpc(probes.remember_weights)
-    if job.get("sleeps"):
+    if job.get("sleeps") or job.get("turns"):
         import allocator
 
         engine.rpc(allocator.remember)
@@ -263,6 +263,12 @@ def main(job_path: str, result_path: str) -> None:
         engine.update_weights(factor)
         mine = engine.rpc(probes.updated) if job["eplb"] is not None else []
         result["updates"].append({"ranks": mine, "tokens": ask_until_moved()})
+    result["turns"] = []
+    for turn in range(job.get("turns", 0)):
+        before = engine.rpc(probes.updated)
+        engine.sleep(1 + turn % 2)
+        engine.update_weights(job["updates"][turn % len(job["updates"])])
+        result["turns"].append({"before": before, "after": engine.rpc(probes.updated), "tokens": token_ids(ask())})
     if job.get("routing"):
         result["routing"] = engine.rpc(probes.routing_that_is_refused)
     if job["eplb"] is not None:

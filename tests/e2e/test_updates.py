@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 
 import pytest
 
@@ -18,6 +19,12 @@ LEVELS = [1, 2, 1, 2]
 """The levels of sleep, in this order, before the updates."""
 
 
+TURNS = int(os.environ.get("EPLB_SOAK_TURNS", "30"))
+
+ENGINES = {"weight_transfer_config": {"backend": "trainer"}, "enable_prefix_caching": False, "data_parallel_size": 2}
+"""Arguments of two data-parallel engines."""
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """The same prompts, sleeps and updates for all runs."""
@@ -26,7 +33,7 @@ def job(tmp_path_factory):
     return {
         "prompts": [[text for batch in prompts(2) for text in batch]],
         "max_tokens": TOKENS,
-        "arguments": {"weight_transfer_config": {"backend": "trainer"}, "enable_prefix_caching": False},
+        "arguments": {**ENGINES, "data_parallel_size": 1},
         "sleeps": LEVELS,
         "updates": FACTORS,
         "paths": [str(folder)],
@@ -47,8 +54,7 @@ def trained(request, runs, job, alone):
     they reload without requests."""
     more = {}
     if request.param == "engines":
-        arguments = {**job["arguments"], "data_parallel_size": 2}
-        more = {"ranks": 1, "arguments": arguments, "reload": True, "under_way": [None, [0], None]}
+        more = {"ranks": 1, "arguments": ENGINES, "reload": True, "under_way": [None, [0], None]}
     run = runs(f"trained {request.param}", **{**job, "ranks": 2, "eplb": BUSY, "probe": True, "cycles": 10, **more})
     assert run.code == 0, run.log[-6000:]
     assert json.loads(run.result["ranks"][0]["stats"])["cycles_done"] >= 10
@@ -119,3 +125,22 @@ def test_engines_reload_while_they_serve(trained):
     for reload in run.result["reloads"]:
         assert reload["placement"] != reload["initial"] == reload["by_name"] == reload["placement_after"]
         assert reload["moved"] == 0
+
+
+@pytest.mark.soak
+def test_engines_sleep_update_and_wake_again_and_again(runs, job, alone):
+    """As in reinforcement learning. Negative control: the answers of neighbouring turns differ."""
+    turns = {**job, "sleeps": [], "turns": TURNS, "seconds": 60 * TURNS, "arguments": ENGINES}
+    run = runs("trained again and again", **{**turns, "ranks": 1, "eplb": BUSY, "cycles": 1})
+    assert run.code == 0, run.log[-6000:]
+    expected = itertools.cycle([update["tokens"] for update in alone.result["updates"]])
+    assert len(run.result["turns"]) == TURNS
+    answers = [turn["tokens"] for turn in run.result["turns"]]
+    assert answers == list(itertools.islice(expected, TURNS))
+    assert all(earlier != later for index, (earlier, later) in enumerate(itertools.pairwise(answers)) if index % 4 != 3)
+    moved = [turn["before"][0]["placement"] != turn["before"][0]["initial"] for turn in run.result["turns"]]
+    assert sum(moved) > TURNS / 2
+    for turn in run.result["turns"]:
+        assert all(rank["placement"] == rank["initial"] for rank in turn["after"])
+    stats = json.loads(run.result["ranks"][0]["stats"])
+    assert stats["cycles_failed"] == 0
