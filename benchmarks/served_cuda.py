@@ -9,15 +9,17 @@ purpose, and alike in all engines: rank 0 holds the experts that are asked for m
 for up to twice as often as another. Steps are timed where they arrive, in the front end.
 
 The report has each engine's tokens a second over those of no balancing in the same round, and the confidence interval
-of their mean. The exit status is 1 if a balancer moved nothing. On a machine without GPUs ``--tiny`` runs it on the CPU
-in small, to see that it runs; vLLM's own balancer is left out.
+of their mean; and the same for the median step, which no single long step touches. An engine that does not start, or
+ends, is left out, and the report says so. The exit status is 1 if a balancer moved nothing or was left out.
+
+On a machine without GPUs ``--tiny`` runs it on the CPU in small, to see that it runs; vLLM's own balancer is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -30,9 +32,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.served import describe_ratio, ratios
+from benchmarks.served_turns import Engines
 
 OFF = "off"
-STARTS = (("ours, 2 redundant",), ("ours",), ("vllm, 2 redundant", OFF))
+STARTS = ((OFF, "vllm, 2 redundant"), ("ours, 2 redundant",), ("ours",))
 """Engines that start together. Ours start alone, because they time the MoE layers as they start."""
 
 SKEW = 0.35
@@ -53,9 +56,7 @@ class Size:
     settle: int
 
 
-FULL = Size(
-    layers=24, requests=(16, 128, 512), steps=200, chunks=16, prompt=4096, chunk=8192, interval=300, settle=1000
-)
+FULL = Size(layers=24, requests=(16, 128, 512), steps=100, chunks=10, prompt=4096, chunk=8192, interval=300, settle=450)
 TINY = Size(layers=2, requests=(2, 8), steps=60, chunks=2, prompt=64, chunk=128, interval=20, settle=60)
 
 SHAPE = {
@@ -109,7 +110,7 @@ def redundant_experts(mode: str) -> int:
     return 2 if mode.endswith("2 redundant") else 0
 
 
-def engine_arguments(mode: str, size: Size, tiny: bool) -> dict[str, Any]:
+def engine_arguments(mode: str, size: Size, tiny: bool, uncompiled: bool = False) -> dict[str, Any]:
     balancer: dict[str, Any] = {}
     if mode.startswith("ours"):
         settings = {
@@ -122,11 +123,16 @@ def engine_arguments(mode: str, size: Size, tiny: bool) -> dict[str, Any]:
         window = {"window_size": size.interval, "step_interval": size.interval}
         theirs = {**window, "num_redundant_experts": redundant_experts(mode), "use_async": True}
         balancer = {"enable_eplb": True, "eplb_config": theirs}
+    # Only what is decoded is captured, and what is prefilled is not: other sizes would only make starts longer.
+    graphs: dict[str, Any] = {"cudagraph_capture_sizes": list(size.requests)}
+    if uncompiled:
+        graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     device = {
         "gpu_memory_utilization": 0.22,
         "kv_cache_memory_bytes": 6 * 2**30,  # not measured, because engines share the GPUs
-        "attention_backend": "TRITON_ATTN",
         "disable_custom_all_reduce": True,
+        "compilation_config": graphs,
+        **({"attention_backend": "TRITON_ATTN"} if uncompiled else {}),
     }
     return {
         "load_format": "dummy",
@@ -162,10 +168,21 @@ def timed(engine: Any, prompts: list[list[int]], tokens: int) -> Iterator[tuple[
             before = now
 
 
+def rates(times: list[float], tokens: int) -> dict[str, float]:
+    """Tokens a second of steps with ``tokens`` each, tokens a second of the median step, and the longest step."""
+    longest = max(range(len(times)), key=times.__getitem__)
+    return {
+        "tokens_per_s": tokens * len(times) / sum(times),
+        "median_tokens_per_s": tokens / statistics.median(times),
+        "longest_ms": 1e3 * times[longest],
+        "longest_at": longest,
+    }
+
+
 class Engine:
     """An engine in this process, with skewed routers."""
 
-    def __init__(self, mode: str, size: Size, tiny: bool, folder: str) -> None:
+    def __init__(self, mode: str, size: Size, tiny: bool, uncompiled: bool, folder: str) -> None:
         from vllm import LLM
 
         from benchmarks import served_cuda as here  # by a name that workers can import
@@ -173,33 +190,20 @@ class Engine:
         shape = SHAPE | {"num_hidden_layers": size.layers} | (IN_SMALL if tiny else {})
         Path(folder, "config.json").write_text(json.dumps(shape))
         self._mode, self._size, self._vocabulary = mode, size, int(str(shape["vocab_size"]))
-        self._llm = LLM(folder, **engine_arguments(mode, size, tiny))
+        self._llm = LLM(folder, **engine_arguments(mode, size, tiny, uncompiled))
         assert set(self._llm.collective_rpc(here.skew_routers, args=(SKEW,))) == {size.layers}
         if mode.startswith("vllm"):
             self._llm.collective_rpc(here.moved_by_vllm)
 
     def decode(self, requests: int, steps: int) -> dict[str, float]:
-        """Tokens a second of the steps in which all ``requests`` got a token, and the longest of these steps in ms."""
+        """Of the steps in which all ``requests`` got a token, see :func:`rates`."""
         all_steps = timed(self._llm.llm_engine, self._prompts(requests, 8), steps + 20)
-        times = [seconds for seconds, rows in all_steps if rows == requests][10:-10]
-        longest = max(range(len(times)), key=times.__getitem__)
-        return {
-            "tokens_per_s": requests * len(times) / sum(times),
-            "median_ms": 1e3 * statistics.median(times),
-            "longest_ms": 1e3 * times[longest],
-            "longest_at": longest,
-        }
+        return rates([seconds for seconds, rows in all_steps if rows == requests][10:-10], requests)
 
     def prefill(self, chunks: int) -> dict[str, float]:
-        """Tokens a second; the first chunk is not timed."""
+        """Of the chunks, see :func:`rates`; the first one is not timed."""
         prompts = self._prompts((chunks + 1) * self._size.chunk // self._size.prompt, self._size.prompt)
-        times = [seconds for seconds, _ in timed(self._llm.llm_engine, prompts, 1)][1:]
-        return {
-            "tokens_per_s": self._size.chunk * len(times) / sum(times),
-            "median_ms": 1e3 * statistics.median(times),
-            "longest_ms": 1e3 * max(times),
-            "longest_at": max(range(len(times)), key=times.__getitem__),
-        }
+        return rates([seconds for seconds, _ in timed(self._llm.llm_engine, prompts, 1)][1:], self._size.chunk)
 
     def balanced(self) -> dict[str, Any]:
         """What its balancer did."""
@@ -231,8 +235,8 @@ class Engine:
         return [[(7919 * (request * length + at)) % words + 1 for at in range(length)] for request in range(count)]
 
 
-def serve(connection: Connection, mode: str, size: Size, tiny: bool) -> None:
-    """A process with an engine that does what ``connection`` asks, until it asks to close."""
+def serve(connection: Connection, mode: str, size: Size, tiny: bool, uncompiled: bool) -> None:
+    """A process with an engine that starts when ``connection`` asks, and does what it asks, until it asks to close."""
     os.setpgrp()
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "EPLB_STATS_FILE": f"{folder}/stats.json"}
@@ -240,7 +244,10 @@ def serve(connection: Connection, mode: str, size: Size, tiny: bool) -> None:
             from examples.demo.server import cpu_environment
 
             os.environ |= cpu_environment(2)
-        engine = Engine(mode, size, tiny, folder)
+        for module in ("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.gpu_model_runner"):
+            importlib.import_module(module)  # all engines at the same time; their workers are forked
+        connection.recv()
+        engine = Engine(mode, size, tiny, uncompiled, folder)
         connection.send("ready")
         while True:
             name, *arguments = connection.recv()  # EOFError where the other end is gone
@@ -249,47 +256,18 @@ def serve(connection: Connection, mode: str, size: Size, tiny: bool) -> None:
                 return
 
 
-class Served:
-    """An engine in a process of its own."""
-
-    def __init__(self, mode: str, size: Size, tiny: bool) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, there = context.Pipe()
-        self._process = context.Process(target=serve, args=(there, mode, size, tiny))
-        self._process.start()
-        there.close()
-
-    def wait(self) -> None:
-        """Until it can be asked.
-
-        Raises:
-            EOFError: the engine ended; its log says why.
-        """
-        assert self._connection.recv() == "ready"
-
-    def ask(self, *what: Any) -> Any:
-        self._connection.send(what)
-        return self._connection.recv()
-
-    def end(self) -> None:
-        """Ends the process, also one that was not asked to close."""
-        self._connection.close()
-        self._process.join(20)
-        self._process.kill()
+Turn = dict[str, dict[str, dict[str, float]]]
+"""Figures by kind of step and engine."""
 
 
-def over_off(rounds: list[dict[str, dict[str, dict[str, float]]]]) -> dict[str, dict[str, Any]]:
-    """By kind of step and engine: tokens a second over those of no balancing, round by round."""
-
-    def rates(kind: str, mode: str) -> list[float]:
-        return [turn[kind][mode]["tokens_per_s"] for turn in rounds]
-
-    return {
-        f"{kind}, {mode}": ratios(rates(kind, OFF), rates(kind, mode))
-        for kind, modes in rounds[0].items()
-        for mode in modes
-        if mode != OFF
-    }
+def over_off(rounds: list[Turn], figure: str) -> dict[str, dict[str, Any]]:
+    """By kind of step and engine: a figure over that of no balancing, round by round."""
+    found = {}
+    pairs = ((kind, mode) for turn in rounds for kind, modes in turn.items() for mode in modes if mode != OFF)
+    for kind, mode in dict.fromkeys(pairs):
+        both = [turn[kind] for turn in rounds if mode in turn[kind]]
+        found[f"{kind}, {mode}"] = ratios(*([modes[name][figure] for modes in both] for name in (OFF, mode)))
+    return found
 
 
 def main() -> int:
@@ -298,7 +276,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="in small, on the CPU")
     parser.add_argument("--layers", type=int, default=0, help="of the model")
     parser.add_argument("--rounds", type=int, default=6, help="at most")
-    parser.add_argument("--seconds", type=float, default=3600, help="no round starts later")
+    parser.add_argument("--seconds", type=float, default=3600, help="no round starts later, nor ends later if it can")
+    parser.add_argument("--uncompiled", action="store_true", help="without torch.compile, with attention by Triton")
     arguments = parser.parse_args()
     began = time.monotonic()
     size = TINY if arguments.tiny else FULL
@@ -307,48 +286,57 @@ def main() -> int:
 
     kinds: dict[str, tuple[Any, ...]] = {f"decode {count}": ("decode", count, size.steps) for count in size.requests}
     kinds["prefill"] = ("prefill", size.chunks)
-    engines: dict[str, Served] = {}
-    rounds: list[dict[str, dict[str, dict[str, float]]]] = []
-    report: dict[str, Any] = {}
+    rounds: list[Turn] = []
+    report: dict[str, Any] = {"over_off": {}, "balanced": {}}
 
     def say(what: str) -> None:
         print(f"{time.monotonic() - began:.0f} s: {what}", flush=True)
 
+    starts = [[mode for mode in together if not (arguments.tiny and mode.startswith("vllm"))] for together in STARTS]
+    engines = Engines(starts, serve, size, arguments.tiny, arguments.uncompiled)
     try:
-        for together in STARTS:
-            modes = [mode for mode in together if not (arguments.tiny and mode.startswith("vllm"))]
-            engines |= {mode: Served(mode, size, arguments.tiny) for mode in modes}
-            for mode in modes:
-                engines[mode].wait()
-                say(f"{mode}: serves")
-        for mode, engine in engines.items():
-            engine.ask("decode", max(size.requests), size.settle)
+        engines.start(say)
+        for mode in engines.modes:
+            engines.ask(mode, "decode", max(size.requests), size.settle)
             for call in kinds.values():
-                engine.ask(*call)
-            say(f"{mode}: {engine.ask('balanced')}")
-        while len(rounds) < arguments.rounds and time.monotonic() - began < arguments.seconds:
-            order = list(engines) if len(rounds) % 2 == 0 else list(engines)[::-1]
-            rounds.append({kind: {mode: engines[mode].ask(*call) for mode in order} for kind, call in kinds.items()})
+                engines.ask(mode, *call)
+            say(f"{mode}: {engines.ask(mode, 'balanced')}")
+        longest = 0.0
+        while len(rounds) < arguments.rounds:
+            round_began = time.monotonic()
+            if rounds and round_began + longest > began + arguments.seconds:
+                break
+            order = engines.modes if len(rounds) % 2 == 0 else engines.modes[::-1]
+            turn = {kind: {mode: engines.ask(mode, *call) for mode in order} for kind, call in kinds.items()}
+            turn = {kind: {mode: found for mode, found in of.items() if found} for kind, of in turn.items()}
+            if any(OFF not in of for of in turn.values()):
+                break
+            rounds.append(turn)
+            longest = max(longest, time.monotonic() - round_began)
             report = {
                 "benchmark": "served_cuda",
                 "machine": _machine(),
                 **asdict(size),
                 "skew": SKEW,
-                "balanced": {mode: engine.ask("balanced") for mode, engine in engines.items()},
-                "over_off": over_off(rounds),
+                "uncompiled": arguments.uncompiled,
+                "balanced": {mode: engines.ask(mode, "balanced") for mode in engines.modes},
+                "left_out": engines.left_out,
+                "over_off": over_off(rounds, "tokens_per_s"),
+                "median_over_off": over_off(rounds, "median_tokens_per_s"),
                 "rounds": rounds,
             }
             say(f"round {len(rounds)}")
             if arguments.json:
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-        for name, ratio in report["over_off"].items():
-            print(describe_ratio(name, ratio))
-        for engine in engines.values():
-            engine.ask("close")
+        for title, figure in (("", "over_off"), ("median step, ", "median_over_off")):
+            for name, ratio in report.get(figure, {}).items():
+                print(describe_ratio(title + name, ratio), flush=True)
+        for mode in engines.modes:
+            engines.ask(mode, "close")
     finally:
-        for engine in engines.values():
-            engine.end()
-    return int(any(found.get("moved") == 0 for found in report["balanced"].values()))
+        engines.end()
+    idle = any(found and found.get("moved") == 0 for found in report["balanced"].values())
+    return int(idle or bool(engines.left_out) or not rounds)
 
 
 def _machine() -> str:

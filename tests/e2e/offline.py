@@ -10,9 +10,10 @@ by turn; null for all, while they are paused), ``sleeps`` (levels: in the end th
 allocator.py), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of them, see
 transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again), ``turns``
 (in so many turns the engine sleeps, takes the next of the updates, and answers the prompts once), ``routing`` (in the
-end layers are asked for what is refused), ``drafter`` (it is watched, and it is what gets corrupted) and ``probe`` /
-``corrupt`` (see probes.py; what is corrupted is corrupted after all that, for one more turn). The result holds the
-token ids of every prompt, turn by turn, and how many tokens went through the model if none came from a cache.
+end layers are asked for what is refused), ``contents`` (what slots hold, at first and in the end), ``drafter`` (it is
+watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after
+all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went
+through the model if none came from a cache.
 """
 
 from __future__ import annotations
@@ -198,6 +199,8 @@ def main(job_path: str, result_path: str) -> None:
         engine.rpc(allocator.remember)
     if job.get("drafter"):
         engine.rpc(probes.watch_drafter)
+    if job.get("contents"):
+        result["contents_loaded"] = engine.rpc(probes.contents)
     tokens, computed, cached = [], 0, 0
     parts = job.get("parts", [None])
 
@@ -275,6 +278,8 @@ def main(job_path: str, result_path: str) -> None:
         result["ranks"] = engine.rpc(probes.report)
     if job.get("drafter"):
         result["drafters"] = engine.rpc(probes.report_of_drafter)
+    if job.get("contents"):
+        result["contents_moved"] = engine.rpc(probes.contents)
     if job.get("corrupt"):
         engine.rpc(probes.switch_maps_without_weights, bool(job.get("drafter")))
         result["corrupt_tokens"] = token_ids(ask())

@@ -6,6 +6,7 @@ They are sent by name, so every worker needs this folder on its path; conftest.p
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -341,6 +342,20 @@ def routing_that_is_refused(worker: Any) -> list[str]:
     answers.append(said())
     method.__class__ = own
     return [*answers, said()]
+
+
+def contents(worker: Any) -> list[tuple[int, int, list[tuple[str, str]]]]:
+    """Layer, expert and tensors of each slot of this rank: data type and a digest of the bytes."""
+    adaptor, placement = _state(worker).updator.parts.adaptor, _state(worker).updator.placement
+    first = adaptor.rank * placement.slots_per_rank
+    found = []
+    for layer, slots in enumerate(adaptor.expert_tensors()):
+        for slot, tensors in enumerate(slots):
+            flat = [tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy() for tensor in tensors]
+            digests = [hashlib.sha256(values.tobytes()).hexdigest() for values in flat]
+            expert = int(placement.physical_to_logical[layer, first + slot])
+            found.append((layer, expert, [(str(a.dtype), b) for a, b in zip(tensors, digests, strict=True)]))
+    return found
 
 
 def cycles_done(worker: Any) -> int:

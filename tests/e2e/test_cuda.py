@@ -61,7 +61,7 @@ def runner(request) -> str:
 def expected(runs) -> list[list[int]]:
     """Tokens of one GPU without expert parallelism."""
     asked = {"prompts": prompts(6), "max_tokens": TOKENS}
-    run = runs("one gpu", ranks=1, eplb=None, arguments=ARGUMENTS, variables=WHOLE, **asked)
+    run = runs("one gpu", True, reference=True, ranks=1, eplb=None, arguments=ARGUMENTS, variables=WHOLE, **asked)
     assert run.code == 0, run.log[-6000:]
     return run.result["tokens"]
 
@@ -110,6 +110,7 @@ def _drafted(runs, job, runner: str, **more):
     variables = {**WHOLE, "VLLM_USE_V2_MODEL_RUNNER": V2[runner]}
     run = runs(
         f"drafter {runner} {list(more)} {list(job['arguments'])}",
+        True,
         **{**job, **more, "arguments": arguments, "variables": variables},
     )
     assert run.code == 0, run.log[-6000:]
@@ -131,6 +132,7 @@ def parallel_captured(runner, runs):
 def _balanced(runs, runner: str, config, ranks: int = 2, arguments=ARGUMENTS, **more):
     run = runs(
         f"{runner} {ranks} {list(more)}",
+        True,  # a process that has imported vLLM may hold the GPUs, so none is forked
         ranks=ranks,
         eplb=config,
         arguments=arguments,

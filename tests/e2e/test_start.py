@@ -430,9 +430,13 @@ try:
 except PatchPointError as error:
     print("NEITHER", error)
 
-import vllm.models.deepseek_v4.nvidia.model as by_name
+import sys, vllm.models.deepseek_v4.nvidia.model  # imports the function by name, itself or in what it imports
+mapping = "eplb_map_to_physical_and_record"
+routers = "vllm.model_executor.layers.fused_moe.router."
+(by_name, *_) = [module for name, module in sys.modules.items()
+                 if name.startswith("vllm.") and not name.startswith(routers) and hasattr(module, mapping)]
 cpu.replace_router_mapping()
-print("BY NAME", by_name.eplb_map_to_physical_and_record is cpu.eplb_map_to_physical_and_record)
+print("BY NAME", getattr(by_name, mapping) is cpu.eplb_map_to_physical_and_record)
 """
 
 COPIES = """

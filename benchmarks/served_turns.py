@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines in processes of their own that stay in memory and are asked in turns."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+START_SECONDS, TURN_SECONDS = 150.0, 60.0
+"""Longest start of an engine, and longest turn."""
+
+
+class Served:
+    """An engine in a process of its own."""
+
+    def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, there = context.Pipe()
+        self._process = context.Process(target=serve, args=(there, *arguments))
+        self._process.start()
+        there.close()
+
+    def start(self) -> None:
+        self._connection.send("start")
+
+    def wait(self) -> None:
+        """Until it can be asked.
+
+        Raises:
+            OSError, EOFError: the engine ended, or does not start; its log says why.
+        """
+        assert self._answer(START_SECONDS) == "ready"
+
+    def ask(self, *what: Any) -> Any:
+        """What a method of the engine returns.
+
+        Raises:
+            OSError, EOFError: the engine ended, or does not answer; its log says why.
+        """
+        self._connection.send(what)
+        return self._answer(TURN_SECONDS)
+
+    def _answer(self, seconds: float) -> Any:
+        if not self._connection.poll(seconds):
+            raise TimeoutError(f"no answer within {seconds:.0f} s")
+        return self._connection.recv()
+
+    def end(self) -> None:
+        """Ends the process with those that it started, also one that was not asked to close."""
+        self._connection.close()
+        self._process.join(5)
+        if self._process.is_alive() and self._process.pid is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+class Engines:
+    """Several engines; one that fails is left out.
+
+    Args:
+        starts: names of engines, in groups that start together.
+        serve: what a process runs: with a connection, the name, and ``arguments``. It waits for a message, starts the
+            engine, sends "ready", and answers tuples of a method and its arguments.
+    """
+
+    def __init__(self, starts: Sequence[Sequence[str]], serve: Callable[..., None], *arguments: Any) -> None:
+        self.left_out: dict[str, str] = {}
+        self._starts = starts
+        self._served = {mode: Served(serve, mode, *arguments) for together in starts for mode in together}
+
+    @property
+    def modes(self) -> list[str]:
+        return [mode for mode in self._served if mode not in self.left_out]
+
+    def start(self, say: Callable[[str], None]) -> None:
+        """Starts one group after another.
+
+        Raises:
+            SystemExit: the first engine, with which others are compared, does not start.
+        """
+        for together in self._starts:
+            for mode in together:
+                self._or_leave_out(mode, self._served[mode].start)
+            for mode in together:
+                self._or_leave_out(mode, self._served[mode].wait)
+                say(f"{mode}: {self.left_out.get(mode, 'serves')}")
+            if self._starts[0][0] in self.left_out:
+                raise SystemExit(f"there is nothing to compare with: {self.left_out}")
+
+    def ask(self, mode: str, *what: Any) -> Any:
+        """The answer; None from an engine that is left out."""
+        return self._or_leave_out(mode, lambda: self._served[mode].ask(*what))
+
+    def end(self) -> None:
+        for served in self._served.values():
+            served.end()
+
+    def _or_leave_out(self, mode: str, act: Callable[[], Any]) -> Any:
+        if mode in self.left_out:
+            return None
+        try:
+            return act()
+        except (OSError, EOFError) as error:
+            self.left_out[mode] = repr(error)
+            self._served[mode].end()
+            return None
