@@ -149,7 +149,7 @@ class Engine:
 
     def sleep(self, level: int) -> None:
         """Sleep and wake up; after level 2, load the weights again."""
-        import probes
+        import weight_probes
 
         if self.parts > 1:  # vLLM pauses all parts before sleep, and resumes when they have all memory again
             self._run(self._many.sleep(level))
@@ -158,7 +158,7 @@ class Engine:
             self.rpc("sleep", level)
             self.rpc("wake_up")
         if level == 2:
-            self.rpc(probes.load_again)
+            self.rpc(weight_probes.load_again)
         if self.parts > 1:
             self._run(self._many.wake_up(["kv_cache"]))
 
@@ -171,6 +171,7 @@ class Engine:
 
 def main(job_path: str, result_path: str) -> None:
     import probes
+    import weight_probes
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -192,7 +193,7 @@ def main(job_path: str, result_path: str) -> None:
     if job.get("probe"):
         engine.rpc(probes.install)
     if any(job.get(name) for name in ("reload", "under_way", "sleeps", "turns")):
-        engine.rpc(probes.remember_weights)
+        engine.rpc(weight_probes.remember_weights)
     if job.get("sleeps") or job.get("turns"):
         import allocator
 
@@ -239,19 +240,19 @@ def main(job_path: str, result_path: str) -> None:
         )
         result["texts"] = [output.outputs[0].text for output in engine.generate(job["prompts"][0], shaped)]
     if job.get("reload"):
-        result["reloads"] = engine.rpc(probes.reload_weights)
+        result["reloads"] = engine.rpc(weight_probes.reload_weights)
         result["tokens_after"] = token_ids(ask()) + token_ids(ask())
     result["under_way"] = []
     for called in job.get("under_way", []):
-        engine.rpc(probes.shorten_meetings, 60.0 if called is None else 1.5)
+        engine.rpc(weight_probes.shorten_meetings, 60.0 if called is None else 1.5)
         told, waiting = "", engine.paused() if called is None else contextlib.nullcontext()
         with engine.generating([text for batch in job["prompts"] for text in batch], sampling) as outputs, waiting:
             unfinished = engine.unfinished()
             try:
-                engine.rpc(probes.reload_weights, parts=called)
+                engine.rpc(weight_probes.reload_weights, parts=called)
             except Exception as error:
                 told = str(error)
-            mine = engine.rpc(probes.updated) if called is None else []
+            mine = engine.rpc(weight_probes.updated) if called is None else []
         after = ask_until_moved()
         result["under_way"].append(
             {"unfinished": unfinished, "error": told, "ranks": mine, "tokens": token_ids(outputs) + after}
@@ -259,19 +260,21 @@ def main(job_path: str, result_path: str) -> None:
     result["sleeps"] = []
     for level in job.get("sleeps", []):
         engine.sleep(level)
-        mine = engine.rpc(probes.updated) if job["eplb"] is not None else []
+        mine = engine.rpc(weight_probes.updated) if job["eplb"] is not None else []
         result["sleeps"].append({"ranks": mine, "tokens": ask_until_moved()})
     result["updates"] = []
     for factor in job.get("updates", []):
         engine.update_weights(factor)
-        mine = engine.rpc(probes.updated) if job["eplb"] is not None else []
+        mine = engine.rpc(weight_probes.updated) if job["eplb"] is not None else []
         result["updates"].append({"ranks": mine, "tokens": ask_until_moved()})
     result["turns"] = []
     for turn in range(job.get("turns", 0)):
-        before = engine.rpc(probes.updated)
+        before = engine.rpc(weight_probes.updated)
         engine.sleep(1 + turn % 2)
         engine.update_weights(job["updates"][turn % len(job["updates"])])
-        result["turns"].append({"before": before, "after": engine.rpc(probes.updated), "tokens": token_ids(ask())})
+        result["turns"].append(
+            {"before": before, "after": engine.rpc(weight_probes.updated), "tokens": token_ids(ask())}
+        )
     if job.get("routing"):
         result["routing"] = engine.rpc(probes.routing_that_is_refused)
     if job["eplb"] is not None:
