@@ -8,12 +8,11 @@ The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config 
 weights are loaded anew), ``under_way`` (data-parallel parts that are asked to reload while requests are under way, turn
 by turn; null for all, while they are paused), ``sleeps`` (levels: in the end the engine sleeps with each of them, see
 allocator.py), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of them, see
-transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again), ``turns``
-(in so many turns the engine sleeps, takes the next of the updates, and answers the prompts once), ``routing`` (in the
-end layers are asked for what is refused), ``contents`` (what slots hold, at first and in the end), ``drafter`` (it is
-watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after
-all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went
-through the model if none came from a cache.
+transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again),
+``routing`` (in the end layers are asked for what is refused), ``contents`` (what slots hold, at first and in the end),
+``drafter`` (it is watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted
+is corrupted after all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how
+many tokens went through the model if none came from a cache.
 """
 
 from __future__ import annotations
@@ -192,9 +191,9 @@ def main(job_path: str, result_path: str) -> None:
     result: dict[str, object] = {}
     if job.get("probe"):
         engine.rpc(probes.install)
-    if any(job.get(name) for name in ("reload", "under_way", "sleeps", "turns")):
+    if any(job.get(name) for name in ("reload", "under_way", "sleeps")):
         engine.rpc(weight_probes.remember_weights)
-    if job.get("sleeps") or job.get("turns"):
+    if job.get("sleeps"):
         import allocator
 
         engine.rpc(allocator.remember)
@@ -267,14 +266,6 @@ def main(job_path: str, result_path: str) -> None:
         engine.update_weights(factor)
         mine = engine.rpc(weight_probes.updated) if job["eplb"] is not None else []
         result["updates"].append({"ranks": mine, "tokens": ask_until_moved()})
-    result["turns"] = []
-    for turn in range(job.get("turns", 0)):
-        before = engine.rpc(weight_probes.updated)
-        engine.sleep(1 + turn % 2)
-        engine.update_weights(job["updates"][turn % len(job["updates"])])
-        result["turns"].append(
-            {"before": before, "after": engine.rpc(weight_probes.updated), "tokens": token_ids(ask())}
-        )
     if job.get("routing"):
         result["routing"] = engine.rpc(probes.routing_that_is_refused)
     if job["eplb"] is not None:

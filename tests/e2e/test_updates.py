@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 
 import pytest
 
@@ -18,8 +17,6 @@ FACTORS = [1.25, 1.0, 0.75, 1.25]
 LEVELS = [1, 2, 1, 2]
 """The levels of sleep, in this order, before the updates."""
 
-
-TURNS = int(os.environ.get("EPLB_SOAK_TURNS", "30"))
 
 ENGINES = {"weight_transfer_config": {"backend": "trainer"}, "enable_prefix_caching": False, "data_parallel_size": 2}
 """Arguments of two data-parallel engines."""
@@ -125,22 +122,3 @@ def test_engines_reload_while_they_serve(trained):
     for reload in run.result["reloads"]:
         assert reload["placement"] != reload["initial"] == reload["by_name"] == reload["placement_after"]
         assert reload["moved"] == 0
-
-
-@pytest.mark.soak
-def test_engines_sleep_update_and_wake_again_and_again(runs, job, alone):
-    """As in reinforcement learning. Negative control: the answers of neighbouring turns differ."""
-    turns = {**job, "sleeps": [], "turns": TURNS, "seconds": 60 * TURNS, "arguments": ENGINES}
-    run = runs("trained again and again", **{**turns, "ranks": 1, "eplb": BUSY, "cycles": 1})
-    assert run.code == 0, run.log[-6000:]
-    expected = itertools.cycle([update["tokens"] for update in alone.result["updates"]])
-    assert len(run.result["turns"]) == TURNS
-    answers = [turn["tokens"] for turn in run.result["turns"]]
-    assert answers == list(itertools.islice(expected, TURNS))
-    assert all(earlier != later for index, (earlier, later) in enumerate(itertools.pairwise(answers)) if index % 4 != 3)
-    moved = [turn["before"][0]["placement"] != turn["before"][0]["initial"] for turn in run.result["turns"]]
-    assert sum(moved) > TURNS / 2
-    for turn in run.result["turns"]:
-        assert all(rank["placement"] == rank["initial"] for rank in turn["after"])
-    stats = json.loads(run.result["ranks"][0]["stats"])
-    assert stats["cycles_failed"] == 0
