@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Every target sets up what it needs: scripts/setup_env.sh makes .venv in this checkout once, and all targets use it.
+# Every target sets up what it needs. scripts/setup_env.sh makes .venv in this checkout once, and all targets use it.
 RANKS ?= 4
 SOAK_MINUTES ?= 30
 PYTHON_FILES := vllm_ascend_eplb tests benchmarks examples setup.py
@@ -14,33 +14,33 @@ help:  ## lists the targets
 setup:  ## makes .venv and builds the C++ parts
 	@scripts/setup_env.sh
 
-demo: setup  ## serves a real model on RANKS ranks (default 4, 2 for small machines) and shows it balancing itself
+demo: setup  ## serves a real model on RANKS ranks (default 4; 2 for small machines) and shows how balancing works
 	@$(RUN) -m examples.demo --ranks $(RANKS)
 
-# Two lanes: all engines in one of them, file by file the rest (tests/conftest.py).
+# Two lanes: one has all engines, the other has the rest, file by file (tests/conftest.py).
 LANES := -n 2 --dist loadscope --no-loadscope-reorder
 TEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest
 
-test: setup  ## all tests except those on NPUs; includes those with real vLLM engines
+test: setup  ## all tests except those on NPUs, including tests with real vLLM engines
 	@$(TEST) $(LANES) --tier test -m "not soak and not npu and not install"
 
-unit-test: setup  ## the unit tests, quick
+unit-test: setup  ## the unit tests
 	@$(TEST) $(LANES) --tier unit -m "not soak" tests/unit
 
 e2e-test: setup  ## the tests with real vLLM engines
 	@$(TEST) -m "not soak" tests/e2e
 
 .PHONY: install-test aarch64-test python-test
-install-test: setup  ## builds in isolation, installs as a user does, and serves from there
+install-test: setup  ## builds in isolation, installs as a user does, and serves from the installed package
 	@$(RUN) -m pytest --tier install -m "not soak" tests/install
 
-aarch64-test: setup  ## the C++ built for aarch64 and run under emulation; skipped without Debian's packages
+aarch64-test: setup  ## builds the C++ for aarch64 and runs it under emulation; skipped without Debian's packages
 	@scripts/aarch64.sh
 
-python-test: setup  ## the unit tests without torch on Python 3.10 (with the oldest dependencies), 3.12 and 3.13; skips what is not installed
+python-test: setup  ## the unit tests without torch on Python 3.10 (oldest dependencies), 3.12 and 3.13, if installed
 	@scripts/pythons.sh
 
-matrix: setup  ## the ones with an offline engine on the other vLLM versions, each in an environment of its own
+matrix: setup  ## the tests with real vLLM engines on vLLM 0.30, 0.31 and 0.33, each in its own environment
 	@scripts/matrix.sh 0.30.0 0.31.0 0.33.0
 
 .PHONY: npu-setup emulated-npu-test long-emulated-npu-test npu-test
@@ -48,18 +48,18 @@ npu-setup:
 	@scripts/setup_npu_env.sh
 	@scripts/setup_npu_stack.sh
 
-emulated-npu-test: npu-setup  ## the tests on NPUs: real torch_npu and vllm-ascend on emulated CANN, in .venv-npu
+emulated-npu-test: npu-setup  ## the NPU tests: real torch_npu and vllm-ascend on emulated CANN, in .venv-npu
 	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest --tier npu tests/npu -m "not soak"
 
-long-emulated-npu-test: npu-setup  ## the long tests on NPUs: more ranks, data-parallel (also on A3), pipeline stages, draft tokens, W8A8 experts (also on A3)
+long-emulated-npu-test: npu-setup  ## the long NPU tests: more ranks, data-parallel, pipeline stages, draft tokens, W8A8
 	@NPU_TEST_REQUIRED=1 .venv-npu/bin/python -m pytest tests/npu -m soak
 
 .PHONY: candidate-npu-test
-candidate-npu-test: npu-setup  ## the tests of the adaptor on vllm-ascend's release candidate 0.30.0rc2 (with vLLM 0.30.0), with both of its model runners
+candidate-npu-test: npu-setup  ## the NPU tests on vllm-ascend 0.30.0rc2 (vLLM 0.30.0), with both of its model runners
 	@scripts/setup_npu_stack.sh 0.30.0rc2
 	@scripts/candidate_npu_test.sh 0.30.0rc2
 
-npu-test:  ## the same tests on this machine's NPUs (two or more), with the Python that has torch_npu: PYTHON=python3
+npu-test:  ## the NPU tests on this machine's NPUs (two or more); PYTHON=python3 names the Python that has torch_npu
 	@NPU_TEST_REQUIRED=1 NPU_TEST_REAL=$(or $(NPU_TEST_REAL),1) $(or $(PYTHON),python3) -m pytest \
 	    $(or $(TESTS),tests/npu)
 
@@ -81,10 +81,10 @@ bench: setup  ## quick benchmarks; results in build/bench
 	@$(RUN) -m benchmarks.record_op --quick --json build/bench/record_op.json
 	@$(RUN) -m benchmarks.stall --quick --json build/bench/stall.json
 
-soak: setup  ## a served model under random faults for SOAK_MINUTES (default 30); a report in build/soak
+soak: setup  ## serves a model under random faults for SOAK_MINUTES (default 30); the report is in build/soak
 	@$(RUN) -m tests.e2e.soak --minutes $(SOAK_MINUTES)
 
-long-test: setup  ## the nightly tier: tests that take long, or whose fast proof is in make test
+long-test: setup  ## the nightly tier: long tests
 	@$(TEST) -m "soak and not npu"
 
 fuzz: setup  ## the planner's C++ boundary under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -101,6 +101,6 @@ docs:  ## the guide as pages, in build/site; fails on a broken link
 	@NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --strict --quiet
 	@echo build/site/index.html
 
-clean:  ## removes what was built, .venv included
+clean:  ## removes everything that was built, .venv included
 	rm -rf .venv .venv-npu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.json
 	rm -f vllm_ascend_eplb/*.so

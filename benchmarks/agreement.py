@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cost of agreement on many ranks: the bytes of its messages, and the time of its collectives.
 
-The bytes are those of the real code at any number of ranks: the planner plans for a generated load of 58 layers with
-256 experts, and the plan is packed as it travels. The times are measured between processes of this machine over Gloo;
-with more ranks than cores they show the work of all ranks together, not the network's latency.
+Bytes come from the real code for any number of ranks: the planner plans for a generated load of 58 layers with 256
+experts, and the plan is packed as for the broadcast. Times are measured over Gloo between processes of this machine.
+With more ranks than cores they show the work of all ranks together, not the latency of a network.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ STATUS_BYTES = 2 * 8 * len(FIELDS)
 
 @dataclass
 class Sizes:
-    """Messages of one cycle. Bytes, but ``plan_ms`` and the counts."""
+    """Messages of one cycle, in bytes; ``plan_ms`` and the counts are not bytes."""
 
     ranks: int
     nodes: int

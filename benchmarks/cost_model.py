@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well the cost model of ``simulate`` and ``doctor`` meets measured layers.
+"""Errors of the cost model of ``simulate`` and ``doctor`` against measured layers.
 
-``python -m benchmarks.cost_model CASES FOLDER``: CASES is the .npz of one run of ``virtual_ep time``, FOLDER has what
-it wrote. The model is given the expected pairs of each slot, as a planner knows them, and compared with the mean of the
-drawn steps. Collectives are not in the measured times, so the model's links are taken to be endless.
+``python -m benchmarks.cost_model CASES FOLDER``: CASES is the .npz of one run of ``virtual_ep time``, FOLDER has its
+output. The model gets the expected pairs of each slot, which a planner also knows. Its time is compared with the mean
+of the drawn steps. The measured times have no collectives, so the model's links have infinite bandwidth.
 """
 
 from __future__ import annotations

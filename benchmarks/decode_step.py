@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decode step takes beside its routed experts: ``python -m benchmarks.decode_step --out FOLDER``.
+"""Time of a decode step without its routed experts: ``python -m benchmarks.decode_step --out FOLDER``.
 
-Times, on one GPU and in bf16, everything of a decode step that a rank with data-parallel attention does besides the
-products of routed experts: projections, attention over the KV cache, norms, router, shared expert, dense layers and the
-language model's head. Plain torch operations in a captured CUDA graph. The dispatch and combine of tokens between ranks
-are left out, and so is sampling, which makes the experts' part of a step look larger than it is.
+On one GPU and in bf16, this times all work of a decode step on a rank with data-parallel attention, except the products
+of routed experts: projections, attention over the KV cache, norms, router, shared expert, dense layers and the language
+model's head. It runs plain torch operations in a captured CUDA graph. Dispatch and combine of tokens between ranks and
+sampling are left out, so the experts' part of a real step is smaller than these times suggest.
 
-Attention over the cache is timed as batched products, which read the cache twice. A fused kernel is faster, above all
-with long contexts, and the experts' part of a step is then larger than these times say.
+Attention over the cache is timed as batched products, which read the cache twice. A fused kernel is faster, especially
+with long contexts. The experts' part of a step is then larger than these times suggest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FIELDS = ("model", "tokens", "context", "layer_ms", "attention_ms", "once_ms")
 
 @dataclass(frozen=True)
 class Attention:
-    """What is beside the routed experts of a model.
+    """The parts of a model beside its routed experts.
 
     Attributes:
         layers: with routed experts; dense: without, of ``dense_width``.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads to plan for: from files, from a trace, or generated with the statistics of a large model in service.
+"""Loads to plan for: from files, from a trace, or generated with the statistics of a large served model.
 
-The generator follows what DeepSeek-V3 shows in production-like serving (the expert counts published with SGLang's
-large-scale EP reproduction guide): log load per layer with standard deviation 0.4..0.85 (mean 0.62), skew 0.35 and
-kurtosis 3.6, the hottest expert 5.6 to 8.1 times the mean. Drift between two windows, as standard deviation of the log
-ratio and correlation of the log load: mild 0.07 and 0.99 (decode to decode), medium 0.26 and 0.96 (prompts of 1K to
+The generator follows the statistics of DeepSeek-V3 in production-like serving (the expert counts published with
+SGLang's large-scale EP reproduction guide): log load per layer with standard deviation 0.4..0.85 (mean 0.62), skew 0.35
+and kurtosis 3.6, the hottest expert 5.6 to 8.1 times the mean. Drift between two windows, as standard deviation of the
+log ratio and correlation of the log load: mild 0.07 and 0.99 (decode to decode), medium 0.26 and 0.96 (prompts of 1K to
 4K tokens), hard 0.46 and 0.72 (prefill to decode).
 """
 

@@ -11,7 +11,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def greedy_placement(load: FloatArray, num_slots: int, num_ranks: int) -> Slots:
-    """DeepSeek-style greedy without an expert twice on a rank: the placement that is in force when the load changes."""
+    """Place experts greedily like DeepSeek, but none twice on a rank: the placement in force when the load changes."""
     num_layers, num_experts = load.shape
     per_rank = num_slots // num_ranks
     slots = np.empty((num_layers, num_slots), dtype=np.int32)

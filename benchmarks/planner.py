@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner against its peers, balance against moves: ``python -m benchmarks.planner --csv PATH --plot PATH``.
+"""Compares the planner with its peers, PAR against moves: ``python -m benchmarks.planner --csv PATH --plot PATH``.
 
-Every shape, load and policy is one row of the CSV. Rows that are there are not measured again. A peer is ahead where
-its PAR is lower by more than 0.002 than all plans of this package that move no more; then the exit status is 1.
+Every shape, load and policy is one row of the CSV. Rows that are in the file are not measured again. A peer is ahead on
+a load if its PAR is more than 0.002 below all plans of this package with at most as many moves; exit status 1 if so.
 
-Loads: real ones from ``--loads`` DIR (JSON files with ``logical_count``) for the shapes with 256 experts, and generated
-ones (``benchmarks.loads``). The placement in force was made from scratch for the load before. Peers: vLLM's policy (the
-installed one, else this package's bit-equal one); from ``--vllm-ascend`` PATH (an unpacked source distribution; may be
-repeated) swift, flashlb and STAIR; from ``--sglang`` PATH (an unpacked wheel) SGLang's two; from ``--tensorrt-llm``
-PATH (moeLoadBalancer.cpp) TensorRT-LLM's, compiled with g++. Slow peers plan every k-th layer only.
+Loads are real ones from ``--loads`` DIR (JSON files with ``logical_count``) for shapes with 256 experts, and
+generated ones (``benchmarks.loads``). The placement in force was made from scratch for the previous load. Peers: vLLM's
+policy (the installed one, otherwise this package's bit-equal one); swift, flashlb and STAIR from ``--vllm-ascend`` PATH
+(an unpacked source distribution; may be repeated); SGLang's two from ``--sglang`` PATH (an unpacked wheel);
+TensorRT-LLM's from ``--tensorrt-llm`` PATH (moeLoadBalancer.cpp, compiled with g++). Slow peers plan every k-th layer.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Settings:
 
 @dataclass
 class Case:
-    """A load, and the placement that was made for the one before it."""
+    """A load, and the placement that was made for the previous load."""
 
     shape: Shape
     load_name: str

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner's promises, checked and timed: ``python -m benchmarks.planner_checks --json PATH``.
+"""Checks and times the promises of the planner: ``python -m benchmarks.planner_checks --json PATH``.
 
-One table of plans (balance on the planned and on the next window, moves, bytes, time), one of drifting loads, one of
-dispatch shares, one of the rounds that whole plans take, one of large models, and without ``--quick`` one of small
-instances against a mixed-integer program; ``--parts`` chooses among them.
-Writes everything as JSON to PATH (which may be a pipe) and draws the trade-off of balance against moves (``--plot``).
-Loads come from ``--loads`` DIR (JSON files with ``logical_count``), from a trace, and from a generator with the
-statistics of a large model in service. The exit status is 1 if a check fails: a plan that is not valid, one that misses
-its target, a difference from vLLM's planner, a plan that depends on the number of threads, shares off the optimum, many
-more rounds than the busiest receiver needs.
+It prints tables of plans (PAR of the planned and of the next window, moves, bytes, time), of drifting loads, of
+dispatch shares, of the rounds of whole plans and of large models. Without ``--quick`` it also compares small instances
+with a mixed-integer program. ``--parts`` chooses some of the tables. All results go to PATH as JSON (PATH may be a
+pipe), and ``--plot`` draws PAR against moves. Loads come from ``--loads`` DIR (JSON files with ``logical_count``), from
+a trace, and from a generator with the statistics of a large served model.
+
+The exit status is 1 if a check fails: a plan is invalid, misses its target, differs from vLLM's planner or depends on
+the number of threads; shares are not optimal; or a plan takes many more rounds than its busiest receiver needs.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def check_plans(results: Results, case: Case, in_force: Placement) -> None:
 
 
 def run_drift(results: Results, num_layers: int, num_windows: int, seeds: range) -> None:
-    """Each plan is judged on the window after the one it was made for, and compared with planning from scratch."""
+    """Evaluate each plan on the next window, and compare it with planning from scratch."""
     print("\ndrifting load, PAR of the following window (mean over windows and layers)")
     for num_ranks, num_slots, target, options in (
         (32, 288, 1.01, {}),

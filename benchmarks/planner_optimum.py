@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fewest moves that any planner could need, on instances small enough for a mixed-integer program (SciPy's HiGHS)."""
+"""Fewest possible moves, for instances that are small enough for a mixed-integer program (SciPy's HiGHS)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Optimum:
-    """Receipts of the best placement found, and how many at least are needed as far as the solver could prove."""
+    """Receipts of the best placement found, and the lower bound that the solver proved."""
 
     moves: int
     bound: float

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Other planners: vLLM's from the environment, all others from paths given by the user.
 
-A peer is a function (load [L, E], slots [L, P], num_ranks) -> slots [L, P]. Sources are run as they are; what they
-import and a benchmark does not need (devices, groups) is replaced by empty modules.
+A peer is a function (load [L, E], slots [L, P], num_ranks) -> slots [L, P]. Its source runs unchanged. Imports that a
+benchmark does not need (devices, groups) are replaced by empty modules.
 """
 
 from __future__ import annotations

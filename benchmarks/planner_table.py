@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of benchmarks/planner.py: their file, what they say about peers, and their picture."""
+"""Rows of benchmarks/planner.py: their file, the comparison with peers, and the picture."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Primaries: the slots that a step of few tokens would use alone, so that it reads no redundant slot.
+"""Primaries: the only slots that a step of few tokens would use, so that it reads no redundant slot.
 
-Every rank has the same number of them, and they are balanced by themselves; the redundant slots are filled on top.
-Choosing primaries in a placement that was made without them was tried and is no way: nearly all copies are needed to
-give every rank E/R primaries, which leaves no choice. PAR of the primaries alone was 1.5 at EP32 and 2.0 at EP64, and
-copies that had to be added came to 38 % and 32 % of the plan's moves.
+Every rank has the same number of primaries. The primaries are balanced first, and then the redundant slots are filled.
+Choosing the primaries afterwards, in a placement that was made without them, does not work: nearly all copies are
+needed to give every rank E/R primaries, so nothing is left to choose. PAR of the primaries alone was then 1.5 at EP32
+and 2.0 at EP64, and the copies that had to be added were 38 % and 32 % of the plan's moves.
 
-``python -m benchmarks.primaries FOLDER`` says what they bring a decode step, from the CSVs of ``virtual_ep`` (cases
-made with ``--primaries``) and ``decode_step``. A step is all of a model's layers, each with its slowest rank's expert
-products, and what is beside them; collectives are not in it. Gains are those over this package's placement with all
-slots, as it is without primaries; the error is that of the mean over layers.
+``python -m benchmarks.primaries FOLDER`` prints the gain for a decode step, from the CSVs of ``virtual_ep`` (cases made
+with ``--primaries``) and ``decode_step``. A step has all layers of a model, with the expert products of the slowest
+rank in each layer, and the work beside the experts. It has no collectives. Gains are relative to this package's
+placement with all slots and without primaries. The error is that of the mean over layers.
 
 Words as in the package: L layers, E logical experts, R ranks, S slots per rank, P = R * S.
 """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cost of mapping and counting a layer's routed tokens: ``python -m benchmarks.record_op --json PATH``.
 
-On the CPU the op is compared, in one run and in turns, with the same work in torch operators; on a CUDA GPU with a
-Triton kernel that does the same, both captured in a CUDA graph. Every candidate's result is first checked against plain
-NumPy on fresh inputs; the exit status is 1 if one differs. PATH may be a pipe.
+On the CPU the op is compared with the same work in torch operators, in turns within one run. On a CUDA GPU it is
+compared with a Triton kernel that does the same; both are captured in a CUDA graph. Before that, the result of every
+candidate is compared with NumPy's on fresh inputs. The exit status is 1 if one differs. PATH may be a pipe.
 """
 
 from __future__ import annotations

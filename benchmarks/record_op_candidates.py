@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The candidates of benchmarks/record_op.py with their inputs, and the result that all must have."""
+"""The candidates of benchmarks/record_op.py, their inputs, and the expected result."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def identity_bincount(inputs: Inputs) -> Call:
 
 
 def bincount_alone(inputs: Inputs) -> Call:
-    """Nothing but the bincount, its result dropped."""
+    """Only the bincount, without using its result."""
 
     def call(i: int) -> None:
         torch.bincount(inputs.ids[i].view(-1), minlength=NUM_SLOTS)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cost of recording in a served model: ``python -m benchmarks.record_served --json PATH``.
 
-vLLM runs the tiny model on two expert-parallel CPU ranks with the balancer on. From step to step recording is on and
-off in turn, and in both cases the time of all layers' mapping calls is taken. The difference of their medians is what
-recording costs a step; mapping without recording, which every balancer with redundant experts needs, is reported apart.
-The exit status is 1 if a step counted nothing while recording was on, or anything while it was off. PATH may be a pipe.
+vLLM runs the tiny model on two expert-parallel CPU ranks with the balancer on. Recording is on and off in every other
+step, and the mapping calls of all layers are timed in both cases. The difference of the medians is the cost of
+recording per step. Mapping without recording, which every balancer with redundant experts needs, is reported
+separately. The exit status is 1 if a step counted nothing while recording was on, or anything while it was off. PATH
+may be a pipe.
 """
 
 from __future__ import annotations

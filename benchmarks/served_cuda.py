@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What balancing costs and gives a served model on GPUs: ``python -m benchmarks.served_cuda --json PATH``.
+"""Cost and gain of balancing in a served model on GPUs: ``python -m benchmarks.served_cuda --json PATH``.
 
 Several engines of vLLM serve a model of Qwen3-30B-A3B's shape (fewer layers, dummy weights) on two expert-parallel
 GPUs: without balancing, with vLLM's own balancer, and with this one without and with a redundant expert on each rank.
 All engines stay in memory and take turns, so that each round compares them within a minute: decoding with few, some and
-many requests at a time, and prefilling in full chunks. Every second round goes backwards. Routers are skewed on
-purpose, and alike in all engines: rank 0 holds the experts that are asked for most, and one expert of a layer is asked
-for up to twice as often as another. Steps are timed where they arrive, in the front end.
+many requests at a time, and prefilling in full chunks. Every second round has the reverse order. All engines have the
+same routers, which are skewed on purpose: rank 0 holds the experts with the most tokens, and an expert gets up to twice
+the tokens of another in the same layer. Steps are timed in the front end, when their results arrive.
 
-The report has each engine's tokens a second over those of no balancing in the same round, and the confidence interval
-of their mean; and the same for the median step, which no single long step touches. An engine that does not start, or
+The report has the throughput of each engine relative to no balancing in the same round, and the confidence interval of
+the mean; and the same for the median step, which a single long step does not change. An engine that does not start, or
 ends, is left out, and the report says so. The exit status is 1 if a balancer moved nothing or was left out.
 
-On a machine without GPUs ``--tiny`` runs it on the CPU in small, to see that it runs; vLLM's own balancer is left out.
+On a machine without GPUs, ``--tiny`` runs a small version on the CPU to check the script, without vLLM's own balancer.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.served import describe_ratio, ratios
-from benchmarks.served_turns import Engines
+from benchmarks.served import describe_ratio
+from benchmarks.served_turns import OFF, Engines, Turn, answer, over_off
 
-OFF = "off"
 STARTS = ((OFF, "vllm, 2 redundant"), ("ours, 2 redundant",), ("ours",))
 """Engines that start together. Ours start alone, because they time the MoE layers as they start."""
 
@@ -236,7 +235,7 @@ class Engine:
 
 
 def serve(connection: Connection, mode: str, size: Size, tiny: bool, uncompiled: bool) -> None:
-    """A process with an engine that starts when ``connection`` asks, and does what it asks, until it asks to close."""
+    """A process with an engine."""
     os.setpgrp()
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "EPLB_STATS_FILE": f"{folder}/stats.json"}
@@ -246,28 +245,7 @@ def serve(connection: Connection, mode: str, size: Size, tiny: bool, uncompiled:
             os.environ |= cpu_environment(2)
         for module in ("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.gpu_model_runner"):
             importlib.import_module(module)  # all engines at the same time; their workers are forked
-        connection.recv()
-        engine = Engine(mode, size, tiny, uncompiled, folder)
-        connection.send("ready")
-        while True:
-            name, *arguments = connection.recv()  # EOFError where the other end is gone
-            connection.send(getattr(engine, name)(*arguments))
-            if name == "close":
-                return
-
-
-Turn = dict[str, dict[str, dict[str, float]]]
-"""Figures by kind of step and engine."""
-
-
-def over_off(rounds: list[Turn], figure: str) -> dict[str, dict[str, Any]]:
-    """By kind of step and engine: a figure over that of no balancing, round by round."""
-    found = {}
-    pairs = ((kind, mode) for turn in rounds for kind, modes in turn.items() for mode in modes if mode != OFF)
-    for kind, mode in dict.fromkeys(pairs):
-        both = [turn[kind] for turn in rounds if mode in turn[kind]]
-        found[f"{kind}, {mode}"] = ratios(*([modes[name][figure] for modes in both] for name in (OFF, mode)))
-    return found
+        answer(connection, lambda: Engine(mode, size, tiny, uncompiled, folder))
 
 
 def main() -> int:

@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines in processes of their own that stay in memory and are asked in turns."""
+"""Engines in processes of their own that stay in memory and are asked in turns, and what comes of that."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
-START_SECONDS, TURN_SECONDS = 150.0, 60.0
+from benchmarks.served import ratios
+
+OFF = "off"
+"""The engine without balancing, with which others are compared."""
+
+Turn = dict[str, dict[str, dict[str, Any]]]
+"""Figures by kind of step and engine."""
+
+START_SECONDS, TURN_SECONDS = 400.0, 120.0
 """Longest start of an engine, and longest turn."""
 
 
@@ -53,7 +63,9 @@ class Served:
         self._connection.close()
         self._process.join(5)
         if self._process.is_alive() and self._process.pid is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it does not lead a group yet
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
 
 
 class Engines:
@@ -106,3 +118,24 @@ class Engines:
             self.left_out[mode] = repr(error)
             self._served[mode].end()
             return None
+
+
+def answer(connection: Connection, make: Callable[[], Any]) -> None:
+    """Makes an engine when ``connection`` asks, and calls its methods, as it asks, until it asks to close."""
+    connection.recv()
+    engine = make()
+    connection.send("ready")
+    name = ""
+    while name != "close":
+        name, *arguments = connection.recv()  # EOFError where the other end is gone
+        connection.send(getattr(engine, name)(*arguments))
+
+
+def over_off(rounds: Sequence[Turn], figure: str) -> dict[str, dict[str, Any]]:
+    """By kind of step and engine: a figure over that of no balancing, round by round."""
+    found = {}
+    pairs = ((kind, mode) for turn in rounds for kind, modes in turn.items() for mode in modes if mode != OFF)
+    for kind, mode in dict.fromkeys(pairs):
+        both = [turn[kind] for turn in rounds if mode in turn[kind]]
+        found[f"{kind}, {mode}"] = ratios(*([modes[name][figure] for modes in both] for name in (OFF, mode)))
+    return found

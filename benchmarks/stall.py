@@ -9,15 +9,15 @@ none            no redundant experts and no mapping: no EPLB at all
 off             redundant experts, mapped by the same op, nothing else
 idle            the balancer is on and collects; nothing moves
 cycle           cycles without a pause: everything from the snapshot of the load to the last commit, per transport
-stop the world  the same rounds by the same code at once, while all ranks wait
+stop the world  the same rounds with the same code in one step, while all ranks wait
 ==============  ======================================================================================================
 
-The plan of each cycle moves a tenth of all slots, so that every cycle has the same size; everything else is the real
-thing (EplbUpdator, agreement, checksums, staging, maps). ``off`` and ``idle`` alternate in short segments, and the
-medians of the segments are compared, because the machine drifts by more than what is looked for.
+The plan of each cycle is fixed and moves a tenth of all slots, so that every cycle has the same size. Everything else
+is real: EplbUpdator, agreement, checksums, staging, maps. ``off`` and ``idle`` alternate in short segments, and the
+medians of the segments are compared, because the machine drifts by more than the difference to measure.
 
-The exit status is 1 if a check fails: wrong weights after any commit, ranks that disagree, a different result of the
-forward, an allocation or a hidden synchronisation in a step. PATH may be a pipe.
+The exit status is 1 if a check fails: weights are wrong after a commit, ranks disagree, the result of the forward
+differs, or a step has an allocation or a hidden synchronisation. PATH may be a pipe.
 """
 
 from __future__ import annotations

@@ -255,7 +255,7 @@ class Bench:
         return times, updator.parts.loader.commits == end and updator.placement == self.model.placement
 
     def leave(self, updator: EplbUpdator) -> None:
-        """Ends a part; one that failed leaves nothing behind for the next."""
+        """End a part. A part that failed leaves nothing behind for the next part."""
         updator.pause_recording()
         updator.close()
         if self.everywhere(float(updator.placement != self.model.placement)):

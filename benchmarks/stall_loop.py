@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode loop of benchmarks/stall.py: steps, their times, and what may disturb them."""
+"""The decode loop of benchmarks/stall.py: its steps, their times, and kernels that may disturb them."""
 
 from __future__ import annotations
 

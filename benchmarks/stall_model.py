@@ -55,7 +55,7 @@ def sizes(device: str, ranks: int, quick: bool) -> Size:
 
 
 class Model(EngineAdaptor):
-    """MoE layers whose experts know who they are, on one rank."""
+    """MoE layers on one rank. The weights of an expert are made from its id."""
 
     def __init__(self, size: Size, rank: int, num_ranks: int, device: torch.device, groups: dict[str, Any]) -> None:
         self.name, self.rank, self.device, self.size = "stall", rank, device, size

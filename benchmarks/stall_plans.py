@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plans of benchmarks/stall.py: there and back again, every cycle of the same size."""
+"""The plans of benchmarks/stall.py: to a second placement and back, in cycles of the same size."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class Exchange:
         return schedule_rounds(begin, moves, topology, buffer)
 
     def plan(self, begin: Placement) -> Plan:
-        """A plan that promises much, so that it is carried out."""
+        """A plan with a large predicted gain, so that it is carried out."""
         after, moves = (self.target, self.there) if begin == self.start else (self.start, self.back)
         layers = begin.num_layers
         return Plan(after.physical_to_logical, moves, np.full(layers, 2.0), np.full(layers, 1.0), "fixed")
 
 
 class FixedPlanner:
-    """Answers at once with a plan made beforehand: there and back again, ``allowed`` times; then nothing moves."""
+    """Answers at once with fixed plans: to the second placement and back, ``allowed`` times; then nothing moves."""
 
     def __init__(self, exchange: Exchange, topology: Topology, buffer: int) -> None:
         self._answers = {

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a placement costs on real kernels: one GPU plays R ranks, one after another.
+"""Times placements with real kernels: one GPU runs the work of R ranks in turn.
 
-Three commands, because cases need the planner and timing needs the accelerator::
+There are three commands, because cases need the planner and timing needs the accelerator::
 
     python -m benchmarks.virtual_ep cases --loads FOLDER cases.npz   # anywhere: NumPy and the planner
     python -m benchmarks.virtual_ep time cases.npz --out FOLDER      # torch on the accelerator, NumPy
     python -m benchmarks.virtual_ep report FOLDER                    # table; virtual_ep.png where matplotlib is there
 
-A step of a layer takes as long as the slowest rank's expert products: gate and up, SiLU, down, in bf16, as torch
-grouped products over the tokens that each of its slots got. Collectives are not part of it. The loads are those that
-DeepSeek-V3 showed (FOLDER holds decode_in500out1500.json, decode_in1000out1000.json, prefill_in2048.json and
-prefill_in1024.json, as published with SGLang's guide to large-scale EP), else lognormal with sigma 0.7. Plans are made
-from the first of the two and steps drawn from the second.
+The time of a layer is that of the slowest rank's expert products: gate and up, SiLU, down, in bf16, as torch grouped
+products over the tokens of each slot. Collectives are not included. The loads are recorded ones of DeepSeek-V3 (FOLDER
+holds decode_in500out1500.json, decode_in1000out1000.json, prefill_in2048.json and prefill_in1024.json, as published
+with SGLang's guide to large-scale EP); without FOLDER they are lognormal with sigma 0.7. For decode and for prefill,
+plans are made from the first file, and steps are drawn from the second.
 
-``time`` needs neither this package nor its C++ library. On a rank of many, only those ranks are timed that can be
-slowest: the ones with most tokens, most tiles of 128 rows and most slots in use. It ends by itself after ``--seconds``
-and says what it left out.
+``time`` needs neither this package nor its C++ library. With many ranks it only times the ranks that can be slowest:
+those with most tokens, most tiles of 128 rows and most slots in use. It stops after ``--seconds`` and lists the cases
+that were left out.
 """
 
 from __future__ import annotations

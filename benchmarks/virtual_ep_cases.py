@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts for ``virtual_ep``: what every slot of every rank has to do in a step, for several ways to balance.
+"""Counts for ``virtual_ep``: the tokens of every slot of every rank in a step, for several ways to balance.
 
-NumPy and the planner, no torch: cases are made anywhere and timed where the accelerator is. No step is balanced with
-its own load: a plan is made from one recorded load, and the steps are drawn from another.
+This module needs NumPy and the planner, not torch, so cases can be made on any machine. No step is balanced with its
+own load: a plan is made from one recorded load, and the steps are drawn from another.
 
 Words as in the package: E logical experts, R ranks, S slots per rank, P = R * S; PAR is peak over average rank load.
 """

@@ -1,12 +1,12 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Builds the package's C++ for aarch64, runs it under emulation, and compares: the planner's plans with those made here,
-# the recording op with its oracle, beside the torch that vllm-ascend uses. The same library is then loaded by the torch
-# before, which it refuses. Everything is in build/aarch64. What passed is kept in the folder that EPLB_TEST_CACHE names
-# (default: build/test-cache), by a hash of all that it depends on, and is not run again.
+# Builds the package's C++ for aarch64 and runs it under emulation. It compares the planner's plans with those of this
+# machine, and the recording op with its oracle, with the torch that vllm-ascend uses. Then it checks that the same library
+# refuses an older torch. All files are in build/aarch64. A result that passed is kept in the folder that EPLB_TEST_CACHE
+# names (default: build/test-cache), under a hash of its inputs, and is not repeated.
 #
-# Needs Debian's packages g++-aarch64-linux-gnu and qemu-user, and installs them where it may. Where they are not to be
-# had it says so and ends well; AARCH64_REQUIRED=1 makes that an error.
+# Needs Debian's packages g++-aarch64-linux-gnu and qemu-user, and installs them if it can. If they cannot be installed,
+# the script says so and exits with 0; with AARCH64_REQUIRED=1 it fails.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -16,7 +16,7 @@ venv=.venv
 torch_version=2.10.0
 torch_refused=2.9.1
 numpy_version=2.3.5
-UV_COMPILE_BYTECODE=0 # the code is another processor's, and mostly not imported
+UV_COMPILE_BYTECODE=0 # the Python for aarch64 imports only a few of the modules
 
 skip() {
     [ -z "${AARCH64_REQUIRED:-}" ] || fail "$1"
@@ -24,7 +24,7 @@ skip() {
     exit 0
 }
 
-# What this script reads, byte by byte. The Python of planning and values is part of a plan.
+# The hash covers all files that this script uses. Plans also depend on the Python of planning/ and values/.
 inputs=$(find csrc CMakeLists.txt scripts/aarch64.sh tests/aarch64 tests/unit/load/test_ops.py benchmarks/placements.py benchmarks/loads.py benchmarks/planner_checks.py \
     vllm_ascend_eplb/load/ops.py vllm_ascend_eplb/planning vllm_ascend_eplb/values -type f ! -name '*.pyc' ! -name '*.so' |
     LC_ALL=C sort | while read -r file; do
@@ -53,7 +53,7 @@ mkdir -p "$here"
 python=$PWD/$venv/bin/python
 configure_uv
 
-# The foreign Python: Debian's packages, unpacked; no root is needed for that.
+# A Python for aarch64: Debian's packages are unpacked, which needs no root.
 key=$(cat scripts/aarch64.sh | cksum)
 if [ "$(cat "$here/.environment.stamp" 2>/dev/null || true)" != "$key" ]; then
     say "unpacking a Python for aarch64, and installing torch $torch_version and $torch_refused for it"

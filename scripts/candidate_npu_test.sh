@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Runs the tests on NPUs with a release candidate of vllm-ascend, by its first and then by its second model runner. The
-# second half also runs after the first has failed. The times of both and of the whole are printed, and kept in
+# Runs the tests on NPUs with a release candidate of vllm-ascend, with its first and then with its second model runner.
+# The second half also runs if the first half failed. The times of both halves and their sum are printed, and written to
 # build/durations-candidate.txt.
 #
 #   scripts/candidate_npu_test.sh 0.30.0rc2 [PYTEST ARGUMENT...]
@@ -28,4 +28,4 @@ half V1 tests/npu/test_ascend.py tests/npu/test_serving.py tests/npu/test_servin
 half V2 tests/npu/test_second_runner.py tests/npu/test_serving.py tests/npu/test_serving_ways.py \
     tests/npu/test_serving_drafts.py tests/npu/test_doctor.py "$@"
 echo "vllm-ascend $version: $(($(date +%s) - start)) s$times" | tee build/durations-candidate.txt
-[ -z "$failed" ] || { echo "failed by its model runner:$failed" >&2 && exit 1; }
+[ -z "$failed" ] || { echo "failed with model runner:$failed" >&2 && exit 1; }

@@ -1,18 +1,18 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Runs the tests with real engines (half an hour each) on other vLLM versions than .venv's, the search for every place
-# that the package takes hold of, and the unit tests that call vLLM.
+# Runs three groups of tests on other vLLM versions than .venv's: the tests with real engines (half an hour per version),
+# the search for every patch point, and the unit tests that call vLLM.
 #
 #   scripts/matrix.sh VERSION...   for example 0.30.0 0.31.0
 #
-# Every version gets its own environment in build/vllm-VERSION. The package is that of this checkout, with the libraries
-# that .venv built, because all these versions use the same torch.
+# Every version gets its own environment in build/vllm-VERSION. It uses this checkout's package with the libraries that
+# were built for .venv, because all these versions use the same torch.
 #
-# vLLM 0.33.0 has no build for CPUs. Its environment holds the CPU build of 0.32.0, with the Python sources of 0.33.0 in
-# place of the build's own, over the compiled libraries of 0.32.0 and the torch that these go with. The kernels that
-# unquantized experts need have the same arguments in both.
+# vLLM 0.33.0 has no build for CPUs. Its environment has the CPU build of 0.32.0 with the Python sources of 0.33.0 instead
+# of its own, the compiled libraries of 0.32.0, and the torch that these libraries need. The kernels for unquantized
+# experts have the same arguments in both versions.
 #
-#   MATRIX_TESTS=...   what to run instead of the tests below, split at spaces; "none" only installs
+#   MATRIX_TESTS=...   tests to run instead of those below, separated by spaces; "none" only installs
 set -eu
 
 cd "$(dirname "$0")/.."

@@ -1,8 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Runs the unit tests that need neither torch nor vLLM on the other supported Pythons (3.10, 3.12, 3.13), if this machine
-# has them (on PATH, in pyenv or in uv). Python 3.10 gets the oldest dependencies that pyproject.toml allows. The last lines
-# say for each version: passed, failed or skipped. Environments are in build/pythons.
+# Runs the unit tests that need neither torch nor vLLM on the other supported Pythons (3.10, 3.12, 3.13), if they are
+# installed (on PATH, in pyenv or in uv). Python 3.10 gets the oldest dependencies that pyproject.toml allows. The last
+# lines give the result of each version: passed, failed or skipped. Environments are in build/pythons.
 #
 #   scripts/pythons.sh [VERSION...]
 set -eu

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# What the set-up scripts share; they source it. They set $name (for messages) and $venv first.
+# Functions of the set-up scripts, which source this file. They set $name (for messages) and $venv first.
 
 say() { printf '[%s] %s\n' "$name" "$*"; }
 fail() {
@@ -10,7 +10,7 @@ fail() {
 torch_version=2.13.0
 uv_version=0.13.9
 
-# Two targets of make may get here at the same time.
+# Two targets of make may run this at the same time.
 lock_environment() {
     mkdir -p "$venv"
     if command -v flock >/dev/null; then
@@ -29,7 +29,7 @@ choose_python() {
         fail "$python is not Python 3.10 or newer (3.11 is what was checked); set PYTHON=/path/to/python3.11"
 }
 
-# uv does not read pip's settings; hand them on.
+# uv does not read pip's settings: pass them on.
 configure_uv() {
     PATH="$PWD/$venv/bin:$PATH"
     export PATH
@@ -39,7 +39,7 @@ configure_uv() {
     fi
     if [ -n "${PIP_CERT:-}" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_FILE="$PIP_CERT"; fi
     if [ -n "${PIP_FIND_LINKS:-}" ] && [ -z "${UV_FIND_LINKS:-}" ]; then export UV_FIND_LINKS="$PIP_FIND_LINKS"; fi
-    # Byte code is compiled once, here: where PYTHONDONTWRITEBYTECODE is set each of the many processes would do it anew.
+    # Compile byte code once, here: if PYTHONDONTWRITEBYTECODE is set, every process would compile it again.
     export UV_PYTHON="$PWD/$venv/bin/python" UV_LINK_MODE=copy UV_NO_PROGRESS=1 UV_COMPILE_BYTECODE="${UV_COMPILE_BYTECODE:-1}"
 }
 

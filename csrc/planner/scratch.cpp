@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// One file, because all steps of a placement from scratch work on the same bins.
 #include "scratch.h"
 
 #include <algorithm>

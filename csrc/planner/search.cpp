@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+// The search on one layer: scoring of moves, the descent, and the rounds that improve its result.
+//
+// One file, because every move must keep the placement, the values derived from it and the scratch buffers consistent.
 #include "search.h"
 
 #include <algorithm>

@@ -132,7 +132,7 @@ def serve(ranks: Ranks, kind: type[Fault]) -> Seen:
             fault.forward_begins()
             dist.barrier()  # a forward's collectives keep the ranks together
             if fault.settles:
-                settle(updator, planner)
+                settle(updator)
             if off_at is None and updator.state.phase is Phase.OFF:
                 off_at = step
             if fault.over() or (off_at is not None and step > off_at + 50):

@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vllm_ascend_eplb.agreement.phases import Phase
+from vllm_ascend_eplb.balancer import start
 from vllm_ascend_eplb.balancer.updator import EplbUpdator
 from vllm_ascend_eplb.planning import process as process_module
 from vllm_ascend_eplb.planning.process import EplbProcess
-from vllm_ascend_eplb.planning.request import PlanRequest
+from vllm_ascend_eplb.planning.request import PlanRequest, plan_request
+from vllm_ascend_eplb.values.plan import Plan
 
 from .ranks import SIGNALS
 
@@ -51,9 +55,15 @@ class PatientPlanner(EplbProcess):
         self.asked = request.number
 
 
-def settle(updator: EplbUpdator, planner: PatientPlanner | None) -> None:
-    """Wait until the requested plan and all issued rounds have arrived."""
-    state, loader = updator.state, updator.parts.loader
+def make_planners_patient(policy: Callable[[PlanRequest], Plan] = plan_request) -> None:
+    """Replace the planner that ``start_balancer`` makes in this process, so that steps can wait for its plans."""
+    start.EplbProcess = partial(PatientPlanner, policy)  # type: ignore[assignment,misc]
+
+
+def settle(updator: EplbUpdator) -> None:
+    """Wait until the requested plan and all issued rounds have arrived. EP rank 0 must have a ``PatientPlanner``."""
+    state, loader, planner = updator.state, updator.parts.loader, updator.parts.planner
+    assert planner is None or isinstance(planner, PatientPlanner)
     if planner is not None and state.phase is Phase.PLAN and planner.asked == state.cycle:
         wait_for(lambda: planner.answer(state.cycle) is not None, f"the plan of cycle {state.cycle}")
     wait_for(lambda: not loader.in_flight or loader.poisoned, "the rounds that were issued")

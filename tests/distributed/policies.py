@@ -20,9 +20,9 @@ from vllm_ascend_eplb.values.rounds import rounds_to_array
 from vllm_ascend_eplb.values.topology import Topology
 
 
-def plan_slowly(request: PlanRequest) -> Plan:
-    time.sleep(0.3)
-    return plan_request(request)
+def answer_once(request: PlanRequest) -> Plan:
+    """Plan in the first cycle only."""
+    return plan_request(request) if request.number == 1 else never_answer(request)
 
 
 def plan_at_a_signal(request: PlanRequest) -> Plan:

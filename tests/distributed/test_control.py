@@ -15,6 +15,7 @@ import pytest
 from vllm_ascend_eplb.agreement.channel import Agreed, ControlChannel, ControlError, Facts
 from vllm_ascend_eplb.agreement.exchange import StartError, require_equal
 
+from .pace import give_signal, wait_for, wait_for_signal
 from .ranks import Ranks, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -56,9 +57,11 @@ def bulk(ranks: Ranks) -> tuple[list[bool], int, bytes, str]:
     channel = ControlChannel(ranks.control, ranks.rank, ranks.num_ranks)
     load = np.full((3, 5, 7), 10**15 + ranks.rank, dtype=np.int64)
     if ranks.rank == 1:
-        time.sleep(0.3)
+        wait_for_signal("reducing")
     reduction = channel.reduce_load(load)
     early = [reduction.done()]
+    if ranks.rank == 0:
+        give_signal("reducing")
     refused = ""
     if ranks.rank == 0:
         try:
@@ -68,14 +71,11 @@ def bulk(ranks: Ranks) -> tuple[list[bool], int, bytes, str]:
     for step in range(50):  # agreement continues during the reduction
         channel.post(Facts(step=step))
         channel.read()
-        time.sleep(0.005)
-    while not reduction.done():
-        time.sleep(0.001)
+    wait_for(reduction.done, "the reduction")
     total = reduction.result()
     plan = bytes(range(256)) * 100
     message = channel.broadcast(plan if ranks.rank == 0 else None, len(plan))
-    while not message.done():
-        time.sleep(0.001)
+    wait_for(message.done, "the broadcast")
     return early, 0 if total is None else int(total.sum()), message.result(), refused
 
 

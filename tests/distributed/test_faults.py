@@ -444,7 +444,7 @@ def start_differently(
     [
         ({"control_lag": 2}, False, None, "eplb_config.control_lag: 2 against 1"),
         ({"expert_map_path": "/other.json"}, False, None, "eplb_config.expert_map_path: /other.json against None"),
-        ({}, True, None, "initial placement"),
+        ({}, True, None, "start placement"),
         ({}, False, "0.0.1", f"package version: 0.0.1 against {__version__}"),
     ],
 )

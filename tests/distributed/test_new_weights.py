@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine loads other weights while experts move: they go back to the initial placement, and balancing continues with
+"""An engine loads other weights while experts move: they go back to the start placement, and balancing continues with
 the new weights."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,9 @@ from vllm_ascend_eplb.balancer import start
 from vllm_ascend_eplb.balancer.orders import Order, OrderBox, write_order
 from vllm_ascend_eplb.balancer.start import start_balancer
 from vllm_ascend_eplb.balancer.updator import EplbUpdator
-from vllm_ascend_eplb.planning.process import EplbProcess
 from vllm_ascend_eplb.settings.config import EplbConfig
 
+from .pace import PatientPlanner, make_planners_patient, settle
 from .ranks import Ranks, run_ranks
 from .routing_model import REDUNDANT, RoutingModel
 
@@ -60,18 +59,19 @@ class Seen:
 
 
 def step(model: RoutingModel, updator: EplbUpdator) -> None:
+    settle(updator)  # before a step and not after it, so that weights are also loaded while the planner is at work
     updator.forward_before()
     model.forward()
     updator.forward_end()
     dist.barrier()  # a forward's collectives keep the ranks together
-    time.sleep(0.03 if updator.state.phase is Phase.PLAN else 0.003)
 
 
 PHASES = (Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST, Phase.MOVE, Phase.COLLECT)
 
 
 def in_each_phase(ranks: Ranks, load: Callable[[RoutingModel, EplbUpdator, Seen], None]) -> Seen:
-    """Call ``load`` once in each phase, when experts are not in their initial slots; then run three more cycles."""
+    """Call ``load`` once in each phase, when experts are not in their start slots; then run three more cycles."""
+    make_planners_patient()
     model, seen = RoutingModel(ranks), Seen()
     updator = start_balancer(model, CONFIG)
     wanted = list(PHASES)
@@ -92,7 +92,7 @@ def in_each_phase(ranks: Ranks, load: Callable[[RoutingModel, EplbUpdator, Seen]
 
 
 def load_others(model: RoutingModel) -> None:
-    """Load weights that differ from the present ones, in the initial slots."""
+    """Load weights that differ from the present ones, in the start slots."""
     model.slots.load(model.placement, NEW if model.slots.first_layer == 0 else 0)
 
 
@@ -209,7 +209,7 @@ def serve_and_order(ranks: Ranks, folder: str, command: str) -> tuple[bool, list
     start.LISTEN_STEPS = 4
     model, first = RoutingModel(ranks), ranks.rank == 0
     box = OrderBox(Path(folder, "order")) if first else None
-    updator = start.build_updator(model, CONFIG, EplbProcess() if first else None, orders=box)
+    updator = start.build_updator(model, CONFIG, PatientPlanner() if first else None, orders=box)
     for _ in range(600):
         step(model, updator)
         due = updator.state.step >= updator.state.listen_at
@@ -271,6 +271,7 @@ def test_placement_of_before_returns_on_request(whole: bool, tmp_path: Path) -> 
 
 def sleep_and_update(ranks: Ranks, turns: int) -> Seen:
     """In every turn: step until the turn's phase, sleep without contents, load other weights."""
+    make_planners_patient()
     model, seen = RoutingModel(ranks), Seen()
     updator = start_balancer(model, CONFIG)
     for turn in range(turns):

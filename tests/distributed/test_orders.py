@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import torch.distributed as dist
 
 from vllm_ascend_eplb.balancer import start
 from vllm_ascend_eplb.balancer.orders import Order, OrderBox, write_order
-from vllm_ascend_eplb.planning.process import EplbProcess
 from vllm_ascend_eplb.settings.config import EplbConfig
 
+from .pace import PatientPlanner, settle
 from .ranks import Ranks, run_ranks
 from .routing_model import REDUNDANT, RoutingModel
 
@@ -59,7 +58,7 @@ def serve(ranks: Ranks, folder: str, steps: int) -> tuple[list[Moment], str, Any
     )
     first = ranks.rank == 0
     box = OrderBox(Path(folder, "order")) if first else None
-    updator = start.build_updator(model, config, EplbProcess() if first else None, orders=box)
+    updator = start.build_updator(model, config, PatientPlanner() if first else None, orders=box)
     moments, wrong, given, since = [], "", 0, 0
     for _ in range(steps):
         state = updator.state
@@ -86,7 +85,7 @@ def serve(ranks: Ranks, folder: str, steps: int) -> tuple[list[Moment], str, Any
         )
         wrong = wrong or model.slots.wrong(updator.placement)
         dist.barrier()
-        time.sleep(0.05 if moments[-1].phase == "PLAN" else 0.002)
+        settle(updator)
     stats = updator.stats.stats() if first else None
     updator.close()
     return moments, wrong, stats

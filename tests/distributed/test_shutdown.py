@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,16 @@ import pytest
 import torch.distributed as dist
 
 from vllm_ascend_eplb.agreement.phases import Phase
-from vllm_ascend_eplb.balancer import start as start_module
 from vllm_ascend_eplb.balancer.start import start_balancer
 from vllm_ascend_eplb.files.run_folder import OWNED_FOLDER, STATS_VARIABLE
 from vllm_ascend_eplb.observe.stats_file import provide_stats_path
-from vllm_ascend_eplb.planning.process import EplbProcess
+from vllm_ascend_eplb.planning.request import plan_request
 from vllm_ascend_eplb.settings.config import EplbConfig
 
 from ..processes import left_semaphores, semaphores, session_members, title
 from . import policies
 from . import ranks as ranks_module
+from .pace import make_planners_patient, settle, wait_for
 from .ranks import Ranks, run_ranks
 from .routing_model import REDUNDANT, RoutingModel
 
@@ -74,16 +73,19 @@ def serve(ranks: Ranks, phase_name: str, folder: str, in_order: bool) -> None:
         expert_map_record_path=str(Path(folder, "map.json")),
     )
     model = RoutingModel(ranks)
-    start_module.EplbProcess = partial(EplbProcess, policies.plan_slowly)  # it is still planning when the server ends
+    # in the phase PLAN the planner is still planning when the server ends
+    make_planners_patient(policies.answer_once if phase_name == "PLAN" else plan_request)
     updator = start_balancer(model, config)
     try:
         while updator.state.cycle < CYCLE or updator.state.phase is not Phase[phase_name]:
+            settle(updator)
             updator.forward_before()
             model.forward()
             updator.forward_end()
             dist.barrier()
-            time.sleep(0.05 if updator.state.phase is Phase.PLAN else 0.004)
-        time.sleep(0.1)  # let the threads and the planner's process work
+        if ranks.rank == 0:  # the threads have written the files of cycle 1
+            for name in ("map.json", "map.load.npz"):
+                wait_for(Path(folder, name).exists, name)
         Path(folder, f"rank{ranks.rank}").write_text(str(os.getpid()))
         if not in_order:
             time.sleep(600)
@@ -91,12 +93,10 @@ def serve(ranks: Ranks, phase_name: str, folder: str, in_order: bool) -> None:
         updator.close()
 
 
-def wait_for(value: Any, seconds: float = 60.0) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := value()):
-        assert time.monotonic() < end, f"not within {seconds:.0f} s"
-        time.sleep(0.02)
-    return found
+def content(path: Path) -> str:
+    """The text of a file, once it has any."""
+    wait_for(lambda: text(path), str(path))
+    return text(path)
 
 
 def front_ends(way: str, folder: str) -> None:
@@ -147,10 +147,11 @@ def test_server_ended_in_any_phase_leaves_nothing_of_ours(way: str, tmp_path: Pa
     try:
         for phase in PHASES:
             own = tmp_path / phase.name
-            sessions[phase] = session = int(wait_for(lambda own=own: text(own / "session")))
-            wait_for(lambda own=own: text(own / "rank1"))
-            first_rank = int(wait_for(lambda own=own: text(own / "rank0")))
+            sessions[phase] = session = int(content(own / "session"))
+            content(own / "rank1")
+            first_rank = int(content(own / "rank0"))
             if way != "in order":
+                wait_for(lambda own=own: list(own.glob(f"tmp/{OWNED_FOLDER}*/stats.json")), "the statistics")
                 living = [session, *session_members(session)]
                 held[phase] = semaphores(living)
                 titles = [title(pid) for pid in living]
@@ -163,7 +164,7 @@ def test_server_ended_in_any_phase_leaves_nothing_of_ours(way: str, tmp_path: Pa
         for phase in PHASES:
             own = tmp_path / phase.name
             assert (statuses[phase.name] == 0) == (way == "in order"), (own / "said").read_text()
-            wait_for(lambda phase=phase: not session_members(sessions[phase]), 30)
+            wait_for(lambda phase=phase: not session_members(sessions[phase]), f"the end of {phase.name}")
             assert list((own / "tmp").glob(f"{OWNED_FOLDER}*")) == [], phase
             assert left_semaphores(held.get(phase, set())) == [], phase
             kept = {path.name for path in own.iterdir()} - {"tmp", "said", "session", "rank0", "rank1"}

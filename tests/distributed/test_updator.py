@@ -121,7 +121,7 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
             if updator.state.phase is Phase.COLLECT and updator.state.cycle not in seen.after:
                 seen.after[updator.state.cycle] = updator.placement.digest, model.slots.digest()
             dist.barrier()  # a forward's collectives keep the ranks together
-            settle(updator, planner)
+            settle(updator)
             if updator.state.cycle > options.get("cycles", steps):
                 break
     except (AgreementError, ControlError) as error:

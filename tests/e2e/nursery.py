@@ -4,9 +4,9 @@
 vLLM on a CPU spawns its processes, and every process imports vLLM, which takes ten seconds of a core. Offline runs in
 these tests are forked instead. Servers are started as users start them.
 
-``python nursery.py`` reads jobs from standard input, one line of JSON per job: the function to run, its arguments, the
-environment, more paths to import from, and the file for its output. It answers with lines of JSON: the id of a forked
-process, and the exit status of an ended one.
+``python nursery.py MODULE...`` imports the modules, and reads jobs from standard input, one line of JSON per job: the
+function to run, its arguments, the environment, more paths to import from, and the file for its output. It answers with
+lines of JSON: the id of a forked process, and the exit status of an ended one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,11 +45,25 @@ PRELOADED = (
 
 
 class Nursery:
-    """The tests' handle of the process, which starts with the first job."""
+    """The tests' handle of the process, which starts with the first job.
 
-    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
+    Args:
+        environment: the whole environment in which modules are imported.
+        log: file for what they print.
+        python, preloaded: the interpreter, and the modules that it imports.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        log: Path,
+        python: str = sys.executable,
+        preloaded: Sequence[str] = PRELOADED,
+    ) -> None:
         self._environment, self._log = dict(environment), log
-        self._process: subprocess.Popen[str] | None = None
+        self._command = [python, str(FOLDER / "nursery.py"), *preloaded]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._read = b""
         self._ended: dict[int, int] = {}
 
     def start(
@@ -72,32 +87,46 @@ class Nursery:
         if self._process is None:
             with open(self._log, "wb") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, str(FOLDER / "nursery.py")],
+                    self._command,
                     env=self._environment,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
-                    text=True,
                 )
         job = {"function": function, "arguments": list(arguments), "environment": dict(environment)}
         job |= {"output": str(output), "paths": list(paths)}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.write(json.dumps(job).encode() + b"\n")
         self._process.stdin.flush()
         return int(self._answer("pid"))
 
-    def wait(self, pid: int) -> int:
-        """Wait for a process and return its exit status, negative for a signal."""
+    def wait(self, pid: int, timeout: float | None = None) -> int:
+        """Wait for a process and return its exit status, negative for a signal.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not ended after ``timeout`` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
         while pid not in self._ended:
-            self._answer("ended")
+            self._answer("ended", deadline)
         return self._ended.pop(pid)
 
-    def _answer(self, kind: str) -> Any:
+    def fork(self, function: str, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> Forked:
+        """As :meth:`start`; returns a handle of the process."""
+        return Forked(self, self.start(function, arguments, environment, output))
+
+    def _answer(self, kind: str, deadline: float | None = None) -> Any:
         assert self._process is not None
         assert self._process.stdout is not None
         while True:
-            line = self._process.stdout.readline()
-            assert line, f"the process that forks engines has ended: {self._log.read_text()[-3000:]}"
+            while b"\n" not in self._read:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if not select.select([self._process.stdout], [], [], left)[0]:
+                    raise subprocess.TimeoutExpired(self._command, left or 0.0)
+                some = os.read(self._process.stdout.fileno(), 65536)
+                assert some, f"the process that forks engines has ended: {self._log.read_text()[-3000:]}"
+                self._read += some
+            line, _, self._read = self._read.partition(b"\n")
             answer = json.loads(line)
             if "ended" in answer:
                 self._ended[answer["ended"]] = answer["status"]
@@ -111,11 +140,33 @@ class Nursery:
             self._process.wait()
 
 
+class Forked:
+    """A forked process, with what tests use of subprocess.Popen."""
+
+    def __init__(self, nursery: Nursery, pid: int) -> None:
+        self._nursery, self.pid = nursery, pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0.0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.returncode = self._nursery.wait(self.pid, timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # modules may print as they are imported
-    for name in PRELOADED:
+    for name in sys.argv[1:]:
         with contextlib.suppress(ImportError):  # other versions of vLLM lack some
             importlib.import_module(name)
     children: set[int] = set()

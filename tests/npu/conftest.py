@@ -3,6 +3,7 @@
 NPU_TEST_REQUIRED is 1, as in the targets of make."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.npu)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nurseries() -> Iterator[None]:
+    yield
+    npus.close_nurseries()
 
 
 @pytest.fixture(scope="session")

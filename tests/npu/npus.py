@@ -4,6 +4,9 @@
 The children run with the Python of .venv-npu on the emulated CANN libraries of build/emulated_cann (both made by
 scripts/setup_npu_env.sh), or, with NPU_TEST_REAL=1, with this Python on real NPUs. pytest itself needs neither.
 NPU_TEST_TORCH_NPU names another torch_npu that scripts/setup_npu_env.sh has installed.
+
+On emulated NPUs the children are forked from a process that has imported torch_npu, which takes seconds. That process
+uses no device, and the emulated CANN reads its settings at the first call. On real NPUs every child is a new process.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..e2e.nursery import Nursery
+
 ROOT = Path(__file__).resolve().parents[2]
 TORCH_NPU = os.environ.get("NPU_TEST_TORCH_NPU", "")
-PYTHON = ROOT / f".venv-npu-{TORCH_NPU}".rstrip("-") / "bin" / "python"
-LIBRARIES = ROOT / "build" / f"emulated_cann-{TORCH_NPU}".rstrip("-") / "lib"
 REAL = os.environ.get("NPU_TEST_REAL") == "1"
+PYTHON = Path(sys.executable) if REAL else ROOT / f".venv-npu-{TORCH_NPU}".rstrip("-") / "bin" / "python"
+LIBRARIES = ROOT / "build" / f"emulated_cann-{TORCH_NPU}".rstrip("-") / "lib"
 
 
 def missing() -> str:
@@ -89,6 +94,42 @@ class Outcome:
         )
 
 
+PRELOADED = (
+    "torch_npu",
+    "torch.distributed",
+    "tests.distributed.model",
+    "tests.distributed.ranks",
+    "vllm_ascend_eplb.adaptors.engine_adaptor",
+    "vllm_ascend_eplb.balancer.start",
+)
+_NURSERIES: dict[tuple[str, tuple[str, ...]], Nursery] = {}
+
+
+def nursery(path: str, preloaded: tuple[str, ...]) -> Nursery:
+    """The process that has imported these modules with this PYTHONPATH."""
+    if (path, preloaded) not in _NURSERIES:
+        log = Path(tempfile.gettempdir()) / f"nursery-{len(_NURSERIES)}.log"
+        _NURSERIES[path, preloaded] = Nursery(environment(PYTHONPATH=path), log, str(PYTHON), preloaded)
+    return _NURSERIES[path, preloaded]
+
+
+def close_nurseries() -> None:
+    while _NURSERIES:
+        _NURSERIES.popitem()[1].close()
+
+
+def _start(arguments: list[str], values: dict[str, str], output: Path, preloaded: tuple[str, ...]) -> Any:
+    """Start child.py with these arguments; returns a subprocess.Popen or what looks like it."""
+    if not REAL:
+        path = values["PYTHONPATH"]
+        return nursery(path, preloaded).fork("nursery:run_module", ["tests.npu.child", *arguments], values, output)
+    with open(output, "w") as file:
+        return subprocess.Popen(
+            [str(PYTHON), "-m", "tests.npu.child", *arguments],
+            cwd=ROOT, env=values, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -103,6 +144,7 @@ def run(
     check: bool = True,
     args: Any = None,
     allow: tuple[str, ...] = (),
+    preloaded: tuple[str, ...] = PRELOADED,
     **settings: str,
 ) -> Outcome:
     """Call ``function(*args)`` of ``tests.npu.programs.PROGRAM`` on every rank.
@@ -114,13 +156,32 @@ def run(
         check: raise AssertionError with all output unless every child exits with 0 and there are no reports.
         args: list of JSON arguments, the same on all ranks.
         allow: reports that contain one of these words do not count; needs EMULATED_NPU_RACE="report".
+        preloaded: modules that the process imports from which the children are forked.
         settings: environment variables.
     """
-    port = str(free_port())
-    with tempfile.TemporaryDirectory(prefix="npus-") as folder:
-        children = []
+    outcome = Ranks(program, function, ranks, args, preloaded, **settings).finish(timeout, allow)
+    if check:
+        assert all(code == 0 for code in outcome.codes), outcome.text()
+        assert not any(outcome.reports), outcome.reports
+    return outcome
+
+
+class Ranks:
+    """The children of a :func:`run` that has begun."""
+
+    def __init__(
+        self,
+        program: str,
+        function: str,
+        ranks: int,
+        args: Any = None,
+        preloaded: tuple[str, ...] = PRELOADED,
+        **settings: str,
+    ) -> None:
+        port = str(free_port())
+        self._folder = tempfile.TemporaryDirectory(prefix="npus-")
+        self._children = []
         for rank in range(ranks):
-            answer = Path(folder) / f"answer-{rank}.json"
             values = environment(
                 **{
                     "RANK": str(rank),
@@ -129,39 +190,36 @@ def run(
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": port,
                     "EMULATED_NPU_SEED": settings.get("EMULATED_NPU_SEED", str(rank + 1)),
-                    "EMULATED_NPU_REPORT": f"{folder}/report-{rank}.txt",
+                    "EMULATED_NPU_REPORT": str(self._file("report", rank)),
                     **settings,
                 }
             )
-            output = open(Path(folder) / f"output-{rank}.txt", "w+")  # noqa: SIM115 (closed below)
-            command = [sys.executable if REAL else str(PYTHON), "-m", "tests.npu.child", program, function]
-            command += [str(answer), json.dumps(args or [])]
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=values, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            children.append((process, output, answer))
+            arguments = [program, function, str(self._file("answer", rank)), json.dumps(args or [])]
+            self._children.append(_start(arguments, values, self._file("output", rank), preloaded))
+
+    def _file(self, kind: str, rank: int) -> Path:
+        return Path(self._folder.name) / f"{kind}-{rank}"
+
+    def finish(self, timeout: float, allow: tuple[str, ...] = ()) -> Outcome:
+        """Wait for all children; after ``timeout`` seconds they are killed."""
         outcome = Outcome([], [], [])
-        try:
-            for process, _, _ in children:
-                try:
-                    process.wait(timeout)
-                except subprocess.TimeoutExpired:
-                    timeout = 1
-        finally:
-            for process, _, _ in children:  # every child leads a session, which includes its own children
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-        for rank, (process, output, answer) in enumerate(children):
-            outcome.codes.append(process.wait())
-            output.seek(0)
-            outcome.outputs.append(output.read())
-            output.close()
-            outcome.results.append(json.loads(answer.read_text()) if answer.exists() else None)
-            report = Path(folder) / f"report-{rank}.txt"
-            text = report.read_text() if report.exists() else ""
-            found = [part for part in text.split("\n[") if part]
-            outcome.reports.append([part for part in found if not any(word in part for word in allow)])
-    if check:
-        assert all(code == 0 for code in outcome.codes), outcome.text()
-        assert not any(outcome.reports), outcome.reports
-    return outcome
+        with self._folder:
+            try:
+                for process in self._children:
+                    try:
+                        process.wait(timeout)
+                    except subprocess.TimeoutExpired:
+                        timeout = 1
+            finally:
+                for process in self._children:  # every child leads a session, which includes its own children
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+            for rank, process in enumerate(self._children):
+                outcome.codes.append(process.wait())
+                outcome.outputs.append(self._file("output", rank).read_text(errors="replace"))
+                answer, report = self._file("answer", rank), self._file("report", rank)
+                outcome.results.append(json.loads(answer.read_text()) if answer.exists() else None)
+                text = report.read_text() if report.exists() else ""
+                found = [part for part in text.split("\n[") if part]
+                outcome.reports.append([part for part in found if not any(word in part for word in allow)])
+        return outcome

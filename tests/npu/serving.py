@@ -12,7 +12,6 @@ import concurrent.futures
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from examples.demo.server import MAX_TOKENS_PER_REQUEST, MODEL, Server
 from vllm_ascend_eplb.observe.stats import EplbStats
 from vllm_ascend_eplb.observe.stats_file import read_stats
 
+from ..e2e.nursery import Nursery
 from ..processes import parent, title
 from . import npus
 
@@ -70,6 +70,15 @@ UPSTREAM = (
 draft tokens. In the second runner of 0.30.0rc2: of sampled tokens and of the number of computed tokens."""
 
 
+PRELOADED = (
+    "vllm.entrypoints.cli.main",
+    "vllm.entrypoints.openai.api_server",
+    "vllm_ascend.ops",  # before the runner, as in a worker: they import each other
+    "vllm_ascend.worker.model_runner_v1",
+)
+"""Modules from which programs with vllm-ascend's modules and front ends are forked (npus.nursery)."""
+
+
 def python_path() -> str:
     path = f"{npus.ROOT}:{STACK / 'site'}:{STACK / 'packages'}:{STANDINS}"
     return f"{path}:{STACK / 'triton'}" if SECOND_RUNNER else path
@@ -95,6 +104,7 @@ def environment(report: Path, device: str = "A2", **settings: str) -> dict[str, 
         EMULATED_NPU_DEVICE_TYPE=device,
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
+        VLLM_CACHE_ROOT=str(STACK / "cache"),  # another vLLM would look at a model again, in a process of its own
         TORCHDYNAMO_DISABLE="1",
     )
     values.pop("VLLM_PLUGINS", None)
@@ -146,13 +156,20 @@ def _on_the_cpu(module: str, *arguments: Path) -> None:
         [str(npus.PYTHON), "-m", module, *map(str, arguments)],
         cwd=npus.ROOT,
         env=npus.environment(
-            TORCH_DEVICE_BACKEND_AUTOLOAD="0", HF_HUB_OFFLINE="1", PYTHONPATH=f"{npus.ROOT}:{STANDINS}"
+            TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+            HF_HUB_OFFLINE="1",
+            **({} if npus.REAL else {"PYTHONPATH": f"{npus.ROOT}:{STANDINS}"}),
         ),
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+CLIENT = httpx.Client(timeout=300, trust_env=False, limits=httpx.Limits(keepalive_expiry=1))
+"""Used by all threads and for all servers: to make a client takes longer than a step. It closes connections before the
+servers do, after five seconds."""
 
 
 class NpuServer(Server):
@@ -168,6 +185,8 @@ class NpuServer(Server):
         probe: the workers have the methods of tests.npu.probe.Probe, for :meth:`call`.
         arguments: further arguments for ``vllm serve``.
         parts: the names of the balancers, if there are several.
+        spawned: ``vllm serve`` as users start it, as always on real NPUs; otherwise front_end.py.
+        nursery: the front end is forked, too, from this process.
         settings: environment variables.
     """
 
@@ -184,15 +203,18 @@ class NpuServer(Server):
         probe: bool = False,
         arguments: tuple[str, ...] = (),
         parts: tuple[str, ...] = (),
+        spawned: bool = npus.REAL,
+        nursery: Nursery | None = None,
         **settings: str,
     ) -> None:
         super().__init__(ranks, {}, folder, MAX_SEQUENCES)
         self.report = folder / "races.txt"
-        self.parts = parts
+        self.parts, self._nursery = parts, nursery
         port = self.url.rpartition(":")[2]
         captured = {"cudagraph_mode": graph_mode, "cudagraph_capture_sizes": graphs}
         self.command = [
-            *(sys.executable if npus.REAL else str(npus.PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", model),
+            *(str(npus.PYTHON), "-m"),
+            *("vllm.entrypoints.cli.main" if spawned else "tests.npu.front_end", "serve", model),
             *("--served-model-name", "tiny-moe", "--dtype", dtype),
             *(("--compilation-config", json.dumps(captured)) if graphs else ("--enforce-eager",)),
             *("--host", "127.0.0.1", "--port", port, "--uvicorn-log-level", "warning"),
@@ -210,6 +232,13 @@ class NpuServer(Server):
             settings["VLLM_SERVER_DEV_MODE"] = "1"  # serves /collective_rpc
         own = {key: self.environment[key] for key in ("EPLB_STATS_FILE", "VLLM_RPC_BASE_PATH")}
         self.environment = environment(self.report, device, **own, **settings)
+
+    def start(self) -> None:
+        if self._nursery is None:
+            super().start()
+        else:  # without "python -m"
+            arguments = self.command[2:]
+            self._process = self._nursery.fork("nursery:run_module", arguments, self.environment, self.log_path)
 
     def started(self) -> NpuServer:
         self.start()
@@ -277,7 +306,7 @@ class NpuServer(Server):
 
         def ask(text: str) -> dict[str, Any]:
             request = {**fixed, "prompt": text, "ignore_eos": ignore_eos}
-            response = httpx.post(f"{self.url}/v1/completions", json=request, headers=headers, timeout=300)
+            response = CLIENT.post(f"{self.url}/v1/completions", json=request, headers=headers)
             response.raise_for_status()
             return response.json()["choices"][0]
 
@@ -286,14 +315,14 @@ class NpuServer(Server):
 
     def metric(self, name: str, *labels: str) -> float:
         """The sum of a metric's samples on ``/metrics`` that have all these labels (``name="value"``)."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        lines = CLIENT.get(f"{self.url}/metrics").text.splitlines()
         lines = [line for line in lines if line.startswith(f"{name}{{") and all(label in line for label in labels)]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     def call(self, method: str, *arguments: int | str) -> list[Any]:
         """Call a method of tests.npu.probe.Probe on all workers."""
         request = {"method": method, "args": arguments}
-        response = httpx.post(f"{self.url}/collective_rpc", json=request, timeout=60)
+        response = CLIENT.post(f"{self.url}/collective_rpc", json=request)
         response.raise_for_status()
         return response.json()["results"]
 

@@ -11,7 +11,7 @@ import pytest
 
 from . import npus
 from .programs import slow
-from .serving import ASCEND, MISSING, RELEASE, python_path
+from .serving import ASCEND, MISSING, PRELOADED, RELEASE, python_path
 
 pytestmark = [
     pytest.mark.skipif(npus.REAL, reason="vllm-ascend's modules are unpacked for the emulated stack"),
@@ -29,6 +29,7 @@ def run(
         args=args,
         timeout=timeout,
         check=check,
+        preloaded=PRELOADED,
         EMULATED_NPU_RACE="report",
         PYTHONPATH=python_path(),
         **settings,
@@ -40,6 +41,11 @@ def test_four_classes_of_the_runner_are_replaced() -> None:
     assert result["modules"] == ["vllm_ascend_eplb.adaptors.ascend.runner"] * 4
     assert result["settings"] == ""
     assert result["counts"] is True  # in every forward
+
+
+def test_forked_programs_read_their_own_settings() -> None:
+    """Of the emulator. The modules that they are forked with ask for the kind of device, which reads settings, too."""
+    assert run("memory", 1, [], EMULATED_NPU_MEMORY_MB="512").results == [512 << 20]
 
 
 def test_runner_with_an_unknown_call_keeps_its_classes() -> None:
@@ -130,18 +136,30 @@ def test_stock_slow_planner_stops_every_rank(stock: dict[str, list[dict[str, Any
         assert result["slowest"] > slow.SECONDS / 2
 
 
-@pytest.mark.parametrize(
-    ("fault", "intervals"),
-    [
-        ("kill", [10, 3]),  # the step thread waits for ever for the answer of the dead planner
-        ("skew", [10, 3]),  # ranks count different steps, so that one rank gathers while another rank serves
-        ("", [0, 3]),  # accepted by its validation; the planner is never asked, and all ranks wait for its answer
-    ],
-)
-def test_stock_eplb_freezes(fault: str, intervals: list[int]) -> None:
+FREEZES: dict[str, tuple[str, list[int]]] = {
+    "killed planner": ("kill", [10, 3]),  # the step thread waits for ever for the answer of the dead planner
+    "skew": ("skew", [10, 3]),  # ranks count different steps, so that one rank gathers while another rank serves
+    "no interval": ("", [0, 3]),  # accepted by its validation; the planner is never asked, and all ranks wait for it
+}
+
+
+@pytest.fixture(scope="module")
+def frozen() -> dict[str, npus.Outcome]:
+    """All at once, because most of the time they stand still."""
+    begun = {}
+    for case, (fault, intervals) in FREEZES.items():
+        arguments = [False, True, 0, 60, fault, intervals]
+        begun[case] = npus.Ranks(
+            "ascend", "balance", 2, arguments, PRELOADED,
+            EMULATED_NPU_RACE="report", EMULATED_NPU_COMM_ORDER="report", PYTHONPATH=python_path(),
+        )  # fmt: skip
+    return {case: ranks.finish(300) for case, ranks in begun.items()}
+
+
+@pytest.mark.parametrize("case", FREEZES)
+def test_stock_eplb_freezes(frozen: dict[str, npus.Outcome], case: str) -> None:
     """vllm-ascend's own EPLB. Ranks that enter communicators in different orders hang, as they may on hardware."""
-    case = [False, True, 0, 60, fault, intervals]
-    outcome = run("balance", 2, case, timeout=300, check=False, EMULATED_NPU_COMM_ORDER="report")
+    outcome = frozen[case]
     assert any(outcome.results), outcome.text()
     for result in outcome.results:
         assert result is None or "frozen" in result, outcome.results

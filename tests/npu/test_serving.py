@@ -32,7 +32,8 @@ PLATFORM = "ascend_eplb,eplb,ascend_kv_connector,ascend_model,ascend_model_loade
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
-    server = NpuServer(SETTINGS, tmp_path_factory.mktemp("server"), probe=True).started()
+    """All its processes are spawned, as for a user."""
+    server = NpuServer(SETTINGS, tmp_path_factory.mktemp("server"), probe=True, spawned=True).started()
     yield server
     server.stop()
 
@@ -234,7 +235,8 @@ elif serving.ASCEND != serving.RELEASE:
 def test_impossible_setting_ends_the_start_with_one_line(
     tmp_path: Path, settings: dict[str, object], variables: dict[str, str], words: str
 ) -> None:
-    server = NpuServer({**SETTINGS, **settings}, tmp_path, **variables)
+    nursery = npus.nursery(serving.python_path(), serving.PRELOADED)
+    server = NpuServer({**SETTINGS, **settings}, tmp_path, nursery=nursery, **variables)
     server.start()
     try:
         deadline = time.monotonic() + serving.START_SECONDS

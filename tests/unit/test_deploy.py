@@ -295,7 +295,9 @@ def test_manifests_follow_the_schemas_of_kubernetes(right: str, wrong: str) -> N
 
 
 def test_workflows_parse_and_name_scripts_that_exist() -> None:
-    for path in WORKFLOWS.glob("*.yml"):
+    paths, scripts = list(WORKFLOWS.glob("*.yml")), 0
+    assert paths
+    for path in paths:
         workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert workflow["jobs"]
         for job in workflow["jobs"].values():
@@ -303,3 +305,5 @@ def test_workflows_parse_and_name_scripts_that_exist() -> None:
                 assert ("uses" in step) != ("run" in step), step
                 for script in re.findall(r"\bscripts/[\w.]+", step.get("run", "")):
                     assert (ROOT / script).exists(), script
+                    scripts += 1
+    assert scripts

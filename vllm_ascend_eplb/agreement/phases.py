@@ -77,7 +77,7 @@ class Command(IntEnum):
     CYCLE = 3  # one cycle now, paused or not
     RESTORE = 4  # back to the placement the server started with, and pause there
     INTERVALS = 5  # other intervals from now on
-    REAPPLY = 6  # back to the placement that was in force before experts went to their initial slots
+    REAPPLY = 6  # back to the placement that was in force before experts went to their start slots
 
 
 class Do(IntEnum):

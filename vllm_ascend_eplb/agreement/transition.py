@@ -63,7 +63,7 @@ def advance(state: CycleState, agreed: Agreed | None, settings: CycleSettings) -
 
 def abandon(state: CycleState, settings: CycleSettings) -> CycleState:
     """The state after all ranks dropped what was under way, at the same step and with nothing in flight. They may have
-    gone back to the initial placement."""
+    gone back to the start placement."""
     if state.phase is Phase.OFF:
         return state
     wanted = Command.NONE if state.wanted is Command.RESTORE else state.wanted

@@ -302,7 +302,7 @@ class Lead:
             self._parts.planner.close(wait=0)
 
     def went_back(self, before: Placement) -> None:
-        """Notes that the initial placement is in force again, because weights are about to be loaded.
+        """Notes that the start placement is in force again, because weights are about to be loaded.
 
         Args:
             before: the placement that was in force.

@@ -24,12 +24,12 @@ TURN_SECONDS = 0.0005
 def new_weights(parts: Parts, work: Work, back_to_start: Callable[[], None]) -> Iterator[None]:
     """Context for the loading of weights; all ranks together, at the same step, between two forwards. Blocks.
 
-    An engine loads weights by the initial placement. So that placement is put in force before, and the experts'
+    An engine loads weights by the start placement. So that placement is put in force before, and the experts'
     checksums are learned again afterwards.
 
     Args:
         parts, work: parts and state of the balancer.
-        back_to_start: drops the cycle under way and switches to the initial placement.
+        back_to_start: drops the cycle under way and switches to the start placement.
 
     Raises:
         StartError: the ranks are not at the same step. Nothing was changed.
@@ -71,7 +71,7 @@ def come_to_rest(parts: Parts, work: Work, drop: Callable[[], None]) -> None:
 
 
 def move_back(parts: Parts, work: Work, turn: Callable[[], object]) -> None:
-    """Moves every expert back to its initial slots, because a part of the weights is about to be loaded there; all
+    """Moves every expert back to its start slots, because a part of the weights is about to be loaded there; all
     ranks together, at rest. Blocks: makes steps without forwards until the experts are back, without a deadline.
 
     Args:

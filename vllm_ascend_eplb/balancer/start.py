@@ -71,7 +71,7 @@ def require_equal_start(adaptor: EplbAdaptor, config: EplbConfig) -> None:
             "part of the server": adaptor.part or "all",
             **{f"eplb_config.{key}": value for key, value in config.model_dump().items()},
             "layers, experts, slots": (placement.num_layers, placement.num_experts, placement.num_slots),
-            "initial placement": f"{placement.digest:016x}",
+            "start placement": f"{placement.digest:016x}",
         },
     )
 

@@ -18,11 +18,11 @@ LEAST_STEPS = 8
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Steps of a window, with the initial placement and as they were. Only kinds of steps that were met with both.
+    """Steps of a window, with the start placement and as they were. Only kinds of steps that were met with both.
 
     Attributes:
         steps: that were timed.
-        ms, ms_start: of an average one of them, and of one as long as it was with the initial placement.
+        ms, ms_start: of an average one of them, and of one as long as it was with the start placement.
     """
 
     steps: int
@@ -57,10 +57,10 @@ class StepClock:
         self._since, self._bucket = now, bucket_of(tokens_per_rank) if counts else -1
 
     def window_ended(self, *, at_start: bool) -> StepTimes | None:
-        """The steps of the window; None where no kind of them was met with the initial placement before.
+        """The steps of the window; None where no kind of them was met with the start placement before.
 
         Args:
-            at_start: whether the initial placement was in force.
+            at_start: whether the start placement was in force.
         """
         medians = {
             bucket: statistics.median(times) for bucket, times in self._times.items() if len(times) >= LEAST_STEPS

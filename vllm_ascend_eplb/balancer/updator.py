@@ -347,7 +347,7 @@ class EplbUpdator:
         between two forwards. Blocks.
 
         Args:
-            at_start: whether to switch to the initial placement as well, because the weights will be loaded again.
+            at_start: whether to switch to the start placement as well, because the weights will be loaded again.
 
         Raises:
             StartError: the ranks are not at the same step. Nothing was changed.
@@ -356,7 +356,7 @@ class EplbUpdator:
         self.rollout.settle()
 
     def move_back(self) -> None:
-        """Moves every expert back to its initial slots; see :func:`~vllm_ascend_eplb.balancer.new_weights.move_back`,
+        """Moves every expert back to its start slots; see :func:`~vllm_ascend_eplb.balancer.new_weights.move_back`,
         also for what it raises. All ranks together, at the same step, between two forwards. Blocks."""
         if self.placement != self.parts.start:
             self.rest(at_start=False)
@@ -369,7 +369,7 @@ class EplbUpdator:
         self._forget()
 
     def _back_to_start(self) -> None:
-        """Drops the cycle and switches the maps to the initial placement, whose weights are about to be loaded."""
+        """Drops the cycle and switches the maps to the start placement, whose weights are about to be loaded."""
         before = self.placement
         self.work.state = abandon(self.state, self.parts.settings)
         self._forget()

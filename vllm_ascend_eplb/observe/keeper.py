@@ -116,7 +116,7 @@ class StatsKeeper:
         self._amend(moe_ms_realised=moe_ms, moe_ms_observed=moe_ms_observed)
 
     def steps_timed(self, step_ms: float, step_ms_start: float, saved_seconds: float) -> None:
-        """What an average step of the window took, what it took with the initial placement, and the difference over all
+        """What an average step of the window took, what it took with the start placement, and the difference over all
         steps of the window."""
         self._step_ms, self._step_ms_start = step_ms, step_ms_start
         self._step_saved += saved_seconds

@@ -185,7 +185,7 @@ class EplbGauges:
             ),
             "moe_time_saved_seconds": gauge(
                 "moe_time_saved_seconds",
-                "Seconds of MoE layers saved so far against the initial placement, predicted from the times measured "
+                "Seconds of MoE layers saved so far against the start placement, predicted from the times measured "
                 "at start-up and the load of each window.",
             ),
             "moe_ms": gauge(
@@ -193,25 +193,28 @@ class EplbGauges:
                 "Seconds of the MoE layers in an average step of the last window, by the times measured at start-up.",
             ),
             "moe_ms_start": gauge(
-                "moe_seconds_start_placement", "The same as it would have been with the start placement."
+                "moe_seconds_start_placement",
+                "Seconds of the MoE layers in an average step of the last window, as they would have been with the "
+                "start placement.",
             ),
             "moe_ms_observed": gauge(
                 "moe_seconds_observed",
-                "The same as it would have been with the plan of the window before (mode observe).",
+                "Seconds of the MoE layers in an average step of the last window, as they would have been with the "
+                "plan of the window before (mode observe).",
             ),
             "step_ms": gauge(
                 "step_seconds",
                 "Seconds from one step to the next in the last window, median by tokens per rank, while no cycle "
-                "was under way.",
+                "was active.",
             ),
             "step_ms_start": gauge(
                 "step_seconds_start_placement",
-                "The same for steps of as many tokens, as measured while the start placement was in force.",
+                "Seconds from one step to the next, measured with the start placement for steps of as many tokens.",
             ),
             "step_time_saved_seconds": gauge(
                 "step_time_saved_seconds",
-                "Seconds saved so far against the start placement, realised: the difference of the two over all "
-                "compared steps. Whatever else changed since is in it.",
+                "Seconds saved so far against the start placement, measured: step time with the start placement minus "
+                "step time since, summed over all compared steps. Effects of other changes are included.",
             ),
             "plan_saved_fraction": gauge(
                 "plan_saved_fraction", "Fraction of MoE time that the last plan saves, carried out or not."

@@ -208,7 +208,7 @@ class EplbStats(_Frozen):
         moe_ms_observed: the same with the plan of the window before, in mode observe; 0 where there is none.
         moe_time_saved_seconds: the difference of ``moe_ms_start`` and ``moe_ms`` over all steps so far, so predicted.
         step_ms, step_ms_start: milliseconds of an average step of the last window, timed, and of the same steps as long
-            as they were with the initial placement; 0 where none can be compared.
+            as they were with the start placement; 0 where none can be compared.
         step_time_saved_seconds: the difference of the two over all steps that were compared so far, so realised.
         plan_saved_fraction: part of MoE time that the last plan saves, carried out or not; plan_cost_seconds: what
             carrying it out costs once. Both 0 where no time was measured.

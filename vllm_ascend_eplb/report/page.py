@@ -39,8 +39,8 @@ def make_page(
     if simulation is not None:
         parts += simulation_parts(simulation)
     parts.append(
-        '<p class="soft">PAR: peak-to-average ratio of the ranks&rsquo; load in a layer. 1.00 is perfect; a layer '
-        "takes PAR times as long as it needs to. A replica is a copy of an expert.</p>"
+        '<p class="soft">PAR: peak-to-average ratio of the ranks&rsquo; load in a layer. 1.00 is perfect; at '
+        "1.25 the busiest rank has a quarter more than the mean. A replica is a copy of an expert.</p>"
     )
     return document(title, parts)
 

@@ -47,12 +47,16 @@ def card(value: str, text: str) -> str:
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], words: set[int] | None = None, marked: set[int] | None = None
 ) -> str:
-    """A table; the columns ``words`` hold text, the rows ``marked`` are highlighted."""
+    """A table; the columns ``words`` hold text, the rows ``marked`` are highlighted. Cells know the head of their
+    column, because a phone shows each row as a card (page.css)."""
     wordy = words or set()
     top = "".join(f"<th{' class=words' if i in wordy else ''}>{escape(cell)}</th>" for i, cell in enumerate(head))
     body = []
     for number, row in enumerate(rows):
-        cells = "".join(f"<td{' class=words' if i in wordy else ''}>{escape(cell)}</td>" for i, cell in enumerate(row))
+        cells = "".join(
+            f'<td{" class=words" if i in wordy else ""} data-head="{escape(name)}">{escape(cell)}</td>'
+            for i, (name, cell) in enumerate(zip(head, row, strict=True))
+        )
         body.append(f"<tr{' class=best' if marked and number in marked else ''}>{cells}</tr>")
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 

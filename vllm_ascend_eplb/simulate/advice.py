@@ -48,7 +48,7 @@ class Choice:
 
     Attributes:
         redundant: redundant experts per layer. slots: slots of a rank.
-        par_before, par_after: PAR, mean over layers, with the initial placement and balanced.
+        par_before, par_after: PAR, mean over layers, with the start placement and balanced.
         ms: milliseconds of all MoE layers in a step, balanced.
         saved: fraction of MoE time saved, against the fewest redundant experts without balancing.
         memory: bytes of a rank's redundant slots, over all layers. kv_tokens: tokens of KV cache that fit into them.

@@ -437,6 +437,11 @@ def surface() -> dict[str, Any]:
     return {"modules": modules, "settings": wrong, "counts": counts}
 
 
+def memory() -> int:
+    """The bytes of the device's memory."""
+    return int(torch.npu.mem_get_info()[1])
+
+
 def strange_runner() -> dict[str, Any]:
     """Take over a runner that makes an unknown call; it must be left alone."""
     import inspect

@@ -98,6 +98,19 @@ def cycles(transport: str, options: dict[str, Any], count: int, trouble: dict[st
     return asdict(outcome)
 
 
+def first_commit_without_weights() -> str:
+    """The first slot that is wrong after a commit that switches the maps and leaves the weights; empty if none is."""
+    ranks = _start()
+    trouble = Trouble(leave_slots=True)
+    group = dist.new_group(backend="hccl")
+    driver = Driver(ranks, (4, 10, 16 // SIZE), trouble, 3, 1, 2, device="npu", transport="hccl", device_group=group)
+    while not driver.outcome.commits:
+        driver.step()
+    torch.npu.synchronize()
+    dist.barrier(ranks.control)
+    return driver.outcome.wrong
+
+
 def captured_graph(count: int) -> dict[str, Any]:
     """A captured graph reads the right weights after every commit."""
     ranks = _start()

@@ -9,7 +9,11 @@ import importlib.util
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+
+from vllm_ascend_eplb.planning.options import PlanOptions
+from vllm_ascend_eplb.planning.request import PlanRequest, Rebalance, plan_request
 
 EXPERTS, SLOTS, TOP = 12, 16, 3
 
@@ -105,3 +109,37 @@ def tables() -> list[int]:
         first, second = (build_expert_replica_routing_table(slots, counts, rank) for rank in (0, 1))
         differing.append(int((first != second).any(dim=1).sum()))
     return differing
+
+
+def one_move_per_rank() -> dict[str, list[float]]:
+    """PAR of six layers with 64 experts on two ranks, each of which may receive one expert: at the start, after the
+    best of all swaps of two experts, and with the plans of vllm-ascend's policy (STAIR) and of ours."""
+    from vllm_ascend.ascend_config import StairConfig
+    from vllm_ascend.distributed.eplb.policy.stair import StairEplbPolicy
+
+    draw = np.random.default_rng(0)
+    layers = [draw.permutation(1.0 / np.arange(1, 65) ** 1.2) for _ in range(6)]
+    load = np.stack([draw.poisson(20_000 * layer, (12, 64)) for layer in layers], axis=1).astype(np.int64)
+    start = np.arange(64, dtype=np.int32).reshape(2, 32)
+    stair = StairEplbPolicy.plan_rebalance(
+        load.astype(np.float64),
+        np.stack([start] * 6),
+        np.full(6, np.nan),
+        np.zeros(2, dtype=np.int64),
+        StairConfig(rank_transfer_limit=1),
+    ).rank_expert_ids
+    options = PlanOptions(max_moves_per_rank=1, target_par=1.0)
+    found: dict[str, list[float]] = {"start": [], "best": [], "stair": [], "ours": []}
+    for layer, total in enumerate(load.sum(axis=0).astype(float)):
+
+        def par(placement: np.ndarray, total: np.ndarray = total) -> float:
+            return float(total[placement.reshape(2, 32)].sum(axis=1).max() / (total.sum() / 2))
+
+        request = PlanRequest(1, load[:, [layer]], start.reshape(1, 64), 64, (0, 0), task=Rebalance(options=options))
+        swaps = total[start[0]][:, None] - total[start[1]]  # from the first rank to the second
+        first, second = total[start[0]].sum(), total[start[1]].sum()
+        found["start"].append(par(start))
+        found["best"].append(float(np.maximum(first - swaps, second + swaps).min() / (total.sum() / 2)))
+        found["stair"].append(par(stair[layer]))
+        found["ours"].append(par(plan_request(request).physical_to_logical))
+    return found

@@ -393,15 +393,20 @@ LONG = [
 
 def search(case: Case) -> None:
     worlds = explore(case)
-    phases = {world.states[0].phase for world in worlds}
-    expected = set(Phase) if case.faults else set(Phase) - {Phase.OFF, Phase.DRAIN}
-    if not case.settings.listen_steps:
-        expected -= {Phase.LISTEN}
-    if not case.settings.audit_steps:
-        expected -= {Phase.AUDIT}
-    else:
-        assert any(world.states[0].repair and world.states[0].phase is Phase.MOVE for world in worlds)
-    assert expected <= phases | {Phase.OFF}, "the search missed a phase; it proves nothing about it"
+    states = {world.states[0] for world in worlds}
+    unreachable = {
+        Phase.LISTEN: not case.settings.listen_steps,
+        Phase.AUDIT: not case.settings.audit_steps,
+        Phase.DRAIN: not case.faults,
+    }
+    expected = {phase for phase in Phase if not unreachable.get(phase)}
+    assert {state.phase for state in states} == expected, "the search missed a phase; it proves nothing about it"
+    reasons = {state.failure for state in states if state.phase is Phase.OFF}
+    assert (Failure.TRANSFER in reasons) == bool(case.faults), "a failed transfer is one way to OFF"
+    if not case.settings.synchronous:  # there nothing is late, and one fault is not two failures in a row
+        assert reasons - {Failure.TRANSFER}, "too many failures in a row are the other way to OFF"
+    if case.settings.audit_steps:
+        assert any(state.repair and state.phase is Phase.MOVE for state in states)
     assert_all_end(worlds)
     if case.settings.cut_after:
         ends = {world.states[0].committed for world in worlds if world.states[0].phase is Phase.COLLECT}
@@ -422,6 +427,18 @@ def test_invariants_hold_in_every_reachable_world(case: Case) -> None:
 @pytest.mark.parametrize("case", LONG)
 def test_invariants_hold_in_every_reachable_world_long(case: Case) -> None:
     search(case)
+
+
+def test_search_notices_a_phase_that_is_never_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the transition forgets earlier failures, so balancing is never switched off."""
+    original = advance
+
+    def forgetful(state: CycleState, agreed: Agreed | None, limits: CycleSettings) -> tuple[CycleState, Actions]:
+        return original(replace(state, failures=0), agreed, limits)
+
+    monkeypatch.setitem(globals(), "advance", forgetful)
+    with pytest.raises(AssertionError, match="the search missed a phase"):
+        search(Case(2, 1, settings(1, 1), (1,), 0))
 
 
 def test_search_finds_ranks_that_act_on_their_own_facts() -> None:

@@ -21,7 +21,7 @@ from vllm_ascend_eplb.files.expert_map import read_expert_map
 PACKAGE = Path(__file__).parents[3] / "vllm_ascend_eplb"
 
 FULL_DISK = """
-import ctypes, logging, os, sys, time
+import ctypes, logging, os, sys, threading
 from pathlib import Path
 import numpy as np
 from vllm_ascend_eplb import Placement
@@ -52,9 +52,26 @@ except ExpertMapError as error:
     print("ERROR", error)
 assert read_expert_map(path) == small, "half a file"
 recorder = MapRecorder(path)
+
+
+def after_each_write(writer):
+    "Returns a function that waits until the writer's thread has tried to write once more."
+    write, tried = writer.write, threading.Semaphore(0)
+
+    def counted(*arguments):
+        try:
+            write(*arguments)
+        finally:
+            tried.release()
+
+    writer.write = counted
+    return lambda: tried.acquire(timeout=60) or sys.exit("nothing was written")
+
+
+recorded, published = after_each_write(recorder), after_each_write(stats)
 for _ in range(3):
     recorder.record(large, np.ones((200, 64), dtype=np.int64))
-    time.sleep(0.2)
+    recorded()
 (folder / "more").write_bytes(b"")
 with open(folder / "rest", "wb", buffering=0) as rest:  # to the last byte
     try:
@@ -64,7 +81,7 @@ with open(folder / "rest", "wb", buffering=0) as rest:  # to the last byte
         pass
 for step in range(2, 5):
     stats.publish(EplbStats(step=step))
-    time.sleep(0.2)
+    published()
 assert read_stats(stats.path).step == 1
 try:
     FlightRecorder().dump(folder / "flight.json", reason="x" * 5000)

@@ -82,6 +82,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def test_alerts_use_existing_metrics(labels: dict[str, set[str]]) -> None:
+    assert len(rules()) >= 5
     for rule in rules():
         assert check(rule["expr"], labels), rule["alert"]
         for name in re.findall(r"docs/[\w-]+\.md", rule["annotations"]["description"]):

@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import get_args
 
@@ -238,9 +237,18 @@ def test_publish_writes_the_newest(tmp_path: Path) -> None:
 def test_publish_survives_a_missing_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "later"
     file = StatsFile(folder / "stats.json", min_interval=0.0)
+    write, tried = file.write, threading.Semaphore(0)
+
+    def counted(stats: EplbStats) -> None:
+        try:
+            write(stats)
+        finally:
+            tried.release()
+
+    file.write = counted  # type: ignore[method-assign]
     for _ in range(3):
         file.publish(EplbStats())
-        time.sleep(0.02)
+        assert tried.acquire(timeout=60)
     folder.mkdir()
     file.publish(EplbStats(step=7))
     file.close()

@@ -114,7 +114,7 @@ EXPERTS = (8, 16, 32, 60, 64, 96, 128, 160, 256, 384, 512)
 
 
 def any_instance(seed):
-    """(load [L, E], slots [L, P], num_ranks) of a random shape, with the initial placement or one made for the load
+    """(load [L, E], slots [L, P], num_ranks) of a random shape, with the start placement or one made for the load
     before it drifted. A rank holds at most half of the experts. Otherwise nearly all experts are on all ranks, PARs
     differ in the fourth digit, and the fewest moves leave duplicates."""
     rng = np.random.default_rng(seed)

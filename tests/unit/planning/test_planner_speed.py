@@ -57,24 +57,31 @@ def test_no_layer_gets_slower(instance, seed, spread):
     np.testing.assert_allclose(made.par_after, after.par(load, speed))
 
 
-@settings(max_examples=400, deadline=None)
-@given(
-    instance=instances(),
-    seed=st.integers(0, 2**32 - 1),
-    spread=st.sampled_from([0.1, 1.0, 3.0]),
-    target=st.sampled_from([1.0, 1.02, 1.5]),
-    effort=st.sampled_from(["fast", "thorough"]),
-)
-def test_no_prefix_of_groups_makes_a_layer_slower(instance, seed, spread, target, effort):
+def test_no_prefix_of_groups_makes_a_layer_slower():
     """After every group, no layer has a higher PAR of load over speed. Most targets cannot be reached here."""
-    load, slots, num_ranks = instance
-    speed = np.exp(np.random.default_rng(seed).uniform(-spread, spread, num_ranks))
-    placement = Placement(slots, load.shape[1], num_ranks)
-    before = placement.par(load, speed)
-    made = plan(load, slots, num_ranks, rank_speed=speed, target_par=target, effort=effort, rounds=8)
-    for _, rows in itertools.groupby(made.moves.tolist(), key=lambda row: row[3]):
-        placement = placement.with_moves(list(rows))
-        assert (placement.par(load, speed) <= before * (1 + 1e-5)).all()
+    groups_checked = []
+
+    @settings(max_examples=400, deadline=None)
+    @given(
+        instance=instances(),
+        seed=st.integers(0, 2**32 - 1),
+        spread=st.sampled_from([0.1, 1.0, 3.0]),
+        target=st.sampled_from([1.0, 1.02, 1.5]),
+        effort=st.sampled_from(["fast", "thorough"]),
+    )
+    def check(instance, seed, spread, target, effort):
+        load, slots, num_ranks = instance
+        speed = np.exp(np.random.default_rng(seed).uniform(-spread, spread, num_ranks))
+        placement = Placement(slots, load.shape[1], num_ranks)
+        before = placement.par(load, speed)
+        made = plan(load, slots, num_ranks, rank_speed=speed, target_par=target, effort=effort, rounds=8)
+        for group, rows in itertools.groupby(made.moves.tolist(), key=lambda row: row[3]):
+            placement = placement.with_moves(list(rows))
+            assert (placement.par(load, speed) <= before * (1 + 1e-5)).all()
+            groups_checked.append(group)
+
+    check()
+    assert len(groups_checked) > 400  # a planner that moves nothing would pass all checks
 
 
 @pytest.mark.parametrize("seed", range(8))

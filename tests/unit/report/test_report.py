@@ -197,6 +197,14 @@ def test_page_of_a_simulation(simulation: Simulation) -> None:
     assert reader.tags.count("img") == 8
 
 
+def test_cells_of_tables_know_the_head_of_their_column(simulation: Simulation) -> None:
+    """A phone shows each row as a card, with the head before every cell."""
+    wide = "".join(re.findall(r'<div class="wide">.*?</div>', make_page(run_statistics(), simulation), re.DOTALL))
+    cells, labelled = wide.count("<td"), re.findall(r'<td(?: class=words)? data-head="([^"]*)">', wide)
+    assert len(labelled) == cells > 50
+    assert {"setting", "PAR", "cycle", "reason"} <= set(labelled)
+
+
 def test_page_of_both_names_both(simulation: Simulation) -> None:
     reader = read(make_page(run_statistics(), simulation, HOSTILE))
     assert reader.text.count(HOSTILE) == 3  # title, heading, reason of the failed cycle

@@ -182,7 +182,7 @@ def _then_step(determine: Any) -> Any:
 
 def _refuse_reload(runner: Any, *args: Any, **kwargs: Any) -> None:
     raise UnsupportedError(
-        "reload_weights fills slots by the initial placement, which may no longer be in force; restart the server with "
+        "reload_weights fills slots by the start placement, which may no longer be in force; restart the server with "
         "the new weights, or leave eplb_config out"
     )
 

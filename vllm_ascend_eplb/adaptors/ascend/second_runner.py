@@ -55,9 +55,9 @@ PATCH_POINTS = tuple(
         (
             "vllm_ascend.distributed.eplb.eplb_state",
             "AscendEplbLayerState",
-            "holds the routing table of a layer, which is ours",
+            "holds the routing table of a layer, made by this package",
         ),
-        (EXPERTS, "_record_v2_eplb_load", "counts the tokens that slots received, in our counters"),
+        (EXPERTS, "_record_v2_eplb_load", "counts the tokens that slots received, in the counters of the balancer"),
         (EPLB_STATE, "EplbState.build_initial_global_physical_to_logical_map", "restores the loading order of vLLM"),
         (RUNNER, "dispatch_cg_and_sync_dp", "notes the tokens of each data-parallel engine"),
     )

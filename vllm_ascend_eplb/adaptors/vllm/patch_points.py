@@ -66,7 +66,7 @@ PATCH_POINTS = (
     PatchPoint(
         "vllm.v1.worker.worker_base",
         "WorkerWrapperBase.init_worker",
-        "resolves worker_cls, which names our worker class",
+        "resolves worker_cls, which names the worker class of this package",
     ),
     PatchPoint(
         "vllm.v1.executor.multiproc_executor",
@@ -79,7 +79,7 @@ PATCH_POINTS = (
     PatchPoint(
         "vllm.v1.worker.gpu_worker",
         "Worker.reload_weights",
-        "puts the initial placement in force before weights are loaded",
+        "puts the start placement in force before weights are loaded",
     ),
     PatchPoint("vllm.v1.worker.gpu_worker", "Worker.shutdown", "ends the planner"),
     PatchPoint(_RUNNER, "EplbState", "replaces it by the state of the balancer", runner="V1"),
@@ -131,7 +131,7 @@ PATCH_POINTS = (
     PatchPoint(
         _ROUTER,
         "eplb_map_to_physical_and_record",
-        "replaces the identity that it is on a CPU by map_and_record",
+        "is replaced by map_and_record; on a CPU it maps nothing",
         ("cpu",),
     ),
     PatchPoint(
@@ -175,7 +175,7 @@ def not_found(points: Iterable[PatchPoint]) -> list[str]:
 
 def patch_points(points: Iterable[PatchPoint] = PATCH_POINTS) -> str:
     """Patch points as a Markdown table: name, use, where each is needed."""
-    rows = ["| patch point | what the balancer does with it | needed on | runner |", "| --- | --- | --- | --- |"]
+    rows = ["| patch point | purpose | needed on | runner |", "| --- | --- | --- | --- |"]
     for point in points:
         where = ", ".join(point.platforms) or "all"
         rows.append(f"| `{point.module}` `{point.name}` | {point.use} | {where} | {point.runner or 'both'} |")

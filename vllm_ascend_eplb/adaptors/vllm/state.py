@@ -228,7 +228,7 @@ class VllmEplbState(ModelStates):
 
         Raises:
             RuntimeError: not all engines were called between the same two steps, so that their ranks cannot go back to
-                the initial placement together; or there is a draft model with experts, which vLLM does not reload.
+                the start placement together; or there is a draft model with experts, which vLLM does not reload.
         """
         self._require_one_model(what)
         self.come_together(what)
@@ -241,7 +241,7 @@ class VllmEplbState(ModelStates):
         if whole and self.adaptor is not None:
             loading = reloading(self.model, self.adaptor.rank)
         if self.updator is not None and not whole:
-            self.updator.move_back()  # weights that are not loaded must be in their initial slots
+            self.updator.move_back()  # weights that are not loaded must be in their start slots
         with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), loading:
             self._loading = True
             try:
@@ -278,7 +278,7 @@ class VllmEplbState(ModelStates):
 
         Args:
             level: 1 if the contents come back, at the same addresses: the placement is kept. 2 if they do not: the
-                initial placement is put in force, because weights will be loaded by it.
+                start placement is put in force, because weights will be loaded by it.
 
         Raises:
             RuntimeError: not all engines were called together, or there is a draft model with experts, or level is not
@@ -355,7 +355,7 @@ class VllmEplbState(ModelStates):
             self.end_update()
 
     def guard(self, model: Any) -> None:
-        """Lets ``load_weights`` load into the initial slots, and refuses readers of weights while experts have moved.
+        """Lets ``load_weights`` load into the start slots, and refuses readers of weights while experts have moved.
 
         Trainers call ``load_weights`` of the model, or of a part of it, in every worker, once or for part after part of
         the weights.

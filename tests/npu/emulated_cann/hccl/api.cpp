@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The HCCL API.
+// The HCCL API. One file, because every function of the API checks its arguments in the same way.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "device.h"
 
+#include <pthread.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -25,6 +27,22 @@ Check check_from(const char* name) {
     std::cerr << "emulated CANN: " << name << "=" << value << "; allowed are off, report, error\n";
     std::abort();
 }
+
+const Settings* read_settings() {
+    auto* s = new Settings;  // never deleted, like all state here
+    s->devices = std::stoi(environment("EMULATED_NPU_DEVICES", "8"));
+    s->memory = std::stoull(environment("EMULATED_NPU_MEMORY_MB", "4096")) << 20;
+    s->soc = environment("EMULATED_NPU_SOC", "Ascend910B3");
+    s->delay_us = static_cast<unsigned>(std::stoul(environment("EMULATED_NPU_DELAY_US", "0")));
+    s->seed = std::stoull(environment("EMULATED_NPU_SEED", "1"));
+    s->race = check_from("EMULATED_NPU_RACE");
+    s->comm_order = check_from("EMULATED_NPU_COMM_ORDER");
+    s->report = environment("EMULATED_NPU_REPORT", "");
+    s->poison = environment("EMULATED_NPU_POISON", "1") != "0";
+    return s;
+}
+
+std::atomic<const Settings*> settings_read{nullptr};
 
 thread_local std::string recent_message;
 thread_local std::string recent_returned;
@@ -85,19 +103,14 @@ int current_device() { return this_device; }
 void set_current_device(int id) { this_device = id; }
 
 const Settings& settings() {
-    static const Settings* values = [] {
-        auto* s = new Settings;
-        s->devices = std::stoi(environment("EMULATED_NPU_DEVICES", "8"));
-        s->memory = std::stoull(environment("EMULATED_NPU_MEMORY_MB", "4096")) << 20;
-        s->soc = environment("EMULATED_NPU_SOC", "Ascend910B3");
-        s->delay_us = static_cast<unsigned>(std::stoul(environment("EMULATED_NPU_DELAY_US", "0")));
-        s->seed = std::stoull(environment("EMULATED_NPU_SEED", "1"));
-        s->race = check_from("EMULATED_NPU_RACE");
-        s->comm_order = check_from("EMULATED_NPU_COMM_ORDER");
-        s->report = environment("EMULATED_NPU_REPORT", "");
-        s->poison = environment("EMULATED_NPU_POISON", "1") != "0";
-        return s;
-    }();
+    // A forked process reads its own environment.
+    static const int forgets = pthread_atfork(nullptr, nullptr, [] { settings_read = nullptr; });
+    static_cast<void>(forgets);
+    const Settings* values = settings_read;
+    if (!values) {
+        const Settings* fresh = read_settings();
+        values = settings_read.compare_exchange_strong(values, fresh) ? fresh : values;
+    }
     return *values;
 }
 

@@ -38,7 +38,7 @@ int guarded(Body&& body) {
     }
 }
 
-// --- settings (environment variables, read once) ---------------------------------------------------------------
+// --- settings (environment variables, read once in every process) ---------------------------------------------
 
 enum class Check { kOff, kReport, kError };
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-in for the compiler of triton-ascend, which Triton wants beside a driver. It compiles nothing."""
+"""Stand-in for the compiler of triton-ascend, which Triton requires for a backend. It compiles nothing."""
 
 from typing import Any
 

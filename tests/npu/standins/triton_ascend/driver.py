@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-in for the driver of triton-ascend, as a backend of Triton: says that NPUs are there. Nothing is compiled for
-them; kernels are run by Triton's own interpreter (TRITON_INTERPRET=1), which reads and writes device tensors."""
+"""Stand-in for the driver of triton-ascend, as a backend of Triton: reports that there are NPUs. It compiles nothing:
+Triton's own interpreter runs the kernels (TRITON_INTERPRET=1), and reads and writes device tensors."""
 
 from typing import Any
 

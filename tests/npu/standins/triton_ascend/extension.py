@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-in for triton.language.extra.cann.extension of triton-ascend, by which vllm-ascend knows it; and what Triton's
-interpreter needs here:
+"""Stand-in for triton.language.extra.cann.extension of triton-ascend, which vllm-ascend imports; with two changes of
+Triton's interpreter:
 
-* a comparison gives booleans (in Triton 3.6.0 one of scalars that is broadcast keeps the type of what was compared);
-* only what a kernel has changed is written back. The interpreter writes back all arguments, also those that other
-  streams are reading meanwhile, which a compiled kernel does not.
+* A comparison gives booleans. In Triton 3.6.0 a broadcast comparison of scalars keeps the type of its operands.
+* Only changed arguments are written back. The interpreter writes back all arguments, also while another stream reads
+  them; a compiled kernel does not.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MkDocs hook: cells of wide tables know the head of their column, so that a phone can show each row as a card."""
+"""MkDocs hook for phones: cells of wide tables know the head of their column, so that each row can be shown as a card,
+and a tap on a figure opens it in full size."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ FIGURE_COLUMNS = 5
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Adds ``data-head`` to the cells of each table with ``LEAST_COLUMNS`` columns or more, and marks the table."""
+    """Adds ``data-head`` to the cells of each table with ``LEAST_COLUMNS`` columns or more, and marks the table. Links
+    each figure to its file."""
+    content = re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', content)
     return re.sub(r"<table>.*?</table>", lambda match: label_cells(match.group()), content, flags=re.DOTALL)
 
 
