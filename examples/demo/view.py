@@ -82,7 +82,9 @@ def _panel(domain: str, stats: EplbStats | None, text: str) -> Panel:
         facts = Table.grid(padding=(0, 3))
         window = stats.window
         facts.add_row("PAR now", show_par(window.par if window else None), "phase", stats.phase)
-        facts.add_row("with the start placement", show_par(window.par_start if window else None), "step", str(stats.step))
+        facts.add_row(
+            "with the start placement", show_par(window.par_start if window else None), "step", str(stats.step)
+        )
         facts.add_row(
             "cycles done / skipped / failed",
             f"{stats.cycles_done} / {stats.cycles_skipped} / {stats.cycles_failed}",

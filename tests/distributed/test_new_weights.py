@@ -239,7 +239,7 @@ def serve_and_reapply(ranks: Ranks, folder: str, whole: bool, command: str) -> t
     start.LISTEN_STEPS = 4
     model, first = RoutingModel(ranks), ranks.rank == 0
     box = OrderBox(Path(folder, "order")) if first else None
-    updator = start.build_updator(model, CONFIG, EplbProcess() if first else None, orders=box)
+    updator = start.build_updator(model, CONFIG, PatientPlanner() if first else None, orders=box)
     while updator.placement == model.placement or updator.state.phase is not Phase.COLLECT:
         step(model, updator)
     before = updator.placement

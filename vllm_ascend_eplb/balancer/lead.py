@@ -312,7 +312,7 @@ class Lead:
         self.record_map()
 
     def _leave(self, placement: Placement) -> None:
-        """Remembers the placement that is given up for the initial one; not the states on the way there."""
+        """Remembers the placement that is given up for the start placement; not the states on the way there."""
         if placement != self._parts.start and not self._restoring:
             self._left = placement
 

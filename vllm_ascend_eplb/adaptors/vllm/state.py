@@ -316,7 +316,7 @@ class VllmEplbState(ModelStates):
             )
 
     def begin_update(self) -> bool:
-        """Called before a weight transfer, in all workers of all engines together: moves experts back to their initial
+        """Called before a weight transfer, in all workers of all engines together: moves experts back to their start
         slots, where they stay until :meth:`end_update`. Steps in between are not counted.
 
         Returns:
