@@ -308,6 +308,7 @@ def test_sleep_and_new_weights_alternate(turns: int) -> None:
 def called_alone(ranks: Ranks, called: list[int]) -> Seen:
     """While all ranks step, some are called to load weights, as engines are under requests; the others wait for them in
     a forward. Later, all are called."""
+    make_planners_patient()
     model, seen = RoutingModel(ranks), Seen()
     meeting = MeetingPoint(dist.group.WORLD.get_group_store(), ranks.rank, ranks.num_ranks, seconds=0.3)
     updator = start_balancer(model, CONFIG)
