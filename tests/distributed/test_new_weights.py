@@ -312,13 +312,13 @@ def called_alone(ranks: Ranks, called: list[int]) -> Seen:
     model, seen = RoutingModel(ranks), Seen()
     meeting = MeetingPoint(dist.group.WORLD.get_group_store(), ranks.rank, ranks.num_ranks, seconds=0.3)
     updator = start_balancer(model, CONFIG)
-    for number in range(400):
+    for number in range(180):
         step(model, updator)
         seen.history.append(updator.placement.digest)
         seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
-        if number in (60, 120, 200):
-            meeting.seconds = 60.0 if number == 200 else 0.3
-            if number < 200 and ranks.rank not in called:
+        if number in (30, 60, 100):
+            meeting.seconds = 60.0 if number == 100 else 0.3
+            if number < 100 and ranks.rank not in called:
                 continue
             seen.changed.append(meeting.meet())
             if seen.changed[-1]:
@@ -338,8 +338,8 @@ def test_engine_that_is_never_called_serves_on(called: list[int]) -> None:
         assert seen.history == first.history
         assert seen.changed == ([False, False, True] if rank in called else [True])
     assert first.stats.cycles_failed == 0
-    assert len(set(first.history[60:200])) > 3
-    assert len(set(first.history[201:])) > 3
+    assert len(set(first.history[30:100])) > 3
+    assert len(set(first.history[101:])) > 3
 
 
 def load_out_of_step(ranks: Ranks) -> Seen:
