@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from vllm_ascend_eplb.agreement.exchange import StartError
+from vllm_ascend_eplb.agreement.meeting import MeetingPoint
 from vllm_ascend_eplb.agreement.phases import Phase
 from vllm_ascend_eplb.balancer import start
 from vllm_ascend_eplb.balancer.orders import Order, OrderBox, write_order
@@ -232,6 +233,42 @@ def test_an_order_waits_until_experts_are_back(command: str, tmp_path: Path) -> 
     assert run_ranks(2, serve_and_order, str(tmp_path), command) == [(True, [0, 1], "")] * 2
 
 
+def serve_and_reapply(ranks: Ranks, folder: str, whole: bool, command: str) -> tuple[bool, str]:
+    """Load other weights, or a part of them, while experts are moved, and give an order. Returns True if the placement
+    of before is in force again at some later step, and wrong slots."""
+    start.LISTEN_STEPS = 4
+    model, first = RoutingModel(ranks), ranks.rank == 0
+    box = OrderBox(Path(folder, "order")) if first else None
+    updator = start.build_updator(model, CONFIG, PatientPlanner() if first else None, orders=box)
+    while updator.placement == model.placement or updator.state.phase is not Phase.COLLECT:
+        step(model, updator)
+    before = updator.placement
+    if not whole:
+        updator.move_back()
+    with updator.new_weights():
+        if whole:
+            load_others(model)
+    with updator.new_weights():  # as a reload after sleep: the initial placement is in force already
+        pass
+    if box is not None:
+        write_order(box.path, Order(command=command))
+        box.look()
+    returned, wrong = False, ""
+    for _ in range(120):
+        step(model, updator)
+        returned = returned or updator.placement == before
+        wrong = wrong or model.slots.wrong(updator.placement)
+    updator.close()
+    return returned, wrong
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_placement_of_before_returns_on_request(whole: bool, tmp_path: Path) -> None:
+    """Negative control: cycles move experts elsewhere."""
+    assert run_ranks(2, serve_and_reapply, str(tmp_path), whole, "reapply") == [(True, "")] * 2
+    assert run_ranks(2, serve_and_reapply, str(tmp_path), whole, "cycle") == [(False, "")] * 2
+
+
 def sleep_and_update(ranks: Ranks, turns: int) -> Seen:
     """In every turn: step until the turn's phase, sleep without contents, load other weights."""
     make_planners_patient()
@@ -266,6 +303,43 @@ def test_sleep_and_new_weights_alternate(turns: int) -> None:
     assert sum(first.changed) > turns / 20
     assert set(first.loaded_in) == {int(phase) for phase in PHASES}
     assert first.stats.cycles_failed == 0
+
+
+def called_alone(ranks: Ranks, called: list[int]) -> Seen:
+    """While all ranks step, some are called to load weights, as engines are under requests; the others wait for them in
+    a forward. Later, all are called."""
+    make_planners_patient()
+    model, seen = RoutingModel(ranks), Seen()
+    meeting = MeetingPoint(dist.group.WORLD.get_group_store(), ranks.rank, ranks.num_ranks, seconds=0.3)
+    updator = start_balancer(model, CONFIG)
+    for number in range(180):
+        step(model, updator)
+        seen.history.append(updator.placement.digest)
+        seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
+        if number in (30, 60, 100):
+            meeting.seconds = 60.0 if number == 100 else 0.3
+            if number < 100 and ranks.rank not in called:
+                continue
+            seen.changed.append(meeting.meet())
+            if seen.changed[-1]:
+                with updator.new_weights():
+                    load_others(model)
+    seen.stats = updator.stats.stats() if ranks.rank == 0 else None
+    updator.close()
+    return seen
+
+
+@pytest.mark.parametrize("called", [[0], [1, 2]])
+def test_engine_that_is_never_called_serves_on(called: list[int]) -> None:
+    """The called ranks stop waiting, nothing is changed, and cycles go on. Weights are loaded when all are called."""
+    first, *rest = run_ranks(3, called_alone, called)
+    for rank, seen in enumerate((first, *rest)):
+        assert seen.wrong == ""
+        assert seen.history == first.history
+        assert seen.changed == ([False, False, True] if rank in called else [True])
+    assert first.stats.cycles_failed == 0
+    assert len(set(first.history[30:100])) > 3
+    assert len(set(first.history[101:])) > 3
 
 
 def load_out_of_step(ranks: Ranks) -> Seen:

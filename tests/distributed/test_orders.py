@@ -25,6 +25,7 @@ ORDERS: tuple[dict[str, Any], ...] = (
     {"command": "pause"},
     {"command": "cycle"},
     {"command": "restore"},
+    {"command": "reapply"},
     {"command": "intervals", "collect_steps": 5, "execution_steps": 2},
     {"command": "resume"},
 )
@@ -92,13 +93,13 @@ def serve(ranks: Ranks, folder: str, steps: int) -> tuple[list[Moment], str, Any
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_all_ranks_obey_at_the_same_step(num_ranks: int, tmp_path: Path) -> None:
-    results = run_ranks(num_ranks, serve, str(tmp_path), 900, timeout=240)
+    results = run_ranks(num_ranks, serve, str(tmp_path), 1020, timeout=240)
     moments, _, stats = results[0]
     for seen, wrong, _ in results:
         assert wrong == ""
         assert seen == moments
     by_order = {order: list(group) for order, group in itertools.groupby(moments, key=lambda moment: moment.order)}
-    assert list(by_order) == [0, 1, 2, 3, 4, 5]
+    assert list(by_order) == [0, 1, 2, 3, 4, 5, 6]
     start = moments[0].digest
     digests, cycles = (
         {order: [getattr(moment, name) for moment in group] for order, group in by_order.items()}
@@ -106,18 +107,20 @@ def test_all_ranks_obey_at_the_same_step(num_ranks: int, tmp_path: Path) -> None
     )
     assert len(set(digests[0])) > 2  # cycles moved experts
     assert len(set(digests[1])) == len(set(cycles[1])) == 1  # paused: nothing moves
-    assert all(moment.paused for order in (1, 2, 3, 4) for moment in by_order[order])
+    assert all(moment.paused for order in (1, 2, 3, 4, 5) for moment in by_order[order])
     assert cycles[2][-1] == cycles[1][-1] + 1  # exactly one cycle
     assert digests[2][-1] != digests[1][-1]
     assert start not in digests[2]
     assert cycles[3][-1] == cycles[2][-1] + 1
     assert digests[3][-1] == start
-    assert set(digests[4]) == {start}
-    assert {moment.intervals for moment in by_order[4]} == {(5, 2)}
-    assert not by_order[5][-1].paused
-    assert cycles[5][-1] > cycles[4][-1] + 2
-    assert digests[5][-1] != start
+    assert cycles[4][-1] == cycles[3][-1] + 1
+    assert digests[4][-1] == digests[2][-1]  # where experts were before they went to the initial slots
+    assert set(digests[5]) == {digests[2][-1]}
+    assert {moment.intervals for moment in by_order[5]} == {(5, 2)}
+    assert not by_order[6][-1].paused
+    assert cycles[6][-1] > cycles[5][-1] + 2
+    assert digests[6][-1] not in (start, digests[2][-1])
     assert (stats.paused, stats.collect_steps, stats.execution_steps) == (False, 5, 2)
-    assert stats.order_step == by_order[5][0].step
+    assert stats.order_step == by_order[6][0].step
     assert stats.cycles_failed == 0
     assert list(tmp_path.iterdir()) == []

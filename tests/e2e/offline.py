@@ -5,9 +5,10 @@ The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config 
 (more of the engine's), ``variables`` (of its environment), ``max_tokens``, ``prompts`` (a list of batches), ``cycles``
 (the prompts are repeated until so many cycles are done), ``parts`` (which data-parallel part gets them, turn by turn),
 ``pattern`` (a regular expression that the answers to the first batch must match in the end), ``reload`` (in the end
-weights are loaded anew), ``sleeps`` (levels: in the end the engine sleeps with
-each of them, see allocator.py), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of
-them, see transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again),
+weights are loaded anew), ``under_way`` (data-parallel parts that are asked to reload while requests are under way, turn
+by turn; null for all, while they are paused), ``sleeps`` (levels: in the end the engine sleeps with each of them, see
+allocator.py), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of them, see
+transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again),
 ``routing`` (in the end layers are asked for what is refused), ``contents`` (what slots hold, at first and in the end),
 ``drafter`` (it is watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted
 is corrupted after all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how
@@ -17,10 +18,13 @@ many tokens went through the model if none came from a cache.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,54 +65,101 @@ class Engine:
             self._loop = asyncio.new_event_loop()
             asyncio.set_event_loop(self._loop)
             self._many = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._begun: set[str] = set()
+        self._ended: set[str] = set()
 
-    def rpc(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call ``function(worker, *args)`` in every worker and return the results in rank order."""
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def rpc(
+        self, function: Callable[..., Any] | str, *args: Any, parts: Sequence[int] | None = None, **keywords: Any
+    ) -> list[Any]:
+        """Call ``function(worker, *args, **keywords)``, or the worker's method of this name, in every worker, or in
+        those of some data-parallel parts; return the results in rank order."""
         if self.parts == 1:
-            return self.llm.collective_rpc(function, args=args)
-        return [result for part in self._loop.run_until_complete(self._call(function, args)) for result in part]
+            return self.llm.collective_rpc(function, args=args, kwargs=keywords)
+        called = range(self.parts) if parts is None else parts
+        results = self._run(self._call(function, args, keywords, called))
+        return [result for part in results for result in part]
 
-    async def _call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[list[Any]]:
-        """The results of all data-parallel parts; vLLM before 0.32 has no public function for this."""
+    async def _call(
+        self, function: Callable[..., Any] | str, args: tuple[Any, ...], keywords: dict[str, Any], parts: Sequence[int]
+    ) -> list[list[Any]]:
+        """The results of data-parallel parts; vLLM before 0.32 has no public function for this."""
         core = self._many.engine_core
         asked = (
-            core._call_utility_async("collective_rpc", function, None, args, None, engine=engine)
-            for engine in core.core_engines
+            core._call_utility_async("collective_rpc", function, None, args, keywords, engine=core.core_engines[part])
+            for part in parts
         )
         return await asyncio.gather(*asked)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No part makes a step meanwhile; requests are kept."""
+        if self.parts > 1:
+            self._run(self._many.pause_generation(mode="keep"))
+        yield
+        if self.parts > 1:
+            self._run(self._many.resume_generation())
 
     def generate(self, prompts: list[str], sampling: Any, part: int | None = None) -> list[Any]:
         """Answers to all prompts, asked at the same time, from one data-parallel part, or from any (None)."""
         if self.parts == 1:
             return self.llm.generate(prompts, sampling, use_tqdm=False)
-        return self._loop.run_until_complete(self._gather(prompts, sampling, part))
+        return self._run(self._gather(prompts, sampling, part))
+
+    @contextlib.contextmanager
+    def generating(self, prompts: list[str], sampling: Any) -> Iterator[list[Any]]:
+        """The block runs when every prompt has a token of its answer; the list has the answers afterwards."""
+        outputs: list[Any] = []
+        before, asked = (
+            len(self._begun),
+            asyncio.run_coroutine_threadsafe(self._gather(prompts, sampling, None), self._loop),
+        )
+        while len(self._begun) < before + len(prompts) and not asked.done():
+            time.sleep(0.001)
+        yield outputs
+        outputs += asked.result()
+
+    def unfinished(self) -> int:
+        """Requests that have a token, but not the last one."""
+        return len(self._begun - self._ended)
 
     async def _gather(self, prompts: list[str], sampling: Any, part: int | None) -> list[Any]:
         async def ask(prompt: str) -> Any:
             self._requests += 1
-            async for output in self._many.generate(
-                prompt, sampling, request_id=str(self._requests), data_parallel_rank=part
-            ):
+            name = str(self._requests)
+            async for output in self._many.generate(prompt, sampling, request_id=name, data_parallel_rank=part):
+                self._begun.add(name)
                 last = output
+            self._ended.add(name)
             return last
 
         return await asyncio.gather(*(ask(prompt) for prompt in prompts))
 
     def update_weights(self, factor: float) -> None:
         """Transfer weights as a trainer does, in two parts, to the stand-in of transfer_engine.py."""
-        self.llm.collective_rpc("start_weight_update")
-        for part in (0, 1):
-            self.llm.collective_rpc("update_weights", kwargs={"update_info": {"factor": factor, "part": part}})
-        self.llm.collective_rpc("finish_weight_update")
+        with self.paused():
+            self.rpc("start_weight_update")
+            for part in (0, 1):
+                self.rpc("update_weights", update_info={"factor": factor, "part": part})
+            self.rpc("finish_weight_update")
 
     def sleep(self, level: int) -> None:
         """Sleep and wake up; after level 2, load the weights again."""
-        import probes
+        import weight_probes
 
-        self.llm.collective_rpc("sleep", args=(level,))
-        self.llm.collective_rpc("wake_up")
+        if self.parts > 1:  # vLLM pauses all parts before sleep, and resumes when they have all memory again
+            self._run(self._many.sleep(level))
+            self._run(self._many.wake_up(["weights"]))
+        else:
+            self.rpc("sleep", level)
+            self.rpc("wake_up")
         if level == 2:
-            self.llm.collective_rpc(probes.load_again)
+            self.rpc(weight_probes.load_again)
+        if self.parts > 1:
+            self._run(self._many.wake_up(["kv_cache"]))
 
     def close(self) -> None:
         if self.parts == 1:
@@ -119,6 +170,7 @@ class Engine:
 
 def main(job_path: str, result_path: str) -> None:
     import probes
+    import weight_probes
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -139,8 +191,8 @@ def main(job_path: str, result_path: str) -> None:
     result: dict[str, object] = {}
     if job.get("probe"):
         engine.rpc(probes.install)
-    if job.get("reload") or job.get("sleeps"):
-        engine.rpc(probes.remember_weights)
+    if any(job.get(name) for name in ("reload", "under_way", "sleeps")):
+        engine.rpc(weight_probes.remember_weights)
     if job.get("sleeps"):
         import allocator
 
@@ -187,17 +239,32 @@ def main(job_path: str, result_path: str) -> None:
         )
         result["texts"] = [output.outputs[0].text for output in engine.generate(job["prompts"][0], shaped)]
     if job.get("reload"):
-        result["reloads"] = engine.rpc(probes.reload_weights)
+        result["reloads"] = engine.rpc(weight_probes.reload_weights)
         result["tokens_after"] = token_ids(ask()) + token_ids(ask())
+    result["under_way"] = []
+    for called in job.get("under_way", []):
+        engine.rpc(weight_probes.shorten_meetings, 60.0 if called is None else 1.5)
+        told, waiting = "", engine.paused() if called is None else contextlib.nullcontext()
+        with engine.generating([text for batch in job["prompts"] for text in batch], sampling) as outputs, waiting:
+            unfinished = engine.unfinished()
+            try:
+                engine.rpc(weight_probes.reload_weights, parts=called)
+            except Exception as error:
+                told = str(error)
+            mine = engine.rpc(weight_probes.updated) if called is None else []
+        after = ask_until_moved()
+        result["under_way"].append(
+            {"unfinished": unfinished, "error": told, "ranks": mine, "tokens": token_ids(outputs) + after}
+        )
     result["sleeps"] = []
     for level in job.get("sleeps", []):
         engine.sleep(level)
-        mine = engine.rpc(probes.updated) if job["eplb"] is not None else []
+        mine = engine.rpc(weight_probes.updated) if job["eplb"] is not None else []
         result["sleeps"].append({"ranks": mine, "tokens": ask_until_moved()})
     result["updates"] = []
     for factor in job.get("updates", []):
         engine.update_weights(factor)
-        mine = engine.rpc(probes.updated) if job["eplb"] is not None else []
+        mine = engine.rpc(weight_probes.updated) if job["eplb"] is not None else []
         result["updates"].append({"ranks": mine, "tokens": ask_until_moved()})
     if job.get("routing"):
         result["routing"] = engine.rpc(probes.routing_that_is_refused)

@@ -216,6 +216,11 @@ def test_operator_pauses_restores_and_resumes_under_load(server, texts, referenc
     wait_until(
         lambda: complete(server, few, 16) == expected and server.stats().placement_digest == start, 300, "restore"
     )
+    order(server, "reapply")
+    there = paused.placement_digest
+    wait_until(
+        lambda: complete(server, few, 16) == expected and server.stats().placement_digest == there, 300, "reapply"
+    )
     assert server.stats().paused
     assert order(server, "intervals", "--collect-steps", "8")["collect_steps"] == 8
     assert order(server, "resume")["paused"] is False

@@ -90,11 +90,6 @@ CASES = {
         {"offload_group_size": 2},
         "--offload-group-size 2 is not supported",
     ),
-    "weight updates of several engines": (
-        {"dynamic_eplb": True},
-        {"weight_transfer_config": {"backend": "nccl"}, "data_parallel_size": 2},
-        "--weight-transfer-config and --data-parallel-size 2 is not supported",
-    ),
     "sleep": (
         {"dynamic_eplb": True},
         {"set": {"model_config": {"enable_sleep_mode": True}}},

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 
@@ -17,23 +18,43 @@ LEVELS = [1, 2, 1, 2]
 """The levels of sleep, in this order, before the updates."""
 
 
+ENGINES = {"weight_transfer_config": {"backend": "trainer"}, "enable_prefix_caching": False, "data_parallel_size": 2}
+"""Arguments of two data-parallel engines."""
+
+
 @pytest.fixture(scope="module")
-def trained(runs, tmp_path_factory):
-    """The same updates in two runs: two ranks that balance, and one process without expert parallelism."""
+def job(tmp_path_factory):
+    """The same prompts, sleeps and updates for all runs."""
     folder = tmp_path_factory.mktemp("trainer")
     (folder / "sitecustomize.py").write_text("import allocator, transfer_engine\n")
-    job = {
+    return {
         "prompts": [[text for batch in prompts(2) for text in batch]],
         "max_tokens": TOKENS,
-        "arguments": {"weight_transfer_config": {"backend": "trainer"}},
+        "arguments": {**ENGINES, "data_parallel_size": 1},
         "sleeps": LEVELS,
         "updates": FACTORS,
         "paths": [str(folder)],
     }
-    alone = runs("trained alone", ranks=1, eplb=None, **job)
-    assert alone.code == 0, alone.log[-6000:]
-    run = runs("trained", ranks=2, eplb=BUSY, probe=True, cycles=10, **job)
+
+
+@pytest.fixture(scope="module")
+def alone(runs, job):
+    """One process without expert parallelism."""
+    run = runs("trained alone", ranks=1, eplb=None, **job)
     assert run.code == 0, run.log[-6000:]
+    return run
+
+
+@pytest.fixture(scope="module", params=["ranks", "engines"])
+def trained(request, runs, job, alone):
+    """Two ranks of one engine, or two data-parallel engines, that balance. Then vLLM pauses the engines, besides where
+    they reload without requests."""
+    more = {}
+    if request.param == "engines":
+        more = {"ranks": 1, "arguments": ENGINES, "reload": True, "under_way": [None, [0], None]}
+    run = runs(f"trained {request.param}", **{**job, "ranks": 2, "eplb": BUSY, "probe": True, "cycles": 10, **more})
+    assert run.code == 0, run.log[-6000:]
+    assert json.loads(run.result["ranks"][0]["stats"])["cycles_done"] >= 10
     return run, alone
 
 
@@ -80,3 +101,24 @@ def test_updates_find_experts_in_initial_slots(trained):
     ranks = run.result["ranks"]
     assert [rank["wrong_experts"] for rank in ranks] == [0, 0]
     assert ranks[0]["digest"] == ranks[1]["digest"] != run.result["updates"][0]["ranks"][0]["initial"]
+
+
+def test_engines_reload_while_they_serve(trained):
+    """Engines that are paused or have no requests reload together. If one engine is called alone under requests, while
+    the other waits for it in a forward, both serve on."""
+    run, alone = trained
+    if not run.result["under_way"]:
+        pytest.skip("one engine: its workers are always called together")
+    before = alone.result["tokens"]
+    first, refused, last = run.result["under_way"]
+    for turn in (first, refused, last):
+        assert turn["unfinished"] > 0
+        assert repeated(turn["tokens"], before)
+    for turn in (first, last):
+        assert turn["error"] == ""
+        assert [rank["placement"] for rank in turn["ranks"]] == [turn["ranks"][0]["initial"]] * 2
+    assert "load_weights of the model changed nothing, because not all engines were called" in refused["error"]
+    assert repeated(run.result["tokens_after"], before)
+    for reload in run.result["reloads"]:
+        assert reload["placement"] != reload["initial"] == reload["by_name"] == reload["placement_after"]
+        assert reload["moved"] == 0

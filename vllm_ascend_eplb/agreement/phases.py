@@ -77,6 +77,7 @@ class Command(IntEnum):
     CYCLE = 3  # one cycle now, paused or not
     RESTORE = 4  # back to the placement the server started with, and pause there
     INTERVALS = 5  # other intervals from now on
+    REAPPLY = 6  # back to the placement that was in force before experts went to their start slots
 
 
 class Do(IntEnum):
@@ -167,7 +168,7 @@ class CycleState:
         listen_at: step at which ranks next learn of orders (phase COLLECT).
         order: number of the last order taken; 0 before the first.
         paused: whether cycles begin only when ordered.
-        wanted: the ordered cycle that has not ended yet: CYCLE, RESTORE or NONE.
+        wanted: the ordered cycle that has not ended yet: CYCLE, RESTORE, REAPPLY or NONE.
         entered: step at which the phase was entered.
         snapshot_at: step of the snapshot of this cycle.
         plan_length, plan_digest: bytes and hash of the agreed plan.

@@ -118,7 +118,7 @@ def _obey(state: CycleState, order: Facts) -> tuple[CycleState, Actions]:
     if command is Command.RESUME:
         resumed = replace(state, paused=False, wanted=Command.NONE, due=later)
         return resumed, (Action(Do.NEW_WINDOW), *noted)
-    if command is Command.CYCLE:
+    if command in (Command.CYCLE, Command.REAPPLY):
         return replace(state, wanted=command, due=state.step), noted
     if command is Command.RESTORE:
         return replace(state, wanted=command, due=state.step, paused=True), noted
@@ -242,7 +242,7 @@ def _move(state: CycleState, agreed: Agreed, settings: CycleSettings) -> tuple[C
 def _outdated(state: CycleState, settings: CycleSettings) -> bool:
     """Whether moving has taken so long that the rest of the plan gives way to a plan for newer load. The rounds
     committed so far keep their value, because moves are ordered by gain."""
-    if not settings.cut_after or state.wanted is Command.RESTORE or state.repair:
+    if not settings.cut_after or state.wanted in (Command.RESTORE, Command.REAPPLY) or state.repair:
         return False
     return state.step - state.entered >= max(settings.cut_after, state.collect_steps)
 

@@ -75,6 +75,8 @@ class Lead:
         self.case: _Case | None = None
         self.clock = StepClock()
         self._told_still = False
+        self._left: Placement | None = None
+        self._restoring = False
 
     def learn(self, times: Times) -> None:
         """Takes the measured times: plans are weighed by them from now on."""
@@ -103,10 +105,17 @@ class Lead:
             )
         )
 
-    def _task(self) -> Rebalance | Restore:
+    def task(self) -> Rebalance | Restore:
+        """The task that the next plan is asked for."""
         config = self._parts.config
-        if self._work.state.wanted is Command.RESTORE:
-            return Restore(self._parts.start.physical_to_logical)
+        wanted, start = self._work.state.wanted, self._parts.start
+        if wanted is Command.RESTORE:
+            self._leave(self._work.placement)
+            self._restoring = True
+            return Restore(start.physical_to_logical)
+        self._restoring = False
+        if wanted is Command.REAPPLY:
+            return Restore((self._left or self._work.placement).physical_to_logical)
         if config.policy_name == "random":
             return Rebalance("random", PlanOptions(seed=self._work.state.cycle))
         if config.policy_name != "incremental":
@@ -142,7 +151,7 @@ class Lead:
         timed = self.clock.window_ended(at_start=placement == parts.start)
         if timed is not None:
             parts.stats.steps_timed(timed.ms, timed.ms_start, timed.saved_seconds)
-        return _Case(placement, self._task(), par, note)  # the task depends on the traffic of this window
+        return _Case(placement, self.task(), par, note)  # the task depends on the traffic of this window
 
     # --- the decision -------------------------------------------------------------------------------------------------
 
@@ -292,10 +301,20 @@ class Lead:
         if self._parts.planner is not None:
             self._parts.planner.close(wait=0)
 
-    def went_back(self) -> None:
-        """Notes that the start placement is in force again, because weights are about to be loaded."""
+    def went_back(self, before: Placement) -> None:
+        """Notes that the start placement is in force again, because weights are about to be loaded.
+
+        Args:
+            before: the placement that was in force.
+        """
+        self._leave(before)
         self._judge.forget()
         self.record_map()
+
+    def _leave(self, placement: Placement) -> None:
+        """Remembers the placement that is given up for the start placement; not the states on the way there."""
+        if placement != self._parts.start and not self._restoring:
+            self._left = placement
 
     def record_map(self) -> None:
         """Hands the placement in force to the map recorder, however the cycle ended."""

@@ -49,7 +49,8 @@ class Order(BaseModel):
     Attributes:
         id: identifies the order; the statistics have the id of the last order that was taken.
         command: pause (begin no more cycles; one under way is completed), resume, cycle (one now, paused or not),
-            restore (move every expert back to its start slots, and pause there), intervals.
+            restore (move every expert back to its start slots, and pause there), reapply (move experts back to where
+            they were before they last went to their start slots), intervals.
         collect_steps, execution_steps: for ``intervals``: new values of ``expert_heat_collection_interval`` and
             ``algorithm_execution_interval``; None keeps a value.
     """
@@ -57,7 +58,7 @@ class Order(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     id: Annotated[str, Field(min_length=1, max_length=64)] = Field(default_factory=lambda: secrets.token_hex(8))
-    command: Literal["pause", "resume", "cycle", "restore", "intervals"]
+    command: Literal["pause", "resume", "cycle", "restore", "reapply", "intervals"]
     collect_steps: Interval | None = None
     execution_steps: Interval | None = None
 

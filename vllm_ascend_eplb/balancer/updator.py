@@ -370,6 +370,7 @@ class EplbUpdator:
 
     def _back_to_start(self) -> None:
         """Drops the cycle and switches the maps to the start placement, whose weights are about to be loaded."""
+        before = self.placement
         self.work.state = abandon(self.state, self.parts.settings)
         self._forget()
         self.rollout.back_to(self.parts.start)
@@ -379,7 +380,7 @@ class EplbUpdator:
             self.state.step,
         )
         if self.lead is not None:
-            self.lead.went_back()
+            self.lead.went_back(before)
 
     def close(self) -> None:
         """Ends the planner and the threads. Serving may go on without balancing."""

@@ -25,6 +25,7 @@ class Verb(str, Enum):
     RESUME = "resume"
     CYCLE = "cycle"
     RESTORE = "restore"
+    REAPPLY = "reapply"
     INTERVALS = "intervals"
 
 
@@ -33,7 +34,8 @@ def control(
         Verb,
         typer.Argument(
             help="pause: begin no further cycle. resume: begin cycles again. cycle: one cycle now, paused or not. "
-            "restore: move every expert back to its start placement, and pause. intervals: set new intervals."
+            "restore: move every expert back to its start placement, and pause. reapply: return to the placement "
+            "before the last restore or new weights. intervals: set new intervals."
         ),
     ],
     collect_steps: Annotated[

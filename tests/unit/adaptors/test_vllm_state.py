@@ -76,16 +76,13 @@ def test_redundant_slots_without_weights_end_the_start() -> None:
         require_loaded_copies(8, "auto")
 
 
-def test_reload_is_refused_if_engines_share_experts() -> None:
-    with pytest.raises(RuntimeError, match=r"--data-parallel-size 2 is not supported"), state(2).new_weights():
-        raise AssertionError("weights were loaded")
-
-
 class Balancer:
     """A stand-in for the balancer: records its calls, and if weights may be loaded."""
 
     def __init__(self) -> None:
         self.open, self.calls = False, []
+        adaptor = SimpleNamespace(control_group=None, topology=SimpleNamespace(num_ranks=1))
+        self.parts = SimpleNamespace(adaptor=adaptor)
 
     @contextlib.contextmanager
     def new_weights(self) -> Iterator[None]:
@@ -152,15 +149,6 @@ def test_parts_of_a_model_are_loaded_into_initial_slots() -> None:
     model.load_weights("by name")
     assert loaded == [("vision", False), ("part", True), ("part", True)]
     assert balancer.calls == ["moves back", "back to the start", "checksums"] * 2
-
-
-def test_weights_by_name_are_refused_beside_engines() -> None:
-    mine, loaded = state(2), []
-    model = loads_by(loaded.append)
-    mine.guard(model)
-    with pytest.raises(RuntimeError, match=r"load_weights of the model with --data-parallel-size 2 is not supported"):
-        model.load_weights("by name")
-    assert loaded == []
 
 
 def test_weight_transfer_stops_the_balancer() -> None:
@@ -239,9 +227,9 @@ class Allocator:
         pass
 
 
-def sleeper(engines: int = 1) -> tuple[Any, VllmEplbState, Balancer, list[torch.Tensor]]:
+def sleeper() -> tuple[Any, VllmEplbState, Balancer, list[torch.Tensor]]:
     """A worker with its state, its balancer and its tensors on the device."""
-    balancer, mine = Balancer(), state(engines)
+    balancer, mine = Balancer(), state()
     maps, counts = torch.arange(6), torch.ones(4)
     mine.updator = balancer
     mine.adaptor = SimpleNamespace(device_tensors=lambda: [maps, counts], rank=0)
@@ -304,10 +292,9 @@ def test_weight_transfer_after_sleep_resumes_balancing() -> None:
     assert balancer.calls[-3:] == ["counts nothing", "checksums", "step"]
 
 
-@pytest.mark.parametrize(("engines", "level", "says"), [(2, 1, "sleep with --data-parallel-size 2"), (1, 3, "level 3")])
-def test_unsupported_sleep_is_refused(engines: int, level: int, says: str) -> None:
-    worker, _, balancer, device = sleeper(engines)
-    with pytest.raises(RuntimeError, match=f"{says} is not supported"):
-        worker.sleep(level)
+def test_unsupported_sleep_is_refused() -> None:
+    worker, _, balancer, device = sleeper()
+    with pytest.raises(RuntimeError, match=r"level 3 is not supported"):
+        worker.sleep(3)
     assert balancer.calls == []
     assert device[0].tolist() == [0, 1, 2, 3, 4, 5]

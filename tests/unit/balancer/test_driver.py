@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vllm_ascend_eplb.adaptors.engine_adaptor import EngineAdaptor
-from vllm_ascend_eplb.agreement.phases import Do, Phase
+from vllm_ascend_eplb.agreement.phases import Command, Do, Phase
 from vllm_ascend_eplb.balancer import start
 from vllm_ascend_eplb.balancer.orders import NumberedOrder, Order, OrderFacts, PostedOrders
 from vllm_ascend_eplb.balancer.updator import EplbUpdator
@@ -126,6 +126,28 @@ def test_order_to_restore_asks_for_the_start_placement(updator: EplbUpdator, pla
     assert isinstance(task, Restore)
     np.testing.assert_array_equal(task.target, updator.parts.start.physical_to_logical)
     assert updator.state.paused
+
+
+def test_order_to_reapply_asks_for_the_placement_of_before(updator: EplbUpdator, planner: PlannerHere) -> None:
+    """The one that was given up for the initial placement, not a state on the way there."""
+    start = updator.parts.start
+    before, partly = (
+        Placement(np.roll(start.physical_to_logical, by, axis=1), start.num_experts, start.num_ranks) for by in (1, 2)
+    )
+    asked = []
+    for wanted, in_force in (
+        (Command.REAPPLY, before),  # nothing was given up yet
+        (Command.RESTORE, before),
+        (Command.RESTORE, partly),  # the first one failed on the way
+        (Command.REAPPLY, start),
+        (Command.REAPPLY, partly),
+    ):
+        updator.work.placement = in_force
+        updator.work.state = replace(updator.state, wanted=wanted)
+        asked.append(updator.lead.task().target.tolist())
+    targets = [before, start, start, before, before]
+    assert asked == [placement.physical_to_logical.tolist() for placement in targets]
+    updator.work.placement = start
 
 
 def test_no_part_of_a_cycle_outlives_it(updator: EplbUpdator, planner: PlannerHere) -> None:

@@ -84,17 +84,14 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
 
 def beside_new_weights(vllm_config: Any) -> list[Option]:
     """Options that are unsupported together with new weights for a running server."""
-    parallel, draft = vllm_config.parallel_config, has_experts(vllm_config.speculative_config)
-    found: list[Option] = []
-    for name, given in (
-        ("--weight-transfer-config", transfers_weights(vllm_config)),
-        ("--enable-sleep-mode", sleeps(vllm_config)),
-    ):
-        # engines are at different steps, so that their ranks cannot go back to the start placement together
-        engines = parallel.data_parallel_size if given else 1
-        found.append((f"{name} and --data-parallel-size", engines, 1, "use one of the two"))
-        found.append((f"{name} and a draft model with experts", given and draft, False, "use one of the two"))
-    return found
+    draft = has_experts(vllm_config.speculative_config)
+    return [
+        (f"{name} and a draft model with experts", given and draft, False, "use one of the two")
+        for name, given in (
+            ("--weight-transfer-config", transfers_weights(vllm_config)),
+            ("--enable-sleep-mode", sleeps(vllm_config)),
+        )
+    ]
 
 
 def beside_map(vllm_config: Any, config: EplbConfig) -> list[Option]:

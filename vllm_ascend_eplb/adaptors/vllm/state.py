@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from ...agreement.exchange import exchange_bytes
+from ...agreement.meeting import MEETING_SECONDS, MeetingPoint
 from ...balancer.start import require_equal_start, start_balancer
 from ...balancer.updator import EplbUpdator, Stage
 from ..engine_adaptor import require_loaded_copies
@@ -64,6 +66,7 @@ class VllmEplbState(ModelStates):
         sharers: ranks that share each batch.
         updator: the balancer of the model; None before a model was added, and with a static placement.
         draft: the draft model with experts, or None.
+        meeting: where the ranks of all engines come together; None before they did.
     """
 
     is_async = False
@@ -83,6 +86,7 @@ class VllmEplbState(ModelStates):
         self._began = False
         self._loading = False
         self.loaded = LoadedOrder()
+        self.meeting: MeetingPoint | None = None
         self._update: contextlib.ExitStack | None = None
         self._gone = False
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -160,15 +164,22 @@ class VllmEplbState(ModelStates):
             return
         if not serving:
             self._no_tokens()
-            if self._gone:
-                return
+        if self._gone and not self._any_serves(serving):
+            return
         # The runner works in inference mode; tensors made here outlive it.
         with torch.inference_mode(False), torch.no_grad():
             if self._gone:
-                with self.new_weights("the first step after sleep", whole=False):
+                with self._loading_weights(whole=False):
                     pass  # the weights have come since the engine woke up
             for updator in self._updators():
                 updator.forward_before(serving=serving, stage=stage, tokens_per_rank=tokens / self.sharers)
+
+    def _any_serves(self, serving: bool) -> bool:
+        """Whether the forward of any rank serves requests; all ranks together. Blocks: for steps after sleep only."""
+        if self.updator is None:
+            return serving
+        adaptor = self.updator.parts.adaptor
+        return any(exchange_bytes(adaptor.control_group, adaptor.topology.num_ranks, b"serves" if serving else b""))
 
     def count_nothing(self) -> None:
         """Stops counting for the next forwards, which serve no request."""
@@ -209,18 +220,23 @@ class VllmEplbState(ModelStates):
 
     @contextlib.contextmanager
     def new_weights(self, what: str = "reload_weights", *, whole: bool = True) -> Iterator[None]:
-        """Context in which weights are loaded, on all workers of an engine.
+        """Context in which weights are loaded, on all workers of all engines.
 
         Args:
             what: the call, for error messages.
             whole: whether all weights of the model are loaded; slots without new weights are then an error.
 
         Raises:
-            RuntimeError: the server has several engines, which get the call at different steps, so that their ranks
-                cannot go back to the start placement together; or there is a draft model with experts, which vLLM
-                does not reload.
+            RuntimeError: not all engines were called between the same two steps, so that their ranks cannot go back to
+                the start placement together; or there is a draft model with experts, which vLLM does not reload.
         """
         self._require_one_model(what)
+        self.come_together(what)
+        with self._loading_weights(whole=whole):
+            yield
+
+    @contextlib.contextmanager
+    def _loading_weights(self, *, whole: bool) -> Iterator[None]:
         loading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if whole and self.adaptor is not None:
             loading = reloading(self.model, self.adaptor.rank)
@@ -234,8 +250,30 @@ class VllmEplbState(ModelStates):
                 self._loading = False
         self._gone = False
 
+    def come_together(self, what: str) -> None:
+        """Waits for the ranks of all engines, which are to be called together; see
+        :class:`~vllm_ascend_eplb.agreement.meeting.MeetingPoint`.
+
+        Args:
+            what: the call, for the error message.
+
+        Raises:
+            RuntimeError: not all ranks were called in time. Nothing was changed.
+        """
+        world = torch.distributed.group.WORLD
+        if self.updator is None or world is None or world.size() == 1:
+            return
+        if self.meeting is None:
+            self.meeting = MeetingPoint(world.get_group_store(), world.rank(), world.size(), MEETING_SECONDS)
+        if not self.meeting.meet():
+            raise RuntimeError(
+                f"{what} changed nothing, because not all engines were called between two steps within "
+                f"{self.meeting.seconds:g} s; pause all engines (pause_generation), call {what} in all of them at the "
+                "same time, then resume_generation"
+            )
+
     def fall_asleep(self, level: int) -> None:
-        """Called before vLLM frees the memory of the weights, in all workers of an engine together, between two
+        """Called before vLLM frees the memory of the weights, in all workers of all engines together, between two
         forwards.
 
         Args:
@@ -243,11 +281,13 @@ class VllmEplbState(ModelStates):
                 start placement is put in force, because weights will be loaded by it.
 
         Raises:
-            RuntimeError: the server has several engines, or a draft model with experts, or level is not 1 or 2.
+            RuntimeError: not all engines were called together, or there is a draft model with experts, or level is not
+                1 or 2.
         """
         if level not in (1, 2):
             raise RuntimeError(f"sleep level {level} is not supported together with balancing (allowed: 1, 2)")
         self._require_one_model("sleep")
+        self.come_together("sleep")
         if self.updator is not None:
             self.updator.rest(at_start=level == 2)
         self.count_nothing()
@@ -274,14 +314,9 @@ class VllmEplbState(ModelStates):
                 f"{what} with a draft model that has experts is not supported together with balancing; restart "
                 "the server, or leave eplb_config out"
             )
-        if self.parallel_config.data_parallel_size > 1:
-            raise RuntimeError(
-                f"{what} with --data-parallel-size {self.parallel_config.data_parallel_size} is not supported "
-                "together with balancing (allowed: 1); restart the server, or leave eplb_config out"
-            )
 
     def begin_update(self) -> bool:
-        """Called before a weight transfer, in all workers of an engine together: moves experts back to their initial
+        """Called before a weight transfer, in all workers of all engines together: moves experts back to their start
         slots, where they stay until :meth:`end_update`. Steps in between are not counted.
 
         Returns:
@@ -293,14 +328,14 @@ class VllmEplbState(ModelStates):
         if self._update is not None:
             return False
         with contextlib.ExitStack() as entered:
-            entered.enter_context(self.new_weights("a weight transfer", whole=False))
+            entered.enter_context(self.new_weights("start_weight_update", whole=False))
             self._update = entered.pop_all()
         self.count_nothing()
         return True
 
     def end_update(self) -> None:
-        """Called after a weight transfer, also a failed one, in all workers of an engine together: learns the checksums
-        again.
+        """Called after a weight transfer, also a failed one, in all workers of all engines, which have come together:
+        learns the checksums again.
 
         Raises:
             RuntimeError: copies of an expert differ.
@@ -308,6 +343,16 @@ class VllmEplbState(ModelStates):
         update, self._update = self._update, None
         if update is not None:
             update.close()
+
+    def give_up_update(self) -> None:
+        """Called if vLLM did not start a weight transfer: ends it if no worker started it. Otherwise no rank balances
+        until ``finish_weight_update``."""
+        try:
+            self.come_together("start_weight_update")
+        except RuntimeError:
+            logger.warning("EPLB: some workers started a weight transfer: balancing rests until finish_weight_update")
+        else:
+            self.end_update()
 
     def guard(self, model: Any) -> None:
         """Lets ``load_weights`` load into the start slots, and refuses readers of weights while experts have moved.

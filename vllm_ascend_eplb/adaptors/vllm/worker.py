@@ -81,10 +81,11 @@ def balanced(base: type, prepare: Callable[[], None]) -> type:
                 super().start_weight_update(*args, **kwargs)
             except BaseException:
                 if begun:
-                    self.model_runner.eplb_state.end_update()
+                    self.model_runner.eplb_state.give_up_update()
                 raise
 
         def finish_weight_update(self, *args: Any, **kwargs: Any) -> None:
+            self.model_runner.eplb_state.come_together("finish_weight_update")
             try:
                 super().finish_weight_update(*args, **kwargs)
             finally:
