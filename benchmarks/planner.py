@@ -20,9 +20,7 @@ import functools
 import importlib.util
 import multiprocessing
 import os
-import subprocess
 import sys
-import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -41,8 +39,6 @@ from vllm_ascend_eplb.values.placement import Placement
 TARGETS = (1.0, 1.01, 1.02, 1.05, 1.1, 1.2)
 
 THOROUGH_TARGETS = (1.0, 1.02, 1.05)
-
-VLLM_ASCEND = "0.30.0rc2"
 
 
 @dataclass(frozen=True)
@@ -153,23 +149,6 @@ def make_case(shape: Shape, load_name: str, settings: Settings) -> Case:
 
 
 # -- peers ------------------------------------------------------------------------------------------------------------
-
-
-def download(folder: Path) -> Path:
-    """Fetches vllm-ascend's source distribution with pip into ``folder`` and unpacks it; returns its folder."""
-    unpacked = folder / f"vllm_ascend-{VLLM_ASCEND}"
-    if not unpacked.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
-        # pip asks the distribution for its metadata; the variables keep that from compiling. It needs setuptools_scm.
-        subprocess.run(
-            [*command, "-d", str(folder), f"vllm-ascend=={VLLM_ASCEND}"],
-            check=True,
-            env={**os.environ, "COMPILE_CUSTOM_KERNELS": "0", "SOC_VERSION": "ascend910b3"},
-        )
-        with tarfile.open(next(folder.glob("vllm_ascend-*.tar.gz"))) as archive:
-            archive.extractall(folder, filter="data")
-    return unpacked
 
 
 def own_default(load: FloatArray, slots: Slots, num_ranks: int) -> Slots:
@@ -379,7 +358,9 @@ def main() -> int:
     )
     parser.add_argument("--sglang", type=Path, metavar="PATH", help="unpacked sglang (the folder that holds sglang/)")
     parser.add_argument("--tensorrt-llm", type=Path, metavar="PATH", help="TensorRT-LLM's moeLoadBalancer.cpp")
-    parser.add_argument("--download", type=Path, metavar="DIR", help=f"fetch vllm-ascend {VLLM_ASCEND} into DIR")
+    parser.add_argument(
+        "--download", type=Path, metavar="DIR", help=f"fetch vllm-ascend {planner_peers.VLLM_ASCEND} into DIR"
+    )
     parser.add_argument("--quick", action="store_true", help="four shapes, eight layers, one seed")
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--seeds", type=int, default=5, help="of the generated loads")
@@ -392,7 +373,7 @@ def main() -> int:
     arguments = parser.parse_args()
     values = vars(arguments)
     folder = values.pop("download")
-    paths = [*values.pop("vllm_ascend"), *([download(folder)] if folder else [])]
+    paths = [*values.pop("vllm_ascend"), *([planner_peers.download(folder)] if folder else [])]
     settings = Settings(vllm_ascend=tuple(paths), **values)
     table = Table(settings.csv)
     if settings.again:

@@ -11,9 +11,11 @@ import ctypes
 import importlib
 import importlib.util
 import logging
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import types
 from collections.abc import Callable
@@ -23,11 +25,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+VLLM_ASCEND = "0.30.0rc2"
+"""The release of vllm-ascend whose planners are measured."""
+
 DEVICES_PER_HOST = 8
 """What vllm-ascend's swift is told where there is no NPU to count."""
 
 Slots = npt.NDArray[np.int32]
 Peer = Callable[[npt.NDArray[np.float64], Slots, int], Slots]
+
+
+def download(folder: Path) -> Path:
+    """Fetches vllm-ascend's source distribution with pip into ``folder`` and unpacks it; returns its folder."""
+    unpacked = folder / f"vllm_ascend-{VLLM_ASCEND}"
+    if not unpacked.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
+        # pip asks the distribution for its metadata; the variables keep that from compiling. It needs setuptools_scm.
+        subprocess.run(
+            [*command, "-d", str(folder), f"vllm-ascend=={VLLM_ASCEND}"],
+            check=True,
+            env={**os.environ, "COMPILE_CUSTOM_KERNELS": "0", "SOC_VERSION": "ascend910b3"},
+        )
+        with tarfile.open(next(folder.glob("vllm_ascend-*.tar.gz"))) as archive:
+            archive.extractall(folder, filter="data")
+    return unpacked
 
 
 def vllm_peer() -> Peer:

@@ -135,6 +135,11 @@ CASES = {
         {**DRAFTED, "data_parallel_size": 2},
         "a draft model with experts and --data-parallel-size with --tensor-parallel-size 2 is not supported",
     ),
+    "draft model and weight updates": (
+        {"dynamic_eplb": True},
+        {**DRAFTED, "weight_transfer_config": {"backend": "nccl"}},
+        "--weight-transfer-config and a draft model with experts True is not supported",
+    ),
     "draft model and a map": (
         {"dynamic_eplb": True, "expert_map_record_path": "FILES/new.json"},
         DRAFTED,
