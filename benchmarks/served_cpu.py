@@ -127,14 +127,15 @@ def serve(connection: Connection, mode: str, load: str, seconds: float, calibrat
 
 
 def compare(load: str, pairs: int, seconds: float, calibration: Path) -> dict[str, Any]:
-    """Both engines in turns, every second time in the other order. The turns before the first that counts are for the
-    balancer, which then has its placement."""
+    """Both engines in turns, every second time in the other order. The first turns do not count: kernels are
+    warmed up, and the balancer finds its placement."""
     engines = Engines([[OFF], ["on"]], serve, load, seconds, calibration)
     rounds: list[Turn] = []
     try:
         engines.start(lambda line: print(f"{load}, {line}", flush=True))
-        for kind in KINDS:
-            engines.ask("on", kind)
+        for mode in engines.modes:
+            for kind in KINDS:
+                engines.ask(mode, kind)
         for pair in range(pairs):
             order = engines.modes if pair % 2 == 0 else engines.modes[::-1]
             rounds.append({kind: {mode: engines.ask(mode, kind) for mode in order} for kind in KINDS})
