@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <iterator>
+#include <numeric>
 #include <tuple>
 
 namespace eplb {
@@ -25,17 +26,14 @@ int draw(size_t n, Random& random) { return static_cast<int>(random.below(static
 
 }  // namespace
 
-std::vector<int32_t> give_copies(const std::vector<int64_t>& weight, const std::vector<int32_t>& experts, int ranks,
+std::vector<int32_t> give_copies(const std::vector<int64_t>& weight, std::vector<int32_t> copies, int ranks,
                                  int slots) {
-    std::vector<int32_t> copies(weight.size(), 0);
-    int left = slots - static_cast<int>(experts.size());
+    int left = slots - std::accumulate(copies.begin(), copies.end(), 0);
     if (left < 0) return {};
     using Entry = std::pair<int64_t, int32_t>;  // load of a replica; of equal ones the lowest expert first
     std::vector<Entry> heap;
-    for (const int e : experts) {
-        copies[e] = 1;
-        heap.push_back({weight[e], -e});
-    }
+    for (int e = 0; e < static_cast<int>(copies.size()); ++e)
+        if (copies[e] > 0) heap.push_back({weight[e] / copies[e], -e});
     std::make_heap(heap.begin(), heap.end());
     for (; left > 0; --left) {
         while (!heap.empty() && copies[-heap.front().second] == ranks) {
@@ -112,7 +110,8 @@ void Copies::list() {
 
 // Every further copy goes to the heaviest replica.
 void Copies::spread_out() {
-    count_ = give_copies({weight_.begin(), weight_.end()}, order_, ranks_, 2 * ranks_);
+    for (const int e : order_) count_[e] = 1;
+    count_ = give_copies({weight_.begin(), weight_.end()}, std::move(count_), ranks_, 2 * ranks_);
     sort();
 }
 
@@ -212,6 +211,13 @@ std::pair<int, int> Copies::busiest_pair() const {
     return {place_of(light), place_of(heavy)};
 }
 
+std::vector<int32_t> Copies::copied() const {
+    std::vector<int32_t> found;
+    for (const int e : order_)
+        if (count_[e] > 1) found.push_back(e);
+    return found;
+}
+
 void Copies::transfer(int from, int to) {
     --count_[from];
     ++count_[to];
@@ -227,9 +233,7 @@ void Copies::transfer(int from, int to) {
 // one.
 bool Copies::step(Load limit, bool lower_busiest) {
     const auto measure = [&](const PairLoads& loads) { return lower_busiest ? loads.heaviest : loads.above; };
-    std::vector<int32_t> losing;
-    for (const int e : order_)
-        if (count_[e] > 1) losing.push_back(e);
+    std::vector<int32_t> losing = copied();
     const auto last = losing.begin() + std::min<ptrdiff_t>(kLosing, losing.size());
     std::partial_sort(losing.begin(), last, losing.end(), [&](int a, int b) {
         return after_loss(a) < after_loss(b) || (after_loss(a) == after_loss(b) && a < b);
@@ -273,9 +277,7 @@ void Copies::descend(Load limit) {
 }
 
 void Copies::kick(Random& random) {
-    std::vector<int32_t> losing;
-    for (const int e : order_)
-        if (count_[e] > 1) losing.push_back(e);
+    const std::vector<int32_t> losing = copied();
     for (int kicks = 1 + draw(kMostKicks, random); kicks > 0 && !losing.empty(); --kicks) {
         const int from = losing[draw(losing.size(), random)], to = order_[draw(order_.size(), random)];
         if (from != to && count_[from] > 1 && count_[to] < ranks_) transfer(from, to);

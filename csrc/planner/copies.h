@@ -11,10 +11,10 @@
 
 namespace eplb {
 
-// The copies of each of `experts` if every further copy goes to the heaviest replica, on `ranks` ranks with `slots`
-// slots together and no expert twice on a rank; empty if slots are left over. By expert; all others have 0.
-std::vector<int32_t> give_copies(const std::vector<int64_t>& weight, const std::vector<int32_t>& experts, int ranks,
-                                 int slots);
+// The copies of each expert if every further copy goes to the heaviest replica, on `ranks` ranks with `slots` slots
+// together and no expert twice on a rank; empty if slots are left over. `copies`: those to start from; an expert that
+// has 0 gets none.
+std::vector<int32_t> give_copies(const std::vector<int64_t>& weight, std::vector<int32_t> copies, int ranks, int slots);
 
 // The copies of each expert on ranks of two slots. The best pairing of given replicas is known: the heaviest with the
 // lightest, the second heaviest with the second lightest, and so on. So the search is over numbers of copies alone.
@@ -54,6 +54,7 @@ class Copies {
     void sink(Load limit);
     bool step(Load limit, bool lower_busiest);
     void kick(Random& random);
+    std::vector<int32_t> copied() const;  // experts with more than one copy, the lightest replicas first
     void transfer(int from, int to);
 
     PairLoads now(Load limit) const;

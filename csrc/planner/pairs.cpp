@@ -186,29 +186,16 @@ class Rooms {
 
 // Copies on the ranks of each expert, and one more for the heaviest replica until all slots are used. None if that is
 // impossible.
-std::vector<int32_t> copies_now(const Search& search, const std::vector<Load>& weight,
+std::vector<int32_t> copies_now(const Search& search, const std::vector<int64_t>& weight,
                                 const std::vector<int32_t>& ranks) {
     const int empty = search.shape().experts;
     const std::vector<int32_t>& slots = search.slots();
     std::vector<int32_t> count(empty, 0);
-    int used = 0;
-    for (const int r : ranks) {
-        for (const int e : {slots[2 * r], slots[2 * r + 1] == slots[2 * r] ? empty : slots[2 * r + 1]}) {
-            if (e == empty) continue;
-            ++count[e];
-            ++used;
-        }
-    }
-    for (; used < 2 * static_cast<int>(ranks.size()); ++used) {
-        int best = -1;
-        for (int e = 0; e < empty; ++e) {
-            if (count[e] == 0 || count[e] == static_cast<int>(ranks.size())) continue;
-            if (best < 0 || weight[e] / count[e] > weight[best] / count[best]) best = e;
-        }
-        if (best < 0) return {};
-        ++count[best];
-    }
-    return count;
+    for (const int r : ranks)
+        for (const int e : {slots[2 * r], slots[2 * r + 1] == slots[2 * r] ? empty : slots[2 * r + 1]})
+            if (e != empty) ++count[e];
+    const int number = static_cast<int>(ranks.size());
+    return give_copies(weight, std::move(count), number, 2 * number);
 }
 
 }  // namespace
@@ -224,7 +211,7 @@ std::vector<int32_t> place_in_pairs(const Search& search, double limit, int tria
     for (int node = 0; node < nodes; ++node) {
         std::vector<int32_t> ranks(per_node);
         std::iota(ranks.begin(), ranks.end(), node * per_node);
-        std::vector<int32_t> count = copies_now(search, weight, ranks);
+        std::vector<int32_t> count = copies_now(search, {weight.begin(), weight.end()}, ranks);
         if (count.empty()) return {};
         Copies copies(weight, std::move(count), per_node);
         const auto most = static_cast<Load>(limit * Search::unit());

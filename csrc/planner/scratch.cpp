@@ -221,6 +221,14 @@ std::vector<Block> blocks_of(const Search& search) {
     return blocks;
 }
 
+// The copies of a block's experts, each of which has at least one; see give_copies().
+std::vector<int32_t> copies_from_one(const std::vector<int64_t>& weight, const Block& block, int per_rank) {
+    std::vector<int32_t> copies(weight.size(), 0);
+    for (const int e : block.experts) copies[e] = 1;
+    const int ranks = static_cast<int>(block.ranks.size());
+    return give_copies(weight, std::move(copies), ranks, ranks * per_rank);
+}
+
 std::vector<int64_t> shares_of(const std::vector<int64_t>& weight, const std::vector<int32_t>& copies) {
     std::vector<int64_t> share(weight.size(), 0);
     for (size_t e = 0; e < weight.size(); ++e)
@@ -359,8 +367,7 @@ std::vector<int32_t> place_from_scratch(const Search& search, Random* noise,
     size_t number = 0;
     for (const Block& block : blocks_of(search)) {
         const int ranks = static_cast<int>(block.ranks.size());
-        const auto copies =
-            chosen.empty() ? give_copies(weight, block.experts, ranks, ranks * shape.per_rank()) : chosen[number++];
+        const auto copies = chosen.empty() ? copies_from_one(weight, block, shape.per_rank()) : chosen[number++];
         if (copies.empty()) return {};
         const auto share = shares_of(weight, copies);
         Packer packer(ranks, shape.per_rank(), share);
@@ -386,8 +393,7 @@ std::vector<int32_t> repack(const Search& search, double limit) {
     for (int e = 0; e < shape.experts; ++e) weight.push_back(search.weight(e));
     std::vector<int32_t> slots = search.start();
     for (const Block& block : blocks_of(search)) {
-        const int ranks = static_cast<int>(block.ranks.size());
-        const auto copies = give_copies(weight, block.experts, ranks, ranks * shape.per_rank());
+        const auto copies = copies_from_one(weight, block, shape.per_rank());
         if (copies.empty()) return {};
         const auto share = shares_of(weight, copies);
         Repacking repacking(search, block, copies, share, static_cast<int64_t>(limit * Search::unit()));
