@@ -42,7 +42,6 @@ def assert_equal_every_turn(tokens: list[list[int]], reference: list[list[int]])
 
 
 SCHEDULED_AHEAD = """
-import torch
 from vllm_ascend_eplb.adaptors.post_import import after_import
 
 class Order:  # a stand-in for streams and events; a CPU works in order
@@ -60,6 +59,7 @@ def keep(module):  # vLLM switches it off on a CPU
     module.CpuPlatform.check_and_update_config = classmethod(kept)
 
 def stand_in(module):
+    import torch
     torch.cuda.Event, torch.cuda.Stream, torch.cuda.current_stream = Order, Order, Order
 
 after_import("vllm.platforms.cpu", keep)
