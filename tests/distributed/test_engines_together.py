@@ -74,8 +74,6 @@ class Engine:
     def wait_for(self, seconds: float) -> None:
         """How long a call waits for the other engines."""
         state_module.MEETING_SECONDS = seconds
-        if self.state.meeting is not None:
-            self.state.meeting.seconds = seconds
 
     def step(self, serving: bool = True) -> None:
         self.state.forward_before(serving=serving, stage="decode", rows=4)

@@ -310,17 +310,16 @@ def called_alone(ranks: Ranks, called: list[int]) -> Seen:
     a forward. Later, all are called."""
     make_planners_patient()
     model, seen = RoutingModel(ranks), Seen()
-    meeting = MeetingPoint(dist.group.WORLD.get_group_store(), ranks.rank, ranks.num_ranks, seconds=0.3)
+    meeting = MeetingPoint(dist.group.WORLD.get_group_store(), ranks.rank, ranks.num_ranks)
     updator = start_balancer(model, CONFIG)
     for number in range(180):
         step(model, updator)
         seen.history.append(updator.placement.digest)
         seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
         if number in (30, 60, 100):
-            meeting.seconds = 60.0 if number == 100 else 0.3
             if number < 100 and ranks.rank not in called:
                 continue
-            seen.changed.append(meeting.meet())
+            seen.changed.append(meeting.meet(60.0 if number == 100 else 0.3))
             if seen.changed[-1]:
                 with updator.new_weights():
                     load_others(model)

@@ -43,7 +43,7 @@ class Probe:
         self.ahead = 0
 
 
-def _state(worker: Any) -> Any:
+def state_of(worker: Any) -> Any:
     return worker.model_runner.eplb_state
 
 
@@ -65,7 +65,7 @@ def install(worker: Any) -> None:
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
     from vllm.platforms import current_platform
 
-    runner, state = worker.model_runner, _state(worker)
+    runner, state = worker.model_runner, state_of(worker)
     updator = state.updator
     if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
         # vLLM makes these in the profile run, which its CPU worker skips for eager engines
@@ -168,7 +168,7 @@ def watch_drafter(worker: Any) -> None:
     """Record the draft tokens, and per window the choices of the draft model's routers for tokens without padding."""
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-    runner, state = worker.model_runner, _state(worker)
+    runner, state = worker.model_runner, state_of(worker)
     drafter = runner.drafter if hasattr(runner, "drafter") else runner.speculator  # the V1 and the V2 runner
     draft_config = worker.vllm_config.speculative_config.draft_model_config
     worker.eplb_proposed, worker.eplb_windows, worker.eplb_loads = [], [], []
@@ -227,7 +227,7 @@ def report_of_drafter(worker: Any) -> dict[str, Any]:
     """The observations since the last report, and the state of the draft model's balancer."""
     result = {"drafts": worker.eplb_proposed, "windows": worker.eplb_windows, "loads": worker.eplb_loads}
     worker.eplb_proposed = []
-    state = _state(worker)
+    state = state_of(worker)
     if state is not None:
         updator = state.draft.updator
         result |= {
@@ -241,7 +241,7 @@ def report_of_drafter(worker: Any) -> dict[str, Any]:
 
 def switch_maps_without_weights(worker: Any, of_drafter: bool = False) -> None:
     """The negative control: switch the maps to a placement whose weights were never moved."""
-    updator = _state(worker).draft.updator if of_drafter else _state(worker).updator
+    updator = state_of(worker).draft.updator if of_drafter else state_of(worker).updator
     start = updator.placement
     turned = type(start)(np.roll(start.physical_to_logical, 1, axis=1), start.num_experts, start.num_ranks)
     updator.rollout.maps.stage(turned, list(range(start.num_layers)))
@@ -284,7 +284,7 @@ def routing_that_is_refused(worker: Any) -> list[str]:
 
 def contents(worker: Any) -> list[tuple[int, int, list[tuple[str, str]]]]:
     """Layer, expert and tensors of each slot of this rank: data type and a digest of the bytes."""
-    adaptor, placement = _state(worker).updator.parts.adaptor, _state(worker).updator.placement
+    adaptor, placement = state_of(worker).updator.parts.adaptor, state_of(worker).updator.placement
     first = adaptor.rank * placement.slots_per_rank
     found = []
     for layer, slots in enumerate(adaptor.expert_tensors()):
@@ -298,13 +298,13 @@ def contents(worker: Any) -> list[tuple[int, int, list[tuple[str, str]]]]:
 
 def cycles_done(worker: Any) -> int:
     """Cycles that moved experts so far; 0 without balancing, and on all ranks except the first."""
-    state = _state(worker)
+    state = state_of(worker)
     return state.updator.stats.stats().cycles_done if state is not None and state.updator is not None else 0
 
 
 def report(worker: Any) -> dict[str, Any]:
     """The state of a worker as plain values."""
-    updator = _state(worker).updator
+    updator = state_of(worker).updator
     if updator is None:  # static placement
         return {}
     result = {
@@ -346,4 +346,4 @@ def views_agree(worker: Any) -> bool:
             torch.equal(count, copies) and torch.equal(inverse, shown[..., :width]) and (shown[..., width:] == -1).all()
         )
 
-    return all(agree(views) for views in _state(worker).model_states.values())
+    return all(agree(views) for views in state_of(worker).model_states.values())

@@ -6,10 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
-
-def _state(worker: Any) -> Any:
-    return worker.model_runner.eplb_state
+from probes import state_of
 
 
 def remember_weights(worker: Any) -> None:
@@ -28,7 +25,7 @@ def remember_weights(worker: Any) -> None:
 
 def reload_weights(worker: Any) -> dict[str, Any]:
     """Load the weights of the start again, by name and by reload; both go back to the initial placement."""
-    state, updator = _state(worker), _state(worker).updator
+    state, updator = state_of(worker), state_of(worker).updator
     result = {"placement": updator.placement.digest, "phase": updator.state.phase.name, "drafts": worker.eplb_drafts}
     norms = {name: tensor for name, tensor in worker.eplb_weights.items() if name.endswith("norm.weight")}
     with torch.no_grad():
@@ -54,8 +51,6 @@ def shorten_meetings(worker: Any, seconds: float) -> None:
     from vllm_ascend_eplb.adaptors.vllm import state
 
     state.MEETING_SECONDS = seconds
-    if _state(worker).meeting is not None:
-        _state(worker).meeting.seconds = seconds
 
 
 def load_again(worker: Any) -> None:
@@ -66,7 +61,7 @@ def load_again(worker: Any) -> None:
 
 def updated(worker: Any) -> dict[str, Any]:
     """The placement in force after new weights, the initial placement, and the number of cycles."""
-    updator = _state(worker).updator
+    updator = state_of(worker).updator
     return {
         "placement": updator.placement.digest,
         "initial": updator.parts.adaptor.placement.digest,

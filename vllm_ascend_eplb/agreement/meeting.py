@@ -37,16 +37,17 @@ class MeetingPoint:
     Args:
         store: a ``torch.distributed.Store`` of all ranks.
         rank, num_ranks: this rank, and the number of ranks.
-        seconds: longest wait.
     """
 
-    def __init__(self, store: Any, rank: int, num_ranks: int, seconds: float) -> None:
+    def __init__(self, store: Any, rank: int, num_ranks: int) -> None:
         self._store, self._rank, self._num_ranks = store, rank, num_ranks
-        self.seconds = seconds
         self._next = self._oldest = 0
 
-    def meet(self) -> bool:
-        """Wait for all ranks; blocks for at most ``seconds``.
+    def meet(self, seconds: float) -> bool:
+        """Wait for all ranks.
+
+        Args:
+            seconds: longest wait.
 
         Returns:
             True if all ranks are here; the same on all ranks that wait.
@@ -56,7 +57,7 @@ class MeetingPoint:
         arrived = self._store.add(f"eplb/{self._next}/arrived", 1)
         if arrived == self._num_ranks:
             self._decide(GO)
-        end = time.monotonic() + self.seconds
+        end = time.monotonic() + seconds
         while not self._decided():
             if time.monotonic() > end:
                 self._decide(STOP)

@@ -17,18 +17,18 @@ from vllm_ascend_eplb.agreement.meeting import MeetingPoint
 SECONDS = 0.02
 
 
-def points(num_ranks: int, seconds: float = SECONDS, store: Any = None) -> list[MeetingPoint]:
+def points(num_ranks: int, store: Any = None) -> list[MeetingPoint]:
     """The ranks' ends of one meeting point."""
     store = HashStore() if store is None else store
-    return [MeetingPoint(store, rank, num_ranks, seconds) for rank in range(num_ranks)]
+    return [MeetingPoint(store, rank, num_ranks) for rank in range(num_ranks)]
 
 
-def meet(called: list[MeetingPoint], delays: list[float]) -> list[bool]:
+def meet(called: list[MeetingPoint], delays: list[float], seconds: float = SECONDS) -> list[bool]:
     """What each called rank learns, if it is called after its delay in seconds."""
 
     def one(point: MeetingPoint, delay: float) -> bool:
         time.sleep(delay)
-        return point.meet()
+        return point.meet(seconds)
 
     with ThreadPoolExecutor(len(called)) as threads:
         return list(threads.map(one, called, delays))
@@ -36,9 +36,9 @@ def meet(called: list[MeetingPoint], delays: list[float]) -> list[bool]:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])
 def test_ranks_that_are_all_called_come_together(num_ranks: int) -> None:
-    ranks = points(num_ranks, seconds=60)
+    ranks = points(num_ranks)
     for number in range(20):
-        assert meet(ranks, [0.001 * (number * rank % 3) for rank in range(num_ranks)]) == [True] * num_ranks
+        assert meet(ranks, [0.001 * (number * rank % 3) for rank in range(num_ranks)], 60) == [True] * num_ranks
 
 
 def test_rank_that_is_never_called_lets_the_others_stop() -> None:
@@ -47,11 +47,7 @@ def test_rank_that_is_never_called_lets_the_others_stop() -> None:
     for missed in range(4):
         for _ in range(missed):
             assert meet(ranks[:2], [0, 0]) == [False, False]
-        for rank in ranks:
-            rank.seconds = 60
-        assert meet(ranks, [0, 0, 0]) == [True] * 3
-        for rank in ranks:
-            rank.seconds = SECONDS
+        assert meet(ranks, [0, 0, 0], 60) == [True] * 3
 
 
 def test_rank_that_comes_too_late_stops_as_well() -> None:
@@ -63,7 +59,7 @@ def test_ranks_that_race_with_the_deadline_agree() -> None:
     """The last rank comes at about the deadline of the first. Both outcomes occur, and always for both ranks."""
     luck, outcomes = random.Random(0), []
     for _ in range(150):
-        outcomes.append(tuple(meet(points(2, seconds=0.004), [0, luck.uniform(0.002, 0.01)])))
+        outcomes.append(tuple(meet(points(2), [0, luck.uniform(0.002, 0.01)], 0.004)))
     assert set(outcomes) == {(True, True), (False, False)}
 
 
@@ -90,8 +86,6 @@ def test_store_keeps_the_last_meeting_only() -> None:
     store = Recorded()
     ranks = points(2, store=store)
     meet(ranks[:1], [0])
-    for rank in ranks:
-        rank.seconds = 60
     for _ in range(30):
-        meet(ranks, [0, 0])
+        meet(ranks, [0, 0], 60)
     assert len(store.keys) == 2

@@ -264,11 +264,11 @@ class VllmEplbState(ModelStates):
         if self.updator is None or world is None or world.size() == 1:
             return
         if self.meeting is None:
-            self.meeting = MeetingPoint(world.get_group_store(), world.rank(), world.size(), MEETING_SECONDS)
-        if not self.meeting.meet():
+            self.meeting = MeetingPoint(world.get_group_store(), world.rank(), world.size())
+        if not self.meeting.meet(MEETING_SECONDS):
             raise RuntimeError(
                 f"{what} changed nothing, because not all engines were called between two steps within "
-                f"{self.meeting.seconds:g} s; pause all engines (pause_generation), call {what} in all of them at the "
+                f"{MEETING_SECONDS:g} s; pause all engines (pause_generation), call {what} in all of them at the "
                 "same time, then resume_generation"
             )
 
