@@ -30,6 +30,26 @@ def describe_ratio(name: str, ratio: dict[str, Any]) -> str:
     return f"{name}: {ratio['mean']:.3f}{spread} ({len(ratio['pairs'])} pairs, median {ratio['median']:.3f})"
 
 
+def balancer_report() -> dict[str, Any]:
+    """What the balancer of this process's engine did, by its statistics."""
+    from vllm_ascend_eplb.observe.stats_file import read_stats, stats_path
+
+    path = stats_path()
+    stats = read_stats(path) if path else None
+    assert stats is not None
+    assert stats.window is not None
+    return {
+        "moved": stats.experts_moved,
+        "cycles_done": stats.cycles_done,
+        "cycles_skipped": stats.cycles_skipped,
+        "par": stats.window.par.mean,
+        "par_start": stats.window.par_start.mean,
+        "moe_time_saved_seconds": stats.moe_time_saved_seconds,
+        "step_time_saved_seconds": stats.step_time_saved_seconds,
+        "reason": stats.cycles[-1].reason if stats.cycles else "",
+    }
+
+
 def cpu_engine(requests: int, eplb_config: dict[str, Any], **more: Any) -> Any:
     """Starts it; ``cpu_environment(RANKS)`` must be set.
 

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.served import RANKS, cpu_engine, describe_ratio
+from benchmarks.served import RANKS, balancer_report, cpu_engine, describe_ratio
 from benchmarks.served_turns import OFF, Engines, Turn, answer, over_off
 
 LOADS = ("balanced", "skewed")
-KINDS = ("prefill", "decode")
+KINDS: dict[str, tuple[Any, ...]] = {"prefill": ("prefill",), "decode": ("decode",)}
 REDUNDANT, REQUESTS, CHUNK, INTERVAL = 4, 48, 2048, 20
 
 
@@ -94,23 +94,8 @@ class Engine:
         return {"tokens_per_s": done / took}
 
     def balanced(self) -> dict[str, Any]:
-        """What its balancer did; nothing without one."""
-        from vllm_ascend_eplb.observe.stats_file import read_stats, stats_path
-
-        path = stats_path()
-        stats = read_stats(path) if path else None
-        if stats is None:
-            return {}
-        return {
-            "moved": stats.experts_moved,
-            "cycles_done": stats.cycles_done,
-            "cycles_skipped": stats.cycles_skipped,
-            "par": stats.window.par.mean if stats.window else None,
-            "par_start": stats.window.par_start.mean if stats.window else None,
-            "moe_time_saved_seconds": stats.moe_time_saved_seconds,
-            "step_time_saved_seconds": stats.step_time_saved_seconds,
-            "reason": stats.cycles[-1].reason if stats.cycles else "",
-        }
+        """What its balancer did."""
+        return balancer_report()
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
@@ -127,18 +112,17 @@ def serve(connection: Connection, mode: str, load: str, seconds: float, calibrat
 
 
 def compare(load: str, pairs: int, seconds: float, calibration: Path) -> dict[str, Any]:
-    """Both engines in turns, every second time in the other order. The first turns do not count: kernels are
-    warmed up, and the balancer finds its placement."""
+    """Both engines in turns. The first turn does not count: kernels are warmed up, and the balancer finds its
+    placement."""
     engines = Engines([[OFF], ["on"]], serve, load, seconds, calibration)
     rounds: list[Turn] = []
     try:
         engines.start(lambda line: print(f"{load}, {line}", flush=True))
         for mode in engines.modes:
-            for kind in KINDS:
-                engines.ask(mode, kind)
+            for call in KINDS.values():
+                engines.ask(mode, *call)
         for pair in range(pairs):
-            order = engines.modes if pair % 2 == 0 else engines.modes[::-1]
-            rounds.append({kind: {mode: engines.ask(mode, kind) for mode in order} for kind in KINDS})
+            rounds.append(engines.turn(KINDS, pair))
             print(json.dumps({"load": load, **rounds[-1]}), flush=True)
         report = {
             "on_over_off": over_off(rounds, "tokens_per_s"),

@@ -31,7 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.served import describe_ratio
+from benchmarks.served import balancer_report, describe_ratio
 from benchmarks.served_turns import OFF, Engines, Turn, answer, over_off
 
 STARTS = ((OFF, "vllm, 2 redundant"), ("ours, 2 redundant",), ("ours",))
@@ -212,19 +212,7 @@ class Engine:
             return {}
         if self._mode.startswith("vllm"):
             return {"moved": self._llm.collective_rpc(here.moved_by_vllm)[0]}
-        from vllm_ascend_eplb.observe.stats_file import read_stats, stats_path
-
-        path = stats_path()
-        stats = read_stats(path) if path else None
-        assert stats is not None
-        assert stats.window is not None
-        return {
-            "moved": stats.experts_moved,
-            "cycles_done": stats.cycles_done,
-            "cycles_skipped": stats.cycles_skipped,
-            "par": stats.window.par.mean,
-            "par_start": stats.window.par_start.mean,
-        }
+        return balancer_report()
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
@@ -284,9 +272,7 @@ def main() -> int:
             round_began = time.monotonic()
             if rounds and round_began + longest > began + arguments.seconds:
                 break
-            order = engines.modes if len(rounds) % 2 == 0 else engines.modes[::-1]
-            turn = {kind: {mode: engines.ask(mode, *call) for mode in order} for kind, call in kinds.items()}
-            turn = {kind: {mode: found for mode, found in of.items() if found} for kind, of in turn.items()}
+            turn = engines.turn(kinds, len(rounds))
             if any(OFF not in of for of in turn.values()):
                 break
             rounds.append(turn)

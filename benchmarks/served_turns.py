@@ -105,6 +105,13 @@ class Engines:
         """The answer; None from an engine that is left out."""
         return self._or_leave_out(mode, lambda: self._served[mode].ask(*what))
 
+    def turn(self, kinds: dict[str, tuple[Any, ...]], number: int) -> Turn:
+        """Asks each engine for every kind of step, in every second turn in the other order. Engines that are left out
+        have no figures."""
+        order = self.modes if number % 2 == 0 else self.modes[::-1]
+        answers = {kind: {mode: self.ask(mode, *call) for mode in order} for kind, call in kinds.items()}
+        return {kind: {mode: found for mode, found in of.items() if found} for kind, of in answers.items()}
+
     def end(self) -> None:
         for served in self._served.values():
             served.end()
