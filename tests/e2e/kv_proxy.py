@@ -25,6 +25,7 @@ from examples.demo.server import Server
 from .audit import AUDIT, FIRST, Step, audited_steps
 from .conftest import START_SECONDS, wait_until
 from .private_server import run_first
+from .steady_requests import ONE_EACH
 
 BLOCK = 32
 """Tokens of a block; whole blocks of a prompt go from one server to the other."""
@@ -92,8 +93,7 @@ class Proxy:
     def __init__(self, prefill: str, decode: str) -> None:
         self.sent_again = {prefill: 0, decode: 0}
         self._between: Callable[[], None] = lambda: None
-        limits = httpx.Limits(max_keepalive_connections=0)
-        self._client = httpx.Client(timeout=300, limits=limits, trust_env=False)
+        self._client = httpx.Client(timeout=300, limits=ONE_EACH, trust_env=False)
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):

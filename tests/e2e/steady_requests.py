@@ -17,6 +17,9 @@ TOKENS = 48
 STREAMS = 3
 
 
+ONE_EACH = httpx.Limits(max_keepalive_connections=0)
+"""A connection for each request: a server closes idle connections, perhaps just when the next request is sent."""
+
 Pairs = list[tuple[str, list[int]]]
 """Prompts and the expected tokens of their answers."""
 
@@ -42,9 +45,7 @@ class Requests:
         self.pause.set()
         self._luck = random.Random(0)
         self._pairs = pairs
-        # One connection per request: the server closes idle connections, perhaps just when the next request is sent.
-        limits = httpx.Limits(max_keepalive_connections=0)
-        self._client = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(240.0), limits=limits)
+        self._client = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(240.0), limits=ONE_EACH)
 
     async def stream(self, luck: random.Random, stopping: asyncio.Event) -> None:
         while not stopping.is_set():

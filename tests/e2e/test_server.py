@@ -27,6 +27,7 @@ from vllm_ascend_eplb.values.placement import Placement
 from ..processes import left_semaphores, semaphores
 from . import kept
 from .conftest import BUSY, START_SECONDS, prompts, wait_until
+from .steady_requests import ONE_EACH
 
 TOKENS = 48
 
@@ -40,9 +41,8 @@ def complete(server: Server, texts: list[str], tokens: int = TOKENS) -> list[lis
         response.raise_for_status()
         return response.json()["choices"][0]["token_ids"]
 
-    limits = httpx.Limits(max_keepalive_connections=0)
     with (
-        httpx.Client(timeout=300, limits=limits, trust_env=False) as client,
+        httpx.Client(timeout=300, limits=ONE_EACH, trust_env=False) as client,
         concurrent.futures.ThreadPoolExecutor(len(texts)) as pool,
     ):
         return list(pool.map(ask, texts))

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
+
+from vllm_ascend_eplb.values.placement import Placement
+from vllm_ascend_eplb.values.plan import Plan
 
 LOAD_KINDS = ("counts", "ties", "log-normal", "zeros", "one hot", "huge", "one layer empty")
 
@@ -41,6 +46,13 @@ def draw_slots(
     rows = [np.r_[np.arange(num_experts), rng.integers(-1 if empty else 0, num_experts, num_slots - num_experts)]
             for _ in range(num_layers)]  # fmt: skip
     return np.stack([rng.permutation(row) for row in rows]).astype(np.int32)
+
+
+def after_every_group(made: Plan, placement: Placement) -> Iterator[Placement]:
+    """The placements after the first group of a plan's moves, after the first two, and so on."""
+    for _, rows in itertools.groupby(made.moves.tolist(), key=lambda row: row[3]):
+        placement = placement.with_moves(list(rows))
+        yield placement
 
 
 @st.composite
