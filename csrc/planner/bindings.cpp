@@ -223,7 +223,7 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
     goal.speed = has_speed ? speed.data() : nullptr;
     goal.nodes = num_nodes;
     goal.far_cost = far_cost;
-    goal.stay_near = stay_near;
+    goal.stay_near = stay_near || max_moves_between_nodes == 0;
     goal.thorough = thorough;
     goal.rounds = rounds;
     goal.seconds = seconds;
