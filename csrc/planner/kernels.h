@@ -11,11 +11,17 @@ namespace eplb {
 // The cost of a rank's load (in units of the mean) in the search: the part above the limit, a step for any such part,
 // because it takes a receipt however small it is, and a small square that prefers even ranks.
 struct Potential {
+    static constexpr float kSharp = 1 << 30;
+
     float limit = 1.0F;
     float square = 0.1F;
     float step = 0.0F;
 
-    float above(float excess) const { return excess > 0.0F ? excess + step : 0.0F; }
+    // Without a branch, which would be hard to predict: the least excess that float32 can have gives the whole step.
+    float above(float excess) const {
+        const float part = std::max(excess, 0.0F);
+        return part + std::min(part * kSharp, step);
+    }
 
     float operator()(float load) const {
         const float off = load - 1.0F;

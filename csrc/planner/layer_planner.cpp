@@ -324,13 +324,12 @@ void LayerPlanner::improve_briefly() {
 OrderedMoves LayerPlanner::order(const std::vector<const double*>& windows) {
     if (!has_load_) return {};
     std::vector<int32_t> target = best_.slots;
-    if (target == search_.start() && windows.size() < 2) return {};
-    search_.begin(load_, slots_, variance_);
     if (windows.size() > 1 && search_.alike()) {
         Steadying steadying(search_.shape(), windows, slots_, stay_near_ ? nodes_ : 1);
         steadied_ = steadying.improve(target, target_);
         if (steadied_ && target != search_.start()) {
             const std::vector<int32_t> start = search_.start();
+            search_.begin(load_, slots_, variance_);
             OrderedMoves ordered = order_moves(search_, target);
             start_peak_ = mean(steadying.pars(start));
             ordered.groups = {{static_cast<int32_t>(ordered.moves.size()), mean(steadying.pars(target))}};
@@ -345,6 +344,7 @@ OrderedMoves LayerPlanner::order(const std::vector<const double*>& windows) {
         }
     }
     if (target == search_.start()) return {};
+    search_.begin(load_, slots_, variance_);
     return order_moves(search_, target);
 }
 

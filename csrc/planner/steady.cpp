@@ -28,6 +28,8 @@ constexpr int kStepsBetweenLooks = 4;
 
 constexpr int kLanes = 4;  // of a vector
 
+constexpr int whole_vectors(int windows) { return (windows + kLanes - 1) / kLanes * kLanes; }
+
 // The cost of a rank with load 1 + `off` in one window.
 float cost_of(float off, float room) { return std::max(off - room, 0.0F) + kSquare * off * off; }
 
@@ -63,11 +65,12 @@ Steadying::Steadying(Shape shape, const std::vector<const double*>& windows, con
     for (int bin = 0; bin < bins; ++bin)
         if (totals[bin] > 0.25 * most) kept.push_back(bin);
     windows_ = static_cast<int>(kept.size());
-    part_.assign(static_cast<size_t>(E + 1) * windows_, 0.0F);
+    stride_ = whole_vectors(windows_);
+    part_.assign(static_cast<size_t>(E + 1) * stride_, 0.0F);
     for (int k = 0; k < windows_; ++k) {
         const double* load = loads[kept[k]].data();
         const double scale = shape.ranks / totals[kept[k]];
-        for (int e = 0; e < E; ++e) part_[static_cast<size_t>(e) * windows_ + k] = static_cast<float>(load[e] * scale);
+        for (int e = 0; e < E; ++e) part_[static_cast<size_t>(e) * stride_ + k] = static_cast<float>(load[e] * scale);
     }
 }
 
@@ -77,11 +80,15 @@ std::vector<double> Steadying::pars(const std::vector<int32_t>& slots) const {
     std::vector<double> share(count.size(), 0.0);
     for (size_t e = 0; e < count.size(); ++e)
         if (count[e] > 0) share[e] = 1.0 / count[e];
-    std::vector<double> peak(windows_, 0.0), sum(windows_);
+    std::vector<double> peak(windows_, 0.0);
     for (int r = 0; r < shape_.ranks; ++r) {
-        std::fill(sum.begin(), sum.end(), 0.0);
-        for (int p = r * shape_.per_rank(); p < (r + 1) * shape_.per_rank(); ++p)
-            for (int k = 0; k < windows_; ++k) sum[k] += share[slots[p]] * static_cast<double>(part(slots[p])[k]);
+        double sum[kMostWindows] = {};
+        for (int p = r * shape_.per_rank(); p < (r + 1) * shape_.per_rank(); ++p) {
+            const float* loads = part(slots[p]);
+            const double of_replica = share[slots[p]];
+            for (int k = 0; k < stride_; k += kLanes)
+                for (int i = 0; i < kLanes; ++i) sum[k + i] += of_replica * static_cast<double>(loads[k + i]);
+        }
         for (int k = 0; k < windows_; ++k) peak[k] = std::max(peak[k], sum[k]);
     }
     return peak;
@@ -176,7 +183,7 @@ void Steadying::place(int slot, int expert) {
 std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int windows, double target,
                                         const std::function<bool(const std::vector<int32_t>&)>& ends) {
     counts_ = windows;
-    lanes_ = (windows + kLanes - 1) / kLanes * kLanes;
+    lanes_ = whole_vectors(windows);
     counted_.assign(static_cast<size_t>(shape_.experts + 1) * lanes_, 0.0F);
     for (int e = 0; e < shape_.experts; ++e)
         std::copy(part(e), part(e) + windows, &counted_[static_cast<size_t>(e) * lanes_]);
@@ -211,8 +218,8 @@ std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int windows,
 
 bool Steadying::step(int rank) {
     Candidate best;
-    offer_swaps(rank, best);
     offer_copies(rank, best);
+    offer_swaps(rank, best);
     if (best.slot < 0) return false;
     const int given = slots_[best.slot];
     place(best.slot, best.expert);
@@ -234,13 +241,19 @@ void Steadying::offer_swaps(int r, Candidate& best) const {
         if (q == r || !may_meet(q, r)) continue;
         const float both = before + potential(load(q));
         const float *load_r = load(r), *load_q = load(q);
+        // No swap gains more than one after which both ranks have the same load in every window.
+        for (int k = 0; k < lanes_; ++k) taken[k] = 0.5F * (load_r[k] + load_q[k]);
+        const float most = both - 2.0F * potential(taken.data());
         for (int p = q * S; p < (q + 1) * S; ++p) {
             const int f = slots_[p];
             if (f == E || holds(r, f)) continue;
+            const int from = !is_home(r, f) - !is_home(q, f);
             for (int k = 0; k < lanes_; ++k) taken[k] = counted(f)[k] / static_cast<float>(count_[f]);
             for (int s = r * S; s < (r + 1) * S; ++s) {
                 const int e = slots_[s];
                 if (e == E || holds(q, e)) continue;
+                const float price = price_of(from + !is_home(q, e) - !is_home(r, e));
+                if (most * price <= best.score) continue;
                 const float* give = &given[static_cast<size_t>(s - r * S) * lanes_];
                 float sum[kLanes] = {};
                 for (int k = 0; k < lanes_; k += kLanes) {
@@ -250,10 +263,8 @@ void Steadying::offer_swaps(int r, Candidate& best) const {
                             cost_of(load_r[k + i] - change - 1.0F, room) + cost_of(load_q[k + i] + change - 1.0F, room);
                     }
                 }
-                const int cost = !is_home(q, e) + !is_home(r, f) - !is_home(r, e) - !is_home(q, f);
                 const float gain = both - ((sum[0] + sum[1]) + (sum[2] + sum[3]));
-                const float score = gain * price_of(cost);
-                if (score > best.score) best = {score, p, s, e};
+                if (gain * price > best.score) best = {gain * price, p, s, e};
             }
         }
     }

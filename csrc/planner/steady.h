@@ -52,16 +52,16 @@ class Steadying {
     bool holds(int rank, int expert) const { return held_[at(rank, expert)] != 0; }
     bool is_home(int rank, int expert) const { return home_[at(rank, expert)] != 0; }
     bool may_meet(int rank, int other) const { return nodes_ == 1 || rank / per_node_ == other / per_node_; }
-    const float* part(int expert) const { return &part_[static_cast<size_t>(expert) * windows_]; }
+    const float* part(int expert) const { return &part_[static_cast<size_t>(expert) * stride_]; }
     const float* counted(int expert) const { return &counted_[static_cast<size_t>(expert) * lanes_]; }
     float* load(int rank) { return &load_[static_cast<size_t>(rank) * lanes_]; }
     const float* load(int rank) const { return &load_[static_cast<size_t>(rank) * lanes_]; }
 
     const Shape shape_;
     const int nodes_, per_node_;
-    int windows_ = 0;
+    int windows_ = 0, stride_ = 0;  // the stride is in whole vectors
     std::vector<int32_t> start_;
-    std::vector<float> part_;     // [E + 1, windows], in units of a rank's mean; the last stands for "empty"
+    std::vector<float> part_;     // [E + 1, stride], in units of a rank's mean; the last stands for "empty"
     int counts_ = 0, lanes_ = 0;  // windows that count in a descent; the same in whole vectors, filled up with windows
                                   // in which no expert has load and every rank the mean
     std::vector<float> counted_;  // [E + 1, lanes]: part_ of the windows that count
