@@ -157,5 +157,5 @@ def test_forecast_errors_are_those_of_their_definition():
     np.testing.assert_allclose(errors, expected, rtol=1e-12)
     assert len(np.unique(errors.round(9))) > 10
     for bad in (np.array([1, 4, 6], dtype=np.int32), np.array([4, 1, 5], dtype=np.int32)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="rise"):
             _planner.forecast_errors(series, bad, begin)
