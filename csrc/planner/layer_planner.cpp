@@ -107,9 +107,8 @@ void LayerPlanner::begin(double limit, double square) {
     has_load_ = search_.begin(load_, slots_, variance_);
 }
 
-// Where the load drifts, a plan is to age well rather than to have the fewest receipts.
 double LayerPlanner::step_at(double limit) const {
-    return variance_ != nullptr ? 0.0 : std::min(kStep + kStepPerLimit * (limit - 1.0), kMostStep);
+    return stepping_ ? std::min(kStep + kStepPerLimit * (limit - 1.0), kMostStep) : 0.0;
 }
 
 double LayerPlanner::least_share() {
@@ -150,6 +149,9 @@ void LayerPlanner::descend() {
     const Shape& shape = search_.shape();
     const double room = kRoomBeside * (shape.slots - shape.ranks) / shape.slots;
     slack_ = kSlack;
+    // Where the load drifts, a plan is to age well rather than to have the fewest receipts. Pairs that miss the target
+    // are searched in another way.
+    stepping_ = variance_ == nullptr && !pairs();
     for (const double square : kSquares) {
         begin(target_, square);
         if (!has_load_) return;
@@ -170,6 +172,7 @@ void LayerPlanner::descend() {
         }
         if (reached) break;
         if (pairs()) break;
+        stepping_ = false;
     }
     if (!pairs()) sink(kStepsOfFast);
     if (!best_.reached && best_.peak > floor() + slack_) {
@@ -194,7 +197,7 @@ void LayerPlanner::descend() {
 
 // Descends once more, otherwise, unless that takes long.
 void LayerPlanner::descend_again(double share) {
-    if (variance_ != nullptr || best_.cost < 2 || 2 * best_.cost > kReceiptsOfTwo) return;
+    if (!stepping_ || best_.cost < 2 || 2 * best_.cost > kReceiptsOfTwo) return;
     search_.adopt(search_.start());
     search_.aim({target_, kSquareAgain, target_, kStepAgain * step_at(target_)});
     search_.split_heavy(share);

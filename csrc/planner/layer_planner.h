@@ -89,6 +89,7 @@ class LayerPlanner {
     const int nodes_;
     bool has_load_ = false;
     bool steadied_ = false;
+    bool stepping_ = false;  // whether the potential has a step
 };
 
 }  // namespace eplb
