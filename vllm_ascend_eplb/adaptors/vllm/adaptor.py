@@ -169,7 +169,8 @@ class VllmAdaptor(EngineAdaptor):
 
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
         slots = range(self.placement.slots_per_rank)
-        return [[[tensor.data[slot] for tensor in layer] for slot in slots] for layer in self._weights]
+        # An entry of a layer is a tensor of all slots, or a list of a tensor each (vllm-ascend's quantised experts).
+        return [[[entry[slot].data for entry in layer] for slot in slots] for layer in self._weights]
 
 
 def require_routing_of_own_tokens(model: Any) -> None:
