@@ -67,6 +67,22 @@ class Probe:
             graph.replay = counted
         return int(graph.replays)
 
+    def probe_scatters(self) -> int:
+        """Calls of reduce_scatter among the tensor-parallel ranks since the first call, as sequence parallelism makes
+        them."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        group: Any = get_tp_group()
+        if not hasattr(group, "scatters"):
+            group.scatters, reduce_scatter = 0, group.reduce_scatter
+
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                group.scatters += 1
+                return reduce_scatter(*args, **kwargs)
+
+            group.reduce_scatter = counted
+        return int(group.scatters)
+
     def probe_tables(self) -> str:
         """A digest of the routing tables of this rank's layers, under the second runner."""
         digest = hashlib.sha256()
@@ -129,6 +145,7 @@ class Probe:
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         self.drafts: list[Any] = []
+        self.draft_replays = 0
         self.watched: list[dict[str, list[Any]]] = []
         for drafter, name in (
             (getattr(runner, "drafter", None), "_propose"),
@@ -141,8 +158,12 @@ class Probe:
         return 1
 
     def _watched_propose(self, propose: Any) -> Any:
+        graph: Any = torch.npu.NPUGraph  # type: ignore[attr-defined]
+
         def watched_propose(*args: Any, **kwargs: Any) -> Any:
+            replays = getattr(graph, "replays", 0)
             drafts = propose(*args, **kwargs)
+            self.draft_replays += getattr(graph, "replays", 0) - replays
             if not kwargs.get("dummy_run"):
                 self.drafts.append(drafts.tolist())
             return drafts
@@ -279,6 +300,10 @@ class Probe:
             layer for balancer, _ in self._parts() for layer in balancer.placement.physical_to_logical.tolist()
         ]
         return {**self.watched[0], "placement": placements, "drafter": self.watched[1:]}
+
+    def probe_draft_replays(self) -> int:
+        """Replays of captured graphs while draft tokens were made; counted since the first call of probe_replays."""
+        return self.draft_replays
 
     def probe_drafts(self) -> dict[str, list[Any]]:
         """The draft tokens since the last call, step by step."""

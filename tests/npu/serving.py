@@ -184,6 +184,7 @@ class NpuServer(Server):
         graph_mode: vLLM's cudagraph_mode.
         probe: the workers have the methods of tests.npu.probe.Probe, for :meth:`call`.
         arguments: further arguments for ``vllm serve``.
+        beside: vllm-ascend's settings beside ``eplb_config``.
         parts: the names of the balancers, if there are several.
         spawned: ``vllm serve`` as users start it, as always on real NPUs; otherwise front_end.py.
         nursery: the front end is forked, too, from this process.
@@ -202,6 +203,7 @@ class NpuServer(Server):
         graph_mode: str = "FULL_DECODE_ONLY",
         probe: bool = False,
         arguments: tuple[str, ...] = (),
+        beside: dict[str, object] | None = None,
         parts: tuple[str, ...] = (),
         spawned: bool = npus.REAL,
         nursery: Nursery | None = None,
@@ -211,6 +213,7 @@ class NpuServer(Server):
         self.report = folder / "races.txt"
         self.parts, self._nursery = parts, nursery
         port = self.url.rpartition(":")[2]
+        additional = {**({} if eplb_config is None else {"eplb_config": eplb_config}), **(beside or {})}
         captured = {"cudagraph_mode": graph_mode, "cudagraph_capture_sizes": graphs}
         self.command = [
             *(str(npus.PYTHON), "-m"),
@@ -222,7 +225,7 @@ class NpuServer(Server):
             *("--max-model-len", str(MAX_TOKENS_PER_REQUEST), "--max-num-seqs", str(MAX_SEQUENCES)),
             "--no-enable-prefix-caching",
             *(() if npus.REAL else ("--num-gpu-blocks-override", "256")),
-            *(() if eplb_config is None else ("--additional-config", json.dumps({"eplb_config": eplb_config}))),
+            *(("--additional-config", json.dumps(additional)) if additional else ()),
             *(("--worker-extension-cls", "tests.npu.probe.Probe") if probe else ()),
             *arguments,
         ]
