@@ -34,7 +34,7 @@ SECOND_RUNNER = os.environ.get("NPU_TEST_RUNNER") == "V2"
 """True if vllm-ascend uses its second model runner."""
 STANDINS = npus.ROOT / "tests" / "npu" / "standins"
 MISSING = "" if (STACK / ".stamp").exists() else f"no vllm-ascend: run scripts/setup_npu_stack.sh {ASCEND}"
-START_SECONDS = 400
+START_SECONDS = 800
 SOC = {"A2": "Ascend910B3", "A3": "Ascend910_9391"}
 MAX_SEQUENCES = 16
 """Sequences served at a time. A decode batch of them all is the largest that vllm-ascend sends by MC2."""
