@@ -63,11 +63,14 @@ vllm-ascend's operators. Some operators return their argument; torch warns of th
 UPSTREAM = (
     "vllm/v1/worker/gpu_model_runner.py:267 in __init__",
     "vllm_ascend/worker/model_runner_v1.py:1655 in _copy_valid_sampled_token_count",
+    "vllm/v1/worker/gpu_model_runner.py:322 in __init__",
+    "vllm_ascend/worker/model_runner_v1.py:1890 in _copy_valid_sampled_token_count",
     "vllm/v1/worker/gpu/async_utils.py:254 in async_copy_to_np",
     "vllm_ascend/worker/v2/model_runner.py:1101 in _copy_num_computed_tokens_to_cpu",
 )
-"""Copies to the host in vllm-ascend's own runners. In 0.23.0.post1: of sampled tokens and of the number of accepted
-draft tokens. In the second runner of 0.30.0rc2: of sampled tokens and of the number of computed tokens."""
+"""Copies to the host in vllm-ascend's own runners. In the first runner of 0.23.0.post1 and of 0.30.0rc2: of sampled
+tokens and of the number of accepted draft tokens. In the second runner of 0.30.0rc2: of sampled tokens and of the number
+of computed tokens."""
 
 
 PRELOADED = (
