@@ -69,8 +69,8 @@ UPSTREAM = (
     "vllm_ascend/worker/v2/model_runner.py:1101 in _copy_num_computed_tokens_to_cpu",
 )
 """Copies to the host in vllm-ascend's own runners. In the first runner of 0.23.0.post1 and of 0.30.0rc2: of sampled
-tokens and of the number of accepted draft tokens. In the second runner of 0.30.0rc2: of sampled tokens and of the number
-of computed tokens."""
+tokens and of the number of accepted draft tokens. In the second runner of 0.30.0rc2: of sampled tokens and of the
+number of computed tokens."""
 
 
 PRELOADED = (
