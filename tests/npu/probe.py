@@ -145,7 +145,6 @@ class Probe:
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         self.drafts: list[Any] = []
-        self.draft_replays = 0
         self.watched: list[dict[str, list[Any]]] = []
         for drafter, name in (
             (getattr(runner, "drafter", None), "_propose"),
@@ -158,12 +157,8 @@ class Probe:
         return 1
 
     def _watched_propose(self, propose: Any) -> Any:
-        graph: Any = torch.npu.NPUGraph  # type: ignore[attr-defined]
-
         def watched_propose(*args: Any, **kwargs: Any) -> Any:
-            replays = getattr(graph, "replays", 0)
             drafts = propose(*args, **kwargs)
-            self.draft_replays += getattr(graph, "replays", 0) - replays
             if not kwargs.get("dummy_run"):
                 self.drafts.append(drafts.tolist())
             return drafts
@@ -300,10 +295,6 @@ class Probe:
             layer for balancer, _ in self._parts() for layer in balancer.placement.physical_to_logical.tolist()
         ]
         return {**self.watched[0], "placement": placements, "drafter": self.watched[1:]}
-
-    def probe_draft_replays(self) -> int:
-        """Replays of captured graphs while draft tokens were made; counted since the first call of probe_replays."""
-        return self.draft_replays
 
     def probe_drafts(self) -> dict[str, list[Any]]:
         """The draft tokens since the last call, step by step."""

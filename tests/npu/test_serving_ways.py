@@ -29,17 +29,8 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
 ]
 DATA_PARALLEL = ("--data-parallel-size", "2")
+TWO_RANKS = {"eplb_config": SETTINGS, "ranks": 2}
 FOUR_RANKS = {**SETTINGS, "num_redundant_experts": 4}
-SEQUENCE_PARALLEL: dict[str, dict[str, Any]] = {
-    f"{name}, sequence parallel{on}": {**way, "beside": {"enable_flashcomm1": True}, **device}
-    for on, device in (("", {}), (" on A3", {"device": "A3"}))
-    for name, way in (
-        [("TP2", {"eplb_config": SETTINGS, "ranks": 2})]
-        if ASCEND == RELEASE
-        else [("DP2 TP2", {"eplb_config": FOUR_RANKS, "ranks": 2, "arguments": DATA_PARALLEL})]
-    )
-}
-"""Each rank keeps a part of the rows between the layers. 0.30.0rc2 does so for experts of several engines only."""
 WAYS: dict[str, dict[str, Any]] = {
     "TP4": {"eplb_config": FOUR_RANKS, "ranks": 4},
     "DP2": {"eplb_config": SETTINGS, "ranks": 1, "arguments": DATA_PARALLEL},
@@ -50,7 +41,8 @@ WAYS: dict[str, dict[str, Any]] = {
         "arguments": ("--pipeline-parallel-size", "2"),
         "parts": ("stage0", "stage1"),
     },
-    **SEQUENCE_PARALLEL,
+    # 0.30.0rc2 shares rows out for several engines of several ranks only, where this has not run.
+    **({"TP2, sequence parallel": {**TWO_RANKS, "beside": {"enable_flashcomm1": True}}} if ASCEND == RELEASE else {}),
     "DP2 on A3": {"eplb_config": SETTINGS, "ranks": 1, "arguments": DATA_PARALLEL, "device": "A3"},
     "DP2 TP2 on A3": {
         "eplb_config": FOUR_RANKS,
@@ -107,10 +99,10 @@ def test_every_token_is_counted_once_with_idle_engines(server: NpuServer, way: s
             np.testing.assert_array_equal(loads, windows[: len(loads)])
 
 
-def test_rows_are_shared_out_in_sequence_parallel_ways_only(server: NpuServer, way: str) -> None:
-    """In the release all layers do so, in 0.30.0rc2 only those with experts."""
-    scatters = min(map(int, server.call("probe_scatters"))) > 0
-    assert (scatters if ASCEND == RELEASE else "FlashComm1 is enabled." in server.log) == (way in SEQUENCE_PARALLEL)
+def test_sequence_parallel_ranks_share_rows_out(server: NpuServer, way: str) -> None:
+    if "sequence parallel" not in way:
+        pytest.skip("every rank has all rows")
+    assert min(map(int, server.call("probe_scatters"))) > 0
 
 
 def test_every_balancer_has_a_planner_and_metrics(server: NpuServer) -> None:
