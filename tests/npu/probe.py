@@ -67,6 +67,22 @@ class Probe:
             graph.replay = counted
         return int(graph.replays)
 
+    def probe_scatters(self) -> int:
+        """Calls of reduce_scatter among the tensor-parallel ranks since the first call, as sequence parallelism makes
+        them."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        group: Any = get_tp_group()
+        if not hasattr(group, "scatters"):
+            group.scatters, reduce_scatter = 0, group.reduce_scatter
+
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                group.scatters += 1
+                return reduce_scatter(*args, **kwargs)
+
+            group.reduce_scatter = counted
+        return int(group.scatters)
+
     def probe_tables(self) -> str:
         """A digest of the routing tables of this rank's layers, under the second runner."""
         digest = hashlib.sha256()

@@ -34,7 +34,7 @@ SECOND_RUNNER = os.environ.get("NPU_TEST_RUNNER") == "V2"
 """True if vllm-ascend uses its second model runner."""
 STANDINS = npus.ROOT / "tests" / "npu" / "standins"
 MISSING = "" if (STACK / ".stamp").exists() else f"no vllm-ascend: run scripts/setup_npu_stack.sh {ASCEND}"
-START_SECONDS = 400
+START_SECONDS = 800
 SOC = {"A2": "Ascend910B3", "A3": "Ascend910_9391"}
 MAX_SEQUENCES = 16
 """Sequences served at a time. A decode batch of them all is the largest that vllm-ascend sends by MC2."""
@@ -63,11 +63,14 @@ vllm-ascend's operators. Some operators return their argument; torch warns of th
 UPSTREAM = (
     "vllm/v1/worker/gpu_model_runner.py:267 in __init__",
     "vllm_ascend/worker/model_runner_v1.py:1655 in _copy_valid_sampled_token_count",
+    "vllm/v1/worker/gpu_model_runner.py:322 in __init__",
+    "vllm_ascend/worker/model_runner_v1.py:1890 in _copy_valid_sampled_token_count",
     "vllm/v1/worker/gpu/async_utils.py:254 in async_copy_to_np",
     "vllm_ascend/worker/v2/model_runner.py:1101 in _copy_num_computed_tokens_to_cpu",
 )
-"""Copies to the host in vllm-ascend's own runners. In 0.23.0.post1: of sampled tokens and of the number of accepted
-draft tokens. In the second runner of 0.30.0rc2: of sampled tokens and of the number of computed tokens."""
+"""Copies to the host in vllm-ascend's own runners. In the first runner of 0.23.0.post1 and of 0.30.0rc2: of sampled
+tokens and of the number of accepted draft tokens. In the second runner of 0.30.0rc2: of sampled tokens and of the
+number of computed tokens."""
 
 
 PRELOADED = (
@@ -184,6 +187,7 @@ class NpuServer(Server):
         graph_mode: vLLM's cudagraph_mode.
         probe: the workers have the methods of tests.npu.probe.Probe, for :meth:`call`.
         arguments: further arguments for ``vllm serve``.
+        beside: vllm-ascend's settings beside ``eplb_config``.
         parts: the names of the balancers, if there are several.
         spawned: ``vllm serve`` as users start it, as always on real NPUs; otherwise front_end.py.
         nursery: the front end is forked, too, from this process.
@@ -202,6 +206,7 @@ class NpuServer(Server):
         graph_mode: str = "FULL_DECODE_ONLY",
         probe: bool = False,
         arguments: tuple[str, ...] = (),
+        beside: dict[str, object] | None = None,
         parts: tuple[str, ...] = (),
         spawned: bool = npus.REAL,
         nursery: Nursery | None = None,
@@ -211,6 +216,7 @@ class NpuServer(Server):
         self.report = folder / "races.txt"
         self.parts, self._nursery = parts, nursery
         port = self.url.rpartition(":")[2]
+        additional = {**({} if eplb_config is None else {"eplb_config": eplb_config}), **(beside or {})}
         captured = {"cudagraph_mode": graph_mode, "cudagraph_capture_sizes": graphs}
         self.command = [
             *(str(npus.PYTHON), "-m"),
@@ -222,7 +228,7 @@ class NpuServer(Server):
             *("--max-model-len", str(MAX_TOKENS_PER_REQUEST), "--max-num-seqs", str(MAX_SEQUENCES)),
             "--no-enable-prefix-caching",
             *(() if npus.REAL else ("--num-gpu-blocks-override", "256")),
-            *(() if eplb_config is None else ("--additional-config", json.dumps({"eplb_config": eplb_config}))),
+            *(("--additional-config", json.dumps(additional)) if additional else ()),
             *(("--worker-extension-cls", "tests.npu.probe.Probe") if probe else ()),
             *arguments,
         ]

@@ -318,7 +318,7 @@ def test_two_engines_share_experts_of_model_and_draft_model(
 
 
 @only_first
-def test_maps_hold_model_layers_then_draft_layers(
+def test_draft_model_follows_its_layers_of_a_map(
     tmp_path: Path, model: Path, prompts: list[str], answers: list[list[int]], drafts: list[list[object]]
 ) -> None:
     """A server starts from a map of the model alone. A second server starts from the map that the first recorded."""

@@ -239,19 +239,10 @@ def test_second_runner_refuses_maps_beside_draft_experts(second_runner):
         refusals.refuse_unsupported(served(additional_config=recorded, **drafter))
 
 
-@pytest.mark.parametrize(("version", "refused"), [("0.23.0.post1", False), ("0.30.0rc2", True)])
-def test_own_loader_refuses_maps_beside_draft_experts(monkeypatch, version, refused):
-    """Where this package loads by the map, the draft model's experts would not follow it. Maps may be recorded."""
-    monkeypatch.setattr(refusals, "installed_version", lambda: version)
-    drafter = {"speculative_config": drafted("mtp")}
-    recorded = {"eplb_config": {"dynamic_eplb": True, "expert_map_record_path": "map.json"}}
-    refusals.refuse_unsupported(served(additional_config=recorded, **drafter))
-    given = served(additional_config={"eplb_config": {"expert_map_path": "map.json"}}, **drafter)
-    if refused:
-        with pytest.raises(EplbConfigError, match=r"expert_map_path and a draft model .* vllm-ascend 0\.30\.0rc2"):
-            refusals.refuse_unsupported(given)
-    else:
-        refusals.refuse_unsupported(given)
+def test_first_runner_takes_maps_beside_draft_experts():
+    for key in ("expert_map_path", "expert_map_record_path"):
+        additional = {"eplb_config": {"dynamic_eplb": True, key: "map.json"}}
+        refusals.refuse_unsupported(served(additional_config=additional, speculative_config=drafted("mtp")))
 
 
 @pytest.mark.parametrize(

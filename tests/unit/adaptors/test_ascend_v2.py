@@ -11,6 +11,7 @@ import torch
 
 from vllm_ascend_eplb.adaptors.ascend import second_runner
 from vllm_ascend_eplb.adaptors.errors import PatchPointError
+from vllm_ascend_eplb.adaptors.vllm.adaptor import tensors_by_slot
 from vllm_ascend_eplb.adaptors.vllm.state import VllmEplbState
 
 
@@ -37,6 +38,17 @@ def test_idle_engine_counts_in_stage_of_others(monkeypatch: pytest.MonkeyPatch) 
     decode = {"serving": True, "stage": "decode", "rows": 1, "tokens": 2}
     idle = {"serving": False, "stage": "decode", "rows": 1, "tokens": 0}
     assert said == [prefill, prefill, decode, decode, idle, idle]
+
+
+def test_quantised_experts_are_lists_of_tensors() -> None:
+    """The weights of slots are views, whichever form a layer reports."""
+    together, apart = torch.nn.Parameter(torch.zeros(3, 2, 2)), [torch.full((2,), float(slot)) for slot in range(3)]
+    slots = tensors_by_slot([[together, apart], [apart]], 3)
+    assert [[len(tensors) for tensors in layer] for layer in slots] == [[2, 2, 2], [1, 1, 1]]
+    for slot, (first, second) in enumerate(slots[0]):
+        assert first.data_ptr() == together[slot].data_ptr()
+        assert second.data_ptr() == apart[slot].data_ptr()
+        assert not first.requires_grad
 
 
 def test_reload_is_refused() -> None:

@@ -15,7 +15,7 @@ from ...values.placement import EMPTY, Placement
 from ..engine_adaptor import EngineAdaptor, recorder_for, topology_of
 from ..errors import UnsupportedError
 from ..parts import pipeline_parts
-from ..vllm.loading import placement_loaded
+from ..vllm.loading import slots_of_layer
 from .routing import SlotTable, maps_itself, replicas_ahead, route_by
 
 
@@ -49,6 +49,42 @@ def placement_of(global_expert_maps: list[np.ndarray], slots_per_rank: int) -> P
         rank, expert = np.nonzero(expert_map >= 0)
         slots[layer, rank * slots_per_rank + expert_map[rank, expert]] = expert
     return Placement(slots, experts, ranks)
+
+
+def placement_loaded(moe_layers: list[Any], placement: Placement, name: str, rank: int, *, by_map: bool) -> Placement:
+    """The placement by which layers that map experts themselves were loaded: by a map or in vLLM's order, with the
+    loader of this package, or in vLLM's order by vLLM.
+
+    Args:
+        moe_layers: of the model, then of its draft model.
+        placement: what vllm-ascend's maps say.
+        name: of the model, for error messages.
+        rank: this rank.
+        by_map: whether the model is to be loaded by a map.
+
+    Raises:
+        UnsupportedError: a map was not followed, or a layer was loaded by vLLM and its maps are not vLLM's order.
+        LoadingError: a map was followed, and left a slot of this rank empty.
+    """
+    layers, experts, slots = placement.num_layers, placement.num_experts, placement.num_slots
+    usual = Placement.initial(layers, experts, placement.num_ranks, slots - experts).physical_to_logical
+    rows = usual.copy()
+    for number, layer in enumerate(moe_layers):
+        loaded = slots_of_layer(layer)
+        if loaded is not None:
+            loaded.require_filled(name, number, rank, placement.slots_per_rank)
+            rows[number] = loaded.expert_of_slot()
+        elif number == 0 and by_map:
+            raise UnsupportedError(
+                f"the weights of {name} were not loaded by eplb_config.expert_map_path: this model, or this "
+                "--load-format, is built in a way of its own; leave expert_map_path out"
+            )
+        elif (placement.physical_to_logical[number] != usual[number]).any():
+            raise UnsupportedError(
+                f"the experts of {name} were loaded in vLLM's order, and the layers' maps say otherwise; "
+                "set dynamic_eplb to false for this model"
+            )
+    return Placement(rows, experts, placement.num_ranks)
 
 
 class AscendAdaptor(EngineAdaptor):
@@ -85,7 +121,8 @@ class AscendAdaptor(EngineAdaptor):
         self.placement = placement_of(maps, size)
         num_ranks = self.placement.num_ranks
         if maps_itself(moe_layers[0]):
-            self.placement = self._loaded(layers.model, self.placement)
+            by_map = config.expert_map_path is not None
+            self.placement = placement_loaded(moe_layers, self.placement, self.name, self.rank, by_map=by_map)
         self.topology = topology_of(self.control_group, num_ranks)
         self.num_groups = max(1, int(getattr(layers.config, "n_group", 1) or 1))
         self.device = moe_layers[0].moe_load.device
@@ -102,28 +139,6 @@ class AscendAdaptor(EngineAdaptor):
         for number, layer in enumerate(moe_layers):
             layer.moe_load = self.recorder.counts[number, first : first + size]
             route_by(layer, SlotTable(self._maps, number, local, offset))
-
-    def _loaded(self, model: Any, placement: Placement) -> Placement:
-        """The placement that a model was loaded by whose layers map experts themselves.
-
-        Args:
-            placement: what vllm-ascend's maps say.
-
-        Raises:
-            UnsupportedError: these maps are not vLLM's order, in which the model was loaded.
-        """
-        from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
-
-        by_map = placement_loaded(get_mixture_of_experts_model(model), self.rank)
-        if by_map is not None:
-            return by_map
-        layers, experts, slots = placement.num_layers, placement.num_experts, placement.num_slots
-        if placement != Placement.initial(layers, experts, placement.num_ranks, slots - experts):
-            raise UnsupportedError(
-                f"the experts of {self.name} were loaded in vLLM's order, and the layers' maps say otherwise; "
-                "set dynamic_eplb to false for this model"
-            )
-        return placement
 
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
         return [

@@ -11,7 +11,7 @@ from ...settings.fit import refuse_options
 from ..handed_over import settings_of
 from ..parts import draft_layers, has_experts
 from ..refusals import common_options, has_map, sleeps, transfers_weights
-from .hand_over import IN_VLLMS_ORDER, SECOND_RUNNER, installed_version, second_runner
+from .hand_over import SECOND_RUNNER, second_runner
 
 
 def layers_of_map(config: EplbConfig, layers: int | None, speculative: Any) -> int | None:
@@ -56,14 +56,6 @@ def refuse_unsupported(vllm_config: Any) -> None:
         (  # there it is a model of its own, and a map has the layers of one
             f"an expert_map_path or expert_map_record_path and a draft model with experts, with {SECOND_RUNNER}=1",
             has_map(config) and has_experts(vllm_config.speculative_config) and second_runner(),
-            False,
-            "use one of the two",
-        ),
-        (  # there the weights of the model are loaded by the map, and those of the draft model are not
-            f"an expert_map_path and a draft model with experts, with vllm-ascend {installed_version()}",
-            config.expert_map_path is not None
-            and has_experts(vllm_config.speculative_config)
-            and installed_version() in IN_VLLMS_ORDER,
             False,
             "use one of the two",
         ),

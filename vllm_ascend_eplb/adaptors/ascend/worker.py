@@ -9,11 +9,14 @@ import importlib
 from types import ModuleType
 from typing import Any
 
+from ...settings.fit import read_start_placement
+from ...values.placement import Placement
 from ..handed_over import settings_of
+from ..parts import has_experts
 from ..patching import patch_once
 from ..readers import guard_model, guard_worker
-from ..vllm.loading import loading_by
-from ..vllm.worker import load_order
+from ..vllm.loading import LoadOrder, loading_by
+from ..vllm.worker import order_of_vllm
 from .hand_over import IN_VLLMS_ORDER, installed_version, second_runner, switch_on
 from .runner import RUNNER, RunnerUpdator, take_over
 
@@ -67,7 +70,44 @@ def _loading(vllm_config: Any, updator: RunnerUpdator | None) -> contextlib.Abst
     """The context in which a model is loaded: by the map of the settings, where vllm-ascend does not heed one."""
     if updator is None or installed_version() not in IN_VLLMS_ORDER:
         return contextlib.nullcontext()
-    return loading_by(functools.partial(load_order, vllm_config))
+    return loading_by(Orders(vllm_config))
+
+
+class Orders:
+    """Gives each model that a worker loads the order of its layers: the model, and then a draft model with experts.
+
+    A map has the layers of the model, and may have those of the draft model behind them. Layers that are in no map are
+    loaded in vLLM's order. With redundant experts that order is given explicitly: vLLM does not know of the redundancy
+    here, and models that load their experts by themselves would leave the slots of copies empty.
+
+    Args:
+        vllm_config: the configuration of the worker, with ``eplb_config`` in vllm-ascend's form.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        self._config = settings_of(vllm_config.additional_config)
+        self._redundant = int(vllm_config.additional_config["eplb_config"]["num_redundant_experts"])
+        self._drafts = has_experts(vllm_config.speculative_config)
+        self._taken = 0
+
+    def __call__(self, num_layers: int, num_experts: int, model_config: Any) -> LoadOrder | None:
+        """The order of the next model; see :func:`~vllm_ascend_eplb.adaptors.vllm.loading.loading_by`.
+
+        Raises:
+            EplbConfigError: the map file was changed since the front end checked it.
+        """
+        from vllm.distributed.parallel_state import get_ep_group
+
+        num_ranks, first, end = get_ep_group().world_size, self._taken, self._taken + num_layers
+        self._taken = end
+        read = functools.partial(read_start_placement, self._config, num_experts=num_experts, num_ranks=num_ranks)
+        start = read(num_layers=None)
+        if start is None or start.num_layers == first:
+            return order_of_vllm(num_layers, num_experts, num_ranks, self._redundant)
+        if start.num_layers < end or not (self._drafts and first == 0):
+            read(num_layers=end)  # raises if the map has another number of layers
+        rows = start.physical_to_logical[first:end]
+        return LoadOrder(Placement(rows, num_experts, num_ranks), by_map=True)
 
 
 def updator_of(worker: Any) -> RunnerUpdator | None:

@@ -168,8 +168,18 @@ class VllmAdaptor(EngineAdaptor):
         return [*kept, *self.recorder.device_tensors()]
 
     def expert_tensors(self) -> list[list[list[torch.Tensor]]]:
-        slots = range(self.placement.slots_per_rank)
-        return [[[tensor.data[slot] for tensor in layer] for slot in slots] for layer in self._weights]
+        return tensors_by_slot(self._weights, self.placement.slots_per_rank)
+
+
+def tensors_by_slot(weights: Any, num_slots: int) -> list[list[list[torch.Tensor]]]:
+    """The tensors of the expert in each slot, by layer.
+
+    Args:
+        weights: by layer, the expert weights that a model reports: tensors [S, ...], or lists of S tensors, as those of
+            quantised experts under vllm-ascend.
+        num_slots: slots of this rank, S.
+    """
+    return [[[entry[slot].data for entry in layer] for slot in range(num_slots)] for layer in weights]
 
 
 def require_routing_of_own_tokens(model: Any) -> None:

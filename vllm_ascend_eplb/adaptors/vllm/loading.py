@@ -26,7 +26,6 @@ _LAYER = "_eplb_slots"
 
 
 _MODEL = "_eplb_placement"
-_BY_MAP = "_eplb_by_map"
 
 _IN_ONE_TENSOR = ("experts.gate_up_proj", "experts.down_proj")
 """How names of weights of all experts of a layer end in Llama-4's checkpoints."""
@@ -94,10 +93,36 @@ class LayerSlots:
         """Forgets what was loaded, before a reload."""
         self._loaded = {}
 
+    def expert_of_slot(self) -> list[int]:
+        """The expert that goes to each slot, [P]."""
+        found = {slot: expert for expert, slots in enumerate(self._slots_of_expert) for slot in slots}
+        return [found[slot] for slot in range(len(found))]
+
     def missing(self, local: range) -> list[int]:
         """Slots of ``local`` that are missing a part of their expert; all of them where nothing was loaded."""
         parts = list(self._loaded.values())
         return [slot for slot in local if not parts or any(slot not in part for part in parts)]
+
+    def require_filled(self, name: str, number: int, rank: int, slots_per_rank: int) -> None:
+        """Checks that every slot of this rank was filled, if a map asks for it.
+
+        Args:
+            name: of the model, for the error message.
+            number: of the layer.
+            rank: this rank.
+            slots_per_rank: S.
+
+        Raises:
+            LoadingError: a slot was left out, because this kind of model or checkpoint is loaded in another way; names
+                layer, device and slot.
+        """
+        missing = self.missing(range(rank * slots_per_rank, (rank + 1) * slots_per_rank)) if self._by_map else []
+        if missing:
+            raise LoadingError(
+                f"{name} cannot be loaded by eplb_config.expert_map_path: layer {number}, device {rank}, "
+                f"slot {missing[0] - rank * slots_per_rank} got no weights; leave expert_map_path out, or use another "
+                "--load-format"
+            )
 
 
 @contextlib.contextmanager
@@ -169,7 +194,6 @@ def load_by(moe: Any, order: LoadOrder) -> None:
         if hasattr(module, "load_moe_expert_weights"):
             patch_once(module, "load_moe_expert_weights", _expert_by_expert)
     setattr(moe, _MODEL, placement)
-    setattr(moe, _BY_MAP, order.by_map)
 
 
 def _expert_by_expert(original: Callable[..., bool]) -> Callable[..., bool]:
@@ -241,19 +265,19 @@ def placement_loaded(moe: Any, rank: int) -> Placement | None:
             checkpoint is loaded in another way; names layer, device and slot.
     """
     placement: Placement | None = getattr(moe, _MODEL, None)
-    if placement is None or not getattr(moe, _BY_MAP):
-        return placement
-    per_rank = placement.slots_per_rank
-    for number, layer in enumerate(moe.moe_layers):
-        slots: LayerSlots = getattr(_experts(layer), _LAYER)
-        missing = slots.missing(range(rank * per_rank, (rank + 1) * per_rank))
-        if missing:
-            raise LoadingError(
-                f"{type(moe).__name__} cannot be loaded by eplb_config.expert_map_path: layer {number}, device {rank}, "
-                f"slot {missing[0] - rank * per_rank} got no weights; leave expert_map_path out, or use another "
-                "--load-format"
-            )
+    if placement is not None:
+        for number, layer in enumerate(moe.moe_layers):
+            getattr(_experts(layer), _LAYER).require_filled(type(moe).__name__, number, rank, placement.slots_per_rank)
     return placement
+
+
+def slots_of_layer(layer: Any) -> LayerSlots | None:
+    """Where the experts of a layer went; None where vLLM's own loader was left alone.
+
+    Args:
+        layer: the MoE layer, or the module that holds its expert weights.
+    """
+    return getattr(_experts(layer), _LAYER, None)
 
 
 def _slots(moe: Any) -> int:

@@ -158,6 +158,11 @@ def load_order(vllm_config: Any, num_layers: int, num_experts: int, model_config
             mine = start.physical_to_logical[first : first + num_layers]
             return LoadOrder(Placement(mine, num_experts, num_ranks), by_map=True)
     redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
+    return order_of_vllm(num_layers, num_experts, num_ranks, redundant)
+
+
+def order_of_vllm(num_layers: int, num_experts: int, num_ranks: int, redundant: int) -> LoadOrder | None:
+    """vLLM's own order; None without redundant experts, where vLLM's own loader is left alone."""
     if not redundant:
         return None
     return LoadOrder(Placement.initial(num_layers, num_experts, num_ranks, redundant), by_map=False)
