@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A prefill server and a decode server at once, behind a small proxy.
 
-vLLM's ExampleConnector leaves the KV cache of a prompt in a folder of the store, one file for each layer.
+vLLM's ExampleConnector leaves the KV cache of a prompt in a folder of the store, one file for each layer. With
+NixlConnector the decode server reads the cache from the prefill server's memory, by what the answer to the first
+request says about it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +33,19 @@ from .steady_requests import ONE_EACH
 BLOCK = 32
 """Tokens of a block; whole blocks of a prompt go from one server to the other."""
 
+FOR_ANOTHER = {"do_remote_decode": True, "do_remote_prefill": False}
+"""Asks NixlConnector to keep the cache of a prompt until another server has read it."""
+
+
+def _two_ports() -> int:
+    """A port that is free, as is the next: each data-parallel engine of NixlConnector listens at a port."""
+    while True:
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            second.bind(("127.0.0.1", port + 1))
+            return port
+
 
 class RoleServer(Server):
     """A server of two data-parallel engines that computes prompts (kv_producer) or takes them over (kv_consumer).
@@ -40,13 +56,14 @@ class RoleServer(Server):
         audit: folder with the account of each worker; see audit.py.
     """
 
-    def __init__(self, role: str, settings: dict[str, object], folder: Path, store: Path) -> None:
+    def __init__(self, role: str, settings: dict[str, object], folder: Path, store: Path | None) -> None:
         super().__init__(2, settings, folder, 1 if role == "kv_producer" else 16)
-        transfer = {
-            "kv_connector": "ExampleConnector",
-            "kv_role": role,
-            "kv_connector_extra_config": {"shared_storage_path": str(store)},
-        }
+        transfer: dict[str, object] = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
+        if store:
+            extra = {"shared_storage_path": str(store)}
+            transfer = {"kv_connector": "ExampleConnector", "kv_role": role, "kv_connector_extra_config": extra}
+        else:
+            self.environment |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(_two_ports())}
         self.command[self.command.index("--tensor-parallel-size")] = "--data-parallel-size"
         self.command += [
             *("--kv-transfer-config", json.dumps(transfer), "--block-size", str(BLOCK)),
@@ -92,16 +109,16 @@ class Proxy:
 
     def __init__(self, prefill: str, decode: str) -> None:
         self.sent_again = {prefill: 0, decode: 0}
-        self._between: Callable[[], None] = lambda: None
+        self._between: Callable[[Any], Any] = lambda handed: handed
         self._client = httpx.Client(timeout=300, limits=ONE_EACH, trust_env=False)
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                proxy._post(prefill, {**request, "max_tokens": 1})
-                proxy._between()
-                answer = json.dumps(proxy._post(decode, request)).encode()
+                first = proxy._post(prefill, {**request, "max_tokens": 1, "kv_transfer_params": FOR_ANOTHER})
+                handed = proxy._between(first.get("kv_transfer_params"))
+                answer = json.dumps(proxy._post(decode, {**request, "kv_transfer_params": handed})).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
@@ -128,8 +145,9 @@ class Proxy:
             time.sleep(0.5)
 
     @contextlib.contextmanager
-    def doing_between(self, action: Callable[[], None]) -> Iterator[None]:
-        """Calls ``action`` when a prompt is computed, before the decode server is asked."""
+    def doing_between(self, action: Callable[[Any], Any]) -> Iterator[None]:
+        """Calls ``action`` when a prompt is computed, before the decode server is asked, with what the prefill server
+        says about the prompt's cache. The decode server is told what ``action`` returns."""
         idle, self._between = self._between, action
         try:
             yield
@@ -176,14 +194,15 @@ class Store:
 
 @contextlib.contextmanager
 def both_roles(
-    folder: Path, prefill: dict[str, object], decode: dict[str, object]
+    folder: Path, prefill: dict[str, object], decode: dict[str, object], nixl: bool = False
 ) -> Iterator[tuple[RoleServer, RoleServer, Store, Proxy]]:
     """Starts a server of each role by its settings, and the proxy."""
     for name in ("prefill", "decode", "kv"):
         (folder / name).mkdir()
+    store = None if nixl else folder / "kv"
     servers = (
-        RoleServer("kv_producer", prefill, folder / "prefill", folder / "kv"),
-        RoleServer("kv_consumer", decode, folder / "decode", folder / "kv"),
+        RoleServer("kv_producer", prefill, folder / "prefill", store),
+        RoleServer("kv_consumer", decode, folder / "decode", store),
     )
     proxy = Proxy(*(server.url for server in servers))
     try:
