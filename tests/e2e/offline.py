@@ -8,11 +8,12 @@ The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config 
 weights are loaded anew), ``under_way`` (data-parallel parts that are asked to reload while requests are under way, turn
 by turn; null for all, while they are paused), ``sleeps`` (levels: in the end the engine sleeps with each of them, see
 allocator.py), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of them, see
-transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again),
-``routing`` (in the end layers are asked for what is refused), ``contents`` (what slots hold, at first and in the end),
-``drafter`` (it is watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted
-is corrupted after all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how
-many tokens went through the model if none came from a cache.
+transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again), ``turns``
+(the updates are taken in so many turns, each after a sleep; see turns.py), ``routing`` (in the end layers are asked for
+what is refused), ``contents`` (what slots hold, at first and in the end), ``drafter`` (it is watched, and it is what
+gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after all that, for one more
+turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went through the model if none
+came from a cache.
 """
 
 from __future__ import annotations
@@ -170,6 +171,7 @@ class Engine:
 
 def main(job_path: str, result_path: str) -> None:
     import probes
+    import turns
     import weight_probes
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
@@ -191,9 +193,9 @@ def main(job_path: str, result_path: str) -> None:
     result: dict[str, object] = {}
     if job.get("probe"):
         engine.rpc(probes.install)
-    if any(job.get(name) for name in ("reload", "under_way", "sleeps")):
+    if any(job.get(name) for name in ("reload", "under_way", "sleeps", "turns")):
         engine.rpc(weight_probes.remember_weights)
-    if job.get("sleeps"):
+    if job.get("sleeps") or job.get("turns"):
         import allocator
 
         engine.rpc(allocator.remember)
@@ -262,6 +264,8 @@ def main(job_path: str, result_path: str) -> None:
         mine = engine.rpc(weight_probes.updated) if job["eplb"] is not None else []
         result["sleeps"].append({"ranks": mine, "tokens": ask_until_moved()})
     result["updates"] = []
+    if job.get("turns"):
+        result["turns"] = turns.take(engine, lambda: token_ids(ask()), job["turns"], job.pop("updates"))
     for factor in job.get("updates", []):
         engine.update_weights(factor)
         mine = engine.rpc(weight_probes.updated) if job["eplb"] is not None else []

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 
 import pytest
 
 from .conftest import BUSY, prompts
+from .kept import ROOT
+from .soak_judge import grown, growth
 
 TOKENS = 16
 FACTORS = [1.25, 1.0, 0.75, 1.25]
@@ -17,6 +20,12 @@ FACTORS = [1.25, 1.0, 0.75, 1.25]
 LEVELS = [1, 2, 1, 2]
 """The levels of sleep, in this order, before the updates."""
 
+
+TURNS = int(os.environ.get("EPLB_SOAK_TURNS", "30"))
+"""Turns of sleep and new weights in the soak."""
+
+PROMPTS, SHORT = 4, 12
+"""Prompts of the soak, and tokens per answer."""
 
 ENGINES = {"weight_transfer_config": {"backend": "trainer"}, "enable_prefix_caching": False, "data_parallel_size": 2}
 """Arguments of two data-parallel engines."""
@@ -133,3 +142,37 @@ def test_engines_reload_while_they_serve(trained):
     for reload in run.result["reloads"]:
         assert reload["placement"] != reload["initial"] == reload["by_name"] == reload["placement_after"]
         assert reload["moved"] == 0
+
+
+@pytest.mark.soak
+def test_turns_of_sleep_and_new_weights_never_end(runs, job, alone):
+    """As in reinforcement learning, with two engines. In every turn experts move, the engines sleep and take new
+    weights, and the old placement is restored by an order. Negative control: new weights give other answers."""
+    short = {"prompts": [job["prompts"][0][:PROMPTS]], "max_tokens": SHORT, "paths": [*job["paths"], str(ROOT)]}
+    arguments = {**ENGINES, "max_num_seqs": PROMPTS}
+    run = runs(
+        "trained again and again",
+        **{**job, **short, "arguments": arguments, "sleeps": [], "turns": TURNS, "seconds": 20 * TURNS},
+        ranks=1,
+        eplb=BUSY,
+    )
+    assert run.code == 0, run.log[-6000:]
+    assert len(run.result["turns"]) == TURNS
+
+    answers = [[answer[:SHORT] for answer in update["tokens"][:PROMPTS]] for update in alone.result["updates"]]
+    weights = list(itertools.islice(itertools.chain(answers[1:2], itertools.cycle(answers)), TURNS + 1))
+    assert all(old != new for number, (old, new) in enumerate(itertools.pairwise(weights)) if number % len(FACTORS))
+    for turn, (old, new) in zip(run.result["turns"], itertools.pairwise(weights), strict=True):
+        assert repeated(turn["before"], old)
+        assert repeated(turn["after"], new)
+
+    for number, turn in enumerate(run.result["turns"]):
+        moved, start = turn["moved"], turn["start"]
+        assert moved[0] == moved[1] != start[0]
+        assert turn["asleep"] == (start if number % 2 else moved)  # level 2 in every second turn
+        assert turn["updated"] == start
+        assert turn["restored"] == moved
+    stats = json.loads(run.result["ranks"][0]["stats"])
+    assert stats["cycles_done"] >= 2 * TURNS
+    assert stats["cycles_failed"] == 0
+    assert grown(growth([turn["resources"] for turn in run.result["turns"]])) == []
