@@ -144,17 +144,27 @@ def test_engines_reload_while_they_serve(trained):
         assert reload["moved"] == 0
 
 
+OFTEN = """
+def listen_often(start):
+    start.LISTEN_STEPS = 4
+
+after_import("vllm_ascend_eplb.balancer.start", listen_often)
+"""
+"""For the soak: ranks look for orders so often that a turn is short."""
+
+
 @pytest.mark.soak
-def test_turns_of_sleep_and_new_weights_never_end(runs, job, alone):
+def test_turns_of_sleep_and_new_weights_never_end(runs, job, alone, tmp_path):
     """As in reinforcement learning, with two engines. In every turn experts move, the engines sleep and take new
     weights, and the old placement is restored by an order. Negative control: new weights give other answers."""
-    short = {"prompts": [job["prompts"][0][:PROMPTS]], "max_tokens": SHORT, "paths": [*job["paths"], str(ROOT)]}
+    (tmp_path / "sitecustomize.py").write_text(STAND_INS + OFTEN)
+    short = {"prompts": [job["prompts"][0][:PROMPTS]], "max_tokens": SHORT, "paths": [str(tmp_path), str(ROOT)]}
     arguments = {**ENGINES, "max_num_seqs": PROMPTS}
     run = runs(
         "trained again and again",
         **{**job, **short, "arguments": arguments, "sleeps": [], "turns": TURNS, "seconds": 20 * TURNS},
         ranks=1,
-        eplb=BUSY,
+        eplb={**BUSY, "transfer_buffer_experts": 512},  # one round
     )
     assert run.code == 0, run.log[-6000:]
     assert len(run.result["turns"]) == TURNS
