@@ -1,58 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prefill server and a decode server at once, behind a small proxy.
-
-vLLM's ExampleConnector leaves the KV cache of a prompt in a folder of the store, one file for each layer.
-"""
+"""A prefill server and a decode server at once, behind a small proxy; either may be killed and started again."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from examples.demo.server import Server
+from examples.demo import roles
 
 from .audit import AUDIT, FIRST, Step, audited_steps
 from .conftest import START_SECONDS, wait_until
 from .private_server import run_first
-from .steady_requests import ONE_EACH
-
-BLOCK = 32
-"""Tokens of a block; whole blocks of a prompt go from one server to the other."""
 
 
-class RoleServer(Server):
-    """A server of two data-parallel engines that computes prompts (kv_producer) or takes them over (kv_consumer).
-
-    A step of a prefill server has one prompt for each engine, so that prompts make many steps.
+class RoleServer(roles.RoleServer):
+    """A server whose workers keep an account of their steps.
 
     Attributes:
         audit: folder with the account of each worker; see audit.py.
     """
 
     def __init__(self, role: str, settings: dict[str, object], folder: Path, store: Path) -> None:
-        super().__init__(2, settings, folder, 1 if role == "kv_producer" else 16)
-        transfer = {
-            "kv_connector": "ExampleConnector",
-            "kv_role": role,
-            "kv_connector_extra_config": {"shared_storage_path": str(store)},
-        }
-        self.command[self.command.index("--tensor-parallel-size")] = "--data-parallel-size"
-        self.command += [
-            *("--kv-transfer-config", json.dumps(transfer), "--block-size", str(BLOCK)),
-            # of a prompt in parts ExampleConnector keeps the first only
-            *("--no-enable-chunked-prefill", "--max-num-batched-tokens", "512"),
-        ]
+        super().__init__(role, settings, folder, store)
         self.audit = folder / "audit"
         self.audit.mkdir()
         run_first(self, folder, FIRST, **{AUDIT: str(self.audit)})
@@ -82,9 +59,8 @@ class RoleServer(Server):
             path.unlink(missing_ok=True)
 
 
-class Proxy:
-    """Sends a request to the prefill server for one token, then to the decode server, whose answer it passes on. A
-    request that a server does not answer, because it is away, is sent there again.
+class Proxy(roles.Proxy):
+    """A request that a server does not answer, because it is away, is sent there again.
 
     Attributes:
         sent_again: how often that happened, by URL.
@@ -93,39 +69,21 @@ class Proxy:
     def __init__(self, prefill: str, decode: str) -> None:
         self.sent_again = {prefill: 0, decode: 0}
         self._between: Callable[[], None] = lambda: None
-        self._client = httpx.Client(timeout=300, limits=ONE_EACH, trust_env=False)
-        proxy = self
+        super().__init__(prefill, decode)
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                proxy._post(prefill, {**request, "max_tokens": 1})
-                proxy._between()
-                answer = json.dumps(proxy._post(decode, request)).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def _post(self, url: str, request: dict[str, Any]) -> Any:
+    def post(self, url: str, request: dict[str, Any]) -> Any:
         end = time.monotonic() + START_SECONDS
         while True:
             try:
-                response = self._client.post(f"{url}/v1/completions", json=request)
-                response.raise_for_status()
-                return response.json()
+                return super().post(url, request)
             except httpx.HTTPError:
                 if time.monotonic() > end:
                     raise
             self.sent_again[url] += 1
             time.sleep(0.5)
+
+    def between(self) -> None:
+        self._between()
 
     @contextlib.contextmanager
     def doing_between(self, action: Callable[[], None]) -> Iterator[None]:
@@ -136,22 +94,13 @@ class Proxy:
         finally:
             self._between = idle
 
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._client.close()
 
-
-class Store:
-    """The folder between the servers."""
+class Store(roles.Store):
+    """The folder between the servers, where each layer of a prompt has a file."""
 
     def __init__(self, path: Path, layers: int) -> None:
-        self.path, self._layers = path, layers
-
-    def clear(self) -> None:
-        """Forgets all prompts; no request may be under way."""
-        for entry in self.path.iterdir():
-            shutil.rmtree(entry)
+        super().__init__(path)
+        self._layers = layers
 
     def drop_parts(self) -> None:
         """Forgets prompts that a server was writing when it was killed; only its requests wait for them.
