@@ -32,6 +32,8 @@ ENGINES = {"weight_transfer_config": {"backend": "trainer"}, "enable_prefix_cach
 
 
 STAND_INS = """
+import faulthandler
+faulthandler.enable()
 import importlib
 from vllm_ascend_eplb.adaptors.post_import import after_import
 

@@ -123,8 +123,8 @@ def test_decode_server_moves_experts_and_tokens_are_equal(decode: NpuServer, wan
 
 
 def test_engines_of_a_kv_consumer_count_the_same_steps(decode: NpuServer, want: list[list[list[int]]]) -> None:
-    """The second engine alone computes the tails of prompts, while the first one is idle. The slots of both count a step
-    if no engine has more tokens than decoding takes. Negative control: steps chosen by the first engine's batch."""
+    """The second engine alone computes the tails of prompts, while the first one is idle. Slots count a step if
+    no engine has more tokens than decoding takes. Negative control: steps chosen by the first engine's batch."""
     for _ in range(4):
         assert decode.complete(BATCHES[0][:1], TOKENS, engine=1) == want[0][:1]
     first = decode.call("probe_watched")[0]
