@@ -24,7 +24,7 @@ LEVELS = [1, 2, 1, 2]
 TURNS = int(os.environ.get("EPLB_SOAK_TURNS", "30"))
 """Turns of sleep and new weights in the soak."""
 
-PROMPTS, SHORT = 4, 12
+PROMPTS, SHORT = 4, 8
 """Prompts of the soak, and tokens per answer."""
 
 ENGINES = {"weight_transfer_config": {"backend": "trainer"}, "enable_prefix_caching": False, "data_parallel_size": 2}
