@@ -19,6 +19,7 @@ came from a cache.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -71,7 +72,12 @@ class Engine:
         self._ended: set[str] = set()
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        """The result; an engine that has ended answers some calls never."""
+        asked = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        while not concurrent.futures.wait([asked], timeout=5.0).done:
+            if self._many.errored:
+                raise RuntimeError("an engine has ended")
+        return asked.result()
 
     def rpc(
         self, function: Callable[..., Any] | str, *args: Any, parts: Sequence[int] | None = None, **keywords: Any
