@@ -9,11 +9,11 @@ weights are loaded anew), ``under_way`` (data-parallel parts that are asked to r
 by turn; null for all, while they are paused), ``sleeps`` (levels: in the end the engine sleeps with each of them, see
 allocator.py), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of them, see
 transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again), ``turns``
-(the updates are taken in so many turns, each after a sleep; see turns.py), ``routing`` (in the end layers are asked for
-what is refused), ``contents`` (what slots hold, at first and in the end), ``drafter`` (it is watched, and it is what
-gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after all that, for one more
-turn). The result holds the token ids of every prompt, turn by turn, and how many tokens went through the model if none
-came from a cache.
+and ``seconds`` (the updates are taken in so many turns, for at most so long, each after a sleep; see turns.py),
+``routing`` (in the end layers are asked for what is refused), ``contents`` (what slots hold, at first and in the end),
+``drafter`` (it is watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted
+is corrupted after all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how
+many tokens went through the model if none came from a cache.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def main(job_path: str, result_path: str) -> None:
         result["sleeps"].append({"ranks": mine, "tokens": ask_until_moved()})
     result["updates"] = []
     if job.get("turns"):
-        result["turns"] = turns.take(engine, lambda: token_ids(ask()), job["turns"], job.pop("updates"))
+        result["turns"] = turns.take(engine, lambda: token_ids(ask()), job["turns"], job["seconds"], job.pop("updates"))
     for factor in job.get("updates", []):
         engine.update_weights(factor)
         mine = engine.rpc(weight_probes.updated) if job["eplb"] is not None else []

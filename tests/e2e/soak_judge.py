@@ -38,13 +38,14 @@ def vllm_growth(requests: float) -> float:
 
 
 def grown(table: dict[str, dict[str, float]]) -> list[str]:
-    """The resources that grew by more than is allowed, of those in a table of :func:`growth`, which has requests."""
+    """The resources that grew by more than is allowed, of those in a table of :func:`growth`. If it has requests, memory
+    may grow by what vLLM takes for them."""
     said = []
     for name, most in MOST_GROWTH.items():
         if name not in table:
             continue
         median = table[name]
-        if name == "memory_mib":
+        if name == "memory_mib" and "requests" in table:
             most += vllm_growth(table["requests"]["last"]) - vllm_growth(table["requests"]["first"])
         if median["last"] - median["first"] > most:
             said.append(f"{name} grew from {median['first']} to {median['last']}; at most {most:.0f} more are allowed")

@@ -8,6 +8,7 @@ back to where they were before.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,11 +24,14 @@ MOST_ASKED = 60
 """Times that the prompts are asked until a cycle is done."""
 
 
-def take(engine: Any, ask: Callable[[], Answers], count: int, factors: Sequence[float]) -> list[dict[str, Any]]:
+def take(
+    engine: Any, ask: Callable[[], Answers], count: int, seconds: float, factors: Sequence[float]
+) -> list[dict[str, Any]]:
     """Takes so many turns: sleeps of level 1 and 2 in turn, and the next of the updates in each turn.
 
     Args:
         ask: answers all prompts once.
+        seconds: no turn begins later.
 
     Returns:
         For each turn the placements by rank after each part of it, the tokens before and after the new weights, and
@@ -52,8 +56,11 @@ def take(engine: Any, ask: Callable[[], Answers], count: int, factors: Sequence[
         return [rank["placement"] for rank in engine.rpc(weight_probes.updated)]
 
     start = [rank["initial"] for rank in engine.rpc(weight_probes.updated)]
-    taken = []
+    taken: list[dict[str, Any]] = []
+    end = time.monotonic() + seconds
     for turn in range(count):
+        if time.monotonic() > end:
+            break
         before = ask_until_cycle("cycle")
         moved = placements()
         engine.sleep(1 + turn % 2)
@@ -70,10 +77,7 @@ def take(engine: Any, ask: Callable[[], Answers], count: int, factors: Sequence[
                 "restored": placements(),
                 "before": before,
                 "after": after,
-                "resources": {
-                    **resources.measure([os.getpid(), *session_members(os.getpid())]),
-                    "requests": sum(len(turn["before"]) + len(turn["after"]) for turn in taken),
-                },
+                "resources": resources.measure([os.getpid(), *session_members(os.getpid())]),
             }
         )
     return taken
