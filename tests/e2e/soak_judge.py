@@ -38,8 +38,8 @@ def vllm_growth(requests: float) -> float:
 
 
 def grown(table: dict[str, dict[str, float]]) -> list[str]:
-    """The resources that grew by more than is allowed, of those in a table of :func:`growth`. If it has requests, memory
-    may grow by what vLLM takes for them."""
+    """The resources that grew by more than is allowed, of those in a table of :func:`growth`. If it has requests,
+    memory may grow by what vLLM takes for them."""
     said = []
     for name, most in MOST_GROWTH.items():
         if name not in table:
