@@ -50,6 +50,14 @@ class RoleServer(Server):
         ]
 
 
+class _Listener(ThreadingHTTPServer):
+    request_queue_size = 128
+    """Connections that may wait; all prompts of a round arrive at once."""
+
+    def handle_error(self, *_: Any) -> None:
+        """Says nothing: the client and the servers' logs have the error."""
+
+
 class Proxy:
     """Sends a request to the prefill server for one token, then to the decode server, whose answer it passes on. If a
     server fails, the proxy closes the connection without an answer.
@@ -81,7 +89,7 @@ class Proxy:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Listener(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

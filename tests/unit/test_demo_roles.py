@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +19,10 @@ from examples.demo.prefill_decode import SETTINGS, parse_arguments
 from examples.demo.roles import Proxy, RoleServer, Store
 
 Asked = list[tuple[str, dict[str, Any]]]
+
+
+class _Patient(ThreadingHTTPServer):
+    request_queue_size = 128
 
 
 @contextmanager
@@ -36,7 +41,7 @@ def answering(name: str, asked: Asked, status: int = 200) -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Patient(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -54,6 +59,23 @@ def test_proxy_asks_prefill_for_one_token_then_decode() -> None:
         proxy.close()
     assert answer == {"from": "decode"}
     assert asked == [("prefill", {**request, "max_tokens": 1}), ("decode", request)]
+
+
+def test_proxy_takes_all_prompts_of_a_round_at_once() -> None:
+    """Negative control: the library's own limit of waiting connections is smaller than a round."""
+    asked: Asked = []
+    with answering("prefill", asked) as prefill, answering("decode", asked) as decode:
+        proxy = Proxy(prefill, decode)
+        assert proxy._server.request_queue_size > 24 > ThreadingHTTPServer.request_queue_size
+        with ThreadPoolExecutor(24) as pool:
+            posts = [
+                pool.submit(httpx.post, f"{proxy.url}/v1/completions", json={"number": n}, trust_env=False)
+                for n in range(24)
+            ]
+            answers = [post.result().json() for post in posts]
+        proxy.close()
+    assert answers == [{"from": "decode"}] * 24
+    assert sorted(request["number"] for name, request in asked if name == "decode") == list(range(24))
 
 
 def test_proxy_gives_no_answer_if_prefill_fails() -> None:
