@@ -177,7 +177,6 @@ class Engine:
 
 def main(job_path: str, result_path: str) -> None:
     import probes
-    import turns
     import weight_probes
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
@@ -271,6 +270,8 @@ def main(job_path: str, result_path: str) -> None:
         result["sleeps"].append({"ranks": mine, "tokens": ask_until_moved()})
     result["updates"] = []
     if job.get("turns"):
+        import turns
+
         result["turns"] = turns.take(engine, lambda: token_ids(ask()), job["turns"], job["seconds"], job.pop("updates"))
     for factor in job.get("updates", []):
         engine.update_weights(factor)
