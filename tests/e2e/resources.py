@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -13,9 +14,12 @@ def measure(pids: Iterable[int]) -> dict[str, float]:
     """Memory, threads, files, sockets and the number of the processes that there are, all together."""
     total: Counter[str] = Counter()
     for pid in pids:
+        links = []
         try:
             status = Path(f"/proc/{pid}/status").read_text()
-            links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+            for entry in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    links.append(os.readlink(entry))
         except OSError:
             continue
         fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
