@@ -139,8 +139,8 @@ def compare(load: str, pairs: int, seconds: float, calibration: Path) -> dict[st
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="where to write the results; may be a pipe")
-    parser.add_argument("--pairs", type=int, default=10, help="turns of the engines without and with the balancer")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement, at least")
+    parser.add_argument("--pairs", type=int, default=30, help="turns of the engines without and with the balancer")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, at least")
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=LOADS)
     parser.add_argument("--calibration", type=Path, help="file with times of layers; without it they are measured once")
     arguments = parser.parse_args()

@@ -183,6 +183,7 @@ class Engine:
 
     def __init__(self, mode: str, size: Size, tiny: bool, uncompiled: bool, folder: str) -> None:
         from vllm import LLM
+        from vllm.utils.gc_utils import freeze_gc_heap
 
         from benchmarks import served_cuda as here  # by a name that workers can import
 
@@ -193,6 +194,7 @@ class Engine:
         assert set(self._llm.collective_rpc(here.skew_routers, args=(SKEW,))) == {size.layers}
         if mode.startswith("vllm"):
             self._llm.collective_rpc(here.moved_by_vllm)
+        freeze_gc_heap()  # as vLLM's server does; a collection of all that was imported takes half a second of a step
 
     def decode(self, requests: int, steps: int) -> dict[str, float]:
         """Of the steps in which all ``requests`` got a token, see :func:`rates`."""

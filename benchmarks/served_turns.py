@@ -16,6 +16,8 @@ from benchmarks.served import ratios
 OFF = "off"
 """The engine without balancing, with which others are compared."""
 
+CLOSE = ("close",)
+
 Turn = dict[str, dict[str, dict[str, Any]]]
 """Figures by kind of step and engine."""
 
@@ -128,14 +130,26 @@ class Engines:
 
 
 def answer(connection: Connection, make: Callable[[], Any]) -> None:
-    """Makes an engine when ``connection`` asks, and calls its methods, as it asks, until it asks to close."""
-    connection.recv()
+    """Makes an engine when ``connection`` asks, and calls its methods as it asks, until it asks to close or is gone."""
+    if _asked(connection) == CLOSE:
+        return
     engine = make()
-    connection.send("ready")
-    name = ""
-    while name != "close":
-        name, *arguments = connection.recv()  # EOFError where the other end is gone
-        connection.send(getattr(engine, name)(*arguments))
+    try:
+        connection.send("ready")
+        while (asked := _asked(connection)) != CLOSE:
+            name, *arguments = asked
+            connection.send(getattr(engine, name)(*arguments))
+    finally:
+        engine.close()  # else this process would wait for the engine's when it ends
+    with contextlib.suppress(BrokenPipeError):
+        connection.send(None)
+
+
+def _asked(connection: Connection) -> Any:
+    try:
+        return connection.recv()
+    except EOFError:  # the other end is gone
+        return CLOSE
 
 
 def over_off(rounds: Sequence[Turn], figure: str) -> dict[str, dict[str, Any]]:

@@ -67,7 +67,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     reports = sorted((item for item in found if isinstance(item, pytest.TestReport)), key=lambda item: -item.duration)
     seconds = time.monotonic() - BEGAN
     line = f"tier {tier}: {seconds:.0f} s of {BUDGETS[tier]} s"
-    lines = [f"{report.duration:8.2f} s {report.when:8} {report.nodeid}" for report in reports[:25]]
+    lanes = {"engines": 0.0, "the rest": 0.0}
+    for report in reports:
+        lanes["engines" if lane(report.nodeid) == "engines" else "the rest"] += report.duration
+    lines = [f"lanes: {', '.join(f'{name} {spent:.0f} s' for name, spent in lanes.items())}"]
+    lines += [f"{report.duration:8.2f} s {report.when:8} {report.nodeid}" for report in reports[:25]]
     path = ROOT / "build" / f"durations-{tier}.txt"
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join([line, *lines]) + "\n")

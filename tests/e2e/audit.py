@@ -31,7 +31,7 @@ def audit_steps() -> None:
     from vllm_ascend_eplb.adaptors.post_import import after_import
 
     scheduled = [0]
-    file = Path(os.environ[AUDIT]) / str(os.getpid())
+    folder = Path(os.environ[AUDIT])
 
     def watch_runner(module: Any) -> None:
         execute, dummy = module.GPUModelRunner.execute_model, module.GPUModelRunner._dummy_run
@@ -59,7 +59,7 @@ def audit_steps() -> None:
         def watched_step(self: Any, *rest: Any, **names: Any) -> None:
             if self._began and getattr(self, "audited", None) is not None:
                 line = [scheduled[0], bool(self.should_record_tensor), (sums(self) - self.audited).tolist()]
-                with file.open("a") as lines:
+                with (folder / str(os.getpid())).open("a") as lines:  # workers may be forked
                     lines.write(json.dumps(line) + "\n")
             step(self, *rest, **names)
 

@@ -2,7 +2,7 @@
 """A process that imports vLLM once and forks offline engines, so that their processes need not import it again.
 
 vLLM on a CPU spawns its processes, and every process imports vLLM, which takes ten seconds of a core. Offline runs in
-these tests are forked instead. Servers are started as users start them.
+these tests are forked instead. Servers are started as users start them, except those of front_end.py.
 
 ``python nursery.py MODULE...`` imports the modules, and reads jobs from standard input, one line of JSON per job: the
 function to run, its arguments, the environment, more paths to import from, and the file for its output. It answers with
@@ -166,9 +166,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # modules may print as they are imported
-    for name in sys.argv[1:]:
-        with contextlib.suppress(ImportError):  # other versions of vLLM lack some
-            importlib.import_module(name)
+    import_all(sys.argv[1:])
     children: set[int] = set()
     try:
         _serve(answers, children)
@@ -177,6 +175,12 @@ def main() -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         os._exit(0)  # at once, without the modules' exit handlers
+
+
+def import_all(modules: Sequence[str]) -> None:
+    for name in modules:
+        with contextlib.suppress(ImportError):  # other versions of vLLM lack some
+            importlib.import_module(name)
 
 
 def _serve(answers: TextIO, children: set[int]) -> None:
@@ -229,7 +233,7 @@ def _run(job: dict[str, Any]) -> None:
             first = Path(path, "sitecustomize.py")
             if first.exists():
                 exec(compile(first.read_text(), str(first), "exec"), {"__name__": "sitecustomize"})
-        _fork_everything()
+        fork_everything()
         importlib.import_module("sockets").wait_at_sockets()
         module, _, name = job["function"].partition(":")
         getattr(importlib.import_module(module), name)(*job["arguments"])
@@ -257,7 +261,7 @@ def run_module(name: str, *arguments: str) -> None:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
-def _fork_everything() -> None:
+def fork_everything() -> None:
     """Make vLLM fork: on a CPU it sets "spawn" and ignores the environment."""
     import multiprocessing
 

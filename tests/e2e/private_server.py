@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from vllm_ascend_eplb.files.expert_map import ExpertMapError, read_expert_map
 from vllm_ascend_eplb.files.run_folder import OWNED_FOLDER, STATS_VARIABLE
 
 from ..processes import left_semaphores, parent, semaphores, title
+from .conftest import ONE_THREAD
 from .offline import EAGER
 from .steady_requests import STREAMS, Pairs, Requests
 
@@ -72,11 +74,21 @@ class PrivateServer(Server):
     """A server that makes its own private folder for statistics, as it does by default. It records its map on a small
     private disk if this machine allows one.
 
+    Args:
+        parallel: "tensor" or "data".
+        forked: start by front_end.py.
+
     Attributes:
         small_disk: True if there is a small disk.
     """
 
-    def __init__(self, folder: Path, parallel: str = "tensor", settings: dict[str, object] = SETTINGS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        parallel: str = "tensor",
+        settings: dict[str, object] = SETTINGS,
+        forked: bool = False,
+    ) -> None:
         self.temporary = Path(tempfile.mkdtemp(dir=folder, prefix="tmp-"))
         self.disk = self._mount_point = Path(tempfile.mkdtemp(dir=folder, prefix="disk-"))
         super().__init__(2, {**settings, "expert_map_record_path": str(self.disk / "map.json")}, folder, 16)
@@ -85,6 +97,9 @@ class PrivateServer(Server):
             self.command[self.command.index("--tensor-parallel-size")] = "--data-parallel-size"
         del self.environment[STATS_VARIABLE]
         self.environment["TMPDIR"] = str(self.temporary)
+        if forked:
+            self.command[:3] = [sys.executable, str(Path(__file__).parent / "front_end.py")]
+            self.environment |= ONE_THREAD
         self.environment |= EAGER  # its compiler's cache would be in that folder, and new for each server
         is_root = os.geteuid() == 0
         own_mounts = ["unshare", "--mount", *([] if is_root else ["--map-root-user"])]

@@ -29,7 +29,7 @@ def audit(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, audit):
-    server = PrivateServer(tmp_path_factory.mktemp("server"), "data", BUSY)
+    server = PrivateServer(tmp_path_factory.mktemp("server"), "data", BUSY, forked=True)
     server.run_first(FIRST, **{AUDIT: str(audit), "VLLM_PLUGINS": "eplb,eplb_page"})
     try:
         server.start_and_wait()

@@ -53,7 +53,7 @@ def served(folder: Path) -> Iterator[PrivateServer]:
     own, requests = folder / "server", folder / "requests"
     own.mkdir()
     requests.mkdir()
-    server = PrivateServer(own, settings=settings)
+    server = PrivateServer(own, settings=settings, forked=True)
     first = "import damage, sockets\ndamage.damage_on_request()\nsockets.wait_at_sockets()\n"
     server.run_first(first, **{REQUESTS: str(requests)})
     try:

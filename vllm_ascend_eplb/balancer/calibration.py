@@ -38,7 +38,7 @@ PATIENCE = 3
 """How many times as long a noisy measurement may take."""
 
 LEAST_MILLISECONDS = 2.0
-"""Of one measurement: shorter runs are repeated within it."""
+"""Of one measurement on a CPU: shorter runs are repeated within it. Devices have clocks that need no repetition."""
 
 LEAST_TURNS = 4
 """Turns that are wanted; where they do not fit, the largest steps are left out."""
@@ -46,8 +46,9 @@ LEAST_TURNS = 4
 MOST_TURNS = 40
 """More make nothing more precise."""
 
-SLEEP_CYCLES = 2_000_000
-"""For which a GPU is kept busy before a measurement, so that no kernel waits for its launch, as in a captured graph."""
+LEAST_SLEEP, MOST_SLEEP = 2_000_000, 32_000_000
+"""Cycles for which a GPU is kept busy before a measurement, so that all kernels are launched before the first one runs,
+as in a captured graph: else the time of a small step is that of its launches, whatever its tokens do."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def calibrate(
         turn_began = clock.elapsed
         for point in points:
             estimate = shortest[point][0] * runs.num_layers
-            times = max(1, int(LEAST_MILLISECONDS / max(estimate, 1e-3)))
+            times = max(1, int(LEAST_MILLISECONDS / max(estimate, 1e-3))) if device.type == "cpu" else 1
             run = _prepare(runs, point, num_ranks, rank, slots_per_rank, skew)
             shortest[point].append(clock.milliseconds(run, times) / times / runs.num_layers)
         patience = PATIENCE if _noise(list(shortest.values())) > NOISY else 1
@@ -291,6 +292,7 @@ class _Clock:
 
     def __init__(self, device: torch.device, group: Any) -> None:
         self._device, self._group = device, group
+        self._sleep = LEAST_SLEEP
         self._began = time.perf_counter()
         self.elapsed = 0.0
         """Seconds since the start, as agreed with the last measurement."""
@@ -305,26 +307,33 @@ class _Clock:
             began = time.perf_counter()
             for _ in range(times):
                 run()
-            return self._agree(1e3 * (time.perf_counter() - began))
+            return self._agree(1e3 * (time.perf_counter() - began))[0]
         module = torch.get_device_module(self._device)
-        start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
-        self._agree(0.0)
-        if self._device.type == "cuda":
-            module._sleep(SLEEP_CYCLES)
-        start.record()
-        for _ in range(times):
-            run()
-        end.record()
-        self._wait()
-        return self._agree(start.elapsed_time(end))
+        sleep = module._sleep if self._device.type == "cuda" else None
+        while True:
+            start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+            self._agree(0.0)
+            if sleep is not None:
+                sleep(self._sleep)
+            start.record()
+            for _ in range(times):
+                run()
+            launched_late = sleep is not None and start.query()
+            end.record()
+            self._wait()
+            took, late = self._agree(start.elapsed_time(end), launched_late)
+            if not late or self._sleep >= MOST_SLEEP:
+                return took
+            self._sleep *= 2
 
     def _wait(self) -> None:
         if self._device.type != "cpu":
             torch.get_device_module(self._device).synchronize()
 
-    def _agree(self, milliseconds: float) -> float:
-        both = torch.tensor([milliseconds, time.perf_counter() - self._began], dtype=torch.float64)
+    def _agree(self, milliseconds: float, late: bool = False) -> tuple[float, bool]:
+        """The longest time of all ranks, and whether any of them launched late."""
+        all_three = torch.tensor([milliseconds, time.perf_counter() - self._began, late], dtype=torch.float64)
         if self._group is not None:
-            torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        self.elapsed = float(both[1])
-        return float(both[0])
+            torch.distributed.all_reduce(all_three, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        longest, self.elapsed, any_late = all_three.tolist()
+        return longest, bool(any_late)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from vllm_ascend_eplb.values.step_cost import StepCost
 from vllm_ascend_eplb.values.traffic import Traffic
 
 RANKS, SLOTS, EXPERTS, TOP_K = 4, 9, 32, 4
+CPU = torch.device("cpu")
 
 
 @settings(deadline=None)
@@ -95,7 +97,7 @@ class _Machine:
 
         return LayerRuns("a machine that does not exist", TOP_K, sharers, most_rows, 2, prepare)
 
-    def calibrate(self, **changes: int) -> StepCost:
+    def calibrate(self, device: torch.device = CPU, **changes: int) -> StepCost:
         return calibrate(
             self.runs(**changes),
             num_ranks=RANKS,
@@ -103,7 +105,7 @@ class _Machine:
             slots_per_rank=SLOTS,
             num_experts=EXPERTS,
             group=None,
-            device=torch.device("cpu"),
+            device=device,
         )
 
 
@@ -152,6 +154,66 @@ def test_calibration_keeps_its_time(machine: _Machine, monkeypatch: pytest.Monke
     cost = slow.calibrate()
     assert slow.now < 2 * calibration.SECONDS
     assert 3 <= len(cost.tokens) < 8
+
+
+class _Gpu(_Machine):
+    """A GPU that does not exist: the host launches a layer in a millisecond, and the device runs it when it has run all
+    that was launched before."""
+
+    def __init__(self, reading: float, computing: float) -> None:
+        super().__init__(reading, computing)
+        self._idle_from = 0.0
+
+    def runs(self, most_rows: int = 4096, sharers: int = RANKS) -> LayerRuns:
+        def prepare(ids: torch.Tensor) -> Callable[[], None]:
+            seconds = self.milliseconds(ids) / 1e3
+
+            def run() -> None:
+                for _ in range(2):  # layers
+                    self.now += 1e-3
+                    self.busy_for(seconds)
+
+            return run
+
+        return LayerRuns("a GPU that does not exist", TOP_K, sharers, most_rows, 2, prepare)
+
+    def busy_for(self, seconds: float) -> None:
+        self._idle_from = max(self._idle_from, self.now) + seconds
+
+    def _sleep(self, cycles: int) -> None:
+        self.busy_for(cycles / 2e9)
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, self._idle_from)
+
+    def Event(self, enable_timing: bool) -> SimpleNamespace:  # noqa: N802, torch's name
+        event = SimpleNamespace(at=0.0)
+
+        def record() -> None:
+            event.at = max(self._idle_from, self.now)
+
+        event.record = record
+        event.query = lambda: self.now >= event.at
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+
+@pytest.mark.parametrize("most", [calibration.MOST_SLEEP, calibration.LEAST_SLEEP])
+def test_small_steps_are_not_timed_by_their_launches(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """The control: where the device waits for launches, imbalance seems to cost nothing."""
+    gpu = _Gpu(reading=0.004, computing=0.0001)
+    monkeypatch.setattr(calibration, "time", gpu)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
+    monkeypatch.setattr(calibration, "MOST_SLEEP", most)
+    cost = gpu.calibrate(device=torch.device("cuda"))
+    balanced, skewed = (float(cost.layer_ms(1, par, SLOTS)) for par in (1.0, cost.pars[-1]))
+    if most == calibration.LEAST_SLEEP:
+        assert skewed / balanced < 1.01
+    else:
+        ids = [synthetic_ids(RANKS, TOP_K, RANKS, SLOTS, SLOTS, par, 7) for par in (1.0, float(cost.pars[-1]))]
+        exact = [gpu.milliseconds(torch.from_numpy(drawn)) for drawn in ids]
+        assert exact[1] > 1.2 * exact[0]
+        assert [balanced, skewed] == pytest.approx(exact, rel=0.2)  # times are made to rise with PAR and tokens
 
 
 def test_noise_is_the_difference_of_two_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
