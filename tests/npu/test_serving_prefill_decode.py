@@ -83,9 +83,11 @@ def want(folder: Path) -> list[list[list[int]]]:
 
 
 def test_prefill_server_moves_experts_and_first_tokens_are_equal(folder: Path, want: list[list[list[int]]]) -> None:
-    """A step has one prompt for each engine, so that prompts make many steps. Every round computes all prompts."""
+    """A step has one prompt for each engine, so that prompts make many steps. Every round computes all prompts, so the
+    load stays the same; the policy moves experts all the same."""
     arguments = ("--max-num-seqs", "1", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "512")
-    server = serve(folder, "kv_producer", {"eplb_heat_collection_stage": "prefill"}, arguments)
+    settings = {"eplb_heat_collection_stage": "prefill", "policy": "random", "transfer_buffer_experts": 64}
+    server = serve(folder, "kv_producer", settings, arguments)
     try:
         for _ in range(MOST_ROUNDS):
             for entry in (folder / "kv").iterdir():
