@@ -11,6 +11,7 @@
 
 #include "default_policy.h"
 #include "dispatch.h"
+#include "forecast.h"
 #include "incremental.h"
 #include "random_numbers.h"
 #include "random_policy.h"
@@ -223,7 +224,7 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
     goal.speed = has_speed ? speed.data() : nullptr;
     goal.nodes = num_nodes;
     goal.far_cost = far_cost;
-    goal.stay_near = stay_near;
+    goal.stay_near = stay_near || max_moves_between_nodes == 0;
     goal.thorough = thorough;
     goal.rounds = rounds;
     goal.seconds = seconds;
@@ -297,6 +298,28 @@ DoubleArray dispatch_shares(const DoubleArray& load, const Int32Array& slots, in
     return result;
 }
 
+// series [T, L, E], window [tests] int32, begin [tests, spans] int32 -> errors [tests, spans, L]
+DoubleArray forecast_errors(const DoubleArray& series, const Int32Array& window, const Int32Array& begin) {
+    require(series.ndim() == 3 && series.shape(2) > 0, "series must have three dimensions and an expert");
+    require_matrix(begin, "begin");
+    const auto tests = begin.shape(0), spans = begin.shape(1), layers = series.shape(1);
+    require(window.ndim() == 1 && window.shape(0) == tests, "window must have one entry per test");
+    for (py::ssize_t test = 0; test < tests; ++test) {
+        const int32_t t = *window.data(test);
+        require(t >= 0 && t < series.shape(0) && (test == 0 || t > *window.data(test - 1)), "windows must rise");
+        for (py::ssize_t span = 0; span < spans; ++span)
+            require(*begin.data(test, span) >= 0 && *begin.data(test, span) <= t, "a span begins after its window");
+    }
+    DoubleArray errors({tests, spans, layers});
+    double* out = errors.mutable_data();
+    {
+        py::gil_scoped_release release;
+        eplb::forecast_errors(series.data(), static_cast<int>(layers), static_cast<int>(series.shape(2)), window.data(),
+                              begin.data(), static_cast<int>(tests), static_cast<int>(spans), out);
+    }
+    return errors;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_planner, module) {
@@ -310,6 +333,7 @@ PYBIND11_MODULE(_planner, module) {
     module.def("is_valid", &is_valid, py::arg("slots"), py::arg("num_experts"), py::arg("num_ranks"));
     module.def("dispatch_shares", &dispatch_shares, py::arg("load"), py::arg("slots"), py::arg("num_ranks"),
                py::arg("tolerance"));
+    module.def("forecast_errors", &forecast_errors, py::arg("series"), py::arg("window"), py::arg("begin"));
     module.def("plan_incremental", &plan_incremental, py::arg("load"), py::arg("slots"), py::arg("variance"),
                py::arg("target"), py::kw_only(), py::arg("num_ranks"), py::arg("num_nodes"), py::arg("thorough"),
                py::arg("rounds"), py::arg("seconds"), py::arg("seed"), py::arg("threads"), py::arg("max_moves"),

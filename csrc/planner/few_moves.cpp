@@ -10,7 +10,6 @@ namespace eplb {
 
 namespace {
 
-constexpr int kMostSlots = 32;
 constexpr int kMostExperts = 64;  // bits of a set
 constexpr double kEven = 0.1;     // weight of the loads' squared distance from the mean beside the busiest rank
 constexpr double kSame = 1e-9;
@@ -181,7 +180,7 @@ class Beam {
 
 bool fits(const Search& search) {
     const Shape& shape = search.shape();
-    if (shape.slots > kMostSlots || shape.experts > kMostExperts || search.nodes_differ()) return false;
+    if (shape.slots > kMostSlotsForFewMoves || shape.experts > kMostExperts || search.nodes_differ()) return false;
     for (int r = 0; r < shape.ranks; ++r) {
         uint64_t set = 0;
         for (int p = r * shape.per_rank(); p < (r + 1) * shape.per_rank(); ++p) {

@@ -15,6 +15,8 @@ struct FewMoves {
     int cost;                    // receipts
 };
 
+constexpr int kMostSlotsForFewMoves = 32;
+
 // A beam search (Lowerre, 1976) over numbers of receipts: receipts and swaps lead from `width` placements with one
 // number of receipts to placements with more. Returns the placement with the lowest PAR found for each number of
 // receipts from 1 to `most`, in rising order, without those whose PAR fewer receipts reach as well. `search` has begun.

@@ -17,13 +17,14 @@ namespace eplb {
 
 EPLB_KERNEL
 void score_swaps(int n, Potential potential, float share, float excess_r, const float* __restrict slot_share,
-                 const float* __restrict slot_excess, const float* __restrict price, float* __restrict score) {
-    const float above_r = std::max(excess_r, 0.0F), twice = 2.0F * potential.square;
+                 const float* __restrict slot_excess, const float* __restrict slot_above, const float* __restrict price,
+                 float* __restrict score) {
+    const float above_r = potential.above(excess_r), twice = 2.0F * potential.square;
     for (int p = 0; p < n; ++p) {
         const float change = share - slot_share[p];
         const float here = excess_r - change, there = slot_excess[p] + change;
-        const float before = above_r + std::max(slot_excess[p], 0.0F);
-        const float after = std::max(here, 0.0F) + std::max(there, 0.0F);
+        const float before = above_r + slot_above[p];
+        const float after = potential.above(here) + potential.above(there);
         // The difference of the squares, a^2 + b^2 - (a - c)^2 - (b + c)^2 = 2c (a - c - b).
         score[p] = (before - after + twice * change * (here - slot_excess[p])) * price[p];
     }

@@ -8,15 +8,24 @@
 
 namespace eplb {
 
-// The cost of a rank's load (in units of the mean) in the search: the part above the limit, and a small square that
-// prefers even ranks.
+// The cost of a rank's load (in units of the mean) in the search: the part above the limit, a step for any such part,
+// because it takes a receipt however small it is, and a small square that prefers even ranks.
 struct Potential {
+    static constexpr float kSharp = 1 << 30;
+
     float limit = 1.0F;
     float square = 0.1F;
+    float step = 0.0F;
+
+    // Without a branch, which would be hard to predict: the least excess that float32 can have gives the whole step.
+    float above(float excess) const {
+        const float part = std::max(excess, 0.0F);
+        return part + std::min(part * kSharp, step);
+    }
 
     float operator()(float load) const {
         const float off = load - 1.0F;
-        return std::max(load - limit, 0.0F) + square * off * off;
+        return above(load - limit) + square * off * off;
     }
 };
 
@@ -27,9 +36,9 @@ constexpr float kOneReceipt = 1.0F;
 constexpr float kFree = 6.0F;  // no receipt: experts go to ranks that held them at the start
 
 // score[p]: the gain of rank r and the rank of slot p if they exchange r's expert with replica load `share` and slot
-// p's expert, times price[p]. Excess: a rank's load minus the limit.
+// p's expert, times price[p]. Excess: a rank's load minus the limit; above: its cost in the potential.
 void score_swaps(int n, Potential potential, float share, float excess_r, const float* slot_share,
-                 const float* slot_excess, const float* price, float* score);
+                 const float* slot_excess, const float* slot_above, const float* price, float* score);
 
 // score[i] = (base + gain[i] - potential(load + added[i])) * price[i]
 void score_receipts(int n, Potential potential, float base, float load, const float* added, const float* gain,

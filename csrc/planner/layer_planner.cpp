@@ -17,9 +17,21 @@ namespace {
 // Weights of the potential's square, tried in this order until one leads to the target.
 constexpr double kSquares[] = {0.1, 0.5, 0.03, 2.0};
 
+// The potential's step at the limit: kStep for a limit of 1, more for higher limits, up to kMostStep. With it a descent
+// prefers moves after which fewer ranks are above the limit.
+constexpr double kStep = 0.005;
+constexpr double kStepPerLimit = 2.5;
+constexpr double kMostStep = 0.08;
+
+// A second descent, with another square and a multiple of the step, if both together have at most so many receipts.
+constexpr double kSquareAgain = 0.01;
+constexpr double kStepAgain = 2.0;
+constexpr int kReceiptsOfTwo = 36;
+
 // The same for improvement, one drawn for each round, so that a round with the same ranks may end differently.
 constexpr double kSearchSquares[] = {0.003, 0.03, 0.1, 0.1, 0.3};
 constexpr double kScoredAbove[] = {-0.01, 0.0, 0.0, 0.0};
+constexpr double kSearchSteps[] = {0.0, 0.5, 1.0, 2.0};
 
 // Rounds between two rounds that score moves exactly, and most slots for which exact scoring is affordable.
 constexpr int kExactEvery = 4;
@@ -30,6 +42,7 @@ constexpr int kSlotsOfFast = 512;
 
 // On larger shapes "fast" has time for rounds after a short descent: rounds times receipts, and most rounds.
 constexpr int kReceiptsOfFast = 24;
+constexpr int kFewReceipts = 5;
 constexpr int kMostRoundsOfFast = 8;
 
 // On ranks of two slots: pairings of replicas looked at for each slot, and least of them; if the target is missed,
@@ -90,8 +103,29 @@ LayerPlanner::LayerPlanner(const double* load, const double* variance, const int
       nodes_(goal.nodes) {}
 
 void LayerPlanner::begin(double limit, double square) {
-    search_.aim({limit, square, limit});
+    search_.aim({limit, square, limit, step_at(limit)});
     has_load_ = search_.begin(load_, slots_, variance_);
+}
+
+double LayerPlanner::step_at(double limit) const {
+    return stepping_ ? std::min(kStep + kStepPerLimit * (limit - 1.0), kMostStep) : 0.0;
+}
+
+double LayerPlanner::least_share() {
+    if (least_share_ == 0.0) least_share_ = search_.smallest_largest_share();
+    return least_share_;
+}
+
+// No placement has a lower PAR.
+double LayerPlanner::floor() {
+    if (floor_ == 0.0) floor_ = search_.least_peak(least_share());
+    return floor_;
+}
+
+// Whether the floor is above a PAR.
+bool LayerPlanner::is_beyond_reach(double par) {
+    const bool is_tight = search_.shape().slots == search_.shape().experts || !search_.replicas_fit(par);
+    return is_tight && floor() > par;
 }
 
 // Notes the search's current placement if it is better than the best so far: it reaches the target, or reaches it with
@@ -114,30 +148,34 @@ bool LayerPlanner::keep_if_better() {
 void LayerPlanner::descend() {
     const Shape& shape = search_.shape();
     const double room = kRoomBeside * (shape.slots - shape.ranks) / shape.slots;
-    double least_share = 0.0;
     slack_ = kSlack;
+    // Where the load drifts, a plan is to age well rather than to have the fewest receipts. Pairs that miss the target
+    // are searched in another way.
+    stepping_ = variance_ == nullptr && !pairs();
     for (const double square : kSquares) {
         begin(target_, square);
         if (!has_load_) return;
         keep_if_better();
+        if (start_peak_ == 0.0) start_peak_ = best_.peak;
         if (best_.reached) return;
-        if (floor_ == 0.0) {
-            least_share = search_.smallest_largest_share();
-            floor_ = search_.least_peak(least_share);
-        }
-        if (floor_ > target_) search_.aim({floor_ + kSame / 2, square, floor_});  // below are no receipts to be spent
+        if (is_beyond_reach(target_))  // below the floor are no receipts to be spent
+            search_.aim({floor() + kSame / 2, square, floor(), step_at(floor())});
         double share = 1.0 - room;
-        if (variance_ != nullptr) share = std::min(share, kNearLeast * least_share);
+        if (variance_ != nullptr) share = std::min(share, kNearLeast * least_share());
         // With one slot per rank a replica is a rank's load: the least largest share is the best there is.
-        if (!search_.split_heavy(share) && shape.per_rank() == 1) search_.split_heavy(least_share);
+        if (!search_.split_heavy(share) && shape.per_rank() == 1) search_.split_heavy(least_share());
         const bool reached = search_.descend();
         keep_if_better();
-        if (best_.reached) return;
+        if (best_.reached) {
+            descend_again(share);
+            return;
+        }
         if (reached) break;
         if (pairs()) break;
+        stepping_ = false;
     }
     if (!pairs()) sink(kStepsOfFast);
-    if (!best_.reached && best_.peak > floor_ + slack_) {
+    if (!best_.reached && best_.peak > floor() + slack_) {
         const Found kept = best_;
         if (pairs()) {
             begin(target_, kSquares[0]);
@@ -157,6 +195,16 @@ void LayerPlanner::descend() {
     search_.adopt(best_.slots);
 }
 
+// Descends once more, otherwise, unless that takes long.
+void LayerPlanner::descend_again(double share) {
+    if (!stepping_ || best_.cost < 2 || 2 * best_.cost > kReceiptsOfTwo) return;
+    search_.adopt(search_.start());
+    search_.aim({target_, kSquareAgain, target_, kStepAgain * step_at(target_)});
+    search_.split_heavy(share);
+    if (search_.descend(best_.cost)) keep_if_better();
+    search_.adopt(best_.slots);
+}
+
 // A descent to a target out of reach changes more ranks than needed for the PAR that it reaches: descends once more to
 // that PAR.
 void LayerPlanner::save_receipts() {
@@ -173,7 +221,7 @@ void LayerPlanner::save_receipts() {
 // others may grow up to the limit. A step that fails is halved.
 void LayerPlanner::sink(int steps) {
     search_.adopt(best_.slots);
-    const double end = std::max(target_, floor_);
+    const double end = std::max(target_, floor());
     double part = 0.5;
     for (int i = 0; i < steps && !best_.reached && best_.peak > end + kSame; ++i) {
         const double limit = best_.peak - part * (best_.peak - end);
@@ -203,7 +251,7 @@ void LayerPlanner::try_from_scratch(Random* noise) {
 
 void LayerPlanner::pair_up() {
     const int trials = std::max(kLeastTrials, kTrialsPerSlot * search_.shape().slots);
-    const std::vector<int32_t> slots = place_in_pairs(search_, std::max(target_, floor_), trials, random_);
+    const std::vector<int32_t> slots = place_in_pairs(search_, std::max(target_, floor()), trials, random_);
     if (slots.empty()) return;
     search_.adopt(slots);
     scratch_peak_ = std::min(scratch_peak_, search_.peak());
@@ -213,7 +261,7 @@ void LayerPlanner::pair_up() {
 void LayerPlanner::anneal(int steps) {
     std::vector<int32_t> slots = best_.slots;
     if (std::find(slots.begin(), slots.end(), search_.shape().experts) != slots.end()) return;
-    if (Annealing(search_).run(slots, steps, std::max(target_, floor_), random_) >= best_.peak - kSame) return;
+    if (Annealing(search_).run(slots, steps, std::max(target_, floor()), random_) >= best_.peak - kSame) return;
     if (search_.alike()) lay_over_start(search_, slots);
     search_.adopt(slots);
     keep_if_better();
@@ -223,11 +271,11 @@ void LayerPlanner::improve_once(int round) {
     const bool small = search_.shape().slots <= kFewSlots;
     const double square = kSearchSquares[random_.below(std::size(kSearchSquares))];
     const bool exact = small && random_.below(kExactEvery) == 0;
-    if (small && search_.confined_nodes() == 1 && !best_.reached && best_.peak > floor_ + kSame && round % 4 == 3) {
+    if (small && search_.confined_nodes() == 1 && !best_.reached && best_.peak > floor() + kSame && round % 4 == 3) {
         anneal(1000);
         return;
     }
-    if (pairs() && !best_.reached && best_.peak > floor_ + kSame && round % kPairsEvery == kPairsEvery - 1) {
+    if (pairs() && !best_.reached && best_.peak > floor() + kSame && round % kPairsEvery == kPairsEvery - 1) {
         pair_up();
         search_.adopt(best_.slots);
         return;
@@ -239,7 +287,9 @@ void LayerPlanner::improve_once(int round) {
     }
     const bool lower = !best_.reached && round % 2 == 0;
     const double limit = best_.reached || lower ? target_ : std::max(search_.peak(), lowest_ + slack_) + 1e-6;
-    search_.aim({limit, square, limit + kScoredAbove[random_.below(std::size(kScoredAbove))]});
+    const double scored_limit = limit + kScoredAbove[random_.below(std::size(kScoredAbove))];
+    const double step = !best_.reached ? 0.0 : step_at(limit) * kSearchSteps[random_.below(std::size(kSearchSteps))];
+    search_.aim({limit, square, scored_limit, step});
     if (lower)
         search_.lower_peak(random_, exact);
     else
@@ -248,7 +298,7 @@ void LayerPlanner::improve_once(int round) {
 }
 
 void LayerPlanner::save_moves() {
-    if (settled() || variance_ != nullptr) return;
+    if (settled() || variance_ != nullptr || search_.shape().slots > kMostSlotsForFewMoves) return;
     search_.begin(load_, slots_, variance_);
     const int most = best_.reached ? best_.cost : std::max(best_.cost, kDepthWhereStuck);
     const Shape& shape = search_.shape();
@@ -269,21 +319,20 @@ void LayerPlanner::improve(int rounds) {
 }
 
 void LayerPlanner::improve_briefly() {
-    const int cheap = best_.cost == 0 ? 0 : kReceiptsOfFast / best_.cost;
+    const int cheap = best_.cost == 0 || best_.cost > kFewReceipts ? 0 : kReceiptsOfFast / best_.cost;
     if (search_.shape().slots > kFewSlots && best_.reached) improve(std::min(cheap, kMostRoundsOfFast));
     if (search_.shape().slots <= kFewSlots) improve(std::clamp(kSlotsOfFast / search_.shape().slots, 4, 32));
 }
 
 OrderedMoves LayerPlanner::order(const std::vector<const double*>& windows) {
     if (!has_load_) return {};
-    search_.begin(load_, slots_, variance_);
-    start_peak_ = search_.peak();
     std::vector<int32_t> target = best_.slots;
     if (windows.size() > 1 && search_.alike()) {
         Steadying steadying(search_.shape(), windows, slots_, stay_near_ ? nodes_ : 1);
         steadied_ = steadying.improve(target, target_);
         if (steadied_ && target != search_.start()) {
             const std::vector<int32_t> start = search_.start();
+            search_.begin(load_, slots_, variance_);
             OrderedMoves ordered = order_moves(search_, target);
             start_peak_ = mean(steadying.pars(start));
             ordered.groups = {{static_cast<int32_t>(ordered.moves.size()), mean(steadying.pars(target))}};
@@ -298,6 +347,7 @@ OrderedMoves LayerPlanner::order(const std::vector<const double*>& windows) {
         }
     }
     if (target == search_.start()) return {};
+    search_.begin(load_, slots_, variance_);
     return order_moves(search_, target);
 }
 

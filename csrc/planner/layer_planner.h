@@ -58,6 +58,11 @@ class LayerPlanner {
     };
 
     void begin(double limit, double square);
+    double step_at(double limit) const;
+    double least_share();
+    double floor();
+    bool is_beyond_reach(double par);
+    void descend_again(double share);
     bool keep_if_better();
     bool pairs() const { return search_.shape().per_rank() == 2 && search_.alike(); }
     void pair_up();
@@ -78,12 +83,13 @@ class LayerPlanner {
     double lowest_ = std::numeric_limits<double>::max();        // PAR of any placement seen
     double scratch_peak_ = std::numeric_limits<double>::max();  // the same of those made from scratch
     double slack_ = 0.0;
-    double floor_ = 0.0;  // no placement has a lower PAR
+    double least_share_ = 0.0, floor_ = 0.0;  // of least_share() and floor(); 0: not known yet
     double start_peak_ = 0.0;
     const bool stay_near_, thorough_;
     const int nodes_;
     bool has_load_ = false;
     bool steadied_ = false;
+    bool stepping_ = false;  // whether the potential has a step
 };
 
 }  // namespace eplb

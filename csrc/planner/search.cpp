@@ -51,7 +51,7 @@ Search::Search(Shape shape, Conditions conditions) : shape_(shape), conditions_(
     derived_.is_dirty.resize(R);
     derived_.seen.resize(E);
     for (auto* v : {&derived_.slot_share, &derived_.slot_load, &derived_.slot_phi, &derived_.slot_excess,
-                    &derived_.home_price, &derived_.away_price, &scratch_.price})
+                    &derived_.slot_above, &derived_.home_price, &derived_.away_price, &scratch_.price})
         v->resize(P);
     for (auto* v : {&derived_.spare_base, &derived_.spare_load, &derived_.spare_price}) v->resize(P);
     for (auto* v : {&derived_.up, &derived_.up_change, &derived_.down_change, &derived_.add_gain, &derived_.drop_gain,
@@ -98,7 +98,6 @@ bool Search::begin(const double* load, const int32_t* slots, const double* varia
     }
     state_.home_slots_first[E] = first;
     state_.cost = 0;
-    most_cost_ = std::numeric_limits<int>::max();
     state_.trail.clear();
     if (!(total > 0.0)) return false;
     const double scale = static_cast<double>(R) * kUnit / total;
@@ -137,6 +136,7 @@ void Search::aim(const Aim& aim) {
     limit_ = static_cast<int32_t>(std::llrint(limit * kUnit));
     potential_.limit = static_cast<float>(std::min(aim.scored_limit, most));
     potential_.square = static_cast<float>(aim.square);
+    potential_.step = static_cast<float>(aim.step);
     for (int r = 0; r < shape_.ranks; ++r) {
         int32_t change = 0;
         if (!alike()) {
@@ -165,13 +165,36 @@ double Search::peak() const {
 
 bool Search::reached() const { return *std::max_element(state_.rank_load.begin(), state_.rank_load.end()) <= limit_; }
 
-bool Search::descend() {
+// What ranks above the limit cost in the potential, in units.
+int64_t Search::cost_above() const {
+    const int32_t step = static_cast<int32_t>(std::llrint(potential_.step * kUnit));
+    int64_t sum = 0;
+    for (const int32_t load : state_.rank_load)
+        if (load > limit_) sum += load - limit_ + step;
+    return sum;
+}
+
+void Search::drop_step() {
+    potential_.step = 0.0F;
+    for (int r = 0; r < shape_.ranks; ++r) shift(r, 0);  // all potentials change
+}
+
+bool Search::descend(int most_cost) {
     const int most_steps = 4 * shape_.slots + 64;  // far more than any descent takes; ends moves in a circle
-    for (int step = 0; step < most_steps; ++step) {
+    int64_t above = cost_above();
+    for (int i = 0; i < most_steps; ++i) {
         const int r = static_cast<int>(std::max_element(state_.rank_load.begin(), state_.rank_load.end()) -
                                        state_.rank_load.begin());
         if (state_.rank_load[r] <= limit_) return true;
-        if (state_.cost > most_cost_ || !improve(r)) return false;
+        if (state_.cost > most_cost) return false;
+        const bool moved = improve(r);
+        if (potential_.step > 0.0F) {
+            const int64_t now = cost_above();
+            if (now >= above) drop_step();  // scores are not exact: with the step, moves may go in a circle
+            above = now;
+        } else if (!moved) {
+            return false;
+        }
     }
     return false;
 }
@@ -186,10 +209,12 @@ void Search::refresh() {
     for (const int r : derived_.dirty_ranks) {
         derived_.is_dirty[r] = 0;
         const float load = units(state_.rank_load[r]), phi = potential(load), excess = load - potential.limit;
+        const float above = potential.above(excess);
         for (int p = r * S; p < (r + 1) * S; ++p) {
             slot_load[p] = load;
             slot_phi[p] = phi;
             derived_.slot_excess[p] = excess;
+            derived_.slot_above[p] = above;
         }
     }
     const uint32_t round = ++derived_.round;
@@ -334,7 +359,7 @@ void Search::offer_swaps(int r, Candidate& best) {
             scratch_.rows.push_back(s);
             const auto score = [&](int first, int n, const float* price) {
                 score_swaps(n, potential_, derived_.slot_share[s], excess_r, &derived_.slot_share[first],
-                            &derived_.slot_excess[first], price, row + first);
+                            &derived_.slot_excess[first], &derived_.slot_above[first], price, row + first);
             };
             score(0, P, scratch_.price.data());
             // Ranks that held e at the start take it back at a lower cost; ranks that hold it cannot take it.
@@ -415,13 +440,21 @@ int Search::copies_needed(int expert, int32_t most) const {
     return std::max(1, std::min((state_.weight[expert] - 1) / most + 1, shape_.ranks));
 }
 
+bool Search::copies_fit(int32_t most) const {
+    int64_t wanted = 0;
+    for (int e = 0; e < shape_.experts; ++e) wanted += copies_needed(e, most);
+    return wanted <= shape_.slots;
+}
+
+bool Search::replicas_fit(double share) const {
+    return copies_fit(std::max(1, static_cast<int32_t>(std::min(share, kMostUnits / 2.0) * kUnit)));
+}
+
 double Search::smallest_largest_share() const {
     int32_t low = 1, high = *std::max_element(state_.weight.begin(), state_.weight.end());
     while (low < high) {
         const int32_t middle = low + (high - low) / 2;
-        int64_t wanted = 0;
-        for (int e = 0; e < shape_.experts; ++e) wanted += copies_needed(e, middle);
-        if (wanted <= shape_.slots)
+        if (copies_fit(middle))
             high = middle;
         else
             low = middle + 1;
@@ -443,9 +476,7 @@ double Search::least_peak(double least_share) const {
 bool Search::split_heavy(double share) {
     const int E = shape_.experts;
     const int32_t most = std::max(1, static_cast<int32_t>(std::llrint(share * kUnit)));
-    int64_t wanted = 0;
-    for (int e = 0; e < E; ++e) wanted += copies_needed(e, most);
-    if (wanted > shape_.slots) return false;
+    if (!copies_fit(most)) return false;
     for (int e = 0; e < E; ++e) {
         state_.least[e] = copies_needed(e, most);
         if (state_.least[e] == 1) continue;
@@ -492,9 +523,7 @@ bool Search::reconsider(Random& random, bool exact) {
     choose_ranks(random, 2 + static_cast<int>(random.below(3)));
     if (scratch_.chosen.empty()) return false;
     const int before = state_.cost;
-    most_cost_ = before;
-    const bool kept = restore_chosen() && descend() && state_.cost <= before;
-    most_cost_ = std::numeric_limits<int>::max();
+    const bool kept = restore_chosen() && descend(before) && state_.cost <= before;
     exact_ = false;
     if (!kept) undo();
     return kept;

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -36,6 +37,7 @@ struct Aim {
     double limit;         // load at which a rank is light enough
     double square;        // weight of the potential's square
     double scored_limit;  // load from which the potential rises steeply
+    double step = 0.0;    // by which it jumps there; dropped in a descent once no move lowers the potential
 };
 
 class Search {
@@ -55,14 +57,18 @@ class Search {
     // and returns false if there are not enough slots.
     bool split_heavy(double share);
 
+    // Whether there are enough slots for replicas of at most `share` of a rank's mean load.
+    bool replicas_fit(double share) const;
+
     // The least possible load of the heaviest replica, in units of a rank's mean.
     double smallest_largest_share() const;
 
     // No placement has a lower PAR, where smallest_largest_share() is `least_share`.
     double least_peak(double least_share) const;
 
-    // Takes moves, best gain per receipt first, until no rank is above the limit (returns true) or no move helps.
-    bool descend();
+    // Takes moves, best gain per receipt first, until no rank is above the limit (returns true), no move helps, or
+    // there are more receipts than `most_cost`.
+    bool descend(int most_cost = std::numeric_limits<int>::max());
 
     // Large-neighbourhood search (Shaw, 1998), one step: takes a few ranks back to their start, descends again, and
     // keeps the result if it reaches the limit with no more receipts than before. Returns whether it was kept.
@@ -117,6 +123,9 @@ class Search {
     void restore(int rank);
     bool replicate(int expert);
     int copies_needed(int expert, int32_t most) const;
+    bool copies_fit(int32_t most) const;
+    int64_t cost_above() const;
+    void drop_step();
     void undo();
     void choose_ranks(Random& random, int wanted);
     bool restore_chosen();
@@ -175,8 +184,9 @@ class Search {
         std::vector<uint8_t> is_dirty;  // [R]
         std::vector<uint32_t> seen;     // [E + 1], equal to round where recomputed
         uint32_t round = 0;
-        std::vector<float> slot_share, slot_load, slot_phi, slot_excess;  // [P]: the replica's load, its rank's and its
-                                                                          // potential
+        std::vector<float> slot_share;                                    // [P]: the replica's load
+        std::vector<float> slot_load, slot_phi, slot_excess, slot_above;  // [P]: its rank's load, potential, and what
+                                                                          // is above the limit
         std::vector<float> home_price, away_price;  // [P]: price of receiving the slot's expert in exchange for one
                                                     // that is at home, or that is not
         std::vector<uint64_t> spare;                // [P] bits: the slot's expert has other copies, or none is there
@@ -201,7 +211,6 @@ class Search {
     Potential potential_;
     bool exact_ = false;
     int32_t limit_ = 0;
-    int most_cost_ = 0;  // descend() gives up beyond
     State state_;
     Derived derived_;
     Scratch scratch_;

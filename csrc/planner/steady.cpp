@@ -26,6 +26,13 @@ constexpr float kSquare = 0.1F;  // weight of the square beside the load above t
 constexpr int kRanksTried = 3;
 constexpr int kStepsBetweenLooks = 4;
 
+constexpr int kLanes = 4;  // of a vector
+
+constexpr int whole_vectors(int windows) { return (windows + kLanes - 1) / kLanes * kLanes; }
+
+// The cost of a rank with load 1 + `off` in one window.
+float cost_of(float off, float room) { return std::max(off - room, 0.0F) + kSquare * off * off; }
+
 }  // namespace
 
 double mean(const std::vector<double>& values) {
@@ -58,11 +65,12 @@ Steadying::Steadying(Shape shape, const std::vector<const double*>& windows, con
     for (int bin = 0; bin < bins; ++bin)
         if (totals[bin] > 0.25 * most) kept.push_back(bin);
     windows_ = static_cast<int>(kept.size());
-    part_.assign(static_cast<size_t>(E + 1) * windows_, 0.0F);
+    stride_ = whole_vectors(windows_);
+    part_.assign(static_cast<size_t>(E + 1) * stride_, 0.0F);
     for (int k = 0; k < windows_; ++k) {
         const double* load = loads[kept[k]].data();
         const double scale = shape.ranks / totals[kept[k]];
-        for (int e = 0; e < E; ++e) part_[static_cast<size_t>(e) * windows_ + k] = static_cast<float>(load[e] * scale);
+        for (int e = 0; e < E; ++e) part_[static_cast<size_t>(e) * stride_ + k] = static_cast<float>(load[e] * scale);
     }
 }
 
@@ -72,11 +80,15 @@ std::vector<double> Steadying::pars(const std::vector<int32_t>& slots) const {
     std::vector<double> share(count.size(), 0.0);
     for (size_t e = 0; e < count.size(); ++e)
         if (count[e] > 0) share[e] = 1.0 / count[e];
-    std::vector<double> peak(windows_, 0.0), sum(windows_);
+    std::vector<double> peak(windows_, 0.0);
     for (int r = 0; r < shape_.ranks; ++r) {
-        std::fill(sum.begin(), sum.end(), 0.0);
-        for (int p = r * shape_.per_rank(); p < (r + 1) * shape_.per_rank(); ++p)
-            for (int k = 0; k < windows_; ++k) sum[k] += share[slots[p]] * static_cast<double>(part(slots[p])[k]);
+        double sum[kMostWindows] = {};
+        for (int p = r * shape_.per_rank(); p < (r + 1) * shape_.per_rank(); ++p) {
+            const float* loads = part(slots[p]);
+            const double of_replica = share[slots[p]];
+            for (int k = 0; k < stride_; k += kLanes)
+                for (int i = 0; i < kLanes; ++i) sum[k + i] += of_replica * static_cast<double>(loads[k + i]);
+        }
         for (int k = 0; k < windows_; ++k) peak[k] = std::max(peak[k], sum[k]);
     }
     return peak;
@@ -122,10 +134,10 @@ bool Steadying::improve(std::vector<int32_t>& slots, double target) {
     // What the first half suggests is given up as soon as the other half is worse off.
     const double unseen = mean_of(slots, half, windows_);
     const auto worse = [&](const std::vector<int32_t>& now) { return mean_of(now, half, windows_) > unseen; };
-    const std::vector<int32_t> trial = descend(slots, 0, half, target, worse);
+    const std::vector<int32_t> trial = descend(slots, half, target, worse);
     const double gained = unseen - mean_of(trial, half, windows_);
     if (gained < kConfirmed * (before - std::max(of_mean, target))) return false;
-    std::vector<int32_t> found = descend(slots, 0, windows_, target, nullptr);
+    std::vector<int32_t> found = descend(slots, windows_, target, nullptr);
     if (mean_of(found, 0, windows_) >= before || percentile95(pars(found)) > percentile95(pars(start_))) return false;
     slots = std::move(found);
     return true;
@@ -133,17 +145,16 @@ bool Steadying::improve(std::vector<int32_t>& slots, double target) {
 
 // The cost of a rank with these loads in the search, over the windows that count.
 float Steadying::potential(const float* load) const {
-    float sum = 0.0F;
-    for (int k = first_; k < last_; ++k) {
-        const float off = load[k] - 1.0F;
-        sum += std::max(load[k] - limit_, 0.0F) + kSquare * off * off;
-    }
-    return sum;
+    const float room = limit_ - 1.0F;
+    float sum[kLanes] = {};
+    for (int k = 0; k < lanes_; k += kLanes)
+        for (int i = 0; i < kLanes; ++i) sum[i] += cost_of(load[k + i] - 1.0F, room);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 void Steadying::add(int rank, int expert, float sign) {
     const float scale = sign / static_cast<float>(count_[expert]);
-    for (int k = 0; k < windows_; ++k) load(rank)[k] += scale * part(expert)[k];
+    for (int k = 0; k < lanes_; ++k) load(rank)[k] += scale * counted(expert)[k];
 }
 
 void Steadying::recount(int expert, int copies) {
@@ -169,16 +180,20 @@ void Steadying::place(int slot, int expert) {
     add(r, expert, 1.0F);
 }
 
-std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int first, int last, double target,
+std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int windows, double target,
                                         const std::function<bool(const std::vector<int32_t>&)>& ends) {
-    first_ = first;
-    last_ = last;
+    counts_ = windows;
+    lanes_ = whole_vectors(windows);
+    counted_.assign(static_cast<size_t>(shape_.experts + 1) * lanes_, 0.0F);
+    for (int e = 0; e < shape_.experts; ++e)
+        std::copy(part(e), part(e) + windows, &counted_[static_cast<size_t>(e) * lanes_]);
     limit_ = static_cast<float>(target);
     slots_ = std::move(slots);
     count_.assign(shape_.experts + 1, 0);
     for (const int e : slots_) ++count_[e];
     count_[shape_.experts] = 1;  // "empty" has no load; any divisor but zero will do
-    load_.assign(static_cast<size_t>(shape_.ranks) * windows_, 0.0F);
+    load_.assign(static_cast<size_t>(shape_.ranks) * lanes_, 1.0F);
+    for (int r = 0; r < shape_.ranks; ++r) std::fill(load(r), load(r) + windows, 0.0F);
     held_.assign(static_cast<size_t>(shape_.ranks) * (shape_.experts + 1), 0);
     home_ = held_;
     for (int p = 0; p < shape_.slots; ++p) home_[at(p / shape_.per_rank(), start_[p])] = 1;
@@ -190,7 +205,7 @@ std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int first, i
     for (int p = 0; p < shape_.slots; ++p) add(p / shape_.per_rank(), slots_[p], 1.0F);
     std::vector<std::pair<float, int>> order(shape_.ranks);
     for (int steps = 0; steps < shape_.slots; ++steps) {
-        for (int r = 0; r < shape_.ranks; ++r) order[r] = {-*std::max_element(load(r) + first_, load(r) + last_), r};
+        for (int r = 0; r < shape_.ranks; ++r) order[r] = {-*std::max_element(load(r), load(r) + counts_), r};
         const int tried = std::min(kRanksTried, shape_.ranks);
         std::partial_sort(order.begin(), order.begin() + tried, order.end());
         if (-order[0].first <= limit_) break;
@@ -203,8 +218,8 @@ std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int first, i
 
 bool Steadying::step(int rank) {
     Candidate best;
-    offer_swaps(rank, best);
     offer_copies(rank, best);
+    offer_swaps(rank, best);
     if (best.slot < 0) return false;
     const int given = slots_[best.slot];
     place(best.slot, best.expert);
@@ -215,28 +230,41 @@ bool Steadying::step(int rank) {
 // Offers swaps: an expert of the rank for an expert of another rank.
 void Steadying::offer_swaps(int r, Candidate& best) const {
     const int S = shape_.per_rank(), E = shape_.experts;
-    std::vector<float> here(windows_), there(windows_);
-    const float before = potential(load(r));
+    const float before = potential(load(r)), room = limit_ - 1.0F;
+    std::vector<float> given(static_cast<size_t>(S) * lanes_);  // loads of the rank's replicas
+    for (int s = 0; s < S; ++s)
+        for (int k = 0; k < lanes_; ++k)
+            given[s * lanes_ + k] =
+                counted(slots_[r * S + s])[k] / static_cast<float>(std::max(count_[slots_[r * S + s]], 1));
+    std::vector<float> taken(lanes_);
     for (int q = 0; q < shape_.ranks; ++q) {
         if (q == r || !may_meet(q, r)) continue;
         const float both = before + potential(load(q));
-        for (int s = r * S; s < (r + 1) * S; ++s) {
-            const int e = slots_[s];
-            if (e == E || holds(q, e)) continue;
-            const float share_e = 1.0F / static_cast<float>(count_[e]);
-            for (int p = q * S; p < (q + 1) * S; ++p) {
-                const int f = slots_[p];
-                if (f == E || holds(r, f)) continue;
-                const float share_f = 1.0F / static_cast<float>(count_[f]);
-                for (int k = first_; k < last_; ++k) {
-                    const float change = share_e * part(e)[k] - share_f * part(f)[k];
-                    here[k] = load(r)[k] - change;
-                    there[k] = load(q)[k] + change;
+        const float *load_r = load(r), *load_q = load(q);
+        // No swap gains more than one after which both ranks have the same load in every window.
+        for (int k = 0; k < lanes_; ++k) taken[k] = 0.5F * (load_r[k] + load_q[k]);
+        const float most = both - 2.0F * potential(taken.data());
+        for (int p = q * S; p < (q + 1) * S; ++p) {
+            const int f = slots_[p];
+            if (f == E || holds(r, f)) continue;
+            const int from = !is_home(r, f) - !is_home(q, f);
+            for (int k = 0; k < lanes_; ++k) taken[k] = counted(f)[k] / static_cast<float>(count_[f]);
+            for (int s = r * S; s < (r + 1) * S; ++s) {
+                const int e = slots_[s];
+                if (e == E || holds(q, e)) continue;
+                const float price = price_of(from + !is_home(q, e) - !is_home(r, e));
+                if (most * price <= best.score) continue;
+                const float* give = &given[static_cast<size_t>(s - r * S) * lanes_];
+                float sum[kLanes] = {};
+                for (int k = 0; k < lanes_; k += kLanes) {
+                    for (int i = 0; i < kLanes; ++i) {
+                        const float change = give[k + i] - taken[k + i];
+                        sum[i] +=
+                            cost_of(load_r[k + i] - change - 1.0F, room) + cost_of(load_q[k + i] + change - 1.0F, room);
+                    }
                 }
-                const int cost = !is_home(q, e) + !is_home(r, f) - !is_home(r, e) - !is_home(q, f);
-                const float gain = both - potential(here.data()) - potential(there.data());
-                const float score = gain * price_of(cost);
-                if (score > best.score) best = {score, p, s, e};
+                const float gain = both - ((sum[0] + sum[1]) + (sum[2] + sum[3]));
+                if (gain * price > best.score) best = {gain * price, p, s, e};
             }
         }
     }
@@ -246,14 +274,14 @@ void Steadying::offer_swaps(int r, Candidate& best) const {
 // and of the dropped copy are added up, which is wrong for a rank that holds both experts.
 void Steadying::offer_copies(int r, Candidate& best) const {
     const int S = shape_.per_rank(), E = shape_.experts, P = shape_.slots;
-    std::vector<float> changed(windows_), dropped(P, 0.0F);
+    std::vector<float> changed(lanes_), dropped(P, 0.0F);
     // The gain of an expert's holders, except one slot, if the expert has another number of copies.
     const auto gain_of = [&](int expert, int copies, int besides) {
         const float change = 1.0F / static_cast<float>(copies) - 1.0F / static_cast<float>(count_[expert]);
         float gain = 0.0F;
         for (const int p : holders_[expert]) {
             if (p == besides) continue;
-            for (int k = first_; k < last_; ++k) changed[k] = load(p / S)[k] + change * part(expert)[k];
+            for (int k = 0; k < lanes_; ++k) changed[k] = load(p / S)[k] + change * counted(expert)[k];
             gain += potential(load(p / S)) - potential(changed.data());
         }
         return gain;
@@ -274,7 +302,7 @@ void Steadying::offer_copies(int r, Candidate& best) const {
             const int f = slots_[p], q = p / S;
             if (holds(q, e)) continue;
             const float down = 1.0F / static_cast<float>(count_[f]);
-            for (int k = first_; k < last_; ++k) changed[k] = load(q)[k] + up * part(e)[k] - down * part(f)[k];
+            for (int k = 0; k < lanes_; ++k) changed[k] = load(q)[k] + up * counted(e)[k] - down * counted(f)[k];
             const float gain = added + dropped[p] + potential(load(q)) - potential(changed.data());
             const float score = gain * price_of(!is_home(q, e) - (f < E && !is_home(q, f)));
             if (score > best.score) best = {score, p, -1, e};

@@ -38,8 +38,8 @@ class Steadying {
 
     bool recurs() const;
     double mean_of(const std::vector<int32_t>& slots, int first, int last) const;
-    // Ends early where `ends`, asked every few steps, says so of the placement.
-    std::vector<int32_t> descend(std::vector<int32_t> slots, int first, int last, double target,
+    // For the first `windows` of them. Ends early where `ends`, asked every few steps, says so of the placement.
+    std::vector<int32_t> descend(std::vector<int32_t> slots, int windows, double target,
                                  const std::function<bool(const std::vector<int32_t>&)>& ends);
     bool step(int rank);
     void offer_swaps(int rank, Candidate& best) const;
@@ -52,20 +52,23 @@ class Steadying {
     bool holds(int rank, int expert) const { return held_[at(rank, expert)] != 0; }
     bool is_home(int rank, int expert) const { return home_[at(rank, expert)] != 0; }
     bool may_meet(int rank, int other) const { return nodes_ == 1 || rank / per_node_ == other / per_node_; }
-    const float* part(int expert) const { return &part_[static_cast<size_t>(expert) * windows_]; }
-    float* load(int rank) { return &load_[static_cast<size_t>(rank) * windows_]; }
-    const float* load(int rank) const { return &load_[static_cast<size_t>(rank) * windows_]; }
+    const float* part(int expert) const { return &part_[static_cast<size_t>(expert) * stride_]; }
+    const float* counted(int expert) const { return &counted_[static_cast<size_t>(expert) * lanes_]; }
+    float* load(int rank) { return &load_[static_cast<size_t>(rank) * lanes_]; }
+    const float* load(int rank) const { return &load_[static_cast<size_t>(rank) * lanes_]; }
 
     const Shape shape_;
     const int nodes_, per_node_;
-    int windows_ = 0;
+    int windows_ = 0, stride_ = 0;  // the stride is in whole vectors
     std::vector<int32_t> start_;
-    std::vector<float> part_;  // [E + 1, windows], in units of a rank's mean; the last stands for "empty"
-    std::vector<float> load_;  // [R, windows]
+    std::vector<float> part_;     // [E + 1, stride], in units of a rank's mean; the last stands for "empty"
+    int counts_ = 0, lanes_ = 0;  // windows that count in a descent; the same in whole vectors, filled up with windows
+                                  // in which no expert has load and every rank the mean
+    std::vector<float> counted_;  // [E + 1, lanes]: part_ of the windows that count
+    std::vector<float> load_;     // [R, lanes]
     std::vector<int32_t> slots_, count_;
     std::vector<uint8_t> held_, home_;           // [R, E + 1], now and at the start
     std::vector<std::vector<int32_t>> holders_;  // [E] slots
-    int first_ = 0, last_ = 0;                   // windows that count
     float limit_ = 1.0F;
 };
 

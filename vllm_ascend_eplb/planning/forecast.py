@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from .. import _planner
 from ..values.placement import FloatArray
 
 SPANS = (1.0, 2.0, 4.0)
@@ -64,17 +65,9 @@ def forecast(series: npt.NDArray[np.float64]) -> tuple[FloatArray, FloatArray]:
         """The first window of all and of each span before ``end``."""
         return [0, *(first(end, span) for span in spans)]
 
-    parts = {t: _parts(series[t]) for t in tested}
-    errors = np.zeros((len(tested), 1 + len(spans), series.shape[1]))  # [tests, all and spans, L]
-    for test, (t, now) in enumerate(parts.items()):
-        known: dict[int, FloatArray] = {}
-        for number, begin in enumerate(begins(t)):
-            if begin not in known:
-                said = _parts(sums[t] - sums[begin])
-                difference = now - said
-                said += 0.01 / said.shape[1]
-                known[begin] = tokens[t] / usual * np.einsum("le,le->l", difference, difference / said)
-            errors[test, number] = known[begin]
+    starts = np.array([begins(t) for t in tested], dtype=np.int32).reshape(len(tested), 1 + len(spans))
+    errors = _planner.forecast_errors(series, np.array(tested, dtype=np.int32), starts)  # [tests, all and spans, L]
+    errors *= (tokens[tested] / usual)[:, None]
     best = _best_span(errors)  # [L]
     taken = np.array(begins(num_windows))[best]
     expected = _parts(sums[-1] - sums[taken, np.arange(series.shape[1])])
@@ -83,9 +76,9 @@ def forecast(series: npt.NDArray[np.float64]) -> tuple[FloatArray, FloatArray]:
     if len(drifting):
         own = np.zeros((len(drifting), series.shape[2]))
         weight = tokens[tested][:, drifting].sum(axis=0)[:, None]
-        for t, now in parts.items():
-            said = _parts(sums[t, drifting] - sums[np.array(begins(t))[best[drifting]], drifting])
-            own += tokens[t, drifting][:, None] * (now[drifting] - said) ** 2
+        for t, start in zip(tested, starts, strict=True):
+            said = _parts(sums[t, drifting] - sums[start[best[drifting]], drifting])
+            own += tokens[t, drifting][:, None] * (_parts(series[t, drifting]) - said) ** 2
         own /= np.maximum(weight, 1e-300)
         square = expected[drifting] ** 2
         relative = own.sum(axis=1, keepdims=True) / np.maximum(square.sum(axis=1, keepdims=True), 1e-300)

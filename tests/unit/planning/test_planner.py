@@ -108,7 +108,7 @@ def test_plans_do_not_depend_on_the_number_of_threads(drifted, options):
 
 @pytest.mark.parametrize(
     ("experts", "ranks", "slots", "digest"),
-    [(64, 8, 72, 2408819663789598449), (256, 32, 288, 4302197665791838779)],
+    [(64, 8, 72, 1652121951560409569), (256, 32, 288, 4356768797367152033)],
 )
 def test_known_plans_are_the_same_on_every_machine(experts, ranks, slots, digest):
     """If this fails on one machine only, its floating point is not IEEE 754, or its compiler changed the arithmetic. If
@@ -247,7 +247,7 @@ def test_price_between_nodes_avoids_receipts_from_others(drifted):
     assert _from_other_nodes(near, slots, 4) < 0.5 * _from_other_nodes(plan(load, slots, 32, num_nodes=4), slots, 4)
 
 
-@pytest.mark.parametrize("limit", [0, 10, 40])
+@pytest.mark.parametrize("limit", [10, 40])
 def test_max_moves_between_nodes_is_kept(drifted, limit):
     slots, load = drifted
     free = plan(load, slots, 32, num_nodes=4)
@@ -255,6 +255,17 @@ def test_max_moves_between_nodes_is_kept(drifted, limit):
     made.check(Placement(slots, EXPERTS, 32))
     assert _from_other_nodes(made, slots, 4) <= limit < _from_other_nodes(free, slots, 4)
     assert 0 < made.num_moves < free.num_moves
+
+
+def test_no_moves_between_nodes_still_balances(drifted):
+    """Under a limit of 0 the search plans within the nodes, instead of losing moves of a plan across them."""
+    slots, load = drifted
+    made = plan(load, slots, 32, num_nodes=4, max_moves_between_nodes=0)
+    made.check(Placement(slots, EXPERTS, 32))
+    assert _from_other_nodes(made, slots, 4) == 0 < made.num_moves
+    across = plan(load, slots, 32, num_nodes=4, max_moves_between_nodes=10)
+    assert made.par_after.mean() < across.par_after.mean()
+    assert made.par_after.mean() - 1 < 0.25 * (made.par_before.mean() - 1)
 
 
 def test_groups_of_experts_stay_on_their_nodes(drifted):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from benchmarks.loads import LoadGenerator
 from benchmarks.placements import greedy_placement
 from tests.unit.planning.planner_inputs import instances
+from vllm_ascend_eplb import _planner
 from vllm_ascend_eplb.planning import forecast, plan
 from vllm_ascend_eplb.values.placement import Placement
 
@@ -136,3 +137,25 @@ def test_windows_without_load_change_nothing():
     made, whole = plan(series, slots, RANKS), plan(popularity, slots, RANKS)
     np.testing.assert_array_equal(made.physical_to_logical, whole.physical_to_logical)
     assert plan(np.zeros((5, LAYERS, EXPERTS)), slots, RANKS).num_moves == 0
+
+
+def test_forecast_errors_are_those_of_their_definition():
+    """Including windows and spans without load, and numbers of experts that do not fill a vector."""
+    rng = np.random.default_rng(5)
+    series = rng.gamma(0.5, 100.0, (6, 3, 13))
+    series[4, 0] = series[:2, 1] = series[1, 2] = 0.0
+    window, begin = np.array([1, 4, 5], dtype=np.int32), np.array([[0, 0], [0, 3], [2, 5]], dtype=np.int32)
+    errors = _planner.forecast_errors(series, window, begin)
+
+    def parts(counts):
+        return counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1e-300)
+
+    expected = np.zeros((3, 2, 3))
+    for test, span in np.ndindex(3, 2):
+        said = parts(series[begin[test, span] : window[test]].sum(axis=0))
+        expected[test, span] = ((parts(series[window[test]]) - said) ** 2 / (said + 0.01 / 13)).sum(axis=1)
+    np.testing.assert_allclose(errors, expected, rtol=1e-12)
+    assert len(np.unique(errors.round(9))) > 10
+    for bad in (np.array([1, 4, 6], dtype=np.int32), np.array([4, 1, 5], dtype=np.int32)):
+        with pytest.raises(ValueError, match="rise"):
+            _planner.forecast_errors(series, bad, begin)
