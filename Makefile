@@ -6,7 +6,7 @@ PYTHON_FILES := vllm_ascend_eplb tests benchmarks examples setup.py
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 RUN := .venv/bin/python
 
-.PHONY: help setup demo test unit-test e2e-test matrix lint format bench soak long-test fuzz docs clean
+.PHONY: help setup demo demo-pd test unit-test e2e-test matrix lint format bench soak long-test fuzz docs clean
 
 help:  ## lists the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -16,6 +16,9 @@ setup:  ## makes .venv and builds the C++ parts
 
 demo: setup  ## serves a real model on RANKS ranks (default 4; 2 for small machines) and shows how balancing works
 	@$(RUN) -m examples.demo --ranks $(RANKS)
+
+demo-pd: setup  ## the same with a prefill server and a decode server, each balanced by its own settings
+	@$(RUN) -m examples.demo.prefill_decode
 
 # Two lanes: one has all engines, the other has the rest, file by file (tests/conftest.py).
 LANES := -n 2 --dist loadscope --no-loadscope-reorder
@@ -84,7 +87,11 @@ bench: setup  ## quick benchmarks; results in build/bench
 soak: setup  ## serves a model under random faults for SOAK_MINUTES (default 30); the report is in build/soak
 	@$(RUN) -m tests.e2e.soak --minutes $(SOAK_MINUTES)
 
+# For NixlConnector, without the CUDA libraries that it would bring.
+NIXL := nixl==1.5.1 nixl-cu12==1.5.1
+
 long-test: setup  ## the nightly tier: long tests
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps $(NIXL)
 	@$(TEST) -m "soak and not npu"
 
 fuzz: setup  ## the planner's C++ boundary under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -102,5 +109,5 @@ docs:  ## the guide as pages, in build/site; fails on a broken link
 	@echo build/site/index.html
 
 clean:  ## removes everything that was built, .venv included
-	rm -rf .venv .venv-npu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.json
+	rm -rf .venv .venv-npu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.json demo-pd.json
 	rm -f vllm_ascend_eplb/*.so

@@ -27,7 +27,7 @@ from .reference import reference_tokens
 from .server import Server, ServerError
 from .summary import DomainResult, Summary
 from .traffic import Traffic
-from .view import View
+from .view import Clock, View
 
 DOMAINS = ("english", "python", "russian", "japanese")
 STREAMS = 24
@@ -141,21 +141,6 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
     summary.show(console)
     console.print(f"figures: {arguments.output}; took {clock.total():.0f} s", markup=False, highlight=False)
     return 1 if summary.failures else 0
-
-
-class Clock:
-    """Wall times of the parts."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._began = self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name], self._last = now - self._last, now
-
-    def total(self) -> float:
-        return time.monotonic() - self._began
 
 
 def main() -> int:

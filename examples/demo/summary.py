@@ -68,6 +68,8 @@ class Summary:
     processes_left: list[str]
     seconds: dict[str, float]
     first_difference: str = ""
+    against_start: bool = False
+    """Whether the last window must be better than with the start placement, instead of better than the first."""
     failures: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,9 +90,10 @@ class Summary:
         if stats.phase == "off":
             failures.append(f"balancing was switched off: {stats.off_reason}")
         for result in self.domains:
-            if result.par_before is None or result.par_after is None:
+            worse = result.par_without if self.against_start else result.par_before
+            if worse is None or result.par_after is None:
                 failures.append(f"{result.domain}: fewer than two windows were measured")
-            elif result.par_after["mean"] >= result.par_before["mean"]:
+            elif result.par_after["mean"] >= worse["mean"]:
                 failures.append(f"{result.domain}: PAR did not fall")
         if not self.tokens_compared:
             failures.append("no tokens were compared")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output of the demo while it runs: a live panel in a terminal, otherwise plain lines."""
+"""The output of a demo while it runs: a live panel in a terminal, otherwise plain lines. And the times of its parts."""
 
 from __future__ import annotations
 
@@ -58,6 +58,21 @@ class View:
         elif text.strip() and time.monotonic() - self._last_sample > 20.0:
             self._last_sample = time.monotonic()
             self.say(f"text: {_one_line(text, 90)}")
+
+
+class Clock:
+    """Wall times of the parts."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._began = self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._last = now - self._last, now
+
+    def total(self) -> float:
+        return time.monotonic() - self._began
 
 
 def describe_cycle(record: CycleRecord) -> str:

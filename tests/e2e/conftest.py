@@ -114,11 +114,13 @@ def run_forked(
     output: Path,
     variables: dict[str, str],
     paths: Sequence[str] = (),
+    seconds: float = 300,
 ) -> Finished:
-    """Runs ``module:function`` in a process that is forked where vLLM is imported already."""
+    """Runs ``module:function``, for at most so many seconds after a long start, in a process that is forked where vLLM
+    is imported already."""
     values = {**variables, **ONE_THREAD, **EAGER, "PYTHONPATH": path_with(paths)}
     pid = nursery.start(function, arguments, values, output, [*paths, str(FOLDER)])
-    deadline = threading.Timer(START_SECONDS + 300, kill_session, [pid])
+    deadline = threading.Timer(START_SECONDS + seconds, kill_session, [pid])
     deadline.start()
     try:
         code = nursery.wait(pid)
@@ -154,7 +156,7 @@ def run_offline(
     files = [str(folder / "job.json"), str(folder / "result.json")]
     variables = {**environment(workers(job)), **job.get("variables", {})}
     if nursery is not None:
-        finished = run_forked(nursery, "offline:main", files, folder / "log", variables, paths)
+        finished = run_forked(nursery, "offline:main", files, folder / "log", variables, paths, job.get("seconds", 300))
     else:
         finished = _run_spawned(
             folder, [str(FOLDER / "offline.py"), *files], {**variables, "PYTHONPATH": path_with(paths)}

@@ -8,7 +8,8 @@ The job is a dictionary: ``ranks`` (tensor-parallel), ``eplb`` (the eplb_config 
 weights are loaded anew), ``under_way`` (data-parallel parts that are asked to reload while requests are under way, turn
 by turn; null for all, while they are paused), ``sleeps`` (levels: in the end the engine sleeps with each of them, see
 allocator.py), ``updates`` (factors: in the end a trainer transfers the experts' weights times each of them, see
-transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again),
+transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again), ``turns``
+and ``seconds`` (the updates are taken in so many turns, for at most so long, each after a sleep; see turns.py),
 ``routing`` (in the end layers are asked for what is refused), ``contents`` (what slots hold, at first and in the end),
 ``drafter`` (it is watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted
 is corrupted after all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how
@@ -18,6 +19,7 @@ many tokens went through the model if none came from a cache.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -70,7 +72,12 @@ class Engine:
         self._ended: set[str] = set()
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        """The result; an engine that has ended answers some calls never."""
+        asked = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        while not concurrent.futures.wait([asked], timeout=5.0).done:
+            if self._many.errored:
+                raise RuntimeError("an engine has ended")
+        return asked.result()
 
     def rpc(
         self, function: Callable[..., Any] | str, *args: Any, parts: Sequence[int] | None = None, **keywords: Any
@@ -191,9 +198,9 @@ def main(job_path: str, result_path: str) -> None:
     result: dict[str, object] = {}
     if job.get("probe"):
         engine.rpc(probes.install)
-    if any(job.get(name) for name in ("reload", "under_way", "sleeps")):
+    if any(job.get(name) for name in ("reload", "under_way", "sleeps", "turns")):
         engine.rpc(weight_probes.remember_weights)
-    if job.get("sleeps"):
+    if job.get("sleeps") or job.get("turns"):
         import allocator
 
         engine.rpc(allocator.remember)
@@ -262,6 +269,10 @@ def main(job_path: str, result_path: str) -> None:
         mine = engine.rpc(weight_probes.updated) if job["eplb"] is not None else []
         result["sleeps"].append({"ranks": mine, "tokens": ask_until_moved()})
     result["updates"] = []
+    if job.get("turns"):
+        import turns
+
+        result["turns"] = turns.take(engine, lambda: token_ids(ask()), job["turns"], job["seconds"], job.pop("updates"))
     for factor in job.get("updates", []):
         engine.update_weights(factor)
         mine = engine.rpc(weight_probes.updated) if job["eplb"] is not None else []

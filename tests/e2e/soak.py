@@ -29,6 +29,7 @@ from examples.demo.server import REPOSITORY, Server, ServerError
 from examples.tiny_moe.expert_load import read_prompts
 
 from .private_server import SETTINGS, PrivateServer, planners, workers
+from .resources import measure as measured
 from .soak_judge import growth, judge, report
 from .steady_requests import STREAMS, TOKENS, Answers, Pairs, Requests
 
@@ -42,22 +43,8 @@ SAMPLE_SECONDS = 5.0
 
 def measure(server: Server) -> dict[str, float]:
     """The resources of all processes of the server except the planner, which is replaced every few seconds."""
-    total: Counter[str] = Counter()
-    left_out = set(planners(server))
-    for pid in set(server.processes()) - left_out:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
-            links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
-        except OSError:
-            continue
-        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-        total["memory_mib"] += int(fields.get("RssAnon", "0 kB").split()[0]) / 1024
-        total["threads"] += int(fields.get("Threads", "0"))
-        total["files"] += len(links)
-        total["sockets"] += sum(link.startswith("socket:") for link in links)
-        total["processes"] += 1
-    total["shared_memory"] = len(server.shared_memory())
-    return dict(total)
+    found = measured(set(server.processes()) - set(planners(server)))
+    return {**found, "shared_memory": len(server.shared_memory())}
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

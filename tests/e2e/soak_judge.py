@@ -18,10 +18,10 @@ this plugin 0.54 to 0.6 were measured for the first 500 requests of this kind, a
 
 
 def growth(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Medians of the first and the last quarter of the samples, by resource."""
+    """Medians of the first and the last quarter of the samples, by resource; all samples have the same resources."""
     quarter = max(1, len(samples) // 4)
     table = {}
-    for name in (*MOST_GROWTH, "processes", "requests"):
+    for name in samples[0]:
         first = statistics.median(sample[name] for sample in samples[:quarter])
         last = statistics.median(sample[name] for sample in samples[-quarter:])
         table[name] = {"first": round(first, 1), "last": round(last, 1)}
@@ -37,6 +37,21 @@ def vllm_growth(requests: float) -> float:
     return total
 
 
+def grown(table: dict[str, dict[str, float]]) -> list[str]:
+    """The resources that grew by more than is allowed, of those in a table of :func:`growth`. If it has requests,
+    memory may grow by what vLLM takes for them."""
+    said = []
+    for name, most in MOST_GROWTH.items():
+        if name not in table:
+            continue
+        median = table[name]
+        if name == "memory_mib" and "requests" in table:
+            most += vllm_growth(table["requests"]["last"]) - vllm_growth(table["requests"]["first"])
+        if median["last"] - median["first"] > most:
+            said.append(f"{name} grew from {median['first']} to {median['last']}; at most {most:.0f} more are allowed")
+    return said
+
+
 def judge(result: dict[str, Any], left: list[str], log: str) -> list[str]:
     """The list of failures; empty after a good run."""
     answers, stats, said = result["answers"], result["stats"], []
@@ -47,13 +62,7 @@ def judge(result: dict[str, Any], left: list[str], log: str) -> list[str]:
         said.append(f"{answers.wrong} of {answers.tokens} tokens are wrong: {answers.first_wrong}")
     if not answers.requests:
         said.append("no request was answered")
-    for name, most in MOST_GROWTH.items() if "growth" in result else ():
-        median = result["growth"][name]
-        if name == "memory_mib":
-            answered = result["growth"]["requests"]
-            most += vllm_growth(answered["last"]) - vllm_growth(answered["first"])
-        if median["last"] - median["first"] > most:
-            said.append(f"{name} grew from {median['first']} to {median['last']}; at most {most:.0f} more are allowed")
+    said += grown(result.get("growth", {}))
     if stats is None or not stats.cycles_done:
         said.append("no cycle was done")
     elif stats.phase == "off":

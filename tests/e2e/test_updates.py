@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 
 import pytest
 
 from .conftest import BUSY, prompts
+from .kept import ROOT
+from .soak_judge import grown, growth
 
 TOKENS = 16
 FACTORS = [1.25, 1.0, 0.75, 1.25]
@@ -18,19 +21,29 @@ LEVELS = [1, 2, 1, 2]
 """The levels of sleep, in this order, before the updates."""
 
 
+TURNS = int(os.environ.get("EPLB_SOAK_TURNS", "30"))
+"""Turns of sleep and new weights in the soak, of which so many are taken as begin within SECONDS."""
+
+SECONDS = float(os.environ.get("EPLB_SOAK_SECONDS", "1200"))
+
+PROMPTS, SHORT = 4, 8
+"""Prompts of the soak, and tokens per answer."""
+
 ENGINES = {"weight_transfer_config": {"backend": "trainer"}, "enable_prefix_caching": False, "data_parallel_size": 2}
 """Arguments of two data-parallel engines."""
 
 
 STAND_INS = """
+import faulthandler
+faulthandler.enable()
 import importlib
 from vllm_ascend_eplb.adaptors.post_import import after_import
 
 after_import("vllm.v1.worker.cpu_worker", lambda _: importlib.import_module("allocator"))
 after_import("vllm.distributed.weight_transfer.factory", lambda _: importlib.import_module("transfer_engine"))
 """
-"""What all processes of the engines begin with. The planner is one of them and must not import vLLM: each planner that
-comes after a late one would be late, too."""
+"""What all processes of the engines begin with; a process that crashes says where. The planner is one of them and must
+not import vLLM: each planner that comes after a late one would be late, too."""
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +146,48 @@ def test_engines_reload_while_they_serve(trained):
     for reload in run.result["reloads"]:
         assert reload["placement"] != reload["initial"] == reload["by_name"] == reload["placement_after"]
         assert reload["moved"] == 0
+
+
+OFTEN = """
+def listen_often(start):
+    start.LISTEN_STEPS = 4
+
+after_import("vllm_ascend_eplb.balancer.start", listen_often)
+"""
+"""For the soak: ranks look for orders so often that a turn is short."""
+
+
+@pytest.mark.soak
+def test_turns_of_sleep_and_new_weights_never_end(runs, job, alone, tmp_path):
+    """As in reinforcement learning, with two engines. In every turn experts move, the engines sleep and take new
+    weights, and the old placement is restored by an order. Negative control: new weights give other answers."""
+    (tmp_path / "sitecustomize.py").write_text(STAND_INS + OFTEN)
+    short = {"prompts": [job["prompts"][0][:PROMPTS]], "max_tokens": SHORT, "paths": [str(tmp_path), str(ROOT)]}
+    arguments = {**ENGINES, "max_num_seqs": PROMPTS}
+    run = runs(
+        "trained again and again",
+        **{**job, **short, "arguments": arguments, "sleeps": [], "turns": TURNS, "seconds": SECONDS},
+        ranks=1,
+        eplb={**BUSY, "transfer_buffer_experts": 512},  # one round
+    )
+    assert run.code == 0, run.log[-6000:]
+    taken = run.result["turns"]
+    assert 20 <= len(taken) <= TURNS
+
+    answers = [[answer[:SHORT] for answer in update["tokens"][:PROMPTS]] for update in alone.result["updates"]]
+    weights = list(itertools.islice(itertools.chain(answers[1:2], itertools.cycle(answers)), len(taken) + 1))
+    assert all(old != new for number, (old, new) in enumerate(itertools.pairwise(weights)) if number % len(FACTORS))
+    for turn, (old, new) in zip(taken, itertools.pairwise(weights), strict=True):
+        assert repeated(turn["before"], old)
+        assert repeated(turn["after"], new)
+
+    for number, turn in enumerate(taken):
+        moved, start = turn["moved"], turn["start"]
+        assert moved[0] == moved[1] != start[0]
+        assert turn["asleep"] == (start if number % 2 else moved)  # level 2 in every second turn
+        assert turn["updated"] == start
+        assert turn["restored"] == moved
+    stats = json.loads(run.result["ranks"][0]["stats"])
+    assert stats["cycles_done"] >= 2 * len(taken)
+    assert stats["cycles_failed"] == 0
+    assert grown(growth([turn["resources"] for turn in taken])) == []

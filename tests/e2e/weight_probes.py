@@ -60,10 +60,21 @@ def load_again(worker: Any) -> None:
 
 
 def updated(worker: Any) -> dict[str, Any]:
-    """The placement in force after new weights, the initial placement, and the number of cycles."""
+    """The placement in force, the initial placement, the number of cycles, and whether balancing is paused."""
     updator = state_of(worker).updator
     return {
         "placement": updator.placement.digest,
         "initial": updator.parts.adaptor.placement.digest,
         "cycle": updator.state.cycle,
+        "paused": updator.state.paused,
     }
+
+
+def order(worker: Any, command: str) -> None:
+    """Give an order to the balancer, as an operator does."""
+    from vllm_ascend_eplb.balancer.orders import Order, write_order
+
+    box = state_of(worker).updator.parts.orders
+    if box is not None:
+        write_order(box.path, Order(command=command))
+        box.look()

@@ -64,6 +64,7 @@ OURS: dict[str, list[Any]] = {
     "slow planner": [True, True, 2, 700, "slow", [400, 3]],
     "shortest intervals": [True, True, 2, 100, "", [1, 1]],
     "ranks in different stages": [True, True, 2, 150, "skew"],
+    "KV consumer": [True, True, 2, 150, "consumer"],
     "static placement": [True, False, 2, 30, "map"],
     "W8A8 with scales": [True, True, 2, 100, "", [10, 3], "W8A8"],
     "MXFP8 with exponents": [True, True, 2, 100, "", [10, 3], "MXFP8"],
@@ -102,6 +103,16 @@ def test_moves_change_no_output(ours: dict[str, list[dict[str, Any]]], case: str
         assert result["phase"] != "OFF"
         if case == "slow planner":
             assert result["slowest"] < slow.SECONDS / 2  # no step waits for the planner
+
+
+def test_kv_consumers_count_the_steps_that_all_ranks_count(ours: dict[str, list[dict[str, Any]]]) -> None:
+    """Slots count what they receive from all ranks. A window of whole steps is a multiple of a step's pairs of token
+    and expert. Negative control: ranks that do not agree on the stage."""
+    step = 2 * 24 * 2 * 2  # ranks, tokens per rank, layers, experts per token
+    counted, apart = ours["KV consumer"][0]["counted"], ours["ranks in different stages"][0]["counted"]
+    assert sum(counted) > 0
+    assert [load % step for load in counted] == [0] * len(counted)
+    assert any(load % step for load in apart)
 
 
 def test_experts_with_unknown_tensors_are_refused() -> None:

@@ -89,6 +89,15 @@ def test_every_fault_is_a_failure() -> None:
         assert made.to_dict()["ok"] is False
 
 
+def test_last_window_can_be_compared_with_the_start_placement() -> None:
+    stats = good_stats()
+    result = good_result(stats)
+    for after, without, fell in ((1.02, 1.05, True), (1.05, 1.05, False)):
+        changed = replace(result, par_before={"mean": 1.01}, par_after={"mean": after}, par_without={"mean": without})
+        made = Summary(2, {}, [changed], stats, {"vllm_eplb_experts_moved": 4.0}, [], {}, against_start=True)
+        assert ("english: PAR did not fall" not in made.failures) is fell
+
+
 def test_plain_lines_and_live_view() -> None:
     stats = good_stats()
     for terminal in (False, True):

@@ -18,7 +18,16 @@ BASES = (ROOT, ROOT / "vllm_ascend_eplb", ROOT / "tests", ROOT / "benchmarks" / 
 """The folders that a path in a page may be relative to."""
 
 SUFFIXES = ("py", "md", "json", "sh", "yml", "yaml", "toml", "svg", "png", "css", "npz", "cpp", "cu")
-OTHERS = {"demo.json", "map.json", "map.load.npz", "planned.json", "sglang.json", "stats.json", "result.json"}
+OTHERS = {
+    "demo.json",
+    "demo-pd.json",
+    "map.json",
+    "map.load.npz",
+    "planned.json",
+    "sglang.json",
+    "stats.json",
+    "result.json",
+}
 """Files that a user makes; they are not in the repository."""
 
 README_LINES, README_WORDS, CELL_WORDS = 150, 1500, 20

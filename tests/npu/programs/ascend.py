@@ -37,6 +37,8 @@ from . import slow
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 LAYERS, EXPERTS, HIDDEN, INNER, TOKENS = 2, 8, 32, 16, 24
 FROZEN_SECONDS = 15.0
+SKEWED = ("skew", "consumer")
+"""Faults in which ranks are in different stages."""
 
 
 def _groups() -> None:
@@ -275,7 +277,8 @@ def balance(
         ours: our classes, or vllm-ascend's.
         owned: every rank routes its own tokens (MC2, All2All), or all ranks route the same tokens (AllGather).
         fault: "kill": the planner of rank 0 is killed once. "slow": planners take slow.SECONDS. "skew": ranks are in
-            different stages in the same step, and one stage is counted. "map": a static placement from a map. Or empty.
+            different stages in the same step, and one stage is counted. "consumer": the same on a KV consumer, whose
+            ranks agree on the stage. "map": a static placement from a map. Or empty.
         intervals: expert_heat_collection_interval and algorithm_execution_interval.
         quantised: W8A8 (int8 with scales, in lists of tensors), MXFP4 or MXFP8 (all experts in one tensor), or empty.
 
@@ -291,7 +294,7 @@ def balance(
         "expert_heat_collection_interval": intervals[0],
         "algorithm_execution_interval": intervals[1],
     }
-    stage = {"eplb_heat_collection_stage": "decode" if fault == "skew" else "all"}
+    stage = {"eplb_heat_collection_stage": "decode" if fault in SKEWED else "all"}
     config = stock_config({**settings, **stage, "eplb_policy_type": 2})
     if ours:
         from vllm_ascend_eplb.adaptors.ascend import hand_over
@@ -331,11 +334,20 @@ def balance(
     loader.set_adator(adaptor)
     updator.set_adaptor(adaptor)
     if ours:
-        updator.configure(handed_over.settings_of(given), "auto")
+        updator.configure(handed_over.settings_of(given), "auto", fault == "consumer")
+    counted: list[int] = []
     updator.warm_up_eplb()
     updator.adaptor.clear_all_moe_loads()
     if ours:
         updator.begin()
+        if RANK == 0 and updator.balancer is not None:
+            submit = updator.balancer.parts.planner.submit
+
+            def watched_submit(request: Any) -> None:
+                counted.append(int(request.load.sum()))
+                submit(request)
+
+            updator.balancer.parts.planner.submit = watched_submit
         if fault == "slow" and RANK == 0:
             updator.balancer.parts.planner.close()
             updator.balancer.parts.planner = EplbProcess(slow.plan)
@@ -367,7 +379,7 @@ def balance(
         ids = torch.from_numpy(all_ids[RANK if owned else 0])
         all_x = torch.from_numpy(draw.integers(-4, 5, (SIZE, TOKENS, HIDDEN)).astype(np.float32))
         x = all_x[RANK if owned else 0]
-        decodes = fault != "skew" or (step + RANK) % 3 > 0
+        decodes = fault not in SKEWED or (step + RANK) % 3 > 0
         began = time.perf_counter()
         with torch.inference_mode():
             if ours:
@@ -394,6 +406,7 @@ def balance(
         updator.shutdown()
     elif ours:
         stats = updator.balancer.stats.stats()
+        result["counted"] = counted
         result["par"] = [cycle.par.mean for cycle in stats.cycles]
         result["failed"] = stats.cycles_failed
         result["phase"] = updator.balancer.state.phase.name

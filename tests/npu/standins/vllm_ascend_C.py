@@ -255,13 +255,19 @@ def _moe_distribute_dispatch(
     ep_world_size,
     ep_rank_id,
     expert_token_nums_type,
+    global_bs=0,
     x_active_mask=None,
     quant_mode=0,
     **unused,
 ):
     """The first half of MC2, a fused operator of CANN, in terms of collectives: every token to the ranks that hold its
-    slots, ordered by slot. x [N, H], expert_ids [N, K], N equal on all ranks. With a quant_mode they travel as int8."""
+    slots, ordered by slot. x [N, H], expert_ids [N, K]. N is equal on all ranks, or at most the share of a rank in
+    global_bs. With a quant_mode they travel as int8."""
     group = _mc2_group()
+    further = _rows(x, global_bs, ep_world_size) - x.shape[0]
+    if further:
+        pad = torch.nn.functional.pad
+        x, expert_ids = pad(x, (0, 0, 0, further)), pad(expert_ids, (0, 0, 0, further), value=-1)
 
     def gathered(tensor):
         parts = [torch.empty_like(tensor) for _ in range(ep_world_size)]
@@ -289,15 +295,20 @@ def _moe_distribute_dispatch(
 
 
 def _moe_distribute_combine(
-    expand_x, expert_ids, expert_scales, ep_world_size, ep_rank_id, assist_info_for_combine, **unused
+    expand_x, expert_ids, expert_scales, ep_world_size, ep_rank_id, assist_info_for_combine, global_bs=0, **unused
 ):
     """The second half: the results back to the tokens' ranks, weighted and summed. expert_scales float32 [N, K]."""
-    tokens, top = expert_ids.shape
+    tokens, top = _rows(expert_ids, global_bs, ep_world_size), expert_ids.shape[1]
     results = torch.zeros(ep_world_size * tokens * top, expand_x.shape[1], dtype=expand_x.dtype, device=expand_x.device)
     results[assist_info_for_combine] = expand_x[: assist_info_for_combine.shape[0]]
     torch.distributed.all_reduce(results, group=_mc2_group())  # one summand is not zero
-    own = results.view(ep_world_size, tokens, top, -1)[ep_rank_id].float()
+    own = results.view(ep_world_size, tokens, top, -1)[ep_rank_id, : expert_ids.shape[0]].float()
     return (own * expert_scales.unsqueeze(-1)).sum(1).to(expand_x.dtype)
+
+
+def _rows(tokens, global_bs, ep_world_size):
+    """Rows that every rank sends, of which ``tokens`` [N, ...] are the first."""
+    return global_bs // ep_world_size if global_bs else tokens.shape[0]
 
 
 def _mc2_group():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -65,3 +66,27 @@ def test_mode_sync_copies_on_the_default_stream(
     monkeypatch.setattr(recorder_module, "Snapshot", noted)
     recorder(kind, mode=mode)
     assert asked == [own]
+
+
+STAGES = ("decode", "prefill")
+TURNED = Placement(np.roll(PLACEMENT.physical_to_logical, 1, axis=1), 4, 2)
+
+
+def test_received_tokens_of_other_stages_are_in_no_window() -> None:
+    """In every order of stages, with the end of a window or another placement behind every step. A layer adds to its
+    counters in every step."""
+    for stages in itertools.product(STAGES, repeat=4):
+        for then in itertools.product(("nothing", "window", "placement"), repeat=4):
+            made, placement = recorder(ReceivedTokens, eplb_heat_collection_stage="decode"), PLACEMENT
+            wanted, counted = 0, 0
+            for number, (stage, event) in enumerate(zip(stages, (*then[:3], "window"), strict=True)):
+                made.begin_step(placement, record=True, phase=stage)
+                made.counts[:, 0] += 10**number
+                wanted += 10**number if stage == "decode" else 0
+                if event == "window":
+                    made.snapshot(placement)
+                    counted += int(made.take()[..., 0, :].sum())
+                elif event == "placement":
+                    made.flush(placement)
+                    placement = TURNED if placement is PLACEMENT else PLACEMENT
+            assert counted == wanted, (stages, then)

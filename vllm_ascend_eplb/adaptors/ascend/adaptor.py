@@ -21,7 +21,7 @@ from .routing import SlotTable, maps_itself, replicas_ahead, route_by
 
 class ReceivedTokens(LoadRecorder):
     """A recorder whose counters the layers always add to, after dispatch. Counts of steps that are not recorded are
-    dropped before the next recorded step."""
+    never flushed, and dropped before the next step."""
 
     def begin_step(
         self, placement: Placement, *, record: bool, phase: str = "all", tokens_per_rank: float = 1.0
@@ -31,6 +31,7 @@ class ReceivedTokens(LoadRecorder):
         elif not record or (self.phases != ("all",) and phase not in self.phases):
             self.flush(placement)
         super().begin_step(placement, record=record, phase=phase, tokens_per_rank=tokens_per_rank)
+        self._dirty = self._is_recording  # a window may end, or a placement change, before the counts are dropped
 
 
 def placement_of(global_expert_maps: list[np.ndarray], slots_per_rank: int) -> Placement:

@@ -90,6 +90,25 @@ def forward_of_all(tokens_of_engines: torch.Tensor, most_in_decode: int) -> tupl
     return True, "prefill" if int(tokens_of_engines.max()) > most_in_decode else "decode"
 
 
+def knows_own_batch_only(vllm_config: Any) -> bool:
+    """Whether a data-parallel engine may know no batch size but its own: vllm-ascend leaves the exchange of batch sizes
+    out in KV consumers that send all their batches by MC2."""
+    transfer = vllm_config.kv_transfer_config
+    return bool(transfer is not None and transfer.is_kv_consumer and vllm_config.parallel_config.data_parallel_size > 1)
+
+
+def stage_of_all(stage: Stage, group: Any) -> Stage:
+    """``"prefill"`` if a rank prefills, so that the slots of all ranks count the same forwards.
+
+    Args:
+        stage: of this rank's batch.
+        group: the CPU process group of the ranks, which all call this before the same forward. Blocks until they have.
+    """
+    prefills = torch.tensor(int(stage == "prefill"))
+    torch.distributed.all_reduce(prefills, torch.distributed.ReduceOp.MAX, group=group)
+    return "prefill" if prefills else "decode"
+
+
 def ranks_own_their_tokens() -> bool:
     """Whether each token is routed by a single rank, for batches of any size (MC2, All2All)."""
     from vllm_ascend.utils import AscendDeviceType, get_ascend_device_type

@@ -60,7 +60,7 @@ from ..post_import import after_import
 from ..readers import LoadedOrder
 from .adaptor import AscendAdaptor
 from .hand_over import CHECKED_VERSIONS, installed_version
-from .routing import DISPATCHER, forward_of_all, look_up_slots
+from .routing import DISPATCHER, forward_of_all, look_up_slots, stage_of_all
 
 logger = logging.getLogger("vllm.eplb")
 
@@ -239,16 +239,20 @@ class RunnerUpdator:
         self.balancer: EplbUpdator | None = None
         self._settings = EplbConfig()
         self._load_format = "auto"
+        self._agrees_on_stage = False
         self._began = False
         self.loaded = LoadedOrder()
 
-    def configure(self, settings: EplbConfig, load_format: str) -> None:
+    def configure(self, settings: EplbConfig, load_format: str, own_batch_only: bool = False) -> None:
         """Takes the settings, which the runner does not pass on. The worker calls it before it loads the model.
 
         Args:
             load_format: vLLM's ``--load-format``.
+            own_batch_only: whether the runner may know no batch but that of its own engine. If one stage is counted,
+                ranks then agree on the stage of every forward.
         """
         self._settings, self._load_format = settings, load_format
+        self._agrees_on_stage = own_batch_only and settings.eplb_heat_collection_stage != "all"
 
     def set_adaptor(self, adaptor: Any) -> None:
         self.adaptor = adaptor
@@ -279,6 +283,8 @@ class RunnerUpdator:
         """Does one step of the balancer."""
         if self.balancer is None or not self._began:
             return
+        if self._agrees_on_stage:
+            stage = stage_of_all(stage, self.balancer.parts.adaptor.control_group)
         # The runner works in inference mode; tensors made here outlive it.
         with torch.inference_mode(False), torch.no_grad():
             self.balancer.forward_before(serving=serving, stage=stage)

@@ -28,12 +28,19 @@ from ...routing.maps import RoutingTables
 from ...routing.weighted import RoutingDispatchTables
 from ...settings.config import EplbConfig
 from ..errors import PatchPointError
+from ..handed_over import settings_of
 from ..patching import patch_once
 from ..vllm.adaptor import VllmAdaptor
 from ..vllm.eplb_state import build_initial_global_physical_to_logical_map
 from ..vllm.patch_points import PatchPoint, not_found
 from ..vllm.state import VllmEplbState
-from .routing import forward_of_all, ranks_own_their_tokens, replicas_ahead
+from .routing import (
+    forward_of_all,
+    knows_own_batch_only,
+    ranks_own_their_tokens,
+    replicas_ahead,
+    stage_of_all,
+)
 
 CONTROLLER = "vllm_ascend.worker.v2.eplb"
 
@@ -93,6 +100,7 @@ class SecondRunnerEplbState(VllmEplbState):
     def __init__(self, parallel_config: Any, device: torch.device, policy: Any = None) -> None:
         super().__init__(parallel_config, device)
         self.most_in_decode = 0
+        self._agrees_on_stage = False
         self._dispatch = note_tokens_across()
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
@@ -102,12 +110,16 @@ class SecondRunnerEplbState(VllmEplbState):
         speculative = vllm_config.speculative_config
         draft_tokens = 0 if speculative is None else speculative.num_speculative_tokens
         self.most_in_decode = vllm_config.scheduler_config.max_num_seqs * (1 + draft_tokens)
+        stage = settings_of(vllm_config.additional_config).eplb_heat_collection_stage
+        self._agrees_on_stage = stage != "all" and knows_own_batch_only(vllm_config)
         super().add_model(model, model_config, model_name)
 
     def forward_before(self, *, serving: bool, stage: Stage, rows: int, tokens: int = 0) -> None:
         if self._dispatch.across is not None:
             serving, stage = forward_of_all(self._dispatch.across, self.most_in_decode)
             tokens = int(self._dispatch.across.sum()) // len(self._dispatch.across)
+        if self._agrees_on_stage and self._began and self.updator is not None:
+            stage = stage_of_all(stage, self.updator.parts.adaptor.control_group)
         super().forward_before(serving=serving, stage=stage, rows=rows, tokens=tokens)
 
     @contextmanager

@@ -18,6 +18,7 @@ from ..readers import guard_model, guard_worker
 from ..vllm.loading import LoadOrder, loading_by
 from ..vllm.worker import order_of_vllm
 from .hand_over import IN_VLLMS_ORDER, installed_version, second_runner, switch_on
+from .routing import knows_own_batch_only
 from .runner import RUNNER, RunnerUpdator, take_over
 
 
@@ -38,7 +39,8 @@ def balanced(base: type) -> type:
             updator = updator_of(self)
             if updator is not None:
                 load_format = str(self.vllm_config.load_config.load_format)
-                updator.configure(settings_of(self.vllm_config.additional_config), load_format)
+                settings = settings_of(self.vllm_config.additional_config)
+                updator.configure(settings, load_format, knows_own_batch_only(self.vllm_config))
             with _loading(self.vllm_config, updator):
                 super().load_model(*args, **kwargs)
 
