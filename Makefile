@@ -87,11 +87,7 @@ bench: setup  ## quick benchmarks; results in build/bench
 soak: setup  ## serves a model under random faults for SOAK_MINUTES (default 30); the report is in build/soak
 	@$(RUN) -m tests.e2e.soak --minutes $(SOAK_MINUTES)
 
-# For NixlConnector, without the CUDA libraries that it would bring.
-NIXL := nixl==1.5.1 nixl-cu12==1.5.1
-
 long-test: setup  ## the nightly tier: long tests
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps $(NIXL)
 	@$(TEST) -m "soak and not npu"
 
 fuzz: setup  ## the planner's C++ boundary under AddressSanitizer and UndefinedBehaviorSanitizer

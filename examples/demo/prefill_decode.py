@@ -29,7 +29,7 @@ from examples.tiny_moe.expert_load import read_prompts
 from vllm_ascend_eplb.observe.stats import CycleRecord, EplbStats
 
 from .reference import reference_tokens
-from .roles import Proxy, RoleServer, Store, by_folder
+from .roles import Proxy, RoleServer, Store
 from .server import ServerError
 from .summary import DomainResult, Summary
 from .traffic import Tally
@@ -157,7 +157,7 @@ def both_servers(folder: Path, view: View, clock: Clock) -> Iterator[tuple[list[
     roles = []
     for name, role in (("prefill", "kv_producer"), ("decode", "kv_consumer")):
         (folder / name).mkdir(exist_ok=True)
-        roles.append(Role(name, RoleServer(role, SETTINGS[name], folder / name, by_folder(store.path))))
+        roles.append(Role(name, RoleServer(role, SETTINGS[name], folder / name, store.path)))
     proxy = Proxy(*(role.server.url for role in roles))
     try:
         for role in roles:

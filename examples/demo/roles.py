@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A prefill server and a decode server behind a small proxy.
 
-vLLM's ExampleConnector leaves the KV cache of a prompt in a folder, where the decode server finds it. With NixlConnector
-the decode server reads it from the prefill server's memory; the answer to the first request says where it is.
+vLLM's ExampleConnector leaves the KV cache of a prompt in a folder, where the decode server finds it.
 """
 
 from __future__ import annotations
@@ -22,15 +21,6 @@ BLOCK = 32
 """Tokens of a block; whole blocks of a prompt go from one server to the other."""
 
 
-FOR_ANOTHER = {"do_remote_decode": True, "do_remote_prefill": False}
-"""Asks NixlConnector to keep the cache of a prompt until another server has read it."""
-
-
-def by_folder(store: Path) -> dict[str, object]:
-    """ExampleConnector, with the folder between the servers."""
-    return {"kv_connector": "ExampleConnector", "kv_connector_extra_config": {"shared_storage_path": str(store)}}
-
-
 class RoleServer(Server):
     """A server of two data-parallel engines that computes prompts (kv_producer) or takes them over (kv_consumer).
 
@@ -40,23 +30,21 @@ class RoleServer(Server):
         role: kv_producer or kv_consumer.
         settings: the balancer's.
         folder: for its log and statistics.
-        connector: of vLLM's KVTransferConfig, without the role.
+        store: the folder between the servers.
         sequences: requests that each engine of a decode server decodes at a time.
     """
 
-    def __init__(
-        self,
-        role: str,
-        settings: dict[str, object],
-        folder: Path,
-        connector: dict[str, object],
-        sequences: int = 16,
-    ) -> None:
+    def __init__(self, role: str, settings: dict[str, object], folder: Path, store: Path, sequences: int = 16) -> None:
         super().__init__(2, settings, folder, 1 if role == "kv_producer" else sequences)
+        transfer = {
+            "kv_connector": "ExampleConnector",
+            "kv_role": role,
+            "kv_connector_extra_config": {"shared_storage_path": str(store)},
+        }
         # ExampleConnector names files by prompt and layer: tensor-parallel ranks would overwrite each other's heads.
         self.command[self.command.index("--tensor-parallel-size")] = "--data-parallel-size"
         self.command += [
-            *("--kv-transfer-config", json.dumps({**connector, "kv_role": role}), "--block-size", str(BLOCK)),
+            *("--kv-transfer-config", json.dumps(transfer), "--block-size", str(BLOCK)),
             # of a prompt in parts ExampleConnector keeps the first only
             *("--no-enable-chunked-prefill", "--max-num-batched-tokens", "512"),
         ]
@@ -90,9 +78,9 @@ class Proxy:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                first = proxy.post(prefill, {**request, "max_tokens": 1, "kv_transfer_params": FOR_ANOTHER})
-                where = proxy.between(first.get("kv_transfer_params"))
-                answer = json.dumps(proxy.post(decode, {**request, "kv_transfer_params": where})).encode()
+                proxy.post(prefill, {**request, "max_tokens": 1})
+                proxy.between()
+                answer = json.dumps(proxy.post(decode, request)).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
@@ -115,16 +103,8 @@ class Proxy:
         response.raise_for_status()
         return response.json()
 
-    def between(self, where: Any) -> Any:
-        """Called when a prompt is computed, before the decode server is asked.
-
-        Args:
-            where: what the prefill server says of the prompt's cache; None with ExampleConnector.
-
-        Returns:
-            What the decode server is told of it.
-        """
-        return where
+    def between(self) -> None:
+        """Called when a prompt is computed, before the decode server is asked."""
 
     def close(self) -> None:
         self._server.shutdown()

@@ -7,7 +7,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,19 +21,6 @@ from .conftest import START_SECONDS, wait_until
 from .private_server import run_first
 
 
-NIXL: dict[str, object] = {"kv_connector": "NixlConnector", "kv_buffer_device": "cpu"}
-
-
-def _two_ports() -> int:
-    """A port that is free, as is the next: each data-parallel engine of NixlConnector listens at a port."""
-    while True:
-        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError, OverflowError):
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            second.bind(("127.0.0.1", port + 1))
-            return port
-
-
 class RoleServer(roles.RoleServer):
     """A server whose workers keep an account of their steps.
 
@@ -42,10 +28,8 @@ class RoleServer(roles.RoleServer):
         audit: folder with the account of each worker; see audit.py.
     """
 
-    def __init__(self, role: str, settings: dict[str, object], folder: Path, connector: dict[str, object]) -> None:
-        super().__init__(role, settings, folder, connector)
-        if connector is NIXL:
-            self.environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_two_ports())
+    def __init__(self, role: str, settings: dict[str, object], folder: Path, store: Path) -> None:
+        super().__init__(role, settings, folder, store)
         self.audit = folder / "audit"
         self.audit.mkdir()
         run_first(self, folder, FIRST, **{AUDIT: str(self.audit)})
@@ -84,7 +68,7 @@ class Proxy(roles.Proxy):
 
     def __init__(self, prefill: str, decode: str) -> None:
         self.sent_again = {prefill: 0, decode: 0}
-        self._between: Callable[[Any], Any] = lambda where: where
+        self._between: Callable[[], None] = lambda: None
         super().__init__(prefill, decode)
 
     def post(self, url: str, request: dict[str, Any]) -> Any:
@@ -98,12 +82,12 @@ class Proxy(roles.Proxy):
             self.sent_again[url] += 1
             time.sleep(0.5)
 
-    def between(self, where: Any) -> Any:
-        return self._between(where)
+    def between(self) -> None:
+        self._between()
 
     @contextlib.contextmanager
-    def doing_between(self, action: Callable[[Any], Any]) -> Iterator[None]:
-        """Calls ``action`` as :meth:`between`."""
+    def doing_between(self, action: Callable[[], None]) -> Iterator[None]:
+        """Calls ``action`` when a prompt is computed, before the decode server is asked."""
         idle, self._between = self._between, action
         try:
             yield
@@ -141,15 +125,14 @@ class Store(roles.Store):
 
 @contextlib.contextmanager
 def both_roles(
-    folder: Path, prefill: dict[str, object], decode: dict[str, object], nixl: bool = False
+    folder: Path, prefill: dict[str, object], decode: dict[str, object]
 ) -> Iterator[tuple[RoleServer, RoleServer, Store, Proxy]]:
-    """Starts a server of each role by its settings, and the proxy. The store stays empty with NIXL."""
+    """Starts a server of each role by its settings, and the proxy."""
     for name in ("prefill", "decode", "kv"):
         (folder / name).mkdir()
-    connector = NIXL if nixl else roles.by_folder(folder / "kv")
     servers = (
-        RoleServer("kv_producer", prefill, folder / "prefill", connector),
-        RoleServer("kv_consumer", decode, folder / "decode", connector),
+        RoleServer("kv_producer", prefill, folder / "prefill", folder / "kv"),
+        RoleServer("kv_consumer", decode, folder / "decode", folder / "kv"),
     )
     proxy = Proxy(*(server.url for server in servers))
     try:

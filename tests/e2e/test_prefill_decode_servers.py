@@ -65,7 +65,7 @@ def test_answers_are_those_of_one_process_while_both_balance(roles, texts, expec
     assert decode.log_path.read_text().count("External Cache Hit!") >= len(texts)
 
     damaged = []
-    with proxy.doing_between(lambda _: store.damage()):
+    with proxy.doing_between(store.damage):
         for text in texts[:4]:  # one by one: all that is stored is of one prompt
             store.clear()
             damaged += complete(proxy, [text], TOKENS)

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from examples.demo.prefill_decode import SETTINGS, parse_arguments
-from examples.demo.roles import FOR_ANOTHER, Proxy, RoleServer, Store, by_folder
+from examples.demo.roles import Proxy, RoleServer, Store
 
 Asked = list[tuple[str, dict[str, Any]]]
 
@@ -58,10 +58,7 @@ def test_proxy_asks_prefill_for_one_token_then_decode() -> None:
         answer = httpx.post(f"{proxy.url}/v1/completions", json=request, trust_env=False).json()
         proxy.close()
     assert answer == {"from": "decode"}
-    assert asked == [
-        ("prefill", {**request, "max_tokens": 1, "kv_transfer_params": FOR_ANOTHER}),
-        ("decode", {**request, "kv_transfer_params": None}),
-    ]
+    assert asked == [("prefill", {**request, "max_tokens": 1}), ("decode", request)]
 
 
 def test_proxy_takes_all_prompts_of_a_round_at_once() -> None:
@@ -98,7 +95,7 @@ def test_store_forgets_prompts(tmp_path: Path) -> None:
 
 def test_servers_have_their_roles_and_settings(tmp_path: Path) -> None:
     for name, role, sequences in (("prefill", "kv_producer", "1"), ("decode", "kv_consumer", "16")):
-        command = RoleServer(role, SETTINGS[name], tmp_path, by_folder(tmp_path / "kv")).command
+        command = RoleServer(role, SETTINGS[name], tmp_path, tmp_path / "kv").command
 
         def value(option: str, command: list[str] = command) -> str:
             return command[command.index(option) + 1]
