@@ -10,19 +10,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shutil
-import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-import httpx
 from rich.console import Console
 
 from examples.tiny_moe.expert_load import read_prompts
 from vllm_ascend_eplb.observe.stats import EplbStats
 
+from .program import last_cycle, require_balancing, run_in_folder
 from .reference import reference_tokens
 from .server import Server, ServerError
 from .summary import DomainResult, Summary
@@ -65,8 +62,8 @@ async def serve_domains(server: Server, traffic: Traffic, windows: int, view: Vi
         for domain in DOMAINS:
             view.say(f"traffic is now: {domain}")
             traffic.switch(domain)
-            begin, first_step, first_cycle = time.monotonic(), stats.step, _last_cycle(stats)
-            while _last_cycle(stats) < first_cycle + windows and stats.phase != "off":
+            begin, first_step, first_cycle = time.monotonic(), stats.step, last_cycle(stats)
+            while last_cycle(stats) < first_cycle + windows and stats.phase != "off":
                 await asyncio.sleep(0.1)
                 server.check_alive()
                 if running.done():
@@ -74,8 +71,7 @@ async def serve_domains(server: Server, traffic: Traffic, windows: int, view: Vi
                 if time.monotonic() - begin > 60.0 * windows:
                     raise ServerError(f"{domain}: no {windows} windows within {60 * windows} s")
                 stats = server.stats() or stats
-                if stats.cycles_failed >= 3 and not stats.cycles_done:
-                    raise ServerError(f"balancing does not work: {stats.cycles[-1].reason}")
+                require_balancing(stats)
                 view.update(domain, stats, traffic.text)
             # the next domain begins at once, while the last answers of this domain are still being generated
             records = [record for record in stats.cycles if record.cycle > first_cycle]
@@ -95,10 +91,6 @@ async def serve_domains(server: Server, traffic: Traffic, windows: int, view: Vi
             tally.tokens_equal,
         )
     return results
-
-
-def _last_cycle(stats: EplbStats) -> int:
-    return stats.cycles[-1].cycle if stats.cycles else 0
 
 
 def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
@@ -143,27 +135,5 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
     return 1 if summary.failures else 0
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the server is stopped
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 120  # a log has no width of its own; the summary's table needs 100
-    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="eplb-demo-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    status = 2
-    try:
-        status = run(arguments, console, folder)
-    except (ServerError, RuntimeError, httpx.HTTPError) as error:
-        console.print(f"FAILED: {type(error).__name__}: {error}", style="bold red", markup=False, highlight=False)
-    except KeyboardInterrupt:
-        status = 130
-    if status == 0 and not arguments.keep:
-        shutil.rmtree(folder, ignore_errors=True)
-    else:
-        console.print(f"the server's log: {folder / 'server.log'}", markup=False, highlight=False)
-    return status
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_in_folder(run, parse_arguments(), "the server's log", "server.log"))

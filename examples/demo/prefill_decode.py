@@ -13,10 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import json
-import shutil
-import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,11 +25,12 @@ from rich.console import Console
 from examples.tiny_moe.expert_load import read_prompts
 from vllm_ascend_eplb.observe.stats import CycleRecord, EplbStats
 
+from .program import last_cycle, require_balancing, run_in_folder
 from .reference import reference_tokens
 from .roles import Proxy, RoleServer, Store
 from .server import ServerError
 from .summary import DomainResult, Summary
-from .traffic import Tally
+from .traffic import ONE_EACH, Tally, answer_of, completion
 from .view import Clock, View, describe_cycle
 
 DOMAINS = ("english", "python")
@@ -75,12 +73,9 @@ class Role:
     def look(self) -> list[CycleRecord]:
         """Reads the statistics; returns the cycles that have ended since the last look."""
         self.server.check_alive()
-        known = self.last_cycle()
+        known = last_cycle(self.stats)
         self.stats = self.server.stats() or self.stats
         return [record for record in self.stats.cycles if record.cycle > known]
-
-    def last_cycle(self) -> int:
-        return self.stats.cycles[-1].cycle if self.stats.cycles else 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -108,15 +103,12 @@ async def ask_round(url: str, prompts: list[str], expected: list[list[int]], tok
     Raises:
         httpx.HTTPError: no answer.
     """
-    limits = httpx.Limits(max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(240.0), limits=limits, trust_env=False) as client:
+    timeout = httpx.Timeout(240.0)
+    async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=ONE_EACH, trust_env=False) as client:
 
         async def ask(number: int) -> None:
-            request = {"model": "tiny-moe", "prompt": prompts[number], "max_tokens": tokens, "temperature": 0}
-            request |= {"ignore_eos": True, "return_token_ids": True}
-            response = await client.post("/v1/completions", json=request)
-            response.raise_for_status()
-            tally.compare(number, response.json()["choices"][0]["token_ids"], expected[number])
+            answer = await answer_of(client, completion(prompts[number], tokens))
+            tally.compare(number, answer, expected[number])
 
         await asyncio.gather(*(ask(number) for number in range(len(prompts))))
 
@@ -127,7 +119,7 @@ def serve_domain(
     """Asks all prompts of a domain, round after round, until both servers have measured ``windows`` windows."""
     view.say(f"prompts are now: {domain}")
     prompts, tally, began = read_prompts(domain), Tally(), time.monotonic()
-    first_cycles = {role.name: role.last_cycle() for role in roles}
+    first_cycles = {role.name: last_cycle(role.stats) for role in roles}
     first_steps = {role.name: role.stats.step for role in roles}
     for _ in range(MOST_ROUNDS):
         store.clear()  # every round is computed anew
@@ -135,9 +127,8 @@ def serve_domain(
         for role in roles:
             for record in role.look():
                 view.say(f"{role.name}: {describe_cycle(record)}")
-            if role.stats.cycles_failed >= 3 and not role.stats.cycles_done:
-                raise ServerError(f"{role.name}: balancing does not work: {role.stats.cycles[-1].reason}")
-        if all(role.last_cycle() >= first_cycles[role.name] + windows for role in roles):
+            require_balancing(role.stats, f"{role.name}: ")
+        if all(last_cycle(role.stats) >= first_cycles[role.name] + windows for role in roles):
             break
     else:
         raise ServerError(f"{domain}: no {windows} windows of both servers in {MOST_ROUNDS} rounds of the prompts")
@@ -217,26 +208,5 @@ def run(arguments: argparse.Namespace, console: Console, folder: Path) -> int:
     return 1 if any(summary.failures for summary in summaries.values()) else 0
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the servers are stopped
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 120  # a log has no width of its own; the summary's table needs 100
-    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="eplb-demo-"))
-    status = 2
-    try:
-        status = run(arguments, console, folder)
-    except (ServerError, RuntimeError, httpx.HTTPError) as error:
-        console.print(f"FAILED: {type(error).__name__}: {error}", style="bold red", markup=False, highlight=False)
-    except KeyboardInterrupt:
-        status = 130
-    if status == 0 and not arguments.keep:
-        shutil.rmtree(folder, ignore_errors=True)
-    else:
-        console.print(f"the servers' logs: {folder}/*/server.log", markup=False, highlight=False)
-    return status
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_in_folder(run, parse_arguments(), "the servers' logs", "*/server.log"))

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from .server import Server
+from .traffic import ONE_EACH
 
 BLOCK = 32
 """Tokens of a block; whole blocks of a prompt go from one server to the other."""
@@ -31,11 +32,10 @@ class RoleServer(Server):
         settings: the balancer's.
         folder: for its log and statistics.
         store: the folder between the servers.
-        sequences: requests that each engine of a decode server decodes at a time.
     """
 
-    def __init__(self, role: str, settings: dict[str, object], folder: Path, store: Path, sequences: int = 16) -> None:
-        super().__init__(2, settings, folder, 1 if role == "kv_producer" else sequences)
+    def __init__(self, role: str, settings: dict[str, object], folder: Path, store: Path) -> None:
+        super().__init__(2, settings, folder, 1 if role == "kv_producer" else 16)
         transfer = {
             "kv_connector": "ExampleConnector",
             "kv_role": role,
@@ -70,9 +70,7 @@ class Proxy:
     """
 
     def __init__(self, prefill: str, decode: str) -> None:
-        # A connection for each request: a server closes idle connections, perhaps just when one is used again.
-        limits = httpx.Limits(max_keepalive_connections=0)
-        self._client = httpx.Client(timeout=300, limits=limits, trust_env=False)
+        self._client = httpx.Client(timeout=300, limits=ONE_EACH, trust_env=False)
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):

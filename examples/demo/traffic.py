@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 import httpx
 
+ONE_EACH = httpx.Limits(max_keepalive_connections=0)
+"""A connection for each request: a server closes idle connections, perhaps just when one is used again."""
+
 
 @dataclass
 class Tally:
@@ -72,10 +75,8 @@ class Traffic:
             httpx.HTTPError: the server does not answer, or answers with an error.
         """
         timeout = httpx.Timeout(120.0)
-        # No connection is kept open: the server could close it while the client uses it again.
-        limits = httpx.Limits(max_connections=self.streams + 1, max_keepalive_connections=0)
         # trust_env: the server is on this machine, so a proxy of the environment must not be used.
-        async with httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=ONE_EACH, trust_env=False) as client:
             await asyncio.gather(*(self._stream(client, shown=number == 0) for number in range(self.streams)))
 
     async def _stream(self, client: httpx.AsyncClient, shown: bool) -> None:
@@ -83,23 +84,10 @@ class Traffic:
             domain = self.domain
             turn, place = divmod(next(self._order), len(self.prompts[domain]))
             prompt = (place + turn) % len(self.prompts[domain])  # all in turn, a different one in each stream
-            request = {
-                "model": "tiny-moe",
-                "prompt": self.prompts[domain][prompt],
-                "max_tokens": self.max_new_tokens,
-                "temperature": 0.0,
-                "ignore_eos": True,
-                "return_token_ids": True,
-            }
-            answer = await (self._answer_live(client, request) if shown else self._answer(client, request))
+            request = completion(self.prompts[domain][prompt], self.max_new_tokens)
+            answer = await (self._answer_live(client, request) if shown else answer_of(client, request))
             self.tokens[domain] += len(answer)
             self.tallies[domain].compare(prompt, answer, self.expected[domain][prompt])
-
-    async def _answer(self, client: httpx.AsyncClient, request: dict[str, object]) -> list[int]:
-        response = await client.post("/v1/completions", json=request)
-        response.raise_for_status()
-        answer: list[int] = response.json()["choices"][0]["token_ids"]
-        return answer
 
     async def _answer_live(self, client: httpx.AsyncClient, request: dict[str, object]) -> list[int]:
         answer: list[int] = []
@@ -112,3 +100,27 @@ class Traffic:
                     answer += choice["token_ids"] or []
                     self.text += choice["text"]
         return answer
+
+
+def completion(prompt: str, tokens: int) -> dict[str, object]:
+    """The request for a greedy answer of so many tokens, by their ids."""
+    return {
+        "model": "tiny-moe",
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+
+
+async def answer_of(client: httpx.AsyncClient, request: dict[str, object]) -> list[int]:
+    """The token ids of an answer.
+
+    Raises:
+        httpx.HTTPError: the server does not answer, or answers with an error.
+    """
+    response = await client.post("/v1/completions", json=request)
+    response.raise_for_status()
+    answer: list[int] = response.json()["choices"][0]["token_ids"]
+    return answer

@@ -19,13 +19,14 @@ from pathlib import Path
 import httpx
 
 from examples.demo.server import Server, ServerError
+from examples.demo.traffic import completion
 from vllm_ascend_eplb.files.expert_map import ExpertMapError, read_expert_map
 from vllm_ascend_eplb.files.run_folder import OWNED_FOLDER, STATS_VARIABLE
 
 from ..processes import left_semaphores, parent, semaphores, title
 from .conftest import ONE_THREAD
 from .offline import EAGER
-from .steady_requests import STREAMS, Pairs, Requests
+from .steady_requests import STREAMS, Pairs
 
 SETTINGS: dict[str, object] = {
     "dynamic_eplb": True,
@@ -204,4 +205,4 @@ class PrivateServer(Server):
 
 def _ask_without_answer(client: httpx.Client, url: str, text: str) -> None:
     with contextlib.suppress(httpx.HTTPError):
-        client.post(f"{url}/v1/completions", json=Requests.completion(text) | {"max_tokens": 200})
+        client.post(f"{url}/v1/completions", json=completion(text, 200))

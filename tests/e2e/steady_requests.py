@@ -7,18 +7,16 @@ import asyncio
 import contextlib
 import random
 from dataclasses import dataclass, field
-from typing import Any
 
 import httpx
+
+from examples.demo.traffic import ONE_EACH, completion
 
 TOKENS = 48
 
 
 STREAMS = 3
 
-
-ONE_EACH = httpx.Limits(max_keepalive_connections=0)
-"""A connection for each request: a server closes idle connections, perhaps just when the next request is sent."""
 
 Pairs = list[tuple[str, list[int]]]
 """Prompts and the expected tokens of their answers."""
@@ -52,7 +50,7 @@ class Requests:
             await self.pause.wait()
             text, expected = luck.choice(self._pairs)
             try:
-                response = await self._client.post("/v1/completions", json=self.completion(text))
+                response = await self._client.post("/v1/completions", json=completion(text, TOKENS))
                 response.raise_for_status()
                 got = response.json()["choices"][0]["token_ids"]
             except (httpx.HTTPError, KeyError, ValueError) as error:
@@ -69,7 +67,7 @@ class Requests:
     async def abort(self) -> None:
         """Begin a request and close the connection in the middle of the answer."""
         luck = self._luck
-        request = self.completion(luck.choice(self._pairs)[0]) | {"stream": True, "max_tokens": 200}
+        request = completion(luck.choice(self._pairs)[0], 200) | {"stream": True}
         with contextlib.suppress(httpx.HTTPError):
             async with self._client.stream("POST", "/v1/completions", json=request) as response:
                 count = luck.randint(1, 20)
@@ -81,14 +79,3 @@ class Requests:
 
     async def close(self) -> None:
         await self._client.aclose()
-
-    @staticmethod
-    def completion(text: str) -> dict[str, Any]:
-        return {
-            "model": "tiny-moe",
-            "prompt": text,
-            "max_tokens": TOKENS,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-        }

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from examples.demo.server import Server
+from examples.demo.traffic import ONE_EACH, completion
 from vllm_ascend_eplb.files.expert_map import read_expert_map
 from vllm_ascend_eplb.files.map_recorder import load_path
 from vllm_ascend_eplb.files.run_folder import STATS_VARIABLE
@@ -27,7 +28,6 @@ from vllm_ascend_eplb.values.placement import Placement
 from ..processes import left_semaphores, semaphores
 from . import kept
 from .conftest import BUSY, START_SECONDS, prompts, wait_until
-from .steady_requests import ONE_EACH
 
 TOKENS = 48
 
@@ -36,8 +36,7 @@ def complete(server: Server, texts: list[str], tokens: int = TOKENS) -> list[lis
     """Greedy answers to all texts, asked at the same time by one client: a new one takes longer than many steps."""
 
     def ask(text: str) -> list[int]:
-        request = {"model": "tiny-moe", "prompt": text, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-        response = client.post(f"{server.url}/v1/completions", json={**request, "return_token_ids": True})
+        response = client.post(f"{server.url}/v1/completions", json=completion(text, tokens))
         response.raise_for_status()
         return response.json()["choices"][0]["token_ids"]
 
