@@ -260,7 +260,7 @@ def test_server_ends_in_order_and_its_map_can_be_loaded(server, runs, reference,
     shared, counted = server.shared_memory(), semaphores(server.processes())
     assert server.stop() == []
     assert server.processes() == []
-    recorded = read_expert_map(map_file, num_layers=6, num_experts=64, num_ranks=2)
+    recorded = read_expert_map(map_file, num_layers=6, num_experts=64, num_ranks=2, allow_duplicates=True)
     assert recorded.digest == server.stats().placement_digest
     assert recorded != Placement.initial(6, 64, 2, 4)
     with np.load(load_path(map_file)) as archive:
@@ -282,6 +282,6 @@ def test_server_ends_in_order_and_its_map_can_be_loaded(server, runs, reference,
     assert run.result["tokens"] == reference[:6]
     assert run.result["ranks"] == [{}, {}]  # no balancer
     assert not (tmp_path / "stats.json").exists()
-    assert read_expert_map(map_file) == recorded
+    assert read_expert_map(map_file, allow_duplicates=True) == recorded
     assert f"EPLB is on: static placement, 4 redundant experts, starting from {map_file}" in run.log
     assert not re.search(r'File "[^"]*vllm_ascend_eplb', run.log)

@@ -145,8 +145,8 @@ def test_platform_ascend_eplb_uses_the_same_adaptor(
         deadline = time.monotonic() + 20
         while not recorded.exists() and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert read_expert_map(recorded).num_slots == start.num_slots
-        assert read_expert_map(recorded) != start
+        assert read_expert_map(recorded, allow_duplicates=True).num_slots == start.num_slots
+        assert read_expert_map(recorded, allow_duplicates=True) != start
     finally:
         server.stop()
 
