@@ -10,6 +10,7 @@
 #include "order.h"
 #include "random_numbers.h"
 #include "thread_pool.h"
+#include "windows.h"
 
 namespace eplb {
 
@@ -111,6 +112,7 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
     std::vector<OrderedMoves> ordered(num_layers);
     std::vector<double> start_peak(num_layers, 0.0);
     std::vector<char> steadied(num_layers, 0);
+    std::vector<double> p95(num_layers, 0.0);  // at the start
     Random seeds(goal.seed);
     std::vector<uint64_t> layer_seed(num_layers);
     for (uint64_t& seed : layer_seed) seed = seeds.next();
@@ -126,11 +128,17 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
     };
     const bool few_moves = goal.max_moves >= 0 && goal.max_moves <= kMostMovesToChoose && goal.max_moves_per_rank < 0 &&
                            goal.max_moves_between_nodes < 0;
-    const auto order_layer = [&](int l) {
-        std::vector<const double*> windows;
+    const auto windows_of = [&](int l) {
+        std::vector<const double*> loads;
         for (int t = 0; t < goal.windows; ++t)
-            windows.push_back(goal.series + (static_cast<size_t>(t) * num_layers + l) * shape.experts);
-        ordered[l] = layers[l]->order(windows);
+            loads.push_back(goal.series + (static_cast<size_t>(t) * num_layers + l) * shape.experts);
+        return Windows(shape, std::move(loads), goal.speed);
+    };
+    const auto order_layer = [&](int l) {
+        const Windows windows = windows_of(l);
+        const std::vector<double> before = windows.pars(slots + static_cast<size_t>(l) * shape.slots);
+        if (goal.windows > 0) p95[l] = percentile95(before);
+        ordered[l] = layers[l]->order(windows, before);
         start_peak[l] = layers[l]->start_peak();
         steadied[l] = layers[l]->steadied();
     };
@@ -255,6 +263,14 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
             total_far += far;
             ++group_number;
         }
+    }
+    if (goal.windows == 0) return plan;
+    std::vector<char> moves(num_layers, 0);
+    for (size_t i = 0; i < plan.moves.size(); i += 4) moves[plan.moves[i]] = 1;
+    for (int l = 0; l < num_layers; ++l) {
+        const int32_t* after = &plan.slots[static_cast<size_t>(l) * shape.slots];
+        plan.p95_of_windows.push_back(p95[l]);
+        plan.p95_of_windows.push_back(moves[l] ? percentile95(windows_of(l).pars(after)) : p95[l]);
     }
     return plan;
 }

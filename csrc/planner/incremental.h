@@ -36,6 +36,8 @@ struct LayeredPlan {
     std::vector<int32_t> slots;          // [L, P] after all moves
     std::vector<int32_t> moves;          // [M, 4]: layer, slot, expert, group
     std::vector<double> par_of_windows;  // [L, 2]: before and after, for layers planned window by window; others 0
+    std::vector<double> p95_of_windows;  // [L, 2]: 95th percentile of the windows' PARs, before and after; empty
+                                         // without a series
 };
 
 // load [L, E]: finite, not negative. variance [L, E]: variance of each expert's load from window to window; with it the

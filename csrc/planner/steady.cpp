@@ -6,14 +6,13 @@
 #include <limits>
 #include <numeric>
 
+#include "windows.h"
+
 namespace eplb {
 
 namespace {
 
 constexpr int kFewestWindows = 4;
-
-// Least difference between the mean PAR of the windows and the PAR of their mean; below it there is nothing to gain.
-constexpr double kWorthwhile = 0.05;
 
 // Part of the possible gain that the held-out windows must show.
 constexpr double kConfirmed = 0.25;
@@ -34,15 +33,6 @@ constexpr int whole_vectors(int windows) { return (windows + kLanes - 1) / kLane
 float cost_of(float off, float room) { return std::max(off - room, 0.0F) + kSquare * off * off; }
 
 }  // namespace
-
-double mean(const std::vector<double>& values) {
-    return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
-}
-
-double percentile95(std::vector<double> values) {
-    std::sort(values.begin(), values.end());
-    return values[(values.size() * 95 + 99) / 100 - 1];
-}
 
 Steadying::Steadying(Shape shape, const std::vector<const double*>& windows, const int32_t* start, int nodes)
     : shape_(shape), nodes_(nodes), per_node_(shape.ranks / nodes), start_(start, start + shape.slots) {

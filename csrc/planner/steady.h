@@ -10,13 +10,14 @@
 
 namespace eplb {
 
-double mean(const std::vector<double>& values);
-double percentile95(std::vector<double> values);  // by nearest rank
-
 // Windows of one layer's load, each scaled to the same total; at most kMostWindows: longer series are merged.
 class Steadying {
   public:
     static constexpr int kMostWindows = 16;
+
+    // Least difference between the mean PAR of the windows and the PAR of their mean, or the target if that is higher;
+    // below it there is nothing to gain.
+    static constexpr double kWorthwhile = 0.05;
 
     // windows [T]: pointers to loads [E] of the layer, oldest first. `nodes`: with several, experts stay on their node.
     Steadying(Shape shape, const std::vector<const double*>& windows, const int32_t* start, int nodes);

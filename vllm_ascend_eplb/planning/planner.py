@@ -119,9 +119,9 @@ def _incremental(
             f"{placement.num_ranks} ranks with {placement.num_slots} slots per layer; the policy 'incremental' "
             f"works with at most {MOST_RANKS} ranks and {MOST_SLOTS} slots"
         )
-    expected, variance, windows = np.asarray(series[-1], dtype=np.float64), np.zeros((0, 0)), np.zeros((0, 0, 0))
+    windows = series.astype(np.float64, copy=False)
+    expected, variance = windows[0], np.zeros((0, 0))
     if len(series) > 1:
-        windows = series.astype(np.float64, copy=False)
         expected, variance = forecast(windows)
         if not variance.any():
             variance = np.zeros((0, 0))
@@ -151,7 +151,7 @@ def _incremental(
             far_cost=float(options.price_between_nodes),
             stay_near=num_nodes > 1 and num_groups > 1 and _groups_have_nodes(placement, num_nodes, num_groups),
             speed=speed,
-            series=windows,
+            series=windows if len(windows) > 1 else np.zeros((0, 0, 0)),
         )
         return Plan(after, moves, par_before, par_after, "incremental", 0.0, *percentiles)
 
