@@ -9,13 +9,13 @@
 #include <string>
 #include <vector>
 
-#include "amount.h"
 #include "default_policy.h"
 #include "dispatch.h"
 #include "forecast.h"
 #include "incremental.h"
 #include "random_numbers.h"
 #include "random_policy.h"
+#include "sums.h"
 
 namespace py = pybind11;
 
@@ -37,7 +37,7 @@ void require_matrix(const Array& array, const char* name) {
 }
 
 void require_finite(const DoubleArray& load) {
-    require(eplb::amount_of(static_cast<size_t>(load.size()), load.data()).is_valid, kNotFinite);
+    require(eplb::are_valid(static_cast<size_t>(load.size()), load.data()), kNotFinite);
 }
 
 void require_slots(const Int32Array& slots, int num_experts, int num_ranks) {

@@ -6,7 +6,7 @@
 #include <numeric>
 #include <vector>
 
-#include "amount.h"
+#include "sums.h"
 #include "vectors.h"
 
 namespace eplb {
@@ -34,8 +34,6 @@ constexpr double kLeastForecast = 0.01;  // shared by all experts
 constexpr double kTiny = 1e-300;  // sums below it count as zero
 
 constexpr int kLanes = 8;
-
-double sum_of(int n, const double* values) { return amount_of(static_cast<size_t>(n), values).sum; }
 
 EPLB_KERNEL
 void add(int n, const double* __restrict values, double* __restrict sum) {
@@ -91,8 +89,6 @@ void multiply(int n, double factor, double* values) {
 
 double one_over(double sum) { return sum > kTiny ? 1.0 / sum : 0.0; }
 
-double mean_of(const double* values, int n) { return sum_of(n, values) / n; }
-
 class Forecast {
   public:
     Forecast(const double* series, int windows, int layers, int experts)
@@ -130,9 +126,8 @@ class Forecast {
         for (int t = 0; t < windows_; ++t) {
             double* tokens = &tokens_[static_cast<size_t>(t) * layers_];
             for (int l = 0; l < layers_; ++l) {
-                const Amount amount = amount_of(static_cast<size_t>(experts_), row(t, l));
-                tokens[l] = amount.sum;
-                is_valid = is_valid && amount.is_valid;
+                tokens[l] = sum_of(experts_, row(t, l));
+                is_valid = is_valid && are_valid(experts_, row(t, l));
             }
             const double length = sum_of(layers_, tokens);
             before_.push_back(before_.back() + length);
@@ -215,7 +210,7 @@ class Forecast {
             ++telling;
             for (int span = 0; span < spans; ++span) {
                 const double* of_layers = &errors[at(test, span, 0)];
-                const double mean = mean_of(of_layers, layers_);
+                const double mean = sum_of(layers_, of_layers) / layers_;
                 for (int l = 0; l < layers_; ++l)
                     error[static_cast<size_t>(span) * layers_ + l] += of_layers[l] + mean;
             }
@@ -247,7 +242,7 @@ class Forecast {
         for (int t = 0; t < windows_; ++t) of_windows.push_back(tokens(t, l));
         const auto middle = of_windows.begin() + windows_ / 2;
         std::nth_element(of_windows.begin(), middle, of_windows.end());
-        return *middle > 0.0 ? *middle : mean_of(of_windows.data(), windows_);
+        return *middle > 0.0 ? *middle : sum_of(windows_, of_windows.data()) / windows_;
     }
 
     // The variance of a layer's experts: half of an expert's own mean squared error in the back-test, and half of the
