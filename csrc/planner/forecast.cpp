@@ -91,8 +91,10 @@ double one_over(double sum) { return sum > kTiny ? 1.0 / sum : 0.0; }
 
 class Forecast {
   public:
-    Forecast(const double* series, int windows, int layers, int experts)
+    Forecast(const double* series, int windows, int layers, int experts, const bool* at_rest)
         : series_(series), windows_(windows), layers_(layers), experts_(experts) {
+        for (int l = 0; l < layers; ++l)
+            if (at_rest == nullptr || !at_rest[l]) open_.push_back(l);
         is_valid_ = measure();
         if (is_valid_) choose_tests();
     }
@@ -100,8 +102,7 @@ class Forecast {
     bool is_valid() const { return is_valid_; }
 
     void run(double* load, double* variance) {
-        const std::vector<double> errors = back_test();
-        const std::vector<int> best = best_spans(errors);
+        const std::vector<int> best = best_spans(back_test());
         const std::vector<int> begins = begins_before(windows_);
         for (int l = 0; l < layers_; ++l) {
             double* expected = load + static_cast<size_t>(l) * experts_;
@@ -161,20 +162,21 @@ class Forecast {
         return begins;
     }
 
-    size_t at(int test, int span, int l) const {
-        return (static_cast<size_t>(test) * (1 + spans_.size()) + span) * layers_ + l;
+    size_t at(int test, int span, size_t i) const {
+        return (static_cast<size_t>(test) * (1 + spans_.size()) + span) * open_.size() + i;
     }
 
-    // [tests, all and spans, L]: the errors, weighted by the tokens of the forecast window in windows of usual length.
+    // [tests, all and spans, layers not at rest]: the errors, weighted by the tokens of the forecast window in windows of usual length.
     std::vector<double> back_test() const {
         const int tests = static_cast<int>(tested_.size()), spans = 1 + static_cast<int>(spans_.size());
-        std::vector<double> errors(static_cast<size_t>(tests) * spans * layers_);
-        if (tests == 0 || spans == 1) return errors;
+        std::vector<double> errors(static_cast<size_t>(tests) * spans * open_.size());
+        if (errors.empty() || spans == 1) return errors;
         const int last = tested_.back();
         const double least = kLeastForecast / experts_;
         std::vector<double> sums(static_cast<size_t>(last + 1) * experts_, 0.0);  // of earlier windows
         const auto sum = [&](int t) { return &sums[static_cast<size_t>(t) * experts_]; };
-        for (int l = 0; l < layers_; ++l) {
+        for (size_t i = 0; i < open_.size(); ++i) {
+            const int l = open_[i];
             for (int t = 0; t < last; ++t) add(experts_, sum(t), row(t, l), sum(t + 1));
             for (int test = 0; test < tests; ++test) {
                 const int t = tested_[test];
@@ -182,9 +184,9 @@ class Forecast {
                 for (int span = 0; span < spans; ++span) {
                     const int same = static_cast<int>(std::find(begins.begin(), begins.end(), begins[span]) -
                                                       begins.begin());
-                    double& error = errors[at(test, span, l)];
+                    double& error = errors[at(test, span, i)];
                     if (same < span) {
-                        error = errors[at(test, same, l)];
+                        error = errors[at(test, same, i)];
                         continue;
                     }
                     double said = 0.0;
@@ -198,26 +200,28 @@ class Forecast {
     }
 
     // The span of each layer: 1, the shortest, unless a longer or all windows (0) are clearly better. A layer's own
-    // error and the mean error of all layers decide in equal parts.
+    // error and the mean error of all layers that are not at rest decide in equal parts.
     std::vector<int> best_spans(const std::vector<double>& errors) const {
         const int tests = static_cast<int>(tested_.size()), spans = 1 + static_cast<int>(spans_.size());
-        if (spans == 1) return std::vector<int>(layers_, 0);
-        std::vector<int> best(layers_, 1);
-        std::vector<double> error(static_cast<size_t>(spans) * layers_, 0.0);
+        const int layers = static_cast<int>(open_.size());
+        std::vector<int> best(layers_, 0);
+        if (spans == 1 || layers == 0) return best;
+        for (const int l : open_) best[l] = 1;
+        std::vector<double> error(static_cast<size_t>(spans) * layers, 0.0);
         int telling = 0;
         for (int test = 0; test < tests; ++test) {
             if (begins_[test][1] == 0) continue;  // the shortest span is all there is: the test tells nothing
             ++telling;
             for (int span = 0; span < spans; ++span) {
                 const double* of_layers = &errors[at(test, span, 0)];
-                const double mean = sum_of(layers_, of_layers) / layers_;
-                for (int l = 0; l < layers_; ++l)
-                    error[static_cast<size_t>(span) * layers_ + l] += of_layers[l] + mean;
+                const double mean = sum_of(layers, of_layers) / layers;
+                for (int i = 0; i < layers; ++i)
+                    error[static_cast<size_t>(span) * layers + i] += of_layers[i] + mean;
             }
         }
         if (telling < 2) return best;  // a single test may be chance
-        for (int l = 0; l < layers_; ++l) {
-            const auto of = [&](int span) { return error[static_cast<size_t>(span) * layers_ + l]; };
+        for (int i = 0; i < layers; ++i) {
+            const auto of = [&](int span) { return error[static_cast<size_t>(span) * layers + i]; };
             double least = kAllFirst * of(0);
             int chosen = 0;
             for (int span = 2; span < spans; ++span) {
@@ -225,7 +229,7 @@ class Forecast {
                 least = of(span);
                 chosen = span;
             }
-            if (least < kClearlyBetter * of(1)) best[l] = chosen;
+            if (least < kClearlyBetter * of(1)) best[open_[i]] = chosen;
         }
         return best;
     }
@@ -268,6 +272,7 @@ class Forecast {
     const double* series_;
     const int windows_, layers_, experts_;
     bool is_valid_ = false;
+    std::vector<int> open_;                 // layers that are not at rest
     std::vector<double> tokens_;            // [T, L]
     std::vector<double> before_;            // [T + 1] tokens of earlier windows
     std::vector<char> is_empty_;            // [T]
@@ -279,8 +284,9 @@ class Forecast {
 
 }  // namespace
 
-bool forecast(const double* series, int windows, int layers, int experts, double* load, double* variance) {
-    Forecast forecast(series, windows, layers, experts);
+bool forecast(const double* series, int windows, int layers, int experts, const bool* at_rest, double* load,
+              double* variance) {
+    Forecast forecast(series, windows, layers, experts, at_rest);
     if (forecast.is_valid()) forecast.run(load, variance);
     return forecast.is_valid();
 }

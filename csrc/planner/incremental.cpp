@@ -112,7 +112,6 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
     std::vector<OrderedMoves> ordered(num_layers);
     std::vector<double> start_peak(num_layers, 0.0);
     std::vector<char> steadied(num_layers, 0);
-    std::vector<double> p95(num_layers, 0.0);  // at the start
     Random seeds(goal.seed);
     std::vector<uint64_t> layer_seed(num_layers);
     for (uint64_t& seed : layer_seed) seed = seeds.next();
@@ -135,10 +134,7 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
         return Windows(shape, std::move(loads), goal.speed);
     };
     const auto order_layer = [&](int l) {
-        const Windows windows = windows_of(l);
-        const std::vector<double> before = windows.pars(slots + static_cast<size_t>(l) * shape.slots);
-        if (goal.windows > 0) p95[l] = percentile95(before);
-        ordered[l] = layers[l]->order(windows, before);
+        ordered[l] = layers[l]->order(windows_of(l), goal.windows > 0 ? goal.highest[l] : 0.0);
         start_peak[l] = layers[l]->start_peak();
         steadied[l] = layers[l]->steadied();
     };
@@ -269,8 +265,7 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
     for (size_t i = 0; i < plan.moves.size(); i += 4) moves[plan.moves[i]] = 1;
     for (int l = 0; l < num_layers; ++l) {
         const int32_t* after = &plan.slots[static_cast<size_t>(l) * shape.slots];
-        plan.p95_of_windows.push_back(p95[l]);
-        plan.p95_of_windows.push_back(moves[l] ? percentile95(windows_of(l).pars(after)) : p95[l]);
+        plan.p95_of_windows.push_back(moves[l] ? percentile95(windows_of(l).pars(after)) : goal.p95[l]);
     }
     return plan;
 }

@@ -329,19 +329,21 @@ void LayerPlanner::improve_briefly() {
 
 // Whether windows can decide: a plan may be dropped for them, or a window's PAR is so high that a plan for every window
 // may be worthwhile. What holds for all windows holds for several of them together.
-bool LayerPlanner::windows_matter(const Windows& windows, const std::vector<double>& before) const {
+bool LayerPlanner::windows_matter(const Windows& windows, double highest) const {
     if (windows.number() < 2 || !search_.alike()) return false;
     const bool moves = best_.slots != search_.start();
     if (moves && variance_ == nullptr) return true;
-    const std::vector<double> after = moves ? windows.pars(best_.slots.data()) : before;
-    const double high = std::max(target_, 1.0) + Steadying::kWorthwhile - kRounding;
-    return std::any_of(after.begin(), after.end(), [high](double par) { return par > high; });
+    if (moves) {
+        const std::vector<double> pars = windows.pars(best_.slots.data());
+        highest = pars.empty() ? 1.0 : *std::max_element(pars.begin(), pars.end());
+    }
+    return highest > std::max(target_, 1.0) + Steadying::kWorthwhile - kRounding;
 }
 
-OrderedMoves LayerPlanner::order(const Windows& windows, const std::vector<double>& before) {
+OrderedMoves LayerPlanner::order(const Windows& windows, double highest) {
     if (!has_load_) return {};
     std::vector<int32_t> target = best_.slots;
-    if (windows_matter(windows, before)) {
+    if (windows_matter(windows, highest)) {
         Steadying steadying(search_.shape(), windows.loads(), slots_, stay_near_ ? nodes_ : 1);
         steadied_ = steadying.improve(target, target_);
         if (steadied_ && target != search_.start()) {

@@ -45,9 +45,9 @@ class LayerPlanner {
     bool settled() const { return !has_load_ || (best_.reached && best_.cost == 0); }
 
     // The moves to the placement found, with the PAR after each group, and the PAR before all of them. If experts are
-    // hot at different times in the windows, these are means over the windows, and all moves are one group. `before`:
-    // PARs of the placement in force in the windows.
-    OrderedMoves order(const Windows& windows, const std::vector<double>& before);
+    // hot at different times in the windows, these are means over the windows, and all moves are one group. `highest`:
+    // the highest PAR in a window of the placement in force.
+    OrderedMoves order(const Windows& windows, double highest);
     double start_peak() const { return start_peak_; }
     bool steadied() const { return steadied_; }
 
@@ -66,7 +66,7 @@ class LayerPlanner {
     bool is_beyond_reach(double par);
     void descend_again(double share);
     bool keep_if_better();
-    bool windows_matter(const Windows& windows, const std::vector<double>& before) const;
+    bool windows_matter(const Windows& windows, double highest) const;
     bool pairs() const { return search_.shape().per_rank() == 2 && search_.alike(); }
     void pair_up();
     void try_from_scratch(Random* noise);

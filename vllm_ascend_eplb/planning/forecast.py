@@ -10,7 +10,9 @@ from .. import _planner
 from ..values.placement import FloatArray
 
 
-def forecast(series: npt.NDArray[np.float64]) -> tuple[FloatArray, FloatArray]:
+def forecast(
+    series: npt.NDArray[np.float64], at_rest: npt.NDArray[np.bool_] | None = None
+) -> tuple[FloatArray, FloatArray]:
     """The expected load of the next window and its variance.
 
     Each layer takes the latest window (a fragment together with the one before) unless back-testing finds more windows
@@ -23,10 +25,12 @@ def forecast(series: npt.NDArray[np.float64]) -> tuple[FloatArray, FloatArray]:
 
     Args:
         series: float64 [T, L, E], oldest window first, not negative; windows may differ in length.
+        at_rest: bool [L], layers that keep their placement under every forecast. They are not tested: all windows are
+            added up, and the mean error is that of the other layers. Default: none.
 
     Returns:
         (load [L, E] in tokens of a window of usual length, variance [L, E] in the same unit squared)
     """
     if len(series) == 1:
         return series[0], np.zeros_like(series[0])
-    return _planner.forecast(series)
+    return _planner.forecast(series, np.zeros(series.shape[1], dtype=bool) if at_rest is None else at_rest)

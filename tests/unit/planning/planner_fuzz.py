@@ -89,6 +89,7 @@ def main() -> int:
             "series": np.stack([load, load[:, ::-1]] * int(rng.integers(1, 9)))
             if rng.random() < 0.3
             else np.zeros((0, 0, 0)),
+            "pars": np.ones((2, layers)),
             "speed": rng.uniform(0.001, 2.0, ranks) if rng.random() < 0.3 else np.zeros(0),
         }  # fmt: skip
         packing = {"weight": load, "order": np.argsort(-load, axis=1), "packs": int(rng.integers(1, 5))}
