@@ -69,6 +69,18 @@ int best_above(int n, const float* score, float* least) {
     return i;
 }
 
+// Quotients of integers of 32 bits, cut to an integer, are exact in float64, whose division is faster.
+EPLB_KERNEL
+int64_t total_copies(int n, const int32_t* weight, int32_t most, int32_t limit) {
+    const double divisor = most;
+    int32_t total = 0;  // n and limit are below 2^16 and 2^11
+    for (int i = 0; i < n; ++i) {
+        const int32_t copies = static_cast<int32_t>(static_cast<double>(weight[i] - 1) / divisor) + 1;
+        total += std::max(1, std::min(copies, limit));
+    }
+    return total;
+}
+
 EPLB_KERNEL
 PairLoads pair_loads(int n, const int32_t* loads, int32_t limit) {
     int32_t heaviest = 0, above = 0;
