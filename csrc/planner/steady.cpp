@@ -19,7 +19,7 @@ constexpr double kConfirmed = 0.25;
 
 // Most squared distance of the second half's windows from the first half's, over that from each other. A drift by equal
 // steps in random directions gives 2.5 for eight windows.
-constexpr double kRecurs = 1.5;
+constexpr double kRecurs = 1.2;
 
 constexpr float kSquare = 0.1F;  // weight of the square beside the load above the limit
 constexpr int kRanksTried = 3;
