@@ -166,7 +166,8 @@ class Forecast {
         return (static_cast<size_t>(test) * (1 + spans_.size()) + span) * open_.size() + i;
     }
 
-    // [tests, all and spans, layers not at rest]: the errors, weighted by the tokens of the forecast window in windows of usual length.
+    // [tests, all and spans, layers not at rest]: the errors, weighted by the tokens of the forecast window in windows
+    // of usual length.
     std::vector<double> back_test() const {
         const int tests = static_cast<int>(tested_.size()), spans = 1 + static_cast<int>(spans_.size());
         std::vector<double> errors(static_cast<size_t>(tests) * spans * open_.size());
@@ -182,8 +183,8 @@ class Forecast {
                 const int t = tested_[test];
                 const std::vector<int>& begins = begins_[test];
                 for (int span = 0; span < spans; ++span) {
-                    const int same = static_cast<int>(std::find(begins.begin(), begins.end(), begins[span]) -
-                                                      begins.begin());
+                    const int same =
+                        static_cast<int>(std::find(begins.begin(), begins.end(), begins[span]) - begins.begin());
                     double& error = errors[at(test, span, i)];
                     if (same < span) {
                         error = errors[at(test, same, i)];
@@ -191,8 +192,9 @@ class Forecast {
                     }
                     double said = 0.0;
                     for (int s = begins[span]; s < t; ++s) said += tokens(s, l);
-                    error = tokens(t, l) / usual_ * error_of(experts_, sum(begins[span]), sum(t), one_over(said),
-                                                             row(t, l), one_over(tokens(t, l)), least);
+                    error = tokens(t, l) / usual_ *
+                            error_of(experts_, sum(begins[span]), sum(t), one_over(said), row(t, l),
+                                     one_over(tokens(t, l)), least);
                 }
             }
         }
@@ -215,8 +217,7 @@ class Forecast {
             for (int span = 0; span < spans; ++span) {
                 const double* of_layers = &errors[at(test, span, 0)];
                 const double mean = sum_of(layers, of_layers) / layers;
-                for (int i = 0; i < layers; ++i)
-                    error[static_cast<size_t>(span) * layers + i] += of_layers[i] + mean;
+                for (int i = 0; i < layers; ++i) error[static_cast<size_t>(span) * layers + i] += of_layers[i] + mean;
             }
         }
         if (telling < 2) return best;  // a single test may be chance

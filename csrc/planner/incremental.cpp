@@ -176,9 +176,9 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
                 for_each_item(static_cast<int>(unsettled.size()), goal.threads, [&](int i) {
                     if (Clock::now() < end) layers[unsettled[i]]->improve(kRoundsPerTurn);
                 });
-                unsettled.erase(std::remove_if(unsettled.begin(), unsettled.end(),
-                                               [&](int l) { return layers[l]->settled(); }),
-                                unsettled.end());
+                unsettled.erase(
+                    std::remove_if(unsettled.begin(), unsettled.end(), [&](int l) { return layers[l]->settled(); }),
+                    unsettled.end());
             }
         }
         for_each_open([&](int l) {

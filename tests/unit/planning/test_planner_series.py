@@ -169,7 +169,9 @@ def forecast_by_definition(series):
     for layer in range(layers):
         best = 1 if spans else 0
         if len(telling) > 1:
-            scores = {span: error[span, layer] * (0.95 if span == 0 else 1.0) for span in range(len(error)) if span != 1}
+            scores = {
+                span: error[span, layer] * (0.95 if span == 0 else 1.0) for span in range(len(error)) if span != 1
+            }
             chosen = min(scores, key=lambda span: scores[span])
             if scores[chosen] < 0.85 * error[1, layer]:
                 best = chosen
@@ -178,7 +180,8 @@ def forecast_by_definition(series):
         load[layer] = expected * total
         if best > 0:
             own = sum(
-                tokens[t, layer] * (parts(series[t, layer]) - parts(series[begins[t][best] : t, layer].sum(axis=0))) ** 2
+                tokens[t, layer]
+                * (parts(series[t, layer]) - parts(series[begins[t][best] : t, layer].sum(axis=0))) ** 2
                 for t in tests
             ) / max(tokens[tests, layer].sum(), 1e-300)
             square = expected**2
