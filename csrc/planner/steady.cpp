@@ -19,7 +19,7 @@ constexpr double kConfirmed = 0.25;
 
 // Most squared distance of the second half's windows from the first half's, over that from each other. A drift by equal
 // steps in random directions gives 2.5 for eight windows.
-constexpr double kRecurs = 1.2;
+constexpr double kRecurs = 1.5;
 
 constexpr float kSquare = 0.1F;  // weight of the square beside the load above the limit
 constexpr int kRanksTried = 3;
@@ -148,21 +148,23 @@ void Steadying::add(int rank, int expert, float sign) {
 }
 
 void Steadying::recount(int expert, int copies) {
-    for (const int p : holders_[expert]) add(p / shape_.per_rank(), expert, -1.0F);
+    const int32_t *first = holders(expert), *last = first + held_by_[expert];
+    for (const int32_t* p = first; p < last; ++p) add(*p / shape_.per_rank(), expert, -1.0F);
     count_[expert] = copies;
-    for (const int p : holders_[expert]) add(p / shape_.per_rank(), expert, 1.0F);
+    for (const int32_t* p = first; p < last; ++p) add(*p / shape_.per_rank(), expert, 1.0F);
 }
 
 void Steadying::place(int slot, int expert) {
     const int old = slots_[slot], r = slot / shape_.per_rank();
     add(r, old, -1.0F);
     if (old < shape_.experts) {
-        holders_[old].erase(std::find(holders_[old].begin(), holders_[old].end(), slot));
+        int32_t* last = holders(old) + held_by_[old]--;
+        std::copy(std::find(holders(old), last, slot) + 1, last, std::find(holders(old), last, slot));
         recount(old, count_[old] - 1);
     }
     if (expert < shape_.experts) {
         recount(expert, count_[expert] + 1);
-        holders_[expert].push_back(slot);
+        holders(expert)[held_by_[expert]++] = slot;
     }
     --held_[at(r, old)];
     ++held_[at(r, expert)];
@@ -187,10 +189,13 @@ std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int windows,
     held_.assign(static_cast<size_t>(shape_.ranks) * (shape_.experts + 1), 0);
     home_ = held_;
     for (int p = 0; p < shape_.slots; ++p) home_[at(p / shape_.per_rank(), start_[p])] = 1;
-    holders_.assign(shape_.experts + 1, {});
+    // Room for copies twice on a rank, one on every other rank, and one more during a swap.
+    most_copies_ = static_cast<size_t>(shape_.ranks + *std::max_element(count_.begin(), count_.end()) + 1);
+    holders_.resize(most_copies_ * shape_.experts);
+    held_by_.assign(shape_.experts, 0);
     for (int p = 0; p < shape_.slots; ++p) {
         ++held_[at(p / shape_.per_rank(), slots_[p])];
-        if (slots_[p] < shape_.experts) holders_[slots_[p]].push_back(p);
+        if (slots_[p] < shape_.experts) holders(slots_[p])[held_by_[slots_[p]]++] = p;
     }
     for (int p = 0; p < shape_.slots; ++p) add(p / shape_.per_rank(), slots_[p], 1.0F);
     std::vector<std::pair<float, int>> order(shape_.ranks);
@@ -269,7 +274,8 @@ void Steadying::offer_copies(int r, Candidate& best) const {
     const auto gain_of = [&](int expert, int copies, int besides) {
         const float change = 1.0F / static_cast<float>(copies) - 1.0F / static_cast<float>(count_[expert]);
         float gain = 0.0F;
-        for (const int p : holders_[expert]) {
+        for (int i = 0; i < held_by_[expert]; ++i) {
+            const int p = holders(expert)[i];
             if (p == besides) continue;
             for (int k = 0; k < lanes_; ++k) changed[k] = load(p / S)[k] + change * counted(expert)[k];
             gain += potential(load(p / S)) - potential(changed.data());

@@ -53,7 +53,9 @@ class Steadying {
     bool holds(int rank, int expert) const { return held_[at(rank, expert)] != 0; }
     bool is_home(int rank, int expert) const { return home_[at(rank, expert)] != 0; }
     bool may_meet(int rank, int other) const { return nodes_ == 1 || rank / per_node_ == other / per_node_; }
-    const float* part(int expert) const { return &part_[static_cast<size_t>(expert) * stride_]; }
+    int32_t* holders(int expert) { return holders_.data() + most_copies_ * expert; }
+    const int32_t* holders(int expert) const { return holders_.data() + most_copies_ * expert; }
+    const float* part(int expert) const { return part_.data() + static_cast<size_t>(expert) * stride_; }
     const float* counted(int expert) const { return &counted_[static_cast<size_t>(expert) * lanes_]; }
     float* load(int rank) { return &load_[static_cast<size_t>(rank) * lanes_]; }
     const float* load(int rank) const { return &load_[static_cast<size_t>(rank) * lanes_]; }
@@ -69,7 +71,8 @@ class Steadying {
     std::vector<float> load_;     // [R, lanes]
     std::vector<int32_t> slots_, count_;
     std::vector<uint8_t> held_, home_;           // [R, E + 1], now and at the start
-    std::vector<std::vector<int32_t>> holders_;  // [E] slots
+    size_t most_copies_ = 0;
+    std::vector<int32_t> holders_, held_by_;  // [E, most_copies_] slots, and how many of them
     float limit_ = 1.0F;
 };
 
