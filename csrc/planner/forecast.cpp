@@ -140,11 +140,12 @@ class Forecast {
         return is_valid;
     }
 
-    // The first window of the shortest span before `end` with enough tokens.
+    // The first window of the shortest span before `end` with enough tokens; at least the last window, whose tokens may
+    // vanish beside those of earlier windows.
     int first(int end, double span) const {
         const double from = before_[end] - kWhole * span * usual_;
         const auto after = std::upper_bound(before_.begin(), before_.begin() + end + 1, from);
-        return std::max(0, static_cast<int>(after - before_.begin()) - 1);
+        return std::clamp(static_cast<int>(after - before_.begin()) - 1, 0, end - 1);
     }
 
     void choose_tests() {

@@ -198,6 +198,7 @@ std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int windows,
         if (slots_[p] < shape_.experts) holders(slots_[p])[held_by_[slots_[p]]++] = p;
     }
     for (int p = 0; p < shape_.slots; ++p) add(p / shape_.per_rank(), slots_[p], 1.0F);
+    potential_.resize(shape_.ranks);
     std::vector<std::pair<float, int>> order(shape_.ranks);
     for (int steps = 0; steps < shape_.slots; ++steps) {
         for (int r = 0; r < shape_.ranks; ++r) order[r] = {-*std::max_element(load(r), load(r) + counts_), r};
@@ -213,6 +214,7 @@ std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int windows,
 
 bool Steadying::step(int rank) {
     Candidate best;
+    for (int r = 0; r < shape_.ranks; ++r) potential_[r] = potential(load(r));
     offer_copies(rank, best);
     offer_swaps(rank, best);
     if (best.slot < 0) return false;
@@ -225,7 +227,7 @@ bool Steadying::step(int rank) {
 // Offers swaps: an expert of the rank for an expert of another rank.
 void Steadying::offer_swaps(int r, Candidate& best) const {
     const int S = shape_.per_rank(), E = shape_.experts;
-    const float before = potential(load(r)), room = limit_ - 1.0F;
+    const float before = potential_[r], room = limit_ - 1.0F;
     std::vector<float> given(static_cast<size_t>(S) * lanes_);  // loads of the rank's replicas
     for (int s = 0; s < S; ++s)
         for (int k = 0; k < lanes_; ++k)
@@ -234,7 +236,7 @@ void Steadying::offer_swaps(int r, Candidate& best) const {
     std::vector<float> taken(lanes_);
     for (int q = 0; q < shape_.ranks; ++q) {
         if (q == r || !may_meet(q, r)) continue;
-        const float both = before + potential(load(q));
+        const float both = before + potential_[q];
         const float *load_r = load(r), *load_q = load(q);
         // No swap gains more than one after which both ranks have the same load in every window.
         for (int k = 0; k < lanes_; ++k) taken[k] = 0.5F * (load_r[k] + load_q[k]);
@@ -278,7 +280,7 @@ void Steadying::offer_copies(int r, Candidate& best) const {
             const int p = holders(expert)[i];
             if (p == besides) continue;
             for (int k = 0; k < lanes_; ++k) changed[k] = load(p / S)[k] + change * counted(expert)[k];
-            gain += potential(load(p / S)) - potential(changed.data());
+            gain += potential_[p / S] - potential(changed.data());
         }
         return gain;
     };
@@ -299,7 +301,7 @@ void Steadying::offer_copies(int r, Candidate& best) const {
             if (holds(q, e)) continue;
             const float down = 1.0F / static_cast<float>(count_[f]);
             for (int k = 0; k < lanes_; ++k) changed[k] = load(q)[k] + up * counted(e)[k] - down * counted(f)[k];
-            const float gain = added + dropped[p] + potential(load(q)) - potential(changed.data());
+            const float gain = added + dropped[p] + potential_[q] - potential(changed.data());
             const float score = gain * price_of(!is_home(q, e) - (f < E && !is_home(q, f)));
             if (score > best.score) best = {score, p, -1, e};
         }

@@ -73,6 +73,7 @@ class Steadying {
     std::vector<uint8_t> held_, home_;           // [R, E + 1], now and at the start
     size_t most_copies_ = 0;
     std::vector<int32_t> holders_, held_by_;  // [E, most_copies_] slots, and how many of them
+    std::vector<float> potential_;  // [R] at the start of a step
     float limit_ = 1.0F;
 };
 

@@ -217,6 +217,15 @@ def test_forecast_is_that_of_its_definition():
             forecast(series)
 
 
+def test_forecast_uses_the_last_window_beside_a_huge_one():
+    """The tokens of the last windows vanish in a sum with those of the first."""
+    series = np.ones((3, 1, 3))
+    series[0] = 1e30
+    series[-1, 0, 0] = 4.0
+    load, _ = forecast(series)
+    np.testing.assert_allclose(parts(load), [[4 / 6, 1 / 6, 1 / 6]])
+
+
 def test_layer_at_target_in_every_window_keeps_its_placement():
     """Also if some other layer drifts. Negative control: the drifting layers get moves."""
     popularity, slots = steady_load(5)
