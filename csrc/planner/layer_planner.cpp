@@ -345,7 +345,7 @@ OrderedMoves LayerPlanner::order(const Windows& windows, double highest) {
     std::vector<int32_t> target = best_.slots;
     if (windows_matter(windows, highest)) {
         Steadying steadying(search_.shape(), windows.loads(), slots_, stay_near_ ? nodes_ : 1);
-        steadied_ = steadying.improve(target, target_);
+        steadied_ = steadying.improve(target, target_, variance_ != nullptr);
         if (steadied_ && target != search_.start()) {
             const std::vector<int32_t> start = search_.start();
             search_.begin(load_, slots_, variance_);

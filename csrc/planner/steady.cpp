@@ -21,6 +21,9 @@ constexpr double kConfirmed = 0.25;
 // steps in random directions gives 2.5 for eight windows.
 constexpr double kRecurs = 1.5;
 
+// The same if the forecast already found a drift.
+constexpr double kRecursInDrift = 1.2;
+
 constexpr float kSquare = 0.1F;  // weight of the square beside the load above the limit
 constexpr int kRanksTried = 3;
 constexpr int kStepsBetweenLooks = 4;
@@ -91,7 +94,7 @@ double Steadying::mean_of(const std::vector<int32_t>& slots, int first, int last
 
 // Whether the windows of the second half are nearly as like some of the first half as like each other. Under a drift
 // they are not, and what balances the first half is of no use for the second.
-bool Steadying::recurs() const {
+bool Steadying::recurs(double most) const {
     const int half = windows_ / 2;
     double to_first = 0.0, to_second = 0.0;
     for (int k = half; k < windows_; ++k) {
@@ -104,10 +107,10 @@ bool Steadying::recurs() const {
         to_first += *std::min_element(apart.begin(), apart.begin() + half);
         to_second += *std::min_element(apart.begin() + half, apart.end());
     }
-    return to_first <= kRecurs * to_second;
+    return to_first <= most * to_second;
 }
 
-bool Steadying::improve(std::vector<int32_t>& slots, double target) {
+bool Steadying::improve(std::vector<int32_t>& slots, double target, bool drifts) {
     if (windows_ < kFewestWindows) return false;
     const double before = mean_of(slots, 0, windows_);
     // The PAR of the windows' mean load, which a plan for the mean sees.
@@ -119,7 +122,7 @@ bool Steadying::improve(std::vector<int32_t>& slots, double target) {
         if (count[e] > 0) share[e] = std::accumulate(part(e), part(e) + windows_, 0.0) / count[e] / windows_;
     for (int p = 0; p < shape_.slots; ++p) rank[p / shape_.per_rank()] += share[slots[p]];
     const double of_mean = *std::max_element(rank.begin(), rank.end());
-    if (before - std::max(of_mean, target) < kWorthwhile || !recurs()) return false;
+    if (before - std::max(of_mean, target) < kWorthwhile || !recurs(drifts ? kRecursInDrift : kRecurs)) return false;
     const int half = windows_ / 2;
     // What the first half suggests is given up as soon as the other half is worse off.
     const double unseen = mean_of(slots, half, windows_);

@@ -26,7 +26,8 @@ class Steadying {
     // they lower the mean PAR. Windows that differ only by chance do not pass. If they pass, `slots` [P] (E: empty)
     // become a placement with a lower mean PAR over all windows, few receipts away, whose 95th percentile is no worse
     // than at the start. Returns whether they did.
-    bool improve(std::vector<int32_t>& slots, double target);
+    // `drifts`: the forecast found a drift, so windows must recur more clearly.
+    bool improve(std::vector<int32_t>& slots, double target, bool drifts);
 
     // PARs of a placement [P], one for each window.
     std::vector<double> pars(const std::vector<int32_t>& slots) const;
@@ -37,7 +38,7 @@ class Steadying {
         int slot = -1, other = -1, expert = -1;
     };
 
-    bool recurs() const;
+    bool recurs(double most) const;
     double mean_of(const std::vector<int32_t>& slots, int first, int last) const;
     // For the first `windows` of them. Ends early where `ends`, asked every few steps, says so of the placement.
     std::vector<int32_t> descend(std::vector<int32_t> slots, int windows, double target,
@@ -70,10 +71,10 @@ class Steadying {
     std::vector<float> counted_;  // [E + 1, lanes]: part_ of the windows that count
     std::vector<float> load_;     // [R, lanes]
     std::vector<int32_t> slots_, count_;
-    std::vector<uint8_t> held_, home_;           // [R, E + 1], now and at the start
+    std::vector<uint8_t> held_, home_;  // [R, E + 1], now and at the start
     size_t most_copies_ = 0;
     std::vector<int32_t> holders_, held_by_;  // [E, most_copies_] slots, and how many of them
-    std::vector<float> potential_;  // [R] at the start of a step
+    std::vector<float> potential_;            // [R] at the start of a step
     float limit_ = 1.0F;
 };
 
