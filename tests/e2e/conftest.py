@@ -47,7 +47,7 @@ BUSY = {
     "num_redundant_experts": 4,
     "expert_heat_collection_interval": 6,
     "algorithm_execution_interval": 1,
-    "transfer_buffer_experts": 64,
+    "transfer_buffer_experts": 128,
     "policy": "random",
     "min_gain": 0.0,
     "calibrate": False,

@@ -20,6 +20,9 @@ from .offline import MODEL
 FOLDER = "EPLB_TEST_CACHE"
 """Environment variable with the folder."""
 
+DRIVERS = ("offline", "probes", "weight_probes", "allocator", "transfer_engine")
+"""Modules of this folder that run in an engine without the balancer."""
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -52,7 +55,7 @@ def _hash(job: dict[str, Any]) -> str:
     model = Path(arguments.pop("model", MODEL))
     said = json.dumps([{**job, "arguments": arguments}, _versions(), _processor()], sort_keys=True)
     digest = hashlib.sha256(said.encode())
-    asking = [Path(__file__).with_name(name) for name in ("offline.py", "probes.py")]
+    asking = [Path(__file__).with_name(f"{name}.py") for name in DRIVERS]
     for path in [*asking, *sorted(model.glob("*.json")), *sorted(model.glob("*.safetensors"))]:
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:32]

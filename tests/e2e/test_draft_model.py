@@ -46,7 +46,7 @@ def plain(runs, asked):
 
 @pytest.fixture(scope="module")
 def drafted(runs, asked):
-    run = runs("drafted", ranks=2, eplb=BUSY, cycles=12, corrupt=True, **asked)
+    run = runs("drafted", ranks=2, eplb=BUSY, cycles=10, corrupt=True, **asked)
     assert run.code == 0, run.log[-6000:]
     return run.result
 
@@ -54,7 +54,7 @@ def drafted(runs, asked):
 @pytest.fixture(scope="module")
 def drafted_in_parallel(runs, asked):
     """Two data-parallel engines in turns; the idle engine makes dummy batches, also with the draft model."""
-    run = runs("drafted in parallel", ranks=1, eplb=BUSY, cycles=12, **in_parallel(asked))
+    run = runs("drafted in parallel", ranks=1, eplb=BUSY, cycles=10, **in_parallel(asked))
     assert run.code == 0, run.log[-6000:]
     return run.result
 

@@ -64,7 +64,7 @@ def job(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(runs, job):
     """One process without expert parallelism."""
-    run = runs("trained alone", ranks=1, eplb=None, **job)
+    run = runs("trained alone", reference=True, ranks=1, eplb=None, **job)
     assert run.code == 0, run.log[-6000:]
     return run
 
