@@ -72,12 +72,13 @@ double error_of(int n, const double* from, const double* to, double scale, const
     return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// sum += tokens * (now / tokens - said * scale)^2
+// sum += tokens * (now / tokens - said / total)^2. With quotients, which are equal where `now` is a multiple of `said`,
+// so that the variance of proportional windows is zero.
 EPLB_KERNEL
-void add_square(int n, const double* said, double scale, const double* now, double tokens, double* __restrict sum) {
-    const double scale_now = 1.0 / tokens;
+void add_square(int n, const double* __restrict said, double total, const double* __restrict now, double tokens,
+                double* __restrict sum) {
     for (int i = 0; i < n; ++i) {
-        const double off = now[i] * scale_now - said[i] * scale;
+        const double off = now[i] / tokens - said[i] / total;
         sum[i] += tokens * (off * off);
     }
 }
@@ -261,7 +262,7 @@ class Forecast {
             if (!(tokens(t, l) > kTiny)) continue;
             weight += tokens(t, l);
             add_up(l, begins_[test][span], t, said.data());
-            add_square(experts_, said.data(), one_over(sum_of(experts_, said.data())), row(t, l), tokens(t, l),
+            add_square(experts_, said.data(), std::max(sum_of(experts_, said.data()), kTiny), row(t, l), tokens(t, l),
                        variance);
         }
         const double usual = usual_tokens(l), own = 0.5 * usual * usual * one_over(weight);

@@ -226,6 +226,18 @@ def test_forecast_uses_the_last_window_beside_a_huge_one():
     np.testing.assert_allclose(parts(load), [[4 / 6, 1 / 6, 1 / 6]])
 
 
+def test_windows_in_proportion_have_no_variance():
+    """So the plan is that of their sum, with as few moves. Negative control: the last tokens differ a little."""
+    popularity, slots = steady_load(6)
+    window = (popularity * 1e5).astype(np.int64)
+    series = window * np.array([1, 3, 2, 1, 3, 3, 2, 1])[:, None, None]
+    assert not forecast(series.astype(np.float64))[1].any()
+    whole, made = plan(series.sum(axis=0), slots, RANKS), plan(series, slots, RANKS)
+    np.testing.assert_array_equal(made.moves, whole.moves)
+    drifting = np.linspace(1.0, 3.0, 8)[:, None, None] ** (np.arange(EXPERTS) % 2)
+    assert forecast(series * drifting)[1].any()
+
+
 def test_layer_at_target_in_every_window_keeps_its_placement():
     """Also if some other layer drifts. Negative control: the drifting layers get moves."""
     popularity, slots = steady_load(5)
