@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and times the promises of the planner: ``python -m benchmarks.planner_checks --json PATH``.
 
-It prints tables of plans (PAR of the planned and of the next window, moves, bytes, time), of drifting loads, of
-dispatch shares, of the rounds of whole plans and of large models. Without ``--quick`` it also compares small instances
-with a mixed-integer program. ``--parts`` chooses some of the tables. All results go to PATH as JSON (PATH may be a
-pipe), and ``--plot`` draws PAR against moves. Loads come from ``--loads`` DIR (JSON files with ``logical_count``), from
-a trace, and from a generator with the statistics of a large served model.
+It prints tables of plans (PAR of the planned and of the next window, moves, bytes, time), of drifting loads, of the
+time of plans from series, of dispatch shares, of the rounds of whole plans and of large models. Without ``--quick`` it
+also compares small instances with a mixed-integer program. ``--parts`` chooses some of the tables. All results go to
+PATH as JSON (PATH may be a pipe), and ``--plot`` draws PAR against moves. Loads come from ``--loads`` DIR (JSON files
+with ``logical_count``), from a trace, and from a generator with the statistics of a large served model.
 
 The exit status is 1 if a check fails: a plan is invalid, misses its target, differs from vLLM's planner or depends on
-the number of threads; shares are not optimal; or a plan takes many more rounds than its busiest receiver needs.
+the number of threads; shares are not optimal; a plan from eight windows takes over 1.5 times the CPU time of one from
+the newest window; or a plan takes many more rounds than its busiest receiver needs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from benchmarks.planner_cases import (
     trace_cases,
 )
 from benchmarks.planner_results import Results, Row, draw, print_plans
+from benchmarks.planner_series import run_series
 from vllm_ascend_eplb.planning import dispatch_shares, plan, shared_rank_load
 from vllm_ascend_eplb.planning.schedule import schedule_rounds
 from vllm_ascend_eplb.transfer.slots import default_buffer_experts
@@ -48,7 +50,7 @@ from vllm_ascend_eplb.values.placement import Placement, peak_to_average
 from vllm_ascend_eplb.values.rounds import receive_bound
 from vllm_ascend_eplb.values.topology import Topology
 
-PARTS = ("plans", "drift", "dispatch", "rounds", "scale", "optimum")
+PARTS = ("plans", "drift", "series", "dispatch", "rounds", "scale", "optimum")
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------
@@ -369,6 +371,8 @@ def main() -> int:
         run_drift(
             results, 8 if arguments.quick else 58, 12 if arguments.quick else 24, range(1 if arguments.quick else 3)
         )
+    if "series" in parts:
+        run_series(results, arguments.loads, arguments.quick)
     if "dispatch" in parts:
         run_dispatch(results, [case for case in cases if not case.name.endswith(("1.05", "1.005", "1.012"))])
     if "rounds" in parts:

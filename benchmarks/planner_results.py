@@ -33,6 +33,7 @@ class Results:
     machine: dict[str, Any]
     plans: list[Row] = field(default_factory=list)
     drift: list[dict[str, Any]] = field(default_factory=list)
+    series: list[dict[str, Any]] = field(default_factory=list)
     dispatch: list[dict[str, Any]] = field(default_factory=list)
     scale: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "default_policy.h"
@@ -15,7 +16,8 @@
 #include "incremental.h"
 #include "random_numbers.h"
 #include "random_policy.h"
-#include "steady.h"
+#include "sums.h"
+#include "windows.h"
 
 namespace py = pybind11;
 
@@ -24,6 +26,8 @@ namespace {
 using Int32Array = py::array_t<int32_t, py::array::c_style>;
 using Int64Array = py::array_t<int64_t, py::array::c_style>;
 using DoubleArray = py::array_t<double, py::array::c_style>;
+
+constexpr char kNotFinite[] = "load must be finite and not negative";
 
 void require(bool condition, const char* message) {
     if (!condition) throw py::value_error(message);
@@ -35,28 +39,34 @@ void require_matrix(const Array& array, const char* name) {
 }
 
 void require_finite(const DoubleArray& load) {
-    const double* data = load.data();
-    for (py::ssize_t i = 0; i < load.size(); ++i)
-        require(std::isfinite(data[i]) && data[i] >= 0.0, "load must be finite and not negative");
+    require(eplb::are_valid(static_cast<size_t>(load.size()), load.data()), kNotFinite);
 }
 
 void require_slots(const Int32Array& slots, int num_experts, int num_ranks) {
     require(num_experts > 0 && num_ranks > 0, "need at least one expert and one rank");
     require(slots.shape(1) > 0 && slots.shape(1) % num_ranks == 0, "slots must be shared evenly by the ranks");
-    std::vector<char> seen(num_experts);
+    std::vector<char> seen(num_experts + 1);  // the last stands for "empty"
     for (py::ssize_t layer = 0; layer < slots.shape(0); ++layer) {
         std::fill(seen.begin(), seen.end(), 0);
+        seen[num_experts] = 1;
         int missing = num_experts;
         for (py::ssize_t p = 0; p < slots.shape(1); ++p) {
             const int32_t e = *slots.data(layer, p);
             require(e >= -1 && e < num_experts, "a slot holds an expert that does not exist");
-            if (e >= 0 && !seen[e]) {
-                seen[e] = 1;
-                --missing;
-            }
+            char& is_seen = seen[e < 0 ? num_experts : e];
+            missing -= !is_seen;  // without a branch, which would be hard to predict
+            is_seen = 1;
         }
         require(missing == 0, "an expert has no copy");
     }
+}
+
+void require_speed(const DoubleArray& speed, int num_ranks) {
+    require(speed.size() == 0 || (speed.ndim() == 1 && speed.shape(0) == num_ranks),
+            "speed must have one entry per rank");
+    for (py::ssize_t r = 0; r < speed.size(); ++r)
+        require(std::isfinite(speed.data()[r]) && speed.data()[r] >= 1e-3 && speed.data()[r] <= 1024.0,
+                "speed must be 0.001..1024");
 }
 
 // weight [X, n] float64, order [X, n] int64 (items by falling weight) -> position [X, n] of each item, with the packs
@@ -126,71 +136,40 @@ Int32Array draw_placement(uint64_t seed, int num_layers, int num_experts, int nu
     return result;
 }
 
-// The copies of each expert of a layer, [E].
-void count_copies(const int32_t* row, int num_slots, std::vector<int32_t>& count) {
-    std::fill(count.begin(), count.end(), 0);
-    for (int p = 0; p < num_slots; ++p)
-        if (row[p] >= 0) ++count[row[p]];
-}
-
-// PAR of a layer: the busiest rank's load over the mean, loads [E] split evenly over `count` copies; 1 without load.
+// PAR [L] of each layer: the busiest rank's load over the mean, loads [L, E] split evenly over copies; 1 without load.
 // With `speed` [R] (mean 1) a rank's load is divided by its speed.
-double peak_to_average(const double* load, const int32_t* row, const std::vector<int32_t>& count, int num_slots,
-                       int num_ranks, const double* speed) {
-    double most = 0.0, total = 0.0;
-    for (int p = 0, r = 0; r < num_ranks; ++r) {
-        double sum = 0.0;
-        for (; p < (r + 1) * (num_slots / num_ranks); ++p)
-            if (row[p] >= 0) sum += load[row[p]] / count[row[p]];
-        most = std::max(most, speed == nullptr ? sum : sum / speed[r]);
-        total += sum;
-    }
-    return total > 0.0 ? most / (total / num_ranks) : 1.0;
-}
-
-// PAR of each layer, [L].
 py::array_t<double> peak_to_average(const DoubleArray& load, const int32_t* slots, int num_slots, int num_ranks,
                                     const double* speed = nullptr) {
     const auto layers = load.shape(0), num_experts = load.shape(1);
     py::array_t<double> result(layers);
     std::vector<int32_t> count(num_experts);
     for (py::ssize_t layer = 0; layer < layers; ++layer) {
+        const double* loads = load.data(layer, 0);
         const int32_t* row = slots + layer * num_slots;
-        count_copies(row, num_slots, count);
-        result.mutable_at(layer) = peak_to_average(load.data(layer, 0), row, count, num_slots, num_ranks, speed);
-    }
-    return result;
-}
-
-// The 95th percentile [L], by nearest rank, of the PARs in the windows [T, L, E] that have load; 1 if none has.
-py::array_t<double> percentile95(const DoubleArray& series, const int32_t* slots, int num_slots, int num_ranks,
-                                 const double* speed) {
-    const auto layers = series.shape(1), num_experts = series.shape(2);
-    py::array_t<double> result(layers);
-    std::vector<int32_t> count(num_experts);
-    std::vector<double> pars;
-    for (py::ssize_t layer = 0; layer < layers; ++layer) {
-        const int32_t* row = slots + layer * num_slots;
-        count_copies(row, num_slots, count);
-        pars.clear();
-        for (py::ssize_t t = 0; t < series.shape(0); ++t) {
-            const double* load = series.data(t, layer, 0);
-            if (std::any_of(load, load + num_experts, [](double tokens) { return tokens > 0.0; }))
-                pars.push_back(peak_to_average(load, row, count, num_slots, num_ranks, speed));
+        std::fill(count.begin(), count.end(), 0);
+        for (int p = 0; p < num_slots; ++p)
+            if (row[p] >= 0) ++count[row[p]];
+        double most = 0.0, total = 0.0;
+        for (int p = 0, r = 0; r < num_ranks; ++r) {
+            double sum = 0.0;
+            for (; p < (r + 1) * (num_slots / num_ranks); ++p)
+                if (row[p] >= 0) sum += loads[row[p]] / count[row[p]];
+            most = std::max(most, speed == nullptr ? sum : sum / speed[r]);
+            total += sum;
         }
-        result.mutable_at(layer) = pars.empty() ? 1.0 : eplb::percentile95(pars);
+        result.mutable_at(layer) = total > 0.0 ? most / (total / num_ranks) : 1.0;
     }
     return result;
 }
 
-// target [L]; variance [L, E] and series [T, L, E] or of size 0
+// target [L]; variance [L, E], series [T, L, E] and pars [2, L] (see pars_of_windows) or of size 0
 // -> (slots [L, P] after all moves, moves [M, 4], PAR before [L], PAR after [L]; with a series also the 95th percentile
-// of its windows' PARs before [L] and after [L])
+// of its windows' PARs after [L])
 py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, const DoubleArray& variance,
                            const DoubleArray& target, int num_ranks, int num_nodes, bool thorough, int rounds,
                            double seconds, uint64_t seed, int threads, int64_t max_moves, int64_t max_moves_per_rank,
                            int64_t max_moves_between_nodes, double far_cost, bool stay_near, const DoubleArray& speed,
-                           const DoubleArray& series) {
+                           const DoubleArray& series, const DoubleArray& pars) {
     require_matrix(load, "load");
     require_matrix(slots, "slots");
     require(load.shape(0) == slots.shape(0), "load and slots differ in the number of layers");
@@ -205,11 +184,7 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
     require(target.ndim() == 1 && target.shape(0) == load.shape(0), "target must have one entry per layer");
     require_finite(target);
     require(num_nodes > 0 && num_ranks % num_nodes == 0, "nodes must share the ranks evenly");
-    const bool has_speed = speed.size() > 0;
-    require(!has_speed || (speed.ndim() == 1 && speed.shape(0) == num_ranks), "speed must have one entry per rank");
-    for (py::ssize_t r = 0; r < speed.size(); ++r)
-        require(std::isfinite(speed.data()[r]) && speed.data()[r] >= 1e-3 && speed.data()[r] <= 1024.0,
-                "speed must be 0.001..1024");
+    require_speed(speed, num_ranks);
     require(far_cost >= 1.0 && far_cost <= 1000.0, "far_cost must be 1..1000");
     const auto layers = slots.shape(0), num_slots = slots.shape(1), num_experts = load.shape(1);
     require_slots(slots, static_cast<int>(num_experts), num_ranks);
@@ -217,11 +192,15 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
     require(!has_series || (series.ndim() == 3 && series.shape(1) == load.shape(0) && series.shape(2) == load.shape(1)),
             "series and load differ in shape");
     require_finite(series);
+    require(!has_series || (pars.ndim() == 2 && pars.shape(0) == 2 && pars.shape(1) == load.shape(0)),
+            "pars must be those of the series' windows");
     eplb::Goal goal;
+    goal.p95 = has_series ? pars.data(0, 0) : nullptr;
+    goal.highest = has_series ? pars.data(1, 0) : nullptr;
     goal.series = has_series ? series.data() : nullptr;
     goal.windows = has_series ? static_cast<int>(series.shape(0)) : 0;
     goal.target = target.data();
-    goal.speed = has_speed ? speed.data() : nullptr;
+    goal.speed = speed.size() > 0 ? speed.data() : nullptr;
     goal.nodes = num_nodes;
     goal.far_cost = far_cost;
     goal.stay_near = stay_near || max_moves_between_nodes == 0;
@@ -252,9 +231,8 @@ py::tuple plan_incremental(const DoubleArray& load, const Int32Array& slots, con
         after_par.mutable_at(l) = plan.par_of_windows[2 * l + 1];
     }
     if (!has_series) return py::make_tuple(after, moves, before_par, after_par);
-    return py::make_tuple(after, moves, before_par, after_par,
-                          percentile95(series, slots.data(), P, num_ranks, goal.speed),
-                          percentile95(series, after.data(), P, num_ranks, goal.speed));
+    py::array_t<double> after_p95(layers, plan.p95_of_windows.data());
+    return py::make_tuple(after, moves, before_par, after_par, after_p95);
 }
 
 // load [L, E], slots [L, P] -> PAR [L]
@@ -298,26 +276,49 @@ DoubleArray dispatch_shares(const DoubleArray& load, const Int32Array& slots, in
     return result;
 }
 
-// series [T, L, E], window [tests] int32, begin [tests, spans] int32 -> errors [tests, spans, L]
-DoubleArray forecast_errors(const DoubleArray& series, const Int32Array& window, const Int32Array& begin) {
-    require(series.ndim() == 3 && series.shape(2) > 0, "series must have three dimensions and an expert");
-    require_matrix(begin, "begin");
-    const auto tests = begin.shape(0), spans = begin.shape(1), layers = series.shape(1);
-    require(window.ndim() == 1 && window.shape(0) == tests, "window must have one entry per test");
-    for (py::ssize_t test = 0; test < tests; ++test) {
-        const int32_t t = *window.data(test);
-        require(t >= 0 && t < series.shape(0) && (test == 0 || t > *window.data(test - 1)), "windows must rise");
-        for (py::ssize_t span = 0; span < spans; ++span)
-            require(*begin.data(test, span) >= 0 && *begin.data(test, span) <= t, "a span begins after its window");
-    }
-    DoubleArray errors({tests, spans, layers});
-    double* out = errors.mutable_data();
+void require_series(const DoubleArray& series) {
+    require(series.ndim() == 3 && series.size() > 0, "series must have three dimensions, none of them zero");
+}
+
+// series [T, L, E], at_rest [L] -> (load [L, E] expected in the next window, variance [L, E])
+py::tuple forecast(const DoubleArray& series, const py::array_t<bool, py::array::c_style>& at_rest) {
+    require_series(series);
+    const auto windows = series.shape(0), layers = series.shape(1), num_experts = series.shape(2);
+    require(at_rest.ndim() == 1 && at_rest.shape(0) == layers, "at_rest must have one entry per layer");
+    DoubleArray load({layers, num_experts}), variance({layers, num_experts});
+    double *loads = load.mutable_data(), *variances = variance.mutable_data();
+    bool done = false;
     {
         py::gil_scoped_release release;
-        eplb::forecast_errors(series.data(), static_cast<int>(layers), static_cast<int>(series.shape(2)), window.data(),
-                              begin.data(), static_cast<int>(tests), static_cast<int>(spans), out);
+        done = eplb::forecast(series.data(), static_cast<int>(windows), static_cast<int>(layers),
+                              static_cast<int>(num_experts), at_rest.data(), loads, variances);
     }
-    return errors;
+    require(done, kNotFinite);
+    return py::make_tuple(load, variance);
+}
+
+// series [T, L, E], slots [L, P], speed [R] or of size 0 -> [2, L]: the 95th percentile of the windows' PARs, and the
+// highest
+DoubleArray pars_of_windows(const DoubleArray& series, const Int32Array& slots, int num_ranks,
+                            const DoubleArray& speed) {
+    require_series(series);
+    require_finite(series);
+    require_matrix(slots, "slots");
+    const auto layers = slots.shape(0), num_slots = slots.shape(1), num_experts = series.shape(2);
+    require(series.shape(1) == layers, "series and slots differ in the number of layers");
+    require_slots(slots, static_cast<int>(num_experts), num_ranks);
+    require_speed(speed, num_ranks);
+    const eplb::Shape shape = {static_cast<int>(num_experts), static_cast<int>(num_slots), num_ranks};
+    DoubleArray result({py::ssize_t{2}, layers});
+    for (py::ssize_t l = 0; l < layers; ++l) {
+        std::vector<const double*> loads;
+        for (py::ssize_t t = 0; t < series.shape(0); ++t) loads.push_back(series.data(t, l, 0));
+        const eplb::Windows windows(shape, std::move(loads), speed.size() > 0 ? speed.data() : nullptr);
+        const std::vector<double> pars = windows.pars(slots.data(l, 0));
+        result.mutable_at(0, l) = eplb::percentile95(pars);
+        result.mutable_at(1, l) = pars.empty() ? 1.0 : *std::max_element(pars.begin(), pars.end());
+    }
+    return result;
 }
 
 }  // namespace
@@ -333,10 +334,12 @@ PYBIND11_MODULE(_planner, module) {
     module.def("is_valid", &is_valid, py::arg("slots"), py::arg("num_experts"), py::arg("num_ranks"));
     module.def("dispatch_shares", &dispatch_shares, py::arg("load"), py::arg("slots"), py::arg("num_ranks"),
                py::arg("tolerance"));
-    module.def("forecast_errors", &forecast_errors, py::arg("series"), py::arg("window"), py::arg("begin"));
+    module.def("forecast", &forecast, py::arg("series"), py::arg("at_rest"));
+    module.def("pars_of_windows", &pars_of_windows, py::arg("series"), py::arg("slots"), py::arg("num_ranks"),
+               py::arg("speed"));
     module.def("plan_incremental", &plan_incremental, py::arg("load"), py::arg("slots"), py::arg("variance"),
                py::arg("target"), py::kw_only(), py::arg("num_ranks"), py::arg("num_nodes"), py::arg("thorough"),
                py::arg("rounds"), py::arg("seconds"), py::arg("seed"), py::arg("threads"), py::arg("max_moves"),
                py::arg("max_moves_per_rank"), py::arg("max_moves_between_nodes"), py::arg("far_cost"),
-               py::arg("stay_near"), py::arg("speed"), py::arg("series"));
+               py::arg("stay_near"), py::arg("speed"), py::arg("series"), py::arg("pars"));
 }

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Back-test of forecasts: how far sums of earlier windows are from a window.
+// The expected load of the next window, with its variance, from the windows seen so far.
 #pragma once
-
-#include <cstdint>
 
 namespace eplb {
 
-// For each of `tests` windows and each of `spans` first windows, how far the sum of the windows from begin[test, span]
-// to the one before window[test] is from that window: of each layer's distribution over experts, the squared error
-// over the forecast. The forecast has 0.01 / E added, so that it is never zero. series [T, L, E], not negative;
-// window [tests] rising; begin [tests, spans], each at most its window; error [tests, spans, L].
-void forecast_errors(const double* series, int layers, int experts, const int32_t* window, const int32_t* begin,
-                     int tests, int spans, double* error);
+// series [windows, layers, experts]: oldest window first; windows may differ in length. Sets load [layers, experts], in
+// tokens of a window of usual length, and variance, in the same unit squared; planning/forecast.py describes the
+// method. at_rest [layers], or null: layers that keep their placement under every forecast; all windows are added up
+// for them. Returns false if a load is negative or not finite.
+bool forecast(const double* series, int windows, int layers, int experts, const bool* at_rest, double* load,
+              double* variance);
 
 }  // namespace eplb

@@ -10,6 +10,7 @@
 #include "order.h"
 #include "random_numbers.h"
 #include "thread_pool.h"
+#include "windows.h"
 
 namespace eplb {
 
@@ -18,6 +19,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int kRoundsPerTurn = 8;
+
+// PARs of the search, whose loads are integers, differ less than this from those in float64.
+constexpr double kRounding = 1e-4;
 
 // A limit on moves above this does not bind on the small layers that have choices.
 constexpr int64_t kMostMovesToChoose = 4096;
@@ -126,11 +130,14 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
     };
     const bool few_moves = goal.max_moves >= 0 && goal.max_moves <= kMostMovesToChoose && goal.max_moves_per_rank < 0 &&
                            goal.max_moves_between_nodes < 0;
-    const auto order_layer = [&](int l) {
-        std::vector<const double*> windows;
+    const auto windows_of = [&](int l) {
+        std::vector<const double*> loads;
         for (int t = 0; t < goal.windows; ++t)
-            windows.push_back(goal.series + (static_cast<size_t>(t) * num_layers + l) * shape.experts);
-        ordered[l] = layers[l]->order(windows);
+            loads.push_back(goal.series + (static_cast<size_t>(t) * num_layers + l) * shape.experts);
+        return Windows(shape, std::move(loads), goal.speed);
+    };
+    const auto order_layer = [&](int l) {
+        ordered[l] = layers[l]->order(windows_of(l), goal.windows > 0 ? goal.highest[l] : 0.0);
         start_peak[l] = layers[l]->start_peak();
         steadied[l] = layers[l]->steadied();
     };
@@ -138,35 +145,43 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
         order_layer(l);
         if (!few_moves || layers[l]->with_fewer_moves().empty()) layers[l].reset();
     };
+    // What is at its target in every window is so in their sum, and keeps its placement.
+    std::vector<int> open;
+    for (int l = 0; l < num_layers; ++l)
+        if (goal.windows == 0 || goal.highest[l] > goal.target[l] - kRounding) open.push_back(l);
+    const auto for_each_open = [&](const auto& work) {
+        for_each_item(static_cast<int>(open.size()), goal.threads, [&](int i) { work(open[i]); });
+    };
     if (!goal.thorough) {
-        for_each_item(num_layers, goal.threads, [&](int l) {
+        for_each_open([&](int l) {
             begin_layer(l);
             layers[l]->improve_briefly();
             layers[l]->save_moves();
             finish_layer(l);
         });
     } else {
-        for_each_item(num_layers, goal.threads, [&](int l) {
+        for_each_open([&](int l) {
             begin_layer(l);
             layers[l]->save_moves();
         });
         if (goal.rounds > 0) {
-            for_each_item(num_layers, goal.threads, [&](int l) { layers[l]->improve(goal.rounds); });
+            for_each_open([&](int l) { layers[l]->improve(goal.rounds); });
         } else {
             const auto end =
                 begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(goal.seconds));
-            std::vector<int> open;
-            for (int l = 0; l < num_layers; ++l)
-                if (!layers[l]->settled()) open.push_back(l);
-            while (!open.empty() && Clock::now() < end) {
-                for_each_item(static_cast<int>(open.size()), goal.threads, [&](int i) {
-                    if (Clock::now() < end) layers[open[i]]->improve(kRoundsPerTurn);
+            std::vector<int> unsettled;
+            for (const int l : open)
+                if (!layers[l]->settled()) unsettled.push_back(l);
+            while (!unsettled.empty() && Clock::now() < end) {
+                for_each_item(static_cast<int>(unsettled.size()), goal.threads, [&](int i) {
+                    if (Clock::now() < end) layers[unsettled[i]]->improve(kRoundsPerTurn);
                 });
-                open.erase(std::remove_if(open.begin(), open.end(), [&](int l) { return layers[l]->settled(); }),
-                           open.end());
+                unsettled.erase(
+                    std::remove_if(unsettled.begin(), unsettled.end(), [&](int l) { return layers[l]->settled(); }),
+                    unsettled.end());
             }
         }
-        for_each_item(num_layers, goal.threads, [&](int l) {
+        for_each_open([&](int l) {
             layers[l]->save_moves();  // of a plan that has more, or others, by now
             finish_layer(l);
         });
@@ -255,6 +270,13 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
             total_far += far;
             ++group_number;
         }
+    }
+    if (goal.windows == 0) return plan;
+    std::vector<char> moves(num_layers, 0);
+    for (size_t i = 0; i < plan.moves.size(); i += 4) moves[plan.moves[i]] = 1;
+    for (int l = 0; l < num_layers; ++l) {
+        const int32_t* after = &plan.slots[static_cast<size_t>(l) * shape.slots];
+        plan.p95_of_windows.push_back(moves[l] ? percentile95(windows_of(l).pars(after)) : goal.p95[l]);
     }
     return plan;
 }

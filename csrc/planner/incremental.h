@@ -26,6 +26,8 @@ struct Goal {
 
     const double* series = nullptr;  // [windows, L, E] that the load was forecast from
     int windows = 0;
+    const double* p95 = nullptr;      // [L]: 95th percentile of the windows' PARs in the placement in force
+    const double* highest = nullptr;  // [L]: the highest of them
 
     int nodes = 1;
     double far_cost = 1.0;   // cost of a receipt from another node; a receipt within the node costs 1
@@ -36,6 +38,8 @@ struct LayeredPlan {
     std::vector<int32_t> slots;          // [L, P] after all moves
     std::vector<int32_t> moves;          // [M, 4]: layer, slot, expert, group
     std::vector<double> par_of_windows;  // [L, 2]: before and after, for layers planned window by window; others 0
+    std::vector<double> p95_of_windows;  // [L]: 95th percentile of the windows' PARs after all moves; empty without a
+                                         // series
 };
 
 // load [L, E]: finite, not negative. variance [L, E]: variance of each expert's load from window to window; with it the

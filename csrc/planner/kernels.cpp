@@ -5,13 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-// Wider vectors if the machine has them, chosen when the library is loaded. Without fused multiply-add: AVX2 does not
-// include it, and -ffp-contract=off forbids it elsewhere.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define EPLB_KERNEL __attribute__((target_clones("avx2", "default")))
-#else
-#define EPLB_KERNEL
-#endif
+#include "vectors.h"
 
 namespace eplb {
 
@@ -73,6 +67,18 @@ int best_above(int n, const float* score, float* least) {
     while (bits(score[i]) != best) ++i;
     *least = score[i];
     return i;
+}
+
+// Quotients of integers of 32 bits, cut to an integer, are exact in float64, whose division is faster.
+EPLB_KERNEL
+int64_t total_copies(int n, const int32_t* weight, int32_t most, int32_t limit) {
+    const double divisor = most;
+    int32_t total = 0;  // n and limit are below 2^16 and 2^11
+    for (int i = 0; i < n; ++i) {
+        const int32_t copies = static_cast<int32_t>(static_cast<double>(weight[i] - 1) / divisor) + 1;
+        total += std::max(1, std::min(copies, limit));
+    }
+    return total;
 }
 
 EPLB_KERNEL

@@ -51,6 +51,9 @@ void score_placements(int n, Potential potential, const float* base, const float
 // The index of the first largest score above `least`, or -1; *least becomes that score.
 int best_above(int n, const float* score, float* least);
 
+// Sum of the copies of which none has a weight above `most`, at least one and at most `limit` for each weight [n].
+int64_t total_copies(int n, const int32_t* weight, int32_t most, int32_t limit);
+
 // What the busiest pair has, and how much pairs have above a limit together.
 struct PairLoads {
     int32_t heaviest, above;

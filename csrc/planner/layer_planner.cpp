@@ -85,6 +85,9 @@ constexpr double kHurt = 0.25;
 // PARs closer than this are equal.
 constexpr double kSame = 2e-6;
 
+// The windows' PARs in float32 differ less than this from those in float64.
+constexpr double kRounding = 1e-5;
+
 // The last thousandth of the mean load costs more receipts than all before: larger shapes are not asked for it.
 constexpr double kFine = 0.001;
 
@@ -324,12 +327,25 @@ void LayerPlanner::improve_briefly() {
     if (search_.shape().slots <= kFewSlots) improve(std::clamp(kSlotsOfFast / search_.shape().slots, 4, 32));
 }
 
-OrderedMoves LayerPlanner::order(const std::vector<const double*>& windows) {
+// Whether windows can decide: a plan may be dropped for them, or a window's PAR is so high that a plan for every window
+// may be worthwhile. What holds for all windows holds for several of them together.
+bool LayerPlanner::windows_matter(const Windows& windows, double highest) const {
+    if (windows.number() < 2 || !search_.alike()) return false;
+    const bool moves = best_.slots != search_.start();
+    if (moves && variance_ == nullptr) return true;
+    if (moves) {
+        const std::vector<double> pars = windows.pars(best_.slots.data());
+        highest = pars.empty() ? 1.0 : *std::max_element(pars.begin(), pars.end());
+    }
+    return highest > std::max(target_, 1.0) + Steadying::kWorthwhile - kRounding;
+}
+
+OrderedMoves LayerPlanner::order(const Windows& windows, double highest) {
     if (!has_load_) return {};
     std::vector<int32_t> target = best_.slots;
-    if (windows.size() > 1 && search_.alike()) {
-        Steadying steadying(search_.shape(), windows, slots_, stay_near_ ? nodes_ : 1);
-        steadied_ = steadying.improve(target, target_);
+    if (windows_matter(windows, highest)) {
+        Steadying steadying(search_.shape(), windows.loads(), slots_, stay_near_ ? nodes_ : 1);
+        steadied_ = steadying.improve(target, target_, variance_ != nullptr);
         if (steadied_ && target != search_.start()) {
             const std::vector<int32_t> start = search_.start();
             search_.begin(load_, slots_, variance_);
@@ -340,9 +356,9 @@ OrderedMoves LayerPlanner::order(const std::vector<const double*>& windows) {
         }
         // For constant load, a plan that helps the sum of the windows but hurts most of them is dropped.
         if (!steadied_ && variance_ == nullptr && target != search_.start()) {
-            const std::vector<double> before = steadying.pars(search_.start()), after = steadying.pars(target);
+            const std::vector<double> at_start = steadying.pars(search_.start()), after = steadying.pars(target);
             const double hurt = kHurt * (start_peak_ - best_.peak);
-            if (!before.empty() && mean(after) > mean(before) + hurt && percentile95(after) > percentile95(before))
+            if (!after.empty() && mean(after) > mean(at_start) + hurt && percentile95(after) > percentile95(at_start))
                 return {};
         }
     }

@@ -11,6 +11,7 @@
 #include "order.h"
 #include "random_numbers.h"
 #include "search.h"
+#include "windows.h"
 
 namespace eplb {
 
@@ -44,8 +45,9 @@ class LayerPlanner {
     bool settled() const { return !has_load_ || (best_.reached && best_.cost == 0); }
 
     // The moves to the placement found, with the PAR after each group, and the PAR before all of them. If experts are
-    // hot at different times in `windows` [T] of [E], these are means over the windows, and all moves are one group.
-    OrderedMoves order(const std::vector<const double*>& windows);
+    // hot at different times in the windows, these are means over the windows, and all moves are one group. `highest`:
+    // the highest PAR in a window of the placement in force.
+    OrderedMoves order(const Windows& windows, double highest);
     double start_peak() const { return start_peak_; }
     bool steadied() const { return steadied_; }
 
@@ -64,6 +66,7 @@ class LayerPlanner {
     bool is_beyond_reach(double par);
     void descend_again(double share);
     bool keep_if_better();
+    bool windows_matter(const Windows& windows, double highest) const;
     bool pairs() const { return search_.shape().per_rank() == 2 && search_.alike(); }
     void pair_up();
     void try_from_scratch(Random* noise);

@@ -441,9 +441,7 @@ int Search::copies_needed(int expert, int32_t most) const {
 }
 
 bool Search::copies_fit(int32_t most) const {
-    int64_t wanted = 0;
-    for (int e = 0; e < shape_.experts; ++e) wanted += copies_needed(e, most);
-    return wanted <= shape_.slots;
+    return total_copies(shape_.experts, state_.weight.data(), most, shape_.ranks) <= shape_.slots;
 }
 
 bool Search::replicas_fit(double share) const {

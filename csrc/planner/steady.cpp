@@ -6,14 +6,13 @@
 #include <limits>
 #include <numeric>
 
+#include "windows.h"
+
 namespace eplb {
 
 namespace {
 
 constexpr int kFewestWindows = 4;
-
-// Least difference between the mean PAR of the windows and the PAR of their mean; below it there is nothing to gain.
-constexpr double kWorthwhile = 0.05;
 
 // Part of the possible gain that the held-out windows must show.
 constexpr double kConfirmed = 0.25;
@@ -21,6 +20,9 @@ constexpr double kConfirmed = 0.25;
 // Most squared distance of the second half's windows from the first half's, over that from each other. A drift by equal
 // steps in random directions gives 2.5 for eight windows.
 constexpr double kRecurs = 1.5;
+
+// The same if the forecast already found a drift.
+constexpr double kRecursInDrift = 1.2;
 
 constexpr float kSquare = 0.1F;  // weight of the square beside the load above the limit
 constexpr int kRanksTried = 3;
@@ -34,15 +36,6 @@ constexpr int whole_vectors(int windows) { return (windows + kLanes - 1) / kLane
 float cost_of(float off, float room) { return std::max(off - room, 0.0F) + kSquare * off * off; }
 
 }  // namespace
-
-double mean(const std::vector<double>& values) {
-    return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
-}
-
-double percentile95(std::vector<double> values) {
-    std::sort(values.begin(), values.end());
-    return values[(values.size() * 95 + 99) / 100 - 1];
-}
 
 Steadying::Steadying(Shape shape, const std::vector<const double*>& windows, const int32_t* start, int nodes)
     : shape_(shape), nodes_(nodes), per_node_(shape.ranks / nodes), start_(start, start + shape.slots) {
@@ -101,7 +94,7 @@ double Steadying::mean_of(const std::vector<int32_t>& slots, int first, int last
 
 // Whether the windows of the second half are nearly as like some of the first half as like each other. Under a drift
 // they are not, and what balances the first half is of no use for the second.
-bool Steadying::recurs() const {
+bool Steadying::recurs(double most) const {
     const int half = windows_ / 2;
     double to_first = 0.0, to_second = 0.0;
     for (int k = half; k < windows_; ++k) {
@@ -114,10 +107,10 @@ bool Steadying::recurs() const {
         to_first += *std::min_element(apart.begin(), apart.begin() + half);
         to_second += *std::min_element(apart.begin() + half, apart.end());
     }
-    return to_first <= kRecurs * to_second;
+    return to_first <= most * to_second;
 }
 
-bool Steadying::improve(std::vector<int32_t>& slots, double target) {
+bool Steadying::improve(std::vector<int32_t>& slots, double target, bool drifts) {
     if (windows_ < kFewestWindows) return false;
     const double before = mean_of(slots, 0, windows_);
     // The PAR of the windows' mean load, which a plan for the mean sees.
@@ -129,7 +122,7 @@ bool Steadying::improve(std::vector<int32_t>& slots, double target) {
         if (count[e] > 0) share[e] = std::accumulate(part(e), part(e) + windows_, 0.0) / count[e] / windows_;
     for (int p = 0; p < shape_.slots; ++p) rank[p / shape_.per_rank()] += share[slots[p]];
     const double of_mean = *std::max_element(rank.begin(), rank.end());
-    if (before - std::max(of_mean, target) < kWorthwhile || !recurs()) return false;
+    if (before - std::max(of_mean, target) < kWorthwhile || !recurs(drifts ? kRecursInDrift : kRecurs)) return false;
     const int half = windows_ / 2;
     // What the first half suggests is given up as soon as the other half is worse off.
     const double unseen = mean_of(slots, half, windows_);
@@ -158,21 +151,23 @@ void Steadying::add(int rank, int expert, float sign) {
 }
 
 void Steadying::recount(int expert, int copies) {
-    for (const int p : holders_[expert]) add(p / shape_.per_rank(), expert, -1.0F);
+    const int32_t *first = holders(expert), *last = first + held_by_[expert];
+    for (const int32_t* p = first; p < last; ++p) add(*p / shape_.per_rank(), expert, -1.0F);
     count_[expert] = copies;
-    for (const int p : holders_[expert]) add(p / shape_.per_rank(), expert, 1.0F);
+    for (const int32_t* p = first; p < last; ++p) add(*p / shape_.per_rank(), expert, 1.0F);
 }
 
 void Steadying::place(int slot, int expert) {
     const int old = slots_[slot], r = slot / shape_.per_rank();
     add(r, old, -1.0F);
     if (old < shape_.experts) {
-        holders_[old].erase(std::find(holders_[old].begin(), holders_[old].end(), slot));
+        int32_t* last = holders(old) + held_by_[old]--;
+        std::copy(std::find(holders(old), last, slot) + 1, last, std::find(holders(old), last, slot));
         recount(old, count_[old] - 1);
     }
     if (expert < shape_.experts) {
         recount(expert, count_[expert] + 1);
-        holders_[expert].push_back(slot);
+        holders(expert)[held_by_[expert]++] = slot;
     }
     --held_[at(r, old)];
     ++held_[at(r, expert)];
@@ -197,12 +192,16 @@ std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int windows,
     held_.assign(static_cast<size_t>(shape_.ranks) * (shape_.experts + 1), 0);
     home_ = held_;
     for (int p = 0; p < shape_.slots; ++p) home_[at(p / shape_.per_rank(), start_[p])] = 1;
-    holders_.assign(shape_.experts + 1, {});
+    // Room for copies twice on a rank, one on every other rank, and one more during a swap.
+    most_copies_ = static_cast<size_t>(shape_.ranks + *std::max_element(count_.begin(), count_.end()) + 1);
+    holders_.resize(most_copies_ * shape_.experts);
+    held_by_.assign(shape_.experts, 0);
     for (int p = 0; p < shape_.slots; ++p) {
         ++held_[at(p / shape_.per_rank(), slots_[p])];
-        if (slots_[p] < shape_.experts) holders_[slots_[p]].push_back(p);
+        if (slots_[p] < shape_.experts) holders(slots_[p])[held_by_[slots_[p]]++] = p;
     }
     for (int p = 0; p < shape_.slots; ++p) add(p / shape_.per_rank(), slots_[p], 1.0F);
+    potential_.resize(shape_.ranks);
     std::vector<std::pair<float, int>> order(shape_.ranks);
     for (int steps = 0; steps < shape_.slots; ++steps) {
         for (int r = 0; r < shape_.ranks; ++r) order[r] = {-*std::max_element(load(r), load(r) + counts_), r};
@@ -218,6 +217,7 @@ std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int windows,
 
 bool Steadying::step(int rank) {
     Candidate best;
+    for (int r = 0; r < shape_.ranks; ++r) potential_[r] = potential(load(r));
     offer_copies(rank, best);
     offer_swaps(rank, best);
     if (best.slot < 0) return false;
@@ -230,7 +230,7 @@ bool Steadying::step(int rank) {
 // Offers swaps: an expert of the rank for an expert of another rank.
 void Steadying::offer_swaps(int r, Candidate& best) const {
     const int S = shape_.per_rank(), E = shape_.experts;
-    const float before = potential(load(r)), room = limit_ - 1.0F;
+    const float before = potential_[r], room = limit_ - 1.0F;
     std::vector<float> given(static_cast<size_t>(S) * lanes_);  // loads of the rank's replicas
     for (int s = 0; s < S; ++s)
         for (int k = 0; k < lanes_; ++k)
@@ -239,7 +239,7 @@ void Steadying::offer_swaps(int r, Candidate& best) const {
     std::vector<float> taken(lanes_);
     for (int q = 0; q < shape_.ranks; ++q) {
         if (q == r || !may_meet(q, r)) continue;
-        const float both = before + potential(load(q));
+        const float both = before + potential_[q];
         const float *load_r = load(r), *load_q = load(q);
         // No swap gains more than one after which both ranks have the same load in every window.
         for (int k = 0; k < lanes_; ++k) taken[k] = 0.5F * (load_r[k] + load_q[k]);
@@ -279,10 +279,11 @@ void Steadying::offer_copies(int r, Candidate& best) const {
     const auto gain_of = [&](int expert, int copies, int besides) {
         const float change = 1.0F / static_cast<float>(copies) - 1.0F / static_cast<float>(count_[expert]);
         float gain = 0.0F;
-        for (const int p : holders_[expert]) {
+        for (int i = 0; i < held_by_[expert]; ++i) {
+            const int p = holders(expert)[i];
             if (p == besides) continue;
             for (int k = 0; k < lanes_; ++k) changed[k] = load(p / S)[k] + change * counted(expert)[k];
-            gain += potential(load(p / S)) - potential(changed.data());
+            gain += potential_[p / S] - potential(changed.data());
         }
         return gain;
     };
@@ -303,7 +304,7 @@ void Steadying::offer_copies(int r, Candidate& best) const {
             if (holds(q, e)) continue;
             const float down = 1.0F / static_cast<float>(count_[f]);
             for (int k = 0; k < lanes_; ++k) changed[k] = load(q)[k] + up * counted(e)[k] - down * counted(f)[k];
-            const float gain = added + dropped[p] + potential(load(q)) - potential(changed.data());
+            const float gain = added + dropped[p] + potential_[q] - potential(changed.data());
             const float score = gain * price_of(!is_home(q, e) - (f < E && !is_home(q, f)));
             if (score > best.score) best = {score, p, -1, e};
         }

@@ -10,13 +10,14 @@
 
 namespace eplb {
 
-double mean(const std::vector<double>& values);
-double percentile95(std::vector<double> values);  // by nearest rank
-
 // Windows of one layer's load, each scaled to the same total; at most kMostWindows: longer series are merged.
 class Steadying {
   public:
     static constexpr int kMostWindows = 16;
+
+    // Least difference between the mean PAR of the windows and the PAR of their mean, or the target if that is higher;
+    // below it there is nothing to gain.
+    static constexpr double kWorthwhile = 0.05;
 
     // windows [T]: pointers to loads [E] of the layer, oldest first. `nodes`: with several, experts stay on their node.
     Steadying(Shape shape, const std::vector<const double*>& windows, const int32_t* start, int nodes);
@@ -25,7 +26,8 @@ class Steadying {
     // they lower the mean PAR. Windows that differ only by chance do not pass. If they pass, `slots` [P] (E: empty)
     // become a placement with a lower mean PAR over all windows, few receipts away, whose 95th percentile is no worse
     // than at the start. Returns whether they did.
-    bool improve(std::vector<int32_t>& slots, double target);
+    // `drifts`: the forecast found a drift, so windows must recur more clearly.
+    bool improve(std::vector<int32_t>& slots, double target, bool drifts);
 
     // PARs of a placement [P], one for each window.
     std::vector<double> pars(const std::vector<int32_t>& slots) const;
@@ -36,7 +38,7 @@ class Steadying {
         int slot = -1, other = -1, expert = -1;
     };
 
-    bool recurs() const;
+    bool recurs(double most) const;
     double mean_of(const std::vector<int32_t>& slots, int first, int last) const;
     // For the first `windows` of them. Ends early where `ends`, asked every few steps, says so of the placement.
     std::vector<int32_t> descend(std::vector<int32_t> slots, int windows, double target,
@@ -52,7 +54,9 @@ class Steadying {
     bool holds(int rank, int expert) const { return held_[at(rank, expert)] != 0; }
     bool is_home(int rank, int expert) const { return home_[at(rank, expert)] != 0; }
     bool may_meet(int rank, int other) const { return nodes_ == 1 || rank / per_node_ == other / per_node_; }
-    const float* part(int expert) const { return &part_[static_cast<size_t>(expert) * stride_]; }
+    int32_t* holders(int expert) { return holders_.data() + most_copies_ * expert; }
+    const int32_t* holders(int expert) const { return holders_.data() + most_copies_ * expert; }
+    const float* part(int expert) const { return part_.data() + static_cast<size_t>(expert) * stride_; }
     const float* counted(int expert) const { return &counted_[static_cast<size_t>(expert) * lanes_]; }
     float* load(int rank) { return &load_[static_cast<size_t>(rank) * lanes_]; }
     const float* load(int rank) const { return &load_[static_cast<size_t>(rank) * lanes_]; }
@@ -67,8 +71,10 @@ class Steadying {
     std::vector<float> counted_;  // [E + 1, lanes]: part_ of the windows that count
     std::vector<float> load_;     // [R, lanes]
     std::vector<int32_t> slots_, count_;
-    std::vector<uint8_t> held_, home_;           // [R, E + 1], now and at the start
-    std::vector<std::vector<int32_t>> holders_;  // [E] slots
+    std::vector<uint8_t> held_, home_;  // [R, E + 1], now and at the start
+    size_t most_copies_ = 0;
+    std::vector<int32_t> holders_, held_by_;  // [E, most_copies_] slots, and how many of them
+    std::vector<float> potential_;            // [R] at the start of a step
     float limit_ = 1.0F;
 };
 

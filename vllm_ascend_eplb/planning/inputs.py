@@ -68,8 +68,8 @@ def checked_load(load: npt.ArrayLike) -> npt.NDArray[Any]:
     if array.dtype != np.int64:
         with np.errstate(over="ignore"):  # a wider float may become infinity, which is refused below
             array = array.astype(np.float64)
-    lowest, highest = array.min(), array.max()
-    if not (lowest >= 0 and highest <= LARGEST_LOAD):  # NaN fails both
+    # NaN fails both; no int64 is above the largest load.
+    if not (array.min() >= 0 and (array.dtype == np.int64 or array.max() <= LARGEST_LOAD)):
         bad = ~((array >= 0) & (array <= LARGEST_LOAD))
         window, layer, expert = (int(i) for i in np.argwhere(bad)[0])
         raise PlanInputError(

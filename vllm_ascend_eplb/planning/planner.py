@@ -22,6 +22,9 @@ from .options import PlanInputError, PlanOptions
 MOST_RANKS = 1024
 MOST_SLOTS = 65535
 
+ROUNDING = 1e-4
+"""PARs of the search, whose loads are integers, differ less than this from those in float64."""
+
 FRUGAL_ATTEMPTS = 7
 """Bisection steps for a target PAR that can be reached with ``max_moves``, where that limit binds."""
 
@@ -119,13 +122,17 @@ def _incremental(
             f"{placement.num_ranks} ranks with {placement.num_slots} slots per layer; the policy 'incremental' "
             f"works with at most {MOST_RANKS} ranks and {MOST_SLOTS} slots"
         )
-    expected, variance, windows = np.asarray(series[-1], dtype=np.float64), np.zeros((0, 0)), np.zeros((0, 0, 0))
+    slots = placement.slots
+    windows = series.astype(np.float64, copy=False)
+    expected, variance, pars = windows[0], np.zeros((0, 0)), np.zeros((2, 0))
     if len(series) > 1:
-        windows = series.astype(np.float64, copy=False)
-        expected, variance = forecast(windows)
+        pars = _planner.pars_of_windows(windows, slots, placement.num_ranks, speed)
+        # What is at the target in every window is so in any sum of windows.
+        expected, variance = forecast(windows, pars[1] <= options.target_par - ROUNDING)
         if not variance.any():
             variance = np.zeros((0, 0))
-    slots = placement.slots
+    else:
+        windows = np.zeros((0, 0, 0))
     floor = np.full(placement.num_layers, float(options.target_par))
     if options.count_noise:
         floor = np.maximum(
@@ -133,7 +140,7 @@ def _incremental(
         )
 
     def attempt(target: FloatArray, thorough: bool) -> Plan:
-        after, moves, par_before, par_after, *percentiles = _planner.plan_incremental(
+        after, moves, par_before, par_after, *p95_after = _planner.plan_incremental(
             expected,
             slots,
             variance,
@@ -152,8 +159,10 @@ def _incremental(
             stay_near=num_nodes > 1 and num_groups > 1 and _groups_have_nodes(placement, num_nodes, num_groups),
             speed=speed,
             series=windows,
+            pars=pars,
         )
-        return Plan(after, moves, par_before, par_after, "incremental", 0.0, *percentiles)
+        made = Plan(after, moves, par_before, par_after, "incremental")
+        return replace(made, p95_before=pars[0].copy(), p95_after=p95_after[0]) if p95_after else made
 
     mean = expected.sum(axis=1) / placement.num_ranks  # tokens of a rank in each layer; times PAR: of the busiest
     thorough = options.effort == "thorough"

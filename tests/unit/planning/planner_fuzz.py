@@ -89,9 +89,12 @@ def main() -> int:
             "series": np.stack([load, load[:, ::-1]] * int(rng.integers(1, 9)))
             if rng.random() < 0.3
             else np.zeros((0, 0, 0)),
+            "pars": rng.uniform(1.0, 3.0, (2, layers)),
             "speed": rng.uniform(0.001, 2.0, ranks) if rng.random() < 0.3 else np.zeros(0),
         }  # fmt: skip
         packing = {"weight": load, "order": np.argsort(-load, axis=1), "packs": int(rng.integers(1, 5))}
+        series = np.stack([load * rng.uniform(0.5, 2.0, load.shape) for _ in range(int(rng.integers(1, 12)))])
+        of_windows = {"series": series, "slots": slots, "num_ranks": ranks, "speed": incremental["speed"]}
         drawing = {"seed": 1, "num_layers": 2, "num_experts": experts, "num_slots": num_slots, "num_ranks": ranks}
         calls: list[tuple[Any, dict[str, Any]]] = [
             (_planner.plan_incremental, incremental),
@@ -100,6 +103,8 @@ def main() -> int:
             (_planner.pack_balanced, packing),
             (_planner.preserve_slots, {"slots": slots, "old": slots[:, ::-1].copy(), "num_ranks": ranks}),
             (_planner.draw_placement, drawing),
+            (_planner.forecast, {"series": series, "at_rest": rng.random(layers) < 0.3}),
+            (_planner.pars_of_windows, of_windows),
         ]
         function, good = calls[0 if rng.random() < 0.5 else int(rng.integers(len(calls)))]
         spoil = rng.random() < 0.4
