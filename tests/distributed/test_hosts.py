@@ -97,8 +97,8 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> CutOff:
         seen.steps_without_link = step() - seen.cut_at
         hosts.link(1, up=True)
 
-    other = {**SETTINGS, "control_lag": 2}
-    settings = [[SETTINGS, SETTINGS]] * (RANKS - 1) + [[other, SETTINGS]]
+    different = {**SETTINGS, "control_lag": 2}
+    settings = [[SETTINGS, SETTINGS]] * (RANKS - 1) + [[different, SETTINGS]]
     seen.all_seen = run_on_two_hosts(folder, settings, cut)
     return seen
 
