@@ -66,8 +66,8 @@ def ratio_of(series: np.ndarray[Any, Any], slots: Slots, num_ranks: int, pairs: 
 
     calls = [max(1, int(SECONDS_OF_A_SAMPLE / max(cpu_seconds(call, 2), 1e-5))) for call in (from_one, from_series)]
     samples = np.array([[cpu_seconds(from_one, calls[0]), cpu_seconds(from_series, calls[1])] for _ in range(pairs)])
-    one, whole = 1e3 * np.median(samples, axis=0)
-    return {"one ms": one, "series ms": whole, "ratio": float(np.median(samples[:, 1] / samples[:, 0]))}
+    newest, whole = 1e3 * np.median(samples, axis=0)
+    return {"one ms": newest, "series ms": whole, "ratio": float(np.median(samples[:, 1] / samples[:, 0]))}
 
 
 def run_series(results: Results, folder: Path | None, quick: bool, num_windows: int = 8) -> None:

@@ -1,25 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of a balancer whose ranks run on several hosts: ``python -m tests.distributed.host_rank RANK RANKS ADDRESS
-PORT FOLDER STEPS``. It steps as an engine does, and writes its current step and its observations to FOLDER."""
+PORT FOLDER STEPS``. It starts a balancer by every dictionary of settings in FOLDER, and writes its current step and its
+observations to FOLDER."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from vllm_ascend_eplb.agreement.exchange import StartError, exchange_bytes
 from vllm_ascend_eplb.balancer.start import start_balancer
+from vllm_ascend_eplb.balancer.updator import EplbUpdator
 from vllm_ascend_eplb.settings.config import EplbConfig
+from vllm_ascend_eplb.transfer.transport import Transport
 from vllm_ascend_eplb.values.topology import Topology, host_identity
 
+from .faulty import FaultyTransport, interpose
+from .pace import make_planners_patient, settle, wait_for
 from .ranks import Ranks
 from .routing_model import REDUNDANT, RoutingModel
+
+CUT_AT = 100
+"""The step from which on a link is cut while experts are on their way."""
 
 
 def main(rank: int, num_ranks: int, address: str, port: int, folder: Path, steps: int) -> None:
@@ -31,29 +39,50 @@ def main(rank: int, num_ranks: int, address: str, port: int, folder: Path, steps
     model = RoutingModel(ranks)
     hosts = exchange_bytes(ranks.control, num_ranks, host_identity().encode())
     model.topology = Topology(tuple(hosts.index(host) for host in hosts))
-    settings = json.loads((folder / f"settings{rank}.json").read_text())
-    config = EplbConfig(dynamic_eplb=True, num_redundant_experts=REDUNDANT, policy="random", **settings)
-    seen: dict[str, object] = {"nodes": model.topology.node_of_rank, "error": "", "wrong": ""}
-    try:
-        updator = start_balancer(model, config)
-    except StartError as error:
-        seen["error"] = str(error)
-    else:
-        history = []
-        for step in range(steps):
-            updator.forward_before()
-            model.forward()
-            updator.forward_end()
-            history.append([updator.state.phase.name, updator.placement.digest])
-            seen["wrong"] = seen["wrong"] or model.slots.wrong(updator.placement)
-            dist.barrier()
-            (folder / f"step{rank}").write_text(str(step))
-            time.sleep(0.01)
-        stats = updator.stats.stats()
-        seen |= {"history": history, "cycles_done": stats.cycles_done, "cycles_failed": stats.cycles_failed}
-        updator.close()
+    make_planners_patient()
+    seen: dict[str, Any] = {"nodes": model.topology.node_of_rank, "errors": []}
+    for settings in json.loads((folder / f"settings{rank}.json").read_text()):
+        config = EplbConfig(dynamic_eplb=True, num_redundant_experts=REDUNDANT, policy="random", **settings)
+        try:
+            updator = start_balancer(model, config)
+        except StartError as error:
+            seen["errors"].append(str(error))
+        else:
+            seen |= serve(model, updator, folder, steps)
     (folder / f"seen{rank}.json").write_text(json.dumps(seen))
     dist.barrier()  # no rank closes its sockets while another rank still uses them
+
+
+class HeldUntilCut(FaultyTransport):
+    """From step ``CUT_AT`` on, transfers begin only when the link is cut: the file ``held`` appears before, the file
+    ``cut`` ends it."""
+
+    def __init__(self, real: Transport, updator: EplbUpdator, folder: Path) -> None:
+        super().__init__(real)
+        self.updator, self.folder = updator, folder
+
+    def running(self) -> None:
+        if self.updator.state.step >= CUT_AT:
+            (self.folder / "held").touch()
+            wait_for((self.folder / "cut").exists, "the cut")
+
+
+def serve(model: RoutingModel, updator: EplbUpdator, folder: Path, steps: int) -> dict[str, object]:
+    """Step as an engine does, without a clock, and write every step to a file."""
+    interpose(updator.parts.loader, HeldUntilCut, updator, folder)
+    history, wrong = [], ""
+    for step in range(steps):
+        updator.forward_before()
+        model.forward()
+        updator.forward_end()
+        history.append([updator.state.phase.name, updator.placement.digest])
+        wrong = wrong or model.slots.wrong(updator.placement)
+        dist.barrier()
+        (folder / f"step{model.rank}").write_text(str(step))
+        settle(updator)
+    stats = updator.stats.stats()
+    updator.close()
+    return {"history": history, "wrong": wrong, "cycles_done": stats.cycles_done, "cycles_failed": stats.cycles_failed}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import sys
 import time
@@ -121,3 +122,28 @@ def late_once(request: PlanRequest) -> Plan:
     if request.number == 1:
         _wait_for_signal("given up")
     return plan_request(request)
+
+
+def misbehave(request: PlanRequest) -> Plan:
+    """Plan, with a different fault in each of the first five cycles."""
+    good = plan_request(request)
+    if request.number == 1:
+        raise MemoryError("planted")
+    if request.number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if request.number == 3:  # an expert is lost: the scheduler in the child notices
+        return replace(good, moves=np.array([[0, slot, 1, slot] for slot in (0, 12)], dtype=np.int32))
+    if request.number == 4:  # a plan for another shape
+        return replace(good, physical_to_logical=good.physical_to_logical[:, :-1])
+    if request.number == 5:  # moves that do not lead to the plan's placement
+        return replace(good, physical_to_logical=request.physical_to_logical, moves=good.moves)
+    return good
+
+
+def always_fail(request: PlanRequest) -> Plan:
+    raise ArithmeticError(f"planted in cycle {request.number}")
+
+
+def plan_windows(request: PlanRequest) -> Plan:
+    """Plan from a load of four equal windows."""
+    return plan_request(replace(request, load=np.concatenate([request.load] * 4)))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a function on several ranks over Gloo, in one process per rank.
 
-The processes are forked from a server that has already imported torch, so eight ranks start in about a second.
+The processes are forked from a server that has already imported what ranks need, so eight ranks start in about a
+second.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ context.set_forkserver_preload(
     [
         "torch",
         "torch.distributed",
-        "vllm_ascend_eplb.transfer.loader",
-        "vllm_ascend_eplb.agreement.channel",
-        "vllm_ascend_eplb.agreement.transition",
+        "pytest",  # the modules of tests, which ranks import, do
+        "prometheus_client",
+        "vllm_ascend_eplb.balancer.start",
     ]
 )
 

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -29,36 +27,12 @@ from vllm_ascend_eplb.values.placement import Placement
 from vllm_ascend_eplb.values.plan import Plan
 from vllm_ascend_eplb.values.topology import Topology
 
+from . import policies
 from .pace import PatientPlanner, settle
 from .ranks import Ranks, run_ranks
 from .routing_model import EXPERTS, LAYERS, RoutingModel, Seen, redundant
 
 pytestmark = pytest.mark.distributed
-
-
-def misbehave(request: PlanRequest) -> Plan:
-    """Plan, with a different fault in each of the first five cycles."""
-    good = plan_request(request)
-    if request.number == 1:
-        raise MemoryError("planted")
-    if request.number == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if request.number == 3:  # an expert is lost: the scheduler in the child notices
-        return replace(good, moves=np.array([[0, slot, 1, slot] for slot in (0, 12)], dtype=np.int32))
-    if request.number == 4:  # a plan for another shape
-        return replace(good, physical_to_logical=good.physical_to_logical[:, :-1])
-    if request.number == 5:  # moves that do not lead to the plan's placement
-        return replace(good, physical_to_logical=request.physical_to_logical, moves=good.moves)
-    return good
-
-
-def always_fail(request: PlanRequest) -> Plan:
-    raise ArithmeticError(f"planted in cycle {request.number}")
-
-
-def plan_windows(request: PlanRequest) -> Plan:
-    """Plan from a load of four equal windows."""
-    return plan_request(replace(request, load=np.concatenate([request.load] * 4)))
 
 
 def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str, Any]) -> Seen:
@@ -77,7 +51,7 @@ def serve(ranks: Ranks, steps: int, settings: dict[str, Any], options: dict[str,
             }
         }
     )
-    policy = getattr(sys.modules[__name__], options.get("policy", "plan_request"))
+    policy = options.get("policy", plan_request)
     seen = Seen(first_par=0.0)
     balancedness.logger.addFilter(lambda record: seen.lines.append(record.args) or True)
     balancedness.logger.setLevel(logging.INFO)
@@ -147,7 +121,7 @@ def check_agreement(all_seen: list[Seen]) -> None:
 
 @pytest.mark.parametrize("nodes", [(0, 0), (0, 0, 2)])
 def test_cycles_balance_the_load_and_all_ranks_agree(nodes: tuple[int, ...]) -> None:
-    all_seen = run_ranks(len(nodes), serve, 400, {}, {"nodes": nodes})
+    all_seen = run_ranks(len(nodes), serve, 400, {}, {"nodes": nodes, "cycles": 6})
     check_agreement(all_seen)
     uneven = (len(nodes), 2, nodes)  # three ranks on two nodes are planned as one node, with a warning
     assert [uneven in seen.lines for seen in all_seen] == [len(nodes) == 3] + [False] * (len(nodes) - 1)
@@ -165,8 +139,8 @@ def test_fault_of_the_planner_costs_one_cycle(mode: str) -> None:
         2,
         serve,
         2000,
-        {"max_failures": 10, "expert_heat_collection_interval": 4, "mode": mode},
-        {"policy": "misbehave", "cycles": 7},
+        {"max_failures": 10, "expert_heat_collection_interval": 4, "mode": mode, "planner_effort": "fast"},
+        {"policy": policies.misbehave, "cycles": 7},
     )
     check_agreement(all_seen)
     cycles = all_seen[0].stats.cycles
@@ -180,7 +154,7 @@ def test_fault_of_the_planner_costs_one_cycle(mode: str) -> None:
 
 def test_too_many_failures_switch_balancing_off_at_one_step() -> None:
     all_seen = run_ranks(
-        2, serve, 300, {"max_failures": 3, "expert_heat_collection_interval": 4}, {"policy": "always_fail"}
+        2, serve, 300, {"max_failures": 3, "expert_heat_collection_interval": 4}, {"policy": policies.always_fail}
     )
     check_agreement(all_seen)
     assert all_seen[0].phase == Phase.OFF.name
@@ -192,7 +166,7 @@ def test_too_many_failures_switch_balancing_off_at_one_step() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_that_cannot_prepare_drops_the_cycle_on_all(rank: int) -> None:
-    all_seen = run_ranks(2, serve, 500, {}, {"prepare_fails_on": rank})
+    all_seen = run_ranks(2, serve, 500, {}, {"prepare_fails_on": rank, "cycles": 3})
     check_agreement(all_seen)
     stats = all_seen[0].stats
     assert stats.cycles_failed == 1
@@ -212,7 +186,7 @@ def test_a_faster_rank_gets_more_load() -> None:
 
 
 def test_mode_observe_moves_nothing_and_predicts_par() -> None:
-    all_seen = run_ranks(2, serve, 120, {"mode": "observe", "log_balancedness_interval": 7}, {})
+    all_seen = run_ranks(2, serve, 80, {"mode": "observe", "log_balancedness_interval": 7}, {})
     check_agreement(all_seen)
     assert len(set(all_seen[0].history)) == 1
     stats = all_seen[0].stats
@@ -222,15 +196,15 @@ def test_mode_observe_moves_nothing_and_predicts_par() -> None:
     check_balancedness(all_seen, interval=7)
 
 
-@pytest.mark.parametrize("policy", ["plan_windows", "plan_request"])
-def test_plan_of_windows_reports_the_95th_percentile(policy: str) -> None:
+@pytest.mark.parametrize("policy", [policies.plan_windows, plan_request])
+def test_plan_of_windows_reports_the_95th_percentile(policy: Callable[[PlanRequest], Plan]) -> None:
     """The log line and the statistics have the percentile of a load series; a plan of one window has none."""
     all_seen = run_ranks(2, serve, 120, {}, {"policy": policy, "cycles": 1})
     check_agreement(all_seen)
     cycle = all_seen[0].stats.cycles[0]
     assert cycle.result == "done"
     told = [text for line in all_seen[0].lines for text in line if "p95 of windows" in str(text)]
-    if policy == "plan_request":
+    if policy is plan_request:
         assert (cycle.p95_before, cycle.p95_predicted, told) == (None, None, [])
         return
     before, after = cycle.p95_before.mean, cycle.p95_predicted.mean

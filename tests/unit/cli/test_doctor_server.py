@@ -26,6 +26,7 @@ MODEL = ROOT / "examples" / "tiny_moe"
 
 ASK = """
 import json, os, sys
+import vllm.engine.arg_utils, vllm.entrypoints.cli.serve, vllm.usage.usage_lib
 from vllm_ascend_eplb.cli.probe_server import ask_server
 for name, words in json.load(open(sys.argv[1])).items():
     if os.fork() == 0:  # a separate process, without seconds of imports
@@ -58,8 +59,7 @@ def settings(**eplb_config: object) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """vLLM's answers to command lines, by name. Only those that a selected test needs are asked, because each answer
-    takes seconds."""
+    """vLLM's answers to command lines, by name. Only those that a selected test needs are asked."""
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("asked")
     (folder / "serve.yaml").write_text(

@@ -11,9 +11,10 @@ from . import second_runner
 
 
 def __getattr__(name: str) -> Any:
+    base = base_of(__name__, name)  # before vLLM's import, which takes seconds: Python asks for __path__, too
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    return worker.balanced(resolve_obj_by_qualname(base_of(__name__, name)), take_over)
+    return worker.balanced(resolve_obj_by_qualname(base), take_over)
 
 
 def take_over() -> None:

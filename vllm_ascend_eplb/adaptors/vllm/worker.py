@@ -23,9 +23,10 @@ from .state import VllmEplbState
 
 
 def __getattr__(name: str) -> Any:
+    base = base_of(__name__, name)  # before vLLM's import, which takes seconds: Python asks for __path__, too
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    return balanced(resolve_obj_by_qualname(base_of(__name__, name)), take_over)
+    return balanced(resolve_obj_by_qualname(base), take_over)
 
 
 @functools.cache
