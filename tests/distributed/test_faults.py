@@ -55,6 +55,10 @@ class KillThePlannerInEachPhase(Fault):
     phases = (Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST, Phase.MOVE, Phase.COLLECT)
     cycles = len(phases) + 1
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        process_module.RESTART_SECONDS = (0.0,)
+
     def after(self) -> None:
         due = self.phases[self.cycle - 1] if 0 < self.cycle <= len(self.phases) else None
         if self.planner is not None and self.phase is due and getattr(self, "killed", 0) < self.cycle:
@@ -170,6 +174,10 @@ class TalkNonsense(Fault):
     policy = staticmethod(policies.talk_nonsense)
     cycles = 28
     most_steps = 6000
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        process_module.RESTART_SECONDS = (0.0,)
 
 
 def test_malformed_answer_of_a_planner_costs_one_cycle() -> None:
@@ -366,7 +374,7 @@ class Skewed(Fault):
 
     def before(self) -> None:
         if self.luck.random() < 0.05:
-            time.sleep(self.luck.random() / 5)
+            time.sleep(self.luck.random() / 20)
         if self.ranks.rank == 1 and self.cycle == 5 and self.phase is Phase.MOVE and not self.stopped:
             self.stopped = True
             signals = [

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.skipif(bool(REASON), reason=R
 ROOT = Path(__file__).parents[2]
 RANKS, PORT, STEPS = 3, 29600, 300
 SETTINGS = {"expert_heat_collection_interval": 10, "algorithm_execution_interval": 1}
-SECONDS_WITHOUT_LINK = 3
+SECONDS_WITHOUT_LINK = 2
 
 
 def run_on_two_hosts(

@@ -98,7 +98,8 @@ def test_exception_of_the_policy_is_an_answer(process):
     assert process.starts == 1
 
 
-def test_killed_child_is_replaced(process):
+def test_killed_child_is_replaced(process, monkeypatch):
+    monkeypatch.setattr("vllm_ascend_eplb.planning.process.RESTART_SECONDS", (0.0,))
     for number in (1, 3):
         process.submit(request(number, order=2))
         answer = wait_for_answer(process, number)
