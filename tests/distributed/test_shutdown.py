@@ -168,6 +168,8 @@ def test_server_ended_in_any_phase_leaves_nothing_of_ours(way: str, tmp_path: Pa
             assert list((own / "tmp").glob(f"{OWNED_FOLDER}*")) == [], phase
             assert left_semaphores(held.get(phase, set())) == [], phase
             kept = {path.name for path in own.iterdir()} - {"tmp", "said", "session", "rank0", "rank1"}
+            if "killed" in way:  # a process that is killed while it writes a map leaves its unfinished file
+                kept = {name for name in kept if not name.startswith((".map.json.", ".map.load.npz."))}
             assert kept == {"map.json", "map.load.npz"}, phase
     finally:
         process.kill()
