@@ -295,7 +295,7 @@ def sleep_and_update(ranks: Ranks, turns: int) -> Seen:
 
 @pytest.mark.parametrize("turns", [30, pytest.param(1000, marks=pytest.mark.soak)])
 def test_sleep_and_new_weights_alternate(turns: int) -> None:
-    first, second = run_ranks(2, sleep_and_update, turns)
+    first, second = run_ranks(2, sleep_and_update, turns, timeout=120 + 2 * turns)
     for seen in (first, second):
         assert seen.wrong == ""
         assert seen.history == first.history
