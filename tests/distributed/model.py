@@ -214,7 +214,9 @@ class Driver:
 
     def facts(self) -> Facts:
         phase, ready = self.state.phase, True
-        if phase in (Phase.REDUCE, Phase.BROADCAST):
+        if phase is Phase.SNAPSHOT:
+            ready = not self.channel.bulk_busy  # as in the balancer: a dropped cycle's broadcast may still be under way
+        elif phase in (Phase.REDUCE, Phase.BROADCAST):
             ready = self.bulk is not None and self.bulk.done()
             if ready and phase is Phase.BROADCAST and not self.rounds:
                 array = np.frombuffer(self.bulk.result(), dtype=np.int32).reshape(-1, 7)
