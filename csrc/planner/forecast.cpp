@@ -95,7 +95,7 @@ class Forecast {
     Forecast(const double* series, int windows, int layers, int experts, const bool* at_rest)
         : series_(series), windows_(windows), layers_(layers), experts_(experts) {
         for (int l = 0; l < layers; ++l)
-            if (at_rest == nullptr || !at_rest[l]) open_.push_back(l);
+            if (!at_rest[l]) open_.push_back(l);
         is_valid_ = measure();
         if (is_valid_) choose_tests();
     }

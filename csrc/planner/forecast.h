@@ -6,7 +6,7 @@ namespace eplb {
 
 // series [windows, layers, experts]: oldest window first; windows may differ in length. Sets load [layers, experts], in
 // tokens of a window of usual length, and variance, in the same unit squared; planning/forecast.py describes the
-// method. at_rest [layers], or null: layers that keep their placement under every forecast; all windows are added up
+// method. at_rest [layers]: layers that keep their placement under every forecast; all windows are added up
 // for them. Returns false if a load is negative or not finite.
 bool forecast(const double* series, int windows, int layers, int experts, const bool* at_rest, double* load,
               double* variance);

@@ -162,7 +162,8 @@ void Steadying::place(int slot, int expert) {
     add(r, old, -1.0F);
     if (old < shape_.experts) {
         int32_t* last = holders(old) + held_by_[old]--;
-        std::copy(std::find(holders(old), last, slot) + 1, last, std::find(holders(old), last, slot));
+        int32_t* left = std::find(holders(old), last, slot);
+        std::copy(left + 1, last, left);
         recount(old, count_[old] - 1);
     }
     if (expert < shape_.experts) {

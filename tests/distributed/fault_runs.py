@@ -14,6 +14,7 @@ from vllm_ascend_eplb.agreement.phases import AgreementError, Phase
 from vllm_ascend_eplb.balancer.start import build_updator
 from vllm_ascend_eplb.balancer.updator import EplbUpdator
 from vllm_ascend_eplb.observe.prometheus import EplbGauges
+from vllm_ascend_eplb.planning import process as process_module
 from vllm_ascend_eplb.planning.request import plan_request
 from vllm_ascend_eplb.settings.config import EplbConfig
 
@@ -60,6 +61,8 @@ class Fault:
     cycles = 4
     most_steps = 3000
     deadline = 300.0
+    restart_seconds: tuple[float, ...] = process_module.RESTART_SECONDS
+    """Pauses before the planner starts again."""
     damages = False
     """True if the fault changes weights itself."""
     settles = True
@@ -68,6 +71,7 @@ class Fault:
     def __init__(self, ranks: Ranks, updator: EplbUpdator, model: RoutingModel) -> None:
         self.ranks, self.updator, self.model = ranks, updator, model
         self.step = 0
+        process_module.RESTART_SECONDS = self.restart_seconds
 
     @property
     def phase(self) -> Phase:

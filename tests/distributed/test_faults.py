@@ -32,7 +32,6 @@ from vllm_ascend_eplb.balancer import rollout as rollout_module
 from vllm_ascend_eplb.balancer import start as start_module
 from vllm_ascend_eplb.balancer.start import start_balancer
 from vllm_ascend_eplb.planning import message as plan_message
-from vllm_ascend_eplb.planning import process as process_module
 from vllm_ascend_eplb.settings.config import EplbConfig
 from vllm_ascend_eplb.transfer.transport import Transport
 from vllm_ascend_eplb.values.placement import Placement
@@ -54,10 +53,7 @@ class KillThePlannerInEachPhase(Fault):
     policy = staticmethod(policies.plan_at_a_signal)
     phases = (Phase.SNAPSHOT, Phase.REDUCE, Phase.PLAN, Phase.BROADCAST, Phase.MOVE, Phase.COLLECT)
     cycles = len(phases) + 1
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        process_module.RESTART_SECONDS = (0.0,)
+    restart_seconds = (0.0,)
 
     def after(self) -> None:
         due = self.phases[self.cycle - 1] if 0 < self.cycle <= len(self.phases) else None
@@ -88,10 +84,10 @@ class KillThePlannerAgainAndAgain(Fault):
     policy = staticmethod(policies.never_answer)
     cycles = 100
     settles = False
+    restart_seconds = (0.0, 0.0, 0.0, 1e6)
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        process_module.RESTART_SECONDS = (0.0, 0.0, 0.0, 1e6)
         self.updator.parts.settings = replace(self.updator.parts.settings, least_plan_age=20)
         if self.planner is not None:
             threading.Thread(target=self.kill, daemon=True).start()
@@ -174,10 +170,7 @@ class TalkNonsense(Fault):
     policy = staticmethod(policies.talk_nonsense)
     cycles = 28
     most_steps = 6000
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        process_module.RESTART_SECONDS = (0.0,)
+    restart_seconds = (0.0,)
 
 
 def test_malformed_answer_of_a_planner_costs_one_cycle() -> None:
