@@ -55,7 +55,7 @@ class Size:
     settle: int
 
 
-FULL = Size(layers=24, requests=(16, 128, 512), steps=100, chunks=10, prompt=4096, chunk=8192, interval=300, settle=450)
+FULL = Size(layers=24, requests=(16, 128, 512), steps=100, chunks=30, prompt=4096, chunk=8192, interval=300, settle=450)
 TINY = Size(layers=2, requests=(2, 8), steps=60, chunks=2, prompt=64, chunk=128, interval=20, settle=60)
 
 SHAPE = {
@@ -168,9 +168,13 @@ def timed(engine: Any, prompts: list[list[int]], tokens: int) -> Iterator[tuple[
 
 
 def rates(times: list[float], tokens: int) -> dict[str, float]:
-    """Tokens a second of steps with ``tokens`` each, tokens a second of the median step, and the longest step."""
+    """Tokens a second of steps with ``tokens`` each, tokens a second of the median step, the longest step, and the time
+    of the step that one in ten is shorter than, and of the one that one in ten is longer than."""
     longest = max(range(len(times)), key=times.__getitem__)
+    by_length = sorted(times)
     return {
+        "short_ms": 1e3 * by_length[len(times) // 10],
+        "long_ms": 1e3 * by_length[-1 - len(times) // 10],
         "tokens_per_s": tokens * len(times) / sum(times),
         "median_tokens_per_s": tokens / statistics.median(times),
         "longest_ms": 1e3 * times[longest],

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from random import Random
 
 import pytest
 import torch.distributed as dist
@@ -61,18 +60,18 @@ def models(ranks: Ranks) -> list[RoutingModel]:
 
 
 class HeldBack(FaultyTransport):
-    """Starts every transfer up to 20 ms late. Without ``own_tags`` all messages have the same tag, whatever their model
-    and round."""
+    """Starts every transfer 50 ms late if ``late``. Without ``own_tags`` all messages have the same tag, whatever their
+    model and round."""
 
-    def __init__(self, real: Transport, seed: int, own_tags: bool) -> None:
+    def __init__(self, real: Transport, late: bool, own_tags: bool) -> None:
         super().__init__(real)
-        self.luck, self.own_tags = Random(seed), own_tags
+        self.late, self.own_tags = late, own_tags
 
     def issuing(self, serial: int) -> int:
         return serial if self.own_tags else 0
 
     def running(self) -> None:
-        time.sleep(0.02 * self.luck.random())
+        time.sleep(0.05 if self.late else 0.0)
 
 
 def serve_two(ranks: Ranks, cycles: int, own_tags: bool = True) -> Seen:
@@ -80,7 +79,8 @@ def serve_two(ranks: Ranks, cycles: int, own_tags: bool = True) -> Seen:
     both = models(ranks)
     updators = [start_balancer(model, CONFIG) for model in both]
     for number, updator in enumerate(updators):
-        interpose(updator.parts.loader, HeldBack, 2 * ranks.rank + number, own_tags)
+        # ranks begin with different models, so that messages of both cross
+        interpose(updator.parts.loader, HeldBack, (ranks.rank + number) % 2 == 1, own_tags)
     seen = Seen()
     while min(updator.state.cycle for updator in updators) <= cycles and len(seen.history) < 2000:
         for updator in updators:

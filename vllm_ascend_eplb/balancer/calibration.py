@@ -27,6 +27,9 @@ from ..values.step_cost import StepCost
 SECONDS = 5.0
 """All of it takes no longer, but for the first run of each point."""
 
+MOST_FIRST_SECONDS = 60.0
+"""First runs compile kernels, each kind once on a machine. After so long no more points are added."""
+
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 PARS = (1.0, 1.5, 2.5)
 SIGMA = 0.7
@@ -127,7 +130,7 @@ def calibrate(
         points += row
         measured += 1
         turn = sum(max(LEAST_MILLISECONDS, shortest[point][0] * runs.num_layers) for point in points) / 1e3
-        if clock.elapsed + LEAST_TURNS * turn > seconds:
+        if clock.elapsed + LEAST_TURNS * turn > seconds or clock.first > MOST_FIRST_SECONDS:
             break
     for turns in itertools.count(1):
         turn_began = clock.elapsed
@@ -294,12 +297,18 @@ class _Clock:
         self._device, self._group = device, group
         self._sleep = LEAST_SLEEP
         self._began = time.perf_counter()
-        self.elapsed = 0.0
-        """Seconds since the start, as agreed with the last measurement."""
+        self.elapsed = self.first = 0.0
+        """Seconds since the start without first runs, and those of first runs, as agreed with the last measurement."""
 
     def once(self, run: Callable[[], None]) -> None:
+        """The first run of its kind."""
+        self._agree(0.0)
+        before = self.elapsed
         run()
         self._wait()
+        self._agree(0.0)
+        self.first += self.elapsed - before
+        self.elapsed = before
 
     def milliseconds(self, run: Callable[[], None], times: int) -> float:
         if self._device.type == "cpu":
@@ -324,7 +333,7 @@ class _Clock:
             took, late = self._agree(start.elapsed_time(end), launched_late)
             if not late or self._sleep >= MOST_SLEEP:
                 return took
-            self._sleep *= 2
+            self._sleep += self._sleep // 2
 
     def _wait(self) -> None:
         if self._device.type != "cpu":
@@ -335,5 +344,6 @@ class _Clock:
         all_three = torch.tensor([milliseconds, time.perf_counter() - self._began, late], dtype=torch.float64)
         if self._group is not None:
             torch.distributed.all_reduce(all_three, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        longest, self.elapsed, any_late = all_three.tolist()
+        longest, since_start, any_late = all_three.tolist()
+        self.elapsed = since_start - self.first
         return longest, bool(any_late)

@@ -20,6 +20,10 @@ LEAST_RAISED, MOST_RAISED = 0.005, 0.2
 """Least and largest raised threshold, as fractions of MoE time."""
 
 
+LEFT_OVER = 0.1
+"""Part of what perfect balance would save that a plan may leave, where that can be measured at all."""
+
+
 EASES = 0.9
 """Factor on the threshold after a refused plan, so that a refused gain is tried again later."""
 
@@ -48,6 +52,7 @@ class PlanJudge:
         self.traffic = Traffic(np.ones(1), np.ones(1))
         self.steps = 1
         self._slots = 1
+        self._now: npt.ArrayLike = 1.0  # PAR of each layer in the last window
 
     def learn(self, cost: StepCost, rates: MoveRates, slots_per_rank: int) -> None:
         """Takes the measured times: plans are weighed in milliseconds from now on."""
@@ -58,10 +63,17 @@ class PlanJudge:
         return float(self.traffic.layer_ms(self.cost, par, self._slots).sum())
 
     def target_par(self, wanted: float) -> float:
-        """The PAR at which a layer is left as it is: ``wanted``, or the PAR below which nothing measurable is saved."""
+        """The PAR at which a layer is left as it is: ``wanted``, or the PAR below which nothing measurable is saved.
+
+        If perfect balance would save measurably more than the placement in force, a plan goes on to a part of that:
+        a plan that stopped short of it by all that cannot be measured would save too little to be carried out.
+        """
         if not self.cost.in_milliseconds:
             return wanted
-        return max(wanted, self.traffic.par_within(self.cost, self._slots))
+        now, balanced = (self.traffic.layer_ms(self.cost, par, self._slots).mean() for par in (self._now, 1.0))
+        more = float(now / balanced) - 1.0 if balanced > 0 else 0.0
+        tolerated = self.cost.noise if more <= self.cost.noise else min(self.cost.noise, LEFT_OVER * more)
+        return max(wanted, self.traffic.par_within(self.cost, self._slots, tolerated))
 
     def weigh(self, before: npt.ArrayLike, after: npt.ArrayLike, received_bytes: npt.ArrayLike = ()) -> Payoff:
         """The payoff of a plan that leads from PAR ``before`` [L] to ``after`` [L], with ``received_bytes`` [R]."""
@@ -122,6 +134,7 @@ class PlanJudge:
         """
         if traffic is not None:
             self.traffic = traffic
+        self._now = window.in_force.par
         last, self._before = self._before, None
         if last is None:
             return ""

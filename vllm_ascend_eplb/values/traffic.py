@@ -67,11 +67,11 @@ class Traffic:
         milliseconds = cost.layer_ms(self.tokens[used], pars[..., None], slots)
         return np.asarray(milliseconds @ (self.steps[used] / self.steps.sum()))
 
-    def par_within(self, cost: StepCost, slots: float) -> float:
-        """The largest PAR at which a layer takes no measurably longer time than with perfect balance."""
+    def par_within(self, cost: StepCost, slots: float, more: float) -> float:
+        """The largest PAR at which a layer takes at most the fraction ``more`` longer than with perfect balance."""
         pars = np.geomspace(1.0, LARGEST_PAR, 2049)
         ms = self.layer_ms(cost, pars, slots)
-        return float(pars[ms <= ms[0] * (1.0 + cost.noise)][-1])
+        return float(pars[ms <= ms[0] * (1.0 + more)][-1])
 
 
 def bucket_of(tokens: float) -> int:

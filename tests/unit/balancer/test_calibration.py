@@ -156,6 +156,46 @@ def test_calibration_keeps_its_time(machine: _Machine, monkeypatch: pytest.Monke
     assert 3 <= len(cost.tokens) < 8
 
 
+@pytest.mark.parametrize("seconds", [1.0, 10.0])
+def test_compiling_kernels_takes_nothing_from_the_grid(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """The first run of each number of tokens compiles a kernel. A grid that ended before the largest steps would take
+    what balancing saves there for what it saves in small ones."""
+    machine = _Machine(reading=0.04, computing=0.001)
+    monkeypatch.setattr(calibration, "time", machine)
+    compiled: set[int] = set()
+    exact = machine.milliseconds
+
+    def milliseconds(ids: torch.Tensor) -> float:
+        new = len(ids) not in compiled
+        compiled.add(len(ids))
+        return exact(ids) + 1e3 * seconds / 2 * new  # of each of the two layers
+
+    runs = machine.runs()
+
+    def prepare(ids: torch.Tensor) -> Callable[[], None]:
+        def run() -> None:
+            machine.now += 2 * milliseconds(ids) / 1e3
+
+        return run
+
+    cost = calibrate(
+        replace(runs, prepare=prepare),
+        num_ranks=RANKS,
+        rank=0,
+        slots_per_rank=SLOTS,
+        num_experts=EXPERTS,
+        group=None,
+        device=CPU,
+    )
+    if seconds == 1.0:
+        assert cost.tokens.tolist() == [1, 8, 32, 64, 128, 256, 512, 1024]
+        assert cost.layer_ms(1024, 2.5, 8) > 2.4 * cost.layer_ms(1024, 1.0, 8)
+    else:  # it is not waited for without end
+        assert calibration.MOST_FIRST_SECONDS < machine.now < calibration.MOST_FIRST_SECONDS + 20
+        assert 5 <= len(cost.tokens) <= 7
+    assert cost.layer_ms(64, 1.0, 8) < 1.0  # no time of a compilation is in it
+
+
 class _Gpu(_Machine):
     """A GPU that does not exist: the host launches a layer in a millisecond, and the device runs it when it has run all
     that was launched before."""

@@ -122,6 +122,21 @@ def test_layers_are_left_alone_where_it_saves_no_time() -> None:
     assert PlanJudge(0.01).target_par(1.02) == 1.02
 
 
+@given(st.floats(0.001, 0.3), st.floats(0.0, 4000.0))
+def test_plan_to_the_target_saves_what_can_be_measured(noise: float, tokens: float) -> None:
+    """A target as far from balance as measurements differ would leave plans that save less than that, and are refused."""
+    judge = measured(0.0, Traffic([1.0], [tokens]))
+    judge.learn(replace(FLAT_THEN_STEEP, noise=noise), MoveRates(), 8)
+    judge.window_ended(expert_window(SKEWED, BEFORE), BEFORE)  # PAR 1.8
+    target = judge.target_par(1.0)
+    available, saved = (judge.weigh([1.8], [par]).saved_fraction for par in (1.0, min(target, 1.8)))
+    if available > 1.5 * noise:
+        assert judge.refuses([1.8], [target]) == ""
+        assert saved > 0.85 * available
+    elif available < noise / (1.0 + noise):
+        assert target >= 1.8 * 0.99
+
+
 def test_last_plan_is_judged_by_time() -> None:
     """PAR fell by 0.8, but the traffic is decoding now and no time was saved, so the threshold rises."""
     judge = measured(0.0, PREFILL)

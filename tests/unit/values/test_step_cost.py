@@ -176,17 +176,17 @@ def test_traffic_of_bad_numbers_is_refused(steps: Any, tokens: Any) -> None:
 
 def test_par_that_costs_nothing_depends_on_the_traffic() -> None:
     """With 8 tokens per rank, a step is longer only beyond PAR 2, where the busiest rank has more than 16 tokens."""
-    assert Traffic([1], [8]).par_within(FLAT_THEN_STEEP, 8) > 2.0
-    assert Traffic([1], [512]).par_within(FLAT_THEN_STEEP, 8) < 1.02
+    assert Traffic([1], [8]).par_within(FLAT_THEN_STEEP, 8, 0.01) > 2.0
+    assert Traffic([1], [512]).par_within(FLAT_THEN_STEEP, 8, 0.01) < 1.02
     flat = StepCost([1], [1.0], [8], [[[0.3]]], noise=1.0)
-    assert Traffic([1], [1]).par_within(flat, 8) < LARGEST_PAR
-    assert Traffic([1], [1]).par_within(StepCost.proportional(), 8) == 1.0
+    assert Traffic([1], [1]).par_within(flat, 8, 0.0) < LARGEST_PAR
+    assert Traffic([1], [1]).par_within(StepCost.proportional(), 8, 0.0) == 1.0
 
 
 @given(step_costs(), st.lists(st.tuples(st.integers(0, 9), st.floats(0, 5000)), min_size=1, max_size=5))
 def test_par_that_costs_nothing_is_the_largest(cost: StepCost, kinds: list[tuple[int, float]]) -> None:
     traffic = Traffic(*map(list, zip(*kinds, strict=True)))
-    within = traffic.par_within(cost, 8)
+    within = traffic.par_within(cost, 8, cost.noise)
     perfect, there, beyond = traffic.layer_ms(cost, [1.0, within, within * 1.01], 8)
     assert there <= perfect * (1 + cost.noise)
     assert beyond >= perfect * (1 + cost.noise) * (1 - 1e-9) or within * 1.01 > LARGEST_PAR
