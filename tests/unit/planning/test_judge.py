@@ -124,7 +124,7 @@ def test_layers_are_left_alone_where_it_saves_no_time() -> None:
 
 @given(st.floats(0.001, 0.3), st.floats(0.0, 4000.0))
 def test_plan_to_the_target_saves_what_can_be_measured(noise: float, tokens: float) -> None:
-    """A target as far from balance as measurements differ would leave plans that save less than that, and are refused."""
+    """A target as far from balance as measurements differ would make plans that save less than that and are refused."""
     judge = measured(0.0, Traffic([1.0], [tokens]))
     judge.learn(replace(FLAT_THEN_STEEP, noise=noise), MoveRates(), 8)
     judge.window_ended(expert_window(SKEWED, BEFORE), BEFORE)  # PAR 1.8
