@@ -59,7 +59,7 @@ void append_segments(const OrderedMoves& ordered, const std::vector<double>& mov
 
 // A choice for a layer: some of its first groups, or another placement with its own moves; and its gain.
 struct Choice {
-    int moves;
+    int moves;            // that count towards the limit
     double gain;          // tokens
     const FewMoves* few;  // the placement; null: the first `groups` of the ordered moves
     int groups;
@@ -106,43 +106,62 @@ std::vector<char> crossing(const OrderedMoves& ordered, const int32_t* slots, Sh
     return crosses;
 }
 
-}  // namespace
+// All layers as they were searched for, one by one.
+struct Searched {
+    explicit Searched(int num_layers)
+        : layers(num_layers), ordered(num_layers), start_peak(num_layers, 0.0), steadied(num_layers, 0) {}
+    std::vector<std::unique_ptr<LayerPlanner>> layers;  // null where nothing is left to choose
+    std::vector<OrderedMoves> ordered;
+    std::vector<double> start_peak;
+    std::vector<char> steadied;
+};
 
-LayeredPlan plan_incremental(const double* load, const double* variance, const int32_t* slots, int num_layers,
-                             Shape shape, const Goal& goal) {
-    const auto begin = Clock::now();
-    std::vector<std::unique_ptr<LayerPlanner>> layers(num_layers);
-    std::vector<OrderedMoves> ordered(num_layers);
-    std::vector<double> start_peak(num_layers, 0.0);
-    std::vector<char> steadied(num_layers, 0);
-    Random seeds(goal.seed);
-    std::vector<uint64_t> layer_seed(num_layers);
-    for (uint64_t& seed : layer_seed) seed = seeds.next();
-    const auto begin_layer = [&](int l) {
-        const size_t row = static_cast<size_t>(l) * shape.experts;
-        // A layer without variance has constant load, so its plan need not age well.
-        const bool varies = variance != nullptr && std::any_of(variance + row, variance + row + shape.experts,
-                                                               [](double each) { return each > 0.0; });
-        layers[l] = std::make_unique<LayerPlanner>(load + row, varies ? variance + row : nullptr,
-                                                   slots + static_cast<size_t>(l) * shape.slots, shape, goal,
-                                                   goal.target[l], layer_seed[l]);
-        layers[l]->descend();
-    };
-    const bool few_moves = goal.max_moves >= 0 && goal.max_moves <= kMostMovesToChoose && goal.max_moves_per_rank < 0 &&
-                           goal.max_moves_between_nodes < 0;
-    const auto windows_of = [&](int l) {
+// The arguments of plan_incremental().
+struct Problem {
+    const double* load;
+    const double* variance;
+    const int32_t* slots;
+    int num_layers;
+    Shape shape;
+
+    const int32_t* slots_of(int l) const { return slots + static_cast<size_t>(l) * shape.slots; }
+    double mean_load(int l) const {
+        const double* row = load + static_cast<size_t>(l) * shape.experts;
+        return std::accumulate(row, row + shape.experts, 0.0) / shape.ranks;
+    }
+    Windows windows_of(int l, const Goal& goal) const {
         std::vector<const double*> loads;
         for (int t = 0; t < goal.windows; ++t)
             loads.push_back(goal.series + (static_cast<size_t>(t) * num_layers + l) * shape.experts);
         return Windows(shape, std::move(loads), goal.speed);
-    };
-    const auto order_layer = [&](int l) {
-        ordered[l] = layers[l]->order(windows_of(l), goal.windows > 0 ? goal.highest[l] : 0.0);
-        start_peak[l] = layers[l]->start_peak();
-        steadied[l] = layers[l]->steadied();
+    }
+    void order(int l, const Goal& goal, Searched& found) const {
+        found.ordered[l] = found.layers[l]->order(windows_of(l, goal), goal.windows > 0 ? goal.highest[l] : 0.0);
+        found.start_peak[l] = found.layers[l]->start_peak();
+        found.steadied[l] = found.layers[l]->steadied();
+    }
+};
+
+// Searches for a placement of each layer. `few_moves`: whether layers are kept that have others with fewer moves.
+Searched search_layers(const Problem& problem, const Goal& goal, bool few_moves) {
+    const auto begin = Clock::now();
+    const auto [load, variance, slots, num_layers, shape] = problem;
+    Searched found(num_layers);
+    std::vector<std::unique_ptr<LayerPlanner>>& layers = found.layers;
+    Random seeds(goal.seed);
+    std::vector<uint64_t> layer_seed(num_layers);
+    for (uint64_t& seed : layer_seed) seed = seeds.next();
+    const auto begin_layer = [&, load = load, variance = variance, shape = shape](int l) {
+        const size_t row = static_cast<size_t>(l) * shape.experts;
+        // A layer without variance has constant load, so its plan need not age well.
+        const bool varies = variance != nullptr && std::any_of(variance + row, variance + row + shape.experts,
+                                                               [](double each) { return each > 0.0; });
+        layers[l] = std::make_unique<LayerPlanner>(load + row, varies ? variance + row : nullptr, problem.slots_of(l),
+                                                   shape, goal, goal.target[l], layer_seed[l]);
+        layers[l]->descend();
     };
     const auto finish_layer = [&](int l) {
-        order_layer(l);
+        problem.order(l, goal, found);
         if (!few_moves || layers[l]->with_fewer_moves().empty()) layers[l].reset();
     };
     // What is at its target in every window is so in their sum, and keeps its placement.
@@ -186,11 +205,68 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
             finish_layer(l);
         });
     }
+    return found;
+}
 
-    const auto mean_load = [&](int l) {
-        const double* row = load + static_cast<size_t>(l) * shape.experts;
-        return std::accumulate(row, row + shape.experts, 0.0) / shape.ranks;
+// Brings the moves between nodes of `found` within their limit. Each layer has some of its moves, or those of a search
+// within the nodes; the sum of gains is the greatest.
+void stay_within(const Problem& problem, const Goal& goal, Searched& found) {
+    const int64_t limit = goal.max_moves_between_nodes;
+    const int64_t unit = (limit + kMostMovesToChoose - 1) / kMostMovesToChoose;  // moves that are counted as one
+    std::vector<std::vector<Choice>> choices(problem.num_layers);
+    int64_t far_in_all = 0;
+    const auto gain = [&](const Searched& of, int l, const Group& group) {  // of equal gains that with fewer moves
+        return (of.start_peak[l] - group.peak - 1e-6 * group.end) * problem.mean_load(l);
     };
+    for (int l = 0; l < problem.num_layers; ++l) {
+        const OrderedMoves& ordered = found.ordered[l];
+        const std::vector<char> crosses = crossing(ordered, problem.slots_of(l), problem.shape, goal.nodes);
+        int far = 0, begin = 0;
+        for (int g = 0; g < static_cast<int>(ordered.groups.size()); ++g) {
+            const Group& group = ordered.groups[g];
+            far += static_cast<int>(std::count(crosses.begin() + begin, crosses.begin() + group.end, 1));
+            begin = group.end;
+            choices[l].push_back({static_cast<int>((far + unit - 1) / unit), gain(found, l, group), nullptr, g + 1});
+        }
+        far_in_all += far;
+    }
+    if (far_in_all <= limit) return;
+    Goal near_goal = goal;
+    near_goal.stay_near = true;
+    near_goal.thorough = false;
+    Searched near = search_layers(problem, near_goal, false);
+    constexpr int kNear = -1;
+    for (int l = 0; l < problem.num_layers; ++l)
+        if (!near.ordered[l].groups.empty())
+            choices[l].push_back({0, gain(near, l, near.ordered[l].groups.back()), nullptr, kNear});
+    const std::vector<int> chosen = choose_within(choices, limit / unit);
+    for (int l = 0; l < problem.num_layers; ++l) {
+        const int groups = chosen[l] < 0 ? 0 : choices[l][chosen[l]].groups;
+        if (groups == kNear) {
+            found.ordered[l] = std::move(near.ordered[l]);
+            found.start_peak[l] = near.start_peak[l];
+            found.steadied[l] = near.steadied[l];
+            continue;
+        }
+        found.ordered[l].groups.resize(groups);
+        found.ordered[l].moves.resize(groups == 0 ? 0 : found.ordered[l].groups.back().end);
+    }
+}
+
+}  // namespace
+
+LayeredPlan plan_incremental(const double* load, const double* variance, const int32_t* slots, int num_layers,
+                             Shape shape, const Goal& goal) {
+    const Problem problem{load, variance, slots, num_layers, shape};
+    const bool few_moves = goal.max_moves >= 0 && goal.max_moves <= kMostMovesToChoose && goal.max_moves_per_rank < 0 &&
+                           goal.max_moves_between_nodes < 0;
+    Searched found = search_layers(problem, goal, few_moves);
+    if (goal.max_moves_between_nodes > 0 && !goal.stay_near) stay_within(problem, goal, found);
+    std::vector<std::unique_ptr<LayerPlanner>>& layers = found.layers;
+    std::vector<OrderedMoves>& ordered = found.ordered;
+    const std::vector<double>& start_peak = found.start_peak;
+    const std::vector<char>& steadied = found.steadied;
+
     int64_t wanted = 0;
     for (const OrderedMoves& of_layer : ordered) wanted += static_cast<int64_t>(of_layer.moves.size());
     const bool choosing = std::any_of(layers.begin(), layers.end(), [](const auto& layer) { return layer != nullptr; });
@@ -199,11 +275,11 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
         for (int l = 0; l < num_layers; ++l) {
             for (int g = 0; g < static_cast<int>(ordered[l].groups.size()); ++g) {
                 const Group& group = ordered[l].groups[g];
-                choices[l].push_back({group.end, (start_peak[l] - group.peak) * mean_load(l), nullptr, g + 1});
+                choices[l].push_back({group.end, (start_peak[l] - group.peak) * problem.mean_load(l), nullptr, g + 1});
             }
             if (layers[l] == nullptr || steadied[l]) continue;
             for (const FewMoves& few : layers[l]->with_fewer_moves())
-                choices[l].push_back({few.cost, (start_peak[l] - few.peak) * mean_load(l), &few, 0});
+                choices[l].push_back({few.cost, (start_peak[l] - few.peak) * problem.mean_load(l), &few, 0});
         }
         const std::vector<int> chosen = choose_within(choices, goal.max_moves);
         for (int l = 0; l < num_layers; ++l) {
@@ -214,7 +290,7 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
             const Choice& choice = choices[l][chosen[l]];
             if (choice.few != nullptr) {
                 layers[l]->take(choice.few->slots);
-                order_layer(l);
+                problem.order(l, goal, found);
             } else {
                 ordered[l].groups.resize(choice.groups);
                 ordered[l].moves.resize(choice.moves);
@@ -225,10 +301,10 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
     std::vector<Segment> segments;
     std::vector<std::vector<char>> crosses(num_layers);
     for (int l = 0; l < num_layers; ++l) {
-        crosses[l] = crossing(ordered[l], slots + static_cast<size_t>(l) * shape.slots, shape, goal.nodes);
+        crosses[l] = crossing(ordered[l], problem.slots_of(l), shape, goal.nodes);
         std::vector<double> cost;
         for (const char far : crosses[l]) cost.push_back(far ? goal.far_cost : 1.0);
-        append_segments(ordered[l], cost, l, start_peak[l], mean_load(l), segments);
+        append_segments(ordered[l], cost, l, start_peak[l], problem.mean_load(l), segments);
     }
     std::stable_sort(segments.begin(), segments.end(),
                      [](const Segment& a, const Segment& b) { return a.slope() > b.slope(); });
@@ -276,7 +352,7 @@ LayeredPlan plan_incremental(const double* load, const double* variance, const i
     for (size_t i = 0; i < plan.moves.size(); i += 4) moves[plan.moves[i]] = 1;
     for (int l = 0; l < num_layers; ++l) {
         const int32_t* after = &plan.slots[static_cast<size_t>(l) * shape.slots];
-        plan.p95_of_windows.push_back(moves[l] ? percentile95(windows_of(l).pars(after)) : goal.p95[l]);
+        plan.p95_of_windows.push_back(moves[l] ? percentile95(problem.windows_of(l, goal).pars(after)) : goal.p95[l]);
     }
     return plan;
 }
