@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -20,8 +21,8 @@ class DomainResult:
 
     Attributes:
         par_before: in the first window of the domain, with the placement that the previous domain left.
-        par_after: in its last window.
-        par_without: in the same last window, with the start placement.
+        par_after: in its last window, or in the mean of all but the first.
+        par_without: the same with the start placement.
     """
 
     domain: str
@@ -39,8 +40,13 @@ class DomainResult:
     par_by_window: list[float]
 
     @classmethod
-    def of(cls, domain: str, records: list[CycleRecord], tally: Tally, steps: int, seconds: float) -> DomainResult:
+    def of(
+        cls, domain: str, records: list[CycleRecord], tally: Tally, steps: int, seconds: float, few_tokens: bool = False
+    ) -> DomainResult:
+        """``few_tokens``: whether windows differ by chance, because they have few tokens. PAR after, and without moves,
+        is then the mean of all windows but the first, instead of the last one's."""
         measured = [record for record in records if record.par is not None]
+        later = measured[1:] if few_tokens else measured[-1:]
         return cls(
             domain=domain,
             windows=len(measured),
@@ -52,8 +58,8 @@ class DomainResult:
             tokens_compared=tally.tokens_compared,
             tokens_equal=tally.tokens_equal,
             par_before=_par(measured[0].par) if measured else None,
-            par_after=_par(measured[-1].par) if len(measured) > 1 else None,
-            par_without=_par(measured[-1].par_start) if measured else None,
+            par_after=_mean([record.par for record in later]) if len(measured) > 1 else None,
+            par_without=_mean([record.par_start for record in later]),
             par_by_window=[round(record.par.mean, 4) for record in measured if record.par],
         )
 
@@ -69,7 +75,7 @@ class Summary:
     seconds: dict[str, float]
     first_difference: str = ""
     against_start: bool = False
-    """Whether the last window must be better than with the start placement, instead of better than the first."""
+    """Whether PAR must be lower than with the start placement, instead of lower than in the first window."""
     failures: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -176,6 +182,13 @@ class Summary:
 
 def _par(par: Par | None) -> dict[str, float] | None:
     return None if par is None else {"mean": round(par.mean, 4), "worst": round(par.worst, 4)}
+
+
+def _mean(pars: list[Par | None]) -> dict[str, float] | None:
+    known = [par for par in pars if par is not None]
+    if not known:
+        return None
+    return _par(Par(mean=fmean(par.mean for par in known), worst=fmean(par.worst for par in known)))
 
 
 def _show(par: dict[str, float] | None) -> str:

@@ -16,7 +16,7 @@ from examples.demo.view import View
 from examples.tiny_moe.expert_load import domains, read_prompts
 from tests.windows import rank_window
 from vllm_ascend_eplb.observe.keeper import StatsKeeper
-from vllm_ascend_eplb.observe.stats import EplbStats
+from vllm_ascend_eplb.observe.stats import EplbStats, Par
 
 SKEWED, EVEN = [[30.0, 10.0]], [[20.0, 20.0]]
 
@@ -87,6 +87,25 @@ def test_every_fault_is_a_failure() -> None:
     for text, made in bad.items():
         assert any(text in failure for failure in made.failures), text
         assert made.to_dict()["ok"] is False
+
+
+def test_windows_of_few_tokens_are_judged_together() -> None:
+    """One window that a start placement suits better by chance says nothing of the others."""
+    stats = good_stats()
+    changed = [
+        stats.cycles[0].model_copy(
+            update={"par": Par(mean=par, worst=par), "par_start": Par(mean=start, worst=start)},
+        )
+        for par, start in ((1.1, 1.1), (1.01, 1.06), (1.01, 1.06), (1.05, 1.04))
+    ]
+    tally = Tally()
+    tally.compare(0, [1], [1])
+    last, together = (
+        DomainResult.of("english", changed, tally, 200, 5.0, few_tokens=few_tokens) for few_tokens in (False, True)
+    )
+    for result, fell in ((last, False), (together, True)):
+        made = Summary(2, {}, [result], stats, {"vllm_eplb_experts_moved": 4.0}, [], {}, against_start=True)
+        assert ("english: PAR did not fall" not in made.failures) is fell
 
 
 def test_last_window_can_be_compared_with_the_start_placement() -> None:
