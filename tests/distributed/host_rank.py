@@ -18,6 +18,7 @@ import torch.distributed as dist
 from vllm_ascend_eplb.agreement.exchange import StartError, exchange_bytes
 from vllm_ascend_eplb.balancer.start import start_balancer
 from vllm_ascend_eplb.balancer.updator import EplbUpdator
+from vllm_ascend_eplb.files.disk import write_atomic
 from vllm_ascend_eplb.settings.config import EplbConfig
 from vllm_ascend_eplb.transfer.transport import Transport
 from vllm_ascend_eplb.values.topology import Topology, host_identity
@@ -79,7 +80,7 @@ def serve(model: RoutingModel, updator: EplbUpdator, folder: Path, steps: int) -
         history.append([updator.state.phase.name, updator.placement.digest])
         wrong = wrong or model.slots.wrong(updator.placement)
         dist.barrier()
-        (folder / f"step{model.rank}").write_text(str(step))
+        write_atomic(folder / f"step{model.rank}", str(step).encode())
         settle(updator)
     stats = updator.stats.stats()
     updator.close()
