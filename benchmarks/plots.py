@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the figures of README and guide from the results in ``benchmarks/results``.
+"""Draws the figure of README and guide from ``benchmarks/results/virtual_ep_h200.csv``.
 
-    python -m benchmarks.plots                 # writes docs/images/planner.svg
+    python -m benchmarks.plots                 # writes docs/images/layer_time.svg
 
 Needs matplotlib (docs/requirements.txt). The same results give the same file, byte for byte.
 """
@@ -9,92 +9,72 @@ Needs matplotlib (docs/requirements.txt). The same results give the same file, b
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterable
+import csv
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
-PANELS = (
-    ("32 ranks, 288 slots per layer", "EP32/288 prefill 1K to decode"),
-    ("64 ranks, 320 slots per layer", "EP64/320 prefill 1K to decode"),
+PANELS = {"DeepSeek-V3 EP32": "DeepSeek-V3, 32 ranks", "DeepSeek-V3 EP64": "DeepSeek-V3, 64 ranks"}
+"""Title of a panel by scenario of the results. Redundant slots are one per rank."""
+
+STEPS = (*(("decode", tokens) for tokens in (8, 32, 64, 128, 256, 512)), ("prefill", 1024), ("prefill", 4096))
+"""Stage, and tokens per rank."""
+
+LINES = (
+    ("default", True, "vLLM's algorithm, 1 redundant slot per rank", "#d55e00", "s"),
+    ("ours", False, "this package, no redundant slots", "#56b4e9", "o"),
+    ("ours", True, "this package, 1 redundant slot per rank", "#0072b2", "D"),
+    ("perfect", False, "perfect balance", "#777777", "x"),
 )
-"""Title of a panel, and what the names of its cases begin with; a case is one target PAR."""
-
-PEERS = {
-    "stay": ("no balancing", "#777777", "X"),
-    "vllm": ("vLLM (DeepSeek's algorithm)", "#d55e00", "s"),
-}
-"""Policies of the part ``plans`` that are drawn as one point."""
-
-OURS = {
-    "fast": ("incremental, effort fast", "#56b4e9", "o"),
-    "thorough": ("incremental, effort thorough", "#0072b2", "D"),
-}
-"""Parts of the results that hold this package's plans, one point per target PAR, joined by a line."""
+"""Mode of the results, whether there are redundant slots, label, colour and marker."""
 
 
-def _mean_par(row: dict[str, Any]) -> float:
-    """Mean PAR over the layers of a row of ``fast`` (with a prefix) or ``thorough``."""
-    return float(next(value for key, value in row.items() if key.endswith("par mean, worst"))[0])
+def layer_ms(rows: Sequence[dict[str, str]], scenario: str, mode: str, redundant: int) -> list[float]:
+    """Milliseconds of a layer's slowest rank in each of ``STEPS``, mean over layers and draws."""
+    times = []
+    for stage, tokens in STEPS:
+        asked = {"scenario": scenario, "stage": stage, "tokens": str(tokens), "mode": mode, "redundant": str(redundant)}
+        times.append(statistics.fmean(float(row["ms"]) for row in rows if asked.items() <= row.items()))
+    return times
 
 
-def _moves(row: dict[str, Any]) -> int:
-    return int(row["moves"] if "moves" in row else row["fast moves"])
-
-
-def _of(rows: Iterable[dict[str, Any]], case: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row["case"].startswith(case)]
-
-
-def draw_planner(results: dict[str, Any], path: Path) -> None:
-    """PAR against experts moved when load changes, for this package's planner and its peers.
+def draw_layer_time(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Time of an MoE layer relative to no balancing, by tokens per rank.
 
     Args:
-        results: content of ``planner_cpu.json``, as ``benchmarks.planner_checks --json`` writes it.
+        rows: of ``virtual_ep_h200.csv``, as ``benchmarks.virtual_ep`` writes it.
         path: of the SVG file.
     """
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "planner", "font.size": 9})
+    matplotlib.rcParams.update({"svg.hashsalt": "layer time", "font.size": 9})
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(PANELS), figsize=(9.6, 3.5), sharey=True, layout="constrained")
-    for axes, (title, case) in zip(panels, PANELS, strict=True):
-        for name, (label, colour, marker) in PEERS.items():
-            row = next(row for row in _of(results["plans"]["rows"], case) if row["policy"] == name)
-            axes.scatter(row["moves"], row["par_mean"], c=colour, marker=marker, s=55, label=label, zorder=3)
-            axes.annotate(
-                f"{row['moves']:,} moved\nPAR {row['par_mean']:.3f}",
-                (row["moves"], row["par_mean"]),
-                xytext=(8, -4) if not row["moves"] else (-4, 10),
-                textcoords="offset points",
-                ha="left" if not row["moves"] else "right",
-                va="top" if not row["moves"] else "bottom",
-            )
-        for part, (label, colour, marker) in OURS.items():
-            rows = sorted(_of(results[part]["rows"], case), key=_moves)
-            points = [(_moves(row), _mean_par(row)) for row in rows]
-            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, label=label, zorder=3)
-        least = min(_of(results["thorough"]["rows"], case), key=_mean_par)
-        axes.annotate(
-            f"{_moves(least):,} moved\nPAR {_mean_par(least):.3f}",
-            (_moves(least), _mean_par(least)),
-            xytext=(10, 14),
-            textcoords="offset points",
-            va="bottom",
-        )
+    for axes, (scenario, title) in zip(panels, PANELS.items(), strict=True):
+        num_ranks = int(scenario.rpartition("EP")[2])
+        none = layer_ms(rows, scenario, "none", 0)
+        axes.axhline(1.0, color="black", linewidth=0.8, label="no balancing")
+        for mode, redundant, label, colour, marker in LINES:
+            times = layer_ms(rows, scenario, mode, num_ranks if redundant else 0)
+            relative = [ms / alone for ms, alone in zip(times, none, strict=True)]
+            axes.plot(relative, color=colour, marker=marker, markersize=5, label=label)
+            if mode == "ours" and redundant:
+                axes.annotate(f"{relative[-1]:.2f}", (len(STEPS) - 1, relative[-1]), xytext=(6, 4),
+                              textcoords="offset points")  # fmt: skip
+        axes.set_xticks(range(len(STEPS)), [f"{tokens:,}" for _, tokens in STEPS])
+        axes.axvline(len(STEPS) - 2.5, color="#bbbbbb", linewidth=0.8, linestyle=":")
         axes.set_title(title)
-        axes.set_xlabel("experts moved, all 58 layers")
-        axes.set_xlim(-600, None)
-        axes.set_ylim(0.98, None)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_xlabel("tokens per rank and step: decode | prefill")
+        axes.set_ylim(0.0, 1.35)
+        axes.margins(x=0.08)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("PAR of rank load, mean of layers")
-    panels[0].legend(loc="upper right", frameon=False)
+    panels[0].set_ylabel("time of an MoE layer\nrelative to no balancing")
+    panels[0].legend(loc="lower left", frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -103,11 +83,12 @@ def draw_planner(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--results", type=Path, default=RESULTS / "planner_cpu.json", help="of benchmarks.planner_checks"
+        "--results", type=Path, default=RESULTS / "virtual_ep_h200.csv", help="of benchmarks.virtual_ep"
     )
-    parser.add_argument("--output", type=Path, default=IMAGES / "planner.svg", help="where the figure goes")
+    parser.add_argument("--output", type=Path, default=IMAGES / "layer_time.svg", help="where the figure goes")
     arguments = parser.parse_args()
-    draw_planner(json.loads(arguments.results.read_text(encoding="utf-8")), arguments.output)
+    with arguments.results.open(newline="", encoding="utf-8") as file:
+        draw_layer_time(list(csv.DictReader(file)), arguments.output)
 
 
 if __name__ == "__main__":
