@@ -145,19 +145,20 @@ struct Problem {
 // Searches for a placement of each layer. `few_moves`: whether layers are kept that have others with fewer moves.
 Searched search_layers(const Problem& problem, const Goal& goal, bool few_moves) {
     const auto begin = Clock::now();
-    const auto [load, variance, slots, num_layers, shape] = problem;
+    const int num_layers = problem.num_layers;
     Searched found(num_layers);
     std::vector<std::unique_ptr<LayerPlanner>>& layers = found.layers;
     Random seeds(goal.seed);
     std::vector<uint64_t> layer_seed(num_layers);
     for (uint64_t& seed : layer_seed) seed = seeds.next();
-    const auto begin_layer = [&, load = load, variance = variance, shape = shape](int l) {
-        const size_t row = static_cast<size_t>(l) * shape.experts;
+    const auto begin_layer = [&](int l) {
+        const size_t row = static_cast<size_t>(l) * problem.shape.experts;
+        const double* variance = problem.variance == nullptr ? nullptr : problem.variance + row;
         // A layer without variance has constant load, so its plan need not age well.
-        const bool varies = variance != nullptr && std::any_of(variance + row, variance + row + shape.experts,
+        const bool varies = variance != nullptr && std::any_of(variance, variance + problem.shape.experts,
                                                                [](double each) { return each > 0.0; });
-        layers[l] = std::make_unique<LayerPlanner>(load + row, varies ? variance + row : nullptr, problem.slots_of(l),
-                                                   shape, goal, goal.target[l], layer_seed[l]);
+        layers[l] = std::make_unique<LayerPlanner>(problem.load + row, varies ? variance : nullptr, problem.slots_of(l),
+                                                   problem.shape, goal, goal.target[l], layer_seed[l]);
         layers[l]->descend();
     };
     const auto finish_layer = [&](int l) {
