@@ -28,7 +28,7 @@ def errors(cases_path: Path, folder: Path, machine: str) -> dict[str, list[float
         ValueError: the two are not of one run.
     """
     scenarios, cases = read_cases(cases_path)
-    rows = iter(read_rows(folder))
+    rows = iter(read_rows(folder / "virtual_ep.csv"))
     endless = replace(MACHINES[machine], link=1e30, link_between=1e30)
     models = {}
     for scenario in scenarios:

@@ -3,45 +3,36 @@
 
     python -m benchmarks.plots                 # writes docs/images/layer_time.svg
 
-Needs matplotlib (docs/requirements.txt). The same results give the same file, byte for byte.
+Needs matplotlib. The same results give the same file, byte for byte.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from benchmarks.virtual_ep import read_rows, table
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
-PANELS = {"DeepSeek-V3 EP32": "DeepSeek-V3, 32 ranks", "DeepSeek-V3 EP64": "DeepSeek-V3, 64 ranks"}
-"""Title of a panel by scenario of the results. Redundant slots are one per rank."""
+PANELS = {"DeepSeek-V3 EP32": ("DeepSeek-V3, 32 ranks", 8), "DeepSeek-V3 EP64": ("DeepSeek-V3, 64 ranks", 4)}
+"""Title of a panel, and slots of a rank without redundancy, by scenario of the results."""
 
 STEPS = (*(("decode", tokens) for tokens in (8, 32, 64, 128, 256, 512)), ("prefill", 1024), ("prefill", 4096))
 """Stage, and tokens per rank."""
 
 LINES = (
-    ("default", True, "vLLM's algorithm, 1 redundant slot per rank", "#d55e00", "s"),
-    ("ours", False, "this package, no redundant slots", "#56b4e9", "o"),
-    ("ours", True, "this package, 1 redundant slot per rank", "#0072b2", "D"),
-    ("perfect", False, "perfect balance", "#777777", "x"),
+    ("default", 1, "vLLM's algorithm, 1 redundant slot per rank", "#d55e00", "s"),
+    ("ours", 0, "this package, no redundant slots", "#56b4e9", "o"),
+    ("ours", 1, "this package, 1 redundant slot per rank", "#0072b2", "D"),
+    ("perfect", 0, "perfect balance", "#777777", "x"),
 )
-"""Mode of the results, whether there are redundant slots, label, colour and marker."""
+"""Mode of the results, redundant slots of a rank, label, colour and marker."""
 
 
-def layer_ms(rows: Sequence[dict[str, str]], scenario: str, mode: str, redundant: int) -> list[float]:
-    """Milliseconds of a layer's slowest rank in each of ``STEPS``, mean over layers and draws."""
-    times = []
-    for stage, tokens in STEPS:
-        asked = {"scenario": scenario, "stage": stage, "tokens": str(tokens), "mode": mode, "redundant": str(redundant)}
-        times.append(statistics.fmean(float(row["ms"]) for row in rows if asked.items() <= row.items()))
-    return times
-
-
-def draw_layer_time(rows: Sequence[dict[str, str]], path: Path) -> None:
+def draw_layer_time(rows: list[dict[str, Any]], path: Path) -> None:
     """Time of an MoE layer relative to no balancing, by tokens per rank.
 
     Args:
@@ -55,13 +46,13 @@ def draw_layer_time(rows: Sequence[dict[str, str]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(PANELS), figsize=(9.6, 3.5), sharey=True, layout="constrained")
-    for axes, (scenario, title) in zip(panels, PANELS.items(), strict=True):
-        num_ranks = int(scenario.rpartition("EP")[2])
-        none = layer_ms(rows, scenario, "none", 0)
+    tables = table(rows)
+    for axes, (scenario, (title, slots)) in zip(panels, PANELS.items(), strict=True):
+        steps = [tables[scenario][step] for step in STEPS]
         axes.axhline(1.0, color="black", linewidth=0.8, label="no balancing")
         for mode, redundant, label, colour, marker in LINES:
-            times = layer_ms(rows, scenario, mode, num_ranks if redundant else 0)
-            relative = [ms / alone for ms, alone in zip(times, none, strict=True)]
+            way = f"{mode}, {slots + redundant} slots"
+            relative = [ms[way] / ms[f"none, {slots} slots"] for ms in steps]
             axes.plot(relative, color=colour, marker=marker, markersize=5, label=label)
             if mode == "ours" and redundant:
                 axes.annotate(f"{relative[-1]:.2f}", (len(STEPS) - 1, relative[-1]), xytext=(6, 4),
@@ -87,8 +78,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=IMAGES / "layer_time.svg", help="where the figure goes")
     arguments = parser.parse_args()
-    with arguments.results.open(newline="", encoding="utf-8") as file:
-        draw_layer_time(list(csv.DictReader(file)), arguments.output)
+    draw_layer_time(read_rows(arguments.results), arguments.output)
 
 
 if __name__ == "__main__":

@@ -218,9 +218,9 @@ def measure(arguments: argparse.Namespace) -> int:
     return 0 if written else 1
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a folder's CSV, numbers as numbers."""
-    with (folder / "virtual_ep.csv").open(newline="") as file:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV, numbers as numbers."""
+    with path.open(newline="") as file:
         texts = ("scenario", "stage", "mode")
         return [
             {name: value if name in texts else float(value) for name, value in row.items()}
@@ -298,7 +298,7 @@ def step_cost_error(rows: list[dict[str, Any]]) -> tuple[list[float], dict[str, 
 
 def report(arguments: argparse.Namespace) -> int:
     """The command ``report``: Markdown tables, how well expectations predict, and a plot."""
-    rows = read_rows(arguments.folder)
+    rows = read_rows(arguments.folder / "virtual_ep.csv")
     tables = table(rows)
     for scenario, steps in tables.items():
         ways = list(next(iter(steps.values())))

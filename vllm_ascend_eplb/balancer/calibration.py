@@ -333,7 +333,7 @@ class _Clock:
             took, late = self._agree(start.elapsed_time(end), launched_late)
             if not late or self._sleep >= MOST_SLEEP:
                 return took
-            self._sleep += self._sleep // 2
+            self._sleep = min(MOST_SLEEP, self._sleep + self._sleep // 2)
 
     def _wait(self) -> None:
         if self._device.type != "cpu":

@@ -52,7 +52,7 @@ class PlanJudge:
         self.traffic = Traffic(np.ones(1), np.ones(1))
         self.steps = 1
         self._slots = 1
-        self._now: npt.ArrayLike = 1.0  # PAR of each layer in the last window
+        self._now = np.ones(1)  # PAR of each layer in the last window
 
     def learn(self, cost: StepCost, rates: MoveRates, slots_per_rank: int) -> None:
         """Takes the measured times: plans are weighed in milliseconds from now on."""
@@ -70,8 +70,8 @@ class PlanJudge:
         """
         if not self.cost.in_milliseconds:
             return wanted
-        now, balanced = (self.traffic.layer_ms(self.cost, par, self._slots).mean() for par in (self._now, 1.0))
-        more = float(now / balanced) - 1.0 if balanced > 0 else 0.0
+        now, balanced = (self.moe_ms(par) for par in (self._now, np.ones_like(self._now)))
+        more = now / balanced - 1.0 if balanced > 0 else 0.0
         tolerated = self.cost.noise if more <= self.cost.noise else min(self.cost.noise, LEFT_OVER * more)
         return max(wanted, self.traffic.par_within(self.cost, self._slots, tolerated))
 

@@ -88,14 +88,14 @@ class _Machine:
 
     def runs(self, most_rows: int = 4096, sharers: int = RANKS) -> LayerRuns:
         def prepare(ids: torch.Tensor) -> Callable[[], None]:
-            seconds = 2 * self.milliseconds(ids) / 1e3  # two layers
-
-            def run() -> None:
-                self.now += seconds
-
-            return run
+            seconds = self.milliseconds(ids) / 1e3
+            return lambda: self.run(len(ids), seconds)
 
         return LayerRuns("a machine that does not exist", TOP_K, sharers, most_rows, 2, prepare)
+
+    def run(self, rows: int, seconds: float) -> None:
+        """Two layers of so many seconds each."""
+        self.now += 2 * seconds
 
     def calibrate(self, device: torch.device = CPU, **changes: int) -> StepCost:
         return calibrate(
@@ -156,37 +156,27 @@ def test_calibration_keeps_its_time(machine: _Machine, monkeypatch: pytest.Monke
     assert 3 <= len(cost.tokens) < 8
 
 
+class _Compiling(_Machine):
+    """A machine that compiles a kernel in the first run of each number of rows."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(reading=0.04, computing=0.001)
+        self._seconds, self._compiled = seconds, set[int]()
+
+    def run(self, rows: int, seconds: float) -> None:
+        if rows not in self._compiled:
+            self._compiled.add(rows)
+            self.now += self._seconds
+        super().run(rows, seconds)
+
+
 @pytest.mark.parametrize("seconds", [1.0, 10.0])
 def test_compiling_kernels_takes_nothing_from_the_grid(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """The first run of each number of tokens compiles a kernel. A grid that ended before the largest steps would take
-    what balancing saves there for what it saves in small ones."""
-    machine = _Machine(reading=0.04, computing=0.001)
+    """A grid that ended before the largest steps would take what balancing saves there for what it saves in small
+    ones."""
+    machine = _Compiling(seconds)
     monkeypatch.setattr(calibration, "time", machine)
-    compiled: set[int] = set()
-    exact = machine.milliseconds
-
-    def milliseconds(ids: torch.Tensor) -> float:
-        new = len(ids) not in compiled
-        compiled.add(len(ids))
-        return exact(ids) + 1e3 * seconds / 2 * new  # of each of the two layers
-
-    runs = machine.runs()
-
-    def prepare(ids: torch.Tensor) -> Callable[[], None]:
-        def run() -> None:
-            machine.now += 2 * milliseconds(ids) / 1e3
-
-        return run
-
-    cost = calibrate(
-        replace(runs, prepare=prepare),
-        num_ranks=RANKS,
-        rank=0,
-        slots_per_rank=SLOTS,
-        num_experts=EXPERTS,
-        group=None,
-        device=CPU,
-    )
+    cost = machine.calibrate()
     if seconds == 1.0:
         assert cost.tokens.tolist() == [1, 8, 32, 64, 128, 256, 512, 1024]
         assert cost.layer_ms(1024, 2.5, 8) > 2.4 * cost.layer_ms(1024, 1.0, 8)
@@ -204,18 +194,10 @@ class _Gpu(_Machine):
         super().__init__(reading, computing)
         self._idle_from = 0.0
 
-    def runs(self, most_rows: int = 4096, sharers: int = RANKS) -> LayerRuns:
-        def prepare(ids: torch.Tensor) -> Callable[[], None]:
-            seconds = self.milliseconds(ids) / 1e3
-
-            def run() -> None:
-                for _ in range(2):  # layers
-                    self.now += 1e-3
-                    self.busy_for(seconds)
-
-            return run
-
-        return LayerRuns("a GPU that does not exist", TOP_K, sharers, most_rows, 2, prepare)
+    def run(self, rows: int, seconds: float) -> None:
+        for _ in range(2):  # layers
+            self.now += 1e-3
+            self.busy_for(seconds)
 
     def busy_for(self, seconds: float) -> None:
         self._idle_from = max(self._idle_from, self.now) + seconds
