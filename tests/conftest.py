@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cache import folder
+
 with contextlib.suppress(ImportError):  # tests on real NPUs run without it
     import hypothesis
 
@@ -81,9 +83,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session", autouse=True)
 def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Let programs under test put temporary files (vLLM's sockets, flight records) into pytest's folder, which pytest
-    removes when all tests pass."""
+    removes when all tests pass. Inductor keeps what it compiles: its C++ takes 15 s."""
     multiprocessing.util.get_temp_dir()  # make this process's own folder before: it is removed at exit
     tempfile.tempdir = os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder() / "inductor")
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 """Results of one process without the balancer, kept for later sessions.
 
 A file's name is a hash of all that the result depends on: the job, the test driver, the model, the versions of
-libraries and the processor. The folder is EPLB_TEST_CACHE, or build/test-cache.
+libraries and the processor.
 """
 
 from __future__ import annotations
@@ -15,19 +15,12 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from .offline import MODEL
+from tests.cache import folder
 
-FOLDER = "EPLB_TEST_CACHE"
-"""Environment variable with the folder."""
+from .offline import MODEL
 
 DRIVERS = ("offline", "probes", "weight_probes", "allocator", "transfer_engine")
 """Modules of this folder that run in an engine without the balancer."""
-
-ROOT = Path(__file__).parents[2]
-
-
-def folder() -> Path:
-    return Path(os.environ.get(FOLDER) or ROOT / "build" / "test-cache")
 
 
 def read(job: dict[str, Any]) -> dict[str, Any] | None:

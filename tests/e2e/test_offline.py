@@ -14,7 +14,6 @@ from vllm_ascend_eplb.observe.stats import EplbStats
 from vllm_ascend_eplb.report import make_page
 from vllm_ascend_eplb.values.placement import Placement
 
-from . import kept
 from .conftest import BUSY, DRAFT_TOKENS, PATTERN, prompts, reference_run
 
 TOKENS = 48
@@ -141,7 +140,6 @@ def featured(runs):
         ranks=2,
         eplb={**BUSY, "weighted_dispatch": True},  # tables change as well as placements
         compile=True,
-        variables={"TORCHINDUCTOR_CACHE_DIR": str(kept.folder() / "inductor")},
         arguments={
             "max_num_batched_tokens": CHUNK,
             "enable_prefix_caching": True,

@@ -26,7 +26,6 @@ from vllm_ascend_eplb.observe.stats import EplbStats
 from vllm_ascend_eplb.values.placement import Placement
 
 from ..processes import left_semaphores, semaphores
-from . import kept
 from .conftest import BUSY, START_SECONDS, prompts, wait_until
 
 TOKENS = 48
@@ -65,7 +64,6 @@ def server(tmp_path_factory, map_file):
     settings = {**BUSY, "policy": "incremental", "target_par": 1.0, "expert_map_record_path": str(map_file)}
     server = Server(2, settings, tmp_path_factory.mktemp("server"), 16)
     server.environment["VLLM_PLUGINS"] = "eplb,eplb_page"  # the page is off unless it is named
-    server.environment["TORCHINDUCTOR_CACHE_DIR"] = str(kept.folder() / "inductor")
     start(server)
     yield server
     server.stop()

@@ -30,7 +30,6 @@ LONGER = {
     "tests/distributed/test_faults.py",
     "tests/e2e/test_start.py",
     "tests/npu/programs/ascend.py",
-    "tests/unit/adaptors/test_vllm_loading.py",
     "tests/unit/agreement/test_cycle_exhaustive.py",
     "tests/unit/files/test_expert_map.py",
     "tests/unit/load/test_ops.py",
@@ -128,6 +127,30 @@ def test_planning_and_files_import_no_torch():
 
 def test_the_core_imports_no_engine():
     assert imported_by(modules(NO_ENGINE)) == "['torch']"
+
+
+def engine_imports(source: str) -> list[str]:
+    """Modules of vLLM that a test imports in its own process."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(node.module or "")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "pytest.importorskip",
+            "importlib.import_module",
+        ):
+            found += [str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)]
+    return [name for name in found if name.split(".")[0] == "vllm"]
+
+
+def test_unit_tests_import_no_engine():
+    paths = [path for path in sources() if path.is_relative_to(ROOT / "tests" / "unit")]
+    assert len(paths) > 70
+    assert [path.name for path in paths if engine_imports(path.read_text(encoding="utf-8"))] == []
+    source = "import vllm.config, vllm_ascend_eplb\ndef f():\n  from vllm import envs\npytest.importorskip('vllm')"
+    assert engine_imports(source) == ["vllm.config", "vllm", "vllm"]
 
 
 def test_the_tiers_name_every_folder():

@@ -191,28 +191,6 @@ def test_guarded_modules_compile() -> None:
         assert getattr(layer, name).__self__ is layer
 
 
-def test_vllm_writes_no_file_of_moved_experts() -> None:
-    """vLLM's own writer and its checksums, on a model that is guarded."""
-    pytest.importorskip("vllm")
-    from vllm.model_executor.model_loader import ShardedStateLoader
-
-    where, model = Where(MOVED), Model()
-    guard_model(model, order_of(model, where))
-    readers: list[Any] = [lambda: ShardedStateLoader._filter_subtensors(model.state_dict())]
-    try:
-        from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
-    except ImportError:  # since 0.32
-        pass
-    else:
-        readers.append(lambda: compute_tensor_digests(model))
-    for read in readers:
-        with pytest.raises(MovedExpertsError):
-            read()
-    where.placement = LOADED
-    for read in readers:
-        assert "language.experts.w13_weight" in read()
-
-
 def test_every_worker_method_that_reads_weights_is_known() -> None:
     """This test fails if a new vLLM adds a reader, so that a person decides about it."""
     root = installed_root()

@@ -63,9 +63,11 @@ def test_version_without_sources_stays_off() -> None:
     assert not verdict(NEXT, "cuda", None).balances
 
 
-def copied(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of vLLM that the self-test reads."""
     assert ROOT is not None
+    folder = tmp_path_factory.mktemp("copied")
     for module in {point.module for point in PATCH_POINTS}:
         path = Path(*module.split("."))
         path = path / "__init__.py" if (ROOT / path).is_dir() else path.with_suffix(".py")
@@ -91,16 +93,22 @@ def copied(folder: Path) -> Path:
         (ROUTER, "record_enabled:", "record_when:", "record_when"),
     ],
 )
-def test_self_test_finds_a_change(tmp_path: Path, path: str, old: str, new: str, says: str) -> None:
-    root = copied(tmp_path)
-    assert differences(root, "cuda") == []
-    text = (root / path).read_text(encoding="utf-8")
+def test_self_test_finds_a_change(copied: Path, tmp_path: Path, path: str, old: str, new: str, says: str) -> None:
+    """Control: it finds nothing in the same files without the change."""
+    assert differences(copied, "cuda") == []
+    text = (copied / path).read_text(encoding="utf-8")
     assert old in text
-    changed = tmp_path / "changed"
-    shutil.copytree(root / "vllm", changed / "vllm")
-    (changed / path).write_text(text.replace(old, new), encoding="utf-8")
-    found = differences(changed, "cuda")
+    shutil.copytree(copied, tmp_path, dirs_exist_ok=True)
+    (tmp_path / path).write_text(text.replace(old, new), encoding="utf-8")
+    found = differences(tmp_path, "cuda")
     assert any(says in line for line in found), found
-    assert not verdict(NEXT, "cuda", changed).balances
-    (changed / path).unlink()
-    assert differences(changed, "cuda")
+    assert not verdict(NEXT, "cuda", tmp_path).balances
+
+
+@needs_vllm
+@pytest.mark.parametrize("path", [RUNNER, RUNNER_2, CONTROLLER, ROUTER])
+def test_self_test_finds_a_missing_file(copied: Path, tmp_path: Path, path: str) -> None:
+    shutil.copytree(copied, tmp_path, dirs_exist_ok=True)
+    (tmp_path / path).unlink()
+    assert differences(tmp_path, "cuda")
+    assert not verdict(NEXT, "cuda", tmp_path).balances

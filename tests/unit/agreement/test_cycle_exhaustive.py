@@ -14,7 +14,8 @@ search visits every world that can be reached and checks at every step:
 - every world has a way to the end of the cycle.
 
 Orders of every kind arrive on EP rank 0. The numbers of steps, epochs, cycles and orders only grow, so they are set to
-fixed numbers before worlds are compared.
+fixed numbers before worlds are compared. Pure functions are called once for equal arguments: a state is part of many
+worlds.
 
 One file, because a world, the steps out of it and the invariants are one model.
 """
@@ -38,6 +39,9 @@ OTHER_EXECUTION_STEPS = 3
 See = Callable[[Agreed | None, tuple[tuple[Facts, ...], ...], int], Agreed | None]
 """Maps the agreed facts, the posted facts that were not read yet and a rank to the facts that the rank acts on."""
 
+Result = tuple[CycleState, Actions]
+Transition = Callable[[CycleState, Agreed | None, CycleSettings], Result]
+
 
 @dataclass(frozen=True, slots=True)
 class Env:
@@ -59,26 +63,28 @@ class Env:
     order: Command = Command.NONE  # EP rank 0: arrived and was not obeyed yet
     damage: int = 0  # slots that the audit found damaged
 
-    def facts(self, state: CycleState) -> Facts:
-        planned = state.phase is Phase.PLAN and self.plan
-        return Facts(
-            step=state.step,
-            epoch=state.epoch,
-            placement=self.placement,
-            ready=self.ready,
-            failure=self.failure,
-            poisoned=self.poisoned,
-            plan_number=state.cycle if planned else 0,
-            plan_length=max(0, self.plan) if planned else 0,
-            rounds=self.rounds,
-            rounds_ready=self.prepared,
-            rounds_done=self.done,
-            rounds_intact=self.done if self.damaged < 0 else min(self.done, self.damaged),
-            order=state.order + 1 if self.order else 0,
-            order_command=int(self.order),
-            order_execution_steps=OTHER_EXECUTION_STEPS if self.order is Command.INTERVALS else 0,
-            damaged=self.damage if self.ready and state.phase is Phase.AUDIT else 0,
-        )
+
+@cache
+def facts_of(env: Env, state: CycleState) -> Facts:
+    planned = state.phase is Phase.PLAN and env.plan
+    return Facts(
+        step=state.step,
+        epoch=state.epoch,
+        placement=env.placement,
+        ready=env.ready,
+        failure=env.failure,
+        poisoned=env.poisoned,
+        plan_number=state.cycle if planned else 0,
+        plan_length=max(0, env.plan) if planned else 0,
+        rounds=env.rounds,
+        rounds_ready=env.prepared,
+        rounds_done=env.done,
+        rounds_intact=env.done if env.damaged < 0 else min(env.done, env.damaged),
+        order=state.order + 1 if env.order else 0,
+        order_command=int(env.order),
+        order_execution_steps=OTHER_EXECUTION_STEPS if env.order is Command.INTERVALS else 0,
+        damaged=env.damage if env.ready and state.phase is Phase.AUDIT else 0,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,12 +255,15 @@ def follow(world: World, case: Case, see: See) -> Iterator[World]:
         envs = [env for env, _ in choice]
         posted, agreed = world.posted, None
         if active:
-            facts = tuple(env.facts(state) for env, state in zip(envs, world.states, strict=True))
+            facts = tuple(map(facts_of, envs, world.states))
             posted = (*posted, facts)
             if len(posted) > case.lag:
                 agreed = bounds(posted[0])
                 posted = posted[1:]
-        results = [advance(state, see(agreed, posted, rank), case.settings) for rank, state in enumerate(world.states)]
+        results = [
+            advanced(advance, state, see(agreed, posted, rank), case.settings)
+            for rank, state in enumerate(world.states)
+        ]
         states, actions = zip(*results, strict=True)
         if any(state != states[0] for state in states) or any(done != actions[0] for done in actions):
             raise ViolationError(f"ranks part: {[state.phase.name for state in states]}, {actions}, {envs}")
@@ -271,6 +280,11 @@ def as_agreed(agreed: Agreed | None, posted: tuple[tuple[Facts, ...], ...], rank
 
 
 @cache
+def advanced(transition: Transition, state: CycleState, agreed: Agreed | None, limits: CycleSettings) -> Result:
+    return transition(state, agreed, limits)
+
+
+@cache
 def bounds(facts: tuple[Facts, ...]) -> Agreed:
     columns = list(zip(*(astuple(fact) for fact in facts), strict=True))
     return Agreed(Facts(*map(min, columns)), Facts(*map(max, columns)))
@@ -279,10 +293,18 @@ def bounds(facts: tuple[Facts, ...]) -> Agreed:
 def normal(world: World, case: Case) -> World:
     """The same world with fixed numbers of step, epoch, cycle, order and placement."""
     state = world.states[0]
-    age = min(state.step - state.snapshot_at, state.plan_age_limit(case.settings) + 1)
-    moving = min(state.step - state.entered, case.settings.cut_after) if state.phase is Phase.MOVE else 0
-    listens = max(0, min(state.listen_at - state.step, case.settings.listen_steps))
-    fixed = replace(
+    numbers = state.epoch, state.cycle, state.order
+    posted = tuple(tuple(normal_facts(facts, *numbers) for facts in line) for line in world.posted)
+    envs = tuple(replace(env, placement=0) if env.placement else env for env in world.envs)
+    return World((normal_state(state, case.settings),) * case.ranks, envs, posted, world.faults, world.orders)
+
+
+@cache
+def normal_state(state: CycleState, limits: CycleSettings) -> CycleState:
+    age = min(state.step - state.snapshot_at, state.plan_age_limit(limits) + 1)
+    moving = min(state.step - state.entered, limits.cut_after) if state.phase is Phase.MOVE else 0
+    listens = max(0, min(state.listen_at - state.step, limits.listen_steps))
+    return replace(
         state,
         step=STEP,
         epoch=EPOCH,
@@ -290,27 +312,23 @@ def normal(world: World, case: Case) -> World:
         entered=STEP - moving,
         snapshot_at=STEP - age if state.active else STEP,
         due=STEP + 1 if state.phase is Phase.COLLECT else STEP,
-        listen_at=STEP + listens if case.settings.listen_steps else 0,
+        listen_at=STEP + listens if limits.listen_steps else 0,
         order=ORDER,
         plan_length=state.plan_length if state.phase is Phase.BROADCAST else 0,
         audit_due=_audit_due(state),
     )
-    posted = tuple(
-        tuple(
-            replace(
-                facts,
-                step=STEP,
-                epoch=EPOCH if facts.epoch == state.epoch else EPOCH - 1,
-                plan_number=CYCLE if facts.plan_number == state.cycle else 0,
-                placement=0,
-                order=ORDER + facts.order - state.order if facts.order else 0,
-            )
-            for facts in line
-        )
-        for line in world.posted
+
+
+@cache
+def normal_facts(facts: Facts, epoch: int, cycle: int, order: int) -> Facts:
+    return replace(
+        facts,
+        step=STEP,
+        epoch=EPOCH if facts.epoch == epoch else EPOCH - 1,
+        plan_number=CYCLE if facts.plan_number == cycle else 0,
+        placement=0,
+        order=ORDER + facts.order - order if facts.order else 0,
     )
-    envs = tuple(replace(env, placement=0) for env in world.envs)
-    return World((fixed,) * case.ranks, envs, posted, world.faults, world.orders)
 
 
 def _audit_due(state: CycleState) -> int:

@@ -11,7 +11,6 @@ import http.server
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -307,7 +306,7 @@ def test_probe_that_hangs_says_where(
     (tmp_path / "torch.py").write_text("import time\ndef wait_for_a_lock():\n    time.sleep(600)\nwait_for_a_lock()\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(doctor.__file__).parents[2])]))
     said, timeout = "", 0.0
-    for timeout in (4.0, 20.0, 100.0):  # a slow machine starts Python late
+    for timeout in (1.0, 4.0, 20.0, 100.0):  # a slow machine starts Python late
         said = doctor.probe(False, timeout=timeout)["probe_error"]
         if "stood in" in said:
             break
@@ -317,46 +316,3 @@ def test_probe_that_hangs_says_where(
     stacks = capfd.readouterr().err
     assert "most recent call first" in stacks
     assert "RuntimeWarning" not in stacks
-
-
-PLUGINS = {"eplb": True, "ascend, eplb": False}
-"""Values of VLLM_PLUGINS, and whether vLLM then loads the plugin: it does not strip spaces from the names."""
-
-PROBE_EACH = """
-import os, runpy, sys
-import vllm.engine.arg_utils, vllm.plugins
-folder, *values = sys.argv[1:]
-sys.argv[1:] = ["--vllm"]
-for os.environ["VLLM_PLUGINS"] in values:
-    if os.fork() == 0:  # a separate process, without seconds of imports
-        code = 1
-        try:
-            os.dup2(os.open(os.path.join(folder, os.environ["VLLM_PLUGINS"]), os.O_WRONLY | os.O_CREAT), 1)
-            runpy.run_module("vllm_ascend_eplb.cli.probe", run_name="__main__")  # as python -m
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.wait()[1] == 0
-"""
-
-
-@pytest.fixture(scope="module")
-def plugin_answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The output of the probe by value of VLLM_PLUGINS."""
-    pytest.importorskip("vllm")
-    folder = tmp_path_factory.mktemp("probed")
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE_EACH, str(folder), *PLUGINS],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "RuntimeWarning" not in done.stderr
-    return {named: json.loads((folder / named).read_text().rpartition("probe: ")[2]) for named in PLUGINS}
-
-
-@pytest.mark.parametrize("named", PLUGINS)
-def test_vllm_is_asked_if_it_loads_the_plugin(plugin_answers: dict[str, dict[str, Any]], named: str) -> None:
-    """A separate process asks vLLM's own plugin loading."""
-    answer = plugin_answers[named]
-    assert answer["plugin_in_place"] is PLUGINS[named]
-    assert answer["plugins_named"] == named.split(",")

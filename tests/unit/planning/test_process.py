@@ -223,27 +223,40 @@ def wait_until(condition, seconds: float = 120) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("stop_the_child", [False, True])
-def test_child_ends_with_a_killed_parent(stop_the_child):
-    code = f"""
+PARENT = f"""
 import multiprocessing, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 multiprocessing.current_process()._config["daemon"] = True  # as vLLM's workers are
+from vllm_ascend_eplb.observe.stats_file import provide_stats_path
 from test_process import EplbProcess, request, reverse, wait_for_answer
+path = provide_stats_path()
+path.write_text("{{}}")
 process = EplbProcess(reverse)
 process.submit(request(1))
 wait_for_answer(process, 1)
-print(process.pid, flush=True)
+print(process.pid, path, flush=True)
 time.sleep(600)
 """
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    child = int(parent.stdout.readline())
-    assert not has_ended(child)
-    if stop_the_child:
-        os.kill(child, signal.SIGSTOP)
-    parent.kill()
-    parent.wait()
-    wait_until(lambda: has_ended(child))
+
+
+def test_child_ends_with_a_killed_parent():
+    """The front end is killed. Its child, the planner, ends soon after, also if it is stopped; the last process removes
+    the run's folder."""
+    environment = {key: value for key, value in os.environ.items() if key != "EPLB_STATS_FILE"}
+    command = [sys.executable, "-c", PARENT]
+    parents = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    said = [parent.stdout.readline().split() for parent in parents]
+    children, paths = [int(pid) for pid, _ in said], [Path(path) for _, path in said]
+    assert not any(map(has_ended, children))
+    assert [path.name for path in paths] == ["stats.json"] * 2
+    os.kill(children[1], signal.SIGSTOP)
+    for parent in parents:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+    for child, path in zip(children, paths, strict=True):
+        wait_until(lambda child=child: has_ended(child))
+        wait_until(lambda path=path: not path.parent.exists())
 
 
 def descriptors() -> dict[str, str]:
@@ -288,26 +301,3 @@ def test_other_users_cannot_read_the_planners_queues(process):
         assert not stat.S_ISSOCK(os.stat(link).st_mode)
     for path in Path("/dev/shm").glob("sem.mp-*"):
         assert path.stat().st_mode & 0o077 == 0
-
-
-def test_folder_is_removed_with_the_last_process():
-    """The front end is killed; its child, the planner, removes the run's folder."""
-    code = f"""
-import os, signal, sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from vllm_ascend_eplb.observe.stats_file import provide_stats_path
-from test_process import EplbProcess, request, reverse, wait_for_answer
-path = provide_stats_path()
-path.write_text("{{}}")
-process = EplbProcess(reverse)
-process.submit(request(1))
-wait_for_answer(process, 1)
-print(path, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    environment = {key: value for key, value in os.environ.items() if key != "EPLB_STATS_FILE"}
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-    path = Path(parent.stdout.readline().strip())
-    parent.wait()
-    assert path.name == "stats.json"
-    wait_until(lambda: not path.parent.exists())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``doctor -- MODEL ARGUMENTS`` gives the answer of vLLM's own start-up, for settings in every form.
+"""``doctor`` gives the answers of vLLM's own start-up, for settings and lists of plugins in every form.
 
 Cases: plugins that are not loaded, arguments that only vLLM's parser can read (dashes, dots, files), and models that
-vLLM or this package refuses. The tests do not model vLLM: a process asks it.
+vLLM or this package refuses. The tests do not model vLLM: one process imports it, and forks one for every answer.
 """
 
 from __future__ import annotations
@@ -15,30 +15,42 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import vllm_ascend_eplb.cli.doctor as doctor
-from tests.unit.cli.test_cli import run
-from vllm_ascend_eplb.cli.app import app
+from vllm_ascend_eplb.cli.finding import MARK
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny_moe"
 
 ASK = """
-import json, os, sys
-import vllm.engine.arg_utils, vllm.entrypoints.cli.serve, vllm.usage.usage_lib
+import json, os, runpy, sys
+import vllm.engine.arg_utils, vllm.entrypoints.cli.serve, vllm.plugins, vllm.usage.usage_lib
+from vllm_ascend_eplb.cli.finding import MARK
 from vllm_ascend_eplb.cli.probe_server import ask_server
-for name, words in json.load(open(sys.argv[1])).items():
+
+def write(name, ask):
     if os.fork() == 0:  # a separate process, without seconds of imports
         code = 1
         try:
-            answer = ask_server(words)
-            with open(os.path.join(os.path.dirname(sys.argv[1]), name + ".answer"), "w") as file:
-                json.dump(answer, file)
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), 1)
+            ask()
+            sys.stdout.flush()
             code = 0
         finally:
             os._exit(code)
     assert os.wait()[1] == 0, name
+
+def ask_probe():
+    sys.argv[1:] = ["--vllm"]
+    os.environ["VLLM_PLUGINS"] = value
+    runpy.run_module("vllm_ascend_eplb.cli.probe", run_name="__main__")  # as python -m
+
+os.chdir(sys.argv[1])
+servers, plugins = json.load(open("cases.json"))
+for name, words in servers.items():
+    write(name, lambda: print(MARK + json.dumps(ask_server(words))))
+for value in plugins:
+    write(value, ask_probe)
 """
 
 
@@ -50,6 +62,9 @@ def config_of(folder: Path, **changes: object) -> str:
     return str(folder)
 
 
+PLUGINS = {"eplb": True, "ascend, eplb": False}
+"""Values of VLLM_PLUGINS, and whether vLLM then loads the plugin: it does not strip spaces from the names."""
+
 EP = ("--enable-expert-parallel", "--tensor-parallel-size", "2")
 
 
@@ -59,7 +74,8 @@ def settings(**eplb_config: object) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """vLLM's answers to command lines, by name. Only those that a selected test needs are asked."""
+    """vLLM's answers to command lines by name, and the probe's output by value of VLLM_PLUGINS. Only what a selected
+    test needs is asked."""
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("asked")
     (folder / "serve.yaml").write_text(
@@ -95,18 +111,18 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "no folder": [folder / "none", *EP, *settings()],
     }
     wanted = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
-    cases = {name: words for name, words in cases.items() if name in wanted}
-    (folder / "cases.json").write_text(
-        json.dumps({name: [str(word) for word in words] for name, words in cases.items()})
-    )
+    words = {name: [str(word) for word in words] for name, words in cases.items() if name in wanted}
+    plugins = [named for named in PLUGINS if named in wanted]
+    (folder / "cases.json").write_text(json.dumps([words, plugins]))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("VLLM_PLUGINS", None)
     done = subprocess.run(
-        [sys.executable, "-c", ASK, str(folder / "cases.json")],
+        [sys.executable, "-c", ASK, str(folder)],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return {name: json.loads((folder / f"{name}.answer").read_text()) for name in cases}
+    assert "RuntimeWarning" not in done.stderr
+    return {name: json.loads((folder / name).read_text().rpartition(MARK)[2]) for name in (*words, *plugins)}
 
 
 def rarely(name: str, *more: str) -> Any:
@@ -169,38 +185,8 @@ def test_start_up_would_end_with_one_line(answers: dict[str, dict[str, Any]], na
     assert finding.text.startswith("start-up ends with: ")
 
 
-def test_doctor_takes_the_command_line_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arguments may begin with ``vllm serve``. vLLM's answer is the verdict."""
-    asked: list[list[str]] = []
-    server: dict[str, Any] = {"said": [["info", "EPLB is on: x"], ["warning", "y"]], "balances": True, "model": "M"}
-
-    def probe(with_vllm: bool, words: list[str]) -> dict[str, Any]:
-        asked.append(words)
-        return {"cuda": 0, "npu": 0, "server": server}
-
-    monkeypatch.setattr(doctor, "probe", probe)
-    monkeypatch.setattr(doctor, "plugin_findings", list)
-    words = ["MODEL", "--config", "file.yaml", "--json", "-tp", "2"]
-    for front in (["vllm", "serve"], ["serve"], []):
-        done = CliRunner().invoke(app, ["doctor", "--json", "--", *words]) if not front else None
-        if front:
-            assert "would be switched on in this server" in run("doctor", "--", *front, *words)
-        else:
-            assert done is not None
-            said = json.loads(done.stdout)
-            assert said["verdict"] == "balancing would be switched on in this server"
-            assert [f for f in said["findings"] if f["what"] == "server"] == [
-                {"what": "server", "status": "ok", "text": "M: EPLB is on: x"},
-                {"what": "server", "status": "note", "text": "y"},
-            ]
-    assert asked == [words] * 3
-    server |= {"refused": "EplbConfigError: no"}
-    text = run("doctor", "--", *words, status=1)
-    assert "balancing would stay off: server: start-up ends with: EplbConfigError: no" in " ".join(text.split())
-
-
-@pytest.mark.parametrize("option", [["--quick"], ["--config", "{}"], ["--model", "m"]])
-def test_command_line_excludes_other_checks(option: list[str]) -> None:
-    done = CliRunner().invoke(app, ["doctor", *option, "--", "MODEL"])
-    assert done.exit_code == 2
-    assert "leave out --config, --model and --quick" in done.stderr
+@pytest.mark.parametrize("name", PLUGINS)
+def test_vllm_is_asked_if_it_loads_the_plugin(answers: dict[str, dict[str, Any]], name: str) -> None:
+    """A separate process asks vLLM's own plugin loading."""
+    assert answers[name]["plugin_in_place"] is PLUGINS[name]
+    assert answers[name]["plugins_named"] == name.split(",")

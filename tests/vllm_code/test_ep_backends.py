@@ -23,7 +23,7 @@ from vllm_ascend_eplb.adaptors.vllm.ep_backends import EP_BACKENDS, MEGAKERNELS_
 from vllm_ascend_eplb.settings.fit import refuse_options
 from vllm_ascend_eplb.settings.messages import EplbConfigError
 
-LIMITS = Path(__file__).parents[3] / "docs" / "limits.md"
+LIMITS = Path(__file__).parents[2] / "docs" / "limits.md"
 MODULES = "vllm.model_executor.layers.fused_moe.prepare_finalize"
 BALANCED = [name for name, backend in EP_BACKENDS.items() if not backend.refused]
 REFUSED = [name for name, backend in EP_BACKENDS.items() if backend.refused]
