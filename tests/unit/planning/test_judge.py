@@ -73,6 +73,8 @@ def test_threshold_stays_bounded_and_refused_plans_return(
             judge.window_ended(expert_window(SKEWED if paid else [[1, 1, 1, 1]], AFTER), AFTER)
         assert least <= judge.threshold <= max(least, MOST_RAISED)
     for _ in range(200):
+        if judge.threshold <= least + 1e-8:
+            break
         judge.refuses(1.0, 1.0)
     assert judge.threshold == pytest.approx(least, abs=1e-8)
 
