@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from benchmarks.served_turns import OFF, Engines, Turn, answer, over_off
 
 STARTS = ((OFF, "vllm, 2 redundant"), ("ours, 2 redundant",), ("ours",))
 """Engines that start together. Ours start alone, because they time the MoE layers as they start."""
+
+MODES = [mode for together in STARTS for mode in together]
 
 SKEW = 0.35
 
@@ -248,15 +250,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="where to write the results, after each round")
     parser.add_argument("--tiny", action="store_true", help="in small, on the CPU")
-    parser.add_argument("--layers", type=int, default=0, help="of the model")
+    parser.add_argument("--layers", type=int, help="of the model")
+    parser.add_argument("--chunk", type=int, help="tokens of a step that prefills")
+    parser.add_argument("--requests", type=int, nargs="+", help="at a time, while decoding")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="engines")
     parser.add_argument("--rounds", type=int, default=6, help="at most")
     parser.add_argument("--seconds", type=float, default=3600, help="no round starts later, nor ends later if it can")
     parser.add_argument("--uncompiled", action="store_true", help="without torch.compile, with attention by Triton")
     arguments = parser.parse_args()
     began = time.monotonic()
-    size = TINY if arguments.tiny else FULL
-    if arguments.layers:
-        size = Size(**{**asdict(size), "layers": arguments.layers})
+    changed = {name: getattr(arguments, name) for name in ("layers", "chunk", "requests")}
+    size = replace(
+        TINY if arguments.tiny else FULL, **{name: value for name, value in changed.items() if value is not None}
+    )
 
     kinds: dict[str, tuple[Any, ...]] = {f"decode {count}": ("decode", count, size.steps) for count in size.requests}
     kinds["prefill"] = ("prefill", size.chunks)
@@ -266,7 +272,8 @@ def main() -> int:
     def say(what: str) -> None:
         print(f"{time.monotonic() - began:.0f} s: {what}", flush=True)
 
-    starts = [[mode for mode in together if not (arguments.tiny and mode.startswith("vllm"))] for together in STARTS]
+    modes = {mode for mode in (OFF, *arguments.modes) if not (arguments.tiny and mode.startswith("vllm"))}
+    starts = [[mode for mode in together if mode in modes] for together in STARTS]
     engines = Engines(starts, serve, size, arguments.tiny, arguments.uncompiled)
     try:
         engines.start(say)

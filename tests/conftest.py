@@ -83,8 +83,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session", autouse=True)
 def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Let programs under test put temporary files (vLLM's sockets, flight records) into pytest's folder, which pytest
-    removes when all tests pass. Inductor keeps what it compiles, because its C++ takes 15 s; without precompiled headers,
-    which it makes anew for every folder of temporary files."""
+    removes when all tests pass. Inductor keeps what it compiles, because its C++ takes 15 s. It precompiles no headers,
+    because it would do so for every folder of temporary files."""
     multiprocessing.util.get_temp_dir()  # make this process's own folder before: it is removed at exit
     tempfile.tempdir = os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder() / "inductor")

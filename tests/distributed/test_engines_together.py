@@ -46,7 +46,9 @@ class Engine:
     def __init__(self, ranks: Ranks, seconds: float) -> None:
         self.seen, self.rank, self.failing = Seen(), ranks.rank, False
         self.model = RoutingModel(ranks)
-        self.state = VllmEplbState(SimpleNamespace(data_parallel_size=ranks.num_ranks), torch.device("cpu"))
+        self.state = VllmEplbState(
+            SimpleNamespace(data_parallel_size=ranks.num_ranks, num_ubatches=0), torch.device("cpu")
+        )
         self.state.updator = self.updator = start_balancer(self.model, CONFIG)
         maps = self.model.maps
         mine = [maps.logical_to_physical, maps.replica_count, *self.model.recorder.device_tensors()]

@@ -27,6 +27,7 @@ class Probe:
         history: step, phase and placement of every step.
         idle: the longest run of steps without a request.
         ahead: steps that were scheduled before the tokens of the previous step were known.
+        split: steps with requests whose batch was split into micro-batches.
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
@@ -41,6 +42,7 @@ class Probe:
         self.history: list[tuple[int, int, int]] = []
         self.idle = 0
         self.ahead = 0
+        self.split = 0
 
 
 def state_of(worker: Any) -> Any:
@@ -64,6 +66,7 @@ def install(worker: Any) -> None:
     from vllm.forward_context import get_forward_context
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
     from vllm.platforms import current_platform
+    from vllm.v1.worker.ubatching import dbo_current_ubatch_id
 
     runner, state = worker.model_runner, state_of(worker)
     updator = state.updator
@@ -81,9 +84,12 @@ def install(worker: Any) -> None:
     routers = list({id(router): router for router in routers}.values())
     assert len(routers) == shape[0], f"{len(routers)} routers for {shape[0]} layers"
     chosen: dict[int, torch.Tensor] = {}
+    micro_batches: list[slice] = []  # rows of the batch; empty if it is not split
 
     def captured(layer: int, ids: torch.Tensor) -> None:
         first = get_tensor_model_parallel_rank() * len(ids) if sliced else 0
+        if micro_batches:
+            first += micro_batches[dbo_current_ubatch_id()].start
         real = min(max(probe.tokens - first, 0), len(ids))
         if probe.tokens:
             probe.padded_rows += len(ids) - real
@@ -93,7 +99,7 @@ def install(worker: Any) -> None:
     for layer, router in enumerate(routers):
         router.set_capture_fn(lambda ids, layer=layer: captured(layer, ids))
 
-    snapshot, step = updator.parts.recorder.snapshot, updator.forward_before
+    snapshot, step, prepare = updator.parts.recorder.snapshot, updator.forward_before, state.prepare_forward
     execute, dummy = runner.execute_model, runner._dummy_run
     calls = [0]
 
@@ -111,6 +117,11 @@ def install(worker: Any) -> None:
         idle[0] += 1
         probe.idle = max(probe.idle, idle[0])
         return dummy(*args, **kwargs)
+
+    def watched_prepare(model_config: Any, tokens: int, parts: list[Any] | None = None) -> None:
+        micro_batches[:] = [part.token_slice for part in parts or ()]
+        probe.split += bool(micro_batches and probe.tokens)
+        prepare(model_config, tokens, parts)
 
     def watched_step(**kwargs: Any) -> None:
         step(**kwargs)
@@ -143,6 +154,7 @@ def install(worker: Any) -> None:
         compute(output, hidden, w1, w2, b1, b2, weights, ids, expert_map, *rest)
 
     runner.execute_model, runner._dummy_run = execute_model, dummy_run
+    state.prepare_forward = watched_prepare
     updator.forward_before = watched_step
     updator.parts.recorder.snapshot = counted_snapshot
     if current_platform.is_cpu():  # where the experts are computed in Python
@@ -328,6 +340,7 @@ def report(worker: Any) -> dict[str, Any]:
         result["padded_rows"] = probe.padded_rows
         result["idle"] = probe.idle
         result["ahead"] = probe.ahead
+        result["split"] = probe.split
         result["history"] = probe.history
         result["counted"] = (np.sum(probe.taken, axis=0) + _counted(updator)).tolist()
         result["routed"] = (np.sum(probe.windows, axis=0) + probe.counts).sum(axis=1).tolist()

@@ -95,16 +95,6 @@ CASES = {
         {"set": {"model_config": {"enable_sleep_mode": True}}},
         '--enable-sleep-mode and "transport" auto is not supported',
     ),
-    "micro-batches of a given size": (
-        {"dynamic_eplb": True},
-        {"set": {"parallel_config": {"ubatch_size": 2}}},
-        "--ubatch-size 2 is not supported",
-    ),
-    "micro-batches": (
-        {"dynamic_eplb": True},
-        {"set": {"parallel_config": {"enable_dbo": True}}},
-        "--enable-dbo True is not supported",
-    ),
     "elastic": (
         {"dynamic_eplb": True},
         {"set": {"parallel_config": {"enable_elastic_ep": True}}},

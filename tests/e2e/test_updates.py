@@ -6,13 +6,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from .conftest import BUSY, prompts
-from .kept import ROOT
 from .soak_judge import grown, growth
 
+ROOT = Path(__file__).parents[2]
 TOKENS = 16
 FACTORS = [1.25, 1.0, 0.75, 1.25]
 """The updates, in this order: every expert's weights become those of the checkpoint times the factor."""
@@ -162,7 +163,11 @@ def test_turns_of_sleep_and_new_weights_never_end(runs, job, alone, tmp_path):
     """As in reinforcement learning, with two engines. In every turn experts move, the engines sleep and take new
     weights, and the old placement is restored by an order. Negative control: new weights give other answers."""
     (tmp_path / "sitecustomize.py").write_text(STAND_INS + OFTEN)
-    short = {"prompts": [job["prompts"][0][:PROMPTS]], "max_tokens": SHORT, "paths": [str(tmp_path), str(ROOT)]}
+    short = {
+        "prompts": [job["prompts"][0][:PROMPTS]],
+        "max_tokens": SHORT,
+        "paths": [str(tmp_path), str(Path(__file__).parents[2])],
+    }
     arguments = {**ENGINES, "max_num_seqs": PROMPTS}
     run = runs(
         "trained again and again",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's state API: our maps, shapes and dtypes equal those of vLLM's own functions."""
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("vllm.distributed.eplb.eplb_state")
+base_router = pytest.importorskip("vllm.model_executor.layers.fused_moe.router.base_router")
+ubatching = pytest.importorskip("vllm.v1.worker.ubatching")
 
 from vllm_ascend_eplb.adaptors.vllm.eplb_state import (  # noqa: E402
     EpConfigurationError,
@@ -212,12 +215,60 @@ def test_first_cycle_begins_at_vllms_step(idle, monkeypatch):
         assert steps == vllm_rearranges_after(interval, idle, monkeypatch), interval
 
 
+@settings(max_examples=200, deadline=None)
+@given(rows=st.integers(2, 200), data=st.data())
+def test_micro_batches_are_counted_as_in_vllm(rows, data):
+    """vLLM's own state is given the same parts of a batch."""
+    tokens = data.draw(st.integers(1, rows))
+    cut = data.draw(st.integers(1, rows - 1))
+    batches = [SimpleNamespace(token_slice=slice(0, cut)), SimpleNamespace(token_slice=slice(cut, rows))]
+    ours = VllmEplbState(SimpleNamespace(num_ubatches=2), torch.device("cpu"))
+    state = theirs.EplbState.__new__(theirs.EplbState)
+    expected = [torch.zeros((), dtype=torch.int32) for _ in range(2)]
+    state.model_states = {"main": SimpleNamespace(num_unpadded_tokens_tensors=expected)}
+    for split in (None, batches):
+        ours.prepare_forward(config(), tokens, split)
+        state.prepare_forward(config(), tokens, split)
+        assert list(map(int, ours.num_unpadded_tokens)) == list(map(int, expected))
+
+
+def test_router_takes_the_number_of_its_micro_batch(monkeypatch):
+    """vLLM runs each micro-batch in a thread, and a router finds the number of tokens by the thread."""
+    layer = theirs.EplbLayerState()
+    layer.num_unpadded_tokens_tensors = [torch.tensor(3, dtype=torch.int32), torch.tensor(2, dtype=torch.int32)]
+    layer.expert_load_view = torch.zeros(4, dtype=torch.int32)
+    layer.logical_to_physical_map = torch.arange(4)[:, None]
+    layer.logical_replica_count = torch.ones(4, dtype=torch.int64)
+    layer.should_record_tensor = torch.ones(1, dtype=torch.bool)
+    taken = []
+    monkeypatch.setattr(
+        base_router,
+        "eplb_map_to_physical_and_record",
+        lambda num_unpadded_tokens, **_: taken.append(num_unpadded_tokens),
+    )
+    numbers = {}
+    monkeypatch.setattr(ubatching, "_THREAD_ID_TO_CONTEXT", numbers)
+    router = SimpleNamespace(eplb_state=layer)
+
+    def route(number):
+        numbers[threading.get_ident()] = number
+        base_router.BaseRouter._apply_eplb_mapping(router, torch.zeros((4, 1), dtype=torch.int32))
+
+    for number in (0, 1):
+        thread = threading.Thread(target=route, args=(number,))
+        thread.start()
+        thread.join()
+    assert [int(tokens) for tokens in taken] == [3, 2]
+
+
 @pytest.mark.parametrize("counting", [True, False])
 def test_suppressed_warmup_steps_nothing_and_keeps_the_switch(counting):
     """vLLM 0.33 writes to the switch of the recorder around warm-up, and puts back what was there."""
     utils = pytest.importorskip("vllm.v1.worker.gpu.eplb_utils")
     controller = utils.EPLBController(
-        SimpleNamespace(enable_eplb=True, data_parallel_size=1, eplb_config=SimpleNamespace(log_balancedness=False)),
+        SimpleNamespace(
+            enable_eplb=True, data_parallel_size=1, num_ubatches=0, eplb_config=SimpleNamespace(log_balancedness=False)
+        ),
         torch.device("cpu"),
     )
     if not hasattr(controller, "suppress"):

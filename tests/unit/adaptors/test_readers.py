@@ -101,7 +101,7 @@ def test_error_names_slots_and_way_out() -> None:
 @pytest.mark.parametrize("reader", WORKER_READERS)
 def test_worker_readers_are_refused_while_experts_moved(reader: str) -> None:
     """Readers of both adaptors' workers are refused, and work again when the experts are back."""
-    state = VllmEplbState(SimpleNamespace(data_parallel_size=1), torch.device("cpu"))
+    state = VllmEplbState(SimpleNamespace(data_parallel_size=1, num_ubatches=0), torch.device("cpu"))
     for holder in (state, RunnerUpdator(None, None, None, None)):
         where, check = Where(LOADED), holder.loaded.require
         holder.loaded.add(LOADED, where, by_map=False)  # type: ignore[arg-type]

@@ -32,8 +32,32 @@ def test_slices_of_a_batch_have_every_token_once(parts: int, rows: int, data: st
         assert Slice(part, parts).real(tokens, rows) == int((mine < tokens).sum())
 
 
-def state(data_parallel_size: int = 1) -> VllmEplbState:
-    return VllmEplbState(SimpleNamespace(data_parallel_size=data_parallel_size), torch.device("cpu"))
+def state(data_parallel_size: int = 1, num_ubatches: int = 0) -> VllmEplbState:
+    parallel = SimpleNamespace(data_parallel_size=data_parallel_size, num_ubatches=num_ubatches)
+    return VllmEplbState(parallel, torch.device("cpu"))
+
+
+@given(st.integers(2, 4), st.integers(1, 3), st.integers(1, 100), st.data())
+def test_micro_batches_have_every_token_once(batches: int, parts: int, rows: int, data: st.DataObject) -> None:
+    """Every micro-batch is split among the ranks that share it, and none counts padding."""
+    tokens = data.draw(st.integers(0, rows))
+    cuts = sorted(data.draw(st.lists(st.integers(0, rows), min_size=batches - 1, max_size=batches - 1)))
+    ends = list(zip([0, *cuts], [*cuts, rows], strict=True))
+    counted = torch.zeros(batches, dtype=torch.int64)
+    for part in range(parts):
+        mine = state(num_ubatches=batches)
+        mine.slice = Slice(part, parts)
+        mine.prepare_forward(None, tokens, [SimpleNamespace(token_slice=slice(*rows)) for rows in ends])
+        counted += torch.stack(mine.num_unpadded_tokens)
+        mine.count_nothing()
+        assert not torch.stack(mine.num_unpadded_tokens).any()
+    assert counted.tolist() == [max(0, min(tokens, last) - first) for first, last in ends]
+
+
+def test_batch_that_is_not_split_is_the_first_micro_batch() -> None:
+    mine = state(num_ubatches=2)
+    mine.prepare_forward(None, 17)
+    assert torch.stack(mine.num_unpadded_tokens).tolist() == [17, 0]
 
 
 def loads_by(load: Callable[[str], object]) -> Any:

@@ -36,8 +36,12 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
             "gloo",
             "set it",
         ),
-        ("--enable-dbo", value_at(vllm_config, "parallel_config.enable_dbo", False), False, "leave it out"),
-        ("--ubatch-size", value_at(vllm_config, "parallel_config.ubatch_size", 0), 0, "leave it out"),
+        (  # no test has both
+            "a draft model with experts and --enable-dbo or --ubatch-size",
+            draft and bool(value_at(vllm_config, "parallel_config.use_ubatching", False)),
+            False,
+            "leave one of them out",
+        ),
         ("--cpu-offload-gb", value_at(vllm_config, "offload_config.uva.cpu_offload_gb", 0), 0, "leave it out"),
         (
             "--offload-group-size",

@@ -75,7 +75,8 @@ class VllmEplbState(ModelStates):
     def __init__(self, parallel_config: Any, device: torch.device) -> None:
         super().__init__(parallel_config, device)
         self.should_record_tensor: torch.Tensor | None = None
-        self.num_unpadded_tokens = [torch.zeros((), dtype=torch.int32, device=device)]
+        micro_batches = max(1, parallel_config.num_ubatches)  # 0 if batches are not split
+        self.num_unpadded_tokens = [torch.zeros((), dtype=torch.int32, device=device) for _ in range(micro_batches)]
         self.updator: EplbUpdator | None = None
         self.draft: _Draft | None = None
         self.slice = Slice()
@@ -188,7 +189,8 @@ class VllmEplbState(ModelStates):
             updator.pause_recording()
 
     def _no_tokens(self) -> None:
-        self.num_unpadded_tokens[0].fill_(0)
+        for tokens in self.num_unpadded_tokens:
+            tokens.fill_(0)
         if self.draft is not None:
             self.draft.num_unpadded_tokens.fill_(0)
 
@@ -202,11 +204,19 @@ class VllmEplbState(ModelStates):
         """Notes the number of tokens of the next batch without padding.
 
         The runner calls it for real batches, and its draft model for each of its own forwards.
+
+        Args:
+            ubatch_slices: the rows of each micro-batch, with padding; None for a batch that is not split.
         """
         if self.draft is not None and model_config is self.draft.model_config:
             self.draft.num_unpadded_tokens.fill_(num_unpadded_tokens)
             return
-        self.num_unpadded_tokens[0].fill_(self.slice.real(num_unpadded_tokens, self._rows))
+        if ubatch_slices is None:
+            self.num_unpadded_tokens[0].fill_(self.slice.real(num_unpadded_tokens, self._rows))
+            return
+        for tokens, rows in zip(self.num_unpadded_tokens, (part.token_slice for part in ubatch_slices), strict=True):
+            real = max(0, min(num_unpadded_tokens, rows.stop) - rows.start)
+            tokens.fill_(self.slice.real(real, rows.stop - rows.start))
 
     def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
         """Notes the end of a forward.
