@@ -271,10 +271,12 @@ void Steadying::offer_swaps(int r, Candidate& best) const {
             const int e = slots_[r * S + s];
             cost[s] = e == E || holds(q, e) ? kNever : !is_home(q, e) - !is_home(r, e);
         }
+        const int least = *std::min_element(cost.begin(), cost.end());
         for (int p = q * S; p < (q + 1) * S; ++p) {
             const int f = slots_[p];
             if (f == E || holds(r, f)) continue;
             const int from = !is_home(r, f) - !is_home(q, f);
+            if (most * price_of(from + least) <= best.score) continue;
             for (int k = 0; k < lanes_; ++k) taken[k] = counted(f)[k] / static_cast<float>(count_[f]);
             for (int s = 0; s < S; ++s) {
                 if (cost[s] == kNever) continue;
