@@ -42,6 +42,9 @@ Search::Search(Shape shape, Conditions conditions) : shape_(shape), conditions_(
     state_.share.resize(E);
     state_.rank_load.resize(R);
     scratch_.tally.assign(R, 0);
+    scratch_.load.resize(R);
+    scratch_.phi.resize(R);
+    scratch_.holds.resize(R);
     state_.rank_of.resize(P);
     for (size_t p = 0; p < P; ++p) state_.rank_of[p] = static_cast<uint16_t>(p / shape.per_rank());
     state_.home.resize(R * E);
@@ -199,6 +202,14 @@ bool Search::descend(int most_cost) {
     return false;
 }
 
+// Calls `visit` for each slot whose expert has other copies, or that is empty.
+template <typename Visit>
+void Search::for_each_spare(const Visit& visit) const {
+    const int words = static_cast<int>(derived_.spare.size());
+    for (int word = 0; word < words; ++word)
+        for (uint64_t bits = derived_.spare[word]; bits; bits &= bits - 1) visit(word * 64 + lowest_bit(bits));
+}
+
 // Updates the input of the kernels: potentials of the ranks that have changed, and the effects of one copy more or less
 // of each expert on such a rank.
 void Search::refresh() {
@@ -245,21 +256,17 @@ void Search::refresh() {
     derived_.dirty_ranks.clear();
 
     int n = 0, next_rank = 0;
-    const int words = static_cast<int>(derived_.spare.size());
-    for (int word = 0; word < words; ++word) {
-        for (uint64_t bits = derived_.spare[word]; bits; bits &= bits - 1) {
-            const int p = word * 64 + lowest_bit(bits);
-            const int e = expert[p], r = state_.rank_of[p];
-            while (next_rank <= r) derived_.spare_first[next_rank++] = n;
-            // The slot's own rank is among the holders in derived_.drop_gain; the kernels add its gain. An empty slot
-            // loses nothing: its derived_.drop_gain and derived_.down_change are zero.
-            derived_.spare_slot[n] = p;
-            derived_.spare_base[n] = derived_.drop_gain[e] + potential(slot_load[p] + derived_.down_change[e]);
-            derived_.spare_load[n] = slot_load[p] - derived_.slot_share[p];
-            derived_.spare_price[n] = state_.away[p] ? kFree : kOneReceipt;
-            ++n;
-        }
-    }
+    for_each_spare([&](int p) {
+        const int e = expert[p], r = state_.rank_of[p];
+        while (next_rank <= r) derived_.spare_first[next_rank++] = n;
+        // The slot's own rank is among the holders in derived_.drop_gain; the kernels add its gain. An empty slot
+        // loses nothing: its derived_.drop_gain and derived_.down_change are zero.
+        derived_.spare_slot[n] = p;
+        derived_.spare_base[n] = derived_.drop_gain[e] + potential(slot_load[p] + derived_.down_change[e]);
+        derived_.spare_load[n] = slot_load[p] - derived_.slot_share[p];
+        derived_.spare_price[n] = state_.away[p] ? kFree : kOneReceipt;
+        ++n;
+    });
     while (next_rank <= shape_.ranks) derived_.spare_first[next_rank++] = n;
 }
 
@@ -409,20 +416,42 @@ void Search::restore(int r) {
 }
 
 // Gives an expert one more copy, in the slot whose expert is dropped at the least cost. Returns false if no slot can.
+// Copies are given one after another, and each changes most of what refresh() derives, of which little is needed here:
+// the gains of the holders of experts that may lose a copy.
 bool Search::replicate(int expert) {
-    refresh();
-    const int n = derived_.spare_first[shape_.ranks];
-    const float add = state_.count[expert] > 0 ? derived_.add_gain[expert] : 0.0F;
+    const Potential potential = potential_;
+    float *rank_load = scratch_.load.data(), *phi = scratch_.phi.data();
+    for (int r = 0; r < shape_.ranks; ++r) {
+        rank_load[r] = units(state_.rank_load[r]);
+        phi[r] = potential(rank_load[r]);
+    }
+    const auto with_holders = [&](int e, float change, float gain) {
+        const uint16_t* holders = holders_of(e);
+        for (int i = 0; i < state_.count[e]; ++i) {
+            const int r = state_.rank_of[holders[i]];
+            gain += phi[r] - potential(rank_load[r] + change);
+        }
+        return gain;
+    };
+    const float up = derived_.up[expert];
+    const float add =
+        state_.count[expert] > 0 ? with_holders(expert, derived_.up_change[expert], derived_.add_bonus[expert]) : 0.0F;
+    std::fill(scratch_.holds.begin(), scratch_.holds.end(), 0);
+    for (int i = 0; i < state_.count[expert]; ++i) scratch_.holds[state_.rank_of[holders_of(expert)[i]]] = 1;
+    const uint32_t round = ++derived_.round;
     float best = -std::numeric_limits<float>::max();
     int slot = -1;
-    for (int i = 0; i < n; ++i) {
-        const int p = derived_.spare_slot[i], r = state_.rank_of[p];
-        const uint16_t* holders = holders_of(expert);
-        const bool held =
-            std::any_of(holders, holders + state_.count[expert], [&](int h) { return state_.rank_of[h] == r; });
-        const bool near = is_near(node_of(r), expert);
-        if (held || (!near && conditions_.far == 0.0F)) continue;
-        const float gain = derived_.spare_base[i] + add - potential_(derived_.spare_load[i] + derived_.up[expert]);
+    for_each_spare([&](int p) {
+        const int r = state_.rank_of[p], f = state_.expert[p];
+        const bool near = !nodes_differ() || is_near(node_of(r), expert);
+        if (scratch_.holds[r] || (!near && conditions_.far == 0.0F)) return;
+        const float down = derived_.down_change[f];
+        if (derived_.seen[f] != round && f < shape_.experts) {
+            derived_.seen[f] = round;
+            derived_.drop_gain[f] = with_holders(f, down, -derived_.drop_bonus[f]);
+        }
+        const float base = derived_.drop_gain[f] + potential(rank_load[r] + down);
+        const float gain = base + add - potential(rank_load[r] - derived_.slot_share[p] + up);
         const float price = is_home(r, expert) ? 0.0F
                             : near             ? kReceiptInPotential
                                                : kReceiptInPotential / conditions_.far;
@@ -430,7 +459,7 @@ bool Search::replicate(int expert) {
             best = gain - price;
             slot = p;
         }
-    }
+    });
     if (slot < 0) return false;
     place(slot, expert);
     return true;

@@ -136,6 +136,8 @@ class Search {
     void offer_exactly(int rank, Candidate& best);
     void offer_outcome(const Outcome& outcome, float price, int slot, int other, int expert, Candidate& best);
     int receipt_cost(int slot, int expert) const;
+    template <typename Visit>
+    void for_each_spare(const Visit& visit) const;
     void refresh();
     void offer_receipts(int rank, Candidate& best);
     void offer_placements(int rank, Candidate& best);
@@ -202,6 +204,8 @@ class Search {
     struct Scratch {
         std::vector<int32_t> chosen, lost;    // ranks taken back; experts without a copy
         std::vector<int32_t> tally, tallied;  // change of each rank's load; ranks that change
+        std::vector<float> load, phi;         // of each rank
+        std::vector<uint8_t> holds;           // whether a rank holds an expert
         std::vector<float> price, returned_price, expert_price, score;
         std::vector<int32_t> rows;  // slots of the rank that has a row of scores
     };

@@ -6,6 +6,8 @@
 #include <limits>
 #include <numeric>
 
+#include "sums.h"
+#include "vectors.h"
 #include "windows.h"
 
 namespace eplb {
@@ -30,10 +32,31 @@ constexpr int kStepsBetweenLooks = 4;
 
 constexpr int kLanes = 4;  // of a vector
 
+constexpr int kNever = 1 << 10;  // more receipts than any swap has
+
 constexpr int whole_vectors(int windows) { return (windows + kLanes - 1) / kLanes * kLanes; }
 
 // The cost of a rank with load 1 + `off` in one window.
 float cost_of(float off, float room) { return std::max(off - room, 0.0F) + kSquare * off * off; }
+
+// The squared distances of windows j.. from windows k.., four each, of loads [E, stride].
+struct Distances {
+    float of[kLanes][kLanes];  // [k, j]
+};
+
+EPLB_KERNEL
+Distances distances(int experts, int stride, const float* part, int k, int j) {
+    Distances sum = {};
+    for (int e = 0; e < experts; ++e, part += stride) {
+        for (int a = 0; a < kLanes; ++a) {
+            for (int b = 0; b < kLanes; ++b) {
+                const float off = part[j + b] - part[k + a];
+                sum.of[a][b] += off * off;
+            }
+        }
+    }
+    return sum;
+}
 
 }  // namespace
 
@@ -45,14 +68,15 @@ Steadying::Steadying(Shape shape, const std::vector<const double*>& windows, con
     const int bins = std::min(T, kMostWindows);
     std::vector<std::vector<double>> loads;
     for (int bin = 0; bin < bins; ++bin) {
-        std::vector<double> load(E, 0.0);
-        for (int t = bin * T / bins; t < (bin + 1) * T / bins; ++t)
+        const int first = bin * T / bins;
+        std::vector<double> load(windows[first], windows[first] + E);
+        for (int t = first + 1; t < (bin + 1) * T / bins; ++t)
             for (int e = 0; e < E; ++e) load[e] += windows[t][e];
         loads.push_back(std::move(load));
     }
     // A fragment of a window is not evidence by itself.
     std::vector<double> totals;
-    for (const auto& load : loads) totals.push_back(std::accumulate(load.begin(), load.end(), 0.0));
+    for (const auto& load : loads) totals.push_back(sum_of(load.size(), load.data()));
     const double most = *std::max_element(totals.begin(), totals.end());
     std::vector<int> kept;
     for (int bin = 0; bin < bins; ++bin)
@@ -67,13 +91,14 @@ Steadying::Steadying(Shape shape, const std::vector<const double*>& windows, con
     }
 }
 
-std::vector<double> Steadying::pars(const std::vector<int32_t>& slots) const {
+std::vector<double> Steadying::pars(const std::vector<int32_t>& slots, double* of_mean) const {
     std::vector<int32_t> count(shape_.experts + 1, 0);
     for (const int e : slots) ++count[e];
     std::vector<double> share(count.size(), 0.0);
     for (size_t e = 0; e < count.size(); ++e)
         if (count[e] > 0) share[e] = 1.0 / count[e];
     std::vector<double> peak(windows_, 0.0);
+    double most = 0.0;  // of all windows together
     for (int r = 0; r < shape_.ranks; ++r) {
         double sum[kMostWindows] = {};
         for (int p = r * shape_.per_rank(); p < (r + 1) * shape_.per_rank(); ++p) {
@@ -83,13 +108,10 @@ std::vector<double> Steadying::pars(const std::vector<int32_t>& slots) const {
                 for (int i = 0; i < kLanes; ++i) sum[k + i] += of_replica * static_cast<double>(loads[k + i]);
         }
         for (int k = 0; k < windows_; ++k) peak[k] = std::max(peak[k], sum[k]);
+        if (of_mean != nullptr) most = std::max(most, sum_of(windows_, sum));
     }
+    if (of_mean != nullptr) *of_mean = most / windows_;
     return peak;
-}
-
-double Steadying::mean_of(const std::vector<int32_t>& slots, int first, int last) const {
-    const std::vector<double> all = pars(slots);
-    return std::accumulate(all.begin() + first, all.begin() + last, 0.0) / (last - first);
 }
 
 // Whether the windows of the second half are nearly as like some of the first half as like each other. Under a drift
@@ -97,51 +119,50 @@ double Steadying::mean_of(const std::vector<int32_t>& slots, int first, int last
 bool Steadying::recurs(double most) const {
     const int half = windows_ / 2;
     double to_first = 0.0, to_second = 0.0;
-    for (int k = half; k < windows_; ++k) {
-        std::vector<float> apart(windows_, 0.0F);
-        for (int e = 0; e < shape_.experts; ++e) {
-            const float* loads = part(e);
-            for (int j = 0; j < windows_; ++j) apart[j] += (loads[j] - loads[k]) * (loads[j] - loads[k]);
+    std::vector<float> apart(static_cast<size_t>(kLanes) * stride_);
+    for (int k = half / kLanes * kLanes; k < windows_; k += kLanes) {
+        for (int j = 0; j < stride_; j += kLanes) {
+            const Distances found = distances(shape_.experts, stride_, part_.data(), k, j);
+            for (int i = 0; i < kLanes; ++i) std::copy_n(found.of[i], kLanes, &apart[i * stride_ + j]);
         }
-        apart[k] = std::numeric_limits<float>::max();
-        to_first += *std::min_element(apart.begin(), apart.begin() + half);
-        to_second += *std::min_element(apart.begin() + half, apart.end());
+        for (int i = std::max(half - k, 0); i < std::min(windows_ - k, kLanes); ++i) {
+            float* from = &apart[i * stride_];
+            from[k + i] = std::numeric_limits<float>::max();
+            to_first += *std::min_element(from, from + half);
+            to_second += *std::min_element(from + half, from + windows_);
+        }
     }
     return to_first <= most * to_second;
 }
 
 bool Steadying::improve(std::vector<int32_t>& slots, double target, bool drifts) {
     if (windows_ < kFewestWindows) return false;
-    const double before = mean_of(slots, 0, windows_);
-    // The PAR of the windows' mean load, which a plan for the mean sees.
-    std::vector<double> rank(shape_.ranks, 0.0);
-    std::vector<int32_t> count(shape_.experts + 1, 0);
-    for (const int e : slots) ++count[e];
-    std::vector<double> share(count.size(), 0.0);  // load of a replica, mean of the windows
-    for (int e = 0; e < shape_.experts; ++e)
-        if (count[e] > 0) share[e] = std::accumulate(part(e), part(e) + windows_, 0.0) / count[e] / windows_;
-    for (int p = 0; p < shape_.slots; ++p) rank[p / shape_.per_rank()] += share[slots[p]];
-    const double of_mean = *std::max_element(rank.begin(), rank.end());
-    if (before - std::max(of_mean, target) < kWorthwhile || !recurs(drifts ? kRecursInDrift : kRecurs)) return false;
+    double of_mean = 0.0;  // what a plan for the mean sees
+    const std::vector<double> at_first = pars(slots, &of_mean);
+    const double before = mean(at_first), possible = before - std::max(of_mean, target);
+    if (possible < kWorthwhile || !recurs(drifts ? kRecursInDrift : kRecurs)) return false;
     const int half = windows_ / 2;
+    const auto mean_of_rest = [&](const std::vector<double>& pars) {
+        return std::accumulate(pars.begin() + half, pars.end(), 0.0) / (windows_ - half);
+    };
     // What the first half suggests is given up as soon as the other half is worse off.
-    const double unseen = mean_of(slots, half, windows_);
-    const auto worse = [&](const std::vector<int32_t>& now) { return mean_of(now, half, windows_) > unseen; };
+    const double unseen = mean_of_rest(at_first);
+    const auto worse = [&](const std::vector<int32_t>& now) { return mean_of_rest(pars(now)) > unseen; };
     const std::vector<int32_t> trial = descend(slots, half, target, worse);
-    const double gained = unseen - mean_of(trial, half, windows_);
-    if (gained < kConfirmed * (before - std::max(of_mean, target))) return false;
+    if (unseen - mean_of_rest(pars(trial)) < kConfirmed * possible) return false;
     std::vector<int32_t> found = descend(slots, windows_, target, nullptr);
-    if (mean_of(found, 0, windows_) >= before || percentile95(pars(found)) > percentile95(pars(start_))) return false;
+    if (mean(pars(found)) >= before || percentile95(pars(found)) > percentile95(pars(start_))) return false;
     slots = std::move(found);
     return true;
 }
 
-// The cost of a rank with these loads in the search, over the windows that count.
-float Steadying::potential(const float* load) const {
+// The cost of a rank in the search, over the windows that count; `load_in` says its load in one.
+template <typename LoadIn>
+float Steadying::potential(const LoadIn& load_in) const {
     const float room = limit_ - 1.0F;
     float sum[kLanes] = {};
     for (int k = 0; k < lanes_; k += kLanes)
-        for (int i = 0; i < kLanes; ++i) sum[i] += cost_of(load[k + i] - 1.0F, room);
+        for (int i = 0; i < kLanes; ++i) sum[i] += cost_of(load_in(k + i) - 1.0F, room);
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
@@ -218,7 +239,7 @@ std::vector<int32_t> Steadying::descend(std::vector<int32_t> slots, int windows,
 
 bool Steadying::step(int rank) {
     Candidate best;
-    for (int r = 0; r < shape_.ranks; ++r) potential_[r] = potential(load(r));
+    for (int r = 0; r < shape_.ranks; ++r) potential_[r] = potential([&, now = load(r)](int k) { return now[k]; });
     offer_copies(rank, best);
     offer_swaps(rank, best);
     if (best.slot < 0) return false;
@@ -233,6 +254,7 @@ void Steadying::offer_swaps(int r, Candidate& best) const {
     const int S = shape_.per_rank(), E = shape_.experts;
     const float before = potential_[r], room = limit_ - 1.0F;
     std::vector<float> given(static_cast<size_t>(S) * lanes_);  // loads of the rank's replicas
+    std::vector<int32_t> cost(S);                               // receipts by giving them
     for (int s = 0; s < S; ++s)
         for (int k = 0; k < lanes_; ++k)
             given[s * lanes_ + k] =
@@ -243,19 +265,24 @@ void Steadying::offer_swaps(int r, Candidate& best) const {
         const float both = before + potential_[q];
         const float *load_r = load(r), *load_q = load(q);
         // No swap gains more than one after which both ranks have the same load in every window.
-        for (int k = 0; k < lanes_; ++k) taken[k] = 0.5F * (load_r[k] + load_q[k]);
-        const float most = both - 2.0F * potential(taken.data());
+        const float most = both - 2.0F * potential([&](int k) { return 0.5F * (load_r[k] + load_q[k]); });
+        if (most * kFree <= best.score) continue;
+        for (int s = 0; s < S; ++s) {
+            const int e = slots_[r * S + s];
+            cost[s] = e == E || holds(q, e) ? kNever : !is_home(q, e) - !is_home(r, e);
+        }
+        const int least = *std::min_element(cost.begin(), cost.end());
         for (int p = q * S; p < (q + 1) * S; ++p) {
             const int f = slots_[p];
             if (f == E || holds(r, f)) continue;
             const int from = !is_home(r, f) - !is_home(q, f);
+            if (most * price_of(from + least) <= best.score) continue;
             for (int k = 0; k < lanes_; ++k) taken[k] = counted(f)[k] / static_cast<float>(count_[f]);
-            for (int s = r * S; s < (r + 1) * S; ++s) {
-                const int e = slots_[s];
-                if (e == E || holds(q, e)) continue;
-                const float price = price_of(from + !is_home(q, e) - !is_home(r, e));
+            for (int s = 0; s < S; ++s) {
+                if (cost[s] == kNever) continue;
+                const float price = price_of(from + cost[s]);
                 if (most * price <= best.score) continue;
-                const float* give = &given[static_cast<size_t>(s - r * S) * lanes_];
+                const float* give = &given[static_cast<size_t>(s) * lanes_];
                 float sum[kLanes] = {};
                 for (int k = 0; k < lanes_; k += kLanes) {
                     for (int i = 0; i < kLanes; ++i) {
@@ -265,7 +292,7 @@ void Steadying::offer_swaps(int r, Candidate& best) const {
                     }
                 }
                 const float gain = both - ((sum[0] + sum[1]) + (sum[2] + sum[3]));
-                if (gain * price > best.score) best = {gain * price, p, s, e};
+                if (gain * price > best.score) best = {gain * price, p, r * S + s, slots_[r * S + s]};
             }
         }
     }
@@ -274,40 +301,49 @@ void Steadying::offer_swaps(int r, Candidate& best) const {
 // Offers copies of the rank's experts on other ranks, in place of experts with other copies. The effects of the added
 // and of the dropped copy are added up, which is wrong for a rank that holds both experts.
 void Steadying::offer_copies(int r, Candidate& best) const {
-    const int S = shape_.per_rank(), E = shape_.experts, P = shape_.slots;
-    std::vector<float> changed(lanes_), dropped(P, 0.0F);
+    const int S = shape_.per_rank(), E = shape_.experts;
     // The gain of an expert's holders, except one slot, if the expert has another number of copies.
     const auto gain_of = [&](int expert, int copies, int besides) {
         const float change = 1.0F / static_cast<float>(copies) - 1.0F / static_cast<float>(count_[expert]);
+        const float* of_expert = counted(expert);
         float gain = 0.0F;
         for (int i = 0; i < held_by_[expert]; ++i) {
-            const int p = holders(expert)[i];
-            if (p == besides) continue;
-            for (int k = 0; k < lanes_; ++k) changed[k] = load(p / S)[k] + change * counted(expert)[k];
-            gain += potential_[p / S] - potential(changed.data());
+            if (holders(expert)[i] == besides) continue;
+            const int q = holders(expert)[i] / S;
+            gain += potential_[q] - potential([&, now = load(q)](int k) { return now[k] + change * of_expert[k]; });
         }
         return gain;
     };
-    std::vector<int> spare;
-    for (int p = 0; p < P; ++p) {
-        const int f = slots_[p];
-        if (p / S == r || !may_meet(p / S, r) || (f < E && count_[f] < 2)) continue;
-        spare.push_back(p);
-        if (f < E) dropped[p] = gain_of(f, count_[f] - 1, p);
+    struct Spare {
+        int slot, rank;
+        float gain;  // of the other holders, if the slot drops its expert
+    };
+    std::vector<Spare> spares;
+    for (int q = 0; q < shape_.ranks; ++q) {
+        if (q == r || !may_meet(q, r)) continue;
+        for (int p = q * S; p < (q + 1) * S; ++p) {
+            const int f = slots_[p];
+            if (f == E || count_[f] > 1) spares.push_back({p, q, f == E ? 0.0F : gain_of(f, count_[f] - 1, p)});
+        }
     }
-    for (int s = r * S; s < (r + 1) * S && !spare.empty(); ++s) {
+    for (int s = r * S; s < (r + 1) * S && !spares.empty(); ++s) {
         const int e = slots_[s];
         if (e == E) continue;
         const float added = gain_of(e, count_[e] + 1, -1);
         const float up = 1.0F / static_cast<float>(count_[e] + 1);
-        for (const int p : spare) {
-            const int f = slots_[p], q = p / S;
-            if (holds(q, e)) continue;
+        const float* of_added = counted(e);
+        for (const Spare& spare : spares) {
+            const int f = slots_[spare.slot], q = spare.rank;
+            const float most = added + spare.gain + potential_[q];
+            if (most * kFree <= best.score || holds(q, e)) continue;
+            const float price = price_of(!is_home(q, e) - (f < E && !is_home(q, f)));
+            if (most * price <= best.score) continue;
             const float down = 1.0F / static_cast<float>(count_[f]);
-            for (int k = 0; k < lanes_; ++k) changed[k] = load(q)[k] + up * counted(e)[k] - down * counted(f)[k];
-            const float gain = added + dropped[p] + potential_[q] - potential(changed.data());
-            const float score = gain * price_of(!is_home(q, e) - (f < E && !is_home(q, f)));
-            if (score > best.score) best = {score, p, -1, e};
+            const float* of_dropped = counted(f);
+            const float gain = most - potential([&, now = load(q)](int k) {
+                                   return now[k] + up * of_added[k] - down * of_dropped[k];
+                               });
+            if (gain * price > best.score) best = {gain * price, spare.slot, -1, e};
         }
     }
 }

@@ -29,8 +29,8 @@ class Steadying {
     // `drifts`: the forecast found a drift, so windows must recur more clearly.
     bool improve(std::vector<int32_t>& slots, double target, bool drifts);
 
-    // PARs of a placement [P], one for each window.
-    std::vector<double> pars(const std::vector<int32_t>& slots) const;
+    // PARs of a placement [P], one for each window; `of_mean`: that of the windows' mean load.
+    std::vector<double> pars(const std::vector<int32_t>& slots, double* of_mean = nullptr) const;
 
   private:
     struct Candidate {
@@ -39,7 +39,6 @@ class Steadying {
     };
 
     bool recurs(double most) const;
-    double mean_of(const std::vector<int32_t>& slots, int first, int last) const;
     // For the first `windows` of them. Ends early where `ends`, asked every few steps, says so of the placement.
     std::vector<int32_t> descend(std::vector<int32_t> slots, int windows, double target,
                                  const std::function<bool(const std::vector<int32_t>&)>& ends);
@@ -49,7 +48,8 @@ class Steadying {
     void place(int slot, int expert);
     void add(int rank, int expert, float sign);
     void recount(int expert, int copies);
-    float potential(const float* load) const;
+    template <typename LoadIn>
+    float potential(const LoadIn& load_in) const;
     size_t at(int rank, int expert) const { return static_cast<size_t>(rank) * (shape_.experts + 1) + expert; }
     bool holds(int rank, int expert) const { return held_[at(rank, expert)] != 0; }
     bool is_home(int rank, int expert) const { return home_[at(rank, expert)] != 0; }
