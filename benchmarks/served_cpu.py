@@ -4,8 +4,9 @@
 Two engines of vLLM serve the tiny model on two expert-parallel CPU ranks: one with a static placement, and one with the
 balancer, started from the same placement, with the times of layers measured at start-up. Both stay in memory and take
 turns, so that drift of the machine affects both alike. Two placements are tried: the one that vLLM loads (its load is
-nearly even), and one whose first rank has the experts with the most tokens. The result is the mean of the pairs' ratios
-with its confidence interval. The exit status is 1 if the balancer moved nothing under skewed load.
+nearly even), and one whose first rank has the experts with the most tokens. Steps are timed as in
+``benchmarks.served_cuda``, and the result is the mean of the pairs' ratios with its confidence interval, also for the
+median step and for a step that nothing disturbs. The exit status is 1 if the balancer moved nothing under skewed load.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.served import RANKS, balancer_report, cpu_engine, describe_ratio
-from benchmarks.served_turns import OFF, Engines, Turn, answer, over_off
+from benchmarks.served_turns import OFF, TITLES, Engines, Turn, answer, over_off, rates, timed
 
 LOADS = ("balanced", "skewed")
 KINDS: dict[str, tuple[Any, ...]] = {"prefill": ("prefill",), "decode": ("decode",)}
-REDUNDANT, REQUESTS, CHUNK, INTERVAL = 4, 48, 2048, 20
+REDUNDANT, REQUESTS, PROMPT, CHUNK, INTERVAL = 4, 48, 256, 2048, 200
+PASSES, STEPS = 3, 100
+"""Of a turn: passes over the prompts that prefill, and steps that decode."""
 
 
 def skewed_placement() -> Any:
@@ -50,12 +52,13 @@ class Engine:
     Args:
         load: whether the placement at the start is "balanced" or "skewed".
         mode: "on" with the balancer; OFF with the same placement, static.
-        seconds: least time of a measurement.
         folder: for the map.
         calibration: the file with times of layers, which the first engine that balances writes.
     """
 
-    def __init__(self, load: str, mode: str, seconds: float, folder: str, calibration: Path) -> None:
+    def __init__(self, load: str, mode: str, folder: str, calibration: Path) -> None:
+        from vllm.utils.gc_utils import freeze_gc_heap
+
         from examples.tiny_moe.expert_load import read_prompts
         from vllm_ascend_eplb import Placement
         from vllm_ascend_eplb.files.expert_map import write_expert_map
@@ -71,27 +74,20 @@ class Engine:
                 "calibration_path": str(calibration),
             }
         self._llm = cpu_engine(REQUESTS, settings, max_num_batched_tokens=CHUNK, enable_prefix_caching=False)
-        text = " ".join(read_prompts("english"))
-        self._prompts = [text[97 * at : 97 * at + 1200] for at in range(REQUESTS)]
-        self._seconds = seconds
+        words = self._llm.get_tokenizer().encode(" ".join(read_prompts("english")))
+        self._prompts = [words[31 * at : 31 * at + PROMPT] for at in range(REQUESTS)]
+        assert all(len(prompt) == PROMPT for prompt in self._prompts)
+        freeze_gc_heap()  # as vLLM's server does
 
     def prefill(self) -> dict[str, float]:
-        """Tokens of prompts per second."""
-        return self._rate(self._prompts, 1)
+        """Of whole chunks, see :func:`rates`; the first one is not timed."""
+        steps = [seconds for seconds, _ in timed(self._llm.llm_engine, PASSES * self._prompts, 1)]
+        return rates(steps[1:], CHUNK)
 
     def decode(self) -> dict[str, float]:
-        """Tokens of answers per second."""
-        return self._rate([prompt[:60] for prompt in self._prompts], 100)
-
-    def _rate(self, prompts: list[str], tokens: int) -> dict[str, float]:
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        done, began = 0, time.perf_counter()
-        while (took := time.perf_counter() - began) < self._seconds or not done:
-            for given in self._llm.generate(prompts, sampling, use_tqdm=False):
-                done += len(given.prompt_token_ids or ()) if tokens == 1 else tokens
-        return {"tokens_per_s": done / took}
+        """Of the steps in which all requests got a token, see :func:`rates`."""
+        steps = timed(self._llm.llm_engine, [prompt[:16] for prompt in self._prompts], STEPS)
+        return rates([seconds for seconds, rows in steps if rows == REQUESTS], REQUESTS)
 
     def balanced(self) -> dict[str, Any]:
         """What its balancer did."""
@@ -101,20 +97,20 @@ class Engine:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def serve(connection: Connection, mode: str, load: str, seconds: float, calibration: Path) -> None:
+def serve(connection: Connection, mode: str, load: str, calibration: Path) -> None:
     """A process with an engine."""
     from examples.demo.server import cpu_environment
 
     os.setpgrp()
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {**cpu_environment(RANKS), "EPLB_STATS_FILE": f"{folder}/stats.json"}
-        answer(connection, lambda: Engine(load, mode, seconds, folder, calibration))
+        answer(connection, lambda: Engine(load, mode, folder, calibration))
 
 
-def compare(load: str, pairs: int, seconds: float, calibration: Path) -> dict[str, Any]:
+def compare(load: str, pairs: int, calibration: Path) -> dict[str, Any]:
     """Both engines in turns. The first turn does not count: kernels are warmed up, and the balancer finds its
     placement."""
-    engines = Engines([[OFF], ["on"]], serve, load, seconds, calibration)
+    engines = Engines([[OFF], ["on"]], serve, load, calibration)
     rounds: list[Turn] = []
     try:
         engines.start(lambda line: print(f"{load}, {line}", flush=True))
@@ -125,7 +121,9 @@ def compare(load: str, pairs: int, seconds: float, calibration: Path) -> dict[st
             rounds.append(engines.turn(KINDS, pair))
             print(json.dumps({"load": load, **rounds[-1]}), flush=True)
         report = {
-            "on_over_off": over_off(rounds, "tokens_per_s"),
+            "over_off": over_off(rounds, "tokens_per_s"),
+            "median_over_off": over_off(rounds, "median_tokens_per_s"),
+            "undisturbed_over_off": over_off(rounds, "undisturbed_tokens_per_s"),
             "balanced": engines.ask("on", "balanced"),
             "rounds": rounds,
         }
@@ -140,13 +138,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="where to write the results; may be a pipe")
     parser.add_argument("--pairs", type=int, default=30, help="turns of the engines without and with the balancer")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, at least")
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=LOADS)
     parser.add_argument("--calibration", type=Path, help="file with times of layers; without it they are measured once")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         calibration = arguments.calibration or Path(folder) / "step_cost.json"
-        loads = {load: compare(load, arguments.pairs, arguments.seconds, calibration) for load in arguments.loads}
+        loads = {load: compare(load, arguments.pairs, calibration) for load in arguments.loads}
     report = {
         "benchmark": "served_cpu",
         "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
@@ -157,8 +154,9 @@ def main() -> int:
     text = json.dumps(report, indent=1)
     print(text)
     for load, found in loads.items():
-        for name, ratio in found["on_over_off"].items():
-            print(describe_ratio(f"{load} load, {name}", ratio))
+        for title, figure in TITLES.items():
+            for name, ratio in found[figure].items():
+                print(describe_ratio(f"{load} load, {title}{name}", ratio))
     if arguments.json:
         arguments.json.write_text(text + "\n")
     return int("skewed" in loads and not loads["skewed"]["balanced"]["moved"])

@@ -22,18 +22,16 @@ import argparse
 import importlib
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from benchmarks.served import balancer_report, describe_ratio
-from benchmarks.served_turns import OFF, Engines, Turn, answer, over_off
+from benchmarks.served_turns import OFF, TITLES, Engines, Turn, answer, over_off, rates, timed
 
 STARTS = ((OFF, "vllm, 2 redundant"), ("ours, 2 redundant",), ("ours",))
 """Engines that start together. Ours start alone, because they time the MoE layers as they start."""
@@ -41,9 +39,6 @@ STARTS = ((OFF, "vllm, 2 redundant"), ("ours, 2 redundant",), ("ours",))
 MODES = [mode for together in STARTS for mode in together]
 
 SKEW = 0.35
-
-TITLES = {"": "over_off", "median step, ": "median_over_off", "undisturbed step, ": "undisturbed_over_off"}
-"""Figures of the report, by how their lines begin."""
 
 
 @dataclass(frozen=True)
@@ -153,36 +148,6 @@ def engine_arguments(mode: str, size: Size, tiny: bool, uncompiled: bool = False
         "dtype": "float32" if tiny else "bfloat16",
         **({} if tiny else device),
         **balancer,
-    }
-
-
-def timed(engine: Any, prompts: list[list[int]], tokens: int) -> Iterator[tuple[float, int]]:
-    """Steps of the engine until all prompts are answered: seconds since the step before, and requests that got a
-    token."""
-    from vllm import SamplingParams, TokensPrompt
-
-    sampling = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    for number, prompt in enumerate(prompts):
-        engine.add_request(f"{time.monotonic_ns()}-{number}", TokensPrompt(prompt_token_ids=prompt), sampling)
-    before = time.perf_counter()
-    while engine.has_unfinished_requests():
-        outputs = engine.step()
-        now = time.perf_counter()
-        if outputs:
-            yield now - before, len(outputs)
-            before = now
-
-
-def rates(times: list[float], tokens: int) -> dict[str, float]:
-    """Tokens a second of steps with ``tokens`` each, of the median step, and of a step that nothing disturbs, which is
-    taken to be the one that one in ten is shorter than; and the longest step."""
-    longest = max(range(len(times)), key=times.__getitem__)
-    return {
-        "tokens_per_s": tokens * len(times) / sum(times),
-        "median_tokens_per_s": tokens / statistics.median(times),
-        "undisturbed_tokens_per_s": tokens / sorted(times)[len(times) // 10],
-        "longest_ms": 1e3 * times[longest],
-        "longest_at": longest,
     }
 
 

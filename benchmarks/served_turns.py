@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines in processes of their own that stay in memory and are asked in turns, and what comes of that."""
+"""Engines in processes of their own that stay in memory and are asked in turns, times of their steps, and what comes of
+that."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,6 +18,9 @@ from benchmarks.served import ratios
 
 OFF = "off"
 """The engine without balancing, with which others are compared."""
+
+TITLES = {"": "over_off", "median step, ": "median_over_off", "undisturbed step, ": "undisturbed_over_off"}
+"""Figures of the report, by how their lines begin."""
 
 CLOSE = ("close",)
 
@@ -160,3 +166,33 @@ def over_off(rounds: Sequence[Turn], figure: str) -> dict[str, dict[str, Any]]:
         both = [turn[kind] for turn in rounds if mode in turn[kind]]
         found[f"{kind}, {mode}"] = ratios(*([modes[name][figure] for modes in both] for name in (OFF, mode)))
     return found
+
+
+def timed(engine: Any, prompts: list[list[int]], tokens: int) -> Iterator[tuple[float, int]]:
+    """Steps of the engine until all prompts are answered: seconds since the step before, and requests that got a
+    token."""
+    from vllm import SamplingParams, TokensPrompt
+
+    sampling = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    for number, prompt in enumerate(prompts):
+        engine.add_request(f"{time.monotonic_ns()}-{number}", TokensPrompt(prompt_token_ids=prompt), sampling)
+    before = time.perf_counter()
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter()
+        if outputs:
+            yield now - before, len(outputs)
+            before = now
+
+
+def rates(times: list[float], tokens: int) -> dict[str, float]:
+    """Tokens a second of steps with ``tokens`` each, of the median step, and of a step that nothing disturbs, which is
+    taken to be the one that one in ten is shorter than; and the longest step."""
+    longest = max(range(len(times)), key=times.__getitem__)
+    return {
+        "tokens_per_s": tokens * len(times) / sum(times),
+        "median_tokens_per_s": tokens / statistics.median(times),
+        "undisturbed_tokens_per_s": tokens / sorted(times)[len(times) // 10],
+        "longest_ms": 1e3 * times[longest],
+        "longest_at": longest,
+    }

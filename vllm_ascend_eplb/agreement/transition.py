@@ -43,7 +43,7 @@ def advance(state: CycleState, agreed: Agreed | None, settings: CycleSettings) -
         AgreementError: ranks disagree about the step, the phase or the placement.
     """
     if not (settings.synchronous and state.active):
-        state = replace(state, step=state.step + 1)
+        state = state.next_step()
     if state.phase is Phase.OFF:
         return state, ()
     if agreed is not None:

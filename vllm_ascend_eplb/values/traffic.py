@@ -76,4 +76,4 @@ class Traffic:
 
 def bucket_of(tokens: float) -> int:
     """The bucket of a step with ``tokens`` per rank: at most 1, 2, 4, 8, ...; the last bucket has the rest."""
-    return min(BUCKETS - 1, max(0, math.ceil(math.log2(max(tokens, 1.0)))))
+    return min(BUCKETS - 1, (math.ceil(max(tokens, 1.0)) - 1).bit_length())
