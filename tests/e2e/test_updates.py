@@ -14,6 +14,7 @@ from .conftest import BUSY, prompts
 from .soak_judge import grown, growth
 
 ROOT = Path(__file__).parents[2]
+
 TOKENS = 16
 FACTORS = [1.25, 1.0, 0.75, 1.25]
 """The updates, in this order: every expert's weights become those of the checkpoint times the factor."""
@@ -166,7 +167,7 @@ def test_turns_of_sleep_and_new_weights_never_end(runs, job, alone, tmp_path):
     short = {
         "prompts": [job["prompts"][0][:PROMPTS]],
         "max_tokens": SHORT,
-        "paths": [str(tmp_path), str(Path(__file__).parents[2])],
+        "paths": [str(tmp_path), str(ROOT)],
     }
     arguments = {**ENGINES, "max_num_seqs": PROMPTS}
     run = runs(
