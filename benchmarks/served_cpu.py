@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.served import RANKS, balancer_report, cpu_engine, describe_ratio
-from benchmarks.served_turns import OFF, TITLES, Engines, Turn, answer, over_off, rates, timed
+from benchmarks.served import RANKS, balancer_report, cpu_engine
+from benchmarks.served_turns import OFF, Engines, Turn, all_over_off, answer, describe, rates, timed
 
 LOADS = ("balanced", "skewed")
 KINDS: dict[str, tuple[Any, ...]] = {"prefill": ("prefill",), "decode": ("decode",)}
@@ -121,9 +121,7 @@ def compare(load: str, pairs: int, calibration: Path) -> dict[str, Any]:
             rounds.append(engines.turn(KINDS, pair))
             print(json.dumps({"load": load, **rounds[-1]}), flush=True)
         report = {
-            "over_off": over_off(rounds, "tokens_per_s"),
-            "median_over_off": over_off(rounds, "median_tokens_per_s"),
-            "undisturbed_over_off": over_off(rounds, "undisturbed_tokens_per_s"),
+            **all_over_off(rounds),
             "balanced": engines.ask("on", "balanced"),
             "rounds": rounds,
         }
@@ -154,9 +152,7 @@ def main() -> int:
     text = json.dumps(report, indent=1)
     print(text)
     for load, found in loads.items():
-        for title, figure in TITLES.items():
-            for name, ratio in found[figure].items():
-                print(describe_ratio(f"{load} load, {title}{name}", ratio))
+        describe(found, f"{load} load, ")
     if arguments.json:
         arguments.json.write_text(text + "\n")
     return int("skewed" in loads and not loads["skewed"]["balanced"]["moved"])

@@ -30,8 +30,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.served import balancer_report, describe_ratio
-from benchmarks.served_turns import OFF, TITLES, Engines, Turn, answer, over_off, rates, timed
+from benchmarks.served import balancer_report
+from benchmarks.served_turns import OFF, Engines, Turn, all_over_off, answer, describe, rates, timed
 
 STARTS = ((OFF, "vllm, 2 redundant"), ("ours, 2 redundant",), ("ours",))
 """Engines that start together. Ours start alone, because they time the MoE layers as they start."""
@@ -265,17 +265,13 @@ def main() -> int:
                 "uncompiled": arguments.uncompiled,
                 "balanced": {mode: engines.ask(mode, "balanced") for mode in engines.modes},
                 "left_out": engines.left_out,
-                "over_off": over_off(rounds, "tokens_per_s"),
-                "median_over_off": over_off(rounds, "median_tokens_per_s"),
-                "undisturbed_over_off": over_off(rounds, "undisturbed_tokens_per_s"),
+                **all_over_off(rounds),
                 "rounds": rounds,
             }
             say(f"round {len(rounds)}")
             if arguments.json:
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-        for title, figure in TITLES.items():
-            for name, ratio in report.get(figure, {}).items():
-                print(describe_ratio(title + name, ratio), flush=True)
+        describe(report)
         for mode in engines.modes:
             engines.ask(mode, "close")
     finally:

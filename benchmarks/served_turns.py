@@ -14,13 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.served import ratios
+from benchmarks.served import describe_ratio, ratios
 
 OFF = "off"
 """The engine without balancing, with which others are compared."""
 
-TITLES = {"": "over_off", "median step, ": "median_over_off", "undisturbed step, ": "undisturbed_over_off"}
-"""Figures of the report, by how their lines begin."""
+FIGURES = {
+    "over_off": ("", "tokens_per_s"),
+    "median_over_off": ("median step, ", "median_tokens_per_s"),
+    "undisturbed_over_off": ("undisturbed step, ", "undisturbed_tokens_per_s"),
+}
+"""Ratios of a report by name: how their lines begin, and the figure of :func:`rates`."""
 
 CLOSE = ("close",)
 
@@ -156,6 +160,18 @@ def _asked(connection: Connection) -> Any:
         return connection.recv()
     except EOFError:  # the other end is gone
         return CLOSE
+
+
+def all_over_off(rounds: Sequence[Turn]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The ratios of a report; see FIGURES and :func:`over_off`."""
+    return {name: over_off(rounds, figure) for name, (_, figure) in FIGURES.items()}
+
+
+def describe(report: dict[str, Any], begin: str = "") -> None:
+    """Prints a line for each ratio of a report, or nothing if it has none yet."""
+    for figure, (title, _) in FIGURES.items():
+        for name, ratio in report.get(figure, {}).items():
+            print(describe_ratio(f"{begin}{title}{name}", ratio), flush=True)
 
 
 def over_off(rounds: Sequence[Turn], figure: str) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import shutil
 from pathlib import Path
 
@@ -61,6 +63,15 @@ def test_other_versions_stay_off_with_the_way_out(version: str) -> None:
 
 def test_version_without_sources_stays_off() -> None:
     assert not verdict(NEXT, "cuda", None).balances
+
+
+parsed = functools.cache(ast.parse)
+
+
+@pytest.fixture(autouse=True)
+def equal_files_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed copy of vLLM's files differs in one of them; to parse them all takes a quarter of a second."""
+    monkeypatch.setattr(ast, "parse", parsed)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ def installed_root() -> Path | None:
     return Path(places[0]).parent if places else None
 
 
+@cache
 def tree(root: Path, module: str) -> ast.Module:
     """The syntax tree of a module.
 
@@ -34,14 +35,9 @@ def tree(root: Path, module: str) -> ast.Module:
     path = root.joinpath(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     try:
-        return _parsed(path.read_text(encoding="utf-8"))
+        return ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError) as error:
         raise SourceError(f"{module} cannot be read: {error}") from None
-
-
-@cache
-def _parsed(text: str) -> ast.Module:
-    return ast.parse(text)
 
 
 def look_up(root: Path, module: str, name: str) -> ast.AST:
