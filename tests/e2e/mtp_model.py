@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from .offline import MODEL
+from .random_weights import RandomWeights, Weights, under
 
 HIDDEN, HEADS, GROUPS, HEAD, DENSE, INNER, EXPERTS = 128, 4, 2, 32, 256, 64, 16
 CONFIG = {
@@ -51,41 +52,25 @@ def write_mtp_model(folder: Path) -> Path:
     return folder
 
 
-def _weights() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def _weights() -> Weights:
+    drawn = RandomWeights(HIDDEN)
 
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator) / columns**0.5
-
-    def mlp(inner: int) -> dict[str, torch.Tensor]:
-        up = {f"{name}_proj.weight": matrix(inner, HIDDEN) for name in ("gate", "up")}
-        return {**up, "down_proj.weight": matrix(HIDDEN, inner)}
-
-    def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-    def norm(name: str) -> dict[str, torch.Tensor]:
-        return {f"{name}.weight": torch.ones(HIDDEN)}
-
-    def layer(with_experts: bool) -> dict[str, torch.Tensor]:
-        found = {**norm("input_layernorm"), **norm("post_attention_layernorm")}
+    def layer(with_experts: bool) -> Weights:
+        found = {**drawn.norm("input_layernorm"), **drawn.norm("post_attention_layernorm")}
         for name, rows in (("q", HEADS), ("k", GROUPS), ("v", GROUPS)):
-            found[f"self_attn.{name}_proj.weight"] = matrix(rows * HEAD, HIDDEN)
-        found["self_attn.o_proj.weight"] = matrix(HIDDEN, HEADS * HEAD)
+            found[f"self_attn.{name}_proj.weight"] = drawn.matrix(rows * HEAD)
+        found["self_attn.o_proj.weight"] = drawn.matrix(HIDDEN, HEADS * HEAD)
         if not with_experts:
-            return {**found, **under("mlp", mlp(DENSE))}
-        found["mlp.gate.weight"] = matrix(EXPERTS, HIDDEN)
-        found["mlp.gate.e_score_correction_bias"] = torch.zeros(EXPERTS)
-        for expert in range(EXPERTS):
-            found |= under(f"mlp.experts.{expert}", mlp(INNER))
-        return {**found, **under("mlp.shared_experts", mlp(INNER))}
+            return {**found, **under("mlp", drawn.mlp(DENSE))}
+        found |= {**drawn.experts(EXPERTS, INNER), "mlp.gate.e_score_correction_bias": torch.zeros(EXPERTS)}
+        return {**found, **under("mlp.shared_experts", drawn.mlp(INNER))}
 
-    embedding, head = torch.randn(4096, HIDDEN, generator=generator), matrix(4096, HIDDEN)
-    found = {"model.embed_tokens.weight": embedding, "lm_head.weight": head, **norm("model.norm")}
+    embedding, head = drawn.embedding(4096), drawn.matrix(4096)
+    found = {"model.embed_tokens.weight": embedding, "lm_head.weight": head, **drawn.norm("model.norm")}
     for number in range(3):
         found |= under(f"model.layers.{number}", layer(with_experts=number > 0))
-    draft = {**layer(with_experts=True), **norm("enorm"), **norm("hnorm"), **norm("shared_head.norm")}
-    draft |= {"eh_proj.weight": matrix(HIDDEN, 2 * HIDDEN)}
+    draft = {**layer(with_experts=True), **drawn.norm("enorm"), **drawn.norm("hnorm"), **drawn.norm("shared_head.norm")}
+    draft |= {"eh_proj.weight": drawn.matrix(HIDDEN, 2 * HIDDEN)}
     draft |= {"embed_tokens.weight": embedding.clone(), "shared_head.head.weight": head.clone()}
     return {**found, **under("model.layers.3", draft)}
 

@@ -11,9 +11,9 @@ allocator.py), ``updates`` (factors: in the end a trainer transfers the experts'
 transfer_engine.py; after each sleep and each update the prompts are repeated until experts have moved again), ``turns``
 and ``seconds`` (the updates are taken in so many turns, for at most so long, each after a sleep; see turns.py),
 ``routing`` (in the end layers are asked for what is refused), ``contents`` (what slots hold, at first and in the end),
-``drafter`` (it is watched, and it is what gets corrupted) and ``probe`` / ``corrupt`` (see probes.py; what is corrupted
-is corrupted after all that, for one more turn). The result holds the token ids of every prompt, turn by turn, and how
-many tokens went through the model if none came from a cache.
+``drafter`` (it is watched, and it is what gets corrupted), ``split`` (steps with micro-batches are counted) and
+``probe`` / ``corrupt`` (see probes.py; what is corrupted is corrupted after all that, for one more turn). The result
+holds the token ids of every prompt, turn by turn, and how many tokens went through the model if none came from a cache.
 """
 
 from __future__ import annotations
@@ -198,6 +198,8 @@ def main(job_path: str, result_path: str) -> None:
     result: dict[str, object] = {}
     if job.get("probe"):
         engine.rpc(probes.install)
+    if job.get("split"):
+        engine.rpc(probes.watch_split)
     if any(job.get(name) for name in ("reload", "under_way", "sleeps", "turns")):
         engine.rpc(weight_probes.remember_weights)
     if job.get("sleeps") or job.get("turns"):

@@ -17,7 +17,8 @@ class Probe:
     """Observations of one worker.
 
     Attributes:
-        tokens: tokens of requests in the current forward, by the scheduler.
+        tokens: tokens of requests in the current forward, by the scheduler; where each rank has a part of a request,
+            tokens of the parts.
         windows: the routers' own choices per window, counted without the package.
         loads: the load that the planner got for the same windows.
         taken: the counts of this rank's recorder at the end of every window.
@@ -60,6 +61,7 @@ def install(worker: Any) -> None:
     from vllm.distributed.parallel_state import (
         get_dp_group,
         get_ep_group,
+        get_pcp_group,
         get_pp_group,
         get_tensor_model_parallel_rank,
     )
@@ -121,6 +123,8 @@ def install(worker: Any) -> None:
     def watched_prepare(model_config: Any, tokens: int, parts: list[Any] | None = None) -> None:
         micro_batches[:] = [part.token_slice for part in parts or ()]
         probe.split += bool(micro_batches and probe.tokens)
+        if probe.tokens and get_pcp_group().world_size > 1:
+            probe.tokens = tokens  # this rank's part of the requests
         prepare(model_config, tokens, parts)
 
     def watched_step(**kwargs: Any) -> None:
@@ -137,7 +141,7 @@ def install(worker: Any) -> None:
         """Index of this rank's first token among those gathered from all ranks."""
         metadata = get_forward_context().dp_metadata
         if metadata is None:
-            return 0
+            return get_pcp_group().rank_in_group * (rows // get_pcp_group().world_size)
         sizes = metadata.get_chunk_sizes_across_dp_rank()
         assert sum(sizes) == rows
         return sum(sizes[: (get_ep_group() if sliced else get_dp_group()).rank_in_group])
@@ -170,6 +174,18 @@ def install(worker: Any) -> None:
             submit(request)
 
         updator.parts.planner.submit = watched_submit
+
+
+def watch_split(worker: Any) -> None:
+    """Count the steps whose batch is split into micro-batches, where graphs are replayed and no router can be asked."""
+    state = state_of(worker)
+    prepare, worker.eplb_split = state.prepare_forward, 0
+
+    def watched_prepare(model_config: Any, tokens: int, parts: list[Any] | None = None) -> None:
+        worker.eplb_split += parts is not None
+        prepare(model_config, tokens, parts)
+
+    state.prepare_forward = watched_prepare
 
 
 def _has_router(module: Any, kind: type) -> bool:
@@ -331,6 +347,8 @@ def report(worker: Any) -> dict[str, Any]:
         "views": views_agree(worker),
         "async_scheduling": bool(worker.vllm_config.scheduler_config.async_scheduling),
     }
+    if hasattr(worker, "eplb_split"):
+        result["split"] = worker.eplb_split
     probe = getattr(worker, "eplb_probe", None)
     if probe is not None:
         result["windows"] = [window.tolist() for window in probe.windows]

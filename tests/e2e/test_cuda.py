@@ -139,6 +139,18 @@ def in_micro_batches(runner, runs):
     return _balanced(runs, runner, BUSY, probe=True, unasserted=True, **{**PARALLEL, "arguments": arguments})
 
 
+@pytest.fixture(scope="module")
+def micro_batches_captured(runner, runs):
+    """The same, with graphs of whole decode steps. The threads of two micro-batches cannot compile at the same time, so
+    nothing is compiled."""
+    if runner == "V2":
+        pytest.skip("vLLM 0.33 replays no such graphs: its first request has no answer, without balancing, too")
+    graphs = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+    arguments = {**PARALLEL["arguments"], **MICRO_BATCHES, **graphs}
+    given = {**PARALLEL, "arguments": arguments}
+    return _balanced(runs, runner, BUSY, split=True, compile=True, unasserted=True, **given)
+
+
 def _balanced(runs, runner: str, config, ranks: int = 2, arguments=ARGUMENTS, unasserted=False, **more):
     run = runs(
         f"{runner} {ranks} {list(more)} {unasserted}",
@@ -159,13 +171,17 @@ def _balanced(runs, runner: str, config, ranks: int = 2, arguments=ARGUMENTS, un
     return run.result
 
 
-def assert_balanced(result, expected) -> None:
-    """Assert that experts moved equally on both ranks and no token changed; a planted fault must change tokens."""
+def assert_balanced(result, expected, experts: int = 6 * 64) -> None:
+    """Assert that experts moved equally on both ranks and no token changed; a planted fault must change tokens.
+
+    Args:
+        experts: of all layers.
+    """
     first, second = result["ranks"]
     stats = json.loads(first["stats"])
     assert stats["cycles_done"] >= 10
     assert stats["cycles_failed"] == 0
-    assert stats["experts_moved"] > 10 * 6 * 64 / 2
+    assert stats["experts_moved"] > 10 * experts / 2
     for key in ("digest", "step", "cycle", "phase"):
         assert first[key] == second[key]
     assert first["views"]
@@ -219,6 +235,11 @@ def test_data_parallel_engines_stay_in_step_with_one_idle(parallel):
 
 def test_tokens_are_equal_in_micro_batches(in_micro_batches, expected):
     assert_balanced(in_micro_batches, expected)
+
+
+def test_captured_micro_batches_are_replayed(micro_batches_captured, expected):
+    assert_balanced(micro_batches_captured, expected)
+    assert all(rank["split"] > 100 for rank in micro_batches_captured["ranks"])
 
 
 def test_micro_batches_count_every_pair_once(in_micro_batches):

@@ -100,15 +100,15 @@ CASES = {
         {"set": {"parallel_config": {"enable_elastic_ep": True}}},
         "--enable-elastic-ep True is not supported",
     ),
-    "context parallel": (
+    "draft model and context parallelism": (
         {"dynamic_eplb": True},
-        {"set": {"parallel_config": {"prefill_context_parallel_size": 2}}},
-        "--prefill-context-parallel-size 2 is not supported",
+        {**DRAFTED, "set": {"parallel_config": {"prefill_context_parallel_size": 2}}},
+        "a draft model with experts and --prefill-context-parallel-size 2 is not supported",
     ),
-    "context parallel in decoding": (
+    "draft model and context parallelism in decoding": (
         {"dynamic_eplb": True},
-        {"set": {"parallel_config": {"decode_context_parallel_size": 2}}},
-        "--decode-context-parallel-size 2 is not supported",
+        {**DRAFTED, "set": {"parallel_config": {"decode_context_parallel_size": 2}}},
+        "a draft model with experts and --decode-context-parallel-size 2 is not supported",
     ),
     "draft model with experts": (
         {"dynamic_eplb": True},

@@ -17,13 +17,6 @@ def part(module: str, name: str) -> Any:
     return getattr(pytest.importorskip(module), name)
 
 
-def test_attention_on_a_cpu_has_no_context_parallelism() -> None:
-    """``check_attention_cp_compatibility`` asks for these two: one for prefill, one for decode."""
-    attention = part("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend").get_impl_cls()
-    assert attention.supports_pcp is False
-    assert attention.can_return_lse_for_decode is False
-
-
 def test_micro_batches_run_on_cuda_streams_only() -> None:
     """The wrapper of a micro-batched model makes a CUDA stream, and the runner for CPUs has no such wrapper."""
     wrapper = part("vllm.v1.worker.gpu_ubatch_wrapper", "UBatchWrapper")

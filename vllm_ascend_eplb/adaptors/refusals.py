@@ -36,9 +36,7 @@ def common_options(vllm_config: Any, config: EplbConfig) -> tuple[Option, ...]:
             "mtp",
             "use a draft model without experts",
         ),
-        _parallel(vllm_config, "prefill_context_parallel_size", 1),
-        _parallel(vllm_config, "decode_context_parallel_size", 1),
-        _parallel(vllm_config, "enable_elastic_ep", False),
+        without_parallel(vllm_config, "enable_elastic_ep", False),
         ("--enable-lora", vllm_config.lora_config is not None, False, "leave it out"),
         *_shared_weights(vllm_config),
     )
@@ -85,6 +83,7 @@ def value_at(config: Any, path: str, default: object) -> Any:
     return config
 
 
-def _parallel(vllm_config: Any, field: str, allowed: object) -> Option:
+def without_parallel(vllm_config: Any, field: str, allowed: object) -> Option:
+    """The option of a field of the parallel configuration, with the only value that is supported."""
     value = value_at(vllm_config, f"parallel_config.{field}", allowed)
     return (f"--{field.replace('_', '-')}", value, allowed, "leave it out")

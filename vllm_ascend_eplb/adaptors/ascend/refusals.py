@@ -10,7 +10,7 @@ from ...settings.config import EplbConfig
 from ...settings.fit import refuse_options
 from ..handed_over import settings_of
 from ..parts import draft_layers, has_experts
-from ..refusals import common_options, has_map, sleeps, transfers_weights
+from ..refusals import common_options, has_map, sleeps, transfers_weights, without_parallel
 from .hand_over import SECOND_RUNNER, second_runner
 
 
@@ -47,6 +47,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
     config = settings_of(additional)
     options = (
         *common_options(vllm_config, config),
+        without_parallel(vllm_config, "prefill_context_parallel_size", 1),
+        without_parallel(vllm_config, "decode_context_parallel_size", 1),
         (
             "--pipeline-parallel-size with --data-parallel-size",
             parallel.data_parallel_size if parallel.pipeline_parallel_size > 1 else 1,

@@ -61,7 +61,9 @@ class VllmAdaptor(EngineAdaptor):
 
     Attributes:
         slice: the part of a batch that this rank routes.
-        sharers: ranks that share each batch: those of the tensor-parallel group.
+        sharers: ranks that have the same rows of a batch: those of the tensor-parallel group.
+        parts_of_batch: ranks over which a batch is spread: those of the tensor-parallel group, for each rank of the
+            prefill-context-parallel group.
         counts_received: whether layers count the tokens that the slots of a rank received, after dispatch, instead of
             the tokens that it routes.
     """
@@ -124,15 +126,14 @@ class VllmAdaptor(EngineAdaptor):
         self._weights = model.expert_weights
         self._layers = list(model.moe_layers)
         self._vllm_config = get_current_vllm_config()
+        self.parts_of_batch = self.sharers * self._vllm_config.parallel_config.prefill_context_parallel_size
 
     def _let_route(self, model: Any, config: EplbConfig, sequence_parallel: bool) -> None:
         """Gives the layers the counters, and maps or dispatch tables."""
-        from vllm.distributed.parallel_state import get_dp_group, get_ep_group
-
         maps = self._maps.logical_to_physical, self._maps.replica_count
         if config.weighted_dispatch:
-            routing = get_ep_group() if sequence_parallel else get_dp_group()  # whose ranks route different tokens
-            turn = {"rank": routing.rank_in_group, "num_ranks": routing.world_size}
+            alike = 1 if sequence_parallel else self.sharers  # neighbours that route the same tokens
+            turn = {"rank": self.rank // alike, "num_ranks": self.placement.num_ranks // alike}
             self.dispatch = DispatchTables(self.placement, self.device, config.dispatch_table_entries, **turn)
             maps = self.dispatch.table, self.dispatch.count
         model.set_eplb_state(self.recorder.counts, *maps)

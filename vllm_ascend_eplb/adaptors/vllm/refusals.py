@@ -42,6 +42,18 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
             False,
             "leave one of them out",
         ),
+        *(  # no test has both
+            (
+                f"a draft model with experts and --{name}-context-parallel-size",
+                size if draft else 1,
+                1,
+                "use one of the two",
+            )
+            for name, size in (
+                ("prefill", parallel.prefill_context_parallel_size),
+                ("decode", parallel.decode_context_parallel_size),
+            )
+        ),
         ("--cpu-offload-gb", value_at(vllm_config, "offload_config.uva.cpu_offload_gb", 0), 0, "leave it out"),
         (
             "--offload-group-size",

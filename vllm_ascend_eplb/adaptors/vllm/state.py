@@ -63,7 +63,7 @@ class VllmEplbState(ModelStates):
         should_record_tensor: bool [1], read by every router of the model.
         num_unpadded_tokens: int32, tokens that this rank routes, without padding; one tensor per micro-batch.
         slice: the part of each batch that this rank routes.
-        sharers: ranks that share each batch.
+        parts_of_batch: ranks over which each batch is spread.
         updator: the balancer of the model; None before a model was added, and with a static placement.
         draft: the draft model with experts, or None.
         meeting: where the ranks of all engines come together; None before they did.
@@ -80,7 +80,7 @@ class VllmEplbState(ModelStates):
         self.updator: EplbUpdator | None = None
         self.draft: _Draft | None = None
         self.slice = Slice()
-        self.sharers = 1
+        self.parts_of_batch = 1
         self.model: Any = None
         self.adaptor: VllmAdaptor | None = None
         self._rows = 0
@@ -138,7 +138,7 @@ class VllmEplbState(ModelStates):
             self.model, self.adaptor, self.updator = model, adaptor, updator
             self.should_record_tensor = adaptor.recorder.recording
             self.slice = adaptor.slice
-            self.sharers = adaptor.sharers
+            self.parts_of_batch = adaptor.parts_of_batch
         self.model_states[model_config.compute_hash()] = adaptor.model_state(
             model, lambda: adaptor.placement if updator is None else updator.placement
         )
@@ -173,7 +173,7 @@ class VllmEplbState(ModelStates):
                 with self._loading_weights(whole=False):
                     pass  # the weights have come since the engine woke up
             for updator in self._updators():
-                updator.forward_before(serving=serving, stage=stage, tokens_per_rank=tokens / self.sharers)
+                updator.forward_before(serving=serving, stage=stage, tokens_per_rank=tokens / self.parts_of_batch)
 
     def _any_serves(self, serving: bool) -> bool:
         """Whether the forward of any rank serves requests; all ranks together. Blocks: for steps after sleep only."""
