@@ -13,7 +13,11 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 def _given_away(worker: Any) -> list[Any]:
     """The weights, and the balancer's tensors on the device."""
     state = getattr(worker.model_runner, "eplb_state", None)
-    mine = [] if state is None else [*state.num_unpadded_tokens, *state.updator.parts.adaptor.device_tensors()]
+    mine = (
+        []
+        if state is None
+        else [*(tokens.tensor for tokens in state.tokens), *state.updator.parts.adaptor.device_tensors()]
+    )
     return [*(parameter.data for parameter in worker.model_runner.model.parameters()), *mine]
 
 

@@ -36,9 +36,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
+import torch
+
 from ..agreement.channel import ControlError, Facts, FlightRecorder
 from ..agreement.phases import Action, AgreementError, CycleState, Do, Failure, Phase
-from ..agreement.transition import abandon, advance
+from ..agreement.transition import abandon, advance, only_counts
 from ..observe.keeper import StatsKeeper
 from ..planning.message import digest_of
 from ..values.placement import Placement
@@ -87,6 +89,7 @@ class EplbUpdator:
             BalancednessLog(parts.adaptor.name, interval, parts.recorder, parts.control) if interval else None
         )
         self._flight = FlightRecorder()
+        self._only_counted: Placement | None = None  # the placement whose steps may do nothing but count
         self.methods = self._table()
         self._is_ready = {
             Phase.SNAPSHOT: self.gather.taken,
@@ -161,7 +164,31 @@ class EplbUpdator:
         Raises:
             AgreementError, ControlError: the ranks do not agree any more, so this rank must not serve on.
         """
-        began = time.perf_counter()
+        began, work = time.perf_counter(), self.work
+        if work.placement is self._only_counted and only_counts(work.state, self.parts.settings):
+            work.state = work.state.next_step()
+            self._flight.record(Phase.COLLECT, None, None)
+            self._begin_forward(began, serving, stage, tokens_per_rank)
+        else:
+            # The engine may be in inference mode; tensors made here outlive it.
+            with torch.inference_mode(False), torch.no_grad():
+                before = work.state
+                self._turns()
+                self._begin_forward(began, serving, stage, tokens_per_rank)
+            self._note_phase(before)
+        self.stats.step_took(time.perf_counter() - began)
+
+    def _begin_forward(self, began: float, record: bool, stage: Stage, tokens_per_rank: float) -> None:
+        """Counts the load of the forward, and times it, as far as the phase wants that."""
+        state, parts = self.work.state, self.parts
+        record = record and state.phase is not Phase.OFF
+        parts.recorder.begin_step(self.work.placement, record=record, phase=stage, tokens_per_rank=tokens_per_rank)
+        if self.lead is not None:
+            self.lead.clock.step(began, tokens_per_rank, counts=record and state.phase in BETWEEN_CYCLES)
+        parts.stats.step = state.step
+
+    def _turns(self) -> None:
+        """The turns of a step: one, or in mode sync all turns of a cycle."""
         before = self.state
         if self._balancedness is not None and before.phase is not Phase.OFF:
             self._balancedness.before_step(before.step + 1, max(0, before.due - before.step), self.placement)
@@ -171,17 +198,17 @@ class EplbUpdator:
             self._turn()
             if self.state == last:
                 time.sleep(TURN_SECONDS)
-        record = serving and self.state.phase is not Phase.OFF
-        self.parts.recorder.begin_step(self.placement, record=record, phase=stage, tokens_per_rank=tokens_per_rank)
-        if self.lead is not None:
-            self.lead.clock.step(began, tokens_per_rank, counts=record and self.state.phase in BETWEEN_CYCLES)
-        self.stats.step = self.state.step
+
+    def _note_phase(self, before: CycleState) -> None:
+        """Publishes the phase if it has changed. From now on steps may only count, unless something else looks at each
+        of them."""
         # Report LISTEN as COLLECT: the distinction is internal.
         phase = Phase.COLLECT if self.state.phase is Phase.LISTEN else self.state.phase
         self.stats.phase = phase.name.lower()  # type: ignore[assignment]
-        self.stats.step_took(time.perf_counter() - began)
         if self.state.epoch != before.epoch and Phase.LISTEN not in (before.phase, self.state.phase):
             self._publish()
+        if self._balancedness is None and self.auditor is None:
+            self._only_counted = self.placement
 
     def forward_end(self) -> None:
         """Called after a forward. Decides nothing, because not every engine calls it."""

@@ -121,8 +121,7 @@ class LoadRecorder:
         self._dirty = False
         self._snapshot = Snapshot(self._window, own_stream)
         self._oldest = 0
-        self._histogram = np.zeros((2, BUCKETS), dtype=np.int64)
-        self._ended_histogram = np.zeros_like(self._histogram)
+        self._histogram, self._ended_histogram = _no_steps(), _no_steps()
 
     def begin_step(
         self, placement: Placement, *, record: bool, phase: str = "all", tokens_per_rank: float = 1.0
@@ -154,7 +153,9 @@ class LoadRecorder:
             self._window[entry].zero_()
         self.set_recording(record and (self.phases == ("all",) or phase in self.phases))
         if self._is_recording:
-            self._histogram[:, bucket_of(tokens_per_rank)] += 1, round(THOUSANDTHS * tokens_per_rank)
+            bucket, (steps, tokens) = bucket_of(tokens_per_rank), self._histogram
+            steps[bucket] += 1
+            tokens[bucket] += round(THOUSANDTHS * tokens_per_rank)
 
     def set_recording(self, on: bool) -> None:
         """Sets the switch for the next forwards; enqueues work only if it changes."""
@@ -195,7 +196,7 @@ class LoadRecorder:
             raise LoadError("snapshot() before any begin_step() or flush(): the recorder knows no placement; pass one")
         self.flush(placement)
         self._snapshot.start(self._window)
-        self._ended_histogram, self._histogram = self._histogram, np.zeros_like(self._histogram)
+        self._ended_histogram, self._histogram = self._histogram, _no_steps()
         self._oldest = (self._entry + 1) % self.num_entries
         self._window.zero_()
         self._steps = self._entry = 0
@@ -209,7 +210,7 @@ class LoadRecorder:
         """
         self.flush(placement)
         self._window.zero_()
-        self._histogram = np.zeros_like(self._histogram)
+        self._histogram = _no_steps()
         self.steps_per_entry = max(1, steps_per_entry)
         self._steps = self._entry = 0
 
@@ -234,7 +235,7 @@ class LoadRecorder:
     def histogram(self) -> Int64Array:
         """int64 [2, BUCKETS]: steps by tokens per rank, in the window that the last :meth:`snapshot` ended, and the sum
         of their tokens per rank in thousandths. ``Traffic.of_histogram`` takes the sum over ranks."""
-        return self._ended_histogram
+        return np.array(self._ended_histogram, dtype=np.int64)
 
     def discard_snapshot(self) -> None:
         """Drops a snapshot that will not be taken, because its cycle was dropped. Its load is lost."""
@@ -260,6 +261,12 @@ class LoadRecorder:
         want = (self.num_layers, self.num_experts, self.num_slots)
         if have != want:
             raise LoadError(f"the placement has (layers, experts, slots) {have}; the recorder was made for {want}")
+
+
+def _no_steps() -> list[list[int]]:
+    """A histogram without steps: steps, and thousandths of tokens, by bucket. In lists, which a step changes in less
+    time than an array."""
+    return [[0] * BUCKETS, [0] * BUCKETS]
 
 
 class _SlotMaps:

@@ -37,6 +37,11 @@ def state(data_parallel_size: int = 1, num_ubatches: int = 0) -> VllmEplbState:
     return VllmEplbState(parallel, torch.device("cpu"))
 
 
+def counted_by(state: VllmEplbState) -> list[torch.Tensor]:
+    """What the routers read: the tokens that they count, by micro-batch."""
+    return [tokens.tensor for tokens in state.tokens]
+
+
 @given(st.integers(2, 4), st.integers(1, 3), st.integers(1, 100), st.data())
 def test_micro_batches_have_every_token_once(batches: int, parts: int, rows: int, data: st.DataObject) -> None:
     """Every micro-batch is split among the ranks that share it, and none counts padding."""
@@ -48,16 +53,16 @@ def test_micro_batches_have_every_token_once(batches: int, parts: int, rows: int
         mine = state(num_ubatches=batches)
         mine.slice = Slice(part, parts)
         mine.prepare_forward(None, tokens, [SimpleNamespace(token_slice=slice(*rows)) for rows in ends])
-        counted += torch.stack(mine.num_unpadded_tokens)
+        counted += torch.stack(counted_by(mine))
         mine.count_nothing()
-        assert not torch.stack(mine.num_unpadded_tokens).any()
+        assert not torch.stack(counted_by(mine)).any()
     assert counted.tolist() == [max(0, min(tokens, last) - first) for first, last in ends]
 
 
 def test_batch_that_is_not_split_is_the_first_micro_batch() -> None:
     mine = state(num_ubatches=2)
     mine.prepare_forward(None, 17)
-    assert torch.stack(mine.num_unpadded_tokens).tolist() == [17, 0]
+    assert torch.stack(counted_by(mine)).tolist() == [17, 0]
 
 
 def loads_by(load: Callable[[str], object]) -> Any:
@@ -71,7 +76,7 @@ def test_a_whole_batch_needs_no_number_of_rows() -> None:
     mine = state()
     mine.forward_before(serving=True, stage="decode", rows=0)
     mine.prepare_forward(None, 17)
-    assert int(mine.num_unpadded_tokens[0]) == 17
+    assert int(mine.tokens[0].tensor) == 17
 
 
 def test_rank_counts_its_slice_of_a_batch() -> None:
@@ -79,9 +84,9 @@ def test_rank_counts_its_slice_of_a_batch() -> None:
     mine.slice = Slice(1, 2)
     mine.forward_before(serving=True, stage="decode", rows=8)
     mine.prepare_forward(None, 5)
-    assert int(mine.num_unpadded_tokens[0]) == 1
+    assert int(mine.tokens[0].tensor) == 1
     mine.count_nothing()
-    assert int(mine.num_unpadded_tokens[0]) == 0
+    assert int(mine.tokens[0].tensor) == 0
 
 
 def test_runner_without_rows_is_refused_for_sliced_batches() -> None:
@@ -257,7 +262,7 @@ def sleeper() -> tuple[Any, VllmEplbState, Balancer, list[torch.Tensor]]:
     maps, counts = torch.arange(6), torch.ones(4)
     mine.updator = balancer
     mine.adaptor = SimpleNamespace(device_tensors=lambda: [maps, counts], rank=0)
-    device = [maps, counts, *mine.num_unpadded_tokens]
+    device = [maps, counts, *counted_by(mine)]
     mine.begin()
     return balanced(Allocator, lambda: None)(mine, device), mine, balancer, device
 
@@ -281,7 +286,7 @@ def test_maps_are_restored_after_sleep_without_contents() -> None:
     worker.wake_up(["weights"])
     assert device[0].tolist() == [0, 1, 2, 3, 4, 5]
     assert device[1].tolist() == [1.0] * 4
-    assert int(mine.num_unpadded_tokens[0]) == 0
+    assert int(mine.tokens[0].tensor) == 0
 
 
 def test_weights_may_be_loaded_in_parts_after_sleep() -> None:

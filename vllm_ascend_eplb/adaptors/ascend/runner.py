@@ -285,9 +285,7 @@ class RunnerUpdator:
             return
         if self._agrees_on_stage:
             stage = stage_of_all(stage, self.balancer.parts.adaptor.control_group)
-        # The runner works in inference mode; tensors made here outlive it.
-        with torch.inference_mode(False), torch.no_grad():
-            self.balancer.forward_before(serving=serving, stage=stage)
+        self.balancer.forward_before(serving=serving, stage=stage)
 
     def forward_end(self, eplb_heat_collection_status: bool = True) -> None:
         if self.balancer is not None and self._began:

@@ -38,18 +38,36 @@ from .loading import reloading
 logger = logging.getLogger("vllm.eplb")
 
 
+class _Tokens:
+    """Tokens of the next forward without padding, as routers read them: int32 []. Written only where they change,
+    because every write costs a step some of its time.
+
+    Attributes:
+        tensor: its address is fixed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.zeros((), dtype=torch.int32, device=device)
+        self._value = 0
+
+    def set(self, value: int) -> None:
+        if value != self._value:
+            self.tensor.fill_(value)
+            self._value = value
+
+
 @dataclass(frozen=True)
 class _Draft:
     """The draft model, which runs in the same forwards.
 
     Attributes:
         model_config: tells its forwards from those of the model.
-        num_unpadded_tokens: int32 [], tokens of its next forward without padding.
+        tokens: of its next forward.
         updator: its balancer; None with a static placement.
     """
 
     model_config: Any
-    num_unpadded_tokens: torch.Tensor
+    tokens: _Tokens
     updator: EplbUpdator | None
 
 
@@ -61,7 +79,7 @@ class VllmEplbState(ModelStates):
 
     Attributes:
         should_record_tensor: bool [1], read by every router of the model.
-        num_unpadded_tokens: int32, tokens that this rank routes, without padding; one tensor per micro-batch.
+        tokens: that this rank routes, by micro-batch.
         slice: the part of each batch that this rank routes.
         parts_of_batch: ranks over which each batch is spread.
         updator: the balancer of the model; None before a model was added, and with a static placement.
@@ -76,7 +94,7 @@ class VllmEplbState(ModelStates):
         super().__init__(parallel_config, device)
         self.should_record_tensor: torch.Tensor | None = None
         micro_batches = max(1, parallel_config.num_ubatches)  # 0 if batches are not split
-        self.num_unpadded_tokens = [torch.zeros((), dtype=torch.int32, device=device) for _ in range(micro_batches)]
+        self.tokens = [_Tokens(device) for _ in range(micro_batches)]
         self.updator: EplbUpdator | None = None
         self.draft: _Draft | None = None
         self.slice = Slice()
@@ -114,14 +132,12 @@ class VllmEplbState(ModelStates):
         config = settings_of(vllm_config.additional_config)
         adaptor = self.adaptor_class(model, name, self.device, config, is_draft=drafts)
         adaptor.cooperative_kernels = bool(cooperative_kernels(vllm_config))
-        tokens = self.num_unpadded_tokens
-        if drafts:
-            tokens = [torch.zeros((), dtype=torch.int32, device=self.device)]
+        tokens = [_Tokens(self.device)] if drafts else self.tokens
         for layer in model.moe_layers:
             layer_state = getattr(layer, "eplb_state", None)
             if isinstance(layer_state, EplbLayerState):
                 layer_state.should_record_tensor = adaptor.recorder.recording
-                layer_state.num_unpadded_tokens_tensors = tokens
+                layer_state.num_unpadded_tokens_tensors = [part.tensor for part in tokens]
         updator = None
         if config.dynamic:
             updator = start_balancer(adaptor, config)
@@ -167,13 +183,12 @@ class VllmEplbState(ModelStates):
             self._no_tokens()
         if self._gone and not self._any_serves(serving):
             return
-        # The runner works in inference mode; tensors made here outlive it.
-        with torch.inference_mode(False), torch.no_grad():
-            if self._gone:
-                with self._loading_weights(whole=False):
-                    pass  # the weights have come since the engine woke up
-            for updator in self._updators():
-                updator.forward_before(serving=serving, stage=stage, tokens_per_rank=tokens / self.parts_of_batch)
+        if self._gone:
+            # The runner works in inference mode; tensors made here outlive it.
+            with torch.inference_mode(False), torch.no_grad(), self._loading_weights(whole=False):
+                pass  # the weights have come since the engine woke up
+        for updator in self._updators():
+            updator.forward_before(serving=serving, stage=stage, tokens_per_rank=tokens / self.parts_of_batch)
 
     def _any_serves(self, serving: bool) -> bool:
         """Whether the forward of any rank serves requests; all ranks together. Blocks: for steps after sleep only."""
@@ -189,10 +204,10 @@ class VllmEplbState(ModelStates):
             updator.pause_recording()
 
     def _no_tokens(self) -> None:
-        for tokens in self.num_unpadded_tokens:
-            tokens.fill_(0)
+        for tokens in self.tokens:
+            tokens.set(0)
         if self.draft is not None:
-            self.draft.num_unpadded_tokens.fill_(0)
+            self.draft.tokens.set(0)
 
     def _updators(self) -> list[EplbUpdator]:
         both = (self.updator, self.draft.updator if self.draft is not None else None)
@@ -209,14 +224,14 @@ class VllmEplbState(ModelStates):
             ubatch_slices: the rows of each micro-batch, with padding; None for a batch that is not split.
         """
         if self.draft is not None and model_config is self.draft.model_config:
-            self.draft.num_unpadded_tokens.fill_(num_unpadded_tokens)
+            self.draft.tokens.set(num_unpadded_tokens)
             return
         if ubatch_slices is None:
-            self.num_unpadded_tokens[0].fill_(self.slice.real(num_unpadded_tokens, self._rows))
+            self.tokens[0].set(self.slice.real(num_unpadded_tokens, self._rows))
             return
-        for tokens, rows in zip(self.num_unpadded_tokens, (part.token_slice for part in ubatch_slices), strict=True):
+        for tokens, rows in zip(self.tokens, (part.token_slice for part in ubatch_slices), strict=True):
             real = max(0, min(num_unpadded_tokens, rows.stop) - rows.start)
-            tokens.fill_(self.slice.real(real, rows.stop - rows.start))
+            tokens.set(self.slice.real(real, rows.stop - rows.start))
 
     def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
         """Notes the end of a forward.
@@ -302,7 +317,7 @@ class VllmEplbState(ModelStates):
             self.updator.rest(at_start=level == 2)
         self.count_nothing()
         if level == 2 and self.adaptor is not None:
-            mine = [*self.num_unpadded_tokens, *self.adaptor.device_tensors()]
+            mine = [*(tokens.tensor for tokens in self.tokens), *self.adaptor.device_tensors()]
             self._kept = [(tensor, tensor.cpu().clone()) for tensor in mine]
             self._gone = True
 
