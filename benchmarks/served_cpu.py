@@ -1,35 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gain of balancing in a served model on a CPU: ``python -m benchmarks.served_cpu --json PATH``.
 
-Two engines of vLLM serve the tiny model on two expert-parallel CPU ranks: one with a static placement, and one with the
-balancer, started from the same placement, with the times of layers measured at start-up. Both stay in memory and take
-turns, so that drift of the machine affects both alike. Two placements are tried: the one that vLLM loads (its load is
-nearly even), and one whose first rank has the experts with the most tokens. Steps are timed as in
-``benchmarks.served_cuda``, and the result is the mean of the pairs' ratios with its confidence interval, also for the
-median step and for a step that nothing disturbs. The exit status is 1 if the balancer moved nothing under skewed load.
+An engine of vLLM serves the tiny model on two expert-parallel CPU ranks, with the times of layers measured at start-up.
+In every second turn its runner has no balancer, as with a static placement, and experts are where they were at the
+start: two processes would differ by 2 % without any balancing, and the machine drifts. Two placements are tried: the
+one that vLLM loads (its load is nearly even), and one whose first rank has the experts with the most tokens. Where
+nothing has moved, a turn is only a few steps long. Steps are timed as in ``benchmarks.served_cuda``, and the result is
+the mean of the pairs' ratios with its confidence interval, also for the median step and for a step that nothing
+disturbs. Cycles of the balancer are in its turns if nothing has moved; else they are paused, because the orders that
+move experts to and fro pause them. The exit status is 1 if nothing moved under skewed load.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from benchmarks.served import RANKS, balancer_report, cpu_engine
-from benchmarks.served_turns import OFF, Engines, Turn, all_over_off, answer, describe, rates, timed
+from benchmarks.served_turns import OFF, Served, Turn, all_over_off, answer, describe, rates, timed
 
 LOADS = ("balanced", "skewed")
-KINDS: dict[str, tuple[Any, ...]] = {"prefill": ("prefill",), "decode": ("decode",)}
-REDUNDANT, REQUESTS, PROMPT, CHUNK, INTERVAL = 4, 48, 256, 2048, 200
-PASSES, STEPS = 3, 100
+KINDS = ("prefill", "decode")
+REDUNDANT, REQUESTS, PROMPT, CHUNK = 4, 48, 256, 2048
+PASSES, STEPS = 5, 100
 """Of a turn: passes over the prompts that prefill, and steps that decode."""
+
+SHORT, SETTLE = 10, 2
+"""Steps of a turn where nothing has moved, and those of them that are not timed, because the switch is in them."""
+
+MOST_WAITS = 100
+"""Times that requests are served for a few steps until experts are where they are wanted."""
 
 
 def skewed_placement() -> Any:
@@ -46,17 +56,34 @@ def skewed_placement() -> Any:
     return Placement(slots, load.shape[1], RANKS)
 
 
+def placed(worker: Any) -> tuple[bool, bool]:
+    """In a worker: whether experts are where they were at the start, and whether no cycle is under way."""
+    updator = worker.model_runner.eplb_state.updator
+    return updator.placement == updator.parts.start, not updator.state.active
+
+
+def take_out(worker: Any) -> None:
+    """In a worker: the runner has no balancer any more."""
+    state = worker.model_runner.eplb_state
+    state.updator.pause_recording()
+    worker.taken_out, state.updator = state.updator, None
+
+
+def put_back(worker: Any) -> None:
+    """In a worker: the runner has its balancer again."""
+    worker.model_runner.eplb_state.updator = worker.taken_out
+
+
 class Engine:
-    """vLLM's engine in this process.
+    """vLLM's engine in this process, with its balancer.
 
     Args:
         load: whether the placement at the start is "balanced" or "skewed".
-        mode: "on" with the balancer; OFF with the same placement, static.
         folder: for the map.
-        calibration: the file with times of layers, which the first engine that balances writes.
+        calibration: the file with times of layers, which the first engine writes.
     """
 
-    def __init__(self, load: str, mode: str, folder: str, calibration: Path) -> None:
+    def __init__(self, load: str, folder: str, calibration: Path) -> None:
         from vllm.utils.gc_utils import freeze_gc_heap
 
         from examples.tiny_moe.expert_load import read_prompts
@@ -65,29 +92,91 @@ class Engine:
 
         start = skewed_placement() if load == "skewed" else Placement.initial(6, 64, RANKS, REDUNDANT)
         write_expert_map(f"{folder}/map.json", start)
-        settings: dict[str, Any] = {"expert_map_path": f"{folder}/map.json"}
-        if mode != OFF:
-            settings |= {
-                "dynamic_eplb": True,
-                "expert_heat_collection_interval": INTERVAL,
-                "algorithm_execution_interval": 2,
-                "calibration_path": str(calibration),
-            }
+        settings: dict[str, Any] = {
+            "expert_map_path": f"{folder}/map.json",
+            "dynamic_eplb": True,
+            "algorithm_execution_interval": 2,  # ordered cycles are short
+            "calibration_path": str(calibration),
+        }
         self._llm = cpu_engine(REQUESTS, settings, max_num_batched_tokens=CHUNK, enable_prefix_caching=False)
         words = self._llm.get_tokenizer().encode(" ".join(read_prompts("english")))
         self._prompts = [words[31 * at : 31 * at + PROMPT] for at in range(REQUESTS)]
         assert all(len(prompt) == PROMPT for prompt in self._prompts)
+        self._mode, self._moved = "on", False
         freeze_gc_heap()  # as vLLM's server does
 
-    def prefill(self) -> dict[str, float]:
-        """Of whole chunks, see :func:`rates`; the first one is not timed."""
-        steps = [seconds for seconds, _ in timed(self._llm.llm_engine, PASSES * self._prompts, 1)]
-        return rates(steps[1:], CHUNK)
+    def warm_up(self) -> None:
+        """Serves until kernels are warm and the balancer has found its placement."""
+        for _ in range(3):
+            for steps in (self._prefill, self._decode):
+                list(steps())
+        self._moved = not self._placed()[0]
 
-    def decode(self) -> dict[str, float]:
-        """Of the steps in which all requests got a token, see :func:`rates`."""
+    def both(self, kind: str, first: str) -> dict[str, dict[str, float]]:
+        """A pair of turns of steps that "prefill" or "decode": what :func:`rates` says by mode.
+
+        Args:
+            first: the mode of the first turn. The other one is in force afterwards.
+        """
+        steps, rows = (self._prefill, CHUNK) if kind == "prefill" else (self._decode, REQUESTS)
+        times: dict[str, list[float]] = {OFF: [], "on": []}
+        next_mode = {OFF: "on", "on": OFF}
+        self._switch(first)
+        if self._moved:
+            for mode in (first, next_mode[first]):
+                self._switch(mode)
+                times[mode] = list(steps())
+        else:
+            for number, seconds in enumerate(steps()):
+                if number % SHORT >= SETTLE:
+                    times[self._mode].append(seconds)
+                if number % SHORT == SHORT - 1:
+                    self._switch(next_mode[self._mode])
+        return {mode: rates(of_mode, rows) for mode, of_mode in times.items()}
+
+    def _switch(self, mode: str) -> None:
+        """With the balancer and the placement that it found, or without both (OFF)."""
+        if mode == self._mode:
+            return
+        if mode == OFF:
+            if self._moved:
+                self._order("restore", at_start=True)
+            self._llm.collective_rpc(take_out)
+        else:
+            self._llm.collective_rpc(put_back)
+            if self._moved:
+                self._order("reapply", at_start=False)
+        self._mode = mode
+
+    def _placed(self) -> tuple[bool, bool]:
+        (found,) = set(map(tuple, self._llm.collective_rpc(placed)))  # equal on all ranks
+        return found
+
+    def _order(self, command: Literal["restore", "reapply"], *, at_start: bool) -> None:
+        """Gives an order, and serves until it has taken effect and the cycle that it orders is done."""
+        from vllm_ascend_eplb.balancer.orders import Order, orders_path, write_order
+        from vllm_ascend_eplb.observe.stats_file import read_stats, stats_path
+
+        path = stats_path()
+        assert path is not None
+        order = Order(command=command)
+        write_order(orders_path(path), order)
+        for _ in range(MOST_WAITS):
+            list(timed(self._llm.llm_engine, [prompt[:16] for prompt in self._prompts], 16))
+            stats = read_stats(path)
+            if stats is not None and stats.order == order.id and self._placed() == (at_start, True):
+                return
+        raise TimeoutError(f"{command} took no effect")
+
+    def _prefill(self) -> Iterator[float]:
+        """Seconds of steps with whole chunks; the first one is not timed."""
+        steps = timed(self._llm.llm_engine, PASSES * self._prompts, 1)
+        return (seconds for seconds, _ in itertools.islice(steps, 1, None))
+
+    def _decode(self) -> Iterator[float]:
+        """Seconds of the steps in which all requests got a token."""
         steps = timed(self._llm.llm_engine, [prompt[:16] for prompt in self._prompts], STEPS)
-        return rates([seconds for seconds, rows in steps if rows == REQUESTS], REQUESTS)
+        return (seconds for seconds, rows in steps if rows == REQUESTS)
 
     def balanced(self) -> dict[str, Any]:
         """What its balancer did."""
@@ -97,39 +186,39 @@ class Engine:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def serve(connection: Connection, mode: str, load: str, calibration: Path) -> None:
+def serve(connection: Connection, load: str, calibration: Path) -> None:
     """A process with an engine."""
     from examples.demo.server import cpu_environment
 
     os.setpgrp()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {**cpu_environment(RANKS), "EPLB_STATS_FILE": f"{folder}/stats.json"}
-        answer(connection, lambda: Engine(load, mode, folder, calibration))
+        os.environ |= {
+            **cpu_environment(RANKS),
+            "EPLB_STATS_FILE": f"{folder}/stats.json",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for functions that run in workers
+        }
+        answer(connection, lambda: Engine(load, folder, calibration))
 
 
 def compare(load: str, pairs: int, calibration: Path) -> dict[str, Any]:
-    """Both engines in turns. The first turn does not count: kernels are warmed up, and the balancer finds its
-    placement."""
-    engines = Engines([[OFF], ["on"]], serve, load, calibration)
+    """The engine without and with its balancer, in turns. Before the first of them kernels are warmed up, and the
+    balancer finds its placement."""
+    engine = Served(serve, load, calibration)
     rounds: list[Turn] = []
     try:
-        engines.start(lambda line: print(f"{load}, {line}", flush=True))
-        for mode in engines.modes:
-            for call in KINDS.values():
-                engines.ask(mode, *call)
+        engine.start()
+        engine.wait()
+        print(f"{load}: serves", flush=True)
+        engine.ask("warm_up")
+        found = engine.ask("balanced")
         for pair in range(pairs):
-            rounds.append(engines.turn(KINDS, pair))
+            first = OFF if pair % 2 == 0 else "on"
+            rounds.append({kind: engine.ask("both", kind, first) for kind in KINDS})
             print(json.dumps({"load": load, **rounds[-1]}), flush=True)
-        report = {
-            **all_over_off(rounds),
-            "balanced": engines.ask("on", "balanced"),
-            "rounds": rounds,
-        }
-        for mode in engines.modes:
-            engines.ask(mode, "close")
+        engine.ask("close")
     finally:
-        engines.end()
-    return report
+        engine.end()
+    return {**all_over_off(rounds), "balanced": found, "rounds": rounds}
 
 
 def main() -> int:

@@ -119,7 +119,7 @@ class NewWeights(Fault):
 
     def before(self) -> None:
         if self.step == 41:
-            with self.updator.new_weights():
+            with self.updator.weights.loading():
                 for live, new in zip(
                     self.model.slots.stacked, Slots(self.model.placement, self.ranks.rank).stacked, strict=True
                 ):

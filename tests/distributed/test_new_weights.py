@@ -112,7 +112,7 @@ def serve_and_load(ranks: Ranks, back_to_start: bool) -> Seen:
     """Load other weights once in each phase."""
 
     def load(model: RoutingModel, updator: EplbUpdator, seen: Seen) -> None:
-        with updator.new_weights() if back_to_start else contextlib.nullcontext():
+        with updator.weights.loading() if back_to_start else contextlib.nullcontext():
             load_others(model)
         seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
 
@@ -141,14 +141,14 @@ def serve_and_sleep(ranks: Ranks, level: int, at_start: bool) -> Seen:
     """Sleep once in each phase. Level 2 loses the weights, so other weights are loaded afterwards."""
 
     def sleep(model: RoutingModel, updator: EplbUpdator, seen: Seen) -> None:
-        updator.rest(at_start=at_start)
+        updator.weights.rest(at_start=at_start)
         updator.pause_recording()
         seen.changed.append(updator.placement != model.placement)
         give_memory_away(model, level)
         if level == 2:
             load_others(model)
             if at_start:
-                with updator.new_weights():
+                with updator.weights.loading():
                     pass
 
     return in_each_phase(ranks, sleep)
@@ -177,9 +177,9 @@ def serve_and_load_a_part(ranks: Ranks, move_back: bool) -> Seen:
 
     def load(model: RoutingModel, updator: EplbUpdator, seen: Seen) -> None:
         if move_back:
-            updator.move_back()
+            updator.weights.move_back()
             seen.changed.append(updator.placement != model.placement)
-        with updator.new_weights():
+        with updator.weights.loading():
             pass
         seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
 
@@ -218,7 +218,7 @@ def serve_and_order(ranks: Ranks, folder: str, command: str) -> tuple[bool, list
     if box is not None:
         write_order(box.path, Order(command=command))
         box.look()
-    updator.move_back()
+    updator.weights.move_back()
     back, orders = updator.placement == model.placement, [updator.state.order]
     for _ in range(40):
         step(model, updator)
@@ -244,11 +244,11 @@ def serve_and_reapply(ranks: Ranks, folder: str, whole: bool, command: str) -> t
         step(model, updator)
     before = updator.placement
     if not whole:
-        updator.move_back()
-    with updator.new_weights():
+        updator.weights.move_back()
+    with updator.weights.loading():
         if whole:
             load_others(model)
-    with updator.new_weights():  # as a reload after sleep: the initial placement is in force already
+    with updator.weights.loading():  # as a reload after sleep: the initial placement is in force already
         pass
     if box is not None:
         write_order(box.path, Order(command=command))
@@ -282,10 +282,10 @@ def sleep_and_update(ranks: Ranks, turns: int) -> Seen:
         seen.history.append(updator.placement.digest)
         seen.loaded_in.append(int(updator.state.phase))
         seen.changed.append(updator.placement != model.placement)
-        updator.rest(at_start=True)
+        updator.weights.rest(at_start=True)
         give_memory_away(model, 2)
         load_others(model)
-        with updator.new_weights():
+        with updator.weights.loading():
             pass
         seen.wrong = seen.wrong or model.slots.wrong(updator.placement)
     seen.stats = updator.stats.stats() if ranks.rank == 0 else None
@@ -321,7 +321,7 @@ def called_alone(ranks: Ranks, called: list[int]) -> Seen:
                 continue
             seen.changed.append(meeting.meet(60.0 if number == 100 else 0.3))
             if seen.changed[-1]:
-                with updator.new_weights():
+                with updator.weights.loading():
                     load_others(model)
     seen.stats = updator.stats.stats() if ranks.rank == 0 else None
     updator.close()
@@ -347,7 +347,7 @@ def load_out_of_step(ranks: Ranks) -> Seen:
     if ranks.rank == 1:
         updator.forward_before()
     try:
-        with updator.new_weights():
+        with updator.weights.loading():
             seen.wrong = "weights were loaded"
     except StartError as error:
         seen.error = str(error)
@@ -365,7 +365,7 @@ def load_copies_that_differ(ranks: Ranks) -> str:
     model = RoutingModel(ranks)
     updator = start_balancer(model, CONFIG)
     try:
-        with updator.new_weights():
+        with updator.weights.loading():
             if ranks.rank == 1:
                 model.slots.stacked[0][0][-1] += 1.0  # the last slot is a second copy
     except RuntimeError as error:

@@ -6,6 +6,8 @@ A token has one expert, and the shared expert, which the architecture must have,
 sum of one expert and of zeros, which is the same to the last bit wherever the expert lies.
 
     python -m tests.e2e.mla_model FOLDER
+
+``write_eagle_draft`` writes a draft model for it (EAGLE), which has experts, too.
 """
 
 from __future__ import annotations
@@ -68,29 +70,42 @@ def write_mla_model(folder: Path) -> Path:
     return folder
 
 
+def write_eagle_draft(folder: Path) -> Path:
+    """Write a draft model for the model into a new folder. Embedding and output layer are those of the model."""
+    folder.mkdir()
+    config = {**CONFIG, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    drawn = RandomWeights(HIDDEN)
+    weights = {**under("layers.0", _layer(drawn)), "fc.weight": drawn.matrix(HIDDEN, 2 * HIDDEN)}
+    for name in ("enorm", "hnorm", "norm"):
+        weights |= drawn.norm(name)
+    save_file({name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
 def _weights() -> Weights:
     drawn = RandomWeights(HIDDEN)
-
-    def layer() -> Weights:
-        shared = drawn.mlp(INNER)
-        shared["down_proj.weight"].zero_()
-        return {
-            **under("mlp.shared_experts", shared),
-            **drawn.norm("input_layernorm"),
-            **drawn.norm("post_attention_layernorm"),
-            **drawn.norm("self_attn.kv_a_layernorm", LATENT),
-            "self_attn.q_proj.weight": drawn.matrix(HEADS * (PLAIN + ROTARY)),
-            "self_attn.kv_a_proj_with_mqa.weight": drawn.matrix(LATENT + ROTARY),
-            "self_attn.kv_b_proj.weight": drawn.matrix(HEADS * (PLAIN + VALUE), LATENT),
-            "self_attn.o_proj.weight": drawn.matrix(HIDDEN, HEADS * VALUE),
-            **drawn.experts(EXPERTS, INNER),
-        }
-
     found = {"model.embed_tokens.weight": drawn.embedding(4096), "lm_head.weight": drawn.matrix(4096)}
     found |= drawn.norm("model.norm")
     for number in range(LAYERS):
-        found |= under(f"model.layers.{number}", layer())
+        found |= under(f"model.layers.{number}", _layer(drawn))
     return found
+
+
+def _layer(drawn: RandomWeights) -> Weights:
+    shared = drawn.mlp(INNER)
+    shared["down_proj.weight"].zero_()
+    return {
+        **under("mlp.shared_experts", shared),
+        **drawn.norm("input_layernorm"),
+        **drawn.norm("post_attention_layernorm"),
+        **drawn.norm("self_attn.kv_a_layernorm", LATENT),
+        "self_attn.q_proj.weight": drawn.matrix(HEADS * (PLAIN + ROTARY)),
+        "self_attn.kv_a_proj_with_mqa.weight": drawn.matrix(LATENT + ROTARY),
+        "self_attn.kv_b_proj.weight": drawn.matrix(HEADS * (PLAIN + VALUE), LATENT),
+        "self_attn.o_proj.weight": drawn.matrix(HIDDEN, HEADS * VALUE),
+        **drawn.experts(EXPERTS, INNER),
+    }
 
 
 if __name__ == "__main__":

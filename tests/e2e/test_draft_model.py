@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real vLLM engine with a draft model that has experts (multi-token prediction). Two balancers move the experts of
-the model and of the draft model, and neither tokens nor draft tokens change."""
+"""A real vLLM engine with a draft model that has experts: in the model's checkpoint (multi-token prediction), or in its
+own (EAGLE). Two balancers move the experts of the model and of the draft model, and neither tokens nor draft tokens
+change."""
 
 from __future__ import annotations
 
@@ -11,24 +12,29 @@ import numpy as np
 import pytest
 
 from .conftest import BUSY, DRAFT_TOKENS, prompts
+from .mla_model import write_eagle_draft, write_mla_model
 from .mtp_model import write_mtp_model
 
 pytestmark = pytest.mark.skipif(not DRAFT_TOKENS, reason="this vLLM cannot verify draft tokens on a CPU")
 TOKENS = 40
 
 
-@pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return drafting(tmp_path_factory)
+@pytest.fixture(scope="module", params=["mtp", "eagle"])
+def asked(request, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return drafting(tmp_path_factory, request.param)
 
 
-def drafting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def drafting(tmp_path_factory: pytest.TempPathFactory, method: str = "mtp") -> dict[str, Any]:
     """The job of both engines, with one prompt at a time, so that their steps are equal, too."""
-    model = write_mtp_model(tmp_path_factory.mktemp("mtp") / "model")
+    folder = tmp_path_factory.mktemp(method)
+    speculative = {"method": method, "num_speculative_tokens": 2}
+    if method == "eagle":
+        speculative["model"] = str(write_eagle_draft(folder / "draft"))
+    write = write_mtp_model if method == "mtp" else write_mla_model
     return {
         "arguments": {
-            "model": str(model),
-            "speculative_config": {"method": "mtp", "num_speculative_tokens": 2},
+            "model": str(write(folder / "model")),
+            "speculative_config": speculative,
             "enable_prefix_caching": False,
         },
         "drafter": True,
@@ -39,14 +45,25 @@ def drafting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def plain(runs, asked):
-    run = runs("plain with drafter", reference=True, ranks=1, eplb=None, **asked)
+    run = runs(f"plain with drafter {method(asked)}", reference=True, ranks=1, eplb=None, **asked)
+    assert run.code == 0, run.log[-6000:]
+    return run.result
+
+
+@pytest.fixture(scope="module")
+def plain_on_two(runs, asked, plain):
+    """Two ranks without balancing. Latent attention differs from that of one rank on a CPU, where it rounds to
+    bfloat16; all else does not."""
+    if method(asked) == "mtp":
+        return plain
+    run = runs("plain with drafter on two", ranks=2, eplb=None, **asked)
     assert run.code == 0, run.log[-6000:]
     return run.result
 
 
 @pytest.fixture(scope="module")
 def drafted(runs, asked):
-    run = runs("drafted", ranks=2, eplb=BUSY, cycles=10, corrupt=True, **asked)
+    run = runs(f"drafted {method(asked)}", ranks=2, eplb=BUSY, cycles=10, corrupt=True, **asked)
     assert run.code == 0, run.log[-6000:]
     return run.result
 
@@ -54,21 +71,25 @@ def drafted(runs, asked):
 @pytest.fixture(scope="module")
 def drafted_in_parallel(runs, asked):
     """Two data-parallel engines in turns; the idle engine makes dummy batches, also with the draft model."""
-    run = runs("drafted in parallel", ranks=1, eplb=BUSY, cycles=10, **in_parallel(asked))
+    run = runs(f"drafted in parallel {method(asked)}", ranks=1, eplb=BUSY, cycles=10, **in_parallel(asked))
     assert run.code == 0, run.log[-6000:]
     return run.result
+
+
+def method(asked: dict[str, Any]) -> str:
+    return str(asked["arguments"]["speculative_config"]["method"])
 
 
 def in_parallel(asked: dict[str, Any]) -> dict[str, Any]:
     return {**asked, "arguments": {**asked["arguments"], "data_parallel_size": 2}, "parts": [0, 1]}
 
 
-def test_tokens_and_draft_tokens_are_equal(drafted, plain):
-    turns = len(drafted["tokens"]) // len(plain["tokens"])
-    assert drafted["tokens"] == plain["tokens"] * turns
+def test_tokens_and_draft_tokens_are_equal(drafted, plain_on_two):
+    turns = len(drafted["tokens"]) // len(plain_on_two["tokens"])
+    assert drafted["tokens"] == plain_on_two["tokens"] * turns
     for rank in drafted["drafters"]:
-        assert rank["drafts"] == plain["drafters"][0]["drafts"] * turns
-    assert len({tuple(draft) for step in plain["drafters"][0]["drafts"] for draft in step}) > 20
+        assert rank["drafts"] == plain_on_two["drafters"][0]["drafts"] * turns
+    assert len({tuple(draft) for step in plain_on_two["drafters"][0]["drafts"] for draft in step}) > 20
 
 
 def test_experts_of_both_models_move(drafted):
@@ -120,8 +141,8 @@ def test_data_parallel_engines_draft_the_same(drafted_in_parallel, plain):
     np.testing.assert_array_equal(loads, windows[: len(loads)])
 
 
-def test_maps_without_weights_change_draft_tokens(drafted, plain):
+def test_maps_without_weights_change_draft_tokens(drafted, plain_on_two):
     """Negative control: only the draft model's maps are corrupted. The tokens stay right, because the model verifies
     every draft token."""
-    assert drafted["corrupt_tokens"] == plain["tokens"]
-    assert drafted["corrupt_drafts"] != plain["drafters"][0]["drafts"]
+    assert drafted["corrupt_tokens"] == plain_on_two["tokens"]
+    assert drafted["corrupt_drafts"] != plain_on_two["drafters"][0]["drafts"]

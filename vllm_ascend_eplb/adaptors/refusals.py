@@ -13,16 +13,17 @@ Option = tuple[str, object, object, str]
 """Name, value, allowed value, way out; see :func:`vllm_ascend_eplb.settings.fit.refuse_options`."""
 
 
-def common_options(vllm_config: Any, config: EplbConfig) -> tuple[Option, ...]:
+def common_options(vllm_config: Any, config: EplbConfig, draft_methods: tuple[str, ...]) -> tuple[Option, ...]:
     """The options that vLLM and vllm-ascend have in common, with their values.
 
     Args:
         vllm_config: the complete configuration of vLLM.
         config: the settings.
+        draft_methods: methods of draft models that may have experts.
     """
     speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
     stages = parallel.pipeline_parallel_size
-    draft = has_experts(speculative)
+    draft, allowed = has_experts(speculative), " or ".join(draft_methods)
     return (
         (
             "a draft model with experts and --pipeline-parallel-size",
@@ -32,8 +33,8 @@ def common_options(vllm_config: Any, config: EplbConfig) -> tuple[Option, ...]:
         ),
         (
             "--speculative-config with a draft model with experts, of method",
-            speculative.method if draft else "mtp",
-            "mtp",
+            speculative.method if draft and speculative.method not in draft_methods else allowed,
+            allowed,
             "use a draft model without experts",
         ),
         without_parallel(vllm_config, "enable_elastic_ep", False),

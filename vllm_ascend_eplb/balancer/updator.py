@@ -33,14 +33,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal
 
 import torch
 
 from ..agreement.channel import ControlError, Facts, FlightRecorder
 from ..agreement.phases import Action, AgreementError, CycleState, Do, Failure, Phase
-from ..agreement.transition import abandon, advance, only_counts
+from ..agreement.transition import advance, only_counts
 from ..observe.keeper import StatsKeeper
 from ..planning.message import digest_of
 from ..values.placement import Placement
@@ -48,7 +47,7 @@ from .audit import Auditor
 from .balancedness import BalancednessLog
 from .gather import Gather
 from .lead import Lead
-from .new_weights import TURN_SECONDS, come_to_rest, move_back, new_weights
+from .new_weights import TURN_SECONDS, NewWeights
 from .orders import OrderFacts, PostedOrders
 from .rollout import Rollout
 from .timing import learn_times
@@ -73,6 +72,7 @@ class EplbUpdator:
     Attributes:
         parts, work: shared by the collaborators.
         gather, rollout, lead, auditor: the collaborators; ``lead`` on EP rank 0 only, ``auditor`` if audits are on.
+        weights: for an engine that loads other weights, or frees their memory.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -82,6 +82,7 @@ class EplbUpdator:
         self.rollout = Rollout(parts, work)
         self.lead = Lead(parts, work) if parts.rank == 0 else None
         self.auditor = Auditor(parts, work) if parts.config.audit_interval else None
+        self.weights = NewWeights(parts, work, self.rollout, self.lead, forget=self._forget, turn=self._turn)
         parts.stats.intervals(work.state.collect_steps, work.state.execution_steps)
         self._posted_orders = PostedOrders()
         interval = parts.config.log_balancedness_interval
@@ -363,51 +364,6 @@ class EplbUpdator:
     def pause_recording(self) -> None:
         """Stops counting until the next step, for forwards without requests (warm-up, profiling, capturing)."""
         self.parts.recorder.set_recording(False)
-
-    def new_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Context for an engine's loading of other weights; see
-        :func:`~vllm_ascend_eplb.balancer.new_weights.new_weights`, also for what it raises."""
-        return new_weights(self.parts, self.work, self._back_to_start)
-
-    def rest(self, *, at_start: bool) -> None:
-        """Ends the cycle under way, before the memory of the weights is freed; all ranks together, at the same step,
-        between two forwards. Blocks.
-
-        Args:
-            at_start: whether to switch to the start placement as well, because the weights will be loaded again.
-
-        Raises:
-            StartError: the ranks are not at the same step. Nothing was changed.
-        """
-        come_to_rest(self.parts, self.work, self._back_to_start if at_start else self._drop_cycle)
-        self.rollout.settle()
-
-    def move_back(self) -> None:
-        """Moves every expert back to its start slots; see :func:`~vllm_ascend_eplb.balancer.new_weights.move_back`,
-        also for what it raises. All ranks together, at the same step, between two forwards. Blocks."""
-        if self.placement != self.parts.start:
-            self.rest(at_start=False)
-            move_back(self.parts, self.work, self._turn)
-
-    def _drop_cycle(self) -> None:
-        """Drops the cycle; rounds that were committed stay in force."""
-        self.parts.recorder.flush(self.placement)
-        self.work.state = replace(abandon(self.state, self.parts.settings), wanted=self.state.wanted)
-        self._forget()
-
-    def _back_to_start(self) -> None:
-        """Drops the cycle and switches the maps to the start placement, whose weights are about to be loaded."""
-        before = self.placement
-        self.work.state = abandon(self.state, self.parts.settings)
-        self._forget()
-        self.rollout.back_to(self.parts.start)
-        logger.info(
-            "%s: weights are reloaded; from step %d on the placement is the initial one",
-            self.parts.title,
-            self.state.step,
-        )
-        if self.lead is not None:
-            self.lead.went_back(before)
 
     def close(self) -> None:
         """Ends the planner and the threads. Serving may go on without balancing."""

@@ -223,6 +223,7 @@ def test_unsupported_option_is_refused_by_name():
         ),
         ({"model_config__enable_sleep_mode": True}, "--enable-sleep-mode True"),
         ({"speculative_config": drafted("draft_model")}, "draft model with experts, of method draft_model"),
+        ({"speculative_config": drafted("eagle")}, "draft model with experts, of method eagle"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 2"),
         ({"parallel_config__decode_context_parallel_size": 2}, "--decode-context-parallel-size 2"),
         ({"additional_config": {"mix_placement": True}}, "mix_placement"),

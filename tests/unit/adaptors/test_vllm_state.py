@@ -112,9 +112,10 @@ class Balancer:
         self.open, self.calls = False, []
         adaptor = SimpleNamespace(control_group=None, topology=SimpleNamespace(num_ranks=1))
         self.parts = SimpleNamespace(adaptor=adaptor)
+        self.weights = SimpleNamespace(loading=self.loading, move_back=self.move_back, rest=self.rest)
 
     @contextlib.contextmanager
-    def new_weights(self) -> Iterator[None]:
+    def loading(self) -> Iterator[None]:
         self.open = True
         self.calls.append("back to the start")
         try:

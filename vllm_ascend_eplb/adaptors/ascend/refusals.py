@@ -46,7 +46,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
     additional, parallel = vllm_config.additional_config, vllm_config.parallel_config
     config = settings_of(additional)
     options = (
-        *common_options(vllm_config, config),
+        *common_options(vllm_config, config, draft_methods=("mtp",)),
         without_parallel(vllm_config, "prefill_context_parallel_size", 1),
         without_parallel(vllm_config, "decode_context_parallel_size", 1),
         (

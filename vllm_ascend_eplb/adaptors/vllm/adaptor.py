@@ -47,6 +47,24 @@ class Slice:
         return min(max(tokens - self.part * length, 0), length)
 
 
+class RealTokens:
+    """Tokens of the next forward without padding, as routers read them: int32 []. Written only where they change,
+    because every write costs a step some of its time.
+
+    Attributes:
+        tensor: its address is fixed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.zeros((), dtype=torch.int32, device=device)
+        self._value = 0
+
+    def set(self, value: int) -> None:
+        if value != self._value:
+            self.tensor.fill_(value)
+            self._value = value
+
+
 class VllmAdaptor(EngineAdaptor):
     """A vLLM model with the MixtureOfExperts protocol.
 

@@ -21,7 +21,7 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
     """
     parallel, draft = vllm_config.parallel_config, has_experts(vllm_config.speculative_config)
     options = (
-        *common_options(vllm_config, config),
+        *common_options(vllm_config, config, draft_methods=("mtp", "eagle")),
         ("--distributed-executor-backend", executor(vllm_config), "mp", "leave it out"),
         (
             "--data-parallel-backend",

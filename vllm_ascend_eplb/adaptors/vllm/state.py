@@ -30,30 +30,12 @@ from ..handed_over import settings_of
 from ..parts import is_draft
 from ..patching import patch_once
 from ..readers import LoadedOrder, guard_model, modules_with_experts
-from .adaptor import Slice, VllmAdaptor
+from .adaptor import RealTokens, Slice, VllmAdaptor
 from .cooperative import cooperative_kernels
 from .eplb_state import ModelStates
 from .loading import reloading
 
 logger = logging.getLogger("vllm.eplb")
-
-
-class _Tokens:
-    """Tokens of the next forward without padding, as routers read them: int32 []. Written only where they change,
-    because every write costs a step some of its time.
-
-    Attributes:
-        tensor: its address is fixed.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.tensor = torch.zeros((), dtype=torch.int32, device=device)
-        self._value = 0
-
-    def set(self, value: int) -> None:
-        if value != self._value:
-            self.tensor.fill_(value)
-            self._value = value
 
 
 @dataclass(frozen=True)
@@ -67,7 +49,7 @@ class _Draft:
     """
 
     model_config: Any
-    tokens: _Tokens
+    tokens: RealTokens
     updator: EplbUpdator | None
 
 
@@ -94,7 +76,7 @@ class VllmEplbState(ModelStates):
         super().__init__(parallel_config, device)
         self.should_record_tensor: torch.Tensor | None = None
         micro_batches = max(1, parallel_config.num_ubatches)  # 0 if batches are not split
-        self.tokens = [_Tokens(device) for _ in range(micro_batches)]
+        self.tokens = [RealTokens(device) for _ in range(micro_batches)]
         self.updator: EplbUpdator | None = None
         self.draft: _Draft | None = None
         self.slice = Slice()
@@ -132,7 +114,7 @@ class VllmEplbState(ModelStates):
         config = settings_of(vllm_config.additional_config)
         adaptor = self.adaptor_class(model, name, self.device, config, is_draft=drafts)
         adaptor.cooperative_kernels = bool(cooperative_kernels(vllm_config))
-        tokens = [_Tokens(self.device)] if drafts else self.tokens
+        tokens = [RealTokens(self.device)] if drafts else self.tokens
         for layer in model.moe_layers:
             layer_state = getattr(layer, "eplb_state", None)
             if isinstance(layer_state, EplbLayerState):
@@ -266,8 +248,8 @@ class VllmEplbState(ModelStates):
         if whole and self.adaptor is not None:
             loading = reloading(self.model, self.adaptor.rank)
         if self.updator is not None and not whole:
-            self.updator.move_back()  # weights that are not loaded must be in their start slots
-        with contextlib.nullcontext() if self.updator is None else self.updator.new_weights(), loading:
+            self.updator.weights.move_back()  # weights that are not loaded must be in their start slots
+        with contextlib.nullcontext() if self.updator is None else self.updator.weights.loading(), loading:
             self._loading = True
             try:
                 yield
@@ -314,7 +296,7 @@ class VllmEplbState(ModelStates):
         self._require_one_model("sleep")
         self.come_together("sleep")
         if self.updator is not None:
-            self.updator.rest(at_start=level == 2)
+            self.updator.weights.rest(at_start=level == 2)
         self.count_nothing()
         if level == 2 and self.adaptor is not None:
             mine = [*(tokens.tensor for tokens in self.tokens), *self.adaptor.device_tensors()]
