@@ -30,9 +30,11 @@ from benchmarks.served import RANKS, balancer_report, cpu_engine
 from benchmarks.served_turns import OFF, Served, Turn, all_over_off, answer, describe, rates, timed
 
 LOADS = ("balanced", "skewed")
-KINDS = ("prefill", "decode")
-REDUNDANT, REQUESTS, PROMPT, CHUNK = 4, 48, 256, 2048
-PASSES, STEPS = 5, 100
+KINDS = {"prefill": 0, "decode 48": 48, "decode 256": 256}
+"""Requests that decode at a time, by kind of step."""
+
+REDUNDANT, PROMPTS, PROMPT, CHUNK = 4, 48, 256, 2048
+PASSES, STEPS = 5, 60
 """Of a turn: passes over the prompts that prefill, and steps that decode."""
 
 SHORT, SETTLE = 10, 2
@@ -98,9 +100,10 @@ class Engine:
             "algorithm_execution_interval": 2,  # ordered cycles are short
             "calibration_path": str(calibration),
         }
-        self._llm = cpu_engine(REQUESTS, settings, max_num_batched_tokens=CHUNK, enable_prefix_caching=False)
+        self._llm = cpu_engine(max(KINDS.values()), settings, max_num_batched_tokens=CHUNK, enable_prefix_caching=False)
         words = self._llm.get_tokenizer().encode(" ".join(read_prompts("english")))
-        self._prompts = [words[31 * at : 31 * at + PROMPT] for at in range(REQUESTS)]
+        self._prompts = [words[31 * at : 31 * at + PROMPT] for at in range(PROMPTS)]
+        self._short = [words[at : at + 16] for at in range(max(KINDS.values()))]
         assert all(len(prompt) == PROMPT for prompt in self._prompts)
         self._mode, self._moved = "on", False
         freeze_gc_heap()  # as vLLM's server does
@@ -108,31 +111,30 @@ class Engine:
     def warm_up(self) -> None:
         """Serves until kernels are warm and the balancer has found its placement."""
         for _ in range(3):
-            for steps in (self._prefill, self._decode):
-                list(steps())
+            for kind in KINDS:
+                list(self._steps(kind))
         self._moved = not self._placed()[0]
 
     def both(self, kind: str, first: str) -> dict[str, dict[str, float]]:
-        """A pair of turns of steps that "prefill" or "decode": what :func:`rates` says by mode.
+        """A pair of turns of one kind of steps: what :func:`rates` says by mode.
 
         Args:
             first: the mode of the first turn. The other one is in force afterwards.
         """
-        steps, rows = (self._prefill, CHUNK) if kind == "prefill" else (self._decode, REQUESTS)
         times: dict[str, list[float]] = {OFF: [], "on": []}
         next_mode = {OFF: "on", "on": OFF}
         self._switch(first)
         if self._moved:
             for mode in (first, next_mode[first]):
                 self._switch(mode)
-                times[mode] = list(steps())
+                times[mode] = list(self._steps(kind))
         else:
-            for number, seconds in enumerate(steps()):
+            for number, seconds in enumerate(self._steps(kind)):
                 if number % SHORT >= SETTLE:
                     times[self._mode].append(seconds)
                 if number % SHORT == SHORT - 1:
                     self._switch(next_mode[self._mode])
-        return {mode: rates(of_mode, rows) for mode, of_mode in times.items()}
+        return {mode: rates(of_mode, KINDS[kind] or CHUNK) for mode, of_mode in times.items()}
 
     def _switch(self, mode: str) -> None:
         """With the balancer and the placement that it found, or without both (OFF)."""
@@ -162,21 +164,18 @@ class Engine:
         order = Order(command=command)
         write_order(orders_path(path), order)
         for _ in range(MOST_WAITS):
-            list(timed(self._llm.llm_engine, [prompt[:16] for prompt in self._prompts], 16))
+            list(timed(self._llm.llm_engine, self._short[:PROMPTS], 16))
             stats = read_stats(path)
             if stats is not None and stats.order == order.id and self._placed() == (at_start, True):
                 return
         raise TimeoutError(f"{command} took no effect")
 
-    def _prefill(self) -> Iterator[float]:
-        """Seconds of steps with whole chunks; the first one is not timed."""
-        steps = timed(self._llm.llm_engine, PASSES * self._prompts, 1)
-        return (seconds for seconds, _ in itertools.islice(steps, 1, None))
-
-    def _decode(self) -> Iterator[float]:
-        """Seconds of the steps in which all requests got a token."""
-        steps = timed(self._llm.llm_engine, [prompt[:16] for prompt in self._prompts], STEPS)
-        return (seconds for seconds, rows in steps if rows == REQUESTS)
+    def _steps(self, kind: str) -> Iterator[float]:
+        """Seconds of steps with whole chunks, without the first one; or of those in which all requests got a token."""
+        engine, requests = self._llm.llm_engine, KINDS[kind]
+        if not requests:
+            return (seconds for seconds, _ in itertools.islice(timed(engine, PASSES * self._prompts, 1), 1, None))
+        return (seconds for seconds, rows in timed(engine, self._short[:requests], STEPS) if rows == requests)
 
     def balanced(self) -> dict[str, Any]:
         """What its balancer did."""

@@ -74,8 +74,8 @@ def test_formats_that_share_weights_are_refused(load_format: str) -> None:
     pass."""
     config = EplbConfig(dynamic_eplb=True)
     with pytest.raises(EplbConfigError, match=f"--load-format {load_format} is not supported.*; leave it out"):
-        refuse_options(common_options(loaded_by(load_format), config))
+        refuse_options(common_options(loaded_by(load_format), config, ("mtp",)))
     with pytest.raises(EplbConfigError, match=f"a draft model's --load-format {load_format} is not supported"):
-        refuse_options(common_options(loaded_by("auto", load_format), config))
+        refuse_options(common_options(loaded_by("auto", load_format), config, ("mtp",)))
     for passes in ("auto", "dummy", "safetensors", "sharded_state", "tensorizer", "runai_streamer"):
-        refuse_options(common_options(loaded_by(passes, passes), config))
+        refuse_options(common_options(loaded_by(passes, passes), config, ("mtp",)))
