@@ -61,17 +61,6 @@ def advance(state: CycleState, agreed: Agreed | None, settings: CycleSettings) -
     return _ON_FACTS[state.phase](state, agreed, settings)
 
 
-def only_counts(state: CycleState, settings: CycleSettings) -> bool:
-    """Whether the next step only counts load: :func:`advance` then changes nothing but the number of the step."""
-    step = state.step + 1
-    return (
-        state.phase is Phase.COLLECT
-        and step < state.due
-        and not (settings.listen_steps and step >= state.listen_at)
-        and not 0 <= state.audit_due <= step
-    )
-
-
 def abandon(state: CycleState, settings: CycleSettings) -> CycleState:
     """The state after all ranks dropped what was under way, at the same step and with nothing in flight. They may have
     gone back to the start placement."""

@@ -39,7 +39,7 @@ import torch
 
 from ..agreement.channel import ControlError, Facts, FlightRecorder
 from ..agreement.phases import Action, AgreementError, CycleState, Do, Failure, Phase
-from ..agreement.transition import advance, only_counts
+from ..agreement.transition import advance
 from ..observe.keeper import StatsKeeper
 from ..planning.message import digest_of
 from ..values.placement import Placement
@@ -90,7 +90,7 @@ class EplbUpdator:
             BalancednessLog(parts.adaptor.name, interval, parts.recorder, parts.control) if interval else None
         )
         self._flight = FlightRecorder()
-        self._only_counted: Placement | None = None  # the placement whose steps may do nothing but count
+        self._counted_under: Placement | None = None  # the placement of the last whole step, if nothing watches steps
         self.methods = self._table()
         self._is_ready = {
             Phase.SNAPSHOT: self.gather.taken,
@@ -165,19 +165,28 @@ class EplbUpdator:
         Raises:
             AgreementError, ControlError: the ranks do not agree any more, so this rank must not serve on.
         """
-        began, work = time.perf_counter(), self.work
-        if work.placement is self._only_counted and only_counts(work.state, self.parts.settings):
-            work.state = work.state.next_step()
-            self._flight.record(Phase.COLLECT, None, None)
+        began, before = time.perf_counter(), self.state
+        if self._only_counts():
             self._begin_forward(began, serving, stage, tokens_per_rank)
-        else:
-            # The engine may be in inference mode; tensors made here outlive it.
-            with torch.inference_mode(False), torch.no_grad():
-                before = work.state
-                self._turns()
-                self._begin_forward(began, serving, stage, tokens_per_rank)
-            self._note_phase(before)
+            self.stats.step_took(time.perf_counter() - began)
+            return
+        # The engine may be in inference mode; tensors made here outlive it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._turns()
+            self._begin_forward(began, serving, stage, tokens_per_rank)
         self.stats.step_took(time.perf_counter() - began)
+        self._note_phase(before)
+
+    def _only_counts(self) -> bool:
+        """Takes the step if it does nothing but count load, as nearly all steps do; else changes nothing."""
+        if self.placement is not self._counted_under or self.state.phase is not Phase.COLLECT:
+            return False
+        following, actions = advance(self.state, None, self.parts.settings)
+        if actions or following.phase is not Phase.COLLECT:
+            return False
+        self.work.state = following
+        self._flight.record(Phase.COLLECT, None, None)
+        return True
 
     def _begin_forward(self, began: float, record: bool, stage: Stage, tokens_per_rank: float) -> None:
         """Counts the load of the forward, and times it, as far as the phase wants that."""
@@ -201,15 +210,14 @@ class EplbUpdator:
                 time.sleep(TURN_SECONDS)
 
     def _note_phase(self, before: CycleState) -> None:
-        """Publishes the phase if it has changed. From now on steps may only count, unless something else looks at each
-        of them."""
+        """Publishes the phase if it has changed. The next steps may only count, unless something watches each step."""
         # Report LISTEN as COLLECT: the distinction is internal.
         phase = Phase.COLLECT if self.state.phase is Phase.LISTEN else self.state.phase
         self.stats.phase = phase.name.lower()  # type: ignore[assignment]
         if self.state.epoch != before.epoch and Phase.LISTEN not in (before.phase, self.state.phase):
             self._publish()
         if self._balancedness is None and self.auditor is None:
-            self._only_counted = self.placement
+            self._counted_under = self.placement
 
     def forward_end(self) -> None:
         """Called after a forward. Decides nothing, because not every engine calls it."""
