@@ -268,12 +268,19 @@ def report_of_drafter(worker: Any) -> dict[str, Any]:
 
 
 def switch_maps_without_weights(worker: Any, of_drafter: bool = False) -> None:
-    """The negative control: switch the maps to a placement whose weights were never moved."""
+    """The negative control: switch the maps to a placement whose weights were never moved. Later commits switch to maps
+    that are wrong in the same way, so that no cycle repairs them."""
     updator = state_of(worker).draft.updator if of_drafter else state_of(worker).updator
-    start = updator.placement
-    turned = type(start)(np.roll(start.physical_to_logical, 1, axis=1), start.num_experts, start.num_ranks)
-    updator.rollout.maps.stage(turned, list(range(start.num_layers)))
-    updator.rollout.maps.switch()
+    maps, start = updator.rollout.maps, updator.placement
+    stage = maps.stage
+
+    def stage_turned(placement: Any, layers: list[int]) -> None:
+        turned = np.roll(placement.physical_to_logical, 1, axis=1)
+        stage(type(placement)(turned, placement.num_experts, placement.num_ranks), layers)
+
+    maps.stage = stage_turned
+    maps.stage(start, list(range(start.num_layers)))
+    maps.switch()
 
 
 def routing_that_is_refused(worker: Any) -> list[str]:
