@@ -119,7 +119,7 @@ class Engine:
         """A pair of turns of one kind of steps: what :func:`rates` says by mode.
 
         Args:
-            first: the mode of the first turn. The other one is in force afterwards.
+            first: the mode of the first turn.
         """
         times: dict[str, list[float]] = {OFF: [], "on": []}
         next_mode = {OFF: "on", "on": OFF}

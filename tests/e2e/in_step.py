@@ -19,6 +19,19 @@ def assert_counted_once(ranks: list[dict], computed: int, top_k: int) -> np.ndar
     return loads
 
 
+def assert_one_rank_counts(ranks: list[dict]) -> np.ndarray:
+    """Two ranks route the same tokens, and the load that the planner got is the routers' own choice by one of them.
+    Windows differ, so that a constant cannot pass. Returns the load."""
+    first, second = ranks
+    loads, windows = np.array(first["loads"]), np.array(first["windows"])
+    assert len(loads) >= 10
+    np.testing.assert_array_equal(loads, windows[: len(loads)])
+    assert len(set(loads.sum(axis=2).ravel().tolist())) > 1
+    assert second["loads"] == []  # one planner
+    np.testing.assert_array_equal(np.array(second["windows"]), windows)
+    return loads
+
+
 def assert_in_step(ranks: list[dict], turn: int) -> list:
     """All ranks did the same at every step, while each engine was idle for a turn of so many steps; returns their
     history."""

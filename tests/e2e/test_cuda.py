@@ -7,12 +7,11 @@ from __future__ import annotations
 import importlib.util
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from .conftest import BUSY, prompts
-from .in_step import assert_counted_once
+from .in_step import assert_counted_once, assert_one_rank_counts
 from .test_draft_model import (  # noqa: F401  the tests, with the engines of this module
     drafting,
     in_parallel,
@@ -195,7 +194,7 @@ def assert_balanced(result, expected, experts: int = 6 * 64) -> None:
     assert first["async_scheduling"]  # steps are scheduled ahead of the device
     assert_equal_every_turn(result["tokens"], expected)
     same, total = equal_tokens(result["corrupt_tokens"], expected)
-    assert same < total  # the commits of the next cycle, which may follow at once, repair the maps
+    assert same < total * 0.9
 
 
 def test_tokens_equal_those_of_one_gpu_while_experts_move(eager, expected):
@@ -216,12 +215,7 @@ def test_workers_of_ray_answer_as_one_gpu(workers_of_ray, expected):
 
 
 def test_recorded_load_is_the_routers_own_choice(eager):
-    first, second = eager["ranks"]
-    loads, windows = np.array(first["loads"]), np.array(first["windows"])
-    assert len(loads) >= 10
-    np.testing.assert_array_equal(loads, windows[: len(loads)])
-    assert len(set(loads.sum(axis=2).ravel().tolist())) > 1
-    np.testing.assert_array_equal(np.array(second["windows"]), windows)
+    assert_one_rank_counts(eager["ranks"])
 
 
 def test_data_parallel_engines_answer_as_one_gpu(parallel, expected):

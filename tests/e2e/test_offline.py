@@ -15,6 +15,7 @@ from vllm_ascend_eplb.report import make_page
 from vllm_ascend_eplb.values.placement import Placement
 
 from .conftest import BUSY, DRAFT_TOKENS, PATTERN, prompts, reference_run
+from .in_step import assert_one_rank_counts
 
 TOKENS = 48
 CHUNK = 64
@@ -111,15 +112,9 @@ def test_all_ranks_hold_one_placement_at_one_step(probed):
 
 
 def test_recorded_load_is_the_routers_own_choice(probed):
-    first, second = probed.result["ranks"]
-    loads, windows = np.array(first["loads"]), np.array(first["windows"])
-    assert len(loads) >= 10
-    np.testing.assert_array_equal(loads, windows[: len(loads)])
+    loads = assert_one_rank_counts(probed.result["ranks"])
     assert loads.sum() > 0
-    assert len(set(loads.sum(axis=2).ravel().tolist())) > 1  # windows differ, so that a constant cannot pass
     np.testing.assert_array_equal(loads.sum(axis=2), loads.sum(axis=2)[:, :1].repeat(6, axis=1))  # tokens x top-4
-    assert second["loads"] == []  # one planner
-    np.testing.assert_array_equal(np.array(second["windows"]), windows)  # the ranks route the same tokens
 
 
 def test_every_pair_is_computed_once_with_the_right_weights(probed):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM cannot run on a CPU, by its own sources: the reason why some options are refused without a proof.
+"""What vLLM cannot run on a CPU, by its own sources: the reason why some options are refused, or shown on GPUs only.
 
 A vLLM that can run one of them fails here, so that a person lifts the refusal with a test, or finds another reason.
 """
@@ -15,6 +15,13 @@ import pytest
 
 def part(module: str, name: str) -> Any:
     return getattr(pytest.importorskip(module), name)
+
+
+def test_attention_on_a_cpu_has_no_context_parallelism() -> None:
+    """``check_attention_cp_compatibility`` asks for these two: one for prefill, one for decode."""
+    attention = part("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend").get_impl_cls()
+    assert attention.supports_pcp is False
+    assert attention.can_return_lse_for_decode is False
 
 
 def test_micro_batches_run_on_cuda_streams_only() -> None:
