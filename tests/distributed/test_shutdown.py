@@ -86,7 +86,6 @@ def serve(ranks: Ranks, phase_name: str, folder: str, in_order: bool) -> None:
         if ranks.rank == 0:  # the threads have written the files of cycle 1
             for name in ("map.json", "map.load.npz"):
                 wait_for(Path(folder, name).exists, name)
-            wait_for(lambda: not list(Path(folder).glob(".map.*")), "the end of the file that is being written")
         Path(folder, f"rank{ranks.rank}").write_text(str(os.getpid()))
         if not in_order:
             time.sleep(600)

@@ -185,6 +185,7 @@ class EplbUpdator:
         if actions or following.phase is not Phase.COLLECT:
             return False
         self.work.state = following
+        self.stats.phase = "collect"  # a cycle may have been dropped between two steps
         self._flight.record(Phase.COLLECT, None, None)
         return True
 

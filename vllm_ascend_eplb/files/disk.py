@@ -13,8 +13,8 @@ import io
 import json
 import os
 import re
+import secrets
 import stat
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -143,23 +143,12 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         FileError: as for :func:`check_place`, or the disk refuses.
     """
     check_place(path)
-    target, name = Path(expand_user(path)), ""
+    target = Path(expand_user(path))
     try:
         mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, mode)
-        os.replace(name, target)
-    except BaseException as error:
-        if name:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-        if isinstance(error, OSError):
-            raise FileError(f"{show(path)} cannot be written ({error.strerror}); choose another place") from None
-        raise
+        _replace(target, data, mode, to_disk=True)
+    except OSError as error:
+        raise FileError(f"{show(path)} cannot be written ({error.strerror}); choose another place") from None
 
 
 def write_private(path: str | os.PathLike[str], text: str) -> None:
@@ -169,12 +158,27 @@ def write_private(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    target = Path(path)
-    # mkstemp: a new file of mode 0600 that nobody else can have created
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    _replace(Path(path), text.encode(), 0o600, to_disk=False)
+
+
+def _replace(target: Path, data: bytes, mode: int, to_disk: bool) -> None:
+    """The file has no name while it is written, so a process that is killed leaves nothing. Where a file system cannot
+    do that, it has a hidden one."""
+    name = str(target.parent / f".{target.name[:100]}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        handle, named = os.open(target.parent, os.O_TMPFILE | os.O_WRONLY, 0o600), False
+    except OSError:
+        handle, named = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), True
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            if to_disk:
+                os.fsync(handle)
+            os.fchmod(handle, mode)
+            if not named:
+                # without a folder's descriptor Python's link does not follow the symbolic link in /proc
+                os.link(f"/proc/self/fd/{handle}", name, src_dir_fd=handle)
         os.replace(name, target)
     except BaseException:
         with contextlib.suppress(OSError):

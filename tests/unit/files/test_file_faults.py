@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import ast
+import errno
 import io
 import json
 import os
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from vllm_ascend_eplb.files.disk import FileError, write_atomic, write_private
 from vllm_ascend_eplb.files.expert_map import read_expert_map
 
 PACKAGE = Path(__file__).parents[3] / "vllm_ascend_eplb"
@@ -131,6 +136,54 @@ for number in range(150):
 recorder.close()
 print("DONE")
 """
+
+
+@pytest.mark.parametrize("written", ["for everybody", "for the owner"])
+def test_writer_killed_in_the_midst_leaves_only_the_old_file(written: str, tmp_path: Path) -> None:
+    target = tmp_path / "map.json"
+    target.write_text("old")
+    child = os.fork()
+    if child == 0:
+        with mock.patch("os.fchmod", side_effect=lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
+            write(written, target)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert contents(tmp_path) == {"map.json": "old"}
+    write(written, target)
+    assert contents(tmp_path) == {"map.json": "new"}
+
+
+@pytest.mark.parametrize("written", ["for everybody", "for the owner"])
+def test_file_system_without_unnamed_files(written: str, tmp_path: Path) -> None:
+    target, opened = tmp_path / "map.json", os.open
+    target.write_text("old")
+
+    def named_only(path: str, flags: int, *rest: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return opened(path, flags, *rest)
+
+    with mock.patch("os.open", named_only):
+        broken_disk = mock.patch("os.fchmod", side_effect=OSError(errno.EIO, "Input/output error"))
+        with broken_disk, pytest.raises((OSError, FileError), match="Input/output error"):
+            write(written, target)
+        assert contents(tmp_path) == {"map.json": "old"}
+        write(written, target)
+    assert contents(tmp_path) == {"map.json": "new"}
+
+
+def write(written: str, target: Path) -> None:
+    if written == "for everybody":
+        mode = stat.S_IMODE(target.stat().st_mode)
+        write_atomic(target, b"new")
+        assert stat.S_IMODE(target.stat().st_mode) == mode
+    else:
+        write_private(target, "new")
+        assert stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
 
 
 def test_two_servers_never_leave_a_part_of_a_shared_file(tmp_path: Path) -> None:
