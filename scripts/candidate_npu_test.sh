@@ -24,11 +24,11 @@ half() { # RUNNER TEST FILES, PYTEST ARGUMENTS...
 }
 
 start=$(date +%s)
-served="tests/npu/test_serving.py tests/npu/test_serving_ways.py tests/npu/test_serving_drafts.py"
+served="tests/npu/test_serving.py tests/npu/test_serving_ways.py tests/npu/test_serving_drafts.py
+tests/npu/test_serving_modes.py tests/npu/test_serving_quantised.py tests/npu/test_doctor.py"
 # shellcheck disable=SC2086 # several files
-half V1 tests/npu/test_ascend.py $served tests/npu/test_doctor.py "$@"
+half V1 tests/npu/test_ascend.py $served "$@"
 # shellcheck disable=SC2086
-half V2 tests/npu/test_second_runner.py $served tests/npu/test_serving_modes.py tests/npu/test_serving_quantised.py \
-    tests/npu/test_doctor.py "$@"
+half V2 tests/npu/test_second_runner.py $served "$@"
 echo "vllm-ascend $version: $(($(date +%s) - start)) s$times" | tee build/durations-candidate.txt
 [ -z "$failed" ] || { echo "failed with model runner:$failed" >&2 && exit 1; }

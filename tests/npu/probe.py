@@ -253,7 +253,9 @@ class Probe:
                 result = determine(*args, **kwargs)  # begins the step, and perhaps a window
                 filled = [result[1].num_tokens] if result[3] is None else result[3].tolist()
                 own = filled[runner.dp_rank] if len(filled) > 1 else filled[0]
-                batches.append([filled, self._of_all_engines(min(own, *scheduled) if scheduled else own)])
+                sent = min(own, *scheduled) if scheduled else own
+                # If graphs are captured, engines have different ideas of each other's padding.
+                batches.append([self._of_all_engines(own), self._of_all_engines(sent)])
                 return result
 
             runner.execute_model = watched_execute

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 
 from examples.demo.server import MAX_TOKENS_PER_REQUEST, MODEL, Server
 from vllm_ascend_eplb.observe.stats import EplbStats
@@ -126,10 +125,10 @@ def prompts(per_domain: int, characters: int = 160) -> list[list[str]]:
     return batches
 
 
-def quantised_model(folder: Path) -> None:
-    """Write the model in W8A8 into a new folder (quantised.py)."""
+def quantised_model(folder: Path, form: str) -> None:
+    """Write the model in W8A8 or W4A8 into a new folder (quantised.py)."""
     folder.mkdir()
-    _on_the_cpu("tests.npu.quantised", folder)
+    _on_the_cpu("tests.npu.quantised", folder, form)
 
 
 def model_with_drafter(folder: Path) -> None:
@@ -145,7 +144,7 @@ def transformers_tokens(
     Args:
         folder: for the files of the job and the answer.
         texts, tokens: prompts, and the number of tokens per answer.
-        quantised: folder of the same model in W8A8, if the quantised model is to answer.
+        quantised: folder of the same model of :func:`quantised_model`, if that is to answer.
         model: folder of the model.
     """
     job, answer = folder / "transformers.json", folder / "transformers-answer.json"
@@ -154,7 +153,7 @@ def transformers_tokens(
     return json.loads(answer.read_text())
 
 
-def _on_the_cpu(module: str, *arguments: Path) -> None:
+def _on_the_cpu(module: str, *arguments: Path | str) -> None:
     result = subprocess.run(
         [str(npus.PYTHON), "-m", module, *map(str, arguments)],
         cwd=npus.ROOT,
@@ -356,25 +355,6 @@ def serve_until(
         if server.cycles_done() >= until:
             return pairs
     raise AssertionError(f"{server.cycles_done()} of {until} cycles: {server.all_stats()}\n{server.log[-3000:]}")
-
-
-def rows_computed(windows: list[list[list[list[int]]]], ranks: int = 1, gathered: bool = True) -> np.ndarray:
-    """int [T]: the rows that a MoE layer computed in every window.
-
-    Args:
-        windows: by window and step, the tokens of every data-parallel engine with and without padding (probe.py).
-        ranks: ranks of an engine.
-        gathered: True if engines gather their batches, padded to the longest (A2). Otherwise (A3) every rank sends its
-            part and masks the padding; if a batch is too large for MC2, All2All gives every rank at least one row.
-    """
-
-    def rows(step: list[list[int]]) -> int:
-        filled, sent = step
-        if gathered:
-            return max(filled) * len(filled)
-        return sum(max(tokens, ranks) for tokens in filled) if max(filled) > MAX_SEQUENCES else sum(sent)
-
-    return np.array([sum(map(rows, window)) for window in windows])
 
 
 def agreement(pairs: Pairs, tokens: int = TOKENS) -> float:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unmodified vllm-ascend serves a model with quantised experts (W8A8, ModelSlim's form) with our balancer: the real
-torch_npu on emulated CANN. There is one server per generation of NPUs; tests run in the order of this file.
+"""The unmodified vllm-ascend serves a model with quantised experts (W8A8 and W4A8, in ModelSlim's form) with our
+balancer: the real torch_npu on emulated CANN. There is one server per way; tests run in the order of this file.
 
 Slots are compared bit for bit. Tokens are compared by share: vllm-ascend refuses float32 with quantised weights, and
 float16 rounds differently from the reference's float32, and differently for every placement, because ranks add in
@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from . import npus, serving
+from .rows import rows_computed
 from .serving import MISSING, SETTINGS, TOKENS, NpuServer, Pairs, agreement, serve_until
 
 pytestmark = [
@@ -26,30 +29,38 @@ LEAST, MOST = 0.97, 0.95
 """The share of equal tokens: at least LEAST with the right weights, at most MOST with wrong ones."""
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "W8A8 on A2": {"device": "A2"},
+    "W8A8 on A3": {"device": "A3"},
+    "W8A8 on A3, fused MC2": {"device": "A3", "beside": {"enable_fused_mc2": 1}},
+    "W4A8 on A3, fused MC2": {"device": "A3", "beside": {"enable_fused_mc2": 1}},
+}
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]]) -> tuple[Path, list[list[list[int]]]]:
-    """The model and its answers."""
-    folder = tmp_path_factory.mktemp("quantised")
-    model = folder / "model"
-    serving.quantised_model(model)
-    flat = serving.transformers_tokens(folder, [text for batch in batches for text in batch], TOKENS, model)
-    return model, [flat[i : i + len(batches[0])] for i in range(0, len(flat), len(batches[0]))]
+def model(way: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantised") / "model"
+    serving.quantised_model(folder, way.split()[0])
+    return folder
 
 
-@pytest.fixture(scope="module", params=["A2", "A3"])
-def server(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    quantised: tuple[Path, list[list[list[int]]]],
-) -> Iterator[NpuServer]:
-    server = NpuServer(
-        SETTINGS,
-        tmp_path_factory.mktemp("server"),
-        device=request.param,
-        dtype="float16",
-        model=str(quantised[0]),
-        probe=True,
-    ).started()
+@pytest.fixture(scope="module")
+def answers(model: Path, tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]]) -> list[list[list[int]]]:
+    texts = [text for batch in batches for text in batch]
+    flat = serving.transformers_tokens(tmp_path_factory.mktemp("transformers"), texts, TOKENS, model)
+    return [flat[i : i + len(batches[0])] for i in range(0, len(flat), len(batches[0]))]
+
+
+@pytest.fixture(scope="module")
+def server(way: str, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
+    folder = tmp_path_factory.mktemp("server")
+    server = NpuServer(SETTINGS, folder, **WAYS[way], dtype="float16", model=str(model), probe=True).started()
+    server.call("probe_watch")
     yield server
     server.stop()
 
@@ -72,12 +83,12 @@ def ask(server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 
 
 def test_integers_and_scales_move_together(
-    server: NpuServer, batches: list[list[str]], quantised: tuple[Path, list[list[list[int]]]]
+    server: NpuServer, batches: list[list[str]], answers: list[list[list[int]]]
 ) -> None:
     before, moved = experts(server), server.cycles_done()
     assert len(before) == 6 * 64
     assert len({digest for digests in before.values() for digest in digests}) == 6 * 64  # no two experts are alike
-    assert agreement(serve_until(server, batches, quantised[1], 10, exact=False)) >= LEAST
+    assert agreement(serve_until(server, batches, answers, 10, exact=False)) >= LEAST
     stats = server.stats()
     assert stats is not None
     assert stats.cycles_failed == 0
@@ -85,18 +96,27 @@ def test_integers_and_scales_move_together(
     assert experts(server) == before
 
 
+def test_every_token_is_counted_once(server: NpuServer, way: str) -> None:
+    first, *_ = server.call("probe_watched")
+    loads = np.array(first["loads"])
+    assert len(loads) >= 10
+    computed = rows_computed(first["batches"][: len(loads)], ranks=2, gathered="A2" in way, fused="fused" in way)
+    assert computed.min() > 0
+    np.testing.assert_array_equal(loads.sum(axis=2), computed[:, None].repeat(loads.shape[1], axis=1) * 4)
+
+
 def test_no_race_and_no_wrong_order(server: NpuServer) -> None:
     assert not server.unexpected_races()[:3]
 
 
 def test_weights_that_did_not_move_change_tokens(
-    server: NpuServer, batches: list[list[str]], quantised: tuple[Path, list[list[list[int]]]]
+    server: NpuServer, batches: list[list[str]], answers: list[list[list[int]]]
 ) -> None:
     """Negative control. It runs last on this server, because it switches maps and leaves the weights."""
     before = experts(server)
     assert set(server.call("probe_freeze_weights")) == {"1"}
     shares: list[float] = []
     while not shares or (min(shares) > MOST and len(shares) < 20):
-        shares.append(agreement(ask(server, batches, quantised[1])))
+        shares.append(agreement(ask(server, batches, answers)))
     assert min(shares) <= MOST, shares
     assert experts(server) != before

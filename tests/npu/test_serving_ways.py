@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from . import npus
+from .rows import rows_computed
 from .serving import (
     ASCEND,
     MISSING,
@@ -19,7 +20,6 @@ from .serving import (
     SETTINGS,
     NpuServer,
     freeze_weights_until_noticed,
-    rows_computed,
     serve_until,
 )
 
@@ -29,28 +29,42 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
 ]
 DATA_PARALLEL = ("--data-parallel-size", "2")
-TWO_RANKS = {"eplb_config": SETTINGS, "ranks": 2}
+STAGES = {"arguments": ("--pipeline-parallel-size", "2"), "parts": ("stage0", "stage1")}
 FOUR_RANKS = {**SETTINGS, "num_redundant_experts": 4}
+EIGHT_RANKS = {**SETTINGS, "num_redundant_experts": 8}
+SHARED_OUT = {"beside": {"enable_flashcomm1": True}}
+FUSED = {"beside": {"enable_fused_mc2": 1}}
+CAPTURED = {"graphs": (1, 2, 4)}
+TP2: dict[str, Any] = {"eplb_config": SETTINGS, "ranks": 2}
+DP2: dict[str, Any] = {"eplb_config": SETTINGS, "ranks": 1, "arguments": DATA_PARALLEL}
+DP2_TP2: dict[str, Any] = {"eplb_config": FOUR_RANKS, "ranks": 2, "arguments": DATA_PARALLEL}
 WAYS: dict[str, dict[str, Any]] = {
     "TP4": {"eplb_config": FOUR_RANKS, "ranks": 4},
-    "DP2": {"eplb_config": SETTINGS, "ranks": 1, "arguments": DATA_PARALLEL},
-    "DP2 TP2": {"eplb_config": FOUR_RANKS, "ranks": 2, "arguments": DATA_PARALLEL},
-    "PP2 TP2": {
-        "eplb_config": SETTINGS,
-        "ranks": 2,
-        "arguments": ("--pipeline-parallel-size", "2"),
-        "parts": ("stage0", "stage1"),
-    },
-    # 0.30.0rc2 shares rows out for several engines of several ranks only, where this has not run.
-    **({"TP2, sequence parallel": {**TWO_RANKS, "beside": {"enable_flashcomm1": True}}} if ASCEND == RELEASE else {}),
-    "DP2 on A3": {"eplb_config": SETTINGS, "ranks": 1, "arguments": DATA_PARALLEL, "device": "A3"},
-    "DP2 TP2 on A3": {
-        "eplb_config": FOUR_RANKS,
-        "ranks": 2,
-        "arguments": DATA_PARALLEL,
-        "device": "A3",
-    },
+    "DP2": DP2,
+    "DP2 TP2": DP2_TP2,
+    "PP2 TP2": {**TP2, **STAGES},
+    "TP4 DCP2": {"eplb_config": FOUR_RANKS, "ranks": 4, "arguments": ("--decode-context-parallel-size", "2")},
+    "DP2 on A3": {**DP2, "device": "A3"},
+    "DP2 TP2 on A3": {**DP2_TP2, "device": "A3"},
+    "TP2 on A3, fused MC2": {**TP2, **FUSED, "device": "A3"},
+    "DP2 TP2 on A3, fused MC2": {**DP2_TP2, **FUSED, "device": "A3"},
+    "TP2 on A3, captured": {**TP2, **CAPTURED, "device": "A3"},
+    "DP2, captured": {**DP2, **CAPTURED},
+    "DP2 on A3, captured": {**DP2, **CAPTURED, "device": "A3"},
+    "PP2 TP2, captured": {**TP2, **STAGES, **CAPTURED},
 }
+SEQUENCE_PARALLEL = {"DP2 TP2", "DP2 TP2 on A3", "DP2 TP2 on A3, fused MC2"}
+"""The ways in which ranks of an engine share its rows out. 0.30.0rc2 does so whenever there are several engines."""
+if ASCEND == RELEASE:
+    ways = {
+        "TP2": TP2,
+        "TP2 on A3": {**TP2, "device": "A3"},
+        **{way: WAYS[way] for way in ("DP2 TP2", "DP2 TP2 on A3")},
+    }
+    ways = {f"{way}, sequence parallel": {**settings, **SHARED_OUT} for way, settings in ways.items()}
+    SEQUENCE_PARALLEL = set(ways)
+    WAYS |= ways
+    WAYS["DP2 TP4"] = {"eplb_config": EIGHT_RANKS, "ranks": 4, "arguments": DATA_PARALLEL}
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -63,6 +77,7 @@ def server(way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuSe
     server = NpuServer(folder=tmp_path_factory.mktemp("server"), probe=True, **WAYS[way]).started()
     server.call("probe_watch")
     server.call("probe_scatters")
+    server.call("probe_replays")
     yield server
     server.stop()
 
@@ -92,17 +107,25 @@ def test_every_token_is_counted_once_with_idle_engines(server: NpuServer, way: s
     for first in workers[:: WAYS[way]["ranks"]]:  # the first rank of every stage
         loads, windows = np.array(first["loads"]), np.array(first["windows"])
         assert len(loads) >= 10
-        computed = rows_computed(first["batches"][: len(loads)], WAYS[way]["ranks"], gathered="A3" not in way)
+        computed = rows_computed(
+            first["batches"][: len(loads)], WAYS[way]["ranks"], gathered="A3" not in way, fused="fused" in way
+        )
         assert computed.min() > 0
         np.testing.assert_array_equal(loads.sum(axis=2), computed[:, None].repeat(loads.shape[1], axis=1) * 4)
-        if "A3" not in way:
+        if "A3" not in way and "captured" not in way:  # a replayed graph calls no router
             np.testing.assert_array_equal(loads, windows[: len(loads)])
 
 
 def test_sequence_parallel_ranks_share_rows_out(server: NpuServer, way: str) -> None:
-    if "sequence parallel" not in way:
+    if way not in SEQUENCE_PARALLEL:
         pytest.skip("every rank has all rows")
     assert min(map(int, server.call("probe_scatters"))) > 0
+
+
+def test_captured_graphs_are_replayed(server: NpuServer, way: str) -> None:
+    if "captured" not in way:
+        pytest.skip("no graphs")
+    assert min(map(int, server.call("probe_replays"))) > 100
 
 
 def test_every_balancer_has_a_planner_and_metrics(server: NpuServer) -> None:

@@ -290,4 +290,22 @@ def fused() -> dict[str, str]:
         begin += new
     check("attention", got, torch.stack(parts))
     check("attention with a workspace", captured[0], torch.stack(parts))
+
+    # The last query of the first sequence, over parts of its keys, one of them empty; the parts are then put together.
+    sums, results = [], []
+    for block, known in ((3, 4), (1, 3), (0, 0)):
+        of_part = {
+            "query": q[2:3].npu(),
+            "actual_seq_lengths": [1],
+            "actual_seq_lengths_kv": [known],
+            "block_table": torch.tensor([[block]], dtype=torch.int32).npu(),
+            "atten_mask": None,
+            "sparse_mode": 0,
+            "softmax_lse_flag": True,
+        }
+        result, logarithms = torch_npu.npu_fused_infer_attention_score(**{**arguments, **of_part})
+        results.append(result.view(4, 8))
+        sums.append(logarithms.view(4))
+    together, _ = torch_npu.npu_attention_update(sums, results, 0)
+    check("attention over parts", together, parts[2])
     return wrong

@@ -25,8 +25,12 @@ for _schema in (
 
 def _operator(schema: str):
     _library.define(schema)
-    name = schema.split("(")[0]
-    return lambda function: _library.impl(name, function, "PrivateUse1")
+
+    def registered(function):
+        _library.impl(schema.split("(")[0], function, "PrivateUse1")
+        return function
+
+    return registered
 
 
 @_operator(
@@ -262,7 +266,8 @@ def _moe_distribute_dispatch(
 ):
     """The first half of MC2, a fused operator of CANN, in terms of collectives: every token to the ranks that hold its
     slots, ordered by slot. x [N, H], expert_ids [N, K]. N is equal on all ranks, or at most the share of a rank in
-    global_bs. With a quant_mode they travel as int8."""
+    global_bs. With a quant_mode they travel as int8. There are as many rows as all ranks can send, so that graphs can
+    be captured; those behind the last slot's have no meaning."""
     group = _mc2_group()
     further = _rows(x, global_bs, ep_world_size) - x.shape[0]
     if further:
@@ -284,14 +289,15 @@ def _moe_distribute_dispatch(
     tokens, ids = gathered(x), gathered(ids)
     size = moe_expert_num // ep_world_size
     local = ids.flatten() - ep_rank_id * size
-    mine = torch.nonzero((local >= 0) & (local < size)).flatten()
-    pairs = mine[torch.argsort(local[mine], stable=True)]
-    counts = torch.zeros(size, dtype=torch.int64, device=x.device)
-    counts.scatter_add_(0, local[mine], torch.ones_like(mine))
+    mine = (local >= 0) & (local < size)
+    slots = torch.where(mine, local, size)
+    pairs = torch.argsort(slots, stable=True)
+    counts = torch.zeros(size + 1, dtype=torch.int64, device=x.device)
+    counts = counts.scatter_add_(0, slots, mine.to(torch.int64))[:size]
     numbers = counts if expert_token_nums_type == 1 else counts.cumsum(0)
     nothing = torch.empty(0, dtype=torch.int32, device=x.device)
-    rows = pairs // ids.shape[1]
-    return tokens[rows], nothing if scales is None else scales[rows], pairs, numbers, nothing, nothing, nothing
+    rows, sent = pairs // ids.shape[1], torch.where(mine[pairs], pairs, pairs.shape[0])
+    return tokens[rows], nothing if scales is None else scales[rows], sent, numbers, nothing, nothing, nothing
 
 
 def _moe_distribute_combine(
@@ -299,8 +305,10 @@ def _moe_distribute_combine(
 ):
     """The second half: the results back to the tokens' ranks, weighted and summed. expert_scales float32 [N, K]."""
     tokens, top = _rows(expert_ids, global_bs, ep_world_size), expert_ids.shape[1]
-    results = torch.zeros(ep_world_size * tokens * top, expand_x.shape[1], dtype=expand_x.dtype, device=expand_x.device)
-    results[assist_info_for_combine] = expand_x[: assist_info_for_combine.shape[0]]
+    sent = assist_info_for_combine
+    results = torch.zeros(sent.shape[0] + 1, expand_x.shape[1], dtype=expand_x.dtype, device=expand_x.device)
+    results[sent] = expand_x
+    results = results[:-1]  # the last row took those without a meaning
     torch.distributed.all_reduce(results, group=_mc2_group())  # one summand is not zero
     own = results.view(ep_world_size, tokens, top, -1)[ep_rank_id, : expert_ids.shape[0]].float()
     return (own * expert_scales.unsqueeze(-1)).sum(1).to(expand_x.dtype)
@@ -315,6 +323,67 @@ def _mc2_group():
     from vllm_ascend.distributed.parallel_state import get_mc2_group
 
     return get_mc2_group().device_group
+
+
+def _int4_products(rows, scales, weights, weight_scales, biases, counts):
+    """rows int8 [N, I] with scales [N]; by slot, weights int32 [I, O / 8], their scales and biases float32 [O]; counts
+    by slot. As on the device, 8 is taken from every number of a row, and the bias, 8 times the sum of an output's
+    weights, makes up for it."""
+    packs = torch.stack(list(weights)).view(torch.int8).to(torch.int32)
+    odd = torch.div(packs, 16, rounding_mode="floor")
+    even = packs - 16 * odd
+    even = torch.where(even > 7, even - 16, even)
+    whole = torch.stack([even, odd], -1).flatten(2).float()
+    values = whole * torch.stack([scale.reshape(1, -1) for scale in weight_scales])
+    bias = torch.stack([bias.reshape(1, -1).float() for bias in biases])
+    (products,) = torch_npu.npu_grouped_matmul(
+        x=[torch.cat([rows.float() - 8, torch.ones_like(rows[:, :1]).float()], 1)],
+        weight=list(torch.cat([values, bias], 1)),
+        group_list=counts,
+        split_item=2,
+        group_type=0,
+        group_list_type=1,
+    )
+    return products * scales.reshape(-1, 1)
+
+
+@_operator(
+    "dispatch_ffn_combine(Tensor x, Tensor[] weight1, Tensor[] weight2, Tensor expert_idx, Tensor[] scale1, "
+    "Tensor[] scale2, Tensor[] bias1, Tensor[] bias2, Tensor probs, str group, int max_output_size, "
+    "float swiglu_limit, int world_size=-1, Tensor? x_active_mask=None, *, Tensor(a!) out, "
+    "Tensor(b!) expert_token_nums) -> ()"
+)
+def _dispatch_ffn_combine(
+    x, weight1, weight2, expert_idx, scale1, scale2, bias1, bias2, probs, group_name, max_output_size, swiglu_limit,
+    world_size=-1, x_active_mask=None, *, out, expert_token_nums,
+):  # fmt: skip
+    """Fused MC2, in terms of both halves and the products between them. x [N, H], expert_idx and probs [N, K]; the
+    weights by slot, as a list or as one tensor. Without scales they are of x's dtype. With scales (float32 in the bits
+    of int64) they are in W8A8 (int8) or in W4A8 (eight int4 of a row in int32, with a bias). N is equal on all
+    ranks."""
+    group, size = _mc2_group(), expert_token_nums.shape[0]
+    ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    quantised = scale1[0].numel() > 0
+    rows, scales, sent, counts, *_ = _moe_distribute_dispatch(
+        x, expert_idx, size * ranks, ranks, rank, 1, x_active_mask=x_active_mask, quant_mode=2 if quantised else 0
+    )
+    weight1, weight2 = (list(part[0]) if part[0].dim() == 3 else part for part in (weight1, weight2))
+    grouped = {"group_list": counts, "split_item": 2, "group_type": 0, "group_list_type": 1}
+    first, second = ([scale.to(torch.int32).view(torch.float32) for scale in part] for part in (scale1, scale2))
+    if not quantised:
+        (both,) = torch_npu.npu_grouped_matmul(x=[rows], weight=weight1, **grouped)
+        (results,) = torch_npu.npu_grouped_matmul(x=[torch_npu.npu_swiglu(both)], weight=weight2, **grouped)
+    elif weight1[0].dtype == torch.int32:
+        both = _int4_products(rows, scales, weight1, first, bias1, counts)
+        rows, scales = torch_npu.npu_dynamic_quant(torch_npu.npu_swiglu(both))
+        results = _int4_products(rows, scales, weight2, second, bias2, counts)
+    else:
+        rows, scales, _ = _grouped_matmul_swiglu_quant(rows, weight1, first, scales, counts.cumsum(0))
+        (results,) = torch_npu.npu_grouped_matmul(
+            x=[rows], weight=weight2, scale=second, per_token_scale=[scales], output_dtype=torch.float32, **grouped
+        )
+    out.copy_(_moe_distribute_combine(results, expert_idx, probs, ranks, rank, sent))
+    expert_token_nums.copy_(counts)
 
 
 torch_npu.npu_moe_distribute_dispatch_v2 = _moe_distribute_dispatch

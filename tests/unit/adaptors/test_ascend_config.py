@@ -212,7 +212,8 @@ def test_unsupported_option_is_refused_by_name():
     recorded = {"additional_config": {"eplb_config": {"expert_map_record_path": "map.json"}}}
     stages = {"parallel_config__pipeline_parallel_size": 2}
     engines = {"parallel_config__data_parallel_size": 2}
-    for change in ({}, engines, stages, {**engines, "speculative_config": drafted("mtp")}, recorded):
+    fused = {"additional_config": {"enable_fused_mc2": 1}}
+    for change in ({}, engines, stages, {**engines, "speculative_config": drafted("mtp")}, recorded, fused):
         refusals.refuse_unsupported(served(**change))
     for change, words in (
         ({**stages, **engines}, "--pipeline-parallel-size with --data-parallel-size 2"),
@@ -225,12 +226,18 @@ def test_unsupported_option_is_refused_by_name():
         ({"speculative_config": drafted("draft_model")}, "draft model with experts, of method draft_model"),
         ({"speculative_config": drafted("eagle")}, "draft model with experts, of method eagle"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 2"),
-        ({"parallel_config__decode_context_parallel_size": 2}, "--decode-context-parallel-size 2"),
         ({"additional_config": {"mix_placement": True}}, "mix_placement"),
-        ({"additional_config": {"enable_fused_mc2": 1}}, "enable_fused_mc2 1"),
+        ({"additional_config": {"enable_fused_mc2": 2}}, r"enable_fused_mc2 2 is .*allowed: 0 or 1"),
     ):
         with pytest.raises(EplbConfigError, match=words):
             refusals.refuse_unsupported(served(**change))
+
+
+def test_variable_of_the_release_turns_fused_mc2_on(monkeypatch):
+    monkeypatch.setenv("VLLM_ASCEND_ENABLE_FUSED_MC2", "2")
+    refusals.refuse_unsupported(served(additional_config={"enable_fused_mc2": 1}))
+    with pytest.raises(EplbConfigError, match="enable_fused_mc2 2"):
+        refusals.refuse_unsupported(served())
 
 
 def test_second_runner_refuses_maps_beside_draft_experts(second_runner):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ...files.expert_map import read_expert_map
@@ -48,7 +49,6 @@ def refuse_unsupported(vllm_config: Any) -> None:
     options = (
         *common_options(vllm_config, config, draft_methods=("mtp",)),
         without_parallel(vllm_config, "prefill_context_parallel_size", 1),
-        without_parallel(vllm_config, "decode_context_parallel_size", 1),
         (
             "--pipeline-parallel-size with --data-parallel-size",
             parallel.data_parallel_size if parallel.pipeline_parallel_size > 1 else 1,
@@ -74,7 +74,12 @@ def refuse_unsupported(vllm_config: Any) -> None:
             False,
             "update weights through reload_weights of the workers",
         ),
+        (
+            "additional_config.enable_fused_mc2",
+            fused := additional.get("enable_fused_mc2", os.environ.get("VLLM_ASCEND_ENABLE_FUSED_MC2", 0)),
+            fused if str(fused) in ("0", "1") else "0 or 1",
+            "use 1, or leave it out",
+        ),
         ("additional_config.mix_placement", bool(additional.get("mix_placement")), False, "leave it out"),
-        ("additional_config.enable_fused_mc2", additional.get("enable_fused_mc2", 0), 0, "leave it out"),
     )
     refuse_options(options, engine="vllm-ascend")

@@ -36,8 +36,9 @@ std::pair<Tensor, Tensor> quantised(const Tensor& x) {
     return {at::round(wide / scale.clamp_min(1e-30)).to(at::kChar), scale.squeeze(-1)};
 }
 
-// One sequence: q [n, H, D], k and v [m, Hkv, D]; causal: the last query sees everything.
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal) {
+// One sequence: q [n, H, D], k and v [m, Hkv, D]; causal: the last query sees everything. Returns [n, H, D] and the
+// logarithms of the sums [n, H, 1], which are -inf where there is no key.
+std::pair<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal) {
     const int64_t repeat = q.size(1) / k.size(1);
     Tensor keys = k.to(at::kFloat).repeat_interleave(repeat, 1).permute({1, 2, 0});
     Tensor values = v.to(at::kFloat).repeat_interleave(repeat, 1).transpose(0, 1);
@@ -46,7 +47,8 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, b
         Tensor hidden = at::ones({q.size(0), k.size(0)}, at::kBool).triu(k.size(0) - q.size(0) + 1);
         scores = scores.masked_fill(hidden, -std::numeric_limits<float>::infinity());
     }
-    return at::matmul(at::softmax(scores, -1), values).transpose(0, 1);
+    Tensor sums = at::logsumexp(scores, -1).transpose(0, 1).unsqueeze(-1);
+    return {at::matmul(at::softmax(scores, -1), values).transpose(0, 1), sums};
 }
 
 }  // namespace
@@ -202,12 +204,14 @@ ACLNN(aclnnGroupedMatmulV5, [](Ins x, Ins weight, Ins bias, Ins scale, Ins, Ins,
 ACLNN(aclnnFusedInferAttentionScoreV3,
       [](In query, Ins keys, Ins values, In, In, Ints lengths, Ints kv_lengths, In, In, In, In, In, In, In, In table,
          In, In, In, In, In, In, In, In, Ints, In, In, In, int64_t heads, double scale, int64_t, int64_t, Text layout,
-         int64_t kv_heads, int64_t sparse, int64_t, int64_t, int64_t, bool, int64_t, int64_t, Out out, Out) {
+         int64_t kv_heads, int64_t sparse, int64_t, int64_t, int64_t, bool with_sums, int64_t, int64_t, Out out,
+         Out sums) {
           if (layout != "TND") throw emulated::Error(200001, "not emulated: attention layout " + layout);
           if (!kv_heads) kv_heads = heads;
           const int64_t dim = query.size(-1);
           Tensor k = keys.at(0), v = values.at(0);
           out.tensor.zero_();
+          if (with_sums) sums.tensor.fill_(-std::numeric_limits<float>::infinity());
           int64_t begin = 0, kv_begin = 0;
           for (size_t i = 0; i < lengths.size(); ++i) {
               const int64_t end = std::min(lengths[i], query.size(0)), rows = end - begin;
@@ -223,10 +227,19 @@ ACLNN(aclnnFusedInferAttentionScoreV3,
                   kv_begin = kv_lengths[i];
               }
               if (rows > 0) {
-                  out.tensor.narrow(0, begin, rows)
-                      .copy_(attend(query.narrow(0, begin, rows), keys_of, values_of, scale, sparse != 0));
+                  auto [result, result_sums] =
+                      attend(query.narrow(0, begin, rows), keys_of, values_of, scale, sparse != 0);
+                  out.tensor.narrow(0, begin, rows).copy_(result);
+                  if (with_sums) sums.tensor.narrow(0, begin, rows).copy_(result_sums);
               }
               begin = end;
           }
       });
 ACLNN_MAX_WORKSPACE(aclnnFusedInferAttentionScoreV3);
+
+// Attention over parts of the keys: each has a result [rows, D] and the logarithms of its sums [rows].
+ACLNN(aclnnAttentionUpdate, [](Ins sums, Ins parts, int64_t kind, Out out, Out) {
+    if (kind) throw emulated::Error(200001, "not emulated: aclnnAttentionUpdate with another type");
+    Tensor weights = at::softmax(at::stack(at::TensorList(sums)), 0).unsqueeze(-1);
+    out = (at::stack(at::TensorList(parts)) * weights).sum(0);
+});
