@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The unmodified vllm-ascend decodes with draft tokens (speculative decoding) and is balanced, on 2 ranks: the real
-torch_npu on emulated CANN. In one server draft tokens come from n-grams of the text. In the others they come from a
-draft model in the checkpoint (MTP) that has experts, too. Tests run in the order of this file.
+torch_npu on emulated CANN. In two servers draft tokens come from n-grams of the text, and from a draft model without
+experts (EAGLE-3). In the others they come from a draft model in the checkpoint (MTP) that has experts, too. Tests run
+in the order of this file.
 """
 
 from __future__ import annotations
@@ -59,51 +60,60 @@ def check_load(server: NpuServer, layers: int, experts_per_token: int) -> None:
     assert scheduled.sum() > 0
 
 
-# --- draft tokens from n-grams ----------------------------------------------------------------------------------------
+# --- draft tokens without experts: from n-grams, and from EAGLE-3 -----------------------------------------------------
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("ngram", marks=only_first), "eagle3"],
+)
+def method(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def ngrams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
-    folder = tmp_path_factory.mktemp("ngrams")
-    server = NpuServer(SETTINGS, folder, probe=True, arguments=drafting(NGRAM)).started()
+def drafting_server(method: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NpuServer]:
+    folder = tmp_path_factory.mktemp(method)
+    if method == "ngram":
+        arguments = drafting(NGRAM)
+    else:
+        serving.drafter_without_experts(folder / "drafter")
+        arguments = drafting({"method": "eagle3", "model": str(folder / "drafter"), "num_speculative_tokens": 2})
+    server = NpuServer(SETTINGS, folder, probe=True, arguments=arguments).started()
     server.call("probe_watch")
     yield server
     server.stop()
 
 
-@only_first
-def test_ngrams_keep_tokens_while_experts_move(
-    ngrams: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
+def test_drafting_keeps_tokens_while_experts_move(
+    drafting_server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
-    assert "EPLB is on: " in ngrams.log
-    serve_until(ngrams, batches, want, 10)
-    stats = ngrams.stats()
+    assert "EPLB is on: " in drafting_server.log
+    serve_until(drafting_server, batches, want, 10)
+    stats = drafting_server.stats()
     assert stats is not None
     assert stats.cycles_failed == 0
     assert stats.experts_moved > 50
 
 
-@only_first
-def test_ngram_load_counts_accepted_and_rejected_tokens(ngrams: NpuServer) -> None:
+def test_load_counts_accepted_and_rejected_draft_tokens(drafting_server: NpuServer, method: str) -> None:
     drafted_tokens, right = (
-        ngrams.metric(f"vllm:spec_decode_num_{name}_tokens_total") for name in ("draft", "accepted")
+        drafting_server.metric(f"vllm:spec_decode_num_{name}_tokens_total") for name in ("draft", "accepted")
     )
-    assert 50 < right < drafted_tokens - 50
-    check_load(ngrams, layers=6, experts_per_token=4)
+    assert (50 if method == "ngram" else 0) <= right < drafted_tokens - 50
+    check_load(drafting_server, layers=6, experts_per_token=4)
 
 
-@only_first
-def test_ngrams_cause_no_race_and_no_wrong_order(ngrams: NpuServer) -> None:
-    assert not ngrams.unexpected_races()[:3]
+def test_drafting_causes_no_race_and_no_wrong_order(drafting_server: NpuServer) -> None:
+    assert not drafting_server.unexpected_races()[:3]
 
 
-@only_first
-def test_weights_that_did_not_move_change_ngram_tokens(
-    ngrams: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
+def test_weights_that_did_not_move_change_drafted_tokens(
+    drafting_server: NpuServer, batches: list[list[str]], want: list[list[list[int]]]
 ) -> None:
     """Negative control. It runs last on this server, because it leaves wrong weights."""
-    freeze_weights_until_noticed(ngrams, batches, want)
-    assert ngrams.stop() == []
+    freeze_weights_until_noticed(drafting_server, batches, want)
+    assert drafting_server.stop() == []
 
 
 # --- a draft model in the model's checkpoint --------------------------------------------------------------------------

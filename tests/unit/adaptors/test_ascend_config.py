@@ -213,10 +213,17 @@ def test_unsupported_option_is_refused_by_name():
     stages = {"parallel_config__pipeline_parallel_size": 2}
     engines = {"parallel_config__data_parallel_size": 2}
     fused = {"additional_config": {"enable_fused_mc2": 1}}
-    for change in ({}, engines, stages, {**engines, "speculative_config": drafted("mtp")}, recorded, fused):
+    for change in (
+        {},
+        engines,
+        stages,
+        {**stages, **engines},
+        {**engines, "speculative_config": drafted("mtp")},
+        recorded,
+        fused,
+    ):
         refusals.refuse_unsupported(served(**change))
     for change, words in (
-        ({**stages, **engines}, "--pipeline-parallel-size with --data-parallel-size 2"),
         ({**stages, **recorded}, "an expert_map_path or expert_map_record_path and --pipeline-parallel-size 2"),
         (
             {**stages, "speculative_config": drafted("mtp")},

@@ -49,12 +49,6 @@ def refuse_unsupported(vllm_config: Any) -> None:
     options = (
         *common_options(vllm_config, config, draft_methods=("mtp",)),
         without_parallel(vllm_config, "prefill_context_parallel_size", 1),
-        (
-            "--pipeline-parallel-size with --data-parallel-size",
-            parallel.data_parallel_size if parallel.pipeline_parallel_size > 1 else 1,
-            1,
-            "use one of the two",
-        ),
         (  # there it is a model of its own, and a map has the layers of one
             f"an expert_map_path or expert_map_record_path and a draft model with experts, with {SECOND_RUNNER}=1",
             has_map(config) and has_experts(vllm_config.speculative_config) and second_runner(),
