@@ -261,6 +261,7 @@ def report_of_drafter(worker: Any) -> dict[str, Any]:
         result |= {
             "part": updator.parts.adaptor.part,
             "digest": updator.placement.digest,
+            "initial": updator.parts.adaptor.placement.digest,
             "step": updator.state.step,
             "stats": updator.stats.stats().to_json(),
         }

@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vllm_ascend_eplb.files.expert_map import read_expert_map, write_expert_map
+from vllm_ascend_eplb.values.placement import Placement
+
 from .conftest import BUSY, DRAFT_TOKENS, prompts
 from .mla_model import write_eagle_draft, write_mla_model
 from .mtp_model import write_mtp_model
 
 pytestmark = pytest.mark.skipif(not DRAFT_TOKENS, reason="this vLLM cannot verify draft tokens on a CPU")
 TOKENS = 40
+SHAPES = {"mtp": (2, 1, 16), "eagle": (3, 1, 32)}
+"""MoE layers of model and draft model, and their experts per layer."""
 
 
 @pytest.fixture(scope="module", params=["mtp", "eagle"])
@@ -146,3 +151,33 @@ def test_maps_without_weights_change_draft_tokens(drafted, plain_on_two):
     every draft token."""
     assert drafted["corrupt_tokens"] == plain_on_two["tokens"]
     assert drafted["corrupt_drafts"] != plain_on_two["drafters"][0]["drafts"]
+
+
+@pytest.mark.parametrize("with_drafts", [True, False], ids=["of both models", "of the model alone"])
+def test_models_start_from_a_map_and_are_recorded_in_one(runs, asked, plain_on_two, tmp_path_factory, with_drafts):
+    if method(asked) == "eagle" and not with_drafts:
+        pytest.skip("tested with MTP")
+    rng, folder = np.random.default_rng(5), tmp_path_factory.mktemp("maps")
+    layers, draft_layers, experts = SHAPES[method(asked)]
+    extra = [rng.choice(experts, 4, replace=False) for _ in range(layers + draft_layers)]
+    rows = [rng.permutation([*range(experts), *copies]) for copies in extra]
+    parts = [Placement(np.array(part), experts, 2) for part in (rows[:layers], rows[layers:])]
+    given, recorded = folder / "given.json", folder / "recorded.json"
+    write_expert_map(given, Placement(np.array(rows if with_drafts else rows[:layers]), experts, 2))
+    if not with_drafts:
+        parts[1] = Placement.initial(draft_layers, experts, 2, 4)
+    eplb = {**BUSY, "expert_map_path": str(given), "expert_map_record_path": str(recorded)}
+    run = runs(f"drafted from a map {method(asked)} {with_drafts}", ranks=2, eplb=eplb, cycles=3, **asked)
+    assert run.code == 0, run.log[-6000:]
+    models, drafters = run.result["ranks"], run.result["drafters"]
+    for model, drafter in zip(models, drafters, strict=True):
+        assert [model["initial"], drafter["initial"]] == [part.digest for part in parts]
+        assert model["digest"] != model["initial"]
+        assert drafter["digest"] != drafter["initial"]
+    turns = len(run.result["tokens"]) // len(plain_on_two["tokens"])
+    assert run.result["tokens"] == plain_on_two["tokens"] * turns
+    assert drafters[0]["drafts"] == plain_on_two["drafters"][0]["drafts"] * turns
+    found = read_expert_map(recorded, num_layers=layers + draft_layers, num_experts=experts, num_ranks=2)
+    rows = found.physical_to_logical
+    in_force = [Placement(part, experts, 2).digest for part in (rows[:layers], rows[layers:])]
+    assert in_force == [models[0]["digest"], drafters[0]["digest"]]

@@ -130,11 +130,6 @@ CASES = {
         {**DRAFTED, "weight_transfer_config": {"backend": "nccl"}},
         "--weight-transfer-config and a draft model with experts True is not supported",
     ),
-    "draft model and a map": (
-        {"dynamic_eplb": True, "expert_map_record_path": "FILES/new.json"},
-        DRAFTED,
-        "an expert_map_path or expert_map_record_path and a draft model with experts True is not supported",
-    ),
     "Ray": (
         {"dynamic_eplb": True},
         {"set": {"parallel_config": {"distributed_executor_backend": "ray"}}},

@@ -328,7 +328,6 @@ def test_two_engines_share_experts_of_model_and_draft_model(
         server.stop()
 
 
-@only_first
 def test_draft_model_follows_its_layers_of_a_map(
     tmp_path: Path, model: Path, prompts: list[str], answers: list[list[int]], drafts: list[list[object]]
 ) -> None:
@@ -342,7 +341,9 @@ def test_draft_model_follows_its_layers_of_a_map(
     def serve(folder: Path, placement: np.ndarray, **maps: str) -> None:
         folder.mkdir()
         arguments = drafting(MTP)
-        server = NpuServer({**settings, **maps}, folder, model=str(model), probe=True, arguments=arguments).started()
+        server = NpuServer(
+            {**settings, **maps}, folder, model=str(model), probe=True, arguments=arguments, parts=PARTS
+        ).started()
         try:
             server.call("probe_watch")
             for worker in server.call("probe_watched"):

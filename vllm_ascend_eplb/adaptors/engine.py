@@ -7,7 +7,9 @@ import copy
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
+from ..files.expert_map import ExpertMapError, read_expert_map
 from ..settings.config import EplbConfig
+from .parts import draft_layers, has_experts
 
 
 class Verdict(NamedTuple):
@@ -23,7 +25,14 @@ class Verdict(NamedTuple):
 
 
 class Engine(ABC):
-    """One engine, as the front end sees it: how its configuration is checked and switched to balancing."""
+    """One engine, as the front end sees it: how its configuration is checked and switched to balancing.
+
+    Attributes:
+        draft_layers_without_map: a map of the model alone is taken beside a draft model with at most so many layers;
+            None for any number. The experts of the draft model are then spread as without a map.
+    """
+
+    draft_layers_without_map: int | None = None
 
     @abstractmethod
     def verdict(self, config: EplbConfig) -> Verdict:
@@ -42,14 +51,27 @@ class Engine(ABC):
         """
 
     def layers_of_map(self, config: EplbConfig, layers: int | None, speculative: Any) -> int | None:
-        """How many layers ``expert_map_path`` must have; None where that is not known.
+        """How many layers ``expert_map_path`` must have: those of the model, and after them those of a draft model with
+        experts, as a server records them. A map of the model alone is taken, too.
 
         Args:
             config: the settings.
             layers: layers with experts of the model; None where that is not known.
             speculative: vLLM's speculative configuration, or None; a dictionary where vLLM has not read it yet.
+
+        Returns:
+            None where that is not known.
         """
-        return layers
+        if isinstance(speculative, dict):
+            return None
+        if config.expert_map_path is None or layers is None or not has_experts(speculative):
+            return layers
+        further = draft_layers(speculative)
+        if further is None:
+            return None
+        most = self.draft_layers_without_map
+        alone = most is None or further <= most
+        return layers if alone and _layers_in(config.expert_map_path) == layers else layers + further
 
     @abstractmethod
     def refuse_unsupported(self, vllm_config: Any, config: EplbConfig) -> None:
@@ -97,3 +119,11 @@ def let_workers_balance(vllm_config: Any, num_redundant: int, worker_cls: str, *
     parallel.eplb_config = eplb_config_for(parallel.eplb_config, num_redundant, use_async=use_async)
     parallel.enable_eplb = True
     parallel.worker_cls = worker_cls
+
+
+def _layers_in(path: str) -> int | None:
+    """The number of layers of a map file; None if it cannot be read, which the check of the settings tells better."""
+    try:
+        return read_expert_map(path, allow_duplicates=True).num_layers
+    except ExpertMapError:
+        return None

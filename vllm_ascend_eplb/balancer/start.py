@@ -9,7 +9,7 @@ from .. import __version__
 from ..agreement.channel import ControlChannel
 from ..agreement.exchange import require_equal
 from ..agreement.phases import CycleSettings, early
-from ..files.map_recorder import MapRecorder
+from ..files.map_recorder import DraftMapRecorder, MapRecorder
 from ..observe.keeper import StatsKeeper
 from ..observe.stats_file import StatsFile, stats_path
 from ..planning.message import most_plan_bytes
@@ -33,9 +33,14 @@ LISTEN_STEPS = 64
 """Steps between two steps at which all ranks learn of orders. Each time costs lag + 1 posts of facts."""
 
 
-def start_balancer(adaptor: EplbAdaptor, config: EplbConfig) -> EplbUpdator:
+def start_balancer(adaptor: EplbAdaptor, config: EplbConfig, of_model: EplbUpdator | None = None) -> EplbUpdator:
     """Builds the balancer of one model on all ranks together, after a check that they were started alike. EP rank 0
     gets the planner's process and the statistics file.
+
+    Args:
+        adaptor: the model.
+        config: the settings.
+        of_model: for a draft model, the balancer of its model, whose map file has its layers, too.
 
     Raises:
         StartError: the ranks were started differently; the message names rank and field.
@@ -45,15 +50,26 @@ def start_balancer(adaptor: EplbAdaptor, config: EplbConfig) -> EplbUpdator:
         return build_updator(adaptor, config)
     topology = adaptor.topology
     logger.info("%s: %d ranks on %d nodes share the experts", adaptor.title, topology.num_ranks, topology.num_nodes)
-    path, record = stats_path(adaptor.part), config.expert_map_record_path
+    path = stats_path(adaptor.part)
     return build_updator(
         adaptor,
         config,
         EplbProcess(),
         StatsFile(path) if path is not None else None,
         OrderBox(orders_path(path)) if path is not None else None,
-        MapRecorder(record) if record is not None else None,
+        _map_recorder(adaptor, config, of_model),
     )
+
+
+def _map_recorder(
+    adaptor: EplbAdaptor, config: EplbConfig, of_model: EplbUpdator | None
+) -> MapRecorder | DraftMapRecorder | None:
+    if config.expert_map_record_path is None:
+        return None
+    recorder = MapRecorder(config.expert_map_record_path) if of_model is None else of_model.parts.map_recorder
+    if of_model is None or not isinstance(recorder, MapRecorder):
+        return recorder
+    return recorder.of_draft_model(adaptor.placement, of_model.placement)
 
 
 def require_equal_start(adaptor: EplbAdaptor, config: EplbConfig) -> None:
@@ -82,7 +98,7 @@ def build_updator(
     planner: EplbProcess | None = None,
     stats_file: StatsFile | None = None,
     orders: OrderBox | None = None,
-    map_recorder: MapRecorder | None = None,
+    map_recorder: MapRecorder | DraftMapRecorder | None = None,
 ) -> EplbUpdator:
     """Builds the balancer from given parts; all ranks together, in the engine's profile run.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..agreement.channel import ControlChannel
 from ..agreement.phases import CycleSettings, CycleState, Do, Failure, Phase
-from ..files.map_recorder import MapRecorder
+from ..files.map_recorder import DraftMapRecorder, MapRecorder
 from ..load.recorder import LoadRecorder
 from ..observe.keeper import StatsKeeper
 from ..observe.stats_file import StatsFile
@@ -51,7 +51,7 @@ class Parts:
     planner: EplbProcess | None = None
     stats_file: StatsFile | None = None
     orders: OrderBox | None = None
-    map_recorder: MapRecorder | None = None
+    map_recorder: MapRecorder | DraftMapRecorder | None = None
 
     @property
     def rank(self) -> int:

@@ -7,12 +7,14 @@ waits for a disk; the step thread only leaves a reference.
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import os
 import threading
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +65,26 @@ def read_recorded(path: str | os.PathLike[str]) -> RecordedMap:
     return RecordedMap(placement, load if fits else None)
 
 
+@dataclass
+class _Layers:
+    """The layers of one model in the file: the placement in force, and the loads [L, E] of its last windows."""
+
+    placement: Placement | None = None
+    windows: deque[npt.NDArray[np.integer]] = field(default_factory=lambda: deque(maxlen=KEPT_WINDOWS))
+
+    def note(self, placement: Placement, load: npt.NDArray[np.integer] | None) -> None:
+        self.placement = placement
+        if load is not None:
+            self.windows.append(load)
+
+
 class MapRecorder:
     """Writes each placement in force to a map file. If placements come faster than the disk takes them, only the
     newest is written.
 
     The load of the last ``KEPT_WINDOWS`` windows is written beside the map: int64 [T, L, E], newest last, as ``plan``
-    and ``simulate`` read it.
+    and ``simulate`` read it. If there is a draft model, its layers come after those of the model in both files; T is
+    then the number of windows that both models have.
 
     Args:
         path: of the map file; its ending selects the form, as in ``write_expert_map``. The load goes to ``load_path``.
@@ -76,8 +92,8 @@ class MapRecorder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._newest: tuple[Placement, list[npt.NDArray[np.integer]]] | None = None
-        self._windows: deque[npt.NDArray[np.integer]] = deque(maxlen=KEPT_WINDOWS)
+        self._models = [_Layers()]
+        self._changed = False
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
@@ -92,10 +108,25 @@ class MapRecorder:
             load: [L, E], tokens per logical expert in the window that has just ended; the caller must not change it
                 afterwards. None if no window has ended since the last call.
         """
+        self._record(self._models[0], placement, load)
+
+    def of_draft_model(self, start: Placement, of_model: Placement) -> DraftMapRecorder:
+        """The recorder for the balancer of a draft model, whose layers are recorded from now on.
+
+        Args:
+            start: its placement in force.
+            of_model: the placement in force of the model.
+        """
+        layers = _Layers(start)
         with self._lock:
-            if load is not None:
-                self._windows.append(load)
-            self._newest = (placement, list(self._windows))
+            self._models[0].placement = self._models[0].placement or of_model
+            self._models.append(layers)
+        return DraftMapRecorder(functools.partial(self._record, layers), self.close)
+
+    def _record(self, layers: _Layers, placement: Placement, load: npt.NDArray[np.integer] | None = None) -> None:
+        with self._lock:
+            layers.note(placement, load)
+            self._changed = True
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="eplb-map-recorder", daemon=True)
             self._thread.start()
@@ -114,19 +145,32 @@ class MapRecorder:
             self._wake.clear()
             closing = self._closing
             with self._lock:
-                newest, self._newest = self._newest, None
-            if newest is not None:
-                self.write(*newest)
+                changed, self._changed = self._changed, False
+                placements = [layers.placement for layers in self._models if layers.placement is not None]
+                windows = [list(layers.windows) for layers in self._models]
+            if changed:
+                self.write(placements, windows)
             if closing:
                 return
 
-    def write(self, placement: Placement, windows: list[npt.NDArray[np.integer]]) -> None:
+    def write(self, placements: list[Placement], windows: list[list[npt.NDArray[np.integer]]]) -> None:
+        """Writes both files; says once if that fails.
+
+        Args:
+            placements: of the model, and of the draft model if there is one.
+            windows: their loads by window, newest last.
+        """
         try:
-            if windows:  # first, so that a new map never stands beside an older load for long
+            first = placements[0]
+            rows = np.concatenate([placement.physical_to_logical for placement in placements])
+            joint = Placement(rows, first.num_experts, first.num_ranks)
+            common = min(map(len, windows))
+            if common:  # first, so that a new map never stands beside an older load for long
+                load = np.concatenate([np.stack(loads[-common:]) for loads in windows], axis=1)
                 stream = io.BytesIO()
-                np.savez_compressed(stream, load=np.stack(windows), digest=np.int64(placement.digest))
+                np.savez_compressed(stream, load=load, digest=np.int64(joint.digest))
                 write_atomic(load_path(self.path), stream.getvalue())
-            write_expert_map(self.path, placement)
+            write_expert_map(self.path, joint)
             self._complained = False
         except (ExpertMapError, FileError) as error:
             self._complain(str(error))
@@ -137,3 +181,15 @@ class MapRecorder:
         if not self._complained:
             logger.warning("EPLB: the expert map is not recorded to %s: %s", self.path, reason)
             self._complained = True
+
+
+@dataclass(frozen=True)
+class DraftMapRecorder:
+    """Records the layers of a draft model in the file of its model.
+
+    Attributes:
+        record, close: as those of :class:`MapRecorder`.
+    """
+
+    record: Callable[..., None]
+    close: Callable[[], None]

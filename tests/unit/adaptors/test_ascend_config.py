@@ -13,6 +13,8 @@ import pytest
 from vllm_ascend_eplb import plugin
 from vllm_ascend_eplb.adaptors import handed_over
 from vllm_ascend_eplb.adaptors.ascend import hand_over, refusals
+from vllm_ascend_eplb.adaptors.ascend.engine import FirstRunner, SecondRunner
+from vllm_ascend_eplb.adaptors.vllm.engine import Vllm
 from vllm_ascend_eplb.files.expert_map import write_expert_map
 from vllm_ascend_eplb.settings.config import EplbConfig
 from vllm_ascend_eplb.settings.messages import EplbConfigError
@@ -247,34 +249,37 @@ def test_variable_of_the_release_turns_fused_mc2_on(monkeypatch):
         refusals.refuse_unsupported(served())
 
 
-def test_second_runner_refuses_maps_beside_draft_experts(second_runner):
-    recorded = {"eplb_config": {"dynamic_eplb": True, "expert_map_record_path": "map.json"}}
-    drafter = {"speculative_config": drafted("mtp")}
-    for additional, changes in ((recorded, {}), ({}, drafter)):
-        refusals.refuse_unsupported(served(additional_config=additional, **changes))
-    with pytest.raises(EplbConfigError, match="VLLM_USE_V2_MODEL_RUNNER=1"):
-        refusals.refuse_unsupported(served(additional_config=recorded, **drafter))
-
-
-def test_first_runner_takes_maps_beside_draft_experts():
+def test_maps_beside_draft_experts_are_accepted():
     for key in ("expert_map_path", "expert_map_record_path"):
         additional = {"eplb_config": {"dynamic_eplb": True, key: "map.json"}}
         refusals.refuse_unsupported(served(additional_config=additional, speculative_config=drafted("mtp")))
 
 
 @pytest.mark.parametrize(
-    ("in_map", "of_drafter", "wanted"),
-    [(4, None, 4), (3, None, 4), (4, 1, 4), (5, 1, 5), (3, 1, 5), (4, 2, 6), (6, 2, 6), (4, "?", None)],
+    ("in_map", "of_drafter", "wanted", "wanted_by_first_runner"),
+    [
+        (4, None, 4, 4),
+        (3, None, 4, 4),
+        (4, 1, 4, 4),
+        (5, 1, 5, 5),
+        (3, 1, 5, 5),
+        (4, 2, 4, 6),
+        (6, 2, 6, 6),
+        (4, "?", None, None),
+    ],
 )
-def test_map_has_the_layers_of_model_and_draft_model(tmp_path, in_map, of_drafter, wanted):
-    """If the draft model has one layer, vllm-ascend also accepts a map of the model's layers alone."""
+def test_map_has_the_layers_of_model_and_draft_model(tmp_path, in_map, of_drafter, wanted, wanted_by_first_runner):
+    """vllm-ascend's first runner accepts a map of the model's layers alone only if the draft model has one layer."""
     path = tmp_path / "map.json"
     write_expert_map(path, Placement.initial(in_map, 8, 2, 2))
     config = handed_over.settings_of({"eplb_config": {"expert_map_path": str(path)}})
     drafter = None if of_drafter is None else drafted("mtp", layers=of_drafter)
-    assert refusals.layers_of_map(config, 4, drafter) == wanted
-    assert refusals.layers_of_map(config, None, drafter) is None
-    assert refusals.layers_of_map(config, 4, {"method": "mtp"}) is None  # not read yet: the draft model may have layers
+    for engine, layers in ((Vllm(), wanted), (SecondRunner(), wanted), (FirstRunner(), wanted_by_first_runner)):
+        assert engine.layers_of_map(config, 4, drafter) == layers
+        assert engine.layers_of_map(config, None, drafter) is None
+        assert engine.layers_of_map(config, 4, {"method": "mtp"}) is None  # not read: the draft model may have layers
+    unreadable = handed_over.settings_of({"eplb_config": {"expert_map_path": str(tmp_path / "gone.json")}})
+    assert Vllm().layers_of_map(unreadable, 4, drafted("mtp", layers=1)) == 5
 
 
 def test_platform_is_registered_only_if_it_is_named(monkeypatch):

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from vllm_ascend_eplb.adaptors.vllm.loading import LayerSlots, LoadingError, LoadOrder, load_by, placement_loaded
-from vllm_ascend_eplb.adaptors.vllm.worker import load_order
+from vllm_ascend_eplb.adaptors.vllm.worker import LoadOrders
 from vllm_ascend_eplb.files.expert_map import write_expert_map
 from vllm_ascend_eplb.settings.config import EplbConfigError
 from vllm_ascend_eplb.values.placement import Placement
@@ -271,7 +271,7 @@ def order_of(monkeypatch, settings: dict, redundant: int, stage: int, counts: li
         model_config=model,
         parallel_config=SimpleNamespace(eplb_config=SimpleNamespace(num_redundant_experts=redundant)),
     )
-    return load_order(vllm_config, counts[stage], EXPERTS, model)
+    return LoadOrders(vllm_config)(counts[stage], EXPERTS, model)
 
 
 def test_order_without_a_map_is_that_of_vllm(monkeypatch) -> None:
@@ -295,3 +295,44 @@ def test_every_stage_takes_its_own_layers_of_a_map(monkeypatch, tmp_path, counts
     np.testing.assert_array_equal(np.concatenate(rows), placement.physical_to_logical)
     with pytest.raises(EplbConfigError, match="has 5 MoE layers, the model has 6"):
         order_of(monkeypatch, {"expert_map_path": str(tmp_path / "map.json")}, REDUNDANT, 0, [counts[0], 6 - counts[0]])
+
+
+DRAFT_LAYERS = 2
+
+
+def orders_of_two(monkeypatch, path, placement: Placement) -> list[LoadOrder | None]:
+    """The orders of a model of three layers, and of a draft model, from a map with this placement."""
+    write_expert_map(path, placement)
+    stages = SimpleNamespace(world_size=1, rank_in_group=0)
+    groups = SimpleNamespace(get_ep_group=lambda: SimpleNamespace(world_size=RANKS), get_pp_group=lambda: stages)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", groups)
+    model, draft = object(), SimpleNamespace(get_num_experts=lambda: EXPERTS)
+    vllm_config = SimpleNamespace(
+        additional_config={"eplb_config": {"dynamic_eplb": True, "expert_map_path": str(path)}},
+        speculative_config=SimpleNamespace(draft_model_config=draft, target_model_config=model),
+        model_config=model,
+        parallel_config=SimpleNamespace(eplb_config=SimpleNamespace(num_redundant_experts=REDUNDANT)),
+    )
+    orders = LoadOrders(vllm_config)
+    return [orders(3, EXPERTS, model), orders(DRAFT_LAYERS, EXPERTS, draft)]
+
+
+def test_layers_of_a_draft_model_come_after_the_models(monkeypatch, tmp_path) -> None:
+    placement = random_placement(11, layers=3 + DRAFT_LAYERS)
+    orders = orders_of_two(monkeypatch, tmp_path / "map.json", placement)
+    assert [order.by_map for order in orders] == [True, True]
+    rows = np.concatenate([order.placement.physical_to_logical for order in orders])
+    np.testing.assert_array_equal(rows, placement.physical_to_logical)
+
+
+def test_draft_model_is_loaded_in_vllms_order_beside_a_map_of_the_model_alone(monkeypatch, tmp_path) -> None:
+    placement = random_placement(12, layers=3)
+    orders = orders_of_two(monkeypatch, tmp_path / "map.json", placement)
+    assert orders[0] == (placement, True)
+    assert orders[1] == (Placement.initial(DRAFT_LAYERS, EXPERTS, RANKS, REDUNDANT), False)
+
+
+@pytest.mark.parametrize("layers", [2, 4, 6])
+def test_map_of_other_models_is_refused(monkeypatch, tmp_path, layers) -> None:
+    with pytest.raises(EplbConfigError, match=rf"has {layers} layers; use a map with those of the model \(3\)"):
+        orders_of_two(monkeypatch, tmp_path / "map.json", random_placement(13, layers=layers))

@@ -69,3 +69,30 @@ def test_disk_error_is_logged_once_and_stops_nothing(
     recorder.record(placement(seed=9))
     recorder.close()
     assert read_expert_map(tmp_path / "gone" / "map.json") == placement(seed=9)
+
+
+def test_layers_of_a_draft_model_come_after_the_models(tmp_path: Path) -> None:
+    """The draft model records first: the model's placement is then the one in force when both began."""
+    path = tmp_path / "map.json"
+    recorder, models, drafts = MapRecorder(path), [placement(seed=1), placement(seed=2)], placement(seed=3, layers=2)
+    draft_recorder = recorder.of_draft_model(placement(seed=9, layers=2), models[0])
+    draft_recorder.record(drafts, np.full((2, 8), 50))
+    recorder.close()
+    assert recorded_rows(path) == models[0].physical_to_logical.tolist() + drafts.physical_to_logical.tolist()
+    assert not load_path(path).exists()  # the model has had no window
+
+    recorder = MapRecorder(path)
+    draft_recorder = recorder.of_draft_model(drafts, models[0])
+    for number in range(3):
+        recorder.record(models[1], np.full((3, 8), number))
+    for number in (50, 51):
+        draft_recorder.record(drafts, np.full((2, 8), number))
+    draft_recorder.close()
+    assert recorded_rows(path) == models[1].physical_to_logical.tolist() + drafts.physical_to_logical.tolist()
+    load = read_trace(load_path(path)).of_all_layers()
+    np.testing.assert_array_equal(load[:, :3], np.broadcast_to(np.array([1, 2])[:, None, None], (2, 3, 8)))
+    np.testing.assert_array_equal(load[:, 3:], np.broadcast_to(np.array([50, 51])[:, None, None], (2, 2, 8)))
+
+
+def recorded_rows(path: Path) -> list[list[int]]:
+    return read_expert_map(path).physical_to_logical.tolist()

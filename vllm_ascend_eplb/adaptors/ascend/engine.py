@@ -18,6 +18,8 @@ from . import hand_over, refusals
 class FirstRunner(Engine):
     """vllm-ascend with its first model runner: its own worker stays, and is hooked once its module is imported."""
 
+    draft_layers_without_map: int | None = 1
+
     def verdict(self, config: EplbConfig) -> Verdict:
         return hand_over.verdict(config)
 
@@ -31,9 +33,6 @@ class FirstRunner(Engine):
         switched = copy.copy(engine_args)
         switched.additional_config = hand_over.hand_over(engine_args.additional_config)
         return switched
-
-    def layers_of_map(self, config: EplbConfig, layers: int | None, speculative: Any) -> int | None:
-        return refusals.layers_of_map(config, layers, speculative)
 
     def refuse_unsupported(self, vllm_config: Any, config: EplbConfig) -> None:
         refusals.refuse_unsupported(vllm_config)
@@ -51,6 +50,8 @@ class FirstRunner(Engine):
 
 class SecondRunner(FirstRunner):
     """vllm-ascend with its second model runner, which is balanced as vLLM is."""
+
+    draft_layers_without_map = None
 
     def with_balancing(self, engine_args: Any, config: EplbConfig) -> Any:
         switched = super().with_balancing(engine_args, config)

@@ -8,7 +8,7 @@ from typing import Any
 from ...settings.config import EplbConfig
 from ...settings.fit import refuse_options
 from ..parts import has_experts
-from ..refusals import Option, common_options, has_map, sleeps, transfers_weights, value_at
+from ..refusals import Option, common_options, sleeps, transfers_weights, value_at
 from .cooperative import beside_nccl, is_megakernel
 from .ep_backends import beside_ep_backend
 
@@ -71,12 +71,6 @@ def refuse_unsupported(vllm_config: Any, config: EplbConfig) -> None:
             "an expert_map_record_path and --pipeline-parallel-size",
             parallel.pipeline_parallel_size if config.expert_map_record_path is not None else 1,
             1,
-            "use one of the two",
-        ),
-        (  # a map has the layers of one model
-            "an expert_map_path or expert_map_record_path and a draft model with experts",
-            has_map(config) and draft,
-            False,
             "use one of the two",
         ),
         (

@@ -122,7 +122,7 @@ class VllmEplbState(ModelStates):
                 layer_state.num_unpadded_tokens_tensors = [part.tensor for part in tokens]
         updator = None
         if config.dynamic:
-            updator = start_balancer(adaptor, config)
+            updator = start_balancer(adaptor, config, self.updator if drafts else None)
             require_loaded_copies(updator.differing, str(vllm_config.load_config.load_format))
         else:
             require_equal_start(adaptor, config)

@@ -8,11 +8,13 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from ...files.disk import show
 from ...settings.fit import read_start_placement
+from ...settings.messages import EplbConfigError
 from ...values.placement import Placement
 from ..errors import PatchPointError, UnsupportedError
 from ..handed_over import settings_of
-from ..parts import is_draft
+from ..parts import has_experts, is_draft
 from ..readers import guard_model, guard_worker
 from ..worker_name import base_of
 from . import cpu
@@ -48,7 +50,7 @@ def balanced(base: type, prepare: Callable[[], None]) -> type:
             hook_runner(self.model_runner)
 
         def load_model(self, *args: Any, **kwargs: Any) -> None:
-            with loading_by(functools.partial(load_order, self.vllm_config)):
+            with loading_by(LoadOrders(self.vllm_config)):
                 super().load_model(*args, **kwargs)
             ensure_state(self.model_runner, self.vllm_config)
             require_known_slice(self.model_runner)
@@ -137,29 +139,62 @@ def take_over() -> None:
         cpu.let_configurations_be_copied(parallel)
 
 
-def load_order(vllm_config: Any, num_layers: int, num_experts: int, model_config: Any) -> LoadOrder | None:
-    """The order in which the model of a worker is loaded; None if vLLM's own loader is left alone.
+class LoadOrders:
+    """The orders in which the models of a worker are loaded: the model, then a draft model with experts. All workers
+    call this together.
 
-    A map has all layers of the model; a pipeline stage takes its layers of the map. All workers call this together.
+    A map has all layers of the model; a pipeline stage takes its layers of the map. The layers of a draft model come
+    after those of the model. If the map does not have them, they are loaded in vLLM's order.
 
     With redundant experts vLLM's own order is given explicitly, because vLLM leaves the slots of copies empty if a
     checkpoint has all experts of a layer in one tensor; vLLM 0.32 also does with some draft models (GLM's).
 
-    Raises:
-        EplbConfigError: the map file was changed since the front end checked it.
+    Args:
+        vllm_config: vLLM's configuration.
     """
-    from vllm.distributed.parallel_state import get_ep_group, get_pp_group
 
-    config, num_ranks = settings_of(vllm_config.additional_config), get_ep_group().world_size
-    if config.expert_map_path is not None and not is_draft(vllm_config, model_config):
-        counts = _layers_of_stages(num_layers)
-        first = sum(counts[: get_pp_group().rank_in_group])
-        start = read_start_placement(config, num_layers=sum(counts), num_experts=num_experts, num_ranks=num_ranks)
-        if start is not None:
-            mine = start.physical_to_logical[first : first + num_layers]
-            return LoadOrder(Placement(mine, num_experts, num_ranks), by_map=True)
-    redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
-    return order_of_vllm(num_layers, num_experts, num_ranks, redundant)
+    def __init__(self, vllm_config: Any) -> None:
+        self._vllm_config = vllm_config
+        self._model_layers = 0
+
+    def __call__(self, num_layers: int, num_experts: int, model_config: Any) -> LoadOrder | None:
+        """The order of the next model; None if vLLM's own loader is left alone.
+
+        Args:
+            num_layers: layers with experts of the model, or of this pipeline stage.
+            num_experts: logical experts per layer.
+            model_config: vLLM's configuration of the model.
+
+        Raises:
+            EplbConfigError: the map file does not fit the models, or was changed since the front end checked it.
+        """
+        from vllm.distributed.parallel_state import get_ep_group, get_pp_group
+
+        config, num_ranks = settings_of(self._vllm_config.additional_config), get_ep_group().world_size
+        redundant = self._vllm_config.parallel_config.eplb_config.num_redundant_experts
+        in_order = order_of_vllm(num_layers, num_experts, num_ranks, redundant)
+        if config.expert_map_path is None:
+            return in_order
+        if drafts := is_draft(self._vllm_config, model_config):
+            first = self._model_layers
+            all_layers = first + num_layers
+        else:
+            counts = _layers_of_stages(num_layers)
+            first, all_layers = sum(counts[: get_pp_group().rank_in_group]), sum(counts)
+            self._model_layers = all_layers
+        known = None if has_experts(self._vllm_config.speculative_config) else all_layers
+        start = read_start_placement(config, num_layers=known, num_experts=num_experts, num_ranks=num_ranks)
+        assert start is not None
+        if drafts and start.num_layers == self._model_layers:
+            return LoadOrder(Placement.initial(num_layers, num_experts, num_ranks, redundant), by_map=False)
+        if start.num_layers < all_layers or (drafts and start.num_layers != all_layers):
+            both = f" ({all_layers})" if drafts else ""
+            raise EplbConfigError(
+                f"eplb_config.expert_map_path: {show(config.expert_map_path)} has {start.num_layers} layers; use a map "
+                f"with those of the model ({self._model_layers}), or with those of model and draft model{both}"
+            )
+        mine = start.physical_to_logical[first : first + num_layers]
+        return LoadOrder(Placement(mine, num_experts, num_ranks), by_map=True)
 
 
 def order_of_vllm(num_layers: int, num_experts: int, num_ranks: int, redundant: int) -> LoadOrder | None:
