@@ -162,28 +162,29 @@ def write_private(path: str | os.PathLike[str], text: str) -> None:
 
 
 def _replace(target: Path, data: bytes, mode: int, to_disk: bool) -> None:
-    """The file has no name while it is written, so a process that is killed leaves nothing. Where a file system cannot
-    do that, it has a hidden one."""
-    name = str(target.parent / f".{target.name[:100]}.{secrets.token_hex(4)}")
-    try:
-        handle, named = os.open(target.parent, os.O_TMPFILE | os.O_WRONLY, 0o600), False
-    except OSError:
-        handle, named = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), True
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            if to_disk:
-                os.fsync(handle)
-            os.fchmod(handle, mode)
-            if not named:
-                # without a folder's descriptor Python's link does not follow the symbolic link in /proc
-                os.link(f"/proc/self/fd/{handle}", name, src_dir_fd=handle)
-        os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+    """The file has no name while it is written, so a process that is killed leaves nothing. Where that is not possible,
+    it has a hidden one."""
+    name = str(target.parent / f".{target.name[:100]}.{secrets.token_hex(8)}")
+    for named in (False, True):
+        try:
+            path, flags = (name, os.O_CREAT | os.O_EXCL) if named else (str(target.parent), os.O_TMPFILE)
+            handle = os.open(path, flags | os.O_WRONLY, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                if to_disk:
+                    os.fsync(handle)
+                os.fchmod(handle, mode)
+                if not named:
+                    # without a folder's descriptor Python's link does not follow the symbolic link in /proc
+                    os.link(f"/proc/self/fd/{handle}", name, src_dir_fd=handle)
+            os.replace(name, target)
+            return
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            if named or not isinstance(error, OSError):
+                raise
 
 
 _OTHER_KINDS = (

@@ -154,16 +154,18 @@ def test_writer_killed_in_the_midst_leaves_only_the_old_file(written: str, tmp_p
 
 
 @pytest.mark.parametrize("written", ["for everybody", "for the owner"])
-def test_file_system_without_unnamed_files(written: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lacking", ["unnamed files", "links from /proc"])
+def test_file_system_that_lacks(lacking: str, written: str, tmp_path: Path) -> None:
     target, opened = tmp_path / "map.json", os.open
     target.write_text("old")
+    lacks = OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     def named_only(path: str, flags: int, *rest: int) -> int:
         if flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+            raise lacks
         return opened(path, flags, *rest)
 
-    with mock.patch("os.open", named_only):
+    with mock.patch("os.open", named_only) if "unnamed" in lacking else mock.patch("os.link", side_effect=lacks):
         broken_disk = mock.patch("os.fchmod", side_effect=OSError(errno.EIO, "Input/output error"))
         with broken_disk, pytest.raises((OSError, FileError), match="Input/output error"):
             write(written, target)
