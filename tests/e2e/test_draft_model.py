@@ -15,8 +15,10 @@ from vllm_ascend_eplb.files.expert_map import read_expert_map, write_expert_map
 from vllm_ascend_eplb.values.placement import Placement
 
 from .conftest import BUSY, DRAFT_TOKENS, prompts
+from .eagle3_model import write_eagle3_model
 from .mla_model import write_eagle_draft, write_mla_model
 from .mtp_model import write_mtp_model
+from .test_offline import assert_equal_every_turn
 
 pytestmark = pytest.mark.skipif(not DRAFT_TOKENS, reason="this vLLM cannot verify draft tokens on a CPU")
 TOKENS = 40
@@ -181,3 +183,27 @@ def test_models_start_from_a_map_and_are_recorded_in_one(runs, asked, plain_on_t
     rows = found.physical_to_logical
     in_force = [Placement(part, experts, 2).digest for part in (rows[:layers], rows[layers:])]
     assert in_force == [models[0]["digest"], drafters[0]["digest"]]
+
+
+def test_draft_model_without_experts_changes_nothing(runs, reference, tmp_path_factory):
+    """EAGLE-3 with random weights for examples/tiny_moe, whose load includes the tokens that it rejects."""
+    folder = tmp_path_factory.mktemp("eagle3") / "draft"
+    write_eagle3_model(folder)
+    speculative = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": 2}
+    run = runs(
+        "eagle3",
+        ranks=2,
+        eplb=BUSY,
+        probe=True,
+        arguments={"speculative_config": speculative},
+        prompts=prompts(6),
+        cycles=10,
+        max_tokens=48,
+    )
+    assert run.code == 0, run.log[-6000:]
+    assert_equal_every_turn(run.result["tokens"], reference)
+    for rank in run.result["ranks"]:
+        assert (rank["failures"], rank["wrong_experts"]) == (0, 0)
+    first = run.result["ranks"][0]
+    assert json.loads(first["stats"])["cycles_done"] >= 10
+    np.testing.assert_array_equal(first["loads"], first["windows"][: len(first["loads"])])
