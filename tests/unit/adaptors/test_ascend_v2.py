@@ -51,6 +51,18 @@ def test_quantised_experts_are_lists_of_tensors() -> None:
         assert not first.requires_grad
 
 
+def test_draft_model_without_experts_gets_no_redundant_experts() -> None:
+    parallel = SimpleNamespace(eplb_config=SimpleNamespace(num_redundant_experts=2), enable_eplb=True)
+
+    def replace(instance: Any, /, **changes: Any) -> Any:
+        return type(instance)(**{**vars(instance), **changes})
+
+    replaced = second_runner.without_redundancy(replace)
+    assert replaced(parallel, enable_eplb=False).eplb_config.num_redundant_experts == 0
+    assert replaced(parallel, enable_eplb=True).eplb_config.num_redundant_experts == 2
+    assert replaced(parallel).eplb_config.num_redundant_experts == 2
+
+
 def test_reload_is_refused() -> None:
     state = second_runner.SecondRunnerEplbState.__new__(second_runner.SecondRunnerEplbState)
     with pytest.raises(RuntimeError, match="restart the server"), state.new_weights():

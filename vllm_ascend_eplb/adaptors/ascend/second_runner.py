@@ -16,6 +16,7 @@ rest of this package knows.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,9 @@ RUNNER = "vllm.v1.worker.gpu.model_runner"
 EXPERTS = "vllm_ascend.ops.fused_moe.routed_experts"
 
 
+EAGLE = "vllm_ascend.worker.v2.spec_decode.eagle.speculator"
+
+
 PATCH_POINTS = tuple(
     PatchPoint(module, name, use, ("npu",), "V2")
     for module, name, use in (
@@ -67,6 +71,7 @@ PATCH_POINTS = tuple(
         (EXPERTS, "_record_v2_eplb_load", "counts the tokens that slots received, in the counters of the balancer"),
         (EPLB_STATE, "EplbState.build_initial_global_physical_to_logical_map", "restores the loading order of vLLM"),
         (RUNNER, "dispatch_cg_and_sync_dp", "notes the tokens of each data-parallel engine"),
+        (EAGLE, "replace", "leaves redundant experts out of the configuration of a draft model without experts"),
     )
 )
 """Patch points in vllm-ascend and in vLLM, besides those of the adaptor for vLLM."""
@@ -149,6 +154,20 @@ def take_over() -> None:
     state: Any = importlib.import_module(EPLB_STATE).EplbState
     vllm_order = staticmethod(build_initial_global_physical_to_logical_map)
     state.build_initial_global_physical_to_logical_map = vllm_order
+    patch_once(importlib.import_module(EAGLE), "replace", without_redundancy)
+
+
+def without_redundancy(replace: Any) -> Any:
+    """vLLM's ``replace`` for configurations, for the speculator of vllm-ascend that turns EPLB off for draft models
+    without experts: vLLM refuses redundant experts without EPLB, so their number becomes 0, too."""
+
+    @functools.wraps(replace)
+    def replaced(instance: Any, /, **changes: Any) -> Any:
+        if changes.get("enable_eplb") is False:
+            changes["eplb_config"] = replace(instance.eplb_config, num_redundant_experts=0)
+        return replace(instance, **changes)
+
+    return replaced
 
 
 class DispatchNoting:
