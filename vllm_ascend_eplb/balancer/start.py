@@ -33,14 +33,16 @@ LISTEN_STEPS = 64
 """Steps between two steps at which all ranks learn of orders. Each time costs lag + 1 posts of facts."""
 
 
-def start_balancer(adaptor: EplbAdaptor, config: EplbConfig, of_model: EplbUpdator | None = None) -> EplbUpdator:
+def start_balancer(
+    adaptor: EplbAdaptor, config: EplbConfig, recorder: MapRecorder | DraftMapRecorder | None = None
+) -> EplbUpdator:
     """Builds the balancer of one model on all ranks together, after a check that they were started alike. EP rank 0
     gets the planner's process and the statistics file.
 
     Args:
         adaptor: the model.
         config: the settings.
-        of_model: for a draft model, the balancer of its model, whose map file has its layers, too.
+        recorder: records the placement in force on EP rank 0; None makes one, if ``config`` asks for it.
 
     Raises:
         StartError: the ranks were started differently; the message names rank and field.
@@ -57,19 +59,13 @@ def start_balancer(adaptor: EplbAdaptor, config: EplbConfig, of_model: EplbUpdat
         EplbProcess(),
         StatsFile(path) if path is not None else None,
         OrderBox(orders_path(path)) if path is not None else None,
-        _map_recorder(adaptor, config, of_model),
+        recorder or map_recorder(config),
     )
 
 
-def _map_recorder(
-    adaptor: EplbAdaptor, config: EplbConfig, of_model: EplbUpdator | None
-) -> MapRecorder | DraftMapRecorder | None:
-    if config.expert_map_record_path is None:
-        return None
-    recorder = MapRecorder(config.expert_map_record_path) if of_model is None else of_model.parts.map_recorder
-    if of_model is None or not isinstance(recorder, MapRecorder):
-        return recorder
-    return recorder.of_draft_model(adaptor.placement, of_model.placement)
+def map_recorder(config: EplbConfig) -> MapRecorder | None:
+    """The recorder that the settings ask for. It starts nothing before its first record."""
+    return None if config.expert_map_record_path is None else MapRecorder(config.expert_map_record_path)
 
 
 def require_equal_start(adaptor: EplbAdaptor, config: EplbConfig) -> None:

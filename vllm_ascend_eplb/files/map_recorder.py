@@ -110,16 +110,21 @@ class MapRecorder:
         """
         self._record(self._models[0], placement, load)
 
-    def of_draft_model(self, start: Placement, of_model: Placement) -> DraftMapRecorder:
-        """The recorder for the balancer of a draft model, whose layers are recorded from now on.
+    def of_model(self, start: Placement) -> MapRecorder:
+        """This recorder, for the balancer of the model, whose placement in force is ``start``."""
+        with self._lock:
+            self._models[0].placement = start
+        return self
+
+    def of_draft_model(self, start: Placement) -> DraftMapRecorder:
+        """The recorder for the balancer of a draft model, whose layers are recorded from now on. Nothing is written
+        before the placement of the model is known.
 
         Args:
             start: its placement in force.
-            of_model: the placement in force of the model.
         """
         layers = _Layers(start)
         with self._lock:
-            self._models[0].placement = self._models[0].placement or of_model
             self._models.append(layers)
         return DraftMapRecorder(functools.partial(self._record, layers), self.close)
 
@@ -145,9 +150,10 @@ class MapRecorder:
             self._wake.clear()
             closing = self._closing
             with self._lock:
-                changed, self._changed = self._changed, False
                 placements = [layers.placement for layers in self._models if layers.placement is not None]
                 windows = [list(layers.windows) for layers in self._models]
+                known = len(placements) == len(self._models)
+                changed, self._changed = self._changed and known, self._changed and not known
             if changed:
                 self.write(placements, windows)
             if closing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -72,17 +73,10 @@ def test_disk_error_is_logged_once_and_stops_nothing(
 
 
 def test_layers_of_a_draft_model_come_after_the_models(tmp_path: Path) -> None:
-    """The draft model records first: the model's placement is then the one in force when both began."""
     path = tmp_path / "map.json"
     recorder, models, drafts = MapRecorder(path), [placement(seed=1), placement(seed=2)], placement(seed=3, layers=2)
-    draft_recorder = recorder.of_draft_model(placement(seed=9, layers=2), models[0])
-    draft_recorder.record(drafts, np.full((2, 8), 50))
-    recorder.close()
-    assert recorded_rows(path) == models[0].physical_to_logical.tolist() + drafts.physical_to_logical.tolist()
-    assert not load_path(path).exists()  # the model has had no window
-
-    recorder = MapRecorder(path)
-    draft_recorder = recorder.of_draft_model(drafts, models[0])
+    draft_recorder = recorder.of_draft_model(drafts)
+    recorder = recorder.of_model(models[0])
     for number in range(3):
         recorder.record(models[1], np.full((3, 8), number))
     for number in (50, 51):
@@ -92,6 +86,20 @@ def test_layers_of_a_draft_model_come_after_the_models(tmp_path: Path) -> None:
     load = read_trace(load_path(path)).of_all_layers()
     np.testing.assert_array_equal(load[:, :3], np.broadcast_to(np.array([1, 2])[:, None, None], (2, 3, 8)))
     np.testing.assert_array_equal(load[:, 3:], np.broadcast_to(np.array([50, 51])[:, None, None], (2, 2, 8)))
+
+
+def test_draft_model_may_be_there_before_its_model(tmp_path: Path) -> None:
+    """Nothing is written before the model's placement is known, and nothing is lost."""
+    path = tmp_path / "map.json"
+    recorder, model, drafts = MapRecorder(path), placement(seed=1), placement(seed=3, layers=2)
+    draft_recorder = recorder.of_draft_model(placement(seed=9, layers=2))
+    draft_recorder.record(drafts, np.full((2, 8), 50))
+    time.sleep(0.2)
+    assert not path.exists()
+    recorder.of_model(model)
+    draft_recorder.close()
+    assert recorded_rows(path) == model.physical_to_logical.tolist() + drafts.physical_to_logical.tolist()
+    assert not load_path(path).exists()  # the model has had no window
 
 
 def recorded_rows(path: Path) -> list[list[int]]:

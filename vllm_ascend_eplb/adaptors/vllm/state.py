@@ -22,8 +22,9 @@ import torch
 
 from ...agreement.exchange import exchange_bytes
 from ...agreement.meeting import MEETING_SECONDS, MeetingPoint
-from ...balancer.start import require_equal_start, start_balancer
+from ...balancer.start import map_recorder, require_equal_start, start_balancer
 from ...balancer.updator import EplbUpdator, Stage
+from ...files.map_recorder import MapRecorder
 from ..engine_adaptor import require_loaded_copies
 from ..errors import UnsupportedError
 from ..handed_over import settings_of
@@ -90,6 +91,7 @@ class VllmEplbState(ModelStates):
         self.meeting: MeetingPoint | None = None
         self._update: contextlib.ExitStack | None = None
         self._gone = False
+        self._maps: MapRecorder | None = None
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add_model(self, model: Any, model_config: Any, model_name: str | None = None) -> None:
@@ -122,7 +124,9 @@ class VllmEplbState(ModelStates):
                 layer_state.num_unpadded_tokens_tensors = [part.tensor for part in tokens]
         updator = None
         if config.dynamic:
-            updator = start_balancer(adaptor, config, self.updator if drafts else None)
+            maps = self._maps = self._maps or map_recorder(config)  # runners add both models in either order
+            recorder = maps and (maps.of_draft_model if drafts else maps.of_model)(adaptor.placement)
+            updator = start_balancer(adaptor, config, recorder)
             require_loaded_copies(updator.differing, str(vllm_config.load_config.load_format))
         else:
             require_equal_start(adaptor, config)
