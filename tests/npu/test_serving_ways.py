@@ -55,17 +55,19 @@ WAYS: dict[str, dict[str, Any]] = {
     "DP2 on A3, captured": {**DP2, **CAPTURED, "device": "A3"},
     "PP2 TP2, captured": {**TP2, **STAGES, **CAPTURED},
 }
-SEQUENCE_PARALLEL = {"DP2 TP2", "DP2 TP2 on A3", "DP2 TP2 on A3, fused MC2"}
-"""The ways in which ranks of an engine share its rows out. 0.30.0rc2 does so whenever there are several engines."""
-if ASCEND == RELEASE:
-    ways = {
+SEQUENCE_PARALLEL = {
+    f"{way}, sequence parallel": {**settings, **SHARED_OUT}
+    for way, settings in {
         "TP2": TP2,
         "TP2 on A3": {**TP2, "device": "A3"},
-        **{way: WAYS[way] for way in ("DP2 TP2", "DP2 TP2 on A3")},
-    }
-    ways = {f"{way}, sequence parallel": {**settings, **SHARED_OUT} for way, settings in ways.items()}
-    SEQUENCE_PARALLEL = set(ways)
-    WAYS |= ways
+        "DP2 TP2": DP2_TP2,
+        "DP2 TP2 on A3": {**DP2_TP2, "device": "A3"},
+    }.items()
+    if ASCEND == RELEASE or way.startswith("DP2")  # 0.30.0rc2 shares rows out for several engines only
+}
+"""The ways in which ranks of an engine share its rows out."""
+WAYS |= SEQUENCE_PARALLEL
+if ASCEND == RELEASE:
     WAYS["DP2 TP4"] = {"eplb_config": EIGHT_RANKS, "ranks": 4, "arguments": DATA_PARALLEL}
 elif not SECOND_RUNNER:
     del WAYS["TP4 DCP2"]  # there it calls a Triton kernel; Triton is on the path for the second runner only
