@@ -158,12 +158,12 @@ def serve(ranks: Ranks, kind: type[Fault]) -> Seen:
     return seen
 
 
-def run(fault: type[Fault], num_ranks: int = 2, timeout: float = 240) -> Seen:
+def run(fault: type[Fault], num_ranks: int = 2, timeout: float = 120) -> Seen:
     """Run the fault, check that all ranks agree and hold correct weights, and return the observations of EP rank 0."""
     return run_all(fault, num_ranks, timeout)[0]
 
 
-def run_all(fault: type[Fault], num_ranks: int = 2, timeout: float = 240) -> list[Seen]:
+def run_all(fault: type[Fault], num_ranks: int = 2, timeout: float = 120) -> list[Seen]:
     all_seen = run_ranks(num_ranks, serve, fault, timeout=timeout)
     first = all_seen[0]
     for seen in all_seen:

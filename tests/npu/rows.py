@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many rows MoE layers compute, from the batches that probe.py has seen."""
+"""How many rows MoE layers compute, from the batches that probe.py has seen, and whether all are counted."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -30,3 +32,19 @@ def rows_computed(
         return sum(sent)
 
     return np.array([sum(map(rows, window)) for window in windows])
+
+
+def assert_rows_counted(records: dict[str, Any], ranks: int, gathered: bool, fused: bool) -> np.ndarray:
+    """Assert that in every window the load of every layer is that of all computed rows, with 4 experts each. Returns
+    the loads, int [T, L, E].
+
+    Args:
+        records: of a rank, by probe_watched.
+        ranks, gathered, fused: as for :func:`rows_computed`.
+    """
+    loads = np.array(records["loads"])
+    assert len(loads) >= 10
+    computed = rows_computed(records["batches"][: len(loads)], ranks, gathered, fused)
+    assert computed.min() > 0
+    np.testing.assert_array_equal(loads.sum(axis=2), computed[:, None].repeat(loads.shape[1], axis=1) * 4)
+    return loads

@@ -72,11 +72,6 @@ class _Layers:
     placement: Placement | None = None
     windows: deque[npt.NDArray[np.integer]] = field(default_factory=lambda: deque(maxlen=KEPT_WINDOWS))
 
-    def note(self, placement: Placement, load: npt.NDArray[np.integer] | None) -> None:
-        self.placement = placement
-        if load is not None:
-            self.windows.append(load)
-
 
 class MapRecorder:
     """Writes each placement in force to a map file. If placements come faster than the disk takes them, only the
@@ -130,7 +125,9 @@ class MapRecorder:
 
     def _record(self, layers: _Layers, placement: Placement, load: npt.NDArray[np.integer] | None = None) -> None:
         with self._lock:
-            layers.note(placement, load)
+            layers.placement = placement
+            if load is not None:
+                layers.windows.append(load)
             self._changed = True
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="eplb-map-recorder", daemon=True)
@@ -152,9 +149,9 @@ class MapRecorder:
             with self._lock:
                 placements = [layers.placement for layers in self._models if layers.placement is not None]
                 windows = [list(layers.windows) for layers in self._models]
-                known = len(placements) == len(self._models)
-                changed, self._changed = self._changed and known, self._changed and not known
-            if changed:
+                due = self._changed and len(placements) == len(self._models)
+                self._changed = self._changed and not due
+            if due:
                 self.write(placements, windows)
             if closing:
                 return

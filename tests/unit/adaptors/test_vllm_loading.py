@@ -253,11 +253,26 @@ def test_a_placement_for_another_model_is_refused() -> None:
         load_by(fused, LoadOrder(random_placement(0), by_map=True))
 
 
-def order_of(monkeypatch, settings: dict, redundant: int, stage: int, counts: list[int]) -> LoadOrder | None:
-    """The LoadOrder of a worker in a pipeline stage, with stand-ins for vLLM's groups."""
-    stages = SimpleNamespace(world_size=len(counts), rank_in_group=stage, cpu_group=None)
+def stand_in_groups(monkeypatch, stage: int = 0, num_stages: int = 1) -> None:
+    """Stand-ins for vLLM's groups of a worker in a pipeline stage."""
+    stages = SimpleNamespace(world_size=num_stages, rank_in_group=stage, cpu_group=None)
     groups = SimpleNamespace(get_ep_group=lambda: SimpleNamespace(world_size=RANKS), get_pp_group=lambda: stages)
     monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", groups)
+
+
+def load_orders(settings: dict, model: object, redundant: int, speculative: object = None) -> LoadOrders:
+    vllm_config = SimpleNamespace(
+        additional_config={"eplb_config": {"dynamic_eplb": True, **settings}},
+        speculative_config=speculative,
+        model_config=model,
+        parallel_config=SimpleNamespace(eplb_config=SimpleNamespace(num_redundant_experts=redundant)),
+    )
+    return LoadOrders(vllm_config)
+
+
+def order_of(monkeypatch, settings: dict, redundant: int, stage: int, counts: list[int]) -> LoadOrder | None:
+    """The LoadOrder of a worker in a pipeline stage, with stand-ins for vLLM's groups."""
+    stand_in_groups(monkeypatch, stage, len(counts))
 
     def add_up(mine: torch.Tensor, group: object) -> None:
         assert mine.tolist() == [layers if number == stage else 0 for number, layers in enumerate(counts)]
@@ -265,13 +280,7 @@ def order_of(monkeypatch, settings: dict, redundant: int, stage: int, counts: li
 
     monkeypatch.setattr(torch.distributed, "all_reduce", add_up)
     model = object()
-    vllm_config = SimpleNamespace(
-        additional_config={"eplb_config": {"dynamic_eplb": True, **settings}},
-        speculative_config=None,
-        model_config=model,
-        parallel_config=SimpleNamespace(eplb_config=SimpleNamespace(num_redundant_experts=redundant)),
-    )
-    return LoadOrders(vllm_config)(counts[stage], EXPERTS, model)
+    return load_orders(settings, model, redundant)(counts[stage], EXPERTS, model)
 
 
 def test_order_without_a_map_is_that_of_vllm(monkeypatch) -> None:
@@ -303,17 +312,10 @@ DRAFT_LAYERS = 2
 def orders_of_two(monkeypatch, path, placement: Placement) -> list[LoadOrder | None]:
     """The orders of a model of three layers, and of a draft model, from a map with this placement."""
     write_expert_map(path, placement)
-    stages = SimpleNamespace(world_size=1, rank_in_group=0)
-    groups = SimpleNamespace(get_ep_group=lambda: SimpleNamespace(world_size=RANKS), get_pp_group=lambda: stages)
-    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", groups)
+    stand_in_groups(monkeypatch)
     model, draft = object(), SimpleNamespace(get_num_experts=lambda: EXPERTS)
-    vllm_config = SimpleNamespace(
-        additional_config={"eplb_config": {"dynamic_eplb": True, "expert_map_path": str(path)}},
-        speculative_config=SimpleNamespace(draft_model_config=draft, target_model_config=model),
-        model_config=model,
-        parallel_config=SimpleNamespace(eplb_config=SimpleNamespace(num_redundant_experts=REDUNDANT)),
-    )
-    orders = LoadOrders(vllm_config)
+    speculative = SimpleNamespace(draft_model_config=draft, target_model_config=model)
+    orders = load_orders({"expert_map_path": str(path)}, model, REDUNDANT, speculative)
     return [orders(3, EXPERTS, model), orders(DRAFT_LAYERS, EXPERTS, draft)]
 
 
@@ -325,7 +327,7 @@ def test_layers_of_a_draft_model_come_after_the_models(monkeypatch, tmp_path) ->
     np.testing.assert_array_equal(rows, placement.physical_to_logical)
 
 
-def test_draft_model_is_loaded_in_vllms_order_beside_a_map_of_the_model_alone(monkeypatch, tmp_path) -> None:
+def test_draft_model_beside_a_map_of_the_model_alone(monkeypatch, tmp_path) -> None:
     placement = random_placement(12, layers=3)
     orders = orders_of_two(monkeypatch, tmp_path / "map.json", placement)
     assert orders[0] == (placement, True)

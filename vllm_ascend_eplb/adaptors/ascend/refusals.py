@@ -35,7 +35,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
             False,
             "update weights through reload_weights of the workers",
         ),
-        (
+        (  # 0.23.0.post1 also has a variable for it
             "additional_config.enable_fused_mc2",
             fused := additional.get("enable_fused_mc2", os.environ.get("VLLM_ASCEND_ENABLE_FUSED_MC2", 0)),
             fused if str(fused) in ("0", "1") else "0 or 1",

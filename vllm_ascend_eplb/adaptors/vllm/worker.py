@@ -185,7 +185,7 @@ class LoadOrders:
         known = None if has_experts(self._vllm_config.speculative_config) else all_layers
         start = read_start_placement(config, num_layers=known, num_experts=num_experts, num_ranks=num_ranks)
         assert start is not None
-        if drafts and start.num_layers == self._model_layers:
+        if drafts and start.num_layers == self._model_layers:  # given explicitly, so that the adaptor finds an order
             return LoadOrder(Placement.initial(num_layers, num_experts, num_ranks, redundant), by_map=False)
         if start.num_layers < all_layers or (drafts and start.num_layers != all_layers):
             both = f" ({all_layers})" if drafts else ""
