@@ -12,7 +12,7 @@ import shutil
 
 import pytest
 
-from vllm_ascend_eplb.adaptors.vllm.versions import READ_VERSIONS
+from vllm_ascend_eplb.adaptors.vllm.versions import CHECKED_VERSIONS
 from vllm_ascend_eplb.files.expert_map import write_expert_map
 from vllm_ascend_eplb.values.placement import Placement
 
@@ -350,8 +350,8 @@ print("ENABLED", config.parallel_config.enable_eplb)
 
 
 def test_newer_vllm_is_balanced_with_a_warning(nursery, tmp_path):
-    """This is one release after the read ones, so the self-test reads the installed sources."""
-    major, minor = READ_VERSIONS[-1].split(".")
+    """This is one release after the checked ones, so the self-test reads the installed sources."""
+    major, minor = CHECKED_VERSIONS[-1].split(".")
     done = run_script(nursery, tmp_path, NEWER, str(MODEL), f"{major}.{int(minor) + 1}.0")
     assert done.code == 0, done.log[-4000:]
     assert "ENABLED True" in done.log

@@ -14,7 +14,7 @@ from vllm_ascend_eplb.adaptors.ascend import second_runner
 from vllm_ascend_eplb.adaptors.vllm.patch_points import PATCH_POINTS, patch_points
 from vllm_ascend_eplb.adaptors.vllm.self_test import differences
 from vllm_ascend_eplb.adaptors.vllm.sources import SourceError, installed_root, look_up, parameters, tree
-from vllm_ascend_eplb.adaptors.vllm.versions import READ_VERSIONS
+from vllm_ascend_eplb.adaptors.vllm.versions import CHECKED_VERSIONS
 
 REPOSITORY = Path(__file__).parents[3]
 RUNNER = "vllm.v1.worker.gpu_model_runner"
@@ -90,7 +90,7 @@ def test_patch_points_page_shows_this_table() -> None:
     page = (REPOSITORY / "docs" / "patch_points.md").read_text(encoding="utf-8")
     assert patch_points() in page
     assert patch_points(second_runner.PATCH_POINTS) in page
-    for version in READ_VERSIONS:
+    for version in CHECKED_VERSIONS:
         assert version in page
     for module in BY_NAME:
         assert f"`{module}`" in page

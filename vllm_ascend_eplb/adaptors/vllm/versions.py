@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which versions of vLLM are balanced.
 
-Checked versions are balanced. So are newer versions, up to one release after the newest whose sources were read, if the
-self-test finds no difference; the log then has a warning. Other versions are balanced only with
-``allow_unchecked_vllm``. docs/patch_points.md has the reasons.
+Checked versions are balanced. So is the release after the newest of them, if the self-test finds no difference; the log
+then has a warning. Other versions are balanced only with ``allow_unchecked_vllm`` (docs/patch_points.md).
 """
 
 from __future__ import annotations
@@ -14,12 +13,8 @@ from pathlib import Path
 from ..engine import Verdict
 from .self_test import differences
 
-CHECKED_VERSIONS = ("0.30", "0.31", "0.32")
+CHECKED_VERSIONS = ("0.30", "0.31", "0.32", "0.33")
 """Releases on which the end-to-end tests ran."""
-
-
-READ_VERSIONS = ("0.30", "0.31", "0.32", "0.33")
-"""Releases in whose sources every patch point was looked for (tests/unit/adaptors/test_patch_points.py)."""
 
 
 def is_checked(version: str) -> bool:
@@ -28,10 +23,9 @@ def is_checked(version: str) -> bool:
 
 
 def is_next(version: str) -> bool:
-    """Whether a version is newer than all checked versions, and at most one release newer than the newest read one."""
-    release, checked = _release(version), _release(CHECKED_VERSIONS[-1])
-    major, minor = _release(READ_VERSIONS[-1])
-    return checked < release <= (major, minor + 1)
+    """Whether a version is of the release after the newest checked one."""
+    major, minor = _release(CHECKED_VERSIONS[-1])
+    return _release(version) == (major, minor + 1)
 
 
 def verdict(version: str, platform: str, root: Path | None) -> Verdict:
