@@ -36,16 +36,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tier", choices=sorted(BUDGETS), help="keep durations in build/durations-TIER.txt")
 
 
+ENGINES = "tests/e2e/"
+FREE_ENGINES = ("test_prefill_decode.py", "test_sequence_parallel.py", "test_updates.py")
+"""Modules whose engines no other module uses, and whose tests do not depend on how fast a planner is."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Engines come first: theirs is the longer of the two lanes."""
-    items.sort(key=lambda item: lane(item.nodeid) != "engines")
+    """Engines come first: theirs is the longer of the two lanes. The free ones come last, to the lane that is done."""
+
+    def order(item: pytest.Item) -> int:
+        where = lane(item.nodeid)
+        return 0 if where == "engines" else 1 if not where.startswith(ENGINES) else 2
+
+    items.sort(key=order)
 
 
 def lane(test: str) -> str:
-    """What is run by one worker, in order: all engines, else a file. Two engines at once starve each other's planner on
-    two cores."""
+    """What is run by one worker, in order: all engines but the free ones, else a file. Two engines at once starve each
+    other's planner on two cores."""
     path = test.split("::")[0]
-    return "engines" if path.startswith("tests/e2e/") else path
+    return "engines" if path.startswith(ENGINES) and not path.endswith(FREE_ENGINES) else path
 
 
 @pytest.hookimpl(optionalhook=True)  # tests on NPUs run without xdist

@@ -6,6 +6,7 @@ change."""
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,10 +76,46 @@ def drafted(runs, asked):
     return run.result
 
 
+class Maps:
+    """A start map of the model, or of the model and the draft model, for two ranks, and the file for the record."""
+
+    def __init__(self, folder: Path, method: str, with_drafts: bool) -> None:
+        rng = np.random.default_rng(5)
+        self.layers, draft_layers, self.experts = SHAPES[method]
+        self.all_layers = self.layers + draft_layers
+        extra = [rng.choice(self.experts, 4, replace=False) for _ in range(self.all_layers)]
+        rows = np.array([rng.permutation([*range(self.experts), *copies]) for copies in extra])
+        if not with_drafts:
+            rows[self.layers :] = Placement.initial(draft_layers, self.experts, 2, 4).physical_to_logical
+        self.starts = self.digests(rows)
+        self.given, self.recorded = folder / "given.json", folder / "recorded.json"
+        write_expert_map(self.given, Placement(rows if with_drafts else rows[: self.layers], self.experts, 2))
+        self.settings = {"expert_map_path": str(self.given), "expert_map_record_path": str(self.recorded)}
+
+    def digests(self, rows: np.ndarray) -> list[str]:
+        """The digests of both models' placements."""
+        return [Placement(part, self.experts, 2).digest for part in (rows[: self.layers], rows[self.layers :])]
+
+    def assert_followed_and_recorded(self, result: dict[str, Any]) -> None:
+        for model, drafter in zip(result["ranks"], result["drafters"], strict=True):
+            assert [model["initial"], drafter["initial"]] == self.starts
+            assert model["digest"] != model["initial"]
+            assert drafter["digest"] != drafter["initial"]
+        recorded = read_expert_map(self.recorded, num_layers=self.all_layers, num_experts=self.experts, num_ranks=2)
+        in_force = [result[models][0]["digest"] for models in ("ranks", "drafters")]
+        assert self.digests(recorded.physical_to_logical) == in_force
+
+
 @pytest.fixture(scope="module")
-def drafted_in_parallel(runs, asked):
-    """Two data-parallel engines in turns; the idle engine makes dummy batches, also with the draft model."""
-    run = runs(f"drafted in parallel {method(asked)}", ranks=1, eplb=BUSY, cycles=10, **in_parallel(asked))
+def maps(asked, tmp_path_factory: pytest.TempPathFactory) -> Maps:
+    return Maps(tmp_path_factory.mktemp("maps"), method(asked), with_drafts=True)
+
+
+@pytest.fixture(scope="module")
+def drafted_in_parallel(runs, asked, maps):
+    """Two data-parallel engines in turns, from a map. The idle one makes dummy batches, also with the draft model."""
+    eplb = {**BUSY, **maps.settings}
+    run = runs(f"drafted in parallel {method(asked)}", ranks=1, eplb=eplb, cycles=10, **in_parallel(asked))
     assert run.code == 0, run.log[-6000:]
     return run.result
 
@@ -155,34 +192,20 @@ def test_maps_without_weights_change_draft_tokens(drafted, plain_on_two):
     assert drafted["corrupt_drafts"] != plain_on_two["drafters"][0]["drafts"]
 
 
-@pytest.mark.parametrize("with_drafts", [True, False], ids=["of both models", "of the model alone"])
-def test_models_start_from_a_map_and_are_recorded_in_one(runs, asked, plain_on_two, tmp_path_factory, with_drafts):
-    if method(asked) == "eagle" and not with_drafts:
+def test_models_start_from_one_map_and_are_recorded_in_one(drafted_in_parallel, maps):
+    maps.assert_followed_and_recorded(drafted_in_parallel)
+
+
+def test_model_starts_from_its_own_map_and_both_are_recorded(runs, asked, plain_on_two, tmp_path_factory):
+    if method(asked) == "eagle":
         pytest.skip("tested with MTP")
-    rng, folder = np.random.default_rng(5), tmp_path_factory.mktemp("maps")
-    layers, draft_layers, experts = SHAPES[method(asked)]
-    extra = [rng.choice(experts, 4, replace=False) for _ in range(layers + draft_layers)]
-    rows = [rng.permutation([*range(experts), *copies]) for copies in extra]
-    parts = [Placement(np.array(part), experts, 2) for part in (rows[:layers], rows[layers:])]
-    given, recorded = folder / "given.json", folder / "recorded.json"
-    write_expert_map(given, Placement(np.array(rows if with_drafts else rows[:layers]), experts, 2))
-    if not with_drafts:
-        parts[1] = Placement.initial(draft_layers, experts, 2, 4)
-    eplb = {**BUSY, "expert_map_path": str(given), "expert_map_record_path": str(recorded)}
-    run = runs(f"drafted from a map {method(asked)} {with_drafts}", ranks=2, eplb=eplb, cycles=3, **asked)
+    maps = Maps(tmp_path_factory.mktemp("map"), method(asked), with_drafts=False)
+    run = runs("drafted from a map", ranks=2, eplb={**BUSY, **maps.settings}, cycles=3, **asked)
     assert run.code == 0, run.log[-6000:]
-    models, drafters = run.result["ranks"], run.result["drafters"]
-    for model, drafter in zip(models, drafters, strict=True):
-        assert [model["initial"], drafter["initial"]] == [part.digest for part in parts]
-        assert model["digest"] != model["initial"]
-        assert drafter["digest"] != drafter["initial"]
+    maps.assert_followed_and_recorded(run.result)
     turns = len(run.result["tokens"]) // len(plain_on_two["tokens"])
     assert run.result["tokens"] == plain_on_two["tokens"] * turns
-    assert drafters[0]["drafts"] == plain_on_two["drafters"][0]["drafts"] * turns
-    found = read_expert_map(recorded, num_layers=layers + draft_layers, num_experts=experts, num_ranks=2)
-    rows = found.physical_to_logical
-    in_force = [Placement(part, experts, 2).digest for part in (rows[:layers], rows[layers:])]
-    assert in_force == [models[0]["digest"], drafters[0]["digest"]]
+    assert run.result["drafters"][0]["drafts"] == plain_on_two["drafters"][0]["drafts"] * turns
 
 
 def test_draft_model_without_experts_changes_nothing(runs, reference, tmp_path_factory):

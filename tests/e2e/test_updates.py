@@ -71,7 +71,7 @@ def alone(runs, job):
     return run
 
 
-@pytest.fixture(scope="module", params=["ranks", "engines"])
+@pytest.fixture(scope="module", params=[pytest.param("ranks", marks=pytest.mark.soak), "engines"])
 def trained(request, runs, job, alone):
     """Two ranks of one engine, or two data-parallel engines, that balance. Then vLLM pauses the engines, besides where
     they reload without requests."""
