@@ -68,19 +68,26 @@ class Probe:
         return int(graph.replays)
 
     def probe_scatters(self) -> int:
-        """Calls of reduce_scatter among the tensor-parallel ranks since the first call, as sequence parallelism makes
-        them."""
+        """How often rows were shared out among the tensor-parallel ranks since the first call, as sequence parallelism
+        does: by a reduce_scatter, or, in vLLM's own form, by a choice of rows that every rank has."""
         from vllm.distributed.parallel_state import get_tp_group
+        from vllm.model_executor.models import qwen3_moe
 
         group: Any = get_tp_group()
-        if not hasattr(group, "scatters"):
-            group.scatters, reduce_scatter = 0, group.reduce_scatter
+
+        def count(owner: Any, name: str) -> None:
+            before = getattr(owner, name)
 
             def counted(*args: Any, **kwargs: Any) -> Any:
                 group.scatters += 1
-                return reduce_scatter(*args, **kwargs)
+                return before(*args, **kwargs)
 
-            group.reduce_scatter = counted
+            setattr(owner, name, counted)
+
+        if not hasattr(group, "scatters"):
+            group.scatters = 0
+            count(group, "reduce_scatter")
+            count(qwen3_moe, "sequence_parallel_chunk")
         return int(group.scatters)
 
     def probe_tables(self) -> str:

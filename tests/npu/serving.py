@@ -165,7 +165,7 @@ def _on_the_cpu(module: str, *arguments: Path | str) -> None:
         env=npus.environment(
             TORCH_DEVICE_BACKEND_AUTOLOAD="0",
             HF_HUB_OFFLINE="1",
-            **({} if npus.REAL else {"PYTHONPATH": f"{npus.ROOT}:{STANDINS}"}),
+            **({} if npus.REAL else {"PYTHONPATH": f"{npus.ROOT}:{STACK / 'packages'}:{STANDINS}"}),
         ),
         capture_output=True,
         text=True,

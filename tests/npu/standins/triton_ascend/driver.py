@@ -25,6 +25,11 @@ class NPUDriver(DriverBase):
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("npu", 0, 1)
 
+    def get_current_device(self) -> int:
+        import torch
+
+        return int(torch.npu.current_device())
+
     def get_active_torch_device(self) -> Any:
         import torch
 
