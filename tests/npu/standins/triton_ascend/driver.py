@@ -2,6 +2,7 @@
 """Stand-in for the driver of triton-ascend, as a backend of Triton: reports that there are NPUs. It compiles nothing:
 Triton's own interpreter runs the kernels (TRITON_INTERPRET=1), and reads and writes device tensors."""
 
+import os
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
@@ -23,7 +24,7 @@ class NPUDriver(DriverBase):
         return True
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("npu", 0, 1)
+        return GPUTarget("npu", os.environ.get("EMULATED_NPU_SOC", "Ascend910B3"), 1)
 
     def get_current_device(self) -> int:
         import torch
