@@ -175,6 +175,23 @@ class Engine:
             self._many.shutdown()
 
 
+def report_at_rest(engine: Engine) -> list[Any]:
+    """The reports of all workers. Data-parallel engines make dummy steps for a while after the last request, in which
+    experts may still move, so they are asked until they have made none for a second."""
+    import probes
+
+    def steps(reports: list[Any]) -> list[int]:
+        return [report.get("step", 0) for report in reports]
+
+    ranks: list[Any] = engine.rpc(probes.report)
+    before: list[int] = []
+    while engine.parts > 1 and before != steps(ranks):
+        before = steps(ranks)
+        time.sleep(1.0)
+        ranks = engine.rpc(probes.report)
+    return ranks
+
+
 def main(job_path: str, result_path: str) -> None:
     import probes
     import weight_probes
@@ -282,7 +299,7 @@ def main(job_path: str, result_path: str) -> None:
     if job.get("routing"):
         result["routing"] = engine.rpc(probes.routing_that_is_refused)
     if job["eplb"] is not None:
-        result["ranks"] = engine.rpc(probes.report)
+        result["ranks"] = report_at_rest(engine)
     if job.get("drafter"):
         result["drafters"] = engine.rpc(probes.report_of_drafter)
     if job.get("contents"):
