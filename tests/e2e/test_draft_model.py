@@ -92,7 +92,7 @@ class Maps:
         write_expert_map(self.given, Placement(rows if with_drafts else rows[: self.layers], self.experts, 2))
         self.settings = {"expert_map_path": str(self.given), "expert_map_record_path": str(self.recorded)}
 
-    def digests(self, rows: np.ndarray) -> list[str]:
+    def digests(self, rows: np.ndarray) -> list[int]:
         """The digests of both models' placements."""
         return [Placement(part, self.experts, 2).digest for part in (rows[: self.layers], rows[self.layers :])]
 
