@@ -210,7 +210,7 @@ def test_late_plan_is_never_taken() -> None:
     assert seen.results[0] == "failed"
     assert "did not answer within the steps it had" in seen.stats.cycles[0].reason
     assert seen.metrics['vllm_eplb_failures{kind="planner_late"}'] == 1
-    assert seen.results[-1] == "done"
+    assert seen.results[-1] == "done", seen.stats.cycles
 
 
 # --- before and after the issue gate ----------------------------------------------------------------------------------
