@@ -43,12 +43,7 @@ FREE_ENGINES = ("test_prefill_decode.py", "test_sequence_parallel.py", "test_upd
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Engines come first: theirs is the longer of the two lanes. The free ones come last, to the lane that is done."""
-
-    def order(item: pytest.Item) -> int:
-        where = lane(item.nodeid)
-        return 0 if where == "engines" else 1 if not where.startswith(ENGINES) else 2
-
-    items.sort(key=order)
+    items.sort(key=lambda item: (lane(item.nodeid) != "engines", lane(item.nodeid).startswith(ENGINES)))
 
 
 def lane(test: str) -> str:
