@@ -10,6 +10,26 @@ import torch
 from safetensors.torch import load_file
 
 
+def count_calls(keeper: Any, counter: str, *functions: tuple[Any, str]) -> int:
+    """The calls of functions, each given by its owner and name, since the first call of this. The count is kept in an
+    attribute of ``keeper``."""
+
+    def count(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            setattr(keeper, counter, getattr(keeper, counter) + 1)
+            return function(*args, **kwargs)
+
+        setattr(owner, name, counted)
+
+    if not hasattr(keeper, counter):
+        setattr(keeper, counter, 0)
+        for owner, name in functions:
+            count(owner, name)
+    return int(getattr(keeper, counter))
+
+
 class Probe:
     """Works with both model runners of vllm-ascend; only the first one has an ``eplb_updator``."""
 
@@ -57,15 +77,7 @@ class Probe:
     def probe_replays(self) -> int:
         """Replays of captured graphs on this rank since the first call."""
         graph: Any = torch.npu.NPUGraph  # type: ignore[attr-defined]
-        if not hasattr(graph, "replays"):
-            graph.replays, replay = 0, graph.replay
-
-            def counted(self: Any) -> None:
-                graph.replays += 1
-                replay(self)
-
-            graph.replay = counted
-        return int(graph.replays)
+        return count_calls(graph, "replays", (graph, "replay"))
 
     def probe_scatters(self) -> int:
         """How often rows were shared out among the tensor-parallel ranks since the first call, as sequence parallelism
@@ -74,21 +86,7 @@ class Probe:
         from vllm.model_executor.models import qwen3_moe
 
         group: Any = get_tp_group()
-
-        def count(owner: Any, name: str) -> None:
-            before = getattr(owner, name)
-
-            def counted(*args: Any, **kwargs: Any) -> Any:
-                group.scatters += 1
-                return before(*args, **kwargs)
-
-            setattr(owner, name, counted)
-
-        if not hasattr(group, "scatters"):
-            group.scatters = 0
-            count(group, "reduce_scatter")
-            count(qwen3_moe, "sequence_parallel_chunk")
-        return int(group.scatters)
+        return count_calls(group, "scatters", (group, "reduce_scatter"), (qwen3_moe, "sequence_parallel_chunk"))
 
     def probe_tables(self) -> str:
         """A digest of the routing tables of this rank's layers, under the second runner."""
