@@ -325,6 +325,7 @@ DoubleArray pars_of_windows(const DoubleArray& series, const Int32Array& slots, 
 
 PYBIND11_MODULE(_planner, module) {
     module.doc() = "C++ core of vllm_ascend_eplb.planning";
+    module.attr("SEARCH_ROUNDING") = eplb::kSearchRounding;
     module.def("pack_balanced", &pack_balanced, py::arg("weight"), py::arg("order"), py::arg("packs"));
     module.def("replicate", &replicate, py::arg("weight"), py::arg("copies"));
     module.def("preserve_slots", &preserve_slots, py::arg("slots"), py::arg("old"), py::arg("num_ranks"));

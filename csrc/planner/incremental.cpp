@@ -20,9 +20,6 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int kRoundsPerTurn = 8;
 
-// PARs of the search, whose loads are integers, differ less than this from those in float64.
-constexpr double kRounding = 1e-4;
-
 // A limit on moves above this does not bind on the small layers that have choices.
 constexpr int64_t kMostMovesToChoose = 4096;
 
@@ -168,7 +165,7 @@ Searched search_layers(const Problem& problem, const Goal& goal, bool few_moves)
     // What is at its target in every window is so in their sum, and keeps its placement.
     std::vector<int> open;
     for (int l = 0; l < num_layers; ++l)
-        if (goal.windows == 0 || goal.highest[l] > goal.target[l] - kRounding) open.push_back(l);
+        if (goal.windows == 0 || goal.highest[l] > goal.target[l] - kSearchRounding) open.push_back(l);
     const auto for_each_open = [&](const auto& work) {
         for_each_item(static_cast<int>(open.size()), goal.threads, [&](int i) { work(open[i]); });
     };

@@ -9,6 +9,9 @@
 
 namespace eplb {
 
+// PARs of the search, whose loads are integers, differ less than this from those in float64.
+constexpr double kSearchRounding = 1e-4;
+
 struct Goal {
     const double* target = nullptr;  // [L]: PAR at which a layer is left as it is
 

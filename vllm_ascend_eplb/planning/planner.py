@@ -22,9 +22,6 @@ from .options import PlanInputError, PlanOptions
 MOST_RANKS = 1024
 MOST_SLOTS = 65535
 
-ROUNDING = 1e-4
-"""PARs of the search, whose loads are integers, differ less than this from those in float64."""
-
 FRUGAL_ATTEMPTS = 7
 """Bisection steps for a target PAR that can be reached with ``max_moves``, where that limit binds."""
 
@@ -128,7 +125,7 @@ def _incremental(
     if len(series) > 1:
         pars = _planner.pars_of_windows(windows, slots, placement.num_ranks, speed)
         # What is at the target in every window is so in any sum of windows.
-        expected, variance = forecast(windows, pars[1] <= options.target_par - ROUNDING)
+        expected, variance = forecast(windows, pars[1] <= options.target_par - _planner.SEARCH_ROUNDING)
         if not variance.any():
             variance = np.zeros((0, 0))
     else:
