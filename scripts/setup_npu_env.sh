@@ -36,6 +36,9 @@ for tool in c++ cmake; do
     command -v "$tool" >/dev/null || fail "no $tool found; install a C++20 compiler (GCC 12 was checked) and CMake 3.18"
 done
 
+# This one also later, when the environment has its own: vllm-ascend asks for one, and another CMake compiles all anew.
+cmake=$(command -v cmake)
+
 lock_environment
 
 environment_key=$({
@@ -74,18 +77,18 @@ build_key=$({
 built=$(find vllm_ascend_eplb -name '_planner*.so' | head -n 1)
 if [ -z "$built" ] || [ "$(cat "$venv/.build.stamp" 2>/dev/null || echo "$build_key")" != "$build_key" ]; then
     say "building the package"
-    CMAKE_BUILD_PARALLEL_LEVEL="${JOBS:-2}" cmake -S . -B build/package -G Ninja -DPython_EXECUTABLE="$UV_PYTHON" \
+    CMAKE_BUILD_PARALLEL_LEVEL="${JOBS:-2}" "$cmake" -S . -B build/package -G Ninja -DPython_EXECUTABLE="$UV_PYTHON" \
         -DCMAKE_MAKE_PROGRAM="$PWD/$venv/bin/ninja" \
         -Dpybind11_DIR="$("$UV_PYTHON" -m pybind11 --cmakedir)" >build/package.log 2>&1 &&
-        cmake --build build/package >>build/package.log 2>&1 ||
+        "$cmake" --build build/package >>build/package.log 2>&1 ||
         { tail -50 build/package.log >&2 && fail "the build failed; see build/package.log"; }
 fi
 echo "$build_key" >"$venv/.build.stamp"
 
 say "building the emulated CANN libraries"
-cmake -S tests/npu/emulated_cann -B "$emulated" -G Ninja -DPython_EXECUTABLE="$PWD/$venv/bin/python" \
+"$cmake" -S tests/npu/emulated_cann -B "$emulated" -G Ninja -DPython_EXECUTABLE="$PWD/$venv/bin/python" \
     -DCMAKE_MAKE_PROGRAM="$PWD/$venv/bin/ninja" >"$emulated.log" 2>&1 ||
     { cat "$emulated.log" >&2 && fail "CMake failed"; }
-cmake --build "$emulated" --parallel "${JOBS:-2}" >>"$emulated.log" 2>&1 ||
+"$cmake" --build "$emulated" --parallel "${JOBS:-2}" >>"$emulated.log" 2>&1 ||
     { tail -50 "$emulated.log" >&2 && fail "the build failed; see $emulated.log"; }
 say "done"
