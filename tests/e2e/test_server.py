@@ -46,13 +46,6 @@ def complete(server: Server, texts: list[str], tokens: int = TOKENS) -> list[lis
         return list(pool.map(ask, texts))
 
 
-def start(server: Server) -> Server:
-    server.start()
-    for _ in server.wait_until_ready(START_SECONDS):
-        pass
-    return server
-
-
 @pytest.fixture(scope="module")
 def map_file(tmp_path_factory) -> Path:
     """The file to which the server records its placement."""
@@ -64,9 +57,13 @@ def server(tmp_path_factory, map_file):
     settings = {**BUSY, "policy": "incremental", "target_par": 1.0, "expert_map_record_path": str(map_file)}
     server = Server(2, settings, tmp_path_factory.mktemp("server"), 16)
     server.environment["VLLM_PLUGINS"] = "eplb,eplb_page"  # the page is off unless it is named
-    start(server)
-    yield server
-    server.stop()
+    server.start()
+    try:
+        for _ in server.wait_until_ready(START_SECONDS):
+            pass
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -255,7 +255,7 @@ class NpuServer(Server):
         try:
             for _ in self.wait_until_ready(START_SECONDS):
                 pass
-        except Exception:
+        except BaseException:  # also Ctrl-C
             self.stop(5)
             raise
         return self
