@@ -27,7 +27,6 @@ import json
 import os
 import platform
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -38,6 +37,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from benchmarks.stall_bench import Bench
+from examples.demo.port import free_port
 
 
 def rank_main(rank: int, ranks: int, port: int, args: argparse.Namespace, pipe: Any) -> None:
@@ -88,9 +88,7 @@ def main() -> int:
     args = parser.parse_args()
     args.ranks = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 2)
     args.transports = args.transports or (["auto", "nccl", "gloo"] if args.device == "cuda" else ["auto"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the ranks are ended, too
     context = torch.multiprocessing.get_context("spawn")
     pipe = context.SimpleQueue()

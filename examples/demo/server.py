@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ import httpx
 from vllm_ascend_eplb.files.run_folder import STATS_VARIABLE
 from vllm_ascend_eplb.observe.stats import EplbStats, StatsError
 from vllm_ascend_eplb.observe.stats_file import read_stats
+
+from .port import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "examples" / "tiny_moe"
@@ -58,9 +59,7 @@ class Server:
     def __init__(self, ranks: int, eplb_config: dict[str, object], folder: Path, max_num_seqs: int) -> None:
         self.log_path = folder / "server.log"
         self.stats_path = folder / "stats.json"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),

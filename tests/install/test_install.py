@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.demo.port import free_port
 from vllm_ascend_eplb import __version__
 
 from ..e2e.conftest import BUSY, prompts
@@ -201,9 +201,7 @@ def test_an_engine_balances_with_it(installation: Installation) -> None:
 @pytest.mark.soak  # the engine above is the fast proof
 def test_a_server_balances_and_ends_when_told(installation: Installation) -> None:
     """A server started as in the README balances, and SIGTERM ends it, as a container's runtime does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT / "examples" / "tiny_moe")]
     command += ["--enable-expert-parallel", "--tensor-parallel-size", "2", "--port", str(port), "--dtype", "float32"]
     command += ["--enforce-eager", "--max-model-len", "512", "--shutdown-timeout", "30"]

@@ -15,13 +15,14 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from examples.demo.port import free_port
 
 from ..e2e.nursery import Nursery
 
@@ -128,12 +129,6 @@ def _start(arguments: list[str], values: dict[str, str], output: Path, preloaded
             [str(PYTHON), "-m", "tests.npu.child", *arguments],
             cwd=ROOT, env=values, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run(

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from examples.demo import port
 from examples.demo.summary import DomainResult, Summary
 from examples.demo.traffic import Tally
 from examples.demo.view import View
@@ -138,3 +140,12 @@ def test_prompts() -> None:
         prompts = read_prompts(domain)
         assert len(prompts) == len(set(prompts)) == 24
         assert all(prompts)
+
+
+def test_port_is_free_and_none_that_connections_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", port.free_port()))
+        taken = listening.getsockname()[1]
+        assert taken in port.PORTS
+        monkeypatch.setattr(port, "PORTS", range(taken, taken + 2))
+        assert port.free_port() == taken + 1

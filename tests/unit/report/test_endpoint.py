@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -17,6 +16,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from examples.demo.port import free_port
 from tests.windows import rank_window
 from vllm_ascend_eplb.files.run_folder import STATS_VARIABLE
 from vllm_ascend_eplb.observe.keeper import StatsKeeper
@@ -53,9 +53,7 @@ class Page:
                 self.write(statistics(7))
             return await call_next(request)
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
         self.thread = threading.Thread(target=self.server.run)
