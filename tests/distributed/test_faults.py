@@ -202,8 +202,8 @@ class LateOnce(Fault):
         return self.cycle > 1
 
     def before(self) -> None:
-        asked = self.cycle == 1 and self.phase is Phase.PLAN
-        self.updator.parts.settings = replace(self.usual, least_plan_age=25) if asked else self.usual
+        due = self.cycle == 1 and self.phase is Phase.PLAN
+        self.updator.parts.settings = replace(self.usual, least_plan_age=25) if due else self.usual
 
     def after(self) -> None:
         if self.planner is not None and self.planner.asked == 2:

@@ -112,7 +112,7 @@ def test_every_token_is_counted_once_with_idle_engines(server: NpuServer, way: s
     workers = server.call("probe_watched")  # those of the first engine
     ranks, gathered = WAYS[way]["ranks"], "A3" not in way
     for first in workers[::ranks]:  # the first rank of every stage
-        loads = assert_rows_counted(first, ranks, gathered, "fused" in way, way in SEQUENCE_PARALLEL)
+        loads = assert_rows_counted(first, ranks, gathered, fused="fused" in way, shared_out=way in SEQUENCE_PARALLEL)
         if gathered and "captured" not in way:  # a replayed graph calls no router
             np.testing.assert_array_equal(loads, first["windows"][: len(loads)])
 
