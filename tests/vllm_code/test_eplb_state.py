@@ -173,8 +173,11 @@ def test_model_that_differs_is_refused_with_the_difference(name):
     differing = Model(**{name: 2})
     with pytest.raises(EpConfigurationError, match=f"mismatch.*{name} 2, Model has"):
         state.add_model(differing, config("draft"))
-    with pytest.raises(RuntimeError, match="mismatch"):  # as in vLLM
-        theirs.EplbState.assert_confs_equal(Model(), differing)
+    in_vllm = theirs.EplbState.__new__(theirs.EplbState)
+    in_vllm.model_states = {"main": SimpleNamespace(model=Model())}
+    in_vllm.validate_ep_configuration(Model())
+    with pytest.raises(RuntimeError, match="mismatch"):
+        in_vllm.validate_ep_configuration(differing)
     assert list(state.model_states) == ["main"]
 
 
