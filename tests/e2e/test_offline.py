@@ -144,6 +144,7 @@ def featured(runs):
         pattern=PATTERN,
         reload=True,
         prompts=prompts(6),
+        parts=[None, None],  # two turns at least: only the second finds prefixes in the cache
         cycles=CYCLES,
         max_tokens=TOKENS,
     )
