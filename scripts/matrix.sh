@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Runs three groups of tests on other vLLM versions than .venv's: the tests with real engines (half an hour per version),
-# the search for every patch point, and the tests of vLLM's functions and classes.
+# Runs three groups of tests on other vLLM versions than .venv's: the tests with real engines, the search for every patch
+# point, and the tests of vLLM's functions and classes. A version takes a quarter of an hour.
 #
 #   scripts/matrix.sh VERSION...   for example 0.30.0 0.31.0
 #
