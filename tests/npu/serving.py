@@ -136,6 +136,11 @@ def model_with_drafter(folder: Path) -> None:
     _on_the_cpu("tests.e2e.mtp_model", folder)
 
 
+def model_of_deepseeks_class(folder: Path) -> None:
+    """Write a model whose class loads its experts by itself into a new folder (e2e/deepseek_model.py)."""
+    _on_the_cpu("tests.e2e.deepseek_model", folder)
+
+
 def drafter_without_experts(folder: Path) -> None:
     """Write an EAGLE-3 draft model for examples/tiny_moe into a new folder (e2e/eagle3_model.py)."""
     _on_the_cpu("tests.e2e.eagle3_model", folder)
