@@ -8,15 +8,15 @@ operator computes. vLLM's configuration of DeepSeek always has latent attention,
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from .mtp_model import CONFIG as GLM
+from .mtp_model import mtp_weights
+from .random_weights import write_model
 
-from .mtp_model import write_mtp_model
-
-CHANGES = {
+CONFIG = {
+    **GLM,
     "architectures": ["DeepseekV2ForCausalLM"],
     "num_nextn_predict_layers": 0,
     "qk_nope_head_dim": 0,
@@ -30,11 +30,7 @@ CHANGES = {
 
 def write_deepseek_model(folder: Path) -> Path:
     """Write the model into a new folder, with the tokenizer of examples/tiny_moe. The weights are always the same."""
-    config, weights = write_mtp_model(folder) / "config.json", folder / "model.safetensors"
-    config.write_text(json.dumps({**json.loads(config.read_text()), **CHANGES}))
-    kept = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith("model.layers.3.")}
-    save_file(kept, weights, metadata={"format": "pt"})
-    return folder
+    return write_model(folder, CONFIG, mtp_weights(draft_model=False))
 
 
 if __name__ == "__main__":

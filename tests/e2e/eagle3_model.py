@@ -7,13 +7,10 @@ hidden states of the model's layers, so its draft tokens depend on the experts; 
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-from safetensors.torch import save_file
-
-from .random_weights import RandomWeights, under
+from .random_weights import RandomWeights, under, write_model
 
 HIDDEN, HEADS, GROUPS, HEAD, INNER, VOCABULARY = 128, 4, 2, 32, 256, 4096
 CONFIG = {
@@ -37,8 +34,6 @@ CONFIG = {
 
 def write_eagle3_model(folder: Path) -> None:
     """Write the draft model into a new folder. The weights are always the same."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
     drawn = RandomWeights(HIDDEN)
     layer = {
         **drawn.norm("hidden_norm"),
@@ -55,7 +50,7 @@ def write_eagle3_model(folder: Path) -> None:
         **drawn.norm("norm"),
         "lm_head.weight": drawn.matrix(VOCABULARY),
     }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_model(folder, CONFIG, weights, tokenizer=False)
 
 
 if __name__ == "__main__":

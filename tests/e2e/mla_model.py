@@ -12,16 +12,12 @@ sum of one expert and of zeros, which is the same to the last bit wherever the e
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from .offline import MODEL
-from .random_weights import RandomWeights, Weights, under
+from .random_weights import RandomWeights, Weights, under, write_model
 
 LAYERS, EXPERTS, HIDDEN, HEADS, INNER = 3, 32, 128, 4, 64
 LATENT, ROTARY, PLAIN, VALUE = 512, 64, 128, 128
@@ -62,25 +58,21 @@ CONFIG = {
 
 def write_mla_model(folder: Path) -> Path:
     """Write the model into a new folder, with the tokenizer of examples/tiny_moe. The weights are always the same."""
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, folder)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    save_file({name: tensor.to(torch.bfloat16) for name, tensor in _weights().items()}, folder / "model.safetensors")
-    return folder
+    return write_model(folder, CONFIG, _rounded(_weights()))
 
 
 def write_eagle_draft(folder: Path) -> Path:
     """Write a draft model for the model into a new folder. Embedding and output layer are those of the model."""
-    folder.mkdir()
     config = {**CONFIG, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_hidden_layers": 1}
-    (folder / "config.json").write_text(json.dumps(config))
     drawn = RandomWeights(HIDDEN)
     weights = {**under("layers.0", _layer(drawn)), "fc.weight": drawn.matrix(HIDDEN, 2 * HIDDEN)}
     for name in ("enorm", "hnorm", "norm"):
         weights |= drawn.norm(name)
-    save_file({name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}, folder / "model.safetensors")
-    return folder
+    return write_model(folder, config, _rounded(weights), tokenizer=False)
+
+
+def _rounded(weights: Weights) -> Weights:
+    return {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
 
 
 def _weights() -> Weights:

@@ -7,16 +7,12 @@ architecture with random weights. Its text is meaningless, but every token depen
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from .offline import MODEL
-from .random_weights import RandomWeights, Weights, under
+from .random_weights import RandomWeights, Weights, under, write_model
 
 HIDDEN, HEADS, GROUPS, HEAD, DENSE, INNER, EXPERTS = 128, 4, 2, 32, 256, 64, 16
 CONFIG = {
@@ -39,20 +35,17 @@ CONFIG = {
     "num_nextn_predict_layers": 1,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
+    "torch_dtype": "float32",
 }
 
 
 def write_mtp_model(folder: Path) -> Path:
     """Write the model into a new folder, with the tokenizer of examples/tiny_moe. The weights are always the same."""
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, folder)
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "float32"}))
-    save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return write_model(folder, CONFIG, mtp_weights())
 
 
-def _weights() -> Weights:
+def mtp_weights(draft_model: bool = True) -> Weights:
+    """The weights of the model, with or without those of its draft model."""
     drawn = RandomWeights(HIDDEN)
 
     def layer(with_experts: bool) -> Weights:
@@ -69,6 +62,8 @@ def _weights() -> Weights:
     found = {"model.embed_tokens.weight": embedding, "lm_head.weight": head, **drawn.norm("model.norm")}
     for number in range(3):
         found |= under(f"model.layers.{number}", layer(with_experts=number > 0))
+    if not draft_model:
+        return found
     draft = {**layer(with_experts=True), **drawn.norm("enorm"), **drawn.norm("hnorm"), **drawn.norm("shared_head.norm")}
     draft |= {"eh_proj.weight": drawn.matrix(HIDDEN, 2 * HIDDEN)}
     draft |= {"embed_tokens.weight": embedding.clone(), "shared_head.head.weight": head.clone()}

@@ -3,7 +3,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
+
+from .offline import MODEL
 
 Weights = dict[str, torch.Tensor]
 
@@ -40,6 +48,17 @@ class RandomWeights:
         for expert in range(number):
             found |= under(f"mlp.experts.{expert}", self.mlp(inner))
         return found
+
+
+def write_model(folder: Path, config: Mapping[str, object], weights: Weights, tokenizer: bool = True) -> Path:
+    """Write a model into a new folder, with the tokenizer of examples/tiny_moe unless it is a draft model."""
+    folder.mkdir()
+    if tokenizer:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(MODEL / name, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def under(prefix: str, weights: Weights) -> Weights:

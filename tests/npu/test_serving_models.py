@@ -27,8 +27,10 @@ def test_slots_of_copies_are_filled(tmp_path: Path, batches: list[list[str]]) ->
         return NpuServer(settings, tmp_path / name, model=str(model), probe=settings is not None).started()
 
     alone = started("alone", None)
-    want = [alone.complete(batch, TOKENS) for batch in batches]
-    assert alone.stop() == []
+    try:
+        want = [alone.complete(batch, TOKENS) for batch in batches]
+    finally:
+        assert alone.stop() == []
     server = started("balanced", SETTINGS)
     try:
         serve_until(server, batches, want, 10)

@@ -47,7 +47,7 @@ def served(all2all: str = "allgather_reducescatter", moe: str = "auto", draft: s
 
 
 def vllm_has(since: str) -> bool:
-    return Version(Version(pytest.importorskip("vllm").__version__).base_version) >= Version(since)
+    return Version(pytest.importorskip("vllm").__version__) >= Version(since)
 
 
 def test_every_all2all_backend_of_vllm_is_classified() -> None:
